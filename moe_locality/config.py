@@ -1,0 +1,153 @@
+"""The ``"moe_locality"`` section of a ds_config, as pydantic models.
+
+The rules are DeepSpeed's own: an unknown key is an error, and a value equal to ``"auto"`` counts as absent.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from moe_locality.errors import ConfigError
+
+SECTION = "moe_locality"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_counts_as_absent(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        keeps_auto = {
+            name
+            for name, field in cls.model_fields.items()
+            if "auto" in _literals(field.annotation)
+        }
+        return {key: value for key, value in values.items() if value != "auto" or key in keeps_auto}
+
+
+def _literals(annotation: Any) -> tuple[Any, ...]:
+    return getattr(annotation, "__args__", ()) if annotation is not None else ()
+
+
+class TraceConfig(_Section):
+    """Record the routing. ``path`` is a directory; every rank writes its own shards into it."""
+
+    enabled: bool = True
+    path: str = Field(description="directory of the Parquet shards")
+    weights: bool = Field(default=False, description="also keep the router weights (float16)")
+    every_n_steps: int = Field(default=1, ge=1, description="record one step of n")
+    shard_tokens: int = Field(default=262_144, ge=1, description="tokens per shard and rank")
+    ring_tokens: int = Field(
+        default=65_536, ge=1, description="tokens kept on the device per layer"
+    )
+
+
+class ClusterConfig(_Section):
+    """Which rank is on which node. Without it, host names are gathered at start.
+
+    Give one of: ``hostfile``, ``file`` (YAML), or ``num_nodes`` with ``ranks_per_node``.
+    """
+
+    hostfile: str | None = None
+    file: str | None = Field(default=None, description="YAML description of the cluster")
+    num_nodes: int | None = Field(default=None, ge=1)
+    ranks_per_node: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "ClusterConfig":
+        given = [self.hostfile is not None, self.file is not None, self.num_nodes is not None]
+        if sum(given) > 1:
+            raise ValueError(
+                "found several sources of the cluster, expected one: keep hostfile, file or num_nodes"
+            )
+        if (self.num_nodes is None) != (self.ranks_per_node is None):
+            raise ValueError("num_nodes and ranks_per_node go together: give both or neither")
+        return self
+
+
+class DispatchConfig(_Section):
+    """How tokens travel. ``payload`` other than ``none`` is lossy and opt-in."""
+
+    exchange: Literal["auto", "flat", "hierarchical"] = "auto"
+    payload: Literal["none", "fp8", "mxfp8", "mxfp4"] = "none"
+
+
+class TrackingConfig(_Section):
+    """wandb. ``mode="offline"`` needs no network and gives the same report."""
+
+    enabled: bool = True
+    project: str = "moe_locality"
+    group: str | None = None
+    name: str | None = None
+    job_type: str = "train"
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    dir: str | None = None
+    every_n_steps: int = Field(default=10, ge=1)
+
+
+class MoeLocalityConfig(_Section):
+    """The whole section. Everything is optional: an empty section only swaps the layers."""
+
+    trace: TraceConfig | None = None
+    plan: str | None = Field(default=None, description="placement plan (JSON)")
+    cluster: ClusterConfig | None = None
+    dispatch: DispatchConfig = DispatchConfig()
+    kernels: Literal["auto", "cuda", "triton", "reference"] = "auto"
+    tracking: TrackingConfig | None = None
+
+
+def read_config(
+    source: "MoeLocalityConfig | dict[str, Any] | str | Path | None",
+) -> MoeLocalityConfig:
+    """Return the section from a ds_config (dict or JSON file), from the section itself, or the defaults.
+
+    A dict is taken as a ds_config when it has the key ``"moe_locality"``, else as the section. A ds_config file
+    without the section gives the defaults.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key or value is wrong.
+    """
+    if isinstance(source, MoeLocalityConfig):
+        return source
+    if source is None:
+        return MoeLocalityConfig()
+    where = "the moe_locality section"
+    if isinstance(source, (str, Path)):
+        where = f"{source}, section {SECTION!r}"
+        source = _read_json(Path(source)).get(SECTION, {})
+    elif SECTION in source:
+        source = source[SECTION]
+    try:
+        return MoeLocalityConfig.model_validate(source)
+    except ValidationError as error:
+        lines = [
+            f"  {'.'.join(map(str, e['loc'])) or '(section)'}: {e['msg']}" for e in error.errors()
+        ]
+        raise ConfigError(
+            f"{where} is not valid:\n"
+            + "\n".join(lines)
+            + "\nSee docs/config.md for the keys and their values."
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the ds_config {path}: {error.strerror}: check the path"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"the ds_config {path} is not JSON: {error}: correct that line"
+        ) from error
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"the ds_config {path} holds a {type(content).__name__}, expected an object"
+        )
+    return content

@@ -1,0 +1,1 @@
+"""TODO: re-exports of this package (its owner writes this)."""

@@ -1,0 +1,23 @@
+"""Settings every test shares: one thread per process, no compiler at run time, wandb offline and silent."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("WANDB_SILENT", "true")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def routing_data() -> Path:
+    """Directory of real routing traces (.npz), named by MOE_LOCALITY_DATA."""
+    folder = os.environ.get("MOE_LOCALITY_DATA")
+    if not folder:
+        pytest.skip("MOE_LOCALITY_DATA is not set: it names the directory of real routing traces")
+    if not Path(folder).is_dir():
+        pytest.fail(f"MOE_LOCALITY_DATA names {folder}, which is not a directory")
+    return Path(folder)

@@ -1,0 +1,117 @@
+"""Run a function on several gloo ranks: real processes, real collectives, a time limit, the first failure in full.
+
+``run_ranks(fn, world_size, *args)`` forks one process per rank (fork: a spawned child imports torch again, which takes
+tens of seconds on a small machine), joins them into a process group over a ``file://`` store and calls
+``fn(rank, world_size, *args)``. It returns the list of the ranks' return values (they must pickle).
+"""
+
+import multiprocessing as mp
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+
+def _rank_main(fn, rank, world_size, args, store, queue, deepspeed, timeout_s):
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_SIZE=str(world_size)
+    )
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    try:
+        import torch
+        import torch.distributed as dist
+
+        torch.set_num_threads(1)
+        limit = timedelta(seconds=timeout_s)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=limit
+        )
+        if deepspeed:
+            _init_deepspeed(limit)
+        result = fn(rank, world_size, *args)
+        queue.put((rank, True, result))
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        queue.put((rank, False, traceback.format_exc()))
+        os._exit(1)
+    # no atexit handlers of the parent's libraries in a forked child
+    queue.close()
+    queue.join_thread()
+    os._exit(0)
+
+
+def _init_deepspeed(limit):
+    import deepspeed
+    import deepspeed.ops
+
+    # DeepSpeed's CPU backend would compile this op at the first collective (minutes), and hang on a stale lock
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="gloo", verbose=False, timeout=limit, auto_mpi_discovery=False
+    )
+
+
+def run_ranks(
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    deepspeed: bool = False,
+    timeout_s: float = 120.0,
+) -> list[Any]:
+    """Call ``fn(rank, world_size, *args)`` on every rank; with ``deepspeed=True`` its comm layer is up too.
+
+    Raises:
+        AssertionError: a rank failed (with its traceback) or did not answer within ``timeout_s`` seconds.
+    """
+    if deepspeed:
+        import deepspeed as _  # noqa: F401  imported once here, shared by the forked ranks
+    context = mp.get_context("fork")
+    queue = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        store = os.path.join(folder, "store")
+        ranks = [
+            context.Process(
+                target=_rank_main,
+                args=(fn, rank, world_size, args, store, queue, deepspeed, timeout_s),
+                daemon=True,
+            )
+            for rank in range(world_size)
+        ]
+        for process in ranks:
+            process.start()
+        try:
+            return _collect(queue, ranks, world_size, timeout_s)
+        finally:
+            for process in ranks:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+
+
+def _collect(queue, ranks, world_size, timeout_s):
+    results: dict[int, Any] = {}
+    deadline = time.monotonic() + timeout_s
+    while len(results) < world_size:
+        try:
+            rank, fine, value = queue.get(timeout=0.2)
+        except Exception:
+            dead = [
+                r for r, p in enumerate(ranks) if p.exitcode not in (None, 0) and r not in results
+            ]
+            late = time.monotonic() > deadline
+            if dead or late:
+                why = f"ranks {dead} died" if dead else f"no answer within {timeout_s} s"
+                raise AssertionError(
+                    f"{why}; answered: {sorted(results)} of {world_size}"
+                ) from None
+            continue
+        if not fine:
+            raise AssertionError(f"rank {rank} failed:\n{value}")
+        results[rank] = value
+    for process in ranks:
+        process.join(timeout=10)
+    return [results[rank] for rank in range(world_size)]
