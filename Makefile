@@ -1,0 +1,41 @@
+# The two commands a newcomer needs: make demo, make test. Both create the environment first.
+VENV   ?= .venv
+PYTHON ?= python3
+OUT    ?= runs/demo
+PY      = $(VENV)/bin/python
+PIP     = $(PY) -m pip install -q --disable-pip-version-check -c constraints-dev.txt
+READY   = $(VENV)/.installed
+
+.PHONY: demo test check bench gpu clean
+
+# torch first and deepspeed without build isolation: its setup.py imports torch
+$(READY): pyproject.toml setup.py constraints-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip setuptools wheel ninja
+	$(PIP) torch numpy py-cpuinfo
+	$(PIP) --no-build-isolation deepspeed
+	$(PIP) --no-build-isolation -e ".[deepspeed,hf,wandb,report,mpi,serve,dev]"
+	touch $@
+
+demo: $(READY) ## the main job: train, record, place, run again, compare; report in runs/demo/report.html
+	$(VENV)/bin/moe-locality demo --out $(OUT)
+
+test: $(READY) ## every test that needs no GPU
+	$(PY) -m pytest
+
+check: $(READY) ## style, types, and the compile check of csrc/ where nvcc is
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright
+	@if command -v nvcc >/dev/null; then MOE_LOCALITY_CUDA=check $(PY) setup.py -q build_ext; \
+	else echo "csrc/ was not compiled: nvcc is not on PATH"; fi
+
+bench: $(READY) ## benchmarks that run on a CPU; rows go to benchmarks/results.csv
+	set -e; for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(PY) $$script; done
+
+gpu: $(READY) ## tests and benchmarks that need an NVIDIA GPU
+	$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu: torch sees no CUDA device here')"
+	$(PY) -m pytest -m gpu tests/gpu
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis runs

@@ -1,0 +1,214 @@
+"""The floors of the house (docs/design.md 3), read from the source with ``ast`` and checked in fresh interpreters."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "moe_locality"
+
+# The longest prefix wins. A module imports only from its own floor or a lower one.
+FLOORS = {
+    "moe_locality": 0,
+    "moe_locality.errors": 0,
+    "moe_locality.config": 0,
+    "moe_locality.trace": 1,
+    "moe_locality.trace.recorder": 4,
+    "moe_locality.topology": 1,
+    "moe_locality.topology.groups": 4,
+    "moe_locality.placement": 2,
+    "moe_locality.placement.plan": 1,
+    "moe_locality.analysis": 2,
+    "moe_locality.batching": 2,
+    "moe_locality.simulator": 2,
+    "moe_locality.kernels": 3,
+    "moe_locality.quantization": 3,
+    "moe_locality.compat": 4,
+    "moe_locality.dispatch": 4,
+    "moe_locality.layer": 5,
+    "moe_locality.serving": 5,
+    "moe_locality.tracking": 6,
+    "moe_locality.report": 6,
+    "moe_locality.figures": 6,
+    "moe_locality.compare": 6,
+    "moe_locality.cli": 7,
+    "moe_locality.commands": 7,
+    "moe_locality.demo": 7,
+}
+
+# Third-party packages and the lowest floor that may import them when the module is imported (None: never).
+MODULE_LEVEL = {
+    "numba": 2,
+    "scipy": 2,
+    "torch": 3,
+    "deepspeed": 5,
+    "triton": None,
+    "transformers": None,
+    "wandb": None,
+    "matplotlib": None,
+    "mpi4py": None,
+    "apex": None,
+}
+
+LIBRARIES_WITH_PRIVATE_NAMES = ("torch", "deepspeed", "transformers")
+MAX_LINES = 400
+MAX_FUNCTION_LINES = 60
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def floor_of(module: str) -> int | None:
+    name = module
+    while name:
+        if name in FLOORS:
+            return FLOORS[name] if name != "moe_locality" or module == "moe_locality" else None
+        name = name.rpartition(".")[0]
+    return None
+
+
+def imports(tree: ast.AST, *, only_module_level: bool):
+    """Yield (module, line) of every import; inside functions too unless ``only_module_level``."""
+
+    def visit(node, inside_function):
+        for child in ast.iter_child_nodes(node):
+            nested = inside_function or isinstance(
+                child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+            )
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+                continue
+            if not (only_module_level and inside_function):
+                if isinstance(child, ast.Import):
+                    yield from ((alias.name, child.lineno) for alias in child.names)
+                elif isinstance(child, ast.ImportFrom) and child.module and not child.level:
+                    yield child.module, child.lineno
+                    yield from (
+                        (f"{child.module}.{alias.name}", child.lineno) for alias in child.names
+                    )
+            yield from visit(child, nested)
+
+    yield from visit(tree, False)
+
+
+def sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def parse(path: Path) -> ast.AST:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def floor_violations(path: Path) -> list[str]:
+    module, found = module_name(path), []
+    own = floor_of(module)
+    if own is None:
+        return [f"{module} has no floor: add it to FLOORS in {Path(__file__).name}"]
+    tree = parse(path)
+    for name, line in imports(tree, only_module_level=False):
+        other = floor_of(name) if name.startswith("moe_locality") else None
+        if other is not None and other > own:
+            found.append(f"{module}:{line} (floor {own}) imports {name} (floor {other})")
+    for name, line in imports(tree, only_module_level=True):
+        top = name.partition(".")[0]
+        if top in MODULE_LEVEL and (MODULE_LEVEL[top] is None or own < MODULE_LEVEL[top]):
+            found.append(f"{module}:{line} imports {top} at module level (floor {own})")
+    return found
+
+
+def test_every_module_imports_from_its_own_floor_or_below():
+    found = [line for path in sources() for line in floor_violations(path)]
+    assert not found, "\n".join(found)
+
+
+def test_the_floor_check_sees_a_violation(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    bad = tmp_path / "moe_locality" / "placement" / "plan.py"
+    bad.parent.mkdir(parents=True)
+    bad.write_text("import torch\nfrom moe_locality.layer import moe\n")
+    found = floor_violations(bad)
+    assert any("imports torch at module level" in line for line in found)
+    assert any("imports moe_locality.layer" in line for line in found)
+
+
+def private_names(path: Path) -> list[str]:
+    found = []
+    for name, line in imports(parse(path), only_module_level=False):
+        parts = name.split(".")
+        if parts[0] in LIBRARIES_WITH_PRIVATE_NAMES and any(
+            p.startswith("_") and not p.startswith("__") for p in parts
+        ):
+            found.append(f"{module_name(path)}:{line} {name}")
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_"):
+            root = node.value
+            while isinstance(root, ast.Attribute):
+                root = root.value
+            private = not node.attr.startswith("__")
+            if (
+                private
+                and isinstance(root, ast.Name)
+                and root.id in LIBRARIES_WITH_PRIVATE_NAMES
+            ):
+                found.append(f"{module_name(path)}:{node.lineno} {ast.unparse(node)}")
+    return found
+
+
+def test_private_names_of_other_packages_are_touched_in_compat_only():
+    found = [
+        line
+        for path in sources()
+        if not path.name.startswith("compat")
+        for line in private_names(path)
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_no_file_is_longer_than_the_house_allows():
+    files = [*sources(), *(ROOT / "examples").rglob("*.py"), *(ROOT / "csrc").rglob("*.c*")]
+    lengths = {p.relative_to(ROOT): len(p.read_text().splitlines()) for p in files}
+    long = {str(path): n for path, n in lengths.items() if n > MAX_LINES}
+    assert not long, f"past {MAX_LINES} lines, make two files of each: {long}"
+
+
+def test_no_function_is_longer_than_the_house_allows():
+    found = []
+    for path in sources():
+        for node in ast.walk(parse(path)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                if length > MAX_FUNCTION_LINES:
+                    found.append(f"{module_name(path)}:{node.lineno} {node.name}: {length} lines")
+    assert not found, f"past {MAX_FUNCTION_LINES} lines:\n" + "\n".join(found)
+
+
+LOW_FLOORS = sorted(
+    module_name(path)
+    for path in sources()
+    if (floor_of(module_name(path)) or 0) <= 2
+)
+
+
+def imported_by(statement: str) -> set[str]:
+    code = f"import sys\n{statement}\nprint(*sorted(sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+    assert result.returncode == 0, result.stderr
+    return set(result.stdout.split())
+
+
+def test_floors_up_to_two_import_without_torch():
+    loaded = imported_by("\n".join(f"import {name}" for name in LOW_FLOORS))
+    assert "moe_locality.placement" in loaded
+    assert not loaded & {"torch", "deepspeed", "transformers", "matplotlib", "wandb", "pandas"}
+
+
+@pytest.mark.parametrize("statement", ["import moe_locality", "import moe_locality.cli"])
+def test_the_package_and_the_command_line_import_next_to_nothing(statement):
+    loaded = imported_by(statement)
+    assert not loaded & {"torch", "deepspeed", "numpy", "scipy", "pyarrow", "numba", "matplotlib"}
