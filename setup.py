@@ -1,8 +1,9 @@
 """Build rules. ``pip install .`` makes a pure-Python package and needs no compiler.
 
-``MOE_LOCALITY_CUDA=check`` compiles every kernel of ``csrc/`` for every architecture below and links nothing: the
-test of the kernels on a machine without a GPU. The kernels have no Python binding yet, so ``MOE_LOCALITY_CUDA=1``
-(which must build or fail) fails, and ``auto`` and ``0`` build nothing.
+``MOE_LOCALITY_CUDA=check`` compiles every kernel of ``csrc/`` for every architecture below and
+links nothing: the test of the kernels on a machine without a GPU. The kernels have no Python
+binding yet, so ``MOE_LOCALITY_CUDA=1`` (which must build or fail) fails, and ``auto`` and ``0``
+build nothing.
 """
 
 import os
@@ -12,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -24,7 +25,7 @@ def find_nvcc() -> str:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     found = shutil.which("nvcc", path=f"{home}/bin" if home else None)
     if not found:
-        sys.exit("MOE_LOCALITY_CUDA=check needs nvcc, found none: set CUDA_HOME or install nvidia-cuda-nvcc")
+        sys.exit("MOE_LOCALITY_CUDA=check needs nvcc, found none: set CUDA_HOME or install it")
     return found
 
 
@@ -33,19 +34,34 @@ class CheckKernels(build_ext):
 
     def run(self):
         if MODE == "check":
-            gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+            nvcc = [find_nvcc(), "-fatbin", "-std=c++17", "-O3", "--Werror", "all-warnings"]
+            nvcc += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
             with tempfile.TemporaryDirectory() as folder:
                 for source in sorted((ROOT / "csrc").glob("*.cu")):
                     output = Path(folder, source.stem + ".fatbin")
-                    command = [find_nvcc(), "-fatbin", str(source), "-o", str(output), "-std=c++17", "-O3"]
-                    subprocess.run([*command, "--Werror", "all-warnings", *gencode], check=True)
-                    print(f"csrc/{source.name}: compiled for {', '.join('sm_' + a for a in ARCHITECTURES)}")
+                    subprocess.run([*nvcc, str(source), "-o", str(output)], check=True)
+                    compiled = ", ".join(f"sm_{a}" for a in ARCHITECTURES)
+                    sys.stdout.write(f"csrc/{source.name}: compiled for {compiled}\n")
         super().run()
 
 
 if MODE not in ("auto", "0", "1", "check"):
     sys.exit(f"MOE_LOCALITY_CUDA={MODE} is unknown, expected auto, 0, 1 or check")
 if MODE == "1":
-    sys.exit("MOE_LOCALITY_CUDA=1: the CUDA extension cannot be built yet; unset it for the pure-Python package")
+    sys.exit(
+        "MOE_LOCALITY_CUDA=1: the CUDA extension cannot be built yet; "
+        "unset it for the pure-Python package"
+    )
 
-setup(cmdclass={"build_ext": CheckKernels})
+# The demo runs the example model, so an installed package carries the examples; a checkout uses
+# its own folder.
+EXAMPLES = ["", *(f".{name}" for name in find_packages("examples"))]
+
+setup(
+    packages=[
+        *find_packages(include=["moe_locality*"]),
+        *(f"moe_locality.examples{e}" for e in EXAMPLES),
+    ],
+    package_dir={"moe_locality.examples": "examples"},
+    cmdclass={"build_ext": CheckKernels},
+)

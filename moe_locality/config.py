@@ -1,6 +1,7 @@
 """The ``"moe_locality"`` section of a ds_config, as pydantic models.
 
-The rules are DeepSpeed's own: an unknown key is an error, and a value equal to ``"auto"`` counts as absent.
+The rules are DeepSpeed's own: an unknown key is an error, and a value equal to ``"auto"`` counts
+as absent.
 """
 
 import json
@@ -63,7 +64,8 @@ class ClusterConfig(_Section):
         given = [self.hostfile is not None, self.file is not None, self.num_nodes is not None]
         if sum(given) > 1:
             raise ValueError(
-                "found several sources of the cluster, expected one: keep hostfile, file or num_nodes"
+                "found several sources of the cluster, expected one: "
+                "keep hostfile, file or num_nodes"
             )
         if (self.num_nodes is None) != (self.ranks_per_node is None):
             raise ValueError("num_nodes and ranks_per_node go together: give both or neither")
@@ -104,10 +106,11 @@ class MoeLocalityConfig(_Section):
 def read_config(
     source: "MoeLocalityConfig | dict[str, Any] | str | Path | None",
 ) -> MoeLocalityConfig:
-    """Return the section from a ds_config (dict or JSON file), from the section itself, or the defaults.
+    """Return the section from a ds_config (dict or JSON file), from the section itself, or the
+    defaults.
 
-    A dict is taken as a ds_config when it has the key ``"moe_locality"``, else as the section. A ds_config file
-    without the section gives the defaults.
+    A dict is taken as a ds_config when it has the key ``"moe_locality"``, else as the section. A
+    ds_config file without the section gives the defaults.
 
     Raises:
         ConfigError: the file cannot be read, or a key or value is wrong.

@@ -1,4 +1,5 @@
-"""Errors of moe_locality: one base and five children, each a kind of trouble that the user can act on.
+"""Errors of moe_locality: one base and five children, each a kind of trouble that the user can act
+on.
 
 A message has three parts: what was found, what was expected, what to do.
 """
@@ -21,7 +22,9 @@ class PlacementError(MoeLocalityError, ValueError):
 
 
 class TopologyError(MoeLocalityError, ValueError):
-    """A hostfile or cluster description is wrong, or the groups asked for do not fit the cluster."""
+    """A hostfile or cluster description is wrong, or the groups asked for do not fit the
+    cluster.
+    """
 
 
 class BackendUnavailable(MoeLocalityError, RuntimeError):

@@ -1,4 +1,6 @@
-"""Settings every test shares: one thread per process, no compiler at run time, wandb offline and silent."""
+"""Settings every test shares: one thread per process, no compiler at run time, wandb offline and
+silent.
+"""
 
 import os
 from pathlib import Path

@@ -1,8 +1,10 @@
-"""Run a function on several gloo ranks: real processes, real collectives, a time limit, the first failure in full.
+"""Run a function on several gloo ranks: real processes, real collectives, a time limit, the first
+failure in full.
 
-``run_ranks(fn, world_size, *args)`` forks one process per rank (fork: a spawned child imports torch again, which takes
-tens of seconds on a small machine), joins them into a process group over a ``file://`` store and calls
-``fn(rank, world_size, *args)``. It returns the list of the ranks' return values (they must pickle).
+``run_ranks(fn, world_size, *args)`` forks one process per rank (fork: a spawned child imports
+torch again, which takes tens of seconds on a small machine), joins them into a process group over
+a ``file://`` store and calls ``fn(rank, world_size, *args)``. It returns the list of the ranks'
+return values (they must pickle).
 """
 
 import multiprocessing as mp
@@ -48,7 +50,8 @@ def _init_deepspeed(limit):
     import deepspeed
     import deepspeed.ops
 
-    # DeepSpeed's CPU backend would compile this op at the first collective (minutes), and hang on a stale lock
+    # DeepSpeed's CPU backend would compile this op at the first collective (minutes), and hang on
+    # a stale lock
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend="gloo", verbose=False, timeout=limit, auto_mpi_discovery=False
@@ -62,10 +65,12 @@ def run_ranks(
     deepspeed: bool = False,
     timeout_s: float = 120.0,
 ) -> list[Any]:
-    """Call ``fn(rank, world_size, *args)`` on every rank; with ``deepspeed=True`` its comm layer is up too.
+    """Call ``fn(rank, world_size, *args)`` on every rank; with ``deepspeed=True`` its comm layer
+    is up too.
 
     Raises:
-        AssertionError: a rank failed (with its traceback) or did not answer within ``timeout_s`` seconds.
+        AssertionError: a rank failed (with its traceback) or did not answer within ``timeout_s``
+        seconds.
     """
     if deepspeed:
         import deepspeed as _  # noqa: F401  imported once here, shared by the forked ranks

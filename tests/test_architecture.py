@@ -1,4 +1,6 @@
-"""The floors of the house (docs/design.md 3), read from the source with ``ast`` and checked in fresh interpreters."""
+"""The floors of the house (docs/design.md 3), read from the source with ``ast`` and checked in
+fresh interpreters.
+"""
 
 import ast
 import subprocess
@@ -39,7 +41,8 @@ FLOORS = {
     "moe_locality.demo": 7,
 }
 
-# Third-party packages and the lowest floor that may import them when the module is imported (None: never).
+# Third-party packages and the lowest floor that may import them when the module is imported (None:
+# never).
 MODULE_LEVEL = {
     "numba": 2,
     "scipy": 2,
@@ -149,11 +152,7 @@ def private_names(path: Path) -> list[str]:
             while isinstance(root, ast.Attribute):
                 root = root.value
             private = not node.attr.startswith("__")
-            if (
-                private
-                and isinstance(root, ast.Name)
-                and root.id in LIBRARIES_WITH_PRIVATE_NAMES
-            ):
+            if private and isinstance(root, ast.Name) and root.id in LIBRARIES_WITH_PRIVATE_NAMES:
                 found.append(f"{module_name(path)}:{node.lineno} {ast.unparse(node)}")
     return found
 
@@ -187,9 +186,7 @@ def test_no_function_is_longer_than_the_house_allows():
 
 
 LOW_FLOORS = sorted(
-    module_name(path)
-    for path in sources()
-    if (floor_of(module_name(path)) or 0) <= 2
+    module_name(path) for path in sources() if (floor_of(module_name(path)) or 0) <= 2
 )
 
 

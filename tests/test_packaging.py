@@ -1,4 +1,6 @@
-"""What the wheel and the sdist hold: a pure-Python package that needs no compiler, and the sources of the kernels."""
+"""What the wheel and the sdist hold: a pure-Python package that needs no compiler, and the sources
+of the kernels.
+"""
 
 import shutil
 import subprocess
@@ -39,12 +41,15 @@ def test_the_wheel_is_pure_python_and_complete(checkout, tmp_path):
     assert modules <= names
     shipped = {str(p.relative_to(ROOT)) for p in (ROOT / "examples").rglob("*.py")}
     assert {f"moe_locality/{name}" for name in shipped} <= names, "the demo needs its model"
-    assert not [n for n in names if n.endswith((".npz", ".parquet", ".so")) or n.startswith("tests")]
+    assert not [
+        n for n in names if n.endswith((".npz", ".parquet", ".so")) or n.startswith("tests")
+    ]
 
 
 def test_the_sdist_holds_kernels_examples_and_tests(checkout, tmp_path):
     sdist = build(checkout, "sdist", tmp_path)
-    names = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"csrc/permute.cu", "csrc/permute.cuh", "setup.py", "LICENSE", "Makefile"} <= names
     assert {"tests/launch.py", "examples/train_lm.py", "launch/train.sh"} <= names
     assert not [n for n in names if n.endswith((".npz", ".parquet"))]

@@ -4,7 +4,9 @@
 """
 
 LAYER = {"float32": (1e-5, 1e-6), "bfloat16": (2e-2, 2e-2)}
-"""Layer output and gradients against stock DeepSpeed: the order of sums inside a GEMM may differ by row count."""
+"""Layer output and gradients against stock DeepSpeed: the order of sums inside a GEMM may differ
+by row count.
+"""
 
 LOSS = {"float32": (1e-5, 1e-6), "bfloat16": (1e-2, 1e-2)}
 """Training losses of two runs that compute the same function."""
