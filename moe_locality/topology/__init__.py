@@ -1,4 +1,7 @@
-"""The cluster (``ClusterTopology``, no torch) and the process groups that follow from it (loaded on first use)."""
+"""The cluster (``ClusterTopology``, no torch) and the process groups that follow from it.
+
+What needs torch is loaded on first use.
+"""
 
 import importlib
 from typing import Any

@@ -1,7 +1,8 @@
-"""ClusterTopology: which rank is on which node, and how fast the two tiers of links are. No torch, no collectives.
+"""ClusterTopology: which rank is on which node, and how fast the two tiers of links are.
 
-A *node* is a server; a *rank* is a process (one per accelerator). Bandwidths are what one rank can send, in one
-direction, in units of 10^9 bytes/s; latencies are per message.
+No torch, no collectives. A *node* is a server; a *rank* is a process (one per accelerator).
+Bandwidths are what one rank can send, in one direction, in units of 10^9 bytes/s; latencies are
+per message.
 """
 
 import math
@@ -23,8 +24,8 @@ INTRA_NODE_LATENCY_US, INTER_NODE_LATENCY_US = 3.4, 14.0
 class ClusterTopology:
     """The node of every rank and the figures of the two link tiers.
 
-    ``rank_to_node[r]`` is the node of rank r; the ranks of a node need not be consecutive, and nodes may hold
-    different numbers of ranks (``ranks_per_node`` then raises).
+    ``rank_to_node[r]`` is the node of rank r; the ranks of a node need not be consecutive, and
+    nodes may hold different numbers of ranks (``ranks_per_node`` then raises).
 
     Raises:
         TopologyError: a node without ranks, a doubled name, or a figure that cannot be.
@@ -43,14 +44,15 @@ class ClusterTopology:
         found = sorted(set(nodes))
         if not nodes or found != list(range(len(found))):
             raise TopologyError(
-                f"found ranks on nodes {found}, expected nodes 0 to M-1 with at least one rank each: "
-                "number the nodes without gaps"
+                f"found ranks on nodes {found}, expected nodes 0 to M-1 with at least one rank "
+                "each: number the nodes without gaps"
             )
         names = tuple(self.node_names) or tuple(f"node{node}" for node in found)
         object.__setattr__(self, "node_names", names)
         if len(names) != len(found) or len(set(names)) != len(names):
             raise TopologyError(
-                f"found node names {', '.join(map(str, names))} for {len(found)} nodes, expected one different name each"
+                f"found node names {', '.join(map(str, names))} for {len(found)} nodes, "
+                "expected a different name for each"
             )
         for field in ("intra_node_gbps", "inter_node_gbps"):
             _check_figure(field, getattr(self, field), above_zero=True)
@@ -79,8 +81,8 @@ class ClusterTopology:
         """
         if not self.is_even:
             raise TopologyError(
-                f"found uneven nodes ({self.describe()}), expected the same number of ranks on each: "
-                "use --include or --exclude to take as many slots of every host"
+                f"found uneven nodes ({self.describe()}), expected the same number of ranks on "
+                "each: use --include or --exclude to take as many slots of every host"
             )
         return self.num_ranks // self.num_nodes
 
@@ -101,7 +103,10 @@ class ClusterTopology:
         return self.rank_to_node[:rank].count(self.node_of(rank))
 
     def restrict(self, ranks: Sequence[int]) -> "ClusterTopology":
-        """Return the topology of some ranks alone: rank ``ranks[i]`` becomes rank i, nodes keep their order and names."""
+        """Return the topology of some ranks alone.
+
+        Rank ``ranks[i]`` becomes rank i; nodes keep their order and names.
+        """
         if len(set(ranks)) != len(ranks):
             raise TopologyError(f"found a rank twice in {list(ranks)}, expected each once")
         nodes = [self.node_of(rank) for rank in ranks]
@@ -139,7 +144,7 @@ class ClusterTopology:
     def _like(self, rank_to_node: tuple[int, ...], names: tuple[str, ...]) -> "ClusterTopology":
         return ClusterTopology(rank_to_node=rank_to_node, node_names=names, **self.tiers())
 
-    # -- sources; every one takes the tier figures as keyword arguments ------------------------------------------
+    # -- sources; every one takes the tier figures as keyword arguments ----------------------------
 
     @classmethod
     def uniform(cls, num_nodes: int, ranks_per_node: int, **tiers: float) -> "ClusterTopology":
@@ -148,12 +153,8 @@ class ClusterTopology:
             raise TopologyError(
                 f"found {num_nodes} nodes x {ranks_per_node} ranks, expected at least 1 of each"
             )
-        return cls(
-            rank_to_node=tuple(
-                rank // ranks_per_node for rank in range(num_nodes * ranks_per_node)
-            ),
-            **tiers,
-        )
+        ranks = range(num_nodes * ranks_per_node)
+        return cls._of((tuple(rank // ranks_per_node for rank in ranks), ()), tiers)
 
     @classmethod
     def from_node_names(cls, names: Iterable[str], **tiers: float) -> "ClusterTopology":
@@ -168,7 +169,10 @@ class ClusterTopology:
         exclude: str | None = None,
         **tiers: float,
     ) -> "ClusterTopology":
-        """Read DeepSpeed's hostfile; ``include`` and ``exclude`` are the launcher's strings (``host:0,2@host2``)."""
+        """Read DeepSpeed's hostfile.
+
+        ``include`` and ``exclude`` are the launcher's strings (``host:0,2@host2``).
+        """
         return cls._of(sources.shape_of_hostfile(path, include, exclude), tiers)
 
     @classmethod
@@ -184,12 +188,15 @@ class ClusterTopology:
     def from_env(
         cls, environ: Mapping[str, str] | None = None, **tiers: float
     ) -> "ClusterTopology":
-        """Read what the launcher set (deepspeed, torchrun, Open MPI, Slurm) or MOE_LOCALITY_RANKS_PER_NODE."""
+        """Read MOE_LOCALITY_RANKS_PER_NODE or what deepspeed, torchrun, Open MPI or Slurm set."""
         return cls._of(sources.read_env(os.environ if environ is None else environ), tiers)
 
     @classmethod
     def from_mpi(cls, comm: Any = None, **tiers: float) -> "ClusterTopology":
-        """Ask MPI which ranks share memory (collective over ``comm``, an mpi4py communicator; default: the world)."""
+        """Ask MPI which ranks share memory.
+
+        Collective over ``comm``, an mpi4py communicator (default: the world).
+        """
         return cls._of(sources.read_mpi(comm), tiers)
 
     @classmethod

@@ -1,6 +1,7 @@
-"""DeepSpeed's hostfile, read the way ``deepspeed --hostfile`` reads it: ``name slots=N``, one host per line.
+"""DeepSpeed's hostfile, read the way ``deepspeed --hostfile`` reads it.
 
-Slots are ranks here: one process per slot. Ranks are numbered in the order of the file, consecutive per host.
+One host per line, ``name slots=N``. Slots are ranks here: one process per slot. Ranks are numbered
+in the order of the file, consecutive per host.
 """
 
 import logging
@@ -18,7 +19,8 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
     """Return ``{host: number of slots}`` in the order of the file.
 
     Raises:
-        TopologyError: the file cannot be read, holds no host, names one twice, or a line is not ``name slots=N``.
+        TopologyError: the file cannot be read, holds no host, names one twice, or a line is not
+            ``name slots=N``.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -34,13 +36,14 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
         match = _LINE.search(line)
         if match is None:
             raise TopologyError(
-                f"{path}, line {number}: found {line!r}, expected 'name slots=N', for example 'worker-0 slots=8'"
+                f"{path}, line {number}: found {line!r}, expected 'name slots=N', "
+                "for example 'worker-0 slots=8'"
             )
         host = match.group(1)
         if host in slots:
             raise TopologyError(
-                f"{path}, line {number}: found {host!r} again (first in line {first_line[host]}), expected each "
-                "host once: put all its slots on one line"
+                f"{path}, line {number}: found {host!r} again (first in line {first_line[host]}), "
+                "expected each host once: put all its slots on one line"
             )
         slots[host], first_line[host] = int(match.group(2)), number
     if not slots:
@@ -53,17 +56,19 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
 def select_slots(
     slots: dict[str, int], include: str | None = None, exclude: str | None = None
 ) -> dict[str, list[int]]:
-    """Return the slots that ``deepspeed --include`` or ``--exclude`` leaves, hosts in the order of the hostfile.
+    """Return the slots that ``deepspeed --include`` or ``--exclude`` leaves.
 
-    ``include`` and ``exclude`` are DeepSpeed's strings: ``host:0,2@host2`` means slots 0 and 2 of ``host`` and all of
-    ``host2``. Hosts without a slot left are dropped.
+    ``include`` and ``exclude`` are DeepSpeed's strings: ``host:0,2@host2`` means slots 0 and 2 of
+    ``host`` and all of ``host2``. Hosts stay in the order of the hostfile; those without a slot
+    left are dropped.
 
     Raises:
         TopologyError: both are given, a host or a slot is unknown, or nothing is left.
     """
     if include and exclude:
         raise TopologyError(
-            f"found include={include!r} and exclude={exclude!r}, expected one of them: drop the other"
+            f"found include={include!r} and exclude={exclude!r}, expected one of them: "
+            "drop the other"
         )
     every = {host: list(range(count)) for host, count in slots.items()}
     if include:
@@ -88,7 +93,7 @@ def select_slots(
 
 
 def _parse_filter(text: str, every: dict[str, list[int]]) -> dict[str, list[int]]:
-    """Return ``{host: sorted slots}`` named by one include or exclude string; a bare host means all its slots."""
+    """Return ``{host: sorted slots}`` that a filter names; a bare host means all its slots."""
     named: dict[str, set[int]] = {}
     for part in text.split("@"):
         host, colon, listed = part.partition(":")

