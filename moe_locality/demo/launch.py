@@ -1,0 +1,134 @@
+"""Start the example's training script with DeepSpeed's own launcher and follow it.
+
+The script prints lines ``progress DONE TOTAL TEXT`` on rank 0; everything it prints goes to a log
+file. A run that fails raises with the last lines of that log, so that the reason stands in the
+message.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from moe_locality.errors import BackendUnavailable, MoeLocalityError
+
+PROGRESS = re.compile(r"progress (\d+) (\d+) ?(.*)")
+TAIL_LINES = 25
+
+OnProgress = Callable[[int, int, str], None]
+
+
+def examples_folder() -> Path:
+    """The folder of the example model: beside the package in a checkout, inside it when installed.
+
+    Raises:
+        BackendUnavailable: neither exists.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package.parent / "examples", package / "examples"):
+        if (folder / "train_lm.py").is_file():
+            return folder
+    raise BackendUnavailable(
+        f"found no examples/train_lm.py beside or inside {package}, which the demo trains: "
+        "reinstall moe-locality, or run from a checkout"
+    )
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch_environment() -> dict[str, str]:
+    """The environment of a CPU run: one thread a rank, no accelerator, no compiler at run time."""
+    return {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONHASHSEED": "0",  # DeepSpeed orders expert parameter groups by a set of strings
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def launch_command(num_ranks: int, script: Path, arguments: list[str]) -> list[str]:
+    """The command line of ``deepspeed`` for ``num_ranks`` ranks on this machine."""
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    place = ["--num_accelerators", str(num_ranks), "--master_addr", "127.0.0.1"]
+    return [*launcher, *place, "--master_port", str(free_port()), str(script), *arguments]
+
+
+def run_training(
+    arguments: list[str],
+    *,
+    num_ranks: int,
+    log: Path,
+    on_progress: OnProgress | None = None,
+    timeout_s: float = 900.0,
+) -> float:
+    """Run ``train_lm.py`` on ``num_ranks`` local ranks and return the seconds it took.
+
+    Args:
+        arguments: of the script.
+        log: gets everything that launcher and ranks print.
+        on_progress: called with (done, total, text) of every progress line.
+
+    Raises:
+        MoeLocalityError: the run failed or passed ``timeout_s``; the message has the end of the
+        log.
+    """
+    command = launch_command(num_ranks, examples_folder() / "train_lm.py", arguments)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    tail: deque[str] = deque(maxlen=TAIL_LINES)
+    late = threading.Event()
+    with log.open("w", encoding="utf-8") as sink, _started(command) as process:
+        watchdog = threading.Timer(timeout_s, lambda: (late.set(), _end(process)))
+        watchdog.start()
+        sink.write("$ " + " ".join(command) + "\n")
+        try:
+            for line in process.stdout or ():
+                sink.write(line)
+                tail.append(line.rstrip())
+                found = PROGRESS.search(line)
+                if found and on_progress:
+                    on_progress(int(found[1]), int(found[2]), found[3])
+            code = process.wait()
+        finally:
+            watchdog.cancel()
+            _end(process)
+    if late.is_set():
+        raise MoeLocalityError(f"a run took longer than {timeout_s:.0f} s and was ended: see {log}")
+    if code != 0:
+        end = "\n".join(f"  | {line}" for line in tail)
+        raise MoeLocalityError(
+            f"a training run failed with exit code {code}; the end of {log}:\n{end}"
+        )
+    return time.monotonic() - start
+
+
+def _started(command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command,
+        env=launch_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # so that launcher and ranks can be ended together
+    )
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
