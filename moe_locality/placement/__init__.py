@@ -1,1 +1,9 @@
-"""TODO: re-exports of this package (its owner writes this)."""
+"""Where experts and requests should live: plans, their costs, the solver, homes of requests.
+
+Numpy, scipy and numba; nothing here imports torch. scipy and numba are imported inside the
+functions that need them, so that reading a plan stays quick.
+"""
+
+from moe_locality.placement.plan import PlacementPlan
+
+__all__ = ["PlacementPlan"]
