@@ -1,0 +1,338 @@
+"""Figures of the report: plain arrays in, a matplotlib figure out.
+
+One color map per meaning: blues for amounts, red-blue around 1 for ratios to uniform, greens for
+similarity; gray is the baseline, blue is the plan. Nothing here touches pyplot, so no global state
+is changed.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_locality.errors import BackendUnavailable, ConfigError
+from moe_locality.figure_data import (
+    FigureData,
+    LayersData,
+    LoadData,
+    LossData,
+    SimilarityData,
+    TradeoffData,
+    TrafficData,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BASELINE_COLOR = "#767676"
+PLAN_COLOR = "#0072B2"
+LINE_COLORS = ("#767676", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Gray for the baseline, then Okabe and Ito's palette, which the color-blind can tell apart."""
+
+MAX_CELL_LABELS = 10
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",  # text stays text: it can be selected, searched and read aloud
+    "svg.hashsalt": "moe_locality",  # the same data gives the same bytes
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Helvetica Neue", "Arial"],
+    "font.size": 9.5,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 9.0,
+    "axes.labelcolor": "#333333",
+    "axes.edgecolor": "#9a9a9a",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "text.color": "#1f1f1f",
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "image.interpolation": "nearest",
+}
+
+
+def draw(data: FigureData) -> "Figure":
+    """Return the figure of ``data``.
+
+    Raises:
+        BackendUnavailable: matplotlib is not installed.
+        ConfigError: the shapes do not fit each other.
+    """
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise BackendUnavailable(
+            "found no matplotlib, figures need it: pip install 'moe-locality[report]'"
+        ) from error
+    painters = {
+        TrafficData: _draw_traffic,
+        LoadData: _draw_load,
+        SimilarityData: _draw_similarity,
+        TradeoffData: _draw_tradeoff,
+        LayersData: _draw_layers,
+        LossData: _draw_losses,
+    }
+    with mpl.rc_context(STYLE):
+        figure = painters[type(data)](data)
+        # The layout engine moves things at every drawing: freeze it, so that exports are equal.
+        for _ in range(3):
+            figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+    return figure
+
+
+def svg_text(figure: "Figure") -> str:
+    """Return the figure as SVG text without a date, the same bytes for the same figure."""
+    import io
+
+    import matplotlib as mpl
+
+    buffer = io.StringIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def png_bytes(figure: "Figure", *, dpi: int = 150) -> bytes:
+    """Return the figure as a PNG file in memory."""
+    import io
+
+    import matplotlib as mpl
+
+    buffer = io.BytesIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _new(width: float, height: float, *, square: bool = False) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="compressed" if square else "constrained")
+
+
+def _title(data: FigureData) -> str:
+    return data.title + (" (synthetic trace)" if data.basis.synthetic else "")
+
+
+def _color_map(name: str, low: float, high: float) -> Any:
+    import matplotlib as mpl
+    from matplotlib.colors import LinearSegmentedColormap
+
+    shades = mpl.colormaps[name](np.linspace(low, high, 256))
+    return LinearSegmentedColormap.from_list(f"{name}_part", shades.tolist())
+
+
+def _need(shape: Sequence[int], expected: Sequence[int], what: str) -> None:
+    if tuple(shape) != tuple(expected):
+        raise ConfigError(
+            f"{what} has shape {list(shape)}, expected {list(expected)}: give arrays of one size"
+        )
+
+
+def _cells(axes: "Axes", values: np.ndarray, color_map: Any, norm: Any) -> Any:
+    """Draw a matrix as vector cells, row 0 on top; as one embedded image when it is large."""
+    mesh = axes.pcolormesh(
+        np.ma.masked_invalid(values),
+        cmap=color_map,
+        norm=norm,
+        rasterized=values.size > 4000,
+        edgecolors="white" if values.size <= 400 else "none",
+        linewidth=0.6,
+    )
+    axes.invert_yaxis()
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    return mesh
+
+
+def _cell_labels(axes: "Axes", texts: list[list[str]], shades: np.ndarray) -> None:
+    """Write a text into every cell, dark on light cells and white on dark ones. ``shades`` [n, m,
+    4] RGBA.
+    """
+    luminance = shades[..., :3] @ np.array([0.299, 0.587, 0.114])
+    for row, line in enumerate(texts):
+        for column, text in enumerate(line):
+            color = "white" if luminance[row, column] < 0.55 else "#1f1f1f"
+            axes.text(
+                column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=8, color=color
+            )
+
+
+def short(value: float) -> str:
+    """Return a number with about three digits and a k, M or G, as figures print it."""
+    if not np.isfinite(value):
+        return ""
+    for factor, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:#.3g}".rstrip(".") + letter
+    return f"{value:#.3g}".rstrip(".") if value else "0"
+
+
+def _index_ticks(axes: "Axes", count: int, *, both: bool = True) -> None:
+    step = max(1, -(-count // 16))
+    places = np.arange(0, count, step)
+    axes.set_xticks(places + 0.5, [str(i) for i in places])
+    if both:
+        axes.set_yticks(places + 0.5, [str(i) for i in places])
+
+
+def _draw_traffic(data: TrafficData) -> "Figure":
+    from matplotlib.colors import Normalize
+    from matplotlib.patches import Rectangle
+
+    count = len(data.node_of)
+    _need(data.before.shape, (count, count), "the traffic matrix before")
+    _need(data.after.shape, (count, count), "the traffic matrix after")
+    nodes = np.asarray(data.node_of)
+    near = nodes[:, None] == nodes[None, :]
+    top = max(float(np.where(near, 0, m).max(initial=0)) for m in (data.before, data.after))
+    norm, color_map = Normalize(0, top or 1.0), _color_map("Blues", 0.04, 0.98)
+    figure = _new(8.6, 4.9, square=True)
+    panels = figure.subplots(1, 2)
+    for axes, matrix, name, total in zip(
+        panels, (data.before, data.after), data.names, data.crossing(), strict=True
+    ):
+        far = np.where(near, np.nan, matrix)
+        mesh = _cells(axes, far, color_map, norm)
+        for row, column in np.argwhere(near):
+            axes.add_patch(Rectangle((column, row), 1, 1, fc="#ececec", ec="white", lw=0.6))
+        if count <= MAX_CELL_LABELS:
+            shades = np.where(near[..., None], 1.0, color_map(norm(matrix)))
+            _cell_labels(axes, [[short(v) for v in row] for row in matrix], shades)
+        axes.set_aspect("equal")
+        axes.set_title(f"{name}\n{short(total)} {data.unit}{data.per_name} cross nodes")
+        axes.set_xlabel(f"{data.axis} of the expert")
+        axes.set_ylabel(f"home {data.axis} of the token")
+        _index_ticks(axes, count)
+    bar = figure.colorbar(mesh, ax=list(panels), shrink=0.75, pad=0.02)
+    bar.set_label(f"{data.unit} (one scale; gray stays on its node)")
+    bar.formatter = lambda value, _=None: short(value)
+    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+    figure.suptitle(_title(data), x=0.01, ha="left", fontweight="bold", fontsize=11.5)
+    return figure
+
+
+def _draw_load(data: LoadData) -> "Figure":
+    from matplotlib.colors import Normalize
+
+    _need(data.ratio.shape[:2], (len(data.panels), len(data.domains)), "the load by domain")
+    with np.errstate(divide="ignore"):
+        logs = np.clip(np.log2(data.ratio), -3, 3)
+    norm, color_map = Normalize(-3, 3), _color_map("RdBu_r", 0.02, 0.98)
+    height = 0.9 + len(data.panels) * (0.5 + 0.19 * len(data.domains))
+    figure = _new(8.6, min(height, 13.0))
+    panels = np.atleast_1d(figure.subplots(len(data.panels), 1))
+    for axes, panel, values in zip(panels, data.panels, logs, strict=True):
+        order = np.argsort(-values[0], kind="stable")
+        mesh = _cells(axes, values[:, order], color_map, norm)
+        axes.set_title(panel)
+        axes.set_yticks(np.arange(len(data.domains)) + 0.5, list(data.domains))
+        axes.set_xticks([])
+    panels[-1].set_xlabel(
+        f"experts, sorted in each layer by their load in {data.domains[0]!r} "
+        f"({data.ratio.shape[2]} experts)"
+    )
+    bar = figure.colorbar(mesh, ax=list(panels), shrink=0.9, pad=0.02, aspect=30)
+    bar.set_ticks(range(-3, 4), labels=["≤ ⅛", "¼", "½", "1", "2", "4", "≥ 8"])
+    bar.set_label("load ÷ uniform load")
+    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+    figure.suptitle(_title(data), x=0.01, ha="left", fontweight="bold", fontsize=11.5)
+    return figure
+
+
+def _draw_similarity(data: SimilarityData) -> "Figure":
+    from matplotlib.colors import Normalize
+    from matplotlib.patches import Rectangle
+
+    count = len(data.domains)
+    _need(data.matrix.shape, (count, count), "the similarity matrix")
+    finite = data.matrix[np.isfinite(data.matrix)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    norm, color_map = Normalize(low, max(high, low + 1e-9)), _color_map("Greens", 0.04, 0.95)
+    side = min(2.8 + 0.46 * count, 9.0)
+    figure = _new(side + 1.6, side, square=True)
+    axes = figure.subplots()
+    mesh = _cells(axes, data.matrix, color_map, norm)
+    if count <= MAX_CELL_LABELS + 4:
+        texts = [[f"{v:.2f}" if np.isfinite(v) else "" for v in row] for row in data.matrix]
+        _cell_labels(axes, texts, color_map(norm(data.matrix)))
+    for i in range(count):
+        axes.add_patch(Rectangle((i, i), 1, 1, fill=False, ec="#1f1f1f", lw=1.2))
+    axes.set_aspect("equal")
+    axes.set_xticks(np.arange(count) + 0.5, list(data.domains), rotation=40, ha="right")
+    axes.set_yticks(np.arange(count) + 0.5, list(data.domains))
+    bar = figure.colorbar(mesh, ax=axes, shrink=0.75, pad=0.02)
+    bar.set_label(data.measure)
+    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+    figure.suptitle(_title(data), x=0.01, ha="left", fontweight="bold", fontsize=11.5)
+    return figure
+
+
+def _draw_tradeoff(data: TradeoffData) -> "Figure":
+    figure = _new(7.2, 4.2)
+    axes = figure.subplots()
+    if data.cap is not None:
+        axes.axvline(data.cap, color="#bbbbbb", lw=1, ls=(0, (4, 3)), zorder=1)
+        axes.text(data.cap, 1.0, f" cap {data.cap:g}", color="#767676", fontsize=8, va="top",
+                  transform=axes.get_xaxis_transform())  # fmt: skip
+    for point in data.points:
+        color = BASELINE_COLOR if point.is_baseline else PLAN_COLOR
+        marker = "X" if point.is_baseline else "o"
+        if point.interval is not None:
+            axes.vlines(point.imbalance, *point.interval, color=color, lw=1.5, alpha=0.6, zorder=2)
+        axes.scatter(
+            point.imbalance, point.copies, s=64, c=color, marker=marker, ec="white", zorder=3
+        )
+        axes.annotate(
+            point.name,
+            (point.imbalance, point.copies),
+            xytext=(8, 5),
+            textcoords="offset points",
+            fontsize=9,
+        )
+    axes.margins(x=0.22, y=0.18)
+    axes.grid(True, color="#eeeeee", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("load of the busiest node ÷ mean  (1 = balanced; left is better)")
+    axes.set_ylabel("remote nodes per token and layer\n(copies; lower is better)")
+    axes.set_title(_title(data), fontsize=11.5)
+    return figure
+
+
+def _draw_layers(data: LayersData) -> "Figure":
+    figure = _new(7.8, 3.4)
+    axes = figure.subplots()
+    for place, (name, values) in enumerate(data.values.items()):
+        _need(np.shape(values), (len(data.layer_ids),), f"the values of {name!r}")
+        color = LINE_COLORS[place % len(LINE_COLORS)]
+        axes.plot(data.layer_ids, values, marker="o", ms=4, lw=1.6, color=color, label=name)
+    _finish_lines(axes, "transformer layer", data.unit, _title(data))
+    axes.set_ylim(bottom=0)
+    return figure
+
+
+def _draw_losses(data: LossData) -> "Figure":
+    figure = _new(7.8, 3.6)
+    axes = figure.subplots()
+    for place, (name, (steps, losses)) in enumerate(data.runs.items()):
+        _need(np.shape(losses), np.shape(steps), f"the losses of {name!r}")
+        # The later curves are thinner and dashed: equal curves stay visible under each other.
+        width, dashes = (3.0, "-") if place == 0 else (1.3, "--")
+        color = "#b5b5b5" if place == 0 else LINE_COLORS[place % len(LINE_COLORS)]
+        axes.plot(steps, losses, lw=width, ls=dashes, color=color, label=name)
+    _finish_lines(axes, "step", "loss (nats per token)", _title(data))
+    return figure
+
+
+def _finish_lines(axes: "Axes", x_label: str, y_label: str, title: str) -> None:
+    axes.grid(True, axis="y", color="#eeeeee", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.set_title(title, fontsize=11.5)
+    axes.legend(frameon=False, loc="best")
