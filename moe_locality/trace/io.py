@@ -1,0 +1,239 @@
+"""Reading and writing routing traces: a directory of Parquet shards, or one .npz file."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Collection
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+
+from moe_locality.errors import TraceError
+from moe_locality.trace.merge import merge, settings
+from moe_locality.trace.npz import read_npz, write_npz
+from moe_locality.trace.schema import RoutingTrace
+from moe_locality.trace.shards import (
+    ShardWriter,
+    make_directory,
+    missing_sequences,
+    next_sequence,
+    read_shard,
+    shard_paths,
+    sync_directory,
+    write_shard,
+)
+
+__all__ = ["ShardWriter", "read_trace", "read_trace_report", "write_trace"]
+
+_log = logging.getLogger(__name__)
+_SHARD_TOKENS = 1_048_576
+
+
+def read_trace(
+    path: str | PathLike[str], *, strict: bool = True, layers: Collection[int] | None = None
+) -> RoutingTrace:
+    """Read a trace directory or an .npz file.
+
+    Args:
+        strict: False: damaged shards and shards of another model are left out, and tokens that a pipeline stage lacks
+            get -1; a warning is logged for each. ``read_trace_report`` also returns these.
+        layers: transformer layer indices to read; other layers are not read from disk. None: all.
+
+    Raises:
+        TraceError: nothing readable is there, or (strict) a shard is damaged or does not fit; the shard is named.
+    """
+    trace, problems = read_trace_report(path, strict=strict, layers=layers)
+    for problem in problems:
+        _log.warning("%s: %s", path, problem)
+    return trace
+
+
+def read_trace_report(
+    path: str | PathLike[str], *, strict: bool = False, layers: Collection[int] | None = None
+) -> tuple[RoutingTrace, list[str]]:
+    """Read like ``read_trace`` and return what was left out or repaired beside the trace, one sentence each."""
+    place = Path(path)
+    if place.suffix == ".npz" and not place.is_dir():
+        trace = read_npz(place)
+        return (trace if layers is None else trace.filter(layers=layers)), []
+    shards = _existing_shards(place)
+    parts: list[RoutingTrace] = []
+    names: list[str] = []
+    problems = [
+        f"found no shard {name}, though a later one of this rank is there: its rows are missing"
+        for name in missing_sequences(shards)
+    ]
+    for shard in shards:
+        try:
+            trace, _ = read_shard(shard, layers)
+        except TraceError as error:
+            if strict:
+                raise
+            problems.append(str(error))
+            continue
+        parts.append(trace)
+        names.append(shard.name)
+    if not parts:
+        raise TraceError(
+            f"found no readable shard among {len(shards)} in {place}: {problems[-1]}; restore the files"
+        )
+    parts = _fitting(place, parts, names, strict, problems)
+    if layers is not None:
+        parts = [part for part in parts if part.num_layers] or parts[:1]
+    parts = _even(place, parts, names, strict, problems)
+    try:
+        trace, notes = merge(parts, strict=strict)
+    except TraceError as error:
+        raise TraceError(f"{place}: {error}") from error
+    if layers is not None:
+        trace = trace.filter(layers=layers)
+    return trace, problems + notes
+
+
+def write_trace(
+    trace: RoutingTrace,
+    path: str | PathLike[str],
+    *,
+    overwrite: bool = False,
+    shard_tokens: int = _SHARD_TOKENS,
+) -> None:
+    """Write a trace as a directory of shards, or as one file when the path ends in .npz.
+
+    A directory that already holds the same content is left as it is.
+
+    Args:
+        overwrite: replace a trace of other content; the old shards go only when all new ones are on disk.
+        shard_tokens: rows per shard.
+
+    Raises:
+        TraceError: the directory holds another trace and ``overwrite`` is False, or cannot be written.
+    """
+    place = Path(path)
+    if place.suffix == ".npz" and not place.is_dir():
+        if place.exists() and not overwrite and not read_npz(place).same_content(trace):
+            raise _occupied(place)
+        write_npz(trace, place)
+        return
+    if shard_tokens < 1:
+        raise TraceError(f"found shard_tokens {shard_tokens}, expected at least 1")
+    directory = make_directory(place)
+    old = shard_paths(directory)
+    if old and not overwrite:
+        if _holds(directory, trace):
+            return
+        raise _occupied(directory)
+    sequence = next_sequence(directory, 0)
+    written: list[Path] = []
+    for start in range(0, max(trace.num_rows, 1), shard_tokens):
+        rows = np.arange(start, min(start + shard_tokens, trace.num_rows))
+        part = trace if len(rows) == trace.num_rows else trace.take(rows)
+        shard, sequence = write_shard(part, directory, None, sequence)
+        written.append(shard)
+    if old:
+        _replace(directory, old, written)
+
+
+def _occupied(place: Path) -> TraceError:
+    return TraceError(
+        f"found another trace in {place}, expected an empty place or the same content: "
+        "give another path, or pass overwrite=True to replace it"
+    )
+
+
+def _replace(directory: Path, old: list[Path], written: list[Path]) -> None:
+    """Remove the old shards, then number the new ones from 0."""
+    try:
+        for shard in old:
+            shard.unlink()
+        for number, shard in enumerate(written):
+            shard.rename(directory / f"part-00000-{number:05d}.parquet")
+        sync_directory(directory)
+    except OSError as error:
+        raise TraceError(
+            f"found that the old trace in {directory} cannot be replaced ({error.strerror or error}), "
+            "expected a writable directory: change its permissions or give another path"
+        ) from error
+
+
+def _holds(directory: Path, trace: RoutingTrace) -> bool:
+    try:
+        return read_trace_report(directory, strict=True)[0].same_content(trace)
+    except TraceError:
+        return False
+
+
+def _existing_shards(directory: Path) -> list[Path]:
+    if not directory.exists():
+        raise TraceError(
+            f"found nothing at {directory}, expected a trace (a directory of part-*.parquet shards, or an .npz file): "
+            "check the path"
+        )
+    if not directory.is_dir():
+        raise TraceError(
+            f"found a file {directory}, expected a directory of shards or a name that ends in .npz: "
+            "convert other formats with `moe-locality import`"
+        )
+    try:
+        shards = shard_paths(directory)
+    except OSError as error:
+        raise TraceError(
+            f"found that {directory} cannot be listed ({error.strerror}), expected a readable directory: "
+            "change its permissions"
+        ) from error
+    if not shards:
+        raise TraceError(
+            f"found no part-*.parquet shard in {directory}, expected at least one: "
+            "record a run into it, or check that the recorder was closed"
+        )
+    return shards
+
+
+def _fitting(
+    place: Path, parts: list[RoutingTrace], names: list[str], strict: bool, problems: list[str]
+) -> list[RoutingTrace]:
+    """Keep the shards of the model that most rows belong to."""
+    rows: Counter[tuple[str, str, int, int]] = Counter()
+    for part in parts:
+        rows[settings(part)] += max(part.num_rows, 1)
+    expected = rows.most_common(1)[0][0]
+    kept = []
+    for i in range(len(parts) - 1, -1, -1):
+        if settings(parts[i]) == expected:
+            kept.append(parts[i])
+            continue
+        words = ("model", "kind", "num_experts", "top_k")
+        differing = ", ".join(
+            f"{word} {found!r} (expected {want!r})"
+            for word, found, want in zip(words, settings(parts[i]), expected, strict=True)
+            if found != want
+        )
+        text = (
+            f"found that shard {place / names[i]} does not fit the others: {differing}: "
+            "a directory holds one trace; move the shard away, or read with strict=False to leave it out"
+        )
+        if strict:
+            raise TraceError(text)
+        problems.append(text)
+        names.pop(i)
+    return kept[::-1]
+
+
+def _even(
+    place: Path, parts: list[RoutingTrace], names: list[str], strict: bool, problems: list[str]
+) -> list[RoutingTrace]:
+    """Make sure optional fields are in all shards or in none."""
+    for field in ("expert_weights", "rank", "step", "step_tokens"):
+        lacking = [n for n, part in zip(names, parts, strict=False) if getattr(part, field) is None]
+        if not lacking or len(lacking) == len(parts):
+            continue
+        text = f"found no {field} in shard {place / lacking[0]}, though other shards have it"
+        if strict:
+            raise TraceError(
+                f"{text}, expected it in all or in none: record with the same options, "
+                "or read with strict=False to drop it everywhere"
+            )
+        problems.append(f"{text}: dropped it everywhere")
+        parts = [part.evolve(**{field: None}) for part in parts]
+    return parts

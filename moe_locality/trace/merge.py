@@ -1,0 +1,276 @@
+"""Joining traces: the same layers of other tokens (ranks) are concatenated, other layers of the same tokens
+(pipeline stages) are joined."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from moe_locality.errors import TraceError
+from moe_locality.trace.schema import LAYER_FIELDS, ROW_FIELDS, UNKNOWN, RoutingTrace
+
+_SETTINGS = ("model", "kind", "num_experts", "top_k")
+_OPTIONAL = ("expert_weights", "rank", "step", "step_tokens")
+_KEYS = {"tokens": ("step", "request_id", "position"), "load": ("step", "domain_id", "stage")}
+
+
+def settings(trace: RoutingTrace) -> tuple[str, str, int, int]:
+    """What traces must have in common to be joined: (model, kind, num_experts, top_k)."""
+    return trace.model, trace.kind, trace.num_experts, trace.top_k
+
+
+def concat(traces: Sequence[RoutingTrace]) -> RoutingTrace:
+    """Join traces of the same model and layers row after row; domains are matched by name.
+
+    Raises:
+        TraceError: settings, layers or the set of optional fields differ, or there is no trace at all.
+    """
+    if not traces:
+        raise TraceError("found no trace to join, expected at least one")
+    first = traces[0]
+    _check_settings(traces)
+    if any(set(other.layer_ids.tolist()) != set(first.layer_ids.tolist()) for other in traces):
+        raise TraceError(
+            "found traces with different layers, expected the same in each: join pipeline stages with merge()"
+        )
+    for name in _OPTIONAL:
+        having = [getattr(trace, name) is not None for trace in traces]
+        if any(having) and not all(having):
+            raise TraceError(
+                f"found {name} in {sum(having)} of {len(traces)} traces, expected it in all or in none: "
+                "record all of them with the same options"
+            )
+    if len(traces) == 1:
+        return first
+    layers = first.layer_ids.tolist()
+    traces = [
+        trace if trace.layer_ids.tolist() == layers else trace.filter(layers=layers)
+        for trace in unify_domains(traces)
+    ]
+    rows = {
+        name: np.concatenate([getattr(trace, name) for trace in traces])
+        for name in ROW_FIELDS
+        if getattr(first, name) is not None
+    }
+    return traces[0].evolve(**rows)
+
+
+def unify_domains(traces: Sequence[RoutingTrace]) -> list[RoutingTrace]:
+    """Give all traces one domain table, in order of first appearance; ids are mapped by name.
+
+    Raises:
+        TraceError: a domain belongs to different groups in two traces.
+    """
+    if len({(trace.domain, trace.domain_group) for trace in traces}) <= 1:
+        return list(traces)
+    group_of: dict[str, str] = {}
+    for trace in traces:
+        for name, group in zip(trace.domain, trace.groups, strict=True):
+            if group_of.setdefault(name, group) != group:
+                raise TraceError(
+                    f"found domain {name!r} in group {group_of[name]!r} and in group {group!r}, "
+                    "expected one group: rename one of them"
+                )
+    names = tuple(group_of)
+    place = {name: i for i, name in enumerate(names)}
+    table = {"domain": names, "domain_group": tuple(group_of.values())}
+    if table["domain"] == table["domain_group"]:
+        table["domain_group"] = ()
+    return [
+        trace.evolve(
+            domain_id=np.array([*(place[name] for name in trace.domain), -1], np.int32)[
+                trace.domain_id
+            ],
+            **table,
+        )
+        for trace in traces
+    ]
+
+
+def merge(traces: Sequence[RoutingTrace], *, strict: bool = True) -> tuple[RoutingTrace, list[str]]:
+    """Concatenate traces with the same layers, then join the groups with different layers.
+
+    Rows of two pipeline stages are the same token when step (where every trace has it), request id and position
+    agree. The joined row keeps the rank of the first stage.
+
+    Args:
+        strict: False: a token that a stage lacks gets -1 there (load: 0), repeated tokens are dropped, and what was
+            done is returned as sentences.
+
+    Raises:
+        TraceError: settings differ, layer sets overlap in part, or (strict) stages do not hold the same tokens.
+    """
+    if not traces:
+        raise TraceError("found no trace to join, expected at least one")
+    _check_settings(traces)
+    by_layers: dict[frozenset[int], list[RoutingTrace]] = {}
+    for trace in traces:
+        by_layers.setdefault(frozenset(trace.layer_ids.tolist()), []).append(trace)
+    groups = [concat(group) for group in by_layers.values()]
+    if len(groups) == 1:
+        return groups[0], []
+    counts = Counter(layer for group in groups for layer in group.layer_ids.tolist())
+    shared = sorted(layer for layer, count in counts.items() if count > 1)
+    if shared:
+        raise TraceError(
+            f"found layers {shared[:8]} in parts with different layer sets, expected equal or disjoint sets: "
+            "parts of different runs are mixed; separate them, or filter(layers=) first"
+        )
+    return _join(groups, strict)
+
+
+def _check_settings(traces: Sequence[RoutingTrace]) -> None:
+    for trace in traces[1:]:
+        for name, expected, found in zip(
+            _SETTINGS, settings(traces[0]), settings(trace), strict=True
+        ):
+            if found != expected:
+                raise TraceError(
+                    f"found {name} {found!r} beside {expected!r}, expected the same in all traces that are joined: "
+                    "keep traces of different models apart"
+                )
+
+
+def _join(groups: Sequence[RoutingTrace], strict: bool) -> tuple[RoutingTrace, list[str]]:
+    groups = sorted(unify_domains(groups), key=lambda group: int(group.layer_ids.min()))
+    problems: list[str] = []
+    row_of = _row_table(groups, strict, problems)
+    missing = row_of < 0
+    if missing.any():
+        stage, key = np.argwhere(missing.T)[0][::-1]
+        other = int(np.flatnonzero(row_of[:, key] >= 0)[0])
+        text = (
+            f"found {int(missing.any(axis=0).sum())} of {row_of.shape[1]} tokens not recorded in every pipeline stage "
+            f"(layers {groups[stage].layer_ids.tolist()[:4]}... lack "
+            f"{_describe(groups[other], int(row_of[other, key]))})"
+        )
+        if strict:
+            raise TraceError(
+                f"{text}, expected the same tokens in each: label requests the same way on all stages, "
+                "or read with strict=False to fill the holes with -1"
+            )
+        problems.append(f"{text}: filled with no pick")
+    fields = {
+        name: np.concatenate(
+            [_rows(getattr(g, name), row_of[i], name) for i, g in enumerate(groups)], axis=1
+        )
+        for name in LAYER_FIELDS
+        if _in_all(groups, name)
+    }
+    fields["layer_ids"] = np.concatenate([group.layer_ids for group in groups])
+    for name in ROW_FIELDS:
+        if name not in LAYER_FIELDS:
+            fields[name] = _first_known(groups, row_of, name, strict, problems)
+    order = np.argsort(fields["layer_ids"], kind="stable")
+    for name in ("layer_ids", *LAYER_FIELDS):
+        if fields.get(name) is not None:
+            fields[name] = np.take(fields[name], order, axis=0 if name == "layer_ids" else 1)
+    return replace(groups[0], **fields), problems
+
+
+def _in_all(groups: Sequence[RoutingTrace], name: str) -> bool:
+    having = [getattr(group, name) is not None for group in groups]
+    if any(having) and not all(having):
+        raise TraceError(
+            f"found {name} in {sum(having)} of {len(groups)} pipeline stages, expected it in all or in none: "
+            "record all stages with the same options"
+        )
+    return all(having)
+
+
+def _row_table(groups: Sequence[RoutingTrace], strict: bool, problems: list[str]) -> np.ndarray:
+    """int64 [groups, tokens], row of each token in each group, -1 = absent; in the row order of the first group."""
+    names = [name for name in _KEYS[groups[0].kind] if _everywhere(groups, name)]
+    keys = [np.concatenate([getattr(group, name) for group in groups]) for name in names]
+    source = np.repeat(np.arange(len(groups)), [group.num_rows for group in groups])
+    row = np.concatenate([np.arange(group.num_rows) for group in groups])
+    order = np.lexsort([row, source, *keys[::-1]])
+    new = np.ones(len(order), bool)
+    new[1:] = False
+    for key in keys:
+        new[1:] |= key[order[1:]] != key[order[:-1]]
+    number = np.cumsum(new) - 1
+    source, row = source[order], row[order]
+    repeated = np.zeros(len(order), bool)
+    repeated[1:] = ~new[1:] & (source[1:] == source[:-1])
+    if repeated.any():
+        place = int(np.flatnonzero(repeated)[0])
+        text = (
+            f"found {int(repeated.sum())} repeated tokens, for example "
+            f"{_describe(groups[source[place]], int(row[place]))} twice in one pipeline stage"
+        )
+        if strict:
+            raise TraceError(
+                f"{text}, expected (step, request_id, position) to name one token, for stages are joined by it: "
+                "give request ids with annotate(), or read with strict=False to keep the first of each"
+            )
+        problems.append(f"{text}: kept the first of each")
+    table = np.full((len(groups), int(new.sum())), -1, np.int64)
+    keep = ~repeated
+    table[source[keep], number[keep]] = row[keep]
+    first = np.where(table[0] >= 0, table[0], np.iinfo(np.int64).max)
+    return table[:, np.argsort(first, kind="stable")]
+
+
+def _everywhere(groups: Sequence[RoutingTrace], name: str) -> bool:
+    return all(getattr(group, name) is not None for group in groups)
+
+
+def _describe(trace: RoutingTrace, row: int) -> str:
+    parts = [
+        f"{name} {int(value[row])}"
+        for name in _KEYS[trace.kind]
+        if (value := getattr(trace, name)) is not None
+    ]
+    return "the token with " + ", ".join(parts)
+
+
+def _rows(block: np.ndarray, rows: np.ndarray, name: str) -> np.ndarray:
+    result = block[rows] if len(block) else np.zeros((len(rows), *block.shape[1:]), block.dtype)
+    if (rows < 0).any():
+        result[rows < 0] = -1 if name == "expert_ids" else 0
+    return result
+
+
+def _first_known(
+    groups: Sequence[RoutingTrace],
+    row_of: np.ndarray,
+    name: str,
+    strict: bool,
+    problems: list[str],
+) -> np.ndarray | None:
+    """Take each token's value from the first stage that knows it; stages that disagree are an error.
+
+    ``rank`` differs by nature: the first stage is where the token lived.
+    """
+    if not _everywhere(groups, name):
+        return None
+    unknown = {"stage": UNKNOWN, "domain_id": -1}.get(name)
+    result = np.full(
+        row_of.shape[1], -1 if unknown is None else unknown, getattr(groups[0], name).dtype
+    )
+    known = np.zeros(row_of.shape[1], bool)
+    for group, rows in zip(groups, row_of, strict=True):
+        if not len(getattr(group, name)):
+            continue
+        value = getattr(group, name)[rows]
+        here = rows >= 0
+        if unknown is not None:
+            here &= value != unknown
+        clash = here & known & (value != result)
+        if name != "rank" and clash.any():
+            text = (
+                f"found {int(clash.sum())} tokens whose {name} differs between pipeline stages, "
+                f"for example {_describe(group, int(rows[np.flatnonzero(clash)[0]]))}"
+            )
+            if strict:
+                raise TraceError(
+                    f"{text}, expected the same label on all stages: annotate() them alike"
+                )
+            problems.append(f"{text}: kept that of the first stage")
+        result = np.where(here & ~known, value, result)
+        known |= here
+    return result

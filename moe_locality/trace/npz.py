@@ -1,0 +1,159 @@
+"""The .npz form of a routing trace: one file, the arrays named in docs/formats.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_locality.errors import TraceError
+from moe_locality.trace.schema import RoutingTrace
+
+FORMAT_VERSION = 1
+
+
+def read_npz(path: str | PathLike[str]) -> RoutingTrace:
+    """Read a trace from an .npz file; nothing in it is ever unpickled.
+
+    Raises:
+        TraceError: the file is absent, damaged, of another layout, or breaks an invariant; the message names it.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if not isinstance(arrays, np.lib.npyio.NpzFile):
+                raise ValueError("the file holds a single array, expected an .npz archive")
+            return _from_arrays(arrays.files, arrays.__getitem__)
+    except Exception as error:  # hostile bytes: whatever the parser meets becomes one message
+        if isinstance(error, FileNotFoundError):
+            raise TraceError(
+                f"found no file {path}, expected a routing trace (.npz): check the path"
+            ) from error
+        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TraceError(
+            f"found that {path} cannot be read as a routing trace: {detail}; "
+            "expected the .npz layout of docs/formats.md: restore or convert the file"
+        ) from error
+
+
+def write_npz(trace: RoutingTrace, path: str | PathLike[str]) -> None:
+    """Write a trace as one compressed .npz file (the name must end in .npz)."""
+    if Path(path).suffix != ".npz":
+        raise TraceError(f"found {path}, expected a file name that ends in .npz")
+    arrays: dict[str, Any] = {
+        "format_version": np.int32(FORMAT_VERSION),
+        "kind": trace.kind,
+        "model": trace.model,
+        "num_experts": np.int32(trace.num_experts),
+        "top_k": np.int32(trace.top_k),
+        "layer_ids": trace.layer_ids,
+        "domain": np.array(trace.domain, dtype=str),
+        "domain_group": np.array(trace.groups, dtype=str),
+        "domain_id": trace.domain_id,
+        "phase": trace.stage,
+    }
+    if trace.kind == "tokens":
+        view = trace.tokens_only("write_npz")
+        arrays |= {"request_id": view.request_id, "position": view.position}
+        compact = trace.num_experts <= 255
+        # 255 is no expert here: it stands for "no pick", as in the Parquet shards
+        arrays["expert_ids"] = view.expert_ids.astype(np.uint8) if compact else view.expert_ids
+    else:
+        arrays["expert_load"] = trace.expert_load
+        arrays |= {} if trace.step_tokens is None else {"tokens": trace.step_tokens}
+    for name, key in (("expert_weights", "expert_weights"), ("rank", "rank")):
+        if getattr(trace, name) is not None:
+            arrays[key] = getattr(trace, name)
+    if trace.step is not None:
+        arrays["step" if trace.kind == "tokens" else "step_id"] = trace.step
+    try:
+        np.savez_compressed(path, **arrays)
+    except OSError as error:
+        raise TraceError(
+            f"found that {path} cannot be written ({error.strerror or error}), expected a writable place: "
+            "give another path"
+        ) from error
+
+
+def _from_arrays(files: list[str], get: Callable[[str], np.ndarray]) -> RoutingTrace:
+    present = set(files)
+
+    def needed(name: str) -> np.ndarray:
+        if name not in present:
+            raise ValueError(f"array {name!r} is missing")
+        return get(name)
+
+    def optional(name: str) -> np.ndarray | None:
+        return get(name) if name in present else None
+
+    version = int(_scalar(needed("format_version"), "iu"))
+    if version != FORMAT_VERSION:
+        raise ValueError(f"found format_version {version}, expected {FORMAT_VERSION}")
+    kind = str(_scalar(needed("kind"), "U"))
+    num_experts = int(_scalar(needed("num_experts"), "iu"))
+    common: dict[str, Any] = {
+        "model": str(_scalar(needed("model"), "U")),
+        "num_experts": num_experts,
+        "layer_ids": needed("layer_ids"),
+        "domain": _names(optional("domain")),
+        "domain_group": _names(optional("domain_group")),
+        "domain_id": optional("domain_id"),
+        "stage": needed("phase"),
+        "rank": optional("rank"),
+    }
+    top_k = int(_scalar(needed("top_k"), "iu"))
+    if kind == "load":
+        return RoutingTrace(
+            **common,
+            expert_load=needed("expert_load"),
+            step=optional("step_id"),
+            step_tokens=optional("tokens"),
+            load_top_k=top_k,
+        )
+    if kind != "tokens":
+        raise ValueError(f"found kind {kind!r}, expected 'tokens' or 'load'")
+    ids = _signed(needed("expert_ids"), num_experts)
+    if ids.ndim == 3 and ids.shape[2] != top_k:
+        raise ValueError(f"found {ids.shape[2]} picks per token, expected top_k = {top_k}")
+    return RoutingTrace(
+        **common,
+        expert_ids=ids,
+        request_id=needed("request_id"),
+        position=needed("position"),
+        expert_weights=optional("expert_weights"),
+        step=optional("step"),
+    )
+
+
+def _scalar(array: np.ndarray, kinds: str) -> Any:
+    if array.shape != () or array.dtype.kind not in kinds:
+        raise ValueError(
+            f"found a {array.dtype} of shape {array.shape} where one value is expected"
+        )
+    return array[()]
+
+
+def _names(array: np.ndarray | None) -> tuple[str, ...]:
+    if array is None or array.size == 0:
+        return ()
+    if array.ndim != 1 or array.dtype.kind != "U":
+        raise ValueError(
+            f"found domain names as {array.dtype} of shape {array.shape}, expected a list of text"
+        )
+    return tuple(array.tolist())
+
+
+def _signed(ids: np.ndarray, num_experts: int) -> np.ndarray:
+    """Unsigned ids: the largest value of the type, where it is no expert, means "no pick"."""
+    if ids.dtype.kind != "u":
+        return ids
+    none = np.iinfo(ids.dtype).max
+    if num_experts > none or not (ids == none).any():
+        return ids
+    if ids.max(initial=0, where=ids != none) > 32_767:
+        raise ValueError("found expert ids above 32767")
+    signed = ids.astype(np.int16)
+    signed[ids == none] = -1
+    return signed

@@ -1,0 +1,402 @@
+"""The routing trace: which experts every token of a run picked, as plain numpy arrays.
+
+Shape letters: T tokens, L MoE layers, K picks per token, E experts, S steps (rows of counts), D domains.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, fields
+from os import PathLike
+from typing import Any
+
+import numpy as np
+
+from moe_locality.errors import TraceError
+from moe_locality.trace import validate
+
+PREFILL, DECODE, TRAIN, UNKNOWN = 0, 1, 2, 255
+STAGE_NAMES = {PREFILL: "prefill", DECODE: "decode", TRAIN: "train", UNKNOWN: "unknown"}
+
+ROW_FIELDS = (
+    "expert_ids",
+    "expert_weights",
+    "expert_load",
+    "request_id",
+    "position",
+    "stage",
+    "domain_id",
+    "rank",
+    "step",
+    "step_tokens",
+)
+"""Fields with one entry per row: per token (kind "tokens") or per step (kind "load")."""
+
+LAYER_FIELDS = ("expert_ids", "expert_weights", "expert_load")
+"""Row fields whose second axis is the MoE layer."""
+
+_HASH_CHUNK_ROWS = 65_536
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RoutingTrace:
+    """The expert choices of the tokens of one model, or (kind "load") counts of them.
+
+    Two traces are compared with ``same_content``: ``==`` is identity, because array comparison has no single truth
+    value. Arrays are cast to the dtypes named here and not copied where they already have them; treat them as
+    read-only.
+
+    Raises:
+        TraceError: a shape, a value or a combination of fields is impossible; the message says which.
+    """
+
+    model: str
+    """Name of the model that was recorded; traces of different models do not mix."""
+    num_experts: int
+    """E, routed experts per layer (shared experts are not routed and not counted)."""
+    layer_ids: np.ndarray
+    """int32 [L], transformer layer index of each MoE layer, without repeats."""
+    domain: tuple[str, ...] = ()
+    """D names of data domains; ``domain_id`` points into it."""
+    domain_group: tuple[str, ...] = ()
+    """D coarse groups, aligned with ``domain``; empty: every domain is its own group."""
+
+    expert_ids: np.ndarray | None = None
+    """int16 [T, L, K], logical expert ids, -1 = no pick (also: dropped by a capacity limit)."""
+    request_id: np.ndarray | None = None
+    """int64 [T], non-negative number of the request (sequence) that the token belongs to."""
+    position: np.ndarray | None = None
+    """int32 [T], position of the token in its request."""
+    stage: np.ndarray | None = None
+    """uint8 [T] or [S]: PREFILL, DECODE, TRAIN or UNKNOWN (taken when not given)."""
+    domain_id: np.ndarray | None = None
+    """int32 [T] or [S], index into ``domain``, -1 = unknown (taken when not given)."""
+    expert_weights: np.ndarray | None = None
+    """float16 [T, L, K], router weight of each pick."""
+    rank: np.ndarray | None = None
+    """int32 [T] or [S], rank on which the token lived when it was recorded."""
+    step: np.ndarray | None = None
+    """int64 [T] or [S], step in which the row was recorded."""
+
+    expert_load: np.ndarray | None = None
+    """int64 [S, L, E], kind "load": how often each expert was picked in a step."""
+    step_tokens: np.ndarray | None = None
+    """int64 [S], kind "load": tokens of each step, where known."""
+    load_top_k: int = 0
+    """Kind "load": picks per token, 0 = unknown. Kind "tokens" has it in the shape of ``expert_ids``."""
+
+    def __post_init__(self) -> None:
+        for name, value in validate.checked(self).items():
+            object.__setattr__(self, name, value)
+
+    # -- what it is ---------------------------------------------------------------------------------------------
+
+    @property
+    def kind(self) -> str:
+        """ "tokens" (one row per token) or "load" (one row of counts per step)."""
+        return "tokens" if self.expert_ids is not None else "load"
+
+    @property
+    def num_rows(self) -> int:
+        """T for kind "tokens", S for kind "load"."""
+        return len(self.expert_ids if self.expert_ids is not None else self.expert_load)  # type: ignore[arg-type]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens recorded; for kind "load" from ``step_tokens``, else picks / top_k, else 0 (unknown)."""
+        if self.expert_ids is not None:
+            return len(self.expert_ids)
+        if self.step_tokens is not None:
+            return int(self.step_tokens.sum())
+        if not self.load_top_k or not self.num_layers:
+            return 0
+        return int(self.load().sum(axis=1).max()) // self.load_top_k
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return len(self.layer_ids)
+
+    @property
+    def top_k(self) -> int:
+        """K; for kind "load" ``load_top_k`` (0 = unknown)."""
+        return self.expert_ids.shape[2] if self.expert_ids is not None else self.load_top_k
+
+    @property
+    def request_ids(self) -> np.ndarray:
+        """int64 [R], the requests present, ascending; empty for kind "load"."""
+        return np.unique(self.request_id) if self.request_id is not None else np.zeros(0, np.int64)
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Coarse group of each domain: ``domain_group``, or the domains themselves."""
+        return self.domain_group or self.domain
+
+    def load(self) -> np.ndarray:
+        """int64 [L, E], how often each expert of each layer was picked, summed over all rows."""
+        if self.expert_load is not None:
+            return self.expert_load.sum(axis=0, dtype=np.int64)
+        ids = self.tokens_only("load()").expert_ids
+        counts = np.empty((self.num_layers, self.num_experts), np.int64)
+        for layer in range(self.num_layers):
+            picks = ids[:, layer].ravel().astype(np.intp) + 1
+            counts[layer] = np.bincount(picks, minlength=self.num_experts + 1)[1:]
+        return counts
+
+    def tokens_only(self, purpose: str) -> TokenView:
+        """Return the per-token arrays, typed as present.
+
+        Raises:
+            TraceError: the trace holds counts only; ``purpose`` is named in the message.
+        """
+        if self.expert_ids is None:
+            raise TraceError(
+                f"found a trace of kind 'load' (counts per step), but {purpose} needs kind 'tokens' "
+                "(expert ids per token): record or import a per-token trace"
+            )
+        return TokenView(
+            self.expert_ids, self.request_id, self.position, self.stage, self.domain_id
+        )  # type: ignore[arg-type]
+
+    # -- parts and sums -----------------------------------------------------------------------------------------
+
+    def take(self, rows: np.ndarray) -> RoutingTrace:
+        """Return the rows named by a boolean mask or by indices; tables and layers stay."""
+        return self.evolve(
+            **{
+                name: value[rows]
+                for name in ROW_FIELDS
+                if (value := getattr(self, name)) is not None
+            }
+        )
+
+    def evolve(self, **changes: Any) -> RoutingTrace:
+        """Return a copy with some fields exchanged, unchecked: for values that were part of checked traces.
+
+        Where a value comes from elsewhere use ``dataclasses.replace``, which checks.
+        """
+        result = object.__new__(RoutingTrace)
+        for field in fields(RoutingTrace):
+            value = changes.pop(field.name) if field.name in changes else getattr(self, field.name)
+            object.__setattr__(result, field.name, value)
+        if changes:
+            raise TypeError(f"RoutingTrace has no fields {sorted(changes)}")
+        return result
+
+    def filter(
+        self,
+        domains: Collection[str] | str | None = None,
+        stages: Collection[int | str] | int | str | None = None,
+        layers: Collection[int] | None = None,
+        requests: Collection[int] | np.ndarray | None = None,
+        domain_groups: Collection[str] | str | None = None,
+    ) -> RoutingTrace:
+        """Return the rows (and layers) that meet every condition given; the domain table stays as it is.
+
+        Args:
+            domains, domain_groups: names out of ``domain`` / ``groups``.
+            stages: stage codes or their names ("prefill", "decode", "train", "unknown").
+            layers: transformer layer indices out of ``layer_ids``; the result has them in this order.
+            requests: request ids; ids that are not in the trace select nothing.
+
+        Raises:
+            TraceError: a domain, group, stage or layer is unknown, or requests are asked of a trace without them.
+        """
+        keep = np.ones(self.num_rows, bool)
+        for names, table, word in (
+            (domains, self.domain, "domain"),
+            (domain_groups, self.groups, "domain group"),
+        ):
+            if names is not None:
+                wanted = {names} if isinstance(names, str) else set(names)
+                known = np.array([name in wanted for name in table] + [False])
+                validate.all_known(wanted, table, word)
+                keep &= known[self.domain_id]  # type: ignore[index]  # -1 takes the last entry: False
+        if stages is not None:
+            keep &= np.isin(self.stage, _stage_codes(stages))  # type: ignore[arg-type]
+        if requests is not None:
+            wanted_ids = np.asarray(
+                requests if isinstance(requests, np.ndarray) else list(requests), np.int64
+            )
+            keep &= np.isin(self.tokens_only("filter(requests=)").request_id, wanted_ids)
+        result = self if keep.all() else self.take(keep)
+        return result if layers is None else result._with_layers(layers)
+
+    def _with_layers(self, layers: Collection[int]) -> RoutingTrace:
+        known = [int(i) for i in self.layer_ids]
+        wanted = [int(i) for i in layers]
+        validate.all_known(wanted, known, "layer")
+        columns = np.array([known.index(i) for i in wanted], np.intp)
+        arrays = {
+            name: value[:, columns]
+            for name in LAYER_FIELDS
+            if (value := getattr(self, name)) is not None
+        }
+        if len(set(wanted)) != len(wanted):
+            raise TraceError(f"found layers {wanted} in the request, expected each once")
+        return self.evolve(layer_ids=np.array(wanted, np.int32), **arrays)
+
+    def split(self, fraction: float = 0.7, seed: int = 0) -> tuple[RoutingTrace, RoutingTrace]:
+        """Split into (train, test) by request, or by step for kind "load"; no request is on both sides.
+
+        The same trace content, fraction and seed give the same split, whatever the order of the rows.
+
+        Args:
+            fraction: share of the requests that go to train, in (0, 1); both sides get at least one.
+
+        Raises:
+            TraceError: the fraction is outside (0, 1), or there are fewer than two requests (steps).
+        """
+        if not 0 < fraction < 1:
+            raise TraceError(f"found fraction {fraction}, expected a number between 0 and 1")
+        unit = self._split_unit()
+        ids = np.unique(unit)
+        if len(ids) < 2:
+            word = "requests" if self.kind == "tokens" else "steps"
+            raise TraceError(
+                f"found {len(ids)} {word} in the trace, expected at least 2 to split it: "
+                "use the whole trace, or record more"
+            )
+        num_train = min(max(round(fraction * len(ids)), 1), len(ids) - 1)
+        chosen = np.random.default_rng(seed).permutation(len(ids))[:num_train]
+        in_train = np.isin(unit, ids[chosen])
+        return self.take(in_train), self.take(~in_train)
+
+    def _split_unit(self) -> np.ndarray:
+        if self.request_id is not None:
+            return self.request_id
+        return self.step if self.step is not None else np.arange(self.num_rows)
+
+    @classmethod
+    def concat(cls, traces: Sequence[RoutingTrace]) -> RoutingTrace:
+        """Join traces of the same model and layers row after row; domains are matched by name.
+
+        A field that only some of them have (weights, rank, step) is an error, not dropped.
+        """
+        from moe_locality.trace.merge import concat
+
+        return concat(traces)
+
+    @classmethod
+    def merge(cls, traces: Sequence[RoutingTrace], *, strict: bool = True) -> RoutingTrace:
+        """Concatenate traces with the same layers and join those with different layers (pipeline stages).
+
+        See ``moe_locality.trace.merge.merge``.
+        """
+        from moe_locality.trace.merge import merge
+
+        return merge(traces, strict=strict)[0]
+
+    @classmethod
+    def from_npz(cls, path: str | PathLike[str]) -> RoutingTrace:
+        """Read the .npz layout of docs/formats.md; raises TraceError for anything else."""
+        from moe_locality.trace.npz import read_npz
+
+        return read_npz(path)
+
+    # -- identity -----------------------------------------------------------------------------------------------
+
+    def content_hash(self) -> str:
+        """SHA-256 (hex) of the content: independent of the order of rows, of the domain table, and of shards.
+
+        Rows are brought into the order (request_id, step, position, stage, rank, domain), ties broken by a
+        fingerprint of the picks; domains are sorted by name and unused ones left out; layers are sorted.
+        """
+        order = np.argsort(self.layer_ids, kind="stable")
+        sorted_already = bool((order == np.arange(len(order))).all())
+        trace = (
+            self if sorted_already else self._with_layers([int(i) for i in self.layer_ids[order]])
+        )
+        domain_id, used = _canonical_domains(trace)
+        rows = _canonical_order(trace, domain_id)
+        digest = hashlib.sha256()
+        header = (trace.kind, trace.model, trace.num_experts, trace.top_k, trace.num_rows)
+        digest.update(repr((header, trace.layer_ids.tolist(), used)).encode())
+        for name in ROW_FIELDS:
+            value = domain_id if name == "domain_id" else getattr(trace, name)
+            if value is None:
+                continue
+            digest.update(name.encode())
+            for start in range(0, len(rows), _HASH_CHUNK_ROWS):
+                part = np.ascontiguousarray(value[rows[start : start + _HASH_CHUNK_ROWS]])
+                digest.update(part.astype(part.dtype.newbyteorder("<"), copy=False).data)
+        return digest.hexdigest()
+
+    def same_content(self, other: RoutingTrace) -> bool:
+        """Whether both hold the same rows (in any order), tables and settings."""
+        return self.content_hash() == other.content_hash()
+
+    def __repr__(self) -> str:
+        return (
+            f"RoutingTrace(model={self.model!r}, kind={self.kind!r}, rows={self.num_rows}, "
+            f"layers={self.num_layers}, num_experts={self.num_experts}, top_k={self.top_k}, "
+            f"requests={len(self.request_ids)}, domains={len(self.domain)})"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenView:
+    """The arrays that every per-token trace has; shapes as in RoutingTrace."""
+
+    expert_ids: np.ndarray
+    request_id: np.ndarray
+    position: np.ndarray
+    stage: np.ndarray
+    domain_id: np.ndarray
+
+
+def _stage_codes(stages: Collection[int | str] | int | str) -> list[int]:
+    by_name = {name: code for code, name in STAGE_NAMES.items()}
+    given = [stages] if isinstance(stages, (int, str)) else list(stages)
+    codes = [by_name.get(stage, -1) if isinstance(stage, str) else int(stage) for stage in given]
+    if any(code not in STAGE_NAMES for code in codes):
+        raise TraceError(
+            f"found stages {given}, expected codes or names out of {dict(STAGE_NAMES)}: correct the stage"
+        )
+    return codes
+
+
+def _canonical_domains(trace: RoutingTrace) -> tuple[np.ndarray, list[tuple[str, str]]]:
+    """Return domain ids [rows] against the sorted table of the domains in use, and that table."""
+    present = np.unique(trace.domain_id)  # type: ignore[arg-type]
+    used = sorted((trace.domain[i], trace.groups[i]) for i in present if i >= 0)
+    lookup = np.full(len(trace.domain) + 1, -1, np.int32)
+    place = {name: i for i, (name, _) in enumerate(used)}
+    for i in present:
+        if i >= 0:
+            lookup[i] = place[trace.domain[i]]
+    return lookup[trace.domain_id], used
+
+
+def _canonical_order(trace: RoutingTrace, domain_id: np.ndarray) -> np.ndarray:
+    names = ("request_id", "step", "position", "stage", "rank")
+    keys = [value for name in names if (value := getattr(trace, name)) is not None]
+    keys.append(domain_id)
+    order = np.lexsort(keys[::-1])
+    if len(order) < 2:
+        return order
+    ties = np.ones(len(order) - 1, bool)
+    for key in keys:
+        ties &= key[order[1:]] == key[order[:-1]]
+    if not ties.any():
+        return order
+    return np.lexsort([_fingerprint(trace), *keys[::-1]])
+
+
+def _fingerprint(trace: RoutingTrace) -> np.ndarray:
+    """uint64 [rows], a linear hash of each row's picks; equal rows are equal, others almost surely not."""
+    rng = np.random.default_rng(0x5EED)
+    total = np.zeros(trace.num_rows, np.uint64)
+    for name in ("expert_ids", "expert_weights", "expert_load", "step_tokens"):
+        value = getattr(trace, name)
+        if value is None:
+            continue
+        value = value.view(np.int16) if value.dtype == np.float16 else value
+        flat = value.reshape(len(value), -1)
+        factors = rng.integers(1, 2**63, flat.shape[1], dtype=np.uint64) * np.uint64(2) + np.uint64(
+            1
+        )
+        for column, factor in enumerate(factors):
+            total += flat[:, column].astype(np.uint64) * factor
+    return total
