@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_locality.errors import BackendUnavailable, ConfigError
-from moe_locality.figure_data import (
+from moe_locality.figures.data import (
     FigureData,
     LayersData,
     LoadData,
