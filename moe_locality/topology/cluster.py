@@ -10,10 +10,13 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_locality.errors import TopologyError
 from moe_locality.topology import sources
+
+if TYPE_CHECKING:
+    from moe_locality.config import ClusterConfig
 
 # Defaults of a common cluster; configs/clusters/2x8_ib.yaml says where they are from.
 INTRA_NODE_GBPS, INTER_NODE_GBPS = 450.0, 50.0
@@ -198,6 +201,22 @@ class ClusterTopology:
         Collective over ``comm``, an mpi4py communicator (default: the world).
         """
         return cls._of(sources.read_mpi(comm), tiers)
+
+    @classmethod
+    def from_config(cls, config: "ClusterConfig | ClusterTopology") -> "ClusterTopology":
+        """Read what the ``cluster`` section of the configuration names."""
+        if isinstance(config, ClusterTopology):
+            return config
+        if config.hostfile is not None:
+            return cls.from_hostfile(config.hostfile)
+        if config.file is not None:
+            return cls.from_yaml(config.file)
+        if config.num_nodes is None or config.ranks_per_node is None:
+            raise TopologyError(
+                "found an empty cluster section, expected hostfile, file, or num_nodes with "
+                "ranks_per_node: leave the section out to ask the ranks for their host names"
+            )
+        return cls.uniform(config.num_nodes, config.ranks_per_node)
 
     @classmethod
     def _of(cls, shape: sources.Shape, tiers: Mapping[str, float]) -> "ClusterTopology":

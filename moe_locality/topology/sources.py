@@ -164,6 +164,10 @@ def read_env(environ: Mapping[str, str]) -> Shape:
         TopologyError: too little is set to know the node of every rank, or the figures contradict
             each other.
     """
+    if RANKS_PER_NODE_VARIABLE in environ and NODE_VARIABLE in environ:
+        raise TopologyError(
+            f"found {RANKS_PER_NODE_VARIABLE} and {NODE_VARIABLE}, expected one: unset the other"
+        )
     if RANKS_PER_NODE_VARIABLE in environ:
         return _even(environ, RANKS_PER_NODE_VARIABLE)
     if NODE_VARIABLE in environ:

@@ -1,0 +1,308 @@
+"""Process groups of a cluster, and the discovery of the cluster itself: collective functions.
+
+Every function here is called by all ranks, in the same order. What they agree on travels through
+the rendezvous store, which needs no device and no interface of its own; a disagreement raises on
+all ranks, with the ranks that differ.
+"""
+
+import hashlib
+import logging
+import os
+import pickle
+import socket
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from moe_locality.compat_groups import (
+    default_store,
+    register_expert_groups,
+    registered_expert_ranks,
+)
+from moe_locality.errors import TopologyError
+from moe_locality.topology.cluster import ClusterTopology
+from moe_locality.topology.layout import GroupLayout, Order, group_of, layout_groups
+from moe_locality.topology.sources import NODE_VARIABLE, RANKS_PER_NODE_VARIABLE
+
+if TYPE_CHECKING:
+    from moe_locality.config import ClusterConfig
+
+__all__ = [
+    "ExpertParallelGroups",
+    "GroupLayout",
+    "build_groups",
+    "discover_topology",
+    "exchange_objects",
+    "layout_groups",
+    "prepare_groups",
+    "register_with_deepspeed",
+]
+
+logger = logging.getLogger(__name__)
+
+_exchanges: Counter[str] = Counter()
+_built: dict[str, "ExpertParallelGroups"] = {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertParallelGroups:
+    """This rank's process groups for one ``ep_size``, and the (ascending) ranks of each."""
+
+    layout: GroupLayout
+    ep_group: Any
+    ep_ranks: tuple[int, ...]
+    edp_group: Any
+    edp_ranks: tuple[int, ...]
+    intra_node_group: Any
+    intra_node_ranks: tuple[int, ...]
+    inter_node_group: Any
+    inter_node_ranks: tuple[int, ...]
+
+
+def exchange_objects(value: Any, group: Any = None) -> list[Any]:
+    """Return every rank's value (plain data that pickles), by position in the group.
+
+    Collective over ``group`` (default: all ranks). A rank that never calls it lets the others wait
+    for the timeout of the store.
+    """
+    ranks = dist.get_process_group_ranks(group)
+    me, store = dist.get_rank(), default_store()
+    scope = hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
+    key = f"moe_locality/{scope}/{_exchanges[scope]}"
+    _exchanges[scope] += 1
+    store.set(f"{key}/{me}", pickle.dumps(value))
+    if me == ranks[0]:
+        store.set(key, pickle.dumps([store.get(f"{key}/{rank}") for rank in ranks]))
+    return [pickle.loads(value) for value in pickle.loads(store.get(key))]
+
+
+def _raise_on_all(error: str | None, what: str, group: Any = None) -> None:
+    """Raise TopologyError on every rank when any rank has an error; ``what`` opens the message."""
+    errors = exchange_objects(error, group)
+    found = {rank: e for rank, e in enumerate(errors) if e is not None}
+    if found:
+        first = next(iter(found.values()))
+        raise TopologyError(f"{what} failed on ranks {list(found)} of {len(errors)}: {first}")
+
+
+# -- the groups ------------------------------------------------------------------------------------
+
+
+def build_groups(layout: GroupLayout) -> ExpertParallelGroups:
+    """Make the process groups of a layout. Collective over all ranks.
+
+    Building the same layout again returns the groups that exist, as long as they do on all ranks.
+
+    Raises:
+        TopologyError: on all ranks, when the layouts of two ranks differ or are not for this world.
+    """
+    digest = layout.digest()
+    reuse = _alive(_built.get(digest))
+    answers = exchange_objects((digest, layout.num_ranks, reuse))
+    _check_agreement([answer[:2] for answer in answers], len(answers))
+    if all(answer[2] for answer in answers):
+        return _built[digest]
+    groups = {ranks: _new_group(ranks) for ranks in _in_one_order(layout)}
+    mine = {
+        name: group_of(getattr(layout, f"{name}_groups"), dist.get_rank())
+        for name in ("ep", "edp", "intra_node", "inter_node")
+    }
+    built = ExpertParallelGroups(
+        layout=layout,
+        **{f"{name}_group": groups[ranks] for name, ranks in mine.items()},
+        **{f"{name}_ranks": ranks for name, ranks in mine.items()},
+    )
+    _built[digest] = built
+    return built
+
+
+def _in_one_order(layout: GroupLayout) -> list[tuple[int, ...]]:
+    """Return each different list of ranks once, in the order in which all ranks create them."""
+    kinds = (
+        layout.ep_groups,
+        layout.edp_groups,
+        layout.intra_node_groups,
+        layout.inter_node_groups,
+    )
+    return list(dict.fromkeys(ranks for groups in kinds for ranks in groups))
+
+
+def _new_group(ranks: Sequence[int]) -> Any:
+    if len(ranks) == 1:
+        # nobody to talk to: made by its one member alone, without a barrier of all ranks
+        return dist.new_group(list(ranks), use_local_synchronization=True)
+    return dist.new_group(list(ranks))
+
+
+def _alive(built: ExpertParallelGroups | None) -> bool:
+    """Whether the groups still are process groups of torch (they end with the default group)."""
+    if built is None:
+        return False
+    try:
+        for name in ("ep", "edp", "intra_node", "inter_node"):
+            ranks = dist.get_process_group_ranks(getattr(built, f"{name}_group"))
+            if tuple(ranks) != getattr(built, f"{name}_ranks"):
+                return False
+    except (KeyError, ValueError):
+        return False
+    return True
+
+
+def _check_agreement(layouts: Sequence[tuple[str, int]], world: int) -> None:
+    usual = Counter(layouts).most_common(1)[0][0]
+    others = [rank for rank, layout in enumerate(layouts) if layout != usual]
+    if others:
+        raise TopologyError(
+            f"found another layout of the expert groups on ranks {others} than on the other "
+            f"{world - len(others)} of {world}, expected the same on all: give every rank the same "
+            "cluster description, ep_size and order"
+        )
+    if usual[1] != world:
+        raise TopologyError(
+            f"found a layout for {usual[1]} ranks, expected one for the {world} of this run: "
+            "describe the cluster that the launcher uses"
+        )
+
+
+def register_with_deepspeed(groups: ExpertParallelGroups, ep_size: int) -> None:
+    """Hand the EP and EDP groups to DeepSpeed, before ``deepspeed.initialize``. Collective.
+
+    DeepSpeed makes expert groups only where none of that ``ep_size`` are registered.
+
+    Raises:
+        TopologyError: on all ranks, when the groups are for another ``ep_size`` or DeepSpeed has
+            different ones already.
+    """
+    error = None
+    found = registered_expert_ranks(ep_size)
+    if groups.layout.ep_size != ep_size:
+        error = f"found groups of ep_size {groups.layout.ep_size}, expected {ep_size}"
+    elif found not in (None, (list(groups.ep_ranks), list(groups.edp_ranks))):
+        error = (
+            f"found expert groups of DeepSpeed for ep_size {ep_size} (EP ranks {found[0]}, EDP "
+            f"ranks {found[1]}), expected none or EP {list(groups.ep_ranks)}, EDP "
+            f"{list(groups.edp_ranks)}: register before a MoE model is handed to DeepSpeed"
+        )
+    _raise_on_all(error, f"registering the expert groups of ep_size {ep_size}")
+    register_expert_groups(
+        ep_size, groups.ep_group, groups.ep_ranks, groups.edp_group, groups.edp_ranks
+    )
+
+
+def prepare_groups(
+    topology: ClusterTopology,
+    ep_sizes: Iterable[int],
+    order: Order = "E+D",
+    mpu: Any = None,
+) -> dict[int, ExpertParallelGroups]:
+    """Lay out, build and register the groups of several EP sizes. Collective.
+
+    Raises:
+        TopologyError: on all ranks.
+    """
+    sizes = sorted(set(ep_sizes))
+    layouts: list[GroupLayout] = []
+    error = None
+    try:
+        layouts = [layout_groups(topology, size, order, mpu) for size in sizes]
+    except TopologyError as caught:
+        error = str(caught)
+    _raise_on_all(error, f"laying out the expert groups of ep_size {sizes}")
+    result: dict[int, ExpertParallelGroups] = {}
+    for layout in layouts:
+        result[layout.ep_size] = build_groups(layout)
+        register_with_deepspeed(result[layout.ep_size], layout.ep_size)
+    return result
+
+
+# -- the cluster -----------------------------------------------------------------------------------
+
+
+def discover_topology(
+    group: Any = None, cluster_config: "ClusterConfig | ClusterTopology | None" = None
+) -> ClusterTopology:
+    """Find the node of every rank. Collective over ``group`` (default: all ranks).
+
+    The first of these counts: the configuration (read on the first rank, so its files need to be
+    there only); MOE_LOCALITY_RANKS_PER_NODE; MOE_LOCALITY_NODE, the name of a rank's node; host
+    names. Where all host names are equal and the launcher says that there are several nodes (as in
+    a test on one machine), the launcher's node numbers count instead.
+
+    Raises:
+        TopologyError: on all ranks, when the sources contradict each other or the number of ranks.
+    """
+    first = dist.get_process_group_ranks(group)[0] == dist.get_rank()
+    facts = _local_facts()
+    if first and cluster_config is not None:
+        try:
+            facts["configured"] = ClusterTopology.from_config(cluster_config)
+        except TopologyError as error:
+            facts["error"] = str(error)
+    topology = _combine_facts(exchange_objects(facts, group))
+    logger.info("cluster: %s", topology.describe())
+    return topology
+
+
+def _local_facts() -> dict[str, Any]:
+    env = os.environ
+    launcher = None
+    for number, count in (("CROSS_RANK", "CROSS_SIZE"), ("GROUP_RANK", "GROUP_WORLD_SIZE")):
+        if number in env and int(env.get(count, "1")) > 1:
+            launcher = env[number]
+            break
+    return {
+        "host": socket.gethostname(),
+        "node": env.get(NODE_VARIABLE),
+        "ranks_per_node": env.get(RANKS_PER_NODE_VARIABLE),
+        "launcher": launcher,
+    }
+
+
+def _combine_facts(facts: list[dict[str, Any]]) -> ClusterTopology:
+    """Decide from what all ranks said; the same input on all ranks, so the same answer or error."""
+    world = len(facts)
+    if "error" in facts[0]:
+        raise TopologyError(f"the first rank could not read the cluster: {facts[0]['error']}")
+    if "configured" in facts[0]:
+        topology = facts[0]["configured"]
+        if topology.num_ranks != world:
+            raise TopologyError(
+                f"found {topology.num_ranks} ranks in the cluster description "
+                f"({topology.describe()}), expected the {world} of this run: describe the cluster "
+                "that the launcher uses, or leave the section out"
+            )
+        return topology
+    sizes, nodes = [fact["ranks_per_node"] for fact in facts], [fact["node"] for fact in facts]
+    if _on_all(RANKS_PER_NODE_VARIABLE, sizes) and _on_all(NODE_VARIABLE, nodes):
+        raise TopologyError(
+            f"found {RANKS_PER_NODE_VARIABLE} and {NODE_VARIABLE}, expected one: unset the other"
+        )
+    if sizes[0] is not None:
+        if len(set(sizes)) > 1:
+            raise TopologyError(
+                f"found {RANKS_PER_NODE_VARIABLE} with values {sorted(set(sizes))}, expected the "
+                "same on all ranks"
+            )
+        return ClusterTopology.from_env(
+            {RANKS_PER_NODE_VARIABLE: sizes[0], "WORLD_SIZE": str(world)}
+        )
+    if nodes[0] is not None:
+        return ClusterTopology.from_node_names(nodes)
+    hosts = [fact["host"] for fact in facts]
+    numbers = [fact["launcher"] for fact in facts]
+    if len(set(hosts)) == 1 and None not in numbers and len(set(numbers)) > 1:
+        hosts = [f"{host}#{number}" for host, number in zip(hosts, numbers, strict=True)]
+    return ClusterTopology.from_node_names(hosts)
+
+
+def _on_all(variable: str, values: Sequence[str | None]) -> bool:
+    missing = [rank for rank, value in enumerate(values) if value is None]
+    if 0 < len(missing) < len(values):
+        raise TopologyError(
+            f"found {variable} set, but not on ranks {missing} of {len(values)}, expected it on "
+            "all ranks or none"
+        )
+    return not missing
