@@ -330,7 +330,7 @@ class PlacementPlan:
             ("MoE layers", self.num_layers, layer_count),
             ("layer ids", self.layer_ids, layers),
             ("expert-parallel ranks", self.num_ranks, num_ranks),
-            ("model", self.model or model, model or self.model),
+            ("model", self.model, model if self.model and model else None),
         ]
         for what, found, expected in rows:
             if expected is not None and found != expected:

@@ -4,6 +4,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from moe_locality.placement.plan import PlacementPlan
+from moe_locality.trace.schema import RoutingTrace
 
 
 def random_plan(rng, *, layers, experts, nodes, ranks_per_node, slots_per_rank, **rest):
@@ -52,3 +53,38 @@ def plans(draw, replicas=True, experts=None):
         expert_load=load,
         rank_to_node=tuple(nodes_of),
     )
+
+
+def random_trace(rng, *, tokens, layers, experts, top_k, requests=3, ranks=None, dropped=0.1):
+    """A small trace of tokens with uneven popularity, some picks dropped."""
+    popularity = rng.gamma(0.7, 1.0, (layers, experts)) + 1e-3
+    noise = rng.gumbel(size=(tokens, layers, experts))
+    ids = np.argsort(-(np.log(popularity) + noise), axis=2)[..., :top_k].astype(np.int16)
+    ids[rng.random(ids.shape) < dropped] = -1
+    return RoutingTrace(
+        model="random",
+        num_experts=experts,
+        layer_ids=np.arange(layers, dtype=np.int32),
+        domain=("a", "b"),
+        expert_ids=ids,
+        request_id=np.sort(rng.integers(0, requests, tokens)),
+        position=np.arange(tokens, dtype=np.int32),
+        stage=rng.integers(0, 2, tokens).astype(np.uint8),
+        domain_id=rng.integers(-1, 2, tokens).astype(np.int32),
+        rank=None if ranks is None else rng.integers(0, ranks, tokens).astype(np.int32),
+    )
+
+
+@st.composite
+def plans_with_traces(draw, replicas=True):
+    plan = draw(plans(replicas=replicas))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    trace = random_trace(
+        rng,
+        tokens=draw(st.integers(1, 30)),
+        layers=plan.num_layers,
+        experts=plan.num_experts,
+        top_k=draw(st.integers(1, min(4, plan.num_experts))),
+        ranks=plan.num_ranks,
+    )
+    return plan, trace

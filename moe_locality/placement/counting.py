@@ -1,0 +1,115 @@
+"""Exact integer counts of a trace under a plan: node visits, picks by home, picks by batch.
+
+Plain numpy in chunks of tokens, so that memory stays bounded whatever the trace; no compiler,
+because a first ``evaluate`` should not wait for one. Shapes: T tokens, L layers, K picks, E
+experts, P slots, G ranks, M nodes.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+_CHUNK_PICKS = 1 << 20
+_NODES_PER_BYTE = 8
+
+
+def chunks(ids: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yield (rows, ids + 1 of these rows as int64 [L, rows, K]): column 0 of a table stands for "no
+    pick".
+    """
+    tokens, layers, picks = ids.shape
+    step = max(_CHUNK_PICKS // max(layers * picks, 1), 1)
+    for start in range(0, tokens, step):
+        rows = slice(start, min(start + step, tokens))
+        part = ids[rows].transpose(1, 0, 2).astype(np.int64)
+        part += 1
+        yield rows, part
+
+
+def node_visits(
+    ids: np.ndarray, served_node: np.ndarray, home_node: np.ndarray, num_nodes: int
+) -> np.ndarray:
+    """How many tokens of home node m have a pick that is served on node n.
+
+    Args:
+        ids: [T, L, K], -1 = no pick.
+        served_node: [L, H, E] the node that serves expert e for a home on node h; H = 1: the same
+            for all homes.
+        home_node: [T], the home node of each token, below M.
+
+    Returns:
+        [L, M, M] int64; a token counts once per (m, n), n = m included.
+    """
+    layers, homes, experts = served_node.shape
+    visits = np.zeros((layers, num_nodes, num_nodes), dtype=np.int64)
+    for first in range(0, num_nodes, _NODES_PER_BYTE):
+        # one bit per node of this block: the picks of a token are or-ed into one byte
+        bit = served_node - first
+        inside = (bit >= 0) & (bit < _NODES_PER_BYTE)
+        table = np.zeros((layers, homes, experts + 1), dtype=np.uint8)
+        table[:, :, 1:] = np.where(inside, 1 << np.where(inside, bit, 0), 0)
+        patterns = _count_patterns(ids, table.reshape(layers, -1), homes, home_node, num_nodes)
+        width = min(_NODES_PER_BYTE, num_nodes - first)
+        bits = (np.arange(256)[:, None] >> np.arange(width)) & 1
+        visits[:, :, first : first + width] = patterns @ bits
+    return visits
+
+
+def _count_patterns(ids, table, homes, home_node, nodes) -> np.ndarray:
+    """[L, M, 256] int64: tokens by home node and by the or of their table bytes."""
+    layers, columns = table.shape
+    counts = np.zeros(layers * nodes * 256, dtype=np.int64)
+    layer_of = np.arange(layers)[:, None, None]
+    for rows, part in chunks(ids):
+        part += layer_of * columns
+        if homes > 1:
+            part += (home_node[rows] * (columns // homes))[None, :, None]
+        pattern = np.bitwise_or.reduce(table.ravel()[part], axis=2).astype(np.int64)
+        pattern += (layer_of[..., 0] * nodes + home_node[rows]) * 256
+        counts += np.bincount(pattern.ravel(), minlength=counts.size)
+    return counts.reshape(layers, nodes, 256)
+
+
+def picks_by_home(
+    ids: np.ndarray, num_experts: int, home: np.ndarray, num_homes: int
+) -> np.ndarray:
+    """[L, H, E] int64: picks of expert e by tokens whose ``home`` [T] is h."""
+    layers, columns = ids.shape[1], num_experts + 1
+    counts = np.zeros(layers * num_homes * columns, dtype=np.int64)
+    layer_of = np.arange(layers)[:, None]
+    for rows, part in chunks(ids):
+        part += ((layer_of * num_homes + home[rows]) * columns)[:, :, None]
+        counts += np.bincount(part.ravel(), minlength=counts.size)
+    return counts.reshape(layers, num_homes, columns)[:, :, 1:]
+
+
+def picks_by_batch(
+    ids: np.ndarray, num_experts: int, batch_tokens: int, served_slot: np.ndarray | None, home
+) -> Iterator[np.ndarray]:
+    """Yield int64 [B, L, E] picks of some consecutive batches; a rest that fills no batch is left
+    out.
+
+    With ``served_slot`` [L, G, E] and ``home`` [T]: [B, L, P] picks served by each slot.
+    """
+    tokens, layers, _ = ids.shape
+    batch_tokens = min(batch_tokens, tokens)
+    width = num_experts if served_slot is None else int(served_slot.max()) + 1
+    if served_slot is not None:
+        columns = num_experts + 1
+        table = np.zeros((*served_slot.shape[:2], columns), dtype=np.int64)
+        table[:, :, 1:] = served_slot + 1
+    group = max(_CHUNK_PICKS // max(layers * max(width, batch_tokens * ids.shape[2]), 1), 1)
+    batches = tokens // batch_tokens
+    layer_of = np.arange(layers)[:, None, None]
+    for first in range(0, batches, group):
+        count = min(group, batches - first)
+        rows = slice(first * batch_tokens, (first + count) * batch_tokens)
+        part = ids[rows].transpose(1, 0, 2).astype(np.int64) + 1
+        if served_slot is not None:
+            part += (layer_of * served_slot.shape[1] + home[rows][None, :, None]) * columns
+            part = table.ravel()[part]
+        batch_of = (np.arange(count * batch_tokens) // batch_tokens)[None, :, None]
+        part += (batch_of * layers + layer_of) * (width + 1)
+        size = count * layers * (width + 1)
+        counts = np.bincount(part.ravel(), minlength=size)
+        yield counts.reshape(count, layers, width + 1)[:, :, 1:]

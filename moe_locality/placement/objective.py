@@ -1,0 +1,218 @@
+"""What a placement costs on a trace: one definition for solver, simulator, report and tests.
+
+A token t with home node h and picks S_l(t) in layer l costs
+
+* ``copies``: nodes other than h that serve some pick (the token is sent once to each),
+* ``picks``:  picks served on another node than h (what a transport without de-duplication sends).
+
+With replicas the serving slot is ``plan.serving_slot()[layer, home rank, expert]``. Without homes
+the cost is the exact expectation over homes drawn uniformly from all ranks, independent of the
+picks. Without replicas that makes ``picks`` K(M-1)/M for every placement: only ``copies`` then
+tells plans apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from moe_locality.errors import PlacementError
+from moe_locality.placement.frame import Frame, make_frame
+from moe_locality.placement.plan import PlacementPlan
+from moe_locality.topology.cluster import ClusterTopology
+from moe_locality.trace.schema import RoutingTrace
+
+BATCH_TOKENS = 512
+
+Homes = Mapping[int, int] | np.ndarray | str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """Costs of a plan on a trace; every float is the mean of its ``per_layer`` row over the layers.
+
+    copies, picks: per token per layer (nan for a trace of counts only).
+    link: rows (times ``row_bytes``) that the busiest node sends or receives, whichever is more, in
+        the dispatch
+        direction, each token once per destination node, over the whole trace; per layer.
+    node_imbalance, rank_imbalance: max / mean of the picks served per node (rank) over the whole
+        trace.
+    straggler: max / mean of the picks served per rank in a batch of ``batch_tokens`` consecutive
+        tokens, mean over
+        the batches. Without homes it is taken on the expected loads of a batch.
+    distinct: experts that a rank computes at all in such a batch, mean over ranks and batches.
+    move: fraction of slots whose expert was not on that rank in ``baseline`` (times
+        ``expert_bytes`` and slots where
+        given: bytes per layer); nan without a baseline.
+    total_copies, total_picks: exact integers over all layers where homes are given, else None.
+    """
+
+    copies: float
+    picks: float
+    link: float
+    node_imbalance: float
+    rank_imbalance: float
+    straggler: float
+    distinct: float
+    move: float
+    per_layer: dict[str, np.ndarray]
+    layer_ids: tuple[int, ...]
+    num_tokens: int
+    batch_tokens: int
+    total_copies: int | None = None
+    total_picks: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; nan becomes None."""
+        from moe_locality.placement.plan.text import to_plain
+
+        return to_plain({f.name: getattr(self, f.name) for f in fields(self)}, "costs")
+
+
+def evaluate(
+    trace: RoutingTrace,
+    plan: PlacementPlan,
+    topology: ClusterTopology | None = None,
+    homes: Homes = None,
+    *,
+    row_bytes: float | None = None,
+    baseline: PlacementPlan | None = None,
+    expert_bytes: float | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+) -> Costs:
+    """The costs of ``plan`` on ``trace``, see ``Costs``.
+
+    Args:
+        topology: the cluster; must have the plan's ranks on the plan's nodes. None: taken from the
+            plan.
+        homes: None = expectation over uniform homes; a dict request id → rank; an array [T] of
+            ranks; or "trace" =
+            the ranks recorded in the trace.
+        row_bytes: bytes of one token on the wire; None: ``link`` counts rows.
+        baseline, expert_bytes: plan to move from, and the size of one expert's weights.
+        batch_tokens: tokens of a batch for ``straggler`` and ``distinct`` (all ranks together). In
+            a trace of counts
+            every step is a batch.
+
+    Raises:
+        PlacementError: the plan does not fit the trace, the cluster or the homes.
+    """
+    frame = make_frame(trace, plan, topology, homes)
+    if batch_tokens < 1:
+        raise PlacementError(f"batch_tokens: found {batch_tokens}, expected at least 1: correct it")
+    rows: dict[str, np.ndarray] = {}
+    totals: tuple[int | None, int | None] = (None, None)
+    by_rank = _rank_traffic(frame)
+    served = by_rank.sum(axis=1)
+    if frame.ids is None:
+        nothing = np.full(frame.num_layers, np.nan)
+        rows["copies"], rows["picks"], rows["link"] = nothing, nothing, nothing
+    else:
+        totals = _traffic_costs(frame, by_rank, rows, row_bytes or 1)
+    rows["node_imbalance"] = imbalance(_by_node(served, frame.node_of_rank, axis=1))
+    rows["rank_imbalance"] = imbalance(served)
+    rows["straggler"], rows["distinct"] = _batch_costs(frame, batch_tokens)
+    rows["move"] = _moved(frame, plan, baseline)
+    if expert_bytes is not None:
+        rows["move"] = rows["move"] * plan.num_slots * expert_bytes
+    return Costs(
+        **{name: float(row.mean()) for name, row in rows.items()},
+        per_layer=rows,
+        layer_ids=frame.layer_ids,
+        num_tokens=trace.num_tokens,
+        batch_tokens=batch_tokens,
+        total_copies=totals[0],
+        total_picks=totals[1],
+    )
+
+
+def traffic_matrix(
+    trace: RoutingTrace,
+    plan: PlacementPlan,
+    topology: ClusterTopology | None = None,
+    homes: Homes = None,
+    *,
+    per_layer: bool = False,
+) -> np.ndarray:
+    """[G, G] float picks from home rank (row) to the rank of the serving slot (column), the
+    diagonal included.
+
+    Summed over the layers, or [L, G, G] with ``per_layer``. The sum is the number of picks in the
+    trace. Without homes it is the expectation over uniform homes.
+    """
+    matrix = _rank_traffic(make_frame(trace, plan, topology, homes))
+    return matrix if per_layer else matrix.sum(axis=0)
+
+
+def imbalance(loads: np.ndarray) -> np.ndarray:
+    """max / mean along the last axis; 1 where nothing is loaded."""
+    mean = loads.mean(axis=-1)
+    return np.where(mean > 0, loads.max(axis=-1) / np.where(mean > 0, mean, 1), 1.0)
+
+
+def _rank_traffic(frame: Frame) -> np.ndarray:
+    """[L, G, G] float64 picks by home rank and serving rank; integers below 2**53 are exact."""
+    layers, ranks = frame.num_layers, frame.num_ranks
+    matrix = np.zeros((layers, ranks, ranks))
+    shares = frame.picks_by_home()  # [L, G, E]; without homes one row, the same for every home
+    for layer in range(layers):
+        for home in range(ranks):
+            counts = shares[layer, home if frame.home_rank is not None else 0]
+            matrix[layer, home] = np.bincount(
+                frame.served_rank[layer, home], weights=counts, minlength=ranks
+            )
+    return matrix if frame.home_rank is not None else matrix / ranks
+
+
+def _by_node(values: np.ndarray, node_of_rank: np.ndarray, axis: int) -> np.ndarray:
+    """Sum the rank axis into nodes."""
+    nodes = int(node_of_rank.max()) + 1
+    onto = (node_of_rank[:, None] == np.arange(nodes)).astype(values.dtype)
+    return np.moveaxis(np.tensordot(values, onto, axes=([axis], [0])), -1, axis)
+
+
+def _traffic_costs(frame: Frame, by_rank, rows, row_bytes) -> tuple[int | None, int | None]:
+    """Fill copies, picks and link; return their exact totals where homes are given."""
+    tokens = len(frame.ids)  # type: ignore[arg-type]
+    between = _by_node(_by_node(by_rank, frame.node_of_rank, 1), frame.node_of_rank, 2)
+    remote = ~np.eye(frame.num_nodes, dtype=bool)
+    visits = frame.node_visits() * remote  # [L, M, M]
+    rows["picks"] = (between * remote).sum(axis=(1, 2)) / tokens
+    rows["copies"] = visits.sum(axis=(1, 2)) / tokens
+    rows["link"] = np.maximum(visits.sum(axis=2), visits.sum(axis=1)).max(axis=1) * row_bytes
+    if frame.home_rank is None:
+        return None, None
+    return int(visits.sum()), round(float((between * remote).sum()))
+
+
+def _batch_costs(frame: Frame, batch_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Straggler and distinct, [L] each; expected values where the home decides and is not given."""
+    batches = 0
+    straggler, distinct = np.zeros(frame.num_layers), np.zeros(frame.num_layers)
+    for loads, active in frame.slot_batches(batch_tokens):  # [B, L, P] each
+        shape = (len(loads), frame.num_layers, frame.num_ranks, -1)
+        straggler += imbalance(loads.reshape(shape).sum(axis=3)).sum(axis=0)
+        distinct += active.reshape(shape).sum(axis=3).mean(axis=2).sum(axis=0)
+        batches += len(loads)
+    return straggler / batches, distinct / batches
+
+
+def _moved(frame: Frame, plan: PlacementPlan, baseline: PlacementPlan | None) -> np.ndarray:
+    """[L] fraction of slots whose expert was on another rank in ``baseline``."""
+    if baseline is None:
+        return np.full(frame.num_layers, np.nan)
+    baseline.check_fits(
+        num_experts=plan.num_experts, layer_ids=plan.layer_ids, num_ranks=plan.num_ranks
+    )
+
+    def held(some: PlacementPlan) -> np.ndarray:
+        table = np.zeros((some.num_layers, some.num_ranks, some.num_experts), dtype=bool)
+        layer, slot = np.indices(some.physical_to_logical_map.shape)
+        table[layer, some.rank_of_slot[slot], some.physical_to_logical_map] = True
+        return table
+
+    new = (held(plan) & ~held(baseline)).sum(axis=(1, 2)) / plan.num_slots
+    return new[frame.plan_rows]
