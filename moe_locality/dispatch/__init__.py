@@ -1,1 +1,33 @@
-"""TODO: re-exports of this package (its owner writes this)."""
+"""Move tokens to their experts and back.
+
+::
+
+    x [T, D] --row_map, permute--> rows by slot [N, D] --all-to-all--> rows by source [R, D]
+             --reorder--> rows by local expert [R, D] --experts--> [R, D]
+             --reorder--> by source --all-to-all--> by slot [N, D] --combine--> [T, D]
+
+Backward runs the same pipeline in reverse, with the splits reversed: gradients of rows travel, and
+the gate gets the dot product of each row and the gradient of its token.
+
+``dispatcher`` is the object a layer talks to, ``flat`` one way across the ranks, ``exchange`` its
+collectives, ``permute`` the pure arithmetic of a step, ``traffic`` the counters of what was sent.
+"""
+
+import importlib
+from typing import Any
+
+_HOME_OF = {
+    "TokenDispatcher": "moe_locality.dispatch.dispatcher",
+    "DispatchOutput": "moe_locality.dispatch.dispatcher",
+    "TrafficCounter": "moe_locality.dispatch.traffic",
+    "traffic_report": "moe_locality.dispatch.traffic",
+    "reset_traffic": "moe_locality.dispatch.traffic",
+}
+
+__all__ = list(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'moe_locality.dispatch' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)

@@ -1,1 +1,4 @@
-"""TODO: re-exports of this package (its owner writes this)."""
+"""Local kernels of the dispatch: one front (``ops``), a torch reference, faster backends beside it.
+
+Import ``moe_locality.kernels.ops``; nothing is loaded here.
+"""

@@ -1,0 +1,106 @@
+"""The one file that touches private names of DeepSpeed, transformers or torch; a test for each.
+
+Everything is imported inside functions: reading this module imports neither.
+"""
+
+import types
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+
+from moe_locality.errors import ConfigError
+
+MIN_DEEPSPEED = "0.19.4"
+TESTED_DEEPSPEED = ("0.19.8",)
+
+
+def require_deepspeed() -> str:
+    """Return the version of DeepSpeed that is installed.
+
+    Raises:
+        ConfigError: none is, or one before 0.19.4 (whose gate cannot return sparse routes).
+    """
+    try:
+        found = metadata.version("deepspeed")
+    except metadata.PackageNotFoundError:
+        raise ConfigError(
+            f"found no DeepSpeed, expected deepspeed>={MIN_DEEPSPEED}: pip install "
+            "'moe-locality[deepspeed]'"
+        ) from None
+    from packaging.version import Version  # one of DeepSpeed's own requirements
+
+    if Version(found) < Version(MIN_DEEPSPEED):
+        raise ConfigError(
+            f"found deepspeed {found}, expected {MIN_DEEPSPEED} or newer, whose gate returns "
+            f"sparse routes: pip install 'deepspeed>={MIN_DEEPSPEED}'"
+        )
+    return found
+
+
+def avoid_cpu_jit() -> None:
+    """Keep DeepSpeed's CPU backend from compiling ``deepspeed_shm_comm`` at its start.
+
+    The build takes minutes, and hangs without a word on a lock that a killed build left behind.
+    Call this before ``deepspeed.init_distributed``; on a GPU it changes nothing.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def init_stock_moe(stock: type, module: Any, *args: Any, **kwargs: Any) -> None:
+    """Run ``stock.__init__`` on ``module`` even where the name ``MoE`` of its module was rebound.
+
+    ``deepspeed.moe.layer.MoE.__init__`` says ``super(MoE, self)`` and so looks its own class up in
+    the module's globals; once a subclass is bound to that name it would call itself for ever. The
+    same code runs here with globals in which the name means the stock class.
+    """
+    init: Any = stock.__init__
+    bound_globals = {**init.__globals__, stock.__name__: stock}
+    same_code = types.FunctionType(
+        init.__code__, bound_globals, init.__name__, init.__defaults__, init.__closure__
+    )
+    same_code.__kwdefaults__ = init.__kwdefaults__
+    same_code(module, *args, **kwargs)
+
+
+def tensor_parallel_size() -> int:
+    """Return the tensor-parallel size of the dense layers (1 without an mpu)."""
+    from deepspeed.utils import groups
+    from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
+
+    return 1 if groups.mpu is None else bwc_tensor_model_parallel_world_size(groups.mpu)
+
+
+def expert_group_registered(name: str) -> bool:
+    """Return whether DeepSpeed has an expert-parallel group of this name (``ep_size_{n}``)."""
+    from deepspeed.utils import groups
+
+    return name in groups._get_expert_parallel_group_dict()
+
+
+def expert_parallel_group(name: str) -> Any:
+    """Return the expert-parallel group of this rank that is registered under ``name``."""
+    from deepspeed.utils import groups
+
+    return groups._get_expert_parallel_group(name)
+
+
+def register_expert_groups(
+    name: str,
+    *,
+    ep_group: Any,
+    ep_ranks: Sequence[int],
+    edp_group: Any,
+    edp_ranks: Sequence[int],
+) -> None:
+    """Tell DeepSpeed which groups to use for ``name`` (``ep_size_{n}``).
+
+    DeepSpeed makes its own only where there are none of that name.
+    """
+    from deepspeed.utils import groups
+
+    groups._EXPERT_PARALLEL_GROUP[name] = ep_group
+    groups._EXPERT_PARALLEL_GROUP_RANKS[name] = list(ep_ranks)
+    groups._EXPERT_DATA_PARALLEL_GROUP[name] = edp_group
+    groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = list(edp_ranks)

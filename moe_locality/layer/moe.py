@@ -1,0 +1,342 @@
+"""The drop-in for ``deepspeed.moe.layer.MoE``: the same function, a ragged dispatch.
+
+What is DeepSpeed's stays DeepSpeed's: construction, gating (top-1, top-2, top-k, noise, random
+token selection, dropping), the experts, the residual branch, the groups, the checkpoints. What is
+ours is the way between gate and experts: no capacity padding, and experts that may sit in any slot.
+
+*Slot* s of a layer is expert ``s % e`` of rank ``s // e`` of the EP group. Parameters are stored in
+slot order, so a checkpoint is a plain DeepSpeed checkpoint. The gate routes in the *logical* frame:
+it reads the rows of ``wg.weight`` in logical order, so routing, noise, ``l_aux``, ``exp_counts``
+and recorded ids are bit for bit those of the model before it was placed. With the identity
+placement (the default) the two frames are one.
+
+Classes are assigned in place (``module.__class__``), by the constructor and by ``apply`` alike, so
+parameters, hooks and references to a module stay what they were.
+"""
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_locality import compat
+from moe_locality.config import DispatchConfig
+from moe_locality.dispatch.dispatcher import TokenDispatcher, check_dispatch_config
+from moe_locality.dispatch.traffic import TrafficCounter
+from moe_locality.errors import ConfigError, PlacementError
+from moe_locality.kernels import ops
+from moe_locality.topology.cluster import ClusterTopology
+
+compat.require_deepspeed()
+
+import deepspeed.comm  # noqa: E402
+from deepspeed.moe.experts import Experts  # noqa: E402
+from deepspeed.moe.layer import MoE as StockMoE  # noqa: E402
+from deepspeed.moe.sharded_moe import (  # noqa: E402
+    FIRST_ALLTOALL_TIMER,
+    MOE_TIMER,
+    SECOND_ALLTOALL_TIMER,
+    MOELayer,
+    TopKGate,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class _View:
+    """An object seen with some attributes replaced; what is written goes to the object itself.
+
+    It lets DeepSpeed's own ``forward`` run with, say, another order of the router rows, without a
+    copy of its code here.
+    """
+
+    def __init__(self, target: Any, **replaced: Any) -> None:
+        object.__setattr__(self, "_target", target)
+        object.__setattr__(self, "_replaced", replaced)
+
+    def __getattr__(self, name: str) -> Any:
+        replaced = object.__getattribute__(self, "_replaced")
+        return (
+            replaced[name]
+            if name in replaced
+            else getattr(object.__getattribute__(self, "_target"), name)
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(object.__getattribute__(self, "_target"), name, value)
+
+
+class LocalityTopKGate(TopKGate):
+    """DeepSpeed's gate, read in the logical frame.
+
+    The sparse output is DeepSpeed's: ``(l_aux, C, E, indices int32 [K, T] (-1 = dropped),
+    locations, gates fp32 [K, T], exp_counts)``, with logical ids.
+    """
+
+    routes_in_logical_frame = True
+    slot_to_logical: np.ndarray
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input: Tensor,
+        used_token: Tensor | None = None,
+        sparse_routes: bool = False,
+        use_tutel: bool = False,
+        *,
+        padded: bool = True,
+    ) -> Any:
+        """Gate ``input [T, D]``; with ``padded=False`` nobody needs equal capacities on all ranks.
+
+        Without dropping, DeepSpeed makes all ranks agree on the capacity of the padded buffers. It
+        changes no route and no weight, so the ragged dispatch saves that collective.
+        """
+        if input.shape[0] == 0 and sparse_routes:
+            return self._no_routes(input)
+        replaced: dict[str, Any] = {}
+        if not self.is_identity:
+            order = self._slot_of_logical(input.device)
+            replaced["wg"] = SimpleNamespace(weight=self.wg.weight.index_select(0, order))
+        if not padded and not self.drop_tokens:
+            replaced["ep_group"] = None
+        view: Any = _View(self, **replaced) if replaced else self
+        stock: Any = TopKGate.forward
+        return stock(view, input, used_token, sparse_routes, use_tutel)
+
+    @property
+    def is_identity(self) -> bool:
+        return self._identity
+
+    def set_slot_to_logical(self, slot_to_logical: np.ndarray) -> None:
+        """Say which logical expert each slot holds (checked by :func:`set_slot_to_logical`)."""
+        self.slot_to_logical = slot_to_logical
+        self._identity = bool((slot_to_logical == np.arange(len(slot_to_logical))).all())
+        self._orders: dict[torch.device, Tensor] = {}
+
+    def slot_ids(self, logical_ids: Tensor) -> Tensor:
+        """Map logical ids (-1 = dropped) to slots, the same shape and dtype."""
+        if self.is_identity:
+            return logical_ids
+        slots = self._slot_of_logical(logical_ids.device).to(logical_ids.dtype)
+        return torch.where(logical_ids < 0, logical_ids, slots[logical_ids.clamp_min(0).long()])
+
+    def _slot_of_logical(self, device: torch.device) -> Tensor:
+        # not a buffer: it must not be saved, cast, or made on the meta device
+        if device not in self._orders:
+            self._orders[device] = torch.from_numpy(np.argsort(self.slot_to_logical)).to(device)
+        return self._orders[device]
+
+    def _no_routes(self, input: Tensor) -> tuple:
+        """A rank without tokens takes part in the exchange; DeepSpeed's l_aux would be NaN."""
+        logits = torch.nn.functional.linear(input.float(), self.wg.weight.float())
+        num_experts = logits.shape[1]
+        none = torch.empty(self.k, 0, dtype=torch.int32, device=input.device)
+        counts = torch.zeros(num_experts, dtype=torch.int64, device=input.device)
+        gates = logits[:, : self.k].t().contiguous()
+        return (logits.sum(), torch.tensor(0), num_experts, none, none, gates, counts)
+
+
+class LocalityMOELayer(MOELayer):
+    """DeepSpeed's ``MOELayer`` with a ragged dispatch.
+
+    ``traffic`` counts what was sent (None before the first forward). With tensor parallelism or
+    Tutel, DeepSpeed's own padded dispatch runs, with the slot mapping.
+    """
+
+    gate: LocalityTopKGate
+    dispatch_config: DispatchConfig
+    kernels: ops.Backend
+    topology: ClusterTopology | None
+    dispatcher: TokenDispatcher | None
+
+    @property
+    def traffic(self) -> TrafficCounter | None:
+        return self.dispatcher.traffic if self.dispatcher is not None else None
+
+    def forward(self, *input: Tensor, **kwargs: Any) -> Tensor:
+        """``(hidden_states [..., D], used_token)`` to ``[..., D]``; sets l_aux and exp_counts."""
+        if self.use_tutel or compat.tensor_parallel_size() > 1:
+            return self._padded_forward(*input, **kwargs)
+        return self._ragged_forward(input[0], input[1])  # pyright: ignore[reportCallIssue]
+
+    def _set_ep_group(self, ep_group: Any) -> None:
+        super()._set_ep_group(ep_group)
+        self.dispatcher = None
+
+    @torch.compiler.disable  # pyright: ignore[reportArgumentType]
+    def _ragged_forward(self, hidden_states: Tensor, used_token: Tensor | None) -> Tensor:
+        self._timer(MOE_TIMER, start=True)
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        self.l_aux, _, _, logical_ids, _, weights, self.exp_counts = self.gate(
+            x, used_token, True, padded=False
+        )
+        dispatcher = self._get_dispatcher()
+        self._timer(FIRST_ALLTOALL_TIMER, start=True)
+        routed: Any = dispatcher.dispatch(x, self.gate.slot_ids(logical_ids).t())
+        self.time_falltoall = self._timer(FIRST_ALLTOALL_TIMER)
+        expert_out = run_experts(self.experts, routed.rows, routed.tokens_per_local_expert)
+        self._timer(SECOND_ALLTOALL_TIMER, start=True)
+        output = dispatcher.combine(expert_out, weights.t(), routed.handle)
+        self.time_salltoall = self._timer(SECOND_ALLTOALL_TIMER)
+        output = output.reshape(hidden_states.shape)
+        self.time_moe = self._timer(MOE_TIMER)
+        return output
+
+    def _padded_forward(self, *input: Tensor, **kwargs: Any) -> Tensor:
+        if not self._said_padded:
+            self._said_padded = True
+            logger.warning(
+                "moe_locality: %s is on, so DeepSpeed's padded dispatch runs in this layer: "
+                "results and placement are right, the ragged exchange and its traffic counters are "
+                "off",
+                "Tutel" if self.use_tutel else "tensor parallelism",
+            )
+
+        def gate_of_slots(*args: Any) -> tuple:
+            l_aux, capacity, num_experts, logical_ids, *rest = self.gate(*args)
+            return (l_aux, capacity, num_experts, self.gate.slot_ids(logical_ids), *rest)
+
+        stock: Any = MOELayer.forward
+        return stock(_View(self, gate=gate_of_slots), *input, **kwargs)
+
+    def _get_dispatcher(self) -> TokenDispatcher:
+        if self.dispatcher is None:
+            self.dispatcher = TokenDispatcher(
+                self.ep_group,
+                self.topology,
+                num_slots=self.ep_size * self.num_local_experts,
+                num_ranks=self.ep_size,
+                config=self.dispatch_config,
+                comm=deepspeed.comm,
+                kernels=self.kernels,
+            )
+        return self.dispatcher
+
+    def _timer(self, name: str, start: bool = False) -> float:
+        if not self.wall_clock_breakdown:
+            return 0.0
+        if start:
+            self.timers(name).start()
+            return 0.0
+        self.timers(name).stop()
+        return self.timers(name).elapsed(reset=False)
+
+
+def run_experts(experts: Any, rows: Tensor, tokens_per_expert: tuple[int, ...]) -> Tensor:
+    """Run each local expert on its rows, ``[R, D]`` to ``[R, D]`` in the same order.
+
+    An expert without rows gets one row of zeros while gradients are on, and the result is dropped:
+    its parameters then have gradients of zero, as DeepSpeed's padding gives them, and not none.
+    """
+    outputs = []
+    start = 0
+    for expert, count in zip(experts.deepspeed_experts, tokens_per_expert, strict=True):
+        chunk = rows[start : start + count]
+        start += count
+        if count == 0:
+            if not torch.is_grad_enabled():
+                continue
+            chunk = rows.new_zeros(1, rows.shape[1])
+        # four dimensions, as DeepSpeed's [g, e, c, m], for experts that look at the shape
+        out = expert(chunk[None, None])
+        if isinstance(out, tuple):
+            out = out[0]  # DeepSpeed ignores the bias term that some experts return
+        outputs.append(out.reshape(-1, rows.shape[1])[:count])
+    return torch.cat(outputs) if outputs else rows
+
+
+class MoE(StockMoE):
+    """``deepspeed.moe.layer.MoE`` with a ragged, placement-aware dispatch.
+
+    The same arguments, the same ``(output, l_aux, exp_counts)``, the same state-dict keys.
+
+    Args:
+        dispatch_config: how tokens travel; a dict is read as the ``dispatch`` section.
+        kernels: backend of the local kernels (``auto``, ``reference``, ``triton``, ``cuda``).
+        topology: node of every rank, for the traffic report.
+    """
+
+    deepspeed_moe: LocalityMOELayer
+
+    def __init__(
+        self,
+        *args: Any,
+        dispatch_config: DispatchConfig | dict[str, Any] | None = None,
+        kernels: ops.Backend = "auto",
+        topology: ClusterTopology | None = None,
+        **kwargs: Any,
+    ) -> None:
+        compat.init_stock_moe(StockMoE, self, *args, **kwargs)
+        adopt(self, dispatch_config=dispatch_config, kernels=kernels, topology=topology)
+
+
+def adopt(
+    module: StockMoE,
+    *,
+    dispatch_config: DispatchConfig | dict[str, Any] | None = None,
+    kernels: ops.Backend = "auto",
+    topology: ClusterTopology | None = None,
+) -> bool:
+    """Turn a stock MoE module into ours, in place; return False where it already was.
+
+    A subclass of the stock class keeps its class: only its ``deepspeed_moe`` and gate change. What
+    a stock gate knew of its placement (``gate.slot_to_logical``) is kept.
+
+    Raises:
+        ConfigError: the module is not built from DeepSpeed's own gate, experts and layer.
+    """
+    if isinstance(dispatch_config, dict):
+        dispatch_config = DispatchConfig.model_validate(dispatch_config)
+    dispatch_config = dispatch_config or DispatchConfig()
+    check_dispatch_config(dispatch_config)
+    ops.check_backend(kernels)
+    layer: Any = module.deepspeed_moe
+    if isinstance(layer, LocalityMOELayer):
+        return False
+    parts = (
+        ("deepspeed_moe", layer, MOELayer),
+        ("gate", layer.gate, TopKGate),
+        ("experts", layer.experts, Experts),
+    )
+    for name, part, expected in parts:
+        if type(part) is not expected:
+            raise ConfigError(
+                f"found {type(part).__qualname__} as {name} of an MoE layer, expected DeepSpeed's "
+                f"{expected.__name__}: a changed layer cannot be swapped; leave it as it is, or "
+                "build it from moe_locality.MoE"
+            )
+    placed = getattr(layer.gate, "slot_to_logical", None)
+    if type(module) is StockMoE:
+        module.__class__ = MoE
+    layer.__class__ = LocalityMOELayer
+    layer.gate.__class__ = LocalityTopKGate
+    layer.dispatch_config, layer.kernels, layer.topology = dispatch_config, kernels, topology
+    layer.dispatcher = None
+    layer._said_padded = False
+    set_slot_to_logical(module, np.arange(module.num_experts) if placed is None else placed)
+    return True
+
+
+def set_slot_to_logical(moe_module: StockMoE, slot_to_logical: Any) -> None:
+    """Say which logical expert each slot of a layer holds; moves no weights.
+
+    Works on our layer, whose gate then routes in the logical frame, and on a stock one, whose gate
+    only carries the fact (its outputs stay in the frame of the slots).
+
+    Raises:
+        PlacementError: not a permutation of 0..E-1.
+    """
+    placed = np.array(slot_to_logical, dtype=np.int64)
+    num_experts = moe_module.num_experts
+    if placed.shape != (num_experts,) or (np.sort(placed) != np.arange(num_experts)).any():
+        raise PlacementError(
+            f"found slot_to_logical {placed.tolist()}, expected a permutation of 0 to "
+            f"{num_experts - 1}: a training layer holds every expert once"
+        )
+    gate: Any = moe_module.deepspeed_moe.gate
+    if isinstance(gate, LocalityTopKGate):
+        gate.set_slot_to_logical(placed)
+    else:
+        gate.slot_to_logical = placed
