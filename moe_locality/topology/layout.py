@@ -89,7 +89,7 @@ def layout_groups(
         ep_size=ep_size,
         order=order,
         ep_groups=ep_groups,
-        edp_groups=tuple(zip(*ep_groups, strict=True)),
+        edp_groups=tuple(tuple(sorted(ranks)) for ranks in zip(*ep_groups, strict=True)),
         intra_node_groups=intra,
         inter_node_groups=inter,
     )
