@@ -207,7 +207,7 @@ parity = MPI.COMM_WORLD.Get_rank() % 2
 half = ClusterTopology.from_mpi(MPI.COMM_WORLD.Split(parity))
 
 class TwoMemories:
-    """A world of two containers on one host: even and odd ranks share memory among themselves."""
+    # two containers on one host: even and odd ranks share memory among themselves
     def __getattr__(self, name):
         return getattr(MPI.COMM_WORLD, name)
     def Split_type(self, kind):
