@@ -1,0 +1,253 @@
+"""Collects the picks of all layers of one forward pass into a block and hands it to the writer.
+
+A block ends when the model's forward pass ends; where that is not seen (layers called one by one),
+when a layer comes again or the annotation changes. A layer that did not run has no pick (-1).
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_locality.errors import TraceError
+from moe_locality.trace.recorder.annotation import (
+    Annotation,
+    Layout,
+    check_fits,
+    current_annotation,
+    layout_of,
+)
+from moe_locality.trace.recorder.block import Block, Entry, Progress, logical_lookup
+from moe_locality.trace.recorder.ring import Ring, RingFull, ring_capacity
+from moe_locality.trace.recorder.routes import Routes
+from moe_locality.trace.recorder.writer import WriterThread
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AssemblerSettings:
+    """How blocks are collected; the names are those of RoutingRecorder."""
+
+    weights: bool
+    every_n_steps: int
+    ring_tokens: int
+    sequence_first: bool
+    max_wait_s: float
+    strict: bool
+    first_request_id: int
+
+
+class Assembler:
+    """The state between two hooks. One thread at a time runs forward passes."""
+
+    def __init__(
+        self, settings: AssemblerSettings, writer: WriterThread, num_layers: int, step: int
+    ) -> None:
+        self.step = step
+        self.explicit_steps = False
+        self.dropped_tokens = 0
+        self.skipped_blocks = 0
+        self._settings = settings
+        self._writer = writer
+        self._num_layers = num_layers
+        self._ring: Ring | None = None
+        self._block: Block | None = None
+        self._progress = Progress(Annotation())
+        self._next_request_id = settings.first_request_id
+        self._lookups: dict[int, np.ndarray] = {}
+        self._warned: set[str] = set()
+        self._stalled = False
+
+    # -- what the hooks call --------------------------------------------------------------------
+
+    def add(
+        self,
+        layer: int,
+        module: torch.nn.Module,
+        read: Callable[[], Routes],
+        shape: tuple[int, int] | None,
+    ) -> None:
+        """Take the picks of one layer."""
+        block, annotation = self._block, current_annotation()
+        if block is not None and block.thread != threading.get_ident():
+            self.skip("threads", "found a forward pass in a second thread while one was running")
+            return
+        if block is not None and (layer in block.layers_seen or block.annotation is not annotation):
+            self.finish()
+            block = None
+        if block is None:
+            routes = read()
+            if _not_real(routes.ids):
+                return
+            block = self._begin(len(routes.ids), annotation, shape, module.training)
+        elif block.recorded:
+            routes = read()
+        else:
+            return
+        block.layers_seen.add(layer)
+        if block.recorded:
+            self._store(block, layer, module, routes)
+
+    def finish(self) -> None:
+        """End the block that is open and hand it over."""
+        block, self._block = self._block, None
+        if block is None:
+            return
+        self._progress.forward_index += 1
+        self._progress.tokens_before += block.layout.length
+        if not self.explicit_steps:
+            self.step += 1
+        if not block.recorded:
+            return
+        if block.annotation.request_ids is None:
+            self._next_request_id += block.layout.num_sequences
+        ring = self._ring
+        assert ring is not None
+        block.end = ring.head
+        block.arrived = ring.send(block.start, block.end)
+        try:
+            self._writer.put(block, ring, self._patience_s())
+            self._stalled = False
+        except queue.Full:
+            if block.arrived is not None:
+                block.arrived.synchronize()  # its region is about to be written again
+            self._give_up(block, "queue", self._too_slow())
+
+    def discard(self, reason: str) -> None:
+        """Throw the open block away: its forward pass did not come to its end."""
+        block = self._block
+        if block is not None and block.recorded:
+            self._give_up(block, "unfinished", reason)
+        self._block = None
+
+    # -- one block --------------------------------------------------------------------------------
+
+    def _begin(
+        self,
+        num_tokens: int,
+        annotation: Annotation,
+        shape: tuple[int, int] | None,
+        training: bool,
+    ) -> Block:
+        if self._progress.annotation is not annotation:
+            self._progress = Progress(annotation)
+        progress, settings = self._progress, self._settings
+        error = None
+        try:
+            layout = layout_of(num_tokens, shape, annotation, settings.sequence_first)
+            check_fits(annotation, layout, progress.forward_index == 0)
+        except TraceError as found:
+            layout, error = Layout(num_sequences=1, length=num_tokens), str(found)
+        self._block = block = Block(
+            num_tokens=num_tokens,
+            annotation=annotation,
+            layout=layout,
+            step=self.step,
+            training=training,
+            thread=threading.get_ident(),
+            recorded=self.step % settings.every_n_steps == 0 and num_tokens > 0,
+            first_request_id=self._next_request_id,
+            forward_index=progress.forward_index,
+            tokens_before=progress.tokens_before,
+            start=self._ring.head if self._ring else 0,
+        )
+        if error is not None and block.recorded:
+            self._give_up(block, "labels", error)
+        return block
+
+    def _store(self, block: Block, layer: int, module: Any, routes: Routes) -> None:
+        num_tokens, top_k = routes.ids.shape
+        if num_tokens != block.num_tokens:
+            reason = (
+                f"found {num_tokens} tokens in MoE layer {layer} and {block.num_tokens} in the "
+                "layers before it in the same forward pass, expected the same tokens in all layers"
+            )
+            self._give_up(block, "tokens", reason)
+            return
+        ring = self._ring_for(block, routes)
+        try:
+            if ring is None:
+                raise RingFull
+            if block.entries and ring.head - block.start + 2 * routes.ids.numel() > ring.capacity:
+                raise RingFull  # waiting would not help: the block itself fills the ring
+            offset = ring.reserve(routes.ids.numel(), self._patience_s())
+        except RingFull:
+            self._give_up(block, "ring", self._too_slow())
+            return
+        if not block.entries:
+            block.start = offset
+        ring.fill(offset, routes.ids, routes.weights if self._settings.weights else None)
+        block.entries.append(Entry(layer, offset, top_k, self._lookup(module)))
+
+    def _ring_for(self, block: Block, routes: Routes) -> Ring | None:
+        """Return the ring, made or enlarged so that two blocks of this size fit; None: no time."""
+        per_token = self._num_layers * routes.ids.shape[1]
+        ring = self._ring
+        if ring is not None and (
+            block.entries or ring.capacity >= 2 * per_token * block.num_tokens
+        ):
+            return ring
+        if ring is not None and not ring.wait_empty(self._patience_s()):
+            return None
+        capacity = ring_capacity(per_token, self._settings.ring_tokens, block.num_tokens)
+        self._ring = Ring(capacity, routes.ids.device, self._settings.weights)
+        block.start = 0
+        return self._ring
+
+    def _lookup(self, module: Any) -> Any:
+        """Map of a gate whose ids are slots; a gate that routes in the logical frame needs none."""
+        table = getattr(module, "slot_to_logical", None)
+        if table is None or getattr(module, "routes_in_logical_frame", False):
+            return None
+        known = self._lookups.get(id(module))
+        if known is None or not np.array_equal(known[:-1], table):
+            known = self._lookups[id(module)] = logical_lookup(table)
+        return known
+
+    # -- what goes wrong --------------------------------------------------------------------------
+
+    def _patience_s(self) -> float:
+        """Once the writer was too slow, nothing waits again until it has caught up."""
+        return 0.0 if self._stalled else self._settings.max_wait_s
+
+    def _too_slow(self) -> str:
+        self._stalled = True
+        return (
+            "found the writer behind by more than the ring holds for "
+            f"{self._settings.max_wait_s} s, expected it to keep up: write to a faster disk, raise "
+            "ring_tokens or every_n_steps"
+        )
+
+    def _give_up(self, block: Block, kind: str, reason: str) -> None:
+        block.recorded = False
+        if self._ring is not None and block.entries:
+            self._ring.rewind(block.start)
+        self.dropped_tokens += block.num_tokens
+        self.skip(kind, reason)
+
+    def skip(self, kind: str, reason: str) -> None:
+        """Count a block that is not recorded; say so once per kind, or raise where ``strict``."""
+        self.skipped_blocks += 1
+        if self._settings.strict:
+            raise TraceError(reason)
+        if kind not in self._warned:
+            self._warned.add(kind)
+            logger.warning(
+                "a forward pass is not recorded: %s. Later ones of this kind are only counted.",
+                reason,
+            )
+
+
+def _not_real(ids: torch.Tensor) -> bool:
+    """Shape inference, or a CUDA graph being captured: its replays would not call the hooks."""
+    if ids.is_meta:
+        return True
+    return ids.is_cuda and torch.cuda.is_current_stream_capturing()

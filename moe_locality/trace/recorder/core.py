@@ -1,0 +1,398 @@
+"""RoutingRecorder: records which experts every token of a model picks, while the model runs."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.module_tracker import ModuleTracker
+
+from moe_locality.errors import TraceError
+from moe_locality.trace.recorder.assembler import Assembler, AssemblerSettings
+from moe_locality.trace.recorder.defaults import (
+    check_writable,
+    default_first_request_id,
+    default_rank,
+)
+from moe_locality.trace.recorder.hooks import Hook, MoeLayer, find_moe_layers, hook_layer
+from moe_locality.trace.recorder.writer import ShardSettings, WriterThread
+from moe_locality.trace.shards import make_directory
+
+logger = logging.getLogger(__name__)
+
+_OPEN: set[RoutingRecorder] = set()
+_CLOSE_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecorderReport:
+    """What became of the tokens."""
+
+    recorded_tokens: int
+    """Tokens (rows) in complete shards."""
+    dropped_tokens: int
+    """Tokens of sampled forward passes that are in no shard and will not be."""
+    skipped_forwards: int
+    """Forward passes that were given up (labels that do not fit, writer too slow, ...)."""
+    shards: int
+    failure: str | None
+    """Why recording stopped before its time, None: it did not."""
+
+
+class Handle:
+    """The hooks of one ``attach``; ``detach()`` removes them."""
+
+    def __init__(self, recorder: RoutingRecorder, hooks: list[Any], modules: set[int]) -> None:
+        self._recorder = recorder
+        self._hooks = hooks
+        self.modules = modules
+
+    def detach(self) -> None:
+        """Remove the hooks; the forward pass that is open is kept. Harmless when done before."""
+        if self._hooks:
+            self._recorder._finish()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self.modules = set()
+
+
+class RoutingRecorder:
+    """Records the routing of every MoE layer of a model into a directory of Parquet shards.
+
+    A forward pass of the attached model gives one row per token: its picks in all layers, labelled
+    by ``annotate``. A recorder never stops a training: after a failure (a full disk, say) it logs
+    once, records no more, and ``close()`` reports what was lost; ``strict=True`` raises instead.
+    The recomputation of activation checkpointing is not recorded. A forked child does not record.
+
+    Bounds of memory per rank, L layers, K picks: device (and pinned host) ring
+    L * K * 2 bytes * max(ring_tokens, twice the tokens of one forward pass); shard being filled
+    shard_tokens * (L * K * 2 + 25) bytes, and about as much again while it is written. Weights
+    double the factor 2 to 4. A process that is killed loses at most the shard being filled.
+
+    Args:
+        path: directory, made if absent; every rank writes its own shards into it.
+        model: name of the model, kept in the trace.
+        weights: also keep the router weights (float16).
+        every_n_steps: record the steps whose number is a multiple of it. ``step()`` counts; until
+            it is called for the first time, every forward pass counts as a step.
+        shard_tokens: tokens per shard.
+        ring_tokens: tokens in flight between the model and the writer.
+        rank: number of this process in file names and rows; default: torch.distributed's, else the
+            environment variable RANK, else 0.
+        strict: raise TraceError where a forward pass cannot be recorded.
+        sequence_first: the model's hidden states are [S, B, D], not [B, S, D].
+        max_wait_s: how long a forward pass may wait for a writer that is behind before its tokens
+            are dropped (and counted); 0 = never wait.
+        first_request_id: requests are numbered from here where ``annotate`` gives no ids; the
+            default is different for every rank and every run. Stages of one pipeline need the same.
+
+    Raises:
+        TraceError: the directory cannot be written, or an argument is impossible.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        model: str = "",
+        weights: bool = False,
+        every_n_steps: int = 1,
+        shard_tokens: int = 262_144,
+        ring_tokens: int = 65_536,
+        rank: int | None = None,
+        strict: bool = False,
+        sequence_first: bool = False,
+        max_wait_s: float = 30.0,
+        first_request_id: int | None = None,
+    ) -> None:
+        for name, value in (
+            ("every_n_steps", every_n_steps),
+            ("shard_tokens", shard_tokens),
+            ("ring_tokens", ring_tokens),
+        ):
+            if value < 1:
+                raise TraceError(f"found {name}={value}, expected at least 1: correct it")
+        self.path = make_directory(path)
+        check_writable(self.path)
+        self.rank = default_rank() if rank is None else rank
+        self.model = model
+        self._shard_tokens = shard_tokens
+        self._settings = AssemblerSettings(
+            weights=weights,
+            every_n_steps=every_n_steps,
+            ring_tokens=ring_tokens,
+            sequence_first=sequence_first,
+            max_wait_s=max_wait_s,
+            strict=strict,
+            first_request_id=(
+                default_first_request_id(self.path, self.rank)
+                if first_request_id is None
+                else first_request_id
+            ),
+        )
+        self._layers: list[MoeLayer] = []
+        self._layer_ids: list[int] = []
+        self._handles: list[Handle] = []
+        self._assembler: Assembler | None = None
+        self._writer: WriterThread | None = None
+        self._tracker = ModuleTracker()
+        self._shape: tuple[int, tuple[int, int] | None] = (-1, None)
+        self._root: torch.nn.Module | None = None
+        self._running = True
+        self._failure: Exception | None = None
+        self._closed = False
+        self._step = 0
+        _OPEN.add(self)
+
+    # -- attaching ------------------------------------------------------------------------------
+
+    def attach(self, module: torch.nn.Module, *, layer_ids: Sequence[int] | None = None) -> Handle:
+        """Hook every MoE layer below ``module``; numbers go on from the layers attached before.
+
+        Args:
+            layer_ids: transformer layer index of each MoE layer, in the order of
+                ``named_modules()``; default: 0, 1, ... Stages of a pipeline give their own.
+
+        Raises:
+            TraceError: there is no MoE layer, one is attached already, the ids do not fit, or
+                recording has begun with other layers.
+        """
+        self._check_open()
+        layers = find_moe_layers(module)
+        attached = set().union(*(handle.modules for handle in self._handles))
+        if attached & {id(layer.module) for layer in layers}:
+            raise TraceError(
+                f"found MoE layers of {type(module).__name__} that this recorder is attached to, "
+                "expected new ones: detach the handle first"
+            )
+        if not any(handle.modules for handle in self._handles) and self._assembler is None:
+            self._layers, self._layer_ids = [], []
+        first = self._numbered(layers, layer_ids)
+        hooks: list[Any] = []
+        for index, layer in enumerate(layers, start=first):
+            hooks += hook_layer(index, layer, self._on_routes, self._on_shape)
+        hooks.append(module.register_forward_pre_hook(Hook(self._forward_begins)))
+        hooks.append(module.register_forward_hook(Hook(self._forward_ends)))
+        handle = Handle(self, hooks, {id(layer.module) for layer in layers})
+        self._handles.append(handle)
+        return handle
+
+    def _numbered(self, layers: list[MoeLayer], layer_ids: Sequence[int] | None) -> int:
+        """Take the layers into the table and return the number of the first."""
+        sizes = [layer.num_experts for layer in layers]
+        if self._assembler is not None:  # a column of the trace cannot be added or changed any more
+            free = not any(handle.modules for handle in self._handles)
+            if free and sizes == [layer.num_experts for layer in self._layers]:
+                self._layers = layers
+                return 0
+            raise TraceError(
+                f"found {len(layers)} more MoE layers after recording began with "
+                f"{len(self._layers)}: attach all modules before the first forward pass, or use a "
+                "second recorder with another directory"
+            )
+        first = len(self._layers)
+        ids = list(range(first, first + len(layers))) if layer_ids is None else list(layer_ids)
+        taken = [*self._layer_ids, *ids]
+        if len(ids) != len(layers) or len(set(taken)) != len(taken) or min(taken) < 0:
+            raise TraceError(
+                f"found layer_ids {ids} for {len(layers)} MoE layers (taken: {self._layer_ids}), "
+                "expected one different non-negative number per layer"
+            )
+        self._layers = [*self._layers, *layers]
+        self._layer_ids = [int(i) for i in taken]
+        return first
+
+    @property
+    def layer_names(self) -> list[str]:
+        """Module names of the MoE layers, in the order of the trace's layers."""
+        return [layer.name for layer in self._layers]
+
+    # -- hooks ----------------------------------------------------------------------------------
+
+    def _on_shape(self, layer: int, shape: tuple[int, int] | None) -> None:
+        self._shape = (layer, shape)
+
+    def _on_routes(self, layer: int, module: torch.nn.Module, read: Any) -> None:
+        if not self._records():
+            return
+        try:
+            assembler = self._assembler or self._start()
+            of_layer, shape = self._shape
+            assembler.add(layer, module, read, shape if of_layer == layer else None)
+        except Exception as error:  # noqa: BLE001  a training does not end because its recorder does
+            self._fail(error)
+
+    def _forward_begins(self, module: torch.nn.Module, _args: Any) -> None:
+        if not self._records():
+            return
+        if self._assembler is not None:
+            if self._root is not None:
+                self._guarded(
+                    self._assembler.discard, "the forward pass before it did not come to its end"
+                )
+            else:
+                self._guarded(self._assembler.finish)
+        self._root = module
+
+    def _forward_ends(self, _module: torch.nn.Module, _args: Any, _output: Any) -> None:
+        if not self._records():
+            return
+        self._root = None
+        self._finish()
+
+    def _records(self) -> bool:
+        """False after a failure or close, in a forked child, and in backward (recomputation)."""
+        if self._running:
+            return not self._tracker.is_bw
+        if self._settings.strict and self._failure is not None and not self._closed:
+            raise TraceError(f"recording stopped: {self._failure}") from self._failure
+        return False
+
+    def _start(self) -> Assembler:
+        """Make what needs the final number of layers: the writer thread and the assembler."""
+        top_ks = [layer.top_k for layer in self._layers]
+        self._writer = WriterThread(
+            ShardSettings(
+                directory=self.path,
+                model=self.model,
+                rank=self.rank,
+                layer_ids=tuple(self._layer_ids),
+                num_experts=max(layer.num_experts for layer in self._layers),
+                top_k=None if None in top_ks else max(k for k in top_ks if k is not None),
+                weights=self._settings.weights,
+                shard_tokens=self._shard_tokens,
+            ),
+            self._writer_failed,
+        )
+        self._assembler = Assembler(self._settings, self._writer, len(self._layers), self._step)
+        return self._assembler
+
+    # -- what the user calls ----------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Say that a training step ended: forward passes from here on belong to the next step."""
+        if not self._running:
+            self._records()
+            return
+        self._finish()
+        if self._assembler is None:
+            self._step += 1
+        else:
+            self._assembler.explicit_steps = True
+            self._assembler.step += 1
+
+    def flush(self) -> None:
+        """Write everything recorded so far into a shard, full or not, and wait for it."""
+        self._finish()
+        if self._running and self._writer is not None and not self._writer.flush(_CLOSE_TIMEOUT_S):
+            self._fail(TraceError(f"found the writer busy for {_CLOSE_TIMEOUT_S} s at flush()"))
+
+    def close(self) -> RecorderReport:
+        """Detach, write the rest, end the writer thread, and report. Harmless when done before.
+
+        Raises:
+            TraceError: only with ``strict``: recording had failed, or failed now.
+        """
+        if self._closed:
+            return self.report()
+        self.flush()
+        for handle in self._handles:
+            handle.detach()
+        self._closed, self._running = True, False
+        _OPEN.discard(self)
+        if self._writer is not None and not self._writer.close(_CLOSE_TIMEOUT_S):
+            self._fail(TraceError(f"found the writer busy for {_CLOSE_TIMEOUT_S} s at close()"))
+        report = self.report()
+        if report.failure or report.dropped_tokens:
+            logger.error(
+                "the routing trace in %s is incomplete: %d tokens recorded, %d lost, %d forward "
+                "passes skipped. %s",
+                self.path,
+                report.recorded_tokens,
+                report.dropped_tokens,
+                report.skipped_forwards,
+                report.failure or "",
+            )
+        if self._settings.strict and self._failure is not None:
+            raise TraceError(f"recording stopped: {self._failure}") from self._failure
+        return report
+
+    def report(self) -> RecorderReport:
+        """Counts so far; exact after ``flush()`` and ``close()``."""
+        assembler, writer = self._assembler, self._writer
+        dropped = assembler.dropped_tokens if assembler else 0
+        return RecorderReport(
+            recorded_tokens=writer.recorded_tokens if writer else 0,
+            dropped_tokens=dropped + (writer.lost_tokens if writer else 0),
+            skipped_forwards=assembler.skipped_blocks if assembler else 0,
+            shards=writer.shards if writer else 0,
+            failure=str(self._failure) if self._failure else None,
+        )
+
+    def __enter__(self) -> RoutingRecorder:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    # -- trouble ----------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        if self._running and self._assembler is not None:
+            self._guarded(self._assembler.finish)
+
+    def _guarded(self, action: Any, *args: Any) -> None:
+        try:
+            action(*args)
+        except Exception as error:  # noqa: BLE001  as in _on_routes
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """Stop recording; in the thread of the model ``strict`` raises."""
+        self._writer_failed(error)
+        if self._settings.strict:
+            raise error
+
+    def _writer_failed(self, error: Exception) -> None:
+        if self._failure is None:
+            self._failure = error
+            logger.error(
+                "recording of the routing stops, the model goes on: %s", error, exc_info=error
+            )
+        self._running = False
+
+    def _check_open(self) -> None:
+        if self._closed or self._failure is not None:
+            raise TraceError(
+                f"found a recorder that is {'closed' if self._closed else 'failed'}, expected an "
+                "open one: make a new RoutingRecorder"
+            )
+
+    def _after_fork(self) -> None:
+        """In the child: the writer thread and its queue belong to the parent."""
+        self._running = False
+        self._closed = True
+
+
+def _close_all() -> None:
+    for recorder in list(_OPEN):
+        with contextlib.suppress(TraceError):  # logged when it happened
+            recorder.close()
+
+
+def _forget_all() -> None:
+    for recorder in _OPEN:
+        recorder._after_fork()
+    _OPEN.clear()
+
+
+atexit.register(_close_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)
