@@ -1,0 +1,238 @@
+"""wandb, thinly: one tracker for a run, and a twin that does nothing where tracking is off.
+
+Offline is the default: nothing leaves the machine until somebody runs ``wandb sync``. Keys that the
+project uses, all over the step metric ``tokens`` (tokens seen so far):
+
+    traffic/cross_node_bytes, traffic/cross_node_frac     bytes that crossed nodes; share of all
+    load/balancedness, load/node_imbalance                mean / max over ranks; max / mean of nodes
+    quality/loss                                          nats per token
+    time/step_us                                          wall time of a step, microseconds
+"""
+
+import contextlib
+import importlib.metadata
+import io
+import logging
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from moe_locality.config import TrackingConfig
+from moe_locality.errors import BackendUnavailable, ConfigError
+
+logger = logging.getLogger(__name__)
+
+STEP_METRIC = "tokens"
+METRIC_FAMILIES = ("traffic/*", "load/*", "quality/*", "time/*")
+PACKAGES = (
+    "moe-locality",
+    "numpy",
+    "scipy",
+    "numba",
+    "pyarrow",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "triton",
+)
+
+
+def package_versions(names: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Return the versions of Python and of those packages that are installed, without importing."""
+    versions = {"python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def git_commit(folder: str | os.PathLike[str] = ".") -> str | None:
+    """Return the commit of the repository around ``folder`` ("-dirty": changed files), or None."""
+    command = ["git", "-C", os.fspath(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+class NullTracker:
+    """The tracker that does nothing: other ranks than 0, mode "disabled", no section "tracking"."""
+
+    active = False
+    directory: Path | None = None
+
+    def log(self, values: Mapping[str, float], *, tokens: int) -> None:
+        """Record scalars; ``tokens`` is the number of tokens seen so far."""
+
+    def log_summary(self, values: Mapping[str, Any]) -> None:
+        """Record final values of the run."""
+
+    def log_table(self, key: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+        """Record a table."""
+
+    def log_image(self, key: str, png: bytes, *, caption: str = "") -> None:
+        """Record a picture, given as the bytes of a PNG file."""
+
+    def log_artifact(
+        self,
+        name: str,
+        kind: str,
+        paths: Iterable[str | os.PathLike[str]],
+        *,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Record files (or the files of a directory) as a versioned artifact."""
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Write what is left and close the run."""
+
+    def __enter__(self) -> "NullTracker":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.finish(exit_code=0 if error is None else 1)
+
+
+class Tracker(NullTracker):
+    """One wandb run. Made by :func:`start_tracking`; use it as a context manager."""
+
+    active = True
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+        self.directory = Path(run.dir).parent
+        run.define_metric(STEP_METRIC)
+        for family in METRIC_FAMILIES:
+            run.define_metric(family, step_metric=STEP_METRIC)
+
+    def log(self, values: Mapping[str, float], *, tokens: int) -> None:
+        self._run.log({**values, STEP_METRIC: tokens})
+
+    def log_summary(self, values: Mapping[str, Any]) -> None:
+        self._run.summary.update(dict(values))
+
+    def log_table(self, key: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+        import wandb
+
+        table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+        self._run.log({key: table})
+
+    def log_image(self, key: str, png: bytes, *, caption: str = "") -> None:
+        import wandb
+
+        try:
+            from PIL import Image
+        except ImportError as error:
+            raise _not_installed("pillow") from error
+        self._run.log({key: wandb.Image(Image.open(io.BytesIO(png)), caption=caption or None)})
+
+    def log_artifact(
+        self,
+        name: str,
+        kind: str,
+        paths: Iterable[str | os.PathLike[str]],
+        *,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(name, type=kind, metadata=dict(metadata or {}))
+        for path in map(Path, paths):
+            if path.is_dir():
+                artifact.add_dir(str(path), name=path.name)
+            elif path.is_file():
+                artifact.add_file(str(path))
+            else:
+                raise ConfigError(
+                    f"artifact {name!r}: found nothing at {path}, expected a file or a directory: "
+                    "give the path of something that was written"
+                )
+        self._run.log_artifact(artifact)
+
+    def finish(self, exit_code: int = 0) -> None:
+        self._run.finish(exit_code=exit_code)
+
+
+def start_tracking(
+    config: TrackingConfig | None,
+    *,
+    run_config: Mapping[str, Any] | None = None,
+    rank: int = 0,
+    tags: Sequence[str] = (),
+) -> NullTracker:
+    """Start a run as the section "tracking" says; other ranks than 0 get the tracker that does
+    nothing.
+
+    ``run_config`` is the resolved configuration; versions and the git commit are added to it.
+
+    Raises:
+        BackendUnavailable: wandb is not installed.
+        ConfigError: wandb refuses the settings, or its directory cannot be written.
+    """
+    if config is None or not config.enabled or config.mode == "disabled" or rank != 0:
+        return NullTracker()
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read when wandb is imported
+    try:
+        import wandb
+    except ImportError as error:
+        raise _not_installed("wandb") from error
+    if config.dir is not None:
+        _make_directory(config.dir)
+    quiet = wandb.Settings(
+        silent=True,
+        console="off",
+        disable_git=True,
+        disable_code=True,
+        x_disable_stats=True,
+        x_disable_meta=True,
+    )
+    try:
+        run = wandb.init(
+            project=config.project,
+            group=config.group,
+            name=config.name,
+            job_type=config.job_type,
+            dir=config.dir,
+            mode=config.mode,
+            config={
+                **(run_config or {}),
+                "versions": package_versions(),
+                "commit": git_commit(),
+            },
+            tags=list(tags) or None,
+            settings=quiet,
+            reinit="create_new",
+        )
+    except wandb.errors.Error as error:
+        raise ConfigError(
+            f"wandb could not start a run in mode {config.mode!r}: {error}: correct the tracking "
+            'section, or set its mode to "offline"'
+        ) from error
+    return Tracker(run)
+
+
+def _make_directory(path: str) -> None:
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot make the wandb directory {path}: {error.strerror}: give another one as "
+            "tracking.dir"
+        ) from error
+
+
+def _not_installed(package: str) -> BackendUnavailable:
+    return BackendUnavailable(
+        f"found no {package}, tracking needs it: pip install 'moe-locality[wandb]', or leave the "
+        "tracking section out"
+    )
