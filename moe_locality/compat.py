@@ -4,7 +4,6 @@ Everything is imported inside functions: reading this module imports neither.
 """
 
 import types
-from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -84,23 +83,3 @@ def expert_parallel_group(name: str) -> Any:
     from deepspeed.utils import groups
 
     return groups._get_expert_parallel_group(name)
-
-
-def register_expert_groups(
-    name: str,
-    *,
-    ep_group: Any,
-    ep_ranks: Sequence[int],
-    edp_group: Any,
-    edp_ranks: Sequence[int],
-) -> None:
-    """Tell DeepSpeed which groups to use for ``name`` (``ep_size_{n}``).
-
-    DeepSpeed makes its own only where there are none of that name.
-    """
-    from deepspeed.utils import groups
-
-    groups._EXPERT_PARALLEL_GROUP[name] = ep_group
-    groups._EXPERT_PARALLEL_GROUP_RANKS[name] = list(ep_ranks)
-    groups._EXPERT_DATA_PARALLEL_GROUP[name] = edp_group
-    groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = list(edp_ranks)

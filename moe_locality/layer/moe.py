@@ -238,7 +238,8 @@ def run_experts(experts: Any, rows: Tensor, tokens_per_expert: tuple[int, ...]) 
         if count == 0:
             if not torch.is_grad_enabled():
                 continue
-            chunk = rows.new_zeros(1, rows.shape[1])
+            # joined to the rows, so that backward reaches the exchange on a rank that got none
+            chunk = torch.cat([chunk, rows.new_zeros(1, rows.shape[1])])
         # four dimensions, as DeepSpeed's [g, e, c, m], for experts that look at the shape
         out = expert(chunk[None, None])
         if isinstance(out, tuple):

@@ -1,0 +1,246 @@
+"""Put the drop-in into a model: in place (``apply``), or with DeepSpeed started around it
+(``initialize``).
+"""
+
+import inspect
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_locality import compat
+from moe_locality.config import SECTION, MoeLocalityConfig, read_config
+from moe_locality.errors import ConfigError, MoeLocalityError, PlacementError, TopologyError
+from moe_locality.layer.runtime import LocalityRuntime, attach_runtime
+from moe_locality.placement.plan import PlacementPlan
+from moe_locality.topology.cluster import ClusterTopology
+
+compat.require_deepspeed()
+
+import deepspeed  # noqa: E402
+from deepspeed.accelerator import get_accelerator  # noqa: E402
+from deepspeed.moe.layer import MoE as StockMoE  # noqa: E402
+from deepspeed.pipe import PipelineModule  # noqa: E402
+from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config  # noqa: E402
+
+from moe_locality.layer.moe import adopt  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+
+def moe_modules(model: nn.Module) -> list[tuple[str, StockMoE]]:
+    """Return (name, module) of every DeepSpeed MoE layer, ours too, in ``named_modules`` order.
+
+    Layer i of a placement plan belongs to entry i.
+    """
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, StockMoE)]
+
+
+def apply(
+    model: nn.Module,
+    config: MoeLocalityConfig | dict[str, Any] | str | None = None,
+    *,
+    plan: PlacementPlan | None = None,
+    topology: ClusterTopology | None = None,
+) -> nn.Module:
+    """Turn every DeepSpeed MoE layer of ``model`` into ours, in place, and return the model.
+
+    Parameters, hooks and names stay the same objects, so an optimizer or a checkpoint made before
+    stays valid. A second call changes nothing.
+
+    Args:
+        config: the ``"moe_locality"`` section, or a ds_config with it.
+        plan: place the experts too: their weights move between the ranks (collective, and before
+            ``deepspeed.initialize``).
+        topology: node of every rank, for the traffic report.
+
+    Raises:
+        ConfigError: the model has no DeepSpeed MoE layer, or one that cannot be swapped.
+        PlacementError: the plan does not fit the model.
+    """
+    section = read_config(config)
+    layers = moe_modules(model)
+    if not layers:
+        raise ConfigError(
+            f"found no deepspeed.moe.layer.MoE in {type(model).__name__}, expected at least one: "
+            "moe_locality swaps DeepSpeed's MoE layers (for Hugging Face models, bake the plan "
+            "into the checkpoint with `moe-locality bake`)"
+        )
+    if plan is not None:
+        sizes = {module.num_experts for _, module in layers}
+        plan.check_fits(layer_count=len(layers), num_experts=max(sizes))
+    swapped = [
+        name
+        for name, module in layers
+        if adopt(
+            module,
+            dispatch_config=section.dispatch,
+            kernels=section.kernels,
+            topology=topology,
+        )
+    ]
+    logger.info("moe_locality: %d of %d MoE layers swapped", len(swapped), len(layers))
+    if plan is not None:
+        from moe_locality.layer.relabel import relabel
+
+        relabel(model, plan)
+    return model
+
+
+def initialize(*args: Any, **kwargs: Any) -> Any:
+    """``deepspeed.initialize`` with moe_locality around it; the same arguments, the same result.
+
+    Before it: the nodes are found, the expert groups made to follow them, the layers swapped, the
+    plan read and baked in. After it: the recorder is attached. The engine gets the attribute
+    ``moe_locality`` (a :class:`~moe_locality.layer.runtime.LocalityRuntime`). Everything is read
+    from the section ``"moe_locality"`` of the ds_config; without it, the layers are swapped.
+
+    With the ``expert_parallel`` section (DeepSpeed's AutoEP, which builds its own layers), only the
+    recorder is attached. With a model-parallel unit or a pipeline, DeepSpeed makes the groups.
+
+    Raises:
+        ConfigError, PlacementError, TopologyError: on all ranks, also where one rank only found it.
+    """
+    bound = inspect.signature(deepspeed.initialize).bind(*args, **kwargs).arguments
+    model = bound.get("model")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"found model={type(model).__name__}, expected a torch module: pass model=..."
+        )
+    _init_distributed(bound)
+    section, ds_config, plan = _agree_on_inputs(bound)
+    topology = None
+    if _auto_ep(ds_config):
+        if plan is not None:
+            raise ConfigError(
+                "found a plan together with the expert_parallel section, expected one: AutoEP lays "
+                "experts out itself; bake the plan into the checkpoint with `moe-locality bake`"
+            )
+    else:
+        topology = _prepare_model(model, section, ds_config, plan, bound.get("mpu"))
+    result = deepspeed.initialize(*args, **kwargs)
+    module: Any = result[0].module
+    runtime = LocalityRuntime(model=module, config=section, plan=plan, topology=topology)
+    attach_runtime(result[0], runtime)
+    return result
+
+
+def _init_distributed(bound: dict[str, Any]) -> None:
+    """Start DeepSpeed's comm layer the way ``deepspeed.initialize`` would, only earlier."""
+    accelerator: Any = get_accelerator()
+    wanted = {"distributed_port", "dist_init_required"} & bound.keys()
+    deepspeed.init_distributed(
+        dist_backend=accelerator.communication_backend_name(),
+        **{name: bound[name] for name in wanted},
+    )
+    local_rank = os.environ.get("LOCAL_RANK")
+    if accelerator.device_name() != "cpu" and local_rank is not None:
+        # experts may travel before the engine chooses the device
+        accelerator.set_device(int(local_rank))
+
+
+def _ds_config(bound: dict[str, Any]) -> dict[str, Any]:
+    """Return the ds_config, found where DeepSpeed looks for it."""
+    args = bound.get("args")
+    config = bound.get("config")
+    if config is None:
+        config = bound.get("config_params")
+    if config is None:
+        config = getattr(args, "deepspeed_config", None)
+    if config is None:
+        config = getattr(args, "deepscale_config", None)
+    if config is None:
+        raise ConfigError(
+            "found no ds_config, expected one: pass config= (a dict or a path) or "
+            "--deepspeed_config"
+        )
+    try:
+        return load_ds_config(config if isinstance(config, dict) else os.fspath(config))
+    except (OSError, TypeError, ValueError) as error:
+        raise ConfigError(f"cannot read the ds_config: {error}: check the path") from error
+
+
+def _agree_on_inputs(
+    bound: dict[str, Any],
+) -> tuple[MoeLocalityConfig, dict[str, Any], PlacementPlan | None]:
+    """Read config and plan on every rank; raise on all ranks where they are wrong or differ."""
+    from moe_locality.topology.groups import exchange_objects
+
+    section, ds_config, plan, failure = MoeLocalityConfig(), {}, None, None
+    try:
+        ds_config = _ds_config(bound)
+        section = read_config({SECTION: ds_config.get(SECTION, {})})
+        if section.plan is not None:
+            plan = PlacementPlan.read(section.plan)
+            layers = moe_modules(bound["model"])
+            sizes = {module.num_experts for _, module in layers}
+            plan.check_fits(layer_count=len(layers), num_experts=max(sizes, default=None))
+    except MoeLocalityError as error:
+        failure = error
+    facts = {
+        "error": failure and (type(failure), str(failure)),
+        "section": section.model_dump_json(),
+        "plan": plan.digest() if plan is not None else None,
+    }
+    everyone = exchange_objects(facts) if torch.distributed.is_initialized() else [facts]
+    for error in (fact["error"] for fact in everyone):
+        if error is not None:
+            ranks = [rank for rank, fact in enumerate(everyone) if fact["error"] is not None]
+            raise error[0](f"on ranks {ranks} of {len(everyone)}: {error[1]}")
+    _same_on_all(everyone, "section", ConfigError, f"the {SECTION} section", "ds_config")
+    _same_on_all(everyone, "plan", PlacementError, f"the plan {section.plan}", "plan file")
+    return section, ds_config, plan
+
+
+def _same_on_all(
+    everyone: list[dict[str, Any]], key: str, error: type[Exception], what: str, file: str
+) -> None:
+    others = [rank for rank, fact in enumerate(everyone) if fact[key] != everyone[0][key]]
+    if others:
+        raise error(
+            f"found {what} on ranks {others} to differ from rank 0's, expected the same on all "
+            f"{len(everyone)} ranks: copy one {file} to every node"
+        )
+
+
+def _auto_ep(ds_config: dict[str, Any]) -> bool:
+    return bool((ds_config.get("expert_parallel") or {}).get("enabled"))
+
+
+def _prepare_model(
+    model: nn.Module,
+    section: MoeLocalityConfig,
+    ds_config: dict[str, Any],
+    plan: PlacementPlan | None,
+    mpu: Any,
+) -> ClusterTopology:
+    """Find the nodes, make the expert groups, swap the layers, bake the plan. Collective."""
+    from moe_locality.topology.groups import discover_topology, prepare_groups
+
+    topology = discover_topology(cluster_config=section.cluster)
+    pipeline = isinstance(model, PipelineModule)
+    if plan is not None and (pipeline or mpu is not None):
+        raise ConfigError(
+            "found a plan together with a pipeline or a model-parallel unit, expected data and "
+            "expert parallelism only: bake the plan into the checkpoint instead, with "
+            "`moe-locality bake`"
+        )
+    sizes = {module.ep_size for _, module in moe_modules(model)}
+    if sizes and not pipeline and mpu is None:
+        order = "D+E" if ds_config.get("use_data_before_expert_parallelism") else "E+D"
+        try:
+            prepare_groups(topology, sizes, order)
+        except TopologyError:  # on all ranks alike
+            if plan is not None or section.cluster is not None:
+                raise
+            logger.warning(
+                "moe_locality: the expert groups cannot follow the nodes (%s), so DeepSpeed makes "
+                "its own",
+                topology.describe(),
+                exc_info=True,
+            )
+    if sizes or not pipeline:  # a pipeline stage may be without an MoE layer
+        apply(model, section, plan=plan, topology=topology)
+    return topology

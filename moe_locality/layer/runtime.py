@@ -1,0 +1,95 @@
+"""What moe_locality keeps beside a running DeepSpeed engine: ``engine.moe_locality``."""
+
+import functools
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from moe_locality.config import MoeLocalityConfig
+from moe_locality.dispatch.traffic import reset_traffic, traffic_report
+from moe_locality.placement.plan import PlacementPlan
+from moe_locality.topology.cluster import ClusterTopology
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, kw_only=True)
+class LocalityRuntime:
+    """Configuration, placement, cluster and recorder of an engine.
+
+    ``topology`` is None with AutoEP, whose layers count no traffic. ``recorder`` is None where the
+    section has no ``trace``.
+    """
+
+    model: nn.Module
+    config: MoeLocalityConfig
+    plan: PlacementPlan | None = None
+    topology: ClusterTopology | None = None
+    recorder: Any = None
+
+    def traffic_report(self, group: Any = None) -> dict[str, Any]:
+        """Gather what every rank sent; see ``moe_locality.dispatch.traffic_report``. Collective."""
+        return traffic_report(self.model, self.topology, group)
+
+    def reset_traffic(self) -> None:
+        """Count from zero again."""
+        reset_traffic(self.model)
+
+    def close(self) -> None:
+        """Write what the recorder still holds. Called by ``engine.destroy``; the recorder itself
+        sees to the end of the process.
+        """
+        recorder, self.recorder = self.recorder, None
+        if recorder is not None:
+            recorder.close()
+
+
+def attach_runtime(engine: Any, runtime: LocalityRuntime) -> None:
+    """Hang ``runtime`` on the engine, start its recorder, and let the engine drive it."""
+    engine.moe_locality = runtime
+    trace = runtime.config.trace
+    if trace is None or not trace.enabled:
+        return
+    from moe_locality.trace.recorder import RoutingRecorder
+
+    runtime.recorder = RoutingRecorder(
+        trace.path,
+        model=type(runtime.model).__name__,
+        weights=trace.weights,
+        every_n_steps=trace.every_n_steps,
+        shard_tokens=trace.shard_tokens,
+        ring_tokens=trace.ring_tokens,
+    )
+    runtime.recorder.attach(runtime.model)
+    # a pipeline engine has no step(): its train_batch() is a whole step
+    pipeline = hasattr(engine, "train_batch")
+    _after_each_step(engine, "train_batch" if pipeline else "step", runtime)
+    _close_with(engine, runtime)
+
+
+def _after_each_step(engine: Any, method: str, runtime: LocalityRuntime) -> None:
+    """Tell the recorder about every optimizer step: the last micro-batch of an accumulation."""
+    original = getattr(engine, method)
+
+    @functools.wraps(original)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        last = method != "step" or engine.is_gradient_accumulation_boundary()
+        result = original(*args, **kwargs)
+        if last and runtime.recorder is not None:
+            runtime.recorder.step()
+        return result
+
+    setattr(engine, method, step)
+
+
+def _close_with(engine: Any, runtime: LocalityRuntime) -> None:
+    original = engine.destroy
+
+    @functools.wraps(original)
+    def destroy(*args: Any, **kwargs: Any) -> Any:
+        runtime.close()
+        return original(*args, **kwargs)
+
+    engine.destroy = destroy
