@@ -1,0 +1,79 @@
+"""Which expert travels when, as arrays: pure functions, no tensors, no ranks.
+
+A layer has E slots on G ranks, n = E / G consecutive slots per rank. ``current[s]`` and
+``target[s]`` are the logical experts of slot s before and after.
+
+Experts travel in rounds. In one round a rank sends at most one expert and receives at most one,
+into the slot that it has just freed, so a rank needs room for two experts on the way and no more.
+After the rounds every expert is on its rank, and the ranks put their own slots in order. The rounds
+are the perfect matchings of a regular bipartite multigraph (König 1916), so there are as many as
+the busiest rank has experts to send, which no schedule of this kind can beat.
+"""
+
+from collections import defaultdict, deque
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moves:
+    """Args:
+    rounds: per round, the pairs (slot that is read, slot that is written), on two ranks.
+    local: [E] after the rounds, slot s takes what slot ``local[s]`` of the same rank holds.
+    """
+
+    rounds: tuple[tuple[tuple[int, int], ...], ...]
+    local: np.ndarray
+
+    @property
+    def num_travellers(self) -> int:
+        """Experts that change rank."""
+        return sum(len(pairs) for pairs in self.rounds)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.rounds and bool((self.local == np.arange(len(self.local))).all())
+
+
+def source_slots(current: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """[E] the slot that holds now what each slot shall hold: ``new[s] = old[source[s]]``."""
+    return np.argsort(current)[np.asarray(target)]
+
+
+def plan_moves(current: np.ndarray, target: np.ndarray, num_ranks: int) -> Moves:
+    """Schedule the way from ``current`` to ``target`` (both permutations of 0..E-1)."""
+    per_rank = len(current) // num_ranks
+    holds = np.array(current, dtype=np.int64)  # what every slot holds, round after round
+    home = np.argsort(np.asarray(target)) // per_rank  # rank that each expert shall be on
+    waiting: dict[tuple[int, int], deque[int]] = defaultdict(deque)
+    for slot, expert in enumerate(holds.tolist()):
+        waiting[slot // per_rank, int(home[expert])].append(expert)
+    counts = np.zeros((num_ranks, num_ranks), dtype=np.int64)
+    for (source, destination), experts in waiting.items():
+        counts[source, destination] = len(experts) if source != destination else 0
+    rounds = []
+    for partner in _matchings(counts):
+        slot_of = np.argsort(holds)
+        sent = {r: waiting[r, d].popleft() for r, d in enumerate(partner) if d != r}
+        freed = {r: int(slot_of[expert]) for r, expert in sent.items()}
+        pairs = tuple((freed[r], freed[int(partner[r])]) for r in sent)
+        for r, expert in sent.items():
+            holds[freed[int(partner[r])]] = expert
+        rounds.append(pairs)
+    return Moves(rounds=tuple(rounds), local=source_slots(holds, target))
+
+
+def _matchings(counts: np.ndarray):
+    """Yield, per round, the rank that each rank sends to (itself = it rests).
+
+    ``counts [G, G]`` has a zero diagonal and equal row and column sums: what leaves a rank comes
+    back as often. Rests fill every row up to the largest sum, so each round has a perfect matching.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    left = counts + np.diag(counts.sum(1).max(initial=0) - counts.sum(1))
+    while left.any():
+        rows, partner = linear_sum_assignment(left == 0)
+        left[rows, partner] -= 1
+        yield partner

@@ -1,0 +1,289 @@
+"""Bake a placement into router and experts of a live model: a relabelling, the same function.
+
+A placement without replicas is a permutation: the expert that slot s shall hold, and the router
+row that names it, go to slot s. Experts that change rank travel point to point inside the
+expert-parallel group; what stays on its rank is moved there. The weights are then those of a plain
+DeepSpeed model with another numbering, and ``slot_to_logical`` of each layer says which.
+
+Every check is done, and agreed between all ranks, before anything moves.
+"""
+
+import hashlib
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from moe_locality import compat
+from moe_locality.errors import ConfigError, MoeLocalityError, PlacementError
+from moe_locality.layer.moe import set_slot_to_logical
+from moe_locality.layer.optimizer_state import (
+    check_no_gradients,
+    check_state_moves,
+    is_engine,
+    layout_of,
+    movable_optimizer,
+)
+from moe_locality.layer.relabel_weights import relabel_layer
+from moe_locality.placement.plan import PlacementPlan
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A layer, the slot order that it shall get ([E]), and its EP group (None: ep_size 1)."""
+
+    name: str
+    module: Any
+    slot_to_logical: np.ndarray
+    group: dist.ProcessGroup | None
+
+
+def relabel(
+    model_or_engine: Any,
+    plan: PlacementPlan,
+    *,
+    group: dist.ProcessGroup | None = None,
+    weights_only: bool = False,
+) -> None:
+    """Put the experts of every MoE layer into the slots that ``plan`` names, in place.
+
+    Collective: every rank of the default process group calls it with the same plan. The function
+    that the model computes stays the same; the same plan again moves nothing.
+
+    Args:
+        model_or_engine: a model with DeepSpeed MoE layers (ours or stock), before
+            ``deepspeed.initialize``; or the engine, at ZeRO stage 0 with a plain torch optimizer
+            over fp32 weights: its moments then move along.
+        plan: row i is for the i-th MoE layer in ``named_modules()`` order.
+        group: EP group of this rank, needed only where neither the layers nor DeepSpeed know one
+            yet and ``ep_size`` is neither 1 nor the number of ranks.
+        weights_only: move the weights of a model that has its groups, and no optimizer state. Only
+            where there is none: an engine that trains this model would be corrupted.
+
+    Raises:
+        PlacementError: the plan does not fit, has replicas, or differs between ranks.
+        ConfigError: optimizer state that cannot move (ZeRO, fp32 masters), pending gradients, or a
+            group that is missing. All errors rise on all ranks, and nothing has moved then.
+    """
+    engine = model_or_engine if is_engine(model_or_engine) else None
+
+    def prepare() -> tuple[list[Target], torch.optim.Optimizer | None]:
+        model = model_or_engine if engine is None else engine.module
+        if not isinstance(model, torch.nn.Module):
+            raise ConfigError(
+                f"found a {type(model).__name__}, expected a torch module or a DeepSpeed engine"
+            )
+        targets = plan_targets(model, plan, group)
+        if engine is not None:
+            return targets, movable_optimizer(engine)
+        _check_bare(targets, weights_only)
+        return targets, None
+
+    relabel_to(prepare, plan.digest() if isinstance(plan, PlacementPlan) else repr(plan))
+    if engine is not None:
+        engine.moe_locality_relabelled_to = plan
+
+
+def relabel_to(prepare: Any, digest: str) -> None:
+    """Check on every rank, agree, then move. ``prepare() -> (targets, optimizer)``, no collectives.
+
+    Raises:
+        MoeLocalityError: the error of the first rank that found one, on all ranks.
+    """
+    targets: list[Target] = []
+    optimizer = None
+    failure: Exception | None = None
+    facts: list[Any] = []
+    try:
+        targets, optimizer = prepare()
+        facts = [_facts(target, optimizer) for target in targets]
+    except Exception as error:  # noqa: BLE001 it rises below, on all ranks
+        failure = error
+    agree_on_failure(failure)
+    agree("plans", digest)
+    agree("models or placements", hashlib.sha256(repr(facts).encode()).hexdigest())
+    travelled = 0
+    for target in targets:
+        travelled += relabel_layer(
+            target.module,
+            current_order(target.module),
+            target.slot_to_logical,
+            group=target.group,
+            optimizer=optimizer,
+        )
+        set_slot_to_logical(target.module, target.slot_to_logical)
+    logger.info("relabelled %d MoE layers: %d experts changed rank", len(targets), travelled)
+
+
+def moe_layers(model: torch.nn.Module) -> list[tuple[str, Any]]:
+    """Return (name, module) of the MoE layers, in the order of the plan's rows."""
+    from deepspeed.moe.layer import MoE
+
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
+
+
+def current_order(module: Any) -> np.ndarray:
+    """Return [E] int64: the logical expert that each slot of a layer holds now."""
+    found = getattr(module.deepspeed_moe.gate, "slot_to_logical", None)
+    return np.arange(module.num_experts) if found is None else np.array(found, dtype=np.int64)
+
+
+def plan_targets(
+    model: torch.nn.Module, plan: PlacementPlan, group: dist.ProcessGroup | None = None
+) -> list[Target]:
+    """Match the rows of ``plan`` with the MoE layers of ``model``.
+
+    Raises:
+        PlacementError: the plan has replicas or does not fit.
+    """
+    check_is_permutation(plan)
+    layers = moe_layers(model)
+    sizes = sorted({module.num_experts for _, module in layers})
+    if len(sizes) > 1:
+        raise PlacementError(
+            f"found MoE layers with different numbers of experts ({sizes}), expected one number: a "
+            "plan has the same experts in every layer; this model cannot be placed"
+        )
+    plan.check_fits(layer_count=len(layers), num_experts=sizes[0] if sizes else None)
+    for _, module in layers:
+        # with one rank per EP group every order is on that rank: the plan's ranks do not matter
+        plan.check_fits(num_ranks=module.ep_size if module.ep_size > 1 else None)
+    return [
+        Target(
+            name=name or "the model",
+            module=module,
+            slot_to_logical=plan.physical_to_logical_map[row].astype(np.int64),
+            group=find_group(module, group),
+        )
+        for row, (name, module) in enumerate(layers)
+    ]
+
+
+def check_is_permutation(plan: PlacementPlan) -> None:
+    """Raise PlacementError where the plan has replicas."""
+    if not isinstance(plan, PlacementPlan):
+        raise PlacementError(
+            f"found a {type(plan).__name__}, expected a PlacementPlan: read one with "
+            "PlacementPlan.read(path)"
+        )
+    if not plan.is_permutation:
+        raise PlacementError(
+            f"found a plan with {plan.num_redundant_experts} replicas, expected one slot per "
+            "expert: replicas need more slots than the model has experts, at run time, and that is "
+            "not available yet: make a plan with num_redundant_experts=0"
+        )
+
+
+def find_group(module: Any, group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """Return the EP group of a layer: its own, the one given, DeepSpeed's, or all ranks.
+
+    Raises:
+        ConfigError: there is none, or it has the wrong size.
+    """
+    if module.ep_size == 1:
+        return None
+    name = module.expert_group_name
+    if not dist.is_initialized():
+        raise ConfigError(
+            f"found a layer with ep_size {module.ep_size} and no process group, expected one: call "
+            "deepspeed.init_distributed() before relabel"
+        )
+    found = module.deepspeed_moe.ep_group or group
+    if found is None and compat.expert_group_registered(name):
+        found = compat.expert_parallel_group(name)
+    if found is None and dist.get_world_size() == module.ep_size:
+        found = dist.group.WORLD
+    if found is None:
+        raise ConfigError(
+            f"found no expert-parallel group {name!r} on {dist.get_world_size()} ranks, expected "
+            "one: give relabel(..., group=...), register groups first, or relabel the engine after "
+            "deepspeed.initialize"
+        )
+    if dist.get_world_size(found) != module.ep_size:
+        raise ConfigError(
+            f"found an expert-parallel group of {dist.get_world_size(found)} ranks, expected "
+            f"ep_size {module.ep_size}: give the group of this rank's experts"
+        )
+    return found
+
+
+def agree_on_failure(failure: Exception | None) -> None:
+    """Raise the first rank's error on all ranks; do nothing where no rank has one. Collective."""
+    if not _is_distributed():
+        if failure is not None:
+            raise failure
+        return
+    found = _gather(None if failure is None else (type(failure), str(failure)))
+    failed = [(rank, item) for rank, item in enumerate(found) if item is not None]
+    if not failed:
+        return
+    if failure is not None:
+        raise failure
+    rank, (kind, message) = failed[0]
+    ours = kind if issubclass(kind, MoeLocalityError) else PlacementError
+    raise ours(f"found by ranks {[r for r, _ in failed]}, as rank {rank} says: {message}")
+
+
+def agree(what: str, value: str) -> None:
+    """Raise PlacementError on all ranks unless ``value`` is the same on all of them. Collective."""
+    if not _is_distributed():
+        return
+    ranks_with: dict[str, list[int]] = defaultdict(list)
+    for rank, found in enumerate(_gather(value)):
+        ranks_with[found].append(rank)
+    if len(ranks_with) == 1:
+        return
+    largest = max(ranks_with.values(), key=len)
+    parts = [f"{found[:12]} on ranks {ranks}" for found, ranks in ranks_with.items()]
+    others = sorted(rank for ranks in ranks_with.values() if ranks is not largest for rank in ranks)
+    raise PlacementError(
+        f"found different {what} on the ranks ({'; '.join(parts)}), expected one: ranks {others} "
+        f"differ from ranks {largest}; nothing was moved: give every rank the same"
+    )
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _gather(value: Any) -> Sequence[Any]:
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def _check_bare(targets: list[Target], weights_only: bool) -> None:
+    """Refuse a bare module that an engine may be training: its optimizer is out of sight."""
+    for target in targets:
+        if any(hasattr(parameter, "ds_id") for parameter in target.module.parameters()):
+            raise ConfigError(
+                f"{target.name}: found parameters partitioned by ZeRO stage 3, expected whole "
+                "ones: DeepSpeed's MoE layers do not run under stage 3; use a lower stage"
+            )
+        if target.module.deepspeed_moe.ep_group is not None and not weights_only:
+            raise ConfigError(
+                f"{target.name}: found a model that is already part of an engine (its expert "
+                "groups are set), expected the engine, whose optimizer state has to move with the "
+                "experts: call relabel(engine, plan); for a model without an optimizer pass "
+                "weights_only=True"
+            )
+
+
+def _facts(target: Target, optimizer: torch.optim.Optimizer | None) -> Any:
+    """What has to be the same on all ranks for a layer; checks what can go wrong on this one."""
+    check_no_gradients(target.module, target.name)
+    check_state_moves(target.module, optimizer, target.name)
+    experts = target.module.deepspeed_moe.experts.deepspeed_experts
+    return (
+        target.name,
+        current_order(target.module).tolist(),
+        target.slot_to_logical.tolist(),
+        layout_of(experts[0], optimizer),
+    )
