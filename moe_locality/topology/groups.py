@@ -275,12 +275,14 @@ def _combine_facts(facts: list[dict[str, Any]]) -> ClusterTopology:
                 "that the launcher uses, or leave the section out"
             )
         return topology
-    sizes, nodes = [fact["ranks_per_node"] for fact in facts], [fact["node"] for fact in facts]
-    if _on_all(RANKS_PER_NODE_VARIABLE, sizes) and _on_all(NODE_VARIABLE, nodes):
+    sizes: list[Any] = [fact["ranks_per_node"] for fact in facts]
+    nodes: list[Any] = [fact["node"] for fact in facts]
+    by_size, by_name = _on_all(RANKS_PER_NODE_VARIABLE, sizes), _on_all(NODE_VARIABLE, nodes)
+    if by_size and by_name:
         raise TopologyError(
             f"found {RANKS_PER_NODE_VARIABLE} and {NODE_VARIABLE}, expected one: unset the other"
         )
-    if sizes[0] is not None:
+    if by_size:
         if len(set(sizes)) > 1:
             raise TopologyError(
                 f"found {RANKS_PER_NODE_VARIABLE} with values {sorted(set(sizes))}, expected the "
@@ -289,7 +291,7 @@ def _combine_facts(facts: list[dict[str, Any]]) -> ClusterTopology:
         return ClusterTopology.from_env(
             {RANKS_PER_NODE_VARIABLE: sizes[0], "WORLD_SIZE": str(world)}
         )
-    if nodes[0] is not None:
+    if by_name:
         return ClusterTopology.from_node_names(nodes)
     hosts = [fact["host"] for fact in facts]
     numbers = [fact["launcher"] for fact in facts]
