@@ -1,0 +1,195 @@
+"""The main job on the example model: train and record, place, run the same batches again, compare.
+
+The stages and what each writes below ``out``:
+
+    record/      stock DeepSpeed layers: training, checkpoint, trace of the last steps and of held-out requests
+    plan.json    placement from the trace of the training steps; ``homes.json``: home of each held-out request
+    linear/      our layer, experts in their usual order, requests dealt in turn
+    placed/      our layer, the same checkpoint and requests, with the plan and the homes
+    report.html  what came of it
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_locality.analysis import analyze
+from moe_locality.compare import Candidate, Run, compare_plans, compare_runs, read_run
+from moe_locality.compare.rows import Comparison
+from moe_locality.demo.checks import Agreement, check_agreement, check_prediction
+from moe_locality.demo.launch import run_training
+from moe_locality.demo.options import DemoOptions
+from moe_locality.demo.progress import Progress
+from moe_locality.placement import PlacementPlan, assign_homes, solve
+from moe_locality.topology import ClusterTopology
+from moe_locality.trace import PREFILL, TRAIN, RoutingTrace, read_trace
+
+CONTINUE_STEPS = 6
+PREDICT_FROM = "first:32"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelDemo:
+    """What the stages found; ``predicted`` compares plans on the trace, ``measured`` the runs."""
+
+    held_out: RoutingTrace
+    analysis: dict[str, Any]
+    plan: PlacementPlan
+    topology: ClusterTopology
+    linear: Run
+    placed: Run
+    predicted: Comparison
+    measured: Comparison
+    agreement: Agreement
+    bytes_checked: dict[str, Any]
+
+
+def run_model(options: DemoOptions, progress: Progress) -> ModelDemo:
+    """Run every stage.
+
+    Raises:
+        MoeLocalityError: a run failed, or two runs that must agree do not.
+    """
+    out = options.out
+    _train(options, progress)
+    trace = read_trace(out / "record" / "trace")
+    seen, held_out = trace.filter(stages=[TRAIN]), trace.filter(stages=[PREFILL])
+    analysis = analyze(held_out, seed=options.seed)
+    _say_specialization(analysis, progress)
+    topology = ClusterTopology.uniform(options.num_nodes, options.ranks_per_node)
+    plan = _place(options, seen, topology, progress)
+    homes = _homes(options, held_out, plan, topology)
+    linear = _run(options, "linear", [], progress)
+    placed_arguments = ["--plan", str(out / "plan.json"), "--homes", str(out / "homes.json")]
+    placed = _run(options, "placed", placed_arguments, progress)
+    usual = PlacementPlan.linear(
+        num_experts=plan.num_experts,
+        layer_ids=plan.layer_ids,
+        num_nodes=options.num_nodes,
+        ranks_per_node=options.ranks_per_node,
+        model=plan.model,
+    )
+    dealt = _ranks_of_requests(linear)
+    candidates = [
+        Candidate(name="linear", plan=usual, homes=dealt),
+        Candidate(name="placed", plan=plan, homes=homes),
+    ]
+    agreement = check_agreement(linear, placed)
+    checked = {
+        run.name: check_prediction(run, held_out, c.plan, topology, _ranks_of_requests(run))
+        for run, c in zip((linear, placed), candidates, strict=True)
+    }
+    return ModelDemo(
+        held_out=held_out,
+        analysis=analysis,
+        plan=plan,
+        topology=topology,
+        linear=linear,
+        placed=placed,
+        predicted=compare_plans(held_out, candidates, topology, seed=options.seed),
+        measured=compare_runs(linear, placed, node_of_rank=topology.rank_to_node),
+        agreement=agreement,
+        bytes_checked=checked,
+    )
+
+
+def _common(options: DemoOptions, name: str) -> list[str]:
+    folder = options.out / name
+    return [
+        *("--preset", options.preset, "--seed", str(options.seed)),
+        *("--num-nodes", str(options.num_nodes), "--out", str(folder)),
+        *("--metrics", str(folder / "metrics.jsonl")),
+    ]
+
+
+def _train(options: DemoOptions, progress: Progress) -> None:
+    folder = options.out / "record"
+    arguments = [
+        *_common(options, "record"),
+        *("--layer", "stock", "--trace", str(folder / "trace")),
+        *("--save-checkpoint", str(folder / "checkpoint")),
+        *(() if options.steps is None else ("--steps", str(options.steps))),
+    ]
+    title = "train with stock DeepSpeed layers and record"
+    with progress.stage(title) as update:
+        run_training(
+            arguments, num_ranks=options.num_ranks, log=folder / "log.txt", on_progress=update
+        )
+
+
+def _run(options: DemoOptions, name: str, extra: list[str], progress: Progress) -> Run:
+    """Run the held-out requests, then a few more training steps, from the recorded checkpoint."""
+    folder = options.out / name
+    arguments = [
+        *_common(options, name),
+        *("--layer", "locality", "--load-checkpoint", str(options.out / "record" / "checkpoint")),
+        *("--eval-only", "--continue-steps", str(CONTINUE_STEPS), *extra),
+    ]
+    title = f"same batches, our layer, {name}"
+    with progress.stage(title) as update:
+        run_training(
+            arguments, num_ranks=options.num_ranks, log=folder / "log.txt", on_progress=update
+        )
+    return read_run(folder, name)
+
+
+def _place(
+    options: DemoOptions, seen: RoutingTrace, topology: ClusterTopology, progress: Progress
+) -> PlacementPlan:
+    with progress.stage("place the experts (trace of the training steps)"):
+        plan = solve(
+            seen,
+            topology,
+            homes="joint",
+            max_imbalance=options.max_imbalance,
+            seed=options.seed,
+        )
+        plan.write(options.out / "plan.json")
+    return plan
+
+
+def _homes(
+    options: DemoOptions, held_out: RoutingTrace, plan: PlacementPlan, topology: ClusterTopology
+) -> dict[int, int]:
+    """Give every held-out request a home, batch by batch, from its first tokens only."""
+    size = _batch_requests(options)
+    homes: dict[int, int] = {}
+    for start in range(0, len(held_out.request_ids), size):
+        batch = held_out.filter(requests=held_out.request_ids[start : start + size])
+        homes |= assign_homes(batch, plan, topology, predict=PREDICT_FROM, equal_requests=True)
+    text = json.dumps({str(request): rank for request, rank in homes.items()}, indent=0)
+    (options.out / "homes.json").write_text(text + "\n", encoding="utf-8")
+    return homes
+
+
+def _batch_requests(options: DemoOptions) -> int:
+    """Requests of a global batch, as the run itself reported them."""
+    summary = json.loads((options.out / "record" / "summary.json").read_text(encoding="utf-8"))
+    return int(summary["global_batch"])
+
+
+def _ranks_of_requests(run: Run) -> dict[int, int]:
+    """Where each request really ran."""
+    rows = run.evaluation or {}
+    return dict(zip(rows["request_id"].tolist(), rows["rank"].tolist(), strict=True))
+
+
+def _say_specialization(analysis: dict[str, Any], progress: Progress) -> None:
+    domains = analysis["domains"]
+    progress.say(
+        f"routing differs between domains by {domains['js_bits']:.4f} bits (Jensen-Shannon); "
+        f"two halves of one domain differ by {domains['noise_floor_bits']:.4f} bits"
+    )
+
+
+def hash_of(path: Path) -> str:
+    """Content hash of a recorded trace, for the report."""
+    return read_trace(path).content_hash()
+
+
+def mean_loss(run: Run) -> float:
+    """Mean loss of the held-out requests, nats per token."""
+    return float(np.mean((run.evaluation or {})["loss"]))
