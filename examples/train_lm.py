@@ -1,12 +1,13 @@
-"""Train the example language model with DeepSpeed, stock or with moe_locality, and evaluate it request by request.
+r"""Train the example language model with DeepSpeed, stock or with moe_locality, and evaluate it.
 
-    deepspeed --num_accelerators 4 examples/train_lm.py --layer stock --steps 120 --out runs/baseline \
-        --trace traces/baseline --save-checkpoint runs/baseline/checkpoint
-    deepspeed --num_accelerators 4 examples/train_lm.py --layer locality --plan plan.json --homes homes.json \
-        --eval-only --load-checkpoint runs/baseline/checkpoint --out runs/placed
+    deepspeed --num_accelerators 4 examples/train_lm.py --layer stock --num-nodes 2 \
+        --trace traces/baseline --out runs/baseline --save-checkpoint runs/checkpoint
+    deepspeed --num_accelerators 4 examples/train_lm.py --layer locality --num-nodes 2 \
+        --eval-only --load-checkpoint runs/checkpoint --plan plan.json --homes homes.json \
+        --out runs/placed
 
-Written to ``--out`` by rank 0: ``evaluation.npz`` (see lm/evaluation.py), ``summary.json`` and, with moe_locality's
-layer, ``traffic.json`` (rows and bytes between ranks during the evaluation).
+Rank 0 writes into ``--out``: ``evaluation.npz`` (see lm/evaluation.py), ``summary.json`` and, with
+moe_locality's layer, ``traffic.json``: rows and bytes between ranks during the evaluation.
 """
 
 import argparse
@@ -33,12 +34,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--preset",
-        default="demo",
-        choices=sorted(training.RUN_SIZES),
-        help="sizes of model and data",
-    )
+    add("--preset", default="demo", choices=sorted(training.RUN_SIZES), help="size of the run")
     add("--layer", default="stock", choices=["stock", "locality"], help="whose MoE layer")
     add("--steps", type=int, help="train up to this step (default: the preset's)")
     add("--out", default="runs/example", help="directory of the results")
@@ -62,16 +58,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Train (unless ``--eval-only``), write a checkpoint, evaluate."""
     args = parse_arguments(arguments)
-    sizes = training.RUN_SIZES[args.preset]
-    steps = sizes.steps if args.steps is None else args.steps
     start_distributed()
     rank, num_ranks = training.rank_and_size()
     torch.manual_seed(args.seed)
+    sizes = training.RUN_SIZES[args.preset]
+    steps = sizes.steps if args.steps is None else args.steps
     config = run_config(args, sizes, steps, num_ranks)
     metrics = training.Metrics(args.metrics)
-    changes = {} if args.top_k is None else {"top_k": args.top_k}
-    model_config = preset(args.preset, **changes)
+    model_config = preset(args.preset, **({} if args.top_k is None else {"top_k": args.top_k}))
     train_set, held_out = data.build_requests(
         seq_len=model_config.max_seq_len,
         train_per_domain=sizes.train_per_domain,
@@ -83,21 +79,18 @@ def main(arguments: list[str] | None = None) -> None:
     )
     engine = training.build_engine(model, config, args.layer)
     done = read_checkpoint(engine, args.load_checkpoint)
-    apply_plan(engine, args.plan)
+    plan = apply_plan(engine, args.plan)
     homes = data.read_homes(args.homes) if args.homes else None
-    per_rank = config["train_micro_batch_size_per_gpu"]
+    dealt = {
+        "rank": rank,
+        "num_ranks": num_ranks,
+        "per_rank": config["train_micro_batch_size_per_gpu"],
+        "homes": homes,
+    }
     recorder = Recorder(engine, args.trace)
     if not args.eval_only:
-        batches = data.train_batches(
-            train_set,
-            rank=rank,
-            num_ranks=num_ranks,
-            per_rank=per_rank,
-            steps=steps,
-            seed=args.seed,
-            homes=homes,
-        )
         first_recorded = steps * 2 // 3 + 1 if args.trace_from is None else args.trace_from
+        batches = data.train_batches(train_set, steps=steps, seed=args.seed, **dealt)
         training.train(
             engine,
             itertools.islice(batches, done, None),
@@ -108,28 +101,34 @@ def main(arguments: list[str] | None = None) -> None:
         )
         done = max(done, steps)
     if args.save_checkpoint:
-        engine.save_checkpoint(args.save_checkpoint, client_state={"steps_done": done})
-    evaluate(args, engine, held_out, homes, per_rank, recorder, metrics, done)
+        state = {"steps_done": done, "plan": plan.to_dict() if plan else None}
+        engine.save_checkpoint(args.save_checkpoint, client_state=state)
+    batches = data.eval_batches(held_out, **dealt)
+    evaluate(args, engine, batches, held_out.domains, recorder.get(), metrics, done)
     recorder.close()
     metrics.close()
 
 
 def start_distributed() -> None:
-    """Join the process group; on a CPU keep DeepSpeed from compiling its shared-memory op at the first collective."""
+    """Join the process group; on a CPU, DeepSpeed must not compile its shared-memory op for it."""
     training.share_cores()
     if not torch.cuda.is_available():
-        import deepspeed.ops
+        from moe_locality.compat import avoid_cpu_jit
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        avoid_cpu_jit()
     deepspeed.init_distributed(verbose=False)
 
 
-def run_config(args, sizes, steps: int, num_ranks: int) -> dict[str, Any]:
+def run_config(
+    args: argparse.Namespace, sizes: training.RunSizes, steps: int, num_ranks: int
+) -> dict[str, Any]:
     """Return the ds_config, with the emulated nodes in its ``moe_locality`` section."""
     config = training.ds_config(args.deepspeed_config, sizes, steps)
     if args.num_nodes:
         if num_ranks % args.num_nodes:
-            raise ValueError(f"{num_ranks} ranks do not make {args.num_nodes} equal nodes")
+            raise ValueError(
+                f"{num_ranks} ranks do not make {args.num_nodes} equal nodes: use a multiple"
+            )
         cluster = {"num_nodes": args.num_nodes, "ranks_per_node": num_ranks // args.num_nodes}
         config.setdefault("moe_locality", {})["cluster"] = cluster
     return config
@@ -147,7 +146,11 @@ def moe_class(layer: str) -> Any:
 
 
 def read_checkpoint(engine: Any, folder: str | None) -> int:
-    """Read a checkpoint into the engine and return the number of steps it was trained for."""
+    """Read a checkpoint into the engine and return the number of steps it was trained for.
+
+    Experts are stored slot by slot. A checkpoint written under a plan carries the plan, so that
+    the layers know which expert a slot holds.
+    """
     if folder is None:
         return 0
     path, state = engine.load_checkpoint(folder)
@@ -155,20 +158,31 @@ def read_checkpoint(engine: Any, folder: str | None) -> int:
         raise FileNotFoundError(
             f"{folder} holds no DeepSpeed checkpoint: give the directory that holds 'latest'"
         )
+    if state.get("plan"):
+        from moe_locality.layer import set_slot_to_logical
+        from moe_locality.layer.convert import moe_modules
+        from moe_locality.placement import PlacementPlan
+
+        stored = PlacementPlan.from_dict(state["plan"])
+        orders = zip(moe_modules(engine.module), stored.physical_to_logical_map, strict=True)
+        for (_, module), order in orders:
+            set_slot_to_logical(module, order)
     return int(state["steps_done"])
 
 
-def apply_plan(engine: Any, path: str | None) -> None:
-    """Move the experts to the slots of the plan, after a checkpoint in the order of the model was read."""
+def apply_plan(engine: Any, path: str | None) -> Any:
+    """Move the experts, as the checkpoint left them, to the slots of the plan; return the plan."""
     if path is None:
-        return
+        return None
     import moe_locality
 
-    moe_locality.relabel(engine.module, moe_locality.PlacementPlan.read(path))
+    plan = moe_locality.PlacementPlan.read(path)
+    moe_locality.relabel(engine, plan)
+    return plan
 
 
 class Recorder:
-    """Attaches moe_locality's recorder to the engine's model when it is first needed."""
+    """Attaches moe_locality's recorder to the engine's model when it is first asked for."""
 
     def __init__(self, engine: Any, path: str | None) -> None:
         self.engine, self.path, self.recorder = engine, path, None
@@ -177,7 +191,9 @@ class Recorder:
         if self.recorder is None and self.path is not None:
             import moe_locality
 
-            self.recorder = moe_locality.attach(self.engine.module, self.path)
+            self.recorder = moe_locality.attach(
+                self.engine.module, self.path, model=training.MODEL_NAME
+            )
         return self.recorder
 
     def close(self) -> None:
@@ -185,64 +201,46 @@ class Recorder:
             self.recorder.close()
 
 
-def evaluate(args, engine, held_out, homes, per_rank, recorder, metrics, done: int) -> None:
-    """Evaluate the held-out requests and write the results of rank 0."""
-    rank, num_ranks = training.rank_and_size()
-    count_traffic = TrafficOfEvaluation(engine, args) if args.layer == "locality" else None
-    batches = data.eval_batches(
-        held_out, rank=rank, num_ranks=num_ranks, per_rank=per_rank, homes=homes
-    )
+def evaluate(
+    args: argparse.Namespace,
+    engine: Any,
+    batches: Any,
+    domains: tuple[str, ...],
+    recorder: Any,
+    metrics: training.Metrics,
+    done: int,
+) -> None:
+    """Evaluate the held-out requests; rank 0 writes the results."""
+    counted = args.layer == "locality"
+    if counted:
+        engine.moe_locality.reset_traffic()
     start = time.perf_counter()
-    rows = evaluation.evaluate_requests(engine, batches, recorder=recorder.get())
+    rows = evaluation.evaluate_requests(engine, batches, recorder=recorder)
     seconds = time.perf_counter() - start
-    traffic = count_traffic.report() if count_traffic else None
+    traffic = engine.moe_locality.traffic_report() if counted else None
     cpu_s = total_cpu_seconds()
     if rows is None:
         return
     out = Path(args.out)
-    evaluation.write_evaluation(rows, held_out.domains, out / "evaluation.npz")
+    evaluation.write_evaluation(rows, domains, out / "evaluation.npz")
     if traffic is not None:
         write_json(out / "traffic.json", traffic)
+    num_ranks = training.rank_and_size()[1]
     summary = {
-        "layer": args.layer,
-        "preset": args.preset,
-        "seed": args.seed,
+        **{name: getattr(args, name) for name in ("layer", "preset", "seed", "plan", "homes")},
         "num_ranks": num_ranks,
         "steps_done": done,
         "parameters": num_parameters(engine.module, num_ranks),
-        "eval_loss": float(rows["loss"].mean()),
-        "eval_loss_by_domain": evaluation.loss_by_domain(rows, held_out.domains),
         "eval_requests": len(rows["loss"]),
+        "eval_loss": float(rows["loss"].mean()),
+        "eval_loss_by_domain": evaluation.loss_by_domain(rows, domains),
         "eval_s": seconds,
         "time_s": time.perf_counter() - metrics.start,
         "cpu_s": cpu_s,
-        "plan": args.plan,
-        "homes": args.homes,
     }
     write_json(out / "summary.json", summary)
     metrics.write(kind="eval", **{k: v for k, v in summary.items() if k.startswith("eval_")})
     print(f"evaluation loss {summary['eval_loss']:.4f} of {len(rows['loss'])} requests", flush=True)
-
-
-class TrafficOfEvaluation:
-    """Counts what the layers send from here on."""
-
-    def __init__(self, engine: Any, args: argparse.Namespace) -> None:
-        from moe_locality.dispatch.traffic import reset_traffic
-
-        self.engine, self.args = engine, args
-        reset_traffic(engine.module)
-
-    def report(self) -> dict[str, Any]:
-        from moe_locality.config import read_config
-        from moe_locality.dispatch.traffic import traffic_report
-        from moe_locality.topology.groups import discover_topology
-
-        section = run_config(
-            self.args, training.RUN_SIZES[self.args.preset], 2, training.rank_and_size()[1]
-        )
-        topology = discover_topology(cluster_config=read_config(section).cluster)
-        return traffic_report(self.engine.module, topology)
 
 
 def num_parameters(model: torch.nn.Module, num_ranks: int) -> int:
@@ -267,9 +265,9 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def run() -> None:
-    """Run ``main``; a failure on one rank ends this process at once, and the launcher then ends the others.
+    """Run ``main``; a failure ends this rank at once, and the launcher then ends the others.
 
-    A plain exception would let the interpreter wait for peers that wait for this rank in a collective.
+    A plain exception would let the interpreter's exit wait for peers that wait for this rank.
     """
     try:
         main()

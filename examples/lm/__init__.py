@@ -1,6 +1,6 @@
-"""A small Llama-3-style language model with mixture-of-experts layers, its data and its training loop.
+"""A small Llama-3-style mixture-of-experts language model, its data and its training loop.
 
-``model``     the decoder (RMSNorm, rotary embedding, grouped-query attention, SwiGLU experts) and its presets
+``model``     the decoder (RMSNorm, rotary embedding, grouped-query attention, SwiGLU) and presets
 ``norms``     RMSNorm: NVIDIA apex's fused one where it is really there, PyTorch's otherwise
 ``sources``   real text of four domains that every Python installation has
 ``data``      requests cut from that text, a held-out split by document, batches for every rank

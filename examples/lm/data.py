@@ -1,8 +1,8 @@
-"""Requests cut from the text of ``sources``: byte tokens, a held-out split by document, batches for every rank.
+"""Requests cut from the text of ``sources``: byte tokens, a split by document, batches per rank.
 
-A request is one sequence. Its ``request_id`` is unique over both splits and the same on every rank and in every
-run with the same seed. All ranks draw the same global batch of a step; a map of homes only decides which rank
-computes which request, so it changes traffic and not the training data.
+A request is one sequence. Its ``request_id`` is unique over both splits and the same on every rank
+and in every run with the same seed. All ranks draw the same global batch of a step; a map of homes
+only decides which rank computes which request, so it changes traffic and not the training data.
 
 Shapes: N requests, S tokens of a sequence, G ranks.
 """
@@ -72,7 +72,7 @@ def build_requests(
 
 
 def split_documents(domain: str, seed: int) -> tuple[list[str], list[str]]:
-    """Split the documents of a domain into (train, held-out); about a fifth of the text is held out."""
+    """Split the documents of a domain into (train, held-out), about four to one by length."""
     documents = read_documents(domain, seed)
     random.Random(f"{seed}/{domain}").shuffle(documents)
     wanted, held_out = HELD_OUT_FRACTION * sum(map(len, documents)), 0
@@ -89,7 +89,7 @@ def encode(document: str) -> list[int]:
 
 
 def _cut(documents, seq_len, count, domain, split, seed) -> np.ndarray:
-    """Cut sequences [count, S + 1] out of the documents: spread over all of them, none overlapping."""
+    """Cut sequences [count, S + 1] out of all the documents, none overlapping."""
     windows = []
     for document in documents:
         tokens = np.asarray(encode(document), dtype=np.int16)
@@ -97,8 +97,8 @@ def _cut(documents, seq_len, count, domain, split, seed) -> np.ndarray:
         windows.extend(tokens[i * seq_len : (i + 1) * seq_len + 1] for i in range(full))
     if len(windows) < count:
         raise ValueError(
-            f"the {split} text of domain {domain!r} gives {len(windows)} sequences of {seq_len} tokens,"
-            f" {count} were asked for: ask for fewer or shorter ones"
+            f"the {split} text of domain {domain!r} gives {len(windows)} sequences of {seq_len}"
+            f" tokens, {count} were asked for: ask for fewer or shorter ones"
         )
     return np.stack(random.Random(f"{seed}/{domain}/{split}").sample(windows, count))
 
@@ -116,10 +116,11 @@ def _interleave(by_domain: list[np.ndarray], first_id: int) -> Requests:
 def assign_ranks(
     request_ids: np.ndarray, num_ranks: int, homes: Mapping[int, int] | None = None
 ) -> np.ndarray:
-    """Return the rank [N] that computes each request: its home where there is room, the same number on each.
+    """Return the rank [N] that computes each request: its home where there is room, else another.
 
-    Without homes, or for requests without one, ranks are dealt in turn. N must be a multiple of ``num_ranks``.
-    Where more requests have their home on a rank than it can take, the later ones go to ranks with room.
+    Every rank gets the same number, so N must be a multiple of ``num_ranks``. Without homes, or for
+    requests without one, ranks are dealt in turn. Where more requests have their home on a rank
+    than it can take, the later ones go to ranks with room.
 
     Raises:
         ValueError: N is not a multiple, or a home is not a rank of this run.
@@ -127,17 +128,19 @@ def assign_ranks(
     count = len(request_ids)
     if count % num_ranks:
         raise ValueError(
-            f"{count} requests cannot be dealt to {num_ranks} ranks in equal numbers: use a multiple"
+            f"{count} requests cannot be dealt to {num_ranks} ranks in equal numbers: use a"
+            " multiple"
         )
-    # one deal of all ranks after the other, each rotated by one: no domain order can line up with the ranks
-    deals = np.arange(count)
-    ranks = ((deals % num_ranks) + deals // num_ranks) % num_ranks
+    # each deal starts one rank later, so the order of the domains cannot line up with the ranks
+    deal, place = np.divmod(np.arange(count), num_ranks)
+    ranks = (deal + place) % num_ranks
     if homes is None:
         return ranks.astype(np.int32)
     wanted = np.array([homes.get(int(request), -1) for request in request_ids], dtype=np.int64)
     if wanted.max(initial=-1) >= num_ranks or wanted.min(initial=0) < -1:
         raise ValueError(
-            f"a request has its home on rank {wanted.max()}, this run has {num_ranks} ranks: make the homes for it"
+            f"a request has its home on rank {wanted.max()}, this run has {num_ranks} ranks: make"
+            " the homes for as many ranks"
         )
     return _keep_homes(wanted, ranks, num_ranks)
 
@@ -166,14 +169,15 @@ def train_batches(
 ) -> Iterator[Requests]:
     """Yield this rank's ``per_rank`` requests of each step.
 
-    The global batch of a step is the same with and without homes. Every epoch is shuffled in blocks of one request
-    per domain, so each global batch keeps the mix of domains.
+    The global batch of a step is the same with and without homes. Every epoch is shuffled in blocks
+    of one request per domain, so each global batch keeps the mix of domains.
     """
     blocks = np.arange(len(requests)).reshape(-1, len(requests.domains))
     size = per_rank * num_ranks
     if size > len(requests):
         raise ValueError(
-            f"a global batch takes {size} requests, the split has {len(requests)}: use a smaller batch"
+            f"a global batch takes {size} requests, the split has {len(requests)}: use a smaller"
+            " batch"
         )
     order, epoch = np.empty(0, dtype=np.int64), 0
     for _ in range(steps):
@@ -193,7 +197,7 @@ def eval_batches(
     per_rank: int,
     homes: Mapping[int, int] | None = None,
 ) -> Iterator[Requests]:
-    """Yield this rank's share of a split once, ``per_rank`` requests at a time, as many batches on every rank."""
+    """Yield this rank's share of a split once; as many batches on every rank."""
     mine = np.flatnonzero(assign_ranks(requests.request_id, num_ranks, homes) == rank)
     for start in range(0, len(mine), per_rank):
         yield requests.take(mine[start : start + per_rank])

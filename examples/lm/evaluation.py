@@ -1,10 +1,10 @@
 """Loss and logits of every held-out request, so that two runs can be compared request by request.
 
-The file is an .npz with one row per request, sorted by ``request_id``: ``request_id`` int64 [N], ``domain_id``
-int32 [N], ``rank`` int32 [N] (the one that computed it), ``loss`` float32 [N] (mean over the tokens),
-``last_logits`` float32 [N, V], ``logits_digest`` (BLAKE2b of all the request's logits, 16 hex digits) and
-``domains``. Dropless routing without sampling makes the logits of a request independent of its batch, up to the
-order of sums inside matrix products.
+The file is an .npz with one row per request, sorted by ``request_id``: ``request_id`` int64 [N],
+``domain_id`` int32 [N], ``rank`` int32 [N] (the one that computed it), ``loss`` float32 [N] (mean
+over the tokens), ``last_logits`` float32 [N, V], ``logits_digest`` (BLAKE2b of all the request's
+logits, 16 hex digits) and ``domains``. Dropless routing without sampling makes the logits of a
+request independent of its batch, up to the order of sums inside matrix products.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ ROWS = ("request_id", "domain_id", "rank", "loss", "last_logits", "logits_digest
 def evaluate_requests(
     engine: Any, batches: Iterator[Requests], *, recorder: Any = None, stage: str = "prefill"
 ) -> dict[str, np.ndarray] | None:
-    """Run the batches of every rank through the model; rank 0 gets the rows of all ranks, others None.
+    """Run the batches of every rank through the model and return the rows of all ranks on rank 0.
 
     Collective over the default group: every rank calls it with as many batches.
     """
@@ -35,7 +35,7 @@ def evaluate_requests(
     with torch.no_grad():
         for batch in batches:
             inputs, targets = as_tensors(batch, engine.device)
-            with annotated(batch, stage, recorder):
+            with annotated(batch, stage):
                 output = engine(inputs, targets)
             if recorder is not None:
                 recorder.step()
@@ -97,16 +97,16 @@ def loss_by_domain(rows: dict[str, np.ndarray], domains: tuple[str, ...]) -> dic
 def compare_evaluations(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, Any]:
     """Compare two evaluations of the same requests.
 
-    Returns the largest difference of a request's loss and of a last logit, and how many requests have logits that
-    agree to the last bit.
+    Returns the largest difference of a request's loss and of a last logit, and how many requests
+    have logits that agree to the last bit.
 
     Raises:
         ValueError: they do not hold the same requests.
     """
     if not np.array_equal(a["request_id"], b["request_id"]):
         raise ValueError(
-            f"the evaluations hold {len(a['request_id'])} and {len(b['request_id'])} requests that are not the"
-            " same: evaluate both runs with the same seed and preset"
+            f"the evaluations hold {len(a['request_id'])} and {len(b['request_id'])} requests that"
+            " are not the same: evaluate both runs with the same seed and preset"
         )
     return {
         "requests": len(a["request_id"]),

@@ -1,11 +1,14 @@
 """A small decoder in the style of Llama 3 whose every MLP is a mixture of experts, or dense.
 
-Architecture after arXiv 2407.21783 (Llama 3): RMSNorm before each block, rotary embedding with base 500,000,
-grouped-query attention, SwiGLU. Parameter names follow ``transformers``' Llama, so weights can be copied by name.
+Architecture after arXiv 2407.21783 (Llama 3): RMSNorm before each block, rotary embedding with base
+500,000, grouped-query attention, SwiGLU. Parameter names follow ``transformers``' Llama, so weights
+can be copied by name.
 
-Shapes: B sequences, S tokens of a sequence, D model width, F expert width, H query heads, V vocabulary.
+Shapes: B sequences, S tokens of a sequence, D model width, F expert width, H query heads, V
+vocabulary.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -30,7 +33,7 @@ class LMConfig:
     num_layers: int = 4
     num_heads: int = 4
     num_kv_heads: int = 2
-    expert_width: int = 96
+    expert_width: int = 64
     num_experts: int = 16
     top_k: int = 2
     max_seq_len: int = 128
@@ -38,14 +41,16 @@ class LMConfig:
     norm_eps: float = 1e-5
     norm: str = "auto"
     tied_embeddings: bool = True
-    init_std: float = 0.02
+    init_std: float = 0.1
+    """standard deviation of the weights: about 1 / sqrt(width)"""
     router_init_std: float = 0.02
-    aux_loss_coef: float = 1e-3
+    aux_loss_coef: float = 0.02
 
     def __post_init__(self) -> None:
         if self.width % self.num_heads or (self.width // self.num_heads) % 2:
             raise ValueError(
-                f"width {self.width} does not give {self.num_heads} heads of an even size: change one of them"
+                f"width {self.width} does not give {self.num_heads} heads of an even size: change"
+                " one of them"
             )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
@@ -76,9 +81,10 @@ PRESETS = {
 
 
 class LMOutput(NamedTuple):
-    """What a forward pass returns. ``loss = lm_loss + aux_loss_coef * aux_loss``; None without targets."""
+    """What a forward pass returns; the losses are None without targets."""
 
     loss: Tensor | None
+    """``lm_loss + aux_loss_coef * aux_loss``"""
     lm_loss: Tensor | None
     aux_loss: Tensor
     logits: Tensor
@@ -101,7 +107,7 @@ class SwiGLU(nn.Module):
 
 
 def rope_table(head_width: int, length: int, base: float) -> tuple[Tensor, Tensor]:
-    """Return cos and sin [length, head_width] of the rotary embedding (arXiv 2104.09864), halves layout."""
+    """Return cos and sin [length, head_width] of rotary embedding (arXiv 2104.09864), in halves."""
     inverse = base ** (-torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)
     angles = torch.outer(torch.arange(length, dtype=torch.float32), inverse)
     angles = torch.cat([angles, angles], dim=-1)
@@ -115,7 +121,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention (arXiv 2305.13245) through torch's scaled_dot_product_attention."""
+    """Causal grouped-query attention (arXiv 2305.13245) through torch's SDPA."""
 
     def __init__(self, config: LMConfig) -> None:
         super().__init__()
@@ -147,9 +153,9 @@ class Attention(nn.Module):
 
 
 class MoEFeedForward(nn.Module):
-    """An MoE layer in the place of an MLP: takes and returns one tensor, and keeps the balance loss aside.
+    """An MoE layer in the place of an MLP: takes and returns one tensor.
 
-    ``aux_loss`` is DeepSpeed's ``l_aux`` of the last forward pass; ``aux_losses(model)`` sums it over a model.
+    ``aux_loss`` keeps DeepSpeed's balance loss of the last forward pass for ``aux_losses(model)``.
     """
 
     def __init__(self, moe: nn.Module) -> None:
@@ -194,7 +200,7 @@ class LanguageModel(nn.Module):
         self.register_buffer("rope_sin", sin, persistent=False)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> LMOutput:
-        """Predict the next token of ``tokens`` [B, S] int64; ``targets`` [B, S] gives the losses."""
+        """Predict the next token of ``tokens`` [B, S] int64; ``targets`` [B, S] give losses."""
         length = tokens.shape[1]
         if length > self.config.max_seq_len:
             raise ValueError(
@@ -224,12 +230,12 @@ def build_model(
 ) -> LanguageModel:
     """Build the decoder with weights that depend on ``seed`` alone, not on the number of ranks.
 
-    ``moe_class`` makes the MoE layers (default: DeepSpeed's). Routing is dropless and without sampling, so the
-    experts of a token are a function of weights and tokens. ``ep_rank`` says which experts this rank holds:
-    experts ``ep_rank * E / ep_size`` onwards, DeepSpeed's layout.
+    ``moe_class`` makes the MoE layers (default: DeepSpeed's). Routing is dropless and without
+    sampling, so the experts of a token are a function of weights and tokens. ``ep_rank`` says which
+    experts this rank holds: experts ``ep_rank * E / ep_size`` onwards, DeepSpeed's layout.
     """
     if config.num_experts and moe_class is None:
-        from deepspeed.moe.layer import MoE as moe_class  # noqa: N813
+        from deepspeed.moe.layer import MoE as moe_class
     mlps: list[nn.Module] = [
         MoEFeedForward(
             make_moe(moe_class, SwiGLU(config.width, config.expert_width), config, ep_size)
@@ -244,7 +250,7 @@ def build_model(
 
 
 def make_moe(moe_class: MoEFactory, expert: nn.Module, config: LMConfig, ep_size: int) -> nn.Module:
-    """Call a factory with DeepSpeed's MoE signature: dropless, no sampling, no random token selection."""
+    """Call a factory with DeepSpeed's MoE signature: dropless, and nothing random in the gate."""
     return moe_class(
         hidden_size=config.width,
         expert=expert,
@@ -260,8 +266,8 @@ def make_moe(moe_class: MoEFactory, expert: nn.Module, config: LMConfig, ep_size
 def draw_weights(model: LanguageModel, *, seed: int, ep_rank: int = 0) -> None:
     """Draw every weight from a generator of its own, named by layer and logical expert.
 
-    DeepSpeed copies one expert into all of them; here expert e of a layer has the same weights on every number
-    of ranks, so runs of different sizes can be compared.
+    DeepSpeed copies one expert into all of them; here expert e of a layer has the same weights on
+    every number of ranks, so runs of different sizes can be compared.
     """
     config = model.config
     out_std = config.init_std / math.sqrt(2 * config.num_layers)
@@ -271,13 +277,13 @@ def draw_weights(model: LanguageModel, *, seed: int, ep_rank: int = 0) -> None:
         std = out_std if name.endswith(("o_proj.weight", "down_proj.weight")) else config.init_std
         if name.endswith("gate.wg.weight"):
             std = config.router_init_std
-        name = logical_name(name, config.num_experts, model, ep_rank)
         with torch.no_grad():
-            parameter.copy_(_normal(parameter.shape, std, f"{seed}/{name}"))
+            key = f"{seed}/{logical_name(name, model, ep_rank)}"
+            parameter.copy_(normal(parameter.shape, std, key))
 
 
-def logical_name(name: str, num_experts: int, model: nn.Module, ep_rank: int) -> str:
-    """Return the parameter name with the number of the local expert replaced by that of the logical one."""
+def logical_name(name: str, model: nn.Module, ep_rank: int) -> str:
+    """Return the parameter's name with the local number of its expert replaced by the logical."""
     marker = "deepspeed_experts."
     if marker not in name:
         return name
@@ -287,9 +293,8 @@ def logical_name(name: str, num_experts: int, model: nn.Module, ep_rank: int) ->
     return f"{head}{marker}{ep_rank * num_local + int(local)}.{rest}"
 
 
-def _normal(shape: torch.Size, std: float, key: str) -> Tensor:
-    import hashlib
-
+def normal(shape: torch.Size, std: float, key: str) -> Tensor:
+    """Return normal numbers drawn from a generator that is seeded by ``key``."""
     seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "little")
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * std
 
@@ -300,7 +305,7 @@ def moe_feed_forwards(model: nn.Module) -> Iterator[MoEFeedForward]:
 
 
 def aux_losses(model: nn.Module) -> Tensor:
-    """Return the mean balance loss of the last forward pass over the MoE layers (0 for a dense model)."""
+    """Return the balance loss of the last forward pass, mean over the MoE layers (0 if none)."""
     parts = [ff.aux_loss for ff in moe_feed_forwards(model) if ff.aux_loss is not None]
     if not parts:
         return next(model.parameters()).new_zeros(())

@@ -1,8 +1,8 @@
-"""RMSNorm for the example model: apex's fused kernel where NVIDIA apex is really installed, else PyTorch's.
+"""RMSNorm for the example model: NVIDIA apex's fused one where it is really there, else torch's.
 
-The package called ``apex`` on PyPI is a toolkit for web applications and has nothing to do with NVIDIA's apex
-(https://github.com/NVIDIA/apex, installed from source). Importing the wrong one runs its code, so it is recognized
-by its files and never imported.
+The package called ``apex`` on PyPI is a toolkit for web applications and has nothing to do with
+NVIDIA's apex (https://github.com/NVIDIA/apex, installed from source). Importing the wrong one runs
+its code, so it is recognized by its files and never imported.
 """
 
 import importlib.util
@@ -21,8 +21,9 @@ ApexState = Literal["absent", "wrong", "python-only", "cuda"]
 def nvidia_apex_state() -> tuple[ApexState, str]:
     """Say which ``apex`` is installed, and what to do about it.
 
-    Returns ``absent``, ``wrong`` (another package of that name), ``python-only`` (NVIDIA's, without the compiled
-    kernels of its normalization layers) or ``cuda`` (usable), with a sentence for people.
+    Returns ``absent``, ``wrong`` (another package of that name), ``python-only`` (NVIDIA's, without
+    the compiled kernels of its normalization layers) or ``cuda`` (usable), with a sentence for
+    people.
     """
     spec = importlib.util.find_spec("apex")
     if spec is None:
@@ -32,12 +33,13 @@ def nvidia_apex_state() -> tuple[ApexState, str]:
         (f / "normalization").is_dir() and (f / "multi_tensor_apply").is_dir() for f in folders
     ):
         return "wrong", (
-            f"the installed 'apex' is not NVIDIA apex ({_describe('apex')}): pip uninstall apex, then install"
-            " https://github.com/NVIDIA/apex from source with its CUDA extensions"
+            f"the installed 'apex' is not NVIDIA apex ({_describe('apex')}): pip uninstall apex,"
+            " then install https://github.com/NVIDIA/apex from source with its CUDA extensions"
         )
     if importlib.util.find_spec("fused_layer_norm_cuda") is None:
         return "python-only", (
-            "NVIDIA apex is installed without fused_layer_norm_cuda: install it from source with its CUDA extensions"
+            "NVIDIA apex is installed without fused_layer_norm_cuda: install it from source with"
+            " its CUDA extensions"
         )
     return "cuda", "NVIDIA apex with fused_layer_norm_cuda"
 

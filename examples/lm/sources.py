@@ -5,8 +5,8 @@
 ``arithmetic``  worked school arithmetic, generated from a seed
 ``markup``      HTML pages that pydoc renders for standard library modules
 
-A document is one file, topic, sheet or page. The text depends on the Python version, and on nothing else: no hash
-seed, no memory address.
+A document is one file, topic, sheet or page. The text depends on the Python version, and on nothing
+else: no hash seed, no memory address.
 """
 
 import importlib
@@ -20,10 +20,32 @@ from pathlib import Path
 DOMAINS = ("code", "prose", "arithmetic", "markup")
 
 # Pages of these modules do not change with PYTHONHASHSEED (no default value that prints a set).
-_PAGES = (
-    "argparse ast calendar collections csv dataclasses decimal email.message enum fractions functools html.parser"
-    " inspect json logging pathlib random statistics string textwrap threading typing unittest.case zipfile"
-).split()
+_PAGES = [
+    "argparse",
+    "ast",
+    "calendar",
+    "collections",
+    "csv",
+    "dataclasses",
+    "decimal",
+    "email.message",
+    "enum",
+    "fractions",
+    "functools",
+    "html.parser",
+    "inspect",
+    "json",
+    "logging",
+    "pathlib",
+    "random",
+    "statistics",
+    "string",
+    "textwrap",
+    "threading",
+    "typing",
+    "unittest.case",
+    "zipfile",
+]
 
 
 def read_documents(domain: str, seed: int = 0) -> list[str]:
@@ -31,14 +53,16 @@ def read_documents(domain: str, seed: int = 0) -> list[str]:
 
     Raises:
         ValueError: there is no such domain.
-        RuntimeError: this Python has no standard library sources or no topics (some minimal images strip them).
+        RuntimeError: this Python has no standard library sources or no topics (some minimal images
+        strip them).
     """
     if domain not in _READERS:
         raise ValueError(f"found domain {domain!r}, expected one of {', '.join(DOMAINS)}")
     documents = _READERS[domain](seed)
     if not documents:
         raise RuntimeError(
-            f"this Python installation has no text for the domain {domain!r}: use one with its standard library sources"
+            f"this Python installation has no text for the domain {domain!r}: use one with the"
+            " sources of its standard library"
         )
     return documents
 
@@ -53,7 +77,8 @@ def _prose(seed: int) -> list[str]:
         from pydoc_data import topics
     except ImportError as error:
         raise RuntimeError(
-            "this Python has no pydoc_data.topics: install the full standard library (Debian: libpython3-stdlib)"
+            "this Python has no pydoc_data.topics: install the full standard library (Debian:"
+            " libpython3-stdlib)"
         ) from error
     return [topics.topics[name] for name in sorted(topics.topics)]
 

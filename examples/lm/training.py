@@ -1,14 +1,13 @@
-"""The pieces of ``train_lm.py``: sizes of a run, DeepSpeed's configuration, the engine, one training loop.
+"""The pieces of ``train_lm.py``: sizes of a run, DeepSpeed's configuration, engine, training loop.
 
-The loop is an ordinary DeepSpeed loop. What moe_locality adds is one context manager, ``annotate``, around the
-forward pass, and ``recorder.step()`` after it.
+The loop is an ordinary DeepSpeed loop. What moe_locality adds is one context manager, ``annotate``,
+around the forward pass, and ``recorder.step()`` after it.
 """
 
 import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from .data import Requests
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSizes:
-    """What a preset trains and evaluates on. Counts of requests are multiples of 4 ranks x 4 domains."""
+    """What a preset trains and evaluates on."""
 
     steps: int
     per_rank: int
@@ -33,7 +32,7 @@ class RunSizes:
 
 RUN_SIZES = {
     "tiny": RunSizes(steps=4, per_rank=4, train_per_domain=64, held_out_per_domain=16, lr=3e-3),
-    "demo": RunSizes(steps=120, per_rank=8, train_per_domain=960, held_out_per_domain=96, lr=4e-3),
+    "demo": RunSizes(steps=120, per_rank=4, train_per_domain=960, held_out_per_domain=96, lr=5e-3),
 }
 
 MODEL_NAME = "example-lm"
@@ -49,8 +48,9 @@ def rank_and_size() -> tuple[int, int]:
 def ds_config(path: str | None, sizes: RunSizes, steps: int) -> dict[str, Any]:
     """Return the ds_config of a file, or the default one of the example.
 
-    The default has no gradient clipping: without ZeRO, DeepSpeed's fp32 clip norm depends on which rank holds
-    which expert (deepspeedai/DeepSpeed issue 8475), and a placement must not change the training.
+    The default has no gradient clipping: without ZeRO, DeepSpeed's fp32 clip norm depends on which
+    rank holds which expert (deepspeedai/DeepSpeed issue 8475), and a placement must not change the
+    training.
     """
     config: dict[str, Any] = {
         "optimizer": {
@@ -79,7 +79,8 @@ def ds_config(path: str | None, sizes: RunSizes, steps: int) -> dict[str, Any]:
     config.setdefault("steps_per_print", 10**9)
     if config["gradient_accumulation_steps"] != 1:
         raise ValueError(
-            f"gradient_accumulation_steps is {config['gradient_accumulation_steps']}: the loop of this example takes 1"
+            f"gradient_accumulation_steps is {config['gradient_accumulation_steps']}: the loop of"
+            " this example takes 1"
         )
     return config
 
@@ -94,10 +95,8 @@ def build_engine(model: torch.nn.Module, config: dict[str, Any], layer: str) -> 
     return front.initialize(model=model, model_parameters=parameters, config=config)[0]
 
 
-def annotated(batch: Requests, stage: str, recorder: Any) -> Any:
-    """Label the tokens of a forward pass for the recorder; costs nothing when nothing records."""
-    if recorder is None:
-        return nullcontext()
+def annotated(batch: Requests, stage: str) -> Any:
+    """Label the tokens of a forward pass for whatever records it."""
     import moe_locality
 
     return moe_locality.annotate(
@@ -120,12 +119,12 @@ def train(
     recorder_of: Callable[[int], Any],
     metrics: "Metrics",
 ) -> None:
-    """Train from ``first_step`` to ``steps``; ``recorder_of(step)`` gives the recorder of that step or None."""
+    """Train from ``first_step`` to ``steps``; ``recorder_of(step)`` is its recorder or None."""
     for step, batch in enumerate(batches, first_step + 1):
         start = time.perf_counter()
         recorder = recorder_of(step)
         inputs, targets = as_tensors(batch, engine.device)
-        with annotated(batch, "train", recorder):
+        with annotated(batch, "train"):
             output = engine(inputs, targets)
         engine.backward(output.loss)
         engine.step()
@@ -144,7 +143,7 @@ def all_reduced_mean(values: list[torch.Tensor]) -> list[float]:
 
 
 class Metrics:
-    """Progress of rank 0: a line ``progress DONE TOTAL TEXT`` on stdout and one JSON object per step in a file."""
+    """Rank 0's lines ``progress DONE TOTAL TEXT`` on stdout, and a file with an object per step."""
 
     def __init__(self, path: str | None, every: int = 5) -> None:
         self.start = time.perf_counter()
