@@ -19,9 +19,13 @@ def compare(ours: dict, stock: dict, dtype: torch.dtype, exact: tuple[str, ...] 
         else:
             # rows of other tokens are summed in another order, so the bound follows the largest
             scale = max(1.0, float(expected.abs().max()))
-            torch.testing.assert_close(
-                ours[name], expected, rtol=rtol, atol=atol * scale, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            close(ours[name], expected, rtol, atol * scale, name)
+
+
+def close(found, expected, rtol: float, atol: float, name: str) -> None:
+    torch.testing.assert_close(
+        found, expected, rtol=rtol, atol=atol, msg=lambda text: f"{name}: {text}"
+    )
 
 
 def every_case_equals_stock(rank, world, ep_size):

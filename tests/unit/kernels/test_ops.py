@@ -1,0 +1,175 @@
+"""The kernels of the reference backend against definitions that a reader can check by eye."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_locality.errors import BackendUnavailable, ConfigError
+from moe_locality.kernels import ops
+
+MAPS = st.tuples(st.integers(0, 9), st.integers(1, 4), st.integers(1, 6), st.integers(0, 2**32 - 1))
+
+
+def random_slots(tokens: int, top_k: int, slots: int, seed: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).integers(-1, slots, (tokens, top_k)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(MAPS)
+def test_row_map_is_a_stable_sort_by_slot(shape):
+    tokens, top_k, slots, _ = shape
+    ids = random_slots(*shape)
+    found = ops.row_map(ids, slots)
+    flat = ids.reshape(-1).tolist()
+    wanted = sorted((s, i) for i, s in enumerate(flat) if s >= 0)
+    assert found.row_route.tolist() == [i for _, i in wanted]
+    assert found.row_token.tolist() == [i // top_k for _, i in wanted]
+    assert found.tokens_per_slot.tolist() == [flat.count(s) for s in range(slots)]
+    row_of = {route: row for row, (_, route) in enumerate(wanted)}
+    assert found.positions.reshape(-1).tolist() == [row_of.get(i, -1) for i in range(len(flat))]
+    assert found.positions.shape == (tokens, top_k)
+
+
+@settings(max_examples=40, deadline=None)
+@given(MAPS)
+def test_permute_and_combine_equal_a_loop(shape):
+    tokens, _, slots, seed = shape
+    ids = random_slots(*shape)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, 3, generator=generator)
+    weights = torch.rand(ids.shape, generator=generator)
+    mapping = ops.row_map(ids, slots)
+    rows = ops.permute(x, mapping.row_token)
+    expected_rows = [x[t] for t in mapping.row_token.tolist()]
+    assert torch.equal(rows, torch.stack(expected_rows) if expected_rows else x[:0])
+    scale = (1 + torch.arange(len(rows), dtype=torch.float32))[:, None]
+    out = ops.combine(rows * scale, mapping.positions, weights)
+    expected = torch.zeros_like(x)
+    for t, places in enumerate(mapping.positions.tolist()):
+        for k, row in enumerate(places):
+            if row >= 0:
+                expected[t] += weights[t, k] * (rows[row] * scale[row])
+    torch.testing.assert_close(out, expected)
+
+
+@settings(max_examples=25, deadline=None)
+@given(MAPS)
+def test_backward_is_the_derivative(shape):
+    """Against autograd through plain indexing, in float64."""
+    tokens, _, slots, seed = shape
+    ids = random_slots(*shape)
+    mapping = ops.row_map(ids, slots)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+    weights = torch.rand(ids.shape, dtype=torch.float64, generator=generator, requires_grad=True)
+    rows = x[mapping.row_token.long()]
+    scaled = rows.sin()
+    scaled.retain_grad()
+    rows.retain_grad()
+    token_weight = weights.reshape(-1)[mapping.row_route.long()]
+    out = torch.zeros_like(x).index_add(0, mapping.row_token.long(), scaled * token_weight[:, None])
+    grad = torch.randn(out.shape, dtype=torch.float64, generator=generator)
+    out.backward(grad)
+    found_rows, found_weights = ops.combine_backward(grad, scaled.detach(), mapping, weights)
+    torch.testing.assert_close(found_rows, scaled.grad)
+    torch.testing.assert_close(found_weights, weights.grad)
+    torch.testing.assert_close(ops.permute_backward(rows.grad, mapping.positions), x.grad)
+
+
+def test_what_is_not_needed_is_not_made():
+    mapping = ops.row_map(torch.tensor([[0, 1]]), 2)
+    grad, weights = torch.ones(1, 2), torch.ones(1, 2)
+    rows, gates = ops.combine_backward(grad, None, mapping, weights)
+    assert rows is not None
+    assert gates is None
+    rows, gates = ops.combine_backward(grad, torch.ones(2, 2), mapping, weights, need_rows=False)
+    assert rows is None
+    assert gates is not None
+
+
+def test_a_dropped_route_does_not_spread_infinity():
+    """Row 0 may hold infinity; a dropped route must not pick it up as 0 * inf."""
+    mapping = ops.row_map(torch.tensor([[0], [-1]]), 1)
+    rows = torch.full((1, 4), float("inf"))
+    out = ops.combine(rows, mapping.positions, torch.zeros(2, 1) + torch.tensor([[1.0], [0.0]]))
+    assert torch.isinf(out[0]).all()
+    assert torch.equal(out[1], torch.zeros(4))
+    total = ops.permute_backward(rows, mapping.positions)
+    assert torch.equal(total[1], torch.zeros(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_are_in_float32(dtype):
+    """256 + 1 + 1 is 258 in float32 and 256 when each sum is rounded to bfloat16."""
+    mapping = ops.row_map(torch.tensor([[0, 1, 2]]), 3)
+    top = 256.0 if dtype is torch.bfloat16 else 2048.0
+    rows = torch.tensor([[top], [1.0], [1.0]], dtype=dtype)
+    ones = torch.ones(1, 3)
+    assert ops.combine(rows, mapping.positions, ones).item() == top + 2
+    assert ops.permute_backward(rows, mapping.positions).item() == top + 2
+    assert ops.combine(rows, mapping.positions, ones).dtype == dtype
+
+
+def test_empty_inputs_give_empty_outputs():
+    mapping = ops.row_map(torch.empty(0, 2, dtype=torch.int64), 4)
+    assert mapping.tokens_per_slot.tolist() == [0, 0, 0, 0]
+    assert ops.combine(torch.empty(0, 5), mapping.positions, torch.empty(0, 2)).shape == (0, 5)
+    nothing = ops.row_map(torch.full((3, 2), -1), 4)
+    assert torch.equal(
+        ops.combine(torch.empty(0, 5), nothing.positions, torch.ones(3, 2)), torch.zeros(3, 5)
+    )
+
+
+def test_slot_ids_must_be_whole_numbers_in_two_dimensions():
+    with pytest.raises(ConfigError, match=r"expected integers \[T, K\]"):
+        ops.row_map(torch.zeros(3, 2), 4)
+    with pytest.raises(ConfigError, match=r"expected integers \[T, K\]"):
+        ops.row_map(torch.zeros(3, dtype=torch.int64), 4)
+
+
+# -- the choice of the backend
+# ----------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _default_backend(monkeypatch):
+    monkeypatch.delenv(ops.ENVIRONMENT_VARIABLE, raising=False)
+    yield
+    ops.set_backend("auto")
+    ops.reset_backend_counts()
+
+
+def test_calls_are_counted_by_backend():
+    ops.reset_backend_counts()
+    mapping = ops.row_map(torch.tensor([[0]]), 1)
+    ops.permute(torch.ones(1, 1), mapping.row_token)
+    ops.permute(torch.ones(1, 1), mapping.row_token, backend="reference")
+    assert ops.backend_counts() == {"reference": {"row_map": 1, "permute": 2}}
+
+
+def test_an_unknown_backend_is_named_with_the_known_ones():
+    with pytest.raises(ConfigError, match=r"found kernels='fast', expected auto, reference"):
+        ops.set_backend("fast")  # pyright: ignore[reportArgumentType]
+
+
+def test_a_missing_backend_says_why_and_what_to_do(monkeypatch):
+    monkeypatch.setitem(ops._MODULES, "cuda", "moe_locality.kernels.not_there")
+    ops.set_backend("reference")
+    with pytest.raises(BackendUnavailable, match=r"not_there is not installed.*set kernels to"):
+        ops.check_backend("cuda")
+    with pytest.raises(BackendUnavailable, match="MOE_LOCALITY_CUDA=1"):
+        ops.permute(torch.ones(1, 1), torch.zeros(1, dtype=torch.int32), backend="cuda")
+
+
+def test_the_argument_counts_before_the_setting_and_that_before_the_environment(monkeypatch):
+    monkeypatch.setitem(ops._MODULES, "cuda", "moe_locality.kernels.not_there")
+    x, index = torch.ones(1, 1), torch.zeros(1, dtype=torch.int32)
+    monkeypatch.setenv(ops.ENVIRONMENT_VARIABLE, "cuda")
+    with pytest.raises(BackendUnavailable):
+        ops.permute(x, index)
+    ops.set_backend("reference")
+    assert torch.equal(ops.permute(x, index), x)
+    with pytest.raises(BackendUnavailable):
+        ops.permute(x, index, backend="cuda")
