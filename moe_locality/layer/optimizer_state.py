@@ -64,8 +64,8 @@ def movable_optimizer(engine: Any) -> torch.optim.Optimizer | None:
 
 
 def has_state(optimizer: Any) -> bool:
-    """Return whether the optimizer has stepped (or loaded) anything."""
-    return bool(getattr(optimizer, "state", None))
+    """Return whether a plain optimizer has stepped or loaded (ZeRO fills its state at start)."""
+    return isinstance(optimizer, torch.optim.Optimizer) and bool(optimizer.state)
 
 
 def check_state_moves(module: Any, optimizer: torch.optim.Optimizer | None, name: str) -> None:

@@ -81,6 +81,8 @@ def relabel(
                 f"found a {type(model).__name__}, expected a torch module or a DeepSpeed engine"
             )
         targets = plan_targets(model, plan, group)
+        for target in targets:
+            check_no_gradients(target.module, target.name)
         if engine is not None:
             return targets, movable_optimizer(engine)
         _check_bare(targets, weights_only)
@@ -88,7 +90,22 @@ def relabel(
 
     relabel_to(prepare, plan.digest() if isinstance(plan, PlacementPlan) else repr(plan))
     if engine is not None:
-        engine.moe_locality_relabelled_to = plan
+        _remember_plan(engine, plan)
+
+
+def plan_of(engine: Any) -> PlacementPlan | None:
+    """Return the plan that an engine follows: that of its last relabel, or of its start."""
+    runtime = getattr(engine, "moe_locality", None)
+    plan = getattr(runtime, "plan", None)
+    return plan if runtime is not None else getattr(engine, "moe_locality_plan", None)
+
+
+def _remember_plan(engine: Any, plan: PlacementPlan) -> None:
+    runtime = getattr(engine, "moe_locality", None)
+    if runtime is None:
+        engine.moe_locality_plan = plan
+    else:
+        runtime.plan = plan
 
 
 def relabel_to(prepare: Any, digest: str) -> None:
@@ -277,8 +294,7 @@ def _check_bare(targets: list[Target], weights_only: bool) -> None:
 
 
 def _facts(target: Target, optimizer: torch.optim.Optimizer | None) -> Any:
-    """What has to be the same on all ranks for a layer; checks what can go wrong on this one."""
-    check_no_gradients(target.module, target.name)
+    """What has to be the same on all ranks for a layer; checks what this rank alone can see."""
     check_state_moves(target.module, optimizer, target.name)
     experts = target.module.deepspeed_moe.experts.deepspeed_experts
     return (
