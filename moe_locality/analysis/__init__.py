@@ -1,1 +1,7 @@
-"""TODO: re-exports of this package (its owner writes this)."""
+"""What a routing trace shows: balance, similarity of domains and stages, co-activation. numpy
+only.
+"""
+
+from moe_locality.analysis.summary import analyze
+
+__all__ = ["analyze"]

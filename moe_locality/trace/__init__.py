@@ -1,4 +1,6 @@
-"""Routing traces: which experts real tokens pick. The recorder is loaded on first use (it needs torch)."""
+"""Routing traces: which experts real tokens pick. The recorder is loaded on first use (it needs
+torch).
+"""
 
 import importlib
 from typing import Any

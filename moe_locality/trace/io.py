@@ -37,12 +37,14 @@ def read_trace(
     """Read a trace directory or an .npz file.
 
     Args:
-        strict: False: damaged shards and shards of another model are left out, and tokens that a pipeline stage lacks
-            get -1; a warning is logged for each. ``read_trace_report`` also returns these.
+        strict: False: damaged shards and shards of another model are left out, and tokens that a
+            pipeline stage lacks get -1; a warning is logged for each. ``read_trace_report`` also
+            returns these.
         layers: transformer layer indices to read; other layers are not read from disk. None: all.
 
     Raises:
-        TraceError: nothing readable is there, or (strict) a shard is damaged or does not fit; the shard is named.
+        TraceError: nothing readable is there, or (strict) a shard is damaged or does not fit; the
+        shard is named.
     """
     trace, problems = read_trace_report(path, strict=strict, layers=layers)
     for problem in problems:
@@ -53,7 +55,9 @@ def read_trace(
 def read_trace_report(
     path: str | PathLike[str], *, strict: bool = False, layers: Collection[int] | None = None
 ) -> tuple[RoutingTrace, list[str]]:
-    """Read like ``read_trace`` and return what was left out or repaired beside the trace, one sentence each."""
+    """Read like ``read_trace`` and return what was left out or repaired beside the trace, one
+    sentence each.
+    """
     place = Path(path)
     if place.suffix == ".npz" and not place.is_dir():
         trace = read_npz(place)
@@ -77,7 +81,8 @@ def read_trace_report(
         names.append(shard.name)
     if not parts:
         raise TraceError(
-            f"found no readable shard among {len(shards)} in {place}: {problems[-1]}; restore the files"
+            f"found no readable shard among {len(shards)} in {place}: {problems[-1]}; restore the "
+            "files"
         )
     parts = _fitting(place, parts, names, strict, problems)
     if layers is not None:
@@ -104,11 +109,13 @@ def write_trace(
     A directory that already holds the same content is left as it is.
 
     Args:
-        overwrite: replace a trace of other content; the old shards go only when all new ones are on disk.
+        overwrite: replace a trace of other content; the old shards go only when all new ones are on
+            disk.
         shard_tokens: rows per shard.
 
     Raises:
-        TraceError: the directory holds another trace and ``overwrite`` is False, or cannot be written.
+        TraceError: the directory holds another trace and ``overwrite`` is False, or cannot be
+        written.
     """
     place = Path(path)
     if place.suffix == ".npz" and not place.is_dir():
@@ -137,8 +144,8 @@ def write_trace(
 
 def _occupied(place: Path) -> TraceError:
     return TraceError(
-        f"found another trace in {place}, expected an empty place or the same content: "
-        "give another path, or pass overwrite=True to replace it"
+        f"found another trace in {place}, expected an empty place or the same content: give "
+        "another path, or pass overwrite=True to replace it"
     )
 
 
@@ -152,8 +159,9 @@ def _replace(directory: Path, old: list[Path], written: list[Path]) -> None:
         sync_directory(directory)
     except OSError as error:
         raise TraceError(
-            f"found that the old trace in {directory} cannot be replaced ({error.strerror or error}), "
-            "expected a writable directory: change its permissions or give another path"
+            f"found that the old trace in {directory} cannot be replaced "
+            f"({error.strerror or error}), expected a writable directory: change its permissions "
+            "or give another path"
         ) from error
 
 
@@ -167,25 +175,25 @@ def _holds(directory: Path, trace: RoutingTrace) -> bool:
 def _existing_shards(directory: Path) -> list[Path]:
     if not directory.exists():
         raise TraceError(
-            f"found nothing at {directory}, expected a trace (a directory of part-*.parquet shards, or an .npz file): "
-            "check the path"
+            f"found nothing at {directory}, expected a trace (a directory of part-*.parquet "
+            "shards, or an .npz file): check the path"
         )
     if not directory.is_dir():
         raise TraceError(
-            f"found a file {directory}, expected a directory of shards or a name that ends in .npz: "
-            "convert other formats with `moe-locality import`"
+            f"found a file {directory}, expected a directory of shards or a name that ends in "
+            ".npz: convert other formats with `moe-locality import`"
         )
     try:
         shards = shard_paths(directory)
     except OSError as error:
         raise TraceError(
-            f"found that {directory} cannot be listed ({error.strerror}), expected a readable directory: "
-            "change its permissions"
+            f"found that {directory} cannot be listed ({error.strerror}), expected a readable "
+            "directory: change its permissions"
         ) from error
     if not shards:
         raise TraceError(
-            f"found no part-*.parquet shard in {directory}, expected at least one: "
-            "record a run into it, or check that the recorder was closed"
+            f"found no part-*.parquet shard in {directory}, expected at least one: record a run "
+            "into it, or check that the recorder was closed"
         )
     return shards
 
@@ -210,8 +218,9 @@ def _fitting(
             if found != want
         )
         text = (
-            f"found that shard {place / names[i]} does not fit the others: {differing}: "
-            "a directory holds one trace; move the shard away, or read with strict=False to leave it out"
+            f"found that shard {place / names[i]} does not fit the others: {differing}: a "
+            "directory holds one trace; move the shard away, or read with strict=False to leave "
+            "it out"
         )
         if strict:
             raise TraceError(text)
@@ -231,8 +240,8 @@ def _even(
         text = f"found no {field} in shard {place / lacking[0]}, though other shards have it"
         if strict:
             raise TraceError(
-                f"{text}, expected it in all or in none: record with the same options, "
-                "or read with strict=False to drop it everywhere"
+                f"{text}, expected it in all or in none: record with the same options, or read "
+                "with strict=False to drop it everywhere"
             )
         problems.append(f"{text}: dropped it everywhere")
         parts = [part.evolve(**{field: None}) for part in parts]

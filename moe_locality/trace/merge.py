@@ -1,11 +1,13 @@
-"""Joining traces: the same layers of other tokens (ranks) are concatenated, other layers of the same tokens
-(pipeline stages) are joined."""
+"""Joining traces: the same layers of other tokens (ranks) are concatenated, other layers of the
+same tokens (pipeline stages) are joined.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +28,8 @@ def concat(traces: Sequence[RoutingTrace]) -> RoutingTrace:
     """Join traces of the same model and layers row after row; domains are matched by name.
 
     Raises:
-        TraceError: settings, layers or the set of optional fields differ, or there is no trace at all.
+        TraceError: settings, layers or the set of optional fields differ, or there is no trace at
+        all.
     """
     if not traces:
         raise TraceError("found no trace to join, expected at least one")
@@ -34,14 +37,15 @@ def concat(traces: Sequence[RoutingTrace]) -> RoutingTrace:
     _check_settings(traces)
     if any(set(other.layer_ids.tolist()) != set(first.layer_ids.tolist()) for other in traces):
         raise TraceError(
-            "found traces with different layers, expected the same in each: join pipeline stages with merge()"
+            "found traces with different layers, expected the same in each: join pipeline stages "
+            "with merge()"
         )
     for name in _OPTIONAL:
         having = [getattr(trace, name) is not None for trace in traces]
         if any(having) and not all(having):
             raise TraceError(
-                f"found {name} in {sum(having)} of {len(traces)} traces, expected it in all or in none: "
-                "record all of them with the same options"
+                f"found {name} in {sum(having)} of {len(traces)} traces, expected it in all or in "
+                "none: record all of them with the same options"
             )
     if len(traces) == 1:
         return first
@@ -93,15 +97,16 @@ def unify_domains(traces: Sequence[RoutingTrace]) -> list[RoutingTrace]:
 def merge(traces: Sequence[RoutingTrace], *, strict: bool = True) -> tuple[RoutingTrace, list[str]]:
     """Concatenate traces with the same layers, then join the groups with different layers.
 
-    Rows of two pipeline stages are the same token when step (where every trace has it), request id and position
-    agree. The joined row keeps the rank of the first stage.
+    Rows of two pipeline stages are the same token when step (where every trace has it), request id
+    and position agree. The joined row keeps the rank of the first stage.
 
     Args:
-        strict: False: a token that a stage lacks gets -1 there (load: 0), repeated tokens are dropped, and what was
-            done is returned as sentences.
+        strict: False: a token that a stage lacks gets -1 there (load: 0), repeated tokens are
+            dropped, and what was done is returned as sentences.
 
     Raises:
-        TraceError: settings differ, layer sets overlap in part, or (strict) stages do not hold the same tokens.
+        TraceError: settings differ, layer sets overlap in part, or (strict) stages do not hold the
+        same tokens.
     """
     if not traces:
         raise TraceError("found no trace to join, expected at least one")
@@ -116,8 +121,9 @@ def merge(traces: Sequence[RoutingTrace], *, strict: bool = True) -> tuple[Routi
     shared = sorted(layer for layer, count in counts.items() if count > 1)
     if shared:
         raise TraceError(
-            f"found layers {shared[:8]} in parts with different layer sets, expected equal or disjoint sets: "
-            "parts of different runs are mixed; separate them, or filter(layers=) first"
+            f"found layers {shared[:8]} in parts with different layer sets, expected equal or "
+            "disjoint sets: parts of different runs are mixed; separate them, or filter(layers=) "
+            "first"
         )
     return _join(groups, strict)
 
@@ -129,8 +135,8 @@ def _check_settings(traces: Sequence[RoutingTrace]) -> None:
         ):
             if found != expected:
                 raise TraceError(
-                    f"found {name} {found!r} beside {expected!r}, expected the same in all traces that are joined: "
-                    "keep traces of different models apart"
+                    f"found {name} {found!r} beside {expected!r}, expected the same in all traces "
+                    "that are joined: keep traces of different models apart"
                 )
 
 
@@ -143,17 +149,17 @@ def _join(groups: Sequence[RoutingTrace], strict: bool) -> tuple[RoutingTrace, l
         stage, key = np.argwhere(missing.T)[0][::-1]
         other = int(np.flatnonzero(row_of[:, key] >= 0)[0])
         text = (
-            f"found {int(missing.any(axis=0).sum())} of {row_of.shape[1]} tokens not recorded in every pipeline stage "
-            f"(layers {groups[stage].layer_ids.tolist()[:4]}... lack "
+            f"found {int(missing.any(axis=0).sum())} of {row_of.shape[1]} tokens not recorded in "
+            f"every pipeline stage (layers {groups[stage].layer_ids.tolist()[:4]}... lack "
             f"{_describe(groups[other], int(row_of[other, key]))})"
         )
         if strict:
             raise TraceError(
-                f"{text}, expected the same tokens in each: label requests the same way on all stages, "
-                "or read with strict=False to fill the holes with -1"
+                f"{text}, expected the same tokens in each: label requests the same way on all "
+                "stages, or read with strict=False to fill the holes with -1"
             )
         problems.append(f"{text}: filled with no pick")
-    fields = {
+    fields: dict[str, Any] = {
         name: np.concatenate(
             [_rows(getattr(g, name), row_of[i], name) for i, g in enumerate(groups)], axis=1
         )
@@ -166,8 +172,8 @@ def _join(groups: Sequence[RoutingTrace], strict: bool) -> tuple[RoutingTrace, l
             fields[name] = _first_known(groups, row_of, name, strict, problems)
     order = np.argsort(fields["layer_ids"], kind="stable")
     for name in ("layer_ids", *LAYER_FIELDS):
-        if fields.get(name) is not None:
-            fields[name] = np.take(fields[name], order, axis=0 if name == "layer_ids" else 1)
+        if (value := fields.get(name)) is not None:
+            fields[name] = np.take(value, order, axis=0 if name == "layer_ids" else 1)
     return replace(groups[0], **fields), problems
 
 
@@ -175,14 +181,16 @@ def _in_all(groups: Sequence[RoutingTrace], name: str) -> bool:
     having = [getattr(group, name) is not None for group in groups]
     if any(having) and not all(having):
         raise TraceError(
-            f"found {name} in {sum(having)} of {len(groups)} pipeline stages, expected it in all or in none: "
-            "record all stages with the same options"
+            f"found {name} in {sum(having)} of {len(groups)} pipeline stages, expected it in all "
+            "or in none: record all stages with the same options"
         )
     return all(having)
 
 
 def _row_table(groups: Sequence[RoutingTrace], strict: bool, problems: list[str]) -> np.ndarray:
-    """int64 [groups, tokens], row of each token in each group, -1 = absent; in the row order of the first group."""
+    """int64 [groups, tokens], row of each token in each group, -1 = absent; in the row order of the
+    first group.
+    """
     names = [name for name in _KEYS[groups[0].kind] if _everywhere(groups, name)]
     keys = [np.concatenate([getattr(group, name) for group in groups]) for name in names]
     source = np.repeat(np.arange(len(groups)), [group.num_rows for group in groups])
@@ -204,8 +212,9 @@ def _row_table(groups: Sequence[RoutingTrace], strict: bool, problems: list[str]
         )
         if strict:
             raise TraceError(
-                f"{text}, expected (step, request_id, position) to name one token, for stages are joined by it: "
-                "give request ids with annotate(), or read with strict=False to keep the first of each"
+                f"{text}, expected (step, request_id, position) to name one token, for stages are "
+                "joined by it: give request ids with annotate(), or read with strict=False to "
+                "keep the first of each"
             )
         problems.append(f"{text}: kept the first of each")
     table = np.full((len(groups), int(new.sum())), -1, np.int64)
@@ -242,7 +251,8 @@ def _first_known(
     strict: bool,
     problems: list[str],
 ) -> np.ndarray | None:
-    """Take each token's value from the first stage that knows it; stages that disagree are an error.
+    """Take each token's value from the first stage that knows it; stages that disagree are an
+    error.
 
     ``rank`` differs by nature: the first stage is where the token lived.
     """

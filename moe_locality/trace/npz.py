@@ -19,7 +19,8 @@ def read_npz(path: str | PathLike[str]) -> RoutingTrace:
     """Read a trace from an .npz file; nothing in it is ever unpickled.
 
     Raises:
-        TraceError: the file is absent, damaged, of another layout, or breaks an invariant; the message names it.
+        TraceError: the file is absent, damaged, of another layout, or breaks an invariant; the
+        message names it.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -33,8 +34,8 @@ def read_npz(path: str | PathLike[str]) -> RoutingTrace:
             ) from error
         detail = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TraceError(
-            f"found that {path} cannot be read as a routing trace: {detail}; "
-            "expected the .npz layout of docs/formats.md: restore or convert the file"
+            f"found that {path} cannot be read as a routing trace: {detail}; expected the .npz "
+            "layout of docs/formats.md: restore or convert the file"
         ) from error
 
 
@@ -72,8 +73,8 @@ def write_npz(trace: RoutingTrace, path: str | PathLike[str]) -> None:
         np.savez_compressed(path, **arrays)
     except OSError as error:
         raise TraceError(
-            f"found that {path} cannot be written ({error.strerror or error}), expected a writable place: "
-            "give another path"
+            f"found that {path} cannot be written ({error.strerror or error}), expected a writable "
+            "place: give another path"
         ) from error
 
 

@@ -1,11 +1,11 @@
 """The routing trace: which experts every token of a run picked, as plain numpy arrays.
 
-Shape letters: T tokens, L MoE layers, K picks per token, E experts, S steps (rows of counts), D domains.
+Shape letters: T tokens, L MoE layers, K picks per token, E experts, S steps (rows of counts), D
+domains.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
@@ -36,19 +36,18 @@ ROW_FIELDS = (
 LAYER_FIELDS = ("expert_ids", "expert_weights", "expert_load")
 """Row fields whose second axis is the MoE layer."""
 
-_HASH_CHUNK_ROWS = 65_536
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RoutingTrace:
     """The expert choices of the tokens of one model, or (kind "load") counts of them.
 
-    Two traces are compared with ``same_content``: ``==`` is identity, because array comparison has no single truth
-    value. Arrays are cast to the dtypes named here and not copied where they already have them; treat them as
-    read-only.
+    Two traces are compared with ``same_content``: ``==`` is identity, because array comparison has
+    no single truth value. Arrays are cast to the dtypes named here and not copied where they
+    already have them; treat them as read-only.
 
     Raises:
-        TraceError: a shape, a value or a combination of fields is impossible; the message says which.
+        TraceError: a shape, a value or a combination of fields is impossible; the message says
+        which.
     """
 
     model: str
@@ -84,13 +83,15 @@ class RoutingTrace:
     step_tokens: np.ndarray | None = None
     """int64 [S], kind "load": tokens of each step, where known."""
     load_top_k: int = 0
-    """Kind "load": picks per token, 0 = unknown. Kind "tokens" has it in the shape of ``expert_ids``."""
+    """Kind "load": picks per token, 0 = unknown. Kind "tokens" has it in the shape of
+    ``expert_ids``.
+    """
 
     def __post_init__(self) -> None:
         for name, value in validate.checked(self).items():
             object.__setattr__(self, name, value)
 
-    # -- what it is ---------------------------------------------------------------------------------------------
+    # -- what it is --
 
     @property
     def kind(self) -> str:
@@ -104,7 +105,9 @@ class RoutingTrace:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens recorded; for kind "load" from ``step_tokens``, else picks / top_k, else 0 (unknown)."""
+        """Tokens recorded; for kind "load" from ``step_tokens``, else picks / top_k, else 0
+        (unknown).
+        """
         if self.expert_ids is not None:
             return len(self.expert_ids)
         if self.step_tokens is not None:
@@ -152,14 +155,13 @@ class RoutingTrace:
         """
         if self.expert_ids is None:
             raise TraceError(
-                f"found a trace of kind 'load' (counts per step), but {purpose} needs kind 'tokens' "
-                "(expert ids per token): record or import a per-token trace"
+                f"found a trace of kind 'load' (counts per step), but {purpose} needs kind "
+                "'tokens' (expert ids per token): record or import a per-token trace"
             )
-        return TokenView(
-            self.expert_ids, self.request_id, self.position, self.stage, self.domain_id
-        )  # type: ignore[arg-type]
+        arrays = (self.expert_ids, self.request_id, self.position, self.stage, self.domain_id)
+        return TokenView(*arrays)  # type: ignore[arg-type]
 
-    # -- parts and sums -----------------------------------------------------------------------------------------
+    # -- parts and sums --
 
     def take(self, rows: np.ndarray) -> RoutingTrace:
         """Return the rows named by a boolean mask or by indices; tables and layers stay."""
@@ -172,7 +174,8 @@ class RoutingTrace:
         )
 
     def evolve(self, **changes: Any) -> RoutingTrace:
-        """Return a copy with some fields exchanged, unchecked: for values that were part of checked traces.
+        """Return a copy with some fields exchanged, unchecked: for values that were part of checked
+        traces.
 
         Where a value comes from elsewhere use ``dataclasses.replace``, which checks.
         """
@@ -192,16 +195,19 @@ class RoutingTrace:
         requests: Collection[int] | np.ndarray | None = None,
         domain_groups: Collection[str] | str | None = None,
     ) -> RoutingTrace:
-        """Return the rows (and layers) that meet every condition given; the domain table stays as it is.
+        """Return the rows (and layers) that meet every condition given; the domain table stays as
+        it is.
 
         Args:
             domains, domain_groups: names out of ``domain`` / ``groups``.
             stages: stage codes or their names ("prefill", "decode", "train", "unknown").
-            layers: transformer layer indices out of ``layer_ids``; the result has them in this order.
+            layers: transformer layer indices out of ``layer_ids``; the result has them in this
+                order.
             requests: request ids; ids that are not in the trace select nothing.
 
         Raises:
-            TraceError: a domain, group, stage or layer is unknown, or requests are asked of a trace without them.
+            TraceError: a domain, group, stage or layer is unknown, or requests are asked of a trace
+            without them.
         """
         keep = np.ones(self.num_rows, bool)
         for names, table, word in (
@@ -221,9 +227,10 @@ class RoutingTrace:
             )
             keep &= np.isin(self.tokens_only("filter(requests=)").request_id, wanted_ids)
         result = self if keep.all() else self.take(keep)
-        return result if layers is None else result._with_layers(layers)
+        return result if layers is None else result.select_layers(layers)
 
-    def _with_layers(self, layers: Collection[int]) -> RoutingTrace:
+    def select_layers(self, layers: Collection[int]) -> RoutingTrace:
+        """Return these layers (transformer layer indices), in this order."""
         known = [int(i) for i in self.layer_ids]
         wanted = [int(i) for i in layers]
         validate.all_known(wanted, known, "layer")
@@ -234,19 +241,25 @@ class RoutingTrace:
             if (value := getattr(self, name)) is not None
         }
         if len(set(wanted)) != len(wanted):
-            raise TraceError(f"found layers {wanted} in the request, expected each once")
+            raise TraceError(
+                f"found layers {wanted} asked for, expected each once: drop the repeats"
+            )
         return self.evolve(layer_ids=np.array(wanted, np.int32), **arrays)
 
     def split(self, fraction: float = 0.7, seed: int = 0) -> tuple[RoutingTrace, RoutingTrace]:
-        """Split into (train, test) by request, or by step for kind "load"; no request is on both sides.
+        """Split into (train, test) by request, or by step for kind "load"; no request is on both
+        sides.
 
-        The same trace content, fraction and seed give the same split, whatever the order of the rows.
+        The same trace content, fraction and seed give the same split, whatever the order of the
+        rows.
 
         Args:
-            fraction: share of the requests that go to train, in (0, 1); both sides get at least one.
+            fraction: share of the requests that go to train, in (0, 1); both sides get at least
+                one.
 
         Raises:
-            TraceError: the fraction is outside (0, 1), or there are fewer than two requests (steps).
+            TraceError: the fraction is outside (0, 1), or there are fewer than two requests
+            (steps).
         """
         if not 0 < fraction < 1:
             raise TraceError(f"found fraction {fraction}, expected a number between 0 and 1")
@@ -255,8 +268,8 @@ class RoutingTrace:
         if len(ids) < 2:
             word = "requests" if self.kind == "tokens" else "steps"
             raise TraceError(
-                f"found {len(ids)} {word} in the trace, expected at least 2 to split it: "
-                "use the whole trace, or record more"
+                f"found {len(ids)} {word} in the trace, expected at least 2 to split it: use the "
+                "whole trace, or record more"
             )
         num_train = min(max(round(fraction * len(ids)), 1), len(ids) - 1)
         chosen = np.random.default_rng(seed).permutation(len(ids))[:num_train]
@@ -280,7 +293,8 @@ class RoutingTrace:
 
     @classmethod
     def merge(cls, traces: Sequence[RoutingTrace], *, strict: bool = True) -> RoutingTrace:
-        """Concatenate traces with the same layers and join those with different layers (pipeline stages).
+        """Concatenate traces with the same layers and join those with different layers (pipeline
+        stages).
 
         See ``moe_locality.trace.merge.merge``.
         """
@@ -295,33 +309,19 @@ class RoutingTrace:
 
         return read_npz(path)
 
-    # -- identity -----------------------------------------------------------------------------------------------
+    # -- identity --
 
     def content_hash(self) -> str:
-        """SHA-256 (hex) of the content: independent of the order of rows, of the domain table, and of shards.
+        """SHA-256 (hex) of the content: independent of the order of rows, of the domain table, and
+        of shards.
 
-        Rows are brought into the order (request_id, step, position, stage, rank, domain), ties broken by a
-        fingerprint of the picks; domains are sorted by name and unused ones left out; layers are sorted.
+        Rows are brought into the order (request_id, step, position, stage, rank, domain), ties
+        broken by a fingerprint of the picks; domains are sorted by name and unused ones left out;
+        layers are sorted.
         """
-        order = np.argsort(self.layer_ids, kind="stable")
-        sorted_already = bool((order == np.arange(len(order))).all())
-        trace = (
-            self if sorted_already else self._with_layers([int(i) for i in self.layer_ids[order]])
-        )
-        domain_id, used = _canonical_domains(trace)
-        rows = _canonical_order(trace, domain_id)
-        digest = hashlib.sha256()
-        header = (trace.kind, trace.model, trace.num_experts, trace.top_k, trace.num_rows)
-        digest.update(repr((header, trace.layer_ids.tolist(), used)).encode())
-        for name in ROW_FIELDS:
-            value = domain_id if name == "domain_id" else getattr(trace, name)
-            if value is None:
-                continue
-            digest.update(name.encode())
-            for start in range(0, len(rows), _HASH_CHUNK_ROWS):
-                part = np.ascontiguousarray(value[rows[start : start + _HASH_CHUNK_ROWS]])
-                digest.update(part.astype(part.dtype.newbyteorder("<"), copy=False).data)
-        return digest.hexdigest()
+        from moe_locality.trace.content import content_hash
+
+        return content_hash(self)
 
     def same_content(self, other: RoutingTrace) -> bool:
         """Whether both hold the same rows (in any order), tables and settings."""
@@ -352,51 +352,7 @@ def _stage_codes(stages: Collection[int | str] | int | str) -> list[int]:
     codes = [by_name.get(stage, -1) if isinstance(stage, str) else int(stage) for stage in given]
     if any(code not in STAGE_NAMES for code in codes):
         raise TraceError(
-            f"found stages {given}, expected codes or names out of {dict(STAGE_NAMES)}: correct the stage"
+            f"found stages {given}, expected codes or names out of {dict(STAGE_NAMES)}: correct "
+            "the stage"
         )
     return codes
-
-
-def _canonical_domains(trace: RoutingTrace) -> tuple[np.ndarray, list[tuple[str, str]]]:
-    """Return domain ids [rows] against the sorted table of the domains in use, and that table."""
-    present = np.unique(trace.domain_id)  # type: ignore[arg-type]
-    used = sorted((trace.domain[i], trace.groups[i]) for i in present if i >= 0)
-    lookup = np.full(len(trace.domain) + 1, -1, np.int32)
-    place = {name: i for i, (name, _) in enumerate(used)}
-    for i in present:
-        if i >= 0:
-            lookup[i] = place[trace.domain[i]]
-    return lookup[trace.domain_id], used
-
-
-def _canonical_order(trace: RoutingTrace, domain_id: np.ndarray) -> np.ndarray:
-    names = ("request_id", "step", "position", "stage", "rank")
-    keys = [value for name in names if (value := getattr(trace, name)) is not None]
-    keys.append(domain_id)
-    order = np.lexsort(keys[::-1])
-    if len(order) < 2:
-        return order
-    ties = np.ones(len(order) - 1, bool)
-    for key in keys:
-        ties &= key[order[1:]] == key[order[:-1]]
-    if not ties.any():
-        return order
-    return np.lexsort([_fingerprint(trace), *keys[::-1]])
-
-
-def _fingerprint(trace: RoutingTrace) -> np.ndarray:
-    """uint64 [rows], a linear hash of each row's picks; equal rows are equal, others almost surely not."""
-    rng = np.random.default_rng(0x5EED)
-    total = np.zeros(trace.num_rows, np.uint64)
-    for name in ("expert_ids", "expert_weights", "expert_load", "step_tokens"):
-        value = getattr(trace, name)
-        if value is None:
-            continue
-        value = value.view(np.int16) if value.dtype == np.float16 else value
-        flat = value.reshape(len(value), -1)
-        factors = rng.integers(1, 2**63, flat.shape[1], dtype=np.uint64) * np.uint64(2) + np.uint64(
-            1
-        )
-        for column, factor in enumerate(factors):
-            total += flat[:, column].astype(np.uint64) * factor
-    return total

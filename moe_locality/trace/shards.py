@@ -1,102 +1,42 @@
-"""One shard of a trace directory: a Parquet file with one row per token and one binary column per layer.
+"""One shard of a trace directory: a Parquet file with one row per token and one binary column per
+layer.
 
-The layout is described in docs/formats.md. A shard is complete or absent: it is written under a temporary name and
-takes its own name only when every byte is on disk.
+The layout is described in docs/formats.md. A shard is complete or absent: it is written under a
+temporary name and takes its own name only when every byte is on disk.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import uuid
-import zlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moe_locality.errors import TraceError
+from moe_locality.trace.layout import SCALARS, ShardMeta, from_file, to_table
 from moe_locality.trace.schema import RoutingTrace
 
-FORMAT_VERSION = 1
-META_KEY = b"moe_locality.trace"
-CRC_KEY = b"moe_locality.trace.crc32"
 TMP_PREFIX = ".tmp-"
 
 _NAME = re.compile(r"part-(\d{5,})-(\d{5,})\.parquet")
-_SCALARS = {
-    "request_id": pa.int64(),
-    "position": pa.int32(),
-    "stage": pa.uint8(),
-    "domain_id": pa.int32(),
-    "rank": pa.int32(),
-    "step": pa.int64(),
-    "step_tokens": pa.int64(),
-}
-_NEEDED = {
-    "tokens": ("request_id", "position", "stage", "domain_id"),
-    "load": ("stage", "domain_id"),
-}
-_LAYER_COLUMNS = {"tokens": "expert_ids", "load": "expert_load"}
 _WEIGHTS = "expert_weights"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardMeta:
-    """What the key-value metadata of a shard says about its rows."""
-
-    kind: str
-    model: str
-    num_experts: int
-    top_k: int
-    layer_ids: tuple[int, ...]
-    domain: tuple[str, ...]
-    domain_group: tuple[str, ...]
-    rank: int | None
-
-    def to_json(self) -> bytes:
-        """UTF-8 JSON with sorted keys and the format version."""
-        content: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
-        return json.dumps({"format_version": FORMAT_VERSION, **content}, sort_keys=True).encode()
-
-    @classmethod
-    def from_json(cls, text: bytes) -> ShardMeta:
-        """Parse; raises ValueError, KeyError or TypeError for anything malformed."""
-        content = json.loads(text)
-        version = content["format_version"]
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"found format_version {version!r}, expected {FORMAT_VERSION}: "
-                "read it with the version of moe_locality that wrote it"
-            )
-        rank = content["rank"]
-        return cls(
-            kind=str(content["kind"]),
-            model=str(content["model"]),
-            num_experts=int(content["num_experts"]),
-            top_k=int(content["top_k"]),
-            layer_ids=tuple(int(i) for i in content["layer_ids"]),
-            domain=tuple(str(name) for name in content["domain"]),
-            domain_group=tuple(str(name) for name in content["domain_group"]),
-            rank=None if rank is None else int(rank),
-        )
 
 
 class ShardWriter:
     """Appends shards of one rank to a trace directory, each of them atomically.
 
-    Sequence numbers go on after the shards of this rank that are already there; nothing is ever overwritten.
+    Sequence numbers go on after the shards of this rank that are already there; nothing is ever
+    overwritten.
 
     Args:
         directory: made if absent.
-        rank: number in the file name, and the ``rank`` of every row that does not bring its own; None: rows have no
-            rank, the file name says 0.
+        rank: number in the file name, and the ``rank`` of every row that does not bring its own;
+            None: rows have no rank, the file name says 0.
         domain, domain_group: names known so far; ``write`` can bring a longer table.
         weights: whether every shard has ``expert_weights``.
 
@@ -138,9 +78,11 @@ class ShardWriter:
         """Write one shard and return its path.
 
         Args:
-            columns: ``expert_ids [T, L, K]`` (any integer type, -1 = no pick), ``request_id``, ``position``, and
-                optionally ``stage``, ``domain_id``, ``rank``, ``step``, ``expert_weights``.
-            domain, domain_group: the table as it is known now; it must begin with the one known before.
+            columns: ``expert_ids [T, L, K]`` (any integer type, -1 = no pick), ``request_id``,
+                ``position``, and optionally ``stage``, ``domain_id``, ``rank``, ``step``,
+                ``expert_weights``.
+            domain, domain_group: the table as it is known now; it must begin with the one known
+                before.
 
         Raises:
             TraceError: the columns break an invariant of RoutingTrace, or the disk refuses.
@@ -149,8 +91,9 @@ class ShardWriter:
             self._grow(tuple(domain), tuple(domain_group or ()))
         if (columns.get(_WEIGHTS) is not None) != self.weights:
             raise TraceError(
-                f"found {'no ' if self.weights else ''}expert_weights, expected the opposite: this writer was made "
-                f"with weights={self.weights}, and a trace has them everywhere or nowhere"
+                f"found {'no ' if self.weights else ''}expert_weights, expected the opposite: this "
+                f"writer was made with weights={self.weights}, and a trace has them everywhere or "
+                "nowhere"
             )
         trace = RoutingTrace(
             model=self.model,
@@ -162,8 +105,8 @@ class ShardWriter:
         )
         if trace.kind == "tokens" and trace.top_k != self.top_k:
             raise TraceError(
-                f"found {trace.top_k} picks per token, expected top_k = {self.top_k} of this writer: "
-                "pad missing picks with -1"
+                f"found {trace.top_k} picks per token, expected top_k = {self.top_k} of this "
+                "writer: pad missing picks with -1"
             )
         path, self.sequence = write_shard(trace, self.directory, self.rank, self.sequence)
         return path
@@ -171,8 +114,9 @@ class ShardWriter:
     def _grow(self, domain: tuple[str, ...], domain_group: tuple[str, ...]) -> None:
         if domain[: len(self.domain)] != self.domain:
             raise TraceError(
-                f"found a domain table that begins {domain[: len(self.domain)]}, expected it to begin with "
-                f"{self.domain}: append new names, ids that are written must keep their meaning"
+                f"found a domain table that begins {domain[: len(self.domain)]}, expected it to "
+                f"begin with {self.domain}: append new names, ids that are written must keep their "
+                "meaning"
             )
         self.domain, self.domain_group = domain, domain_group
 
@@ -184,13 +128,13 @@ def make_directory(directory: str | os.PathLike[str]) -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TraceError(
-            f"found that the trace directory {path} cannot be made ({error.strerror}), expected a directory: "
-            "give another path, or make it writable"
+            f"found that the trace directory {path} cannot be made ({error.strerror}), expected a "
+            "directory: give another path, or make it writable"
         ) from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise TraceError(
-            f"found no permission to write to {path}, expected a writable directory: "
-            "change its permissions (chmod u+wx) or give another path"
+            f"found no permission to write to {path}, expected a writable directory: change its "
+            "permissions (chmod u+wx) or give another path"
         )
     return path
 
@@ -238,7 +182,7 @@ def write_shard(
                 file,
                 compression="zstd",
                 use_dictionary=False,
-                write_statistics=[name for name in _SCALARS if getattr(trace, name) is not None],
+                write_statistics=[name for name in SCALARS if getattr(trace, name) is not None],
                 write_page_checksum=True,
             )
             file.flush()
@@ -251,8 +195,8 @@ def write_shard(
         sync_directory(directory)
     except OSError as error:
         raise TraceError(
-            f"found that a shard cannot be written to {directory} ({error.strerror or error}), expected a writable "
-            "directory with free space: free space, or give another path"
+            f"found that a shard cannot be written to {directory} ({error.strerror or error}), "
+            "expected a writable directory with free space: free space, or give another path"
         ) from error
     finally:
         with contextlib.suppress(OSError):
@@ -261,7 +205,9 @@ def write_shard(
 
 
 def _publish(temporary: Path, path: Path) -> bool:
-    """Give the finished file its name unless the name is taken (a link fails there, a rename would overwrite)."""
+    """Give the finished file its name unless the name is taken (a link fails there, a rename would
+    overwrite).
+    """
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -283,49 +229,6 @@ def sync_directory(directory: Path) -> None:
             os.close(handle)
 
 
-def id_dtype(num_experts: int) -> np.dtype:
-    """Stored type of an expert id: the largest value means "no pick"."""
-    return np.dtype("u1") if num_experts <= 255 else np.dtype("<u2")
-
-
-def to_table(trace: RoutingTrace, rank: int | None) -> pa.Table:
-    """Arrow table of a trace, metadata included."""
-    meta = ShardMeta(
-        kind=trace.kind,
-        model=trace.model,
-        num_experts=trace.num_experts,
-        top_k=trace.top_k,
-        layer_ids=tuple(int(i) for i in trace.layer_ids),
-        domain=trace.domain,
-        domain_group=trace.domain_group,
-        rank=rank,
-    )
-    arrays: dict[str, pa.Array] = {
-        name: pa.array(value, type=kind)
-        for name, kind in _SCALARS.items()
-        if (value := getattr(trace, name)) is not None
-    }
-    if trace.expert_ids is not None:
-        blocks = [("expert_ids", trace.expert_ids, id_dtype(trace.num_experts))]
-        if trace.expert_weights is not None:
-            blocks.append((_WEIGHTS, trace.expert_weights, np.dtype("<f2")))
-    else:
-        blocks = [("expert_load", trace.expert_load, np.dtype("<i8"))]
-    for prefix, block, dtype in blocks:
-        for column, layer in enumerate(trace.layer_ids):
-            content = np.ascontiguousarray(block[:, column].astype(dtype, copy=False))
-            width = pa.binary(block.shape[2] * dtype.itemsize)
-            arrays[f"{prefix}_{layer}"] = pa.FixedSizeBinaryArray.from_buffers(
-                width, len(content), [None, pa.py_buffer(content)]
-            )
-    text = meta.to_json()
-    schema = pa.schema(
-        [pa.field(name, array.type, nullable=False) for name, array in arrays.items()],
-        metadata={META_KEY: text, CRC_KEY: f"{zlib.crc32(text):08x}".encode()},
-    )
-    return pa.Table.from_arrays(list(arrays.values()), schema=schema)
-
-
 def read_shard(path: Path, layers: Collection[int] | None = None) -> tuple[RoutingTrace, ShardMeta]:
     """Read one shard, or only some of its layers.
 
@@ -333,99 +236,11 @@ def read_shard(path: Path, layers: Collection[int] | None = None) -> tuple[Routi
         TraceError: it is damaged, truncated or no shard at all; the message names the file.
     """
     try:
-        return _read_shard(path, layers)
+        return from_file(path, layers)
     except Exception as error:  # hostile bytes: whatever the parser meets becomes one message
         detail = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TraceError(
-            f"found a damaged or foreign shard {path}: {detail}; expected a Parquet shard written by moe_locality: "
-            "restore the file, remove it, or read with strict=False to leave it out"
+            f"found a damaged or foreign shard {path}: {detail}; expected a Parquet shard written "
+            "by moe_locality: restore the file, remove it, or read with strict=False to leave it "
+            "out"
         ) from error
-
-
-def _read_shard(path: Path, layers: Collection[int] | None) -> tuple[RoutingTrace, ShardMeta]:
-    file = pq.ParquetFile(path, page_checksum_verification=True)
-    meta = _metadata(file.schema_arrow)
-    present = set(file.schema_arrow.names)
-    scalars = [name for name in _SCALARS if name in present]
-    absent = [name for name in _NEEDED[meta.kind] if name not in present]
-    if absent:
-        raise ValueError(f"column {absent[0]!r} is missing")
-    chosen = [i for i in meta.layer_ids if layers is None or i in layers]
-    prefixes = [_LAYER_COLUMNS[meta.kind]]
-    if any(name.startswith(_WEIGHTS) for name in present):
-        prefixes.append(_WEIGHTS)
-    names = [f"{prefix}_{layer}" for prefix in prefixes for layer in chosen]
-    table = file.read(columns=[*scalars, *names])
-    arrays = {name: _scalar(table, name) for name in scalars}
-    if meta.rank is not None and "rank" not in arrays:
-        arrays["rank"] = np.full(table.num_rows, meta.rank, np.int32)
-    for prefix in prefixes:
-        arrays[prefix] = _layers(table, prefix, chosen, meta)
-    trace = RoutingTrace(
-        model=meta.model,
-        num_experts=meta.num_experts,
-        layer_ids=np.array(chosen, np.int32),
-        domain=meta.domain,
-        domain_group=meta.domain_group,
-        load_top_k=meta.top_k if meta.kind == "load" else 0,
-        **arrays,
-    )
-    return trace, meta
-
-
-def _metadata(schema: pa.Schema) -> ShardMeta:
-    keys = schema.metadata or {}
-    if META_KEY not in keys:
-        raise ValueError(f"the metadata key {META_KEY.decode()!r} is missing")
-    text = keys[META_KEY]
-    if keys.get(CRC_KEY, b"").decode() != f"{zlib.crc32(text):08x}":
-        raise ValueError("the checksum of the metadata does not fit")
-    meta = ShardMeta.from_json(text)
-    if meta.kind not in _LAYER_COLUMNS:
-        raise ValueError(f"found kind {meta.kind!r}, expected 'tokens' or 'load'")
-    return meta
-
-
-def _scalar(table: pa.Table, name: str) -> np.ndarray:
-    column = table.column(name)
-    if column.type != _SCALARS[name] or column.null_count:
-        raise ValueError(
-            f"column {name!r} has type {column.type} and {column.null_count} nulls, expected {_SCALARS[name]} without"
-        )
-    return column.to_numpy()
-
-
-def _layers(table: pa.Table, prefix: str, layers: Sequence[int], meta: ShardMeta) -> np.ndarray:
-    """Collect the binary columns of all layers into one array [rows, L, width]."""
-    stored, dtype, width = {
-        "expert_ids": (id_dtype(meta.num_experts), np.dtype(np.int16), meta.top_k),
-        "expert_weights": (np.dtype("<f2"), np.dtype(np.float16), meta.top_k),
-        "expert_load": (np.dtype("<i8"), np.dtype(np.int64), meta.num_experts),
-    }[prefix]
-    result = np.empty((table.num_rows, len(layers), width), dtype)
-    for place, layer in enumerate(layers):
-        column = table.column(f"{prefix}_{layer}")
-        if column.type != pa.binary(width * stored.itemsize) or column.null_count:
-            raise ValueError(
-                f"column '{prefix}_{layer}' has type {column.type} and {column.null_count} nulls, "
-                f"expected fixed_size_binary[{width * stored.itemsize}] without"
-            )
-        start = 0
-        for chunk in column.chunks:
-            content = (
-                np.frombuffer(
-                    chunk.buffers()[1],
-                    stored,
-                    len(chunk) * width,
-                    chunk.offset * width * stored.itemsize,
-                )
-                if len(chunk)
-                else np.zeros(0, stored)
-            )
-            result[start : start + len(chunk), place] = content.reshape(-1, width)
-            start += len(chunk)
-    if prefix == "expert_ids":
-        if stored.itemsize == 1:
-            result[result == 255] = -1
-        # 0xFFFF read as uint16 and stored into int16 is -1 already
-    return result

@@ -40,8 +40,8 @@ def checked(trace: RoutingTrace) -> dict[str, Any]:
     if (trace.expert_ids is None) == (trace.expert_load is None):
         found = "neither" if trace.expert_ids is None else "both"
         raise TraceError(
-            f"found {found} of expert_ids and expert_load, expected exactly one: "
-            "a trace is of kind 'tokens' or of kind 'load'"
+            f"found {found} of expert_ids and expert_load, expected exactly one: a trace is of "
+            "kind 'tokens' or of kind 'load'"
         )
     if trace.expert_ids is not None:
         fields |= _token_fields(trace, num_experts, len(layer_ids))
@@ -65,7 +65,7 @@ def all_known(wanted: Collection[Any], known: Collection[Any], word: str) -> Non
     if missing:
         listing = ", ".join(map(str, list(known)[:20])) + (" ..." if len(known) > 20 else "")
         raise TraceError(
-            f"found {word} {missing[0]!r} in the request, expected one of: {listing or '(none)'}: "
+            f"found {word} {missing[0]!r} asked for, expected one of: {listing or '(none)'}: "
             f"correct the {word}"
         )
 
@@ -83,7 +83,8 @@ def _tables(trace: RoutingTrace) -> dict[str, tuple[str, ...]]:
         raise TraceError(f"found domain {twice!r} twice, expected distinct names: join the two")
     if group and len(group) != len(domain):
         raise TraceError(
-            f"found {len(group)} domain groups for {len(domain)} domains, expected one group per domain or none"
+            f"found {len(group)} domain groups for {len(domain)} domains, expected one group per "
+            "domain or none"
         )
     return {"domain": domain, "domain_group": group if group != domain else ()}
 
@@ -99,11 +100,13 @@ def _layer_ids(value: Any) -> np.ndarray:
     array = _integers("layer_ids", value, 1)
     if len(array) and (array.min() < 0 or array.max() > 2**31 - 1):
         raise TraceError(
-            f"found layer id {array.min() if array.min() < 0 else array.max()}, expected layer ids in 0..2**31-1"
+            f"found layer id {array.min() if array.min() < 0 else array.max()}, expected layer ids "
+            "in 0..2**31-1"
         )
     if len(np.unique(array)) != len(array):
         raise TraceError(
-            f"found repeated layer ids {array.tolist()}, expected each MoE layer once: drop the copies"
+            f"found repeated layer ids {array.tolist()}, expected each MoE layer once: drop the "
+            "copies"
         )
     return array.astype(np.int32, copy=False)
 
@@ -125,7 +128,8 @@ def _row_scalar(name: str, value: Any, num_rows: int) -> np.ndarray | None:
     array = _integers(name, value, 1)
     if len(array) != num_rows:
         raise TraceError(
-            f"found {len(array)} entries in {name} for {num_rows} rows of the trace, expected one per row"
+            f"found {len(array)} entries in {name} for {num_rows} rows of the trace, expected one "
+            "per row"
         )
     dtype = np.dtype(_SCALARS[name])
     if array.dtype == dtype:
@@ -133,8 +137,8 @@ def _row_scalar(name: str, value: Any, num_rows: int) -> np.ndarray | None:
     limits = np.iinfo(dtype)
     if array.size and (int(array.min()) < limits.min or int(array.max()) > limits.max):
         raise TraceError(
-            f"found {name} values {int(array.min())}..{int(array.max())}, "
-            f"expected {limits.min}..{limits.max} ({dtype})"
+            f"found {name} values {int(array.min())}..{int(array.max())}, expected "
+            f"{limits.min}..{limits.max} ({dtype})"
         )
     return array.astype(dtype)
 
@@ -145,15 +149,15 @@ def _check_row_values(fields: dict[str, Any]) -> None:
         if array is not None and array.size and array.min() < 0:
             row = int(array.argmin())
             raise TraceError(
-                f"found {name} {array[row]} in row {row}, expected non-negative numbers: "
-                "number them from 0"
+                f"found {name} {array[row]} in row {row}, expected non-negative numbers: number "
+                "them from 0"
             )
     domain_id, num_domains = fields["domain_id"], len(fields["domain"])
     if domain_id.size and (domain_id.min() < -1 or domain_id.max() >= num_domains):
         worst = domain_id.min() if domain_id.min() < -1 else domain_id.max()
         raise TraceError(
-            f"found domain_id {worst}, expected -1 (unknown) to {num_domains - 1}, "
-            f"for the domain table has {num_domains} names"
+            f"found domain_id {worst}, expected -1 (unknown) to {num_domains - 1}, for the domain "
+            f"table has {num_domains} names"
         )
     stage = fields["stage"]
     present = np.bincount(stage, minlength=256) if stage.size else np.zeros(256, np.int64)
@@ -170,16 +174,19 @@ def _token_fields(trace: RoutingTrace, num_experts: int, num_layers: int) -> dic
             raise TraceError(f"found no {name}, expected one entry per token (kind 'tokens')")
     if trace.step_tokens is not None or trace.load_top_k:
         raise TraceError(
-            "found step_tokens or load_top_k beside expert_ids, expected them in kind 'load' only: leave them out"
+            "found step_tokens or load_top_k beside expert_ids, expected them in kind 'load' "
+            "only: leave them out"
         )
     ids = _integers("expert_ids", trace.expert_ids, 3)
     if ids.shape[1] != num_layers:
         raise TraceError(
-            f"found expert_ids of shape {ids.shape}, expected [T, L, K] with L = {num_layers} (layer_ids)"
+            f"found expert_ids of shape {ids.shape}, expected [T, L, K] with L = {num_layers} "
+            "(layer_ids)"
         )
     if not 1 <= ids.shape[2] <= num_experts:
         raise TraceError(
-            f"found {ids.shape[2]} picks per token among {num_experts} experts, expected 1..{num_experts}"
+            f"found {ids.shape[2]} picks per token among {num_experts} experts, expected "
+            f"1..{num_experts}"
         )
     _check_ids(ids, num_experts)
     fields: dict[str, Any] = {"expert_ids": ids.astype(np.int16, copy=False)}
@@ -187,8 +194,8 @@ def _token_fields(trace: RoutingTrace, num_experts: int, num_layers: int) -> dic
         weights = np.asarray(trace.expert_weights)
         if weights.dtype.kind != "f" or weights.shape != ids.shape:
             raise TraceError(
-                f"found expert_weights {weights.dtype} of shape {weights.shape}, "
-                f"expected floating-point numbers of shape {ids.shape} (as expert_ids)"
+                f"found expert_weights {weights.dtype} of shape {weights.shape}, expected "
+                f"floating-point numbers of shape {ids.shape} (as expert_ids)"
             )
         fields["expert_weights"] = weights.astype(np.float16, copy=False)
     return fields
@@ -208,8 +215,8 @@ def _check_ids(ids: np.ndarray, num_experts: int) -> None:
                 (part[token, layer] < -1) | (part[token, layer] >= num_experts)
             ]
             raise TraceError(
-                f"found expert id {bad[0]} at token {start + token}, layer row {layer}, "
-                f"expected -1 (no pick) to {num_experts - 1}: the ids must be logical ids of this model"
+                f"found expert id {bad[0]} at token {start + token}, layer row {layer}, expected "
+                f"-1 (no pick) to {num_experts - 1}: the ids must be logical ids of this model"
             )
         if ids.shape[2] > 1:
             ordered = np.sort(part, axis=2)
@@ -217,8 +224,9 @@ def _check_ids(ids: np.ndarray, num_experts: int) -> None:
             if twice.any():
                 token, layer, pick = np.argwhere(twice)[0]
                 raise TraceError(
-                    f"found expert {ordered[token, layer, pick]} twice among the picks of token {start + token}, "
-                    f"layer row {layer}, expected distinct experts: top-k picks never repeat"
+                    f"found expert {ordered[token, layer, pick]} twice among the picks of token "
+                    f"{start + token}, layer row {layer}, expected distinct experts: top-k picks "
+                    "never repeat"
                 )
 
 
@@ -231,7 +239,8 @@ def _load_fields(trace: RoutingTrace, num_experts: int, num_layers: int) -> dict
     load = _integers("expert_load", trace.expert_load, 3)
     if load.shape[1:] != (num_layers, num_experts):
         raise TraceError(
-            f"found expert_load of shape {load.shape}, expected [S, L, E] with L = {num_layers}, E = {num_experts}"
+            f"found expert_load of shape {load.shape}, expected [S, L, E] with L = {num_layers}, E "
+            f"= {num_experts}"
         )
     if load.size and load.min() < 0:
         raise TraceError(f"found an expert load of {load.min()}, expected counts of at least 0")
@@ -239,7 +248,8 @@ def _load_fields(trace: RoutingTrace, num_experts: int, num_layers: int) -> dict
         raise TraceError(f"found an expert load of {load.max()}, expected counts below 2**62")
     if trace.load_top_k and not 1 <= int(trace.load_top_k) <= num_experts:
         raise TraceError(
-            f"found {trace.load_top_k} picks per token among {num_experts} experts, expected 1..{num_experts}"
+            f"found {trace.load_top_k} picks per token among {num_experts} experts, expected "
+            f"1..{num_experts}"
         )
     return {
         "expert_load": load.astype(np.int64, copy=False),

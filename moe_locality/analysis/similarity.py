@@ -1,0 +1,311 @@
+"""How alike the routing of domains, of stages and of neighboring tokens is.
+
+Every comparison comes with the value that chance alone would give: the split-half noise floor for
+domains, other requests for prefill and decode, random token pairs for neighbors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_locality.analysis.load import layer_loads, load_by, shares
+from moe_locality.errors import TraceError
+from moe_locality.trace.schema import DECODE, PREFILL, RoutingTrace
+
+UNKNOWN_PART = "(unknown)"
+
+
+def jensen_shannon_bits(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Jensen-Shannon divergence of loads (or distributions) on the last axis, in bits: 0 = equal, 1
+    = disjoint.
+
+    Lin, "Divergence measures based on the Shannon entropy", IEEE Trans. Inf. Theory 37(1), 1991.
+    nan where a load is empty.
+    """
+    p, q = shares(first), shares(second)
+    middle = (p + q) / 2
+    return (_relative_bits(p, middle) + _relative_bits(q, middle)) / 2
+
+
+def _relative_bits(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    used = p > 0
+    ratio = np.divide(p, q, out=np.ones_like(p), where=used)
+    return (p * np.log2(ratio)).sum(axis=-1)
+
+
+def cosine(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Cosine of two loads on the last axis, [...]."""
+    a, b = first.astype(np.float64), second.astype(np.float64)
+    norm = np.sqrt((a * a).sum(axis=-1) * (b * b).sum(axis=-1))
+    return np.divide((a * b).sum(axis=-1), norm, out=np.full(norm.shape, np.nan), where=norm > 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainDivergence:
+    """Jensen-Shannon divergence between the expert loads of domains, mean over layers."""
+
+    names: tuple[str, ...]
+    """N parts with enough tokens."""
+    tokens: tuple[int, ...]
+    """Tokens of each part."""
+    js_bits: np.ndarray
+    """float64 [N, N], bits; zero on the diagonal."""
+    noise_floor_bits: np.ndarray
+    """float64 [N], the same measure between two random halves of the part's own requests, mean over
+    seeded splits;
+    nan where a part has fewer than two requests."""
+    cosine: np.ndarray
+    """float64 [N, N], cosine of the loads, mean over layers."""
+
+    @property
+    def mean_js_bits(self) -> float:
+        """Mean over the pairs of parts; nan with fewer than two."""
+        return _pair_mean(self.js_bits)
+
+    @property
+    def mean_cosine(self) -> float:
+        """Mean over the pairs of parts; nan with fewer than two."""
+        return _pair_mean(self.cosine)
+
+    @property
+    def mean_noise_floor_bits(self) -> float:
+        """Mean over the parts that have a floor; nan where none has."""
+        known = self.noise_floor_bits[~np.isnan(self.noise_floor_bits)]
+        return float(known.mean()) if len(known) else float("nan")
+
+
+def _pair_mean(matrix: np.ndarray) -> float:
+    pairs = matrix[np.triu_indices(len(matrix), 1)]
+    return float(pairs.mean()) if len(pairs) else float("nan")
+
+
+def domain_divergence(
+    trace: RoutingTrace,
+    by: str = "group",
+    *,
+    min_tokens: int = 1_500,
+    num_splits: int = 8,
+    seed: int = 0,
+) -> DomainDivergence:
+    """Compare the expert loads of domains with each other and with what sampling alone would give.
+
+    Args:
+        by: "domain", "group" or "stage".
+        min_tokens: parts with fewer tokens are left out (their divergence would be noise); not
+            applied to counts whose number of tokens is unknown.
+        num_splits: random halvings per part for the noise floor.
+    """
+    if by not in ("domain", "group", "stage"):
+        raise TraceError(f"found by={by!r}, expected 'domain', 'group' or 'stage'")
+    names, loads = load_by(trace, by)
+    tokens = _tokens_of(trace, loads)
+    keep = [
+        i for i, name in enumerate(names) if name != UNKNOWN_PART and not tokens[i] < min_tokens
+    ]
+    names, loads = tuple(names[i] for i in keep), loads[keep]
+    count = len(names)
+    js, cos = np.zeros((count, count)), np.ones((count, count))
+    for i in range(count):
+        for j in range(i):
+            js[i, j] = js[j, i] = _layer_mean(jensen_shannon_bits(loads[i], loads[j]))
+            cos[i, j] = cos[j, i] = _layer_mean(cosine(loads[i], loads[j]))
+    floor = np.array(
+        [
+            split_half_js_bits(_part(trace, by, name), num_splits=num_splits, seed=seed)
+            for name in names
+        ]
+    )
+    return DomainDivergence(
+        names=names,
+        tokens=tuple(int(tokens[i]) for i in keep),
+        js_bits=js,
+        noise_floor_bits=floor.reshape(count),
+        cosine=cos,
+    )
+
+
+def _part(trace: RoutingTrace, by: str, name: str) -> RoutingTrace:
+    if by == "stage":
+        return trace.filter(stages=name)
+    return trace.filter(domains=name) if by == "domain" else trace.filter(domain_groups=name)
+
+
+def _tokens_of(trace: RoutingTrace, loads: np.ndarray) -> np.ndarray:
+    """Tokens of each part: its picks over the picks per token, exact unless picks are missing."""
+    picks = loads.sum(axis=2).max(axis=1, initial=0)
+    return picks / trace.top_k if trace.top_k else np.full(len(loads), np.inf)
+
+
+def _layer_mean(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def split_half_js_bits(trace: RoutingTrace, *, num_splits: int = 8, seed: int = 0) -> float:
+    """Divergence between two random halves of a trace's requests (kind "load": rows), in bits.
+
+    Mean over layers and seeded splits: what a comparison of two equal domains would show. nan with
+    fewer than two requests.
+    """
+    if trace.request_id is not None:
+        requests, part = np.unique(trace.request_id, return_inverse=True)
+    else:
+        requests = part = np.arange(trace.num_rows)
+    if len(requests) < 2:
+        return float("nan")
+    rng = np.random.default_rng(seed)
+    first = np.zeros((num_splits, len(requests)))
+    for split in first:
+        split[rng.permutation(len(requests))[: len(requests) // 2]] = 1
+    values = np.empty((trace.num_layers, num_splits))
+    for layer in range(trace.num_layers):  # one layer at a time: [requests, E] stays small
+        loads = layer_loads(trace, layer, part, len(requests))
+        half = first @ loads
+        values[layer] = jensen_shannon_bits(half, loads.sum(axis=0) - half)
+    return _layer_mean(values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillDecode:
+    """Pearson correlation of expert frequencies, prefill of one request against decode of
+    another.
+    """
+
+    num_requests: int
+    same_request: float
+    """Mean r between a request's prefill and its own decode."""
+    same_domain: float
+    """Mean r against the decode of other requests of the same domain."""
+    other_domain: float
+    """Mean r against the decode of requests of other domains."""
+    aggregate: float
+    """r between all prefill and all decode tokens."""
+
+
+def prefill_decode_correlation(
+    trace: RoutingTrace, *, min_tokens: int = 8, max_requests: int = 1_000, seed: int = 0
+) -> PrefillDecode:
+    """Say how well the experts of a request's prefill predict those of its decode.
+
+    A request's frequency vector has one entry per (layer, expert): picks over tokens. r is taken
+    over all L * E entries at once.
+
+    Args:
+        min_tokens: a request counts when it has as many tokens in each stage.
+        max_requests: more are sampled down (seeded), for the work grows with the square.
+
+    Raises:
+        TraceError: fewer than two requests have enough tokens in both stages.
+    """
+    view = trace.tokens_only("prefill_decode_correlation")
+    requests = trace.request_ids
+    enough = np.ones(len(requests), bool)
+    for stage in (PREFILL, DECODE):
+        place = np.searchsorted(requests, view.request_id[view.stage == stage])
+        enough &= np.bincount(place, minlength=len(requests)) >= min_tokens
+    requests = requests[enough]
+    if len(requests) < 2:
+        raise TraceError(
+            f"found {len(requests)} requests with at least {min_tokens} prefill and decode tokens, "
+            "expected 2 or more: record both stages (annotate(stage=...)), or lower min_tokens"
+        )
+    if len(requests) > max_requests:
+        requests = np.sort(np.random.default_rng(seed).choice(requests, max_requests, False))
+    part = trace.filter(requests=requests)
+    prefill, decode = part.filter(stages=PREFILL), part.filter(stages=DECODE)
+    r = _correlation(_frequency(prefill), _frequency(decode))
+    first_row = np.unique(part.request_id, return_index=True)[1]  # type: ignore[arg-type]
+    domain = part.tokens_only("domains").domain_id[first_row]
+    own = np.eye(len(requests), dtype=bool)
+    alike = (domain[:, None] == domain[None, :]) & ~own
+    return PrefillDecode(
+        num_requests=len(requests),
+        same_request=_mean(r[own]),
+        same_domain=_mean(r[alike]),
+        other_domain=_mean(r[~alike & ~own]),
+        aggregate=_pearson(trace.filter(stages=PREFILL).load(), trace.filter(stages=DECODE).load()),
+    )
+
+
+def _frequency(trace: RoutingTrace) -> np.ndarray:
+    """float32 [R, L * E], picks per token of each request, standardized to mean 0 and length 1."""
+    loads = load_by(trace, "request")[1].reshape(len(trace.request_ids), -1)
+    centered = (loads - loads.mean(axis=1, keepdims=True)).astype(np.float32)
+    length = np.linalg.norm(centered, axis=1, keepdims=True)
+    return np.divide(centered, length, out=np.zeros_like(centered), where=length > 0)
+
+
+def _correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    return (first @ second.T).astype(np.float64)
+
+
+def _pearson(first: np.ndarray, second: np.ndarray) -> float:
+    return float(np.corrcoef(first.ravel(), second.ravel())[0, 1])
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenOverlap:
+    """Share of experts that two tokens have in common, mean over layers: |A and B| / K."""
+
+    adjacent: float
+    """Tokens that follow each other in one request."""
+    same_request: float
+    """Two random tokens of one request."""
+    any: float
+    """Two random tokens of the trace."""
+    uniform: float
+    """What a uniform router would give: K / E."""
+
+
+def token_overlap(trace: RoutingTrace, *, max_pairs: int = 200_000, seed: int = 0) -> TokenOverlap:
+    """Compare the picks of neighboring tokens with those of random pairs.
+
+    Args:
+        max_pairs: pairs sampled (seeded) for each of the three figures.
+    """
+    view = trace.tokens_only("token_overlap")
+    rng = np.random.default_rng(seed)
+    order = np.lexsort([view.position, view.request_id])
+    request, position = view.request_id[order], view.position[order]
+    joined = (request[1:] == request[:-1]) & (position[1:] == position[:-1] + 1)
+    left = np.flatnonzero(joined)
+    if len(left) > max_pairs:
+        left = rng.choice(left, max_pairs, replace=False)
+    starts = np.flatnonzero(np.r_[True, request[1:] != request[:-1]]) if len(order) else order
+    ends = np.r_[starts[1:], len(order)]
+    number = np.repeat(np.arange(len(starts)), ends - starts)
+    size = min(max_pairs, len(order))
+    first = rng.integers(0, max(len(order), 1), size)
+    within = starts[number[first]] + (rng.random(size) * (ends - starts)[number[first]]).astype(int)
+    anywhere = rng.integers(0, max(len(order), 1), size)
+    ids = view.expert_ids
+    return TokenOverlap(
+        adjacent=_overlap(ids, order[left], order[left + 1]),
+        same_request=_overlap(ids, *_distinct(order, first, within)),
+        any=_overlap(ids, *_distinct(order, first, anywhere)),
+        uniform=trace.top_k / trace.num_experts,
+    )
+
+
+def _distinct(
+    order: np.ndarray, first: np.ndarray, second: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    different = first != second
+    return order[first[different]], order[second[different]]
+
+
+def _overlap(ids: np.ndarray, first: np.ndarray, second: np.ndarray, chunk: int = 16_384) -> float:
+    if not len(first) or not ids.shape[1]:
+        return float("nan")
+    common = 0
+    for start in range(0, len(first), chunk):
+        a, b = ids[first[start : start + chunk]], ids[second[start : start + chunk]]
+        for pick in range(ids.shape[2]):
+            common += int(((a[:, :, pick, None] == b) & (b >= 0)).sum())
+    return common / (len(first) * ids.shape[1] * ids.shape[2])
