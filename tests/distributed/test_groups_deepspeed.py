@@ -3,8 +3,10 @@
 import math
 
 import deepspeed
+import deepspeed.runtime.zero.stage_1_and_2
 import pytest
 import torch
+import torch._inductor.compile_fx  # an engine imports it (seconds): once here, for all ranks
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.utils import groups as deepspeed_groups
