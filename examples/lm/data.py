@@ -39,7 +39,7 @@ class Requests:
     def __len__(self) -> int:
         return len(self.request_id)
 
-    def take(self, rows: np.ndarray) -> "Requests":
+    def take(self, rows: np.ndarray | slice) -> "Requests":
         """Return some of the requests, in the order given."""
         return Requests(
             tokens=self.tokens[rows],

@@ -1,51 +1,35 @@
 """Real text of four domains that every Python installation has, offline, the same on every rank.
 
-``code``        the Python sources of the standard library
+``code``        the Python sources of the standard library's modules
 ``prose``       the language reference behind ``help()`` (pydoc_data.topics)
 ``arithmetic``  worked school arithmetic, generated from a seed
-``markup``      HTML pages that pydoc renders for standard library modules
+``markup``      HTML documentation of the standard library's packages, rendered by pydoc
 
 A document is one file, topic, sheet or page. The text depends on the Python version, and on nothing
 else: no hash seed, no memory address.
 """
 
-import importlib
+import ast
 import os
 import pydoc
 import random
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 DOMAINS = ("code", "prose", "arithmetic", "markup")
 
-# Pages of these modules do not change with PYTHONHASHSEED (no default value that prints a set).
-_PAGES = [
-    "argparse",
-    "ast",
-    "calendar",
-    "collections",
-    "csv",
-    "dataclasses",
-    "decimal",
-    "email.message",
-    "enum",
-    "fractions",
-    "functools",
-    "html.parser",
-    "inspect",
+_PACKAGES = (
+    "asyncio",
+    "concurrent/futures",
+    "email",
+    "html",
+    "http",
+    "importlib",
     "json",
     "logging",
-    "pathlib",
-    "random",
-    "statistics",
-    "string",
-    "textwrap",
-    "threading",
-    "typing",
-    "unittest.case",
-    "zipfile",
-]
+)
+_PACKAGES += ("unittest", "urllib", "wsgiref", "xml/dom", "xml/etree", "xml/sax")
+_DOCUMENTED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def read_documents(domain: str, seed: int = 0) -> list[str]:
@@ -64,7 +48,7 @@ def read_documents(domain: str, seed: int = 0) -> list[str]:
             f"this Python installation has no text for the domain {domain!r}: use one with the"
             " sources of its standard library"
         )
-    return documents
+    return list(dict.fromkeys(documents))  # some topics have two names
 
 
 def _code(seed: int) -> list[str]:
@@ -84,10 +68,34 @@ def _prose(seed: int) -> list[str]:
 
 
 def _markup(seed: int) -> list[str]:
-    renderer = pydoc.HTMLDoc()
-    pages = [renderer.docmodule(importlib.import_module(name)) for name in _PAGES]
-    # addresses differ between processes; runs of non-breaking spaces are the renderer's indentation
-    return [re.sub(r" at 0x[0-9a-fA-F]+", "", page).replace("&nbsp;" * 4, "\t") for page in pages]
+    library = Path(os.__file__).parent
+    files = (file for name in _PACKAGES for file in sorted(library.glob(f"{name}/*.py")))
+    pages = (html_page(file.stem, file.read_text("utf-8", "replace")) for file in files)
+    return [page for page in pages if len(page) > 1000]
+
+
+def html_page(title: str, source: str) -> str:
+    """Return the HTML documentation of a module: its docstrings and signatures, from the source.
+
+    pydoc's own pages describe the imported module and so depend on what else was imported; only
+    its conversion of a text to HTML is used here.
+    """
+    html = pydoc.HTMLDoc()
+    tree = ast.parse(source)
+    parts = [f"<h1>{title}</h1>", f"<p>{html.markup(ast.get_docstring(tree) or '')}</p>"]
+    for node in ast.walk(tree):
+        doc = ast.get_docstring(node) if isinstance(node, _DOCUMENTED) else None
+        if doc is None:
+            continue
+        if isinstance(node, ast.ClassDef):
+            parts.append(f'<h2 id="{node.name}">class {node.name}</h2>\n<p>{html.markup(doc)}</p>')
+        else:
+            call = f"<strong>{node.name}</strong>({html.escape(ast.unparse(node.args))})"
+            parts.append(
+                f'<dl>\n<dt><a name="-{node.name}">{call}</a></dt>\n'
+                f'<dd><span class="code">{html.markup(doc)}</span></dd>\n</dl>'
+            )
+    return "\n".join([*parts, ""])
 
 
 def _arithmetic(seed: int, sheets: int = 160, problems: int = 24) -> list[str]:
