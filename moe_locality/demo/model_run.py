@@ -2,8 +2,9 @@
 
 The stages and what each writes below ``out``:
 
-    record/      stock DeepSpeed layers: training, checkpoint, trace of the last steps and of held-out requests
-    plan.json    placement from the trace of the training steps; ``homes.json``: home of each held-out request
+    record/      stock DeepSpeed layers: training, checkpoint, trace (last steps, held-out requests)
+    plan.json    placement, from the trace of the training steps
+    homes.json   home rank of each held-out request, from its first tokens
     linear/      our layer, experts in their usual order, requests dealt in turn
     placed/      our layer, the same checkpoint and requests, with the plan and the homes
     report.html  what came of it
@@ -11,10 +12,7 @@ The stages and what each writes below ``out``:
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from moe_locality.analysis import analyze
 from moe_locality.compare import Candidate, Run, compare_plans, compare_runs, read_run
@@ -65,16 +63,9 @@ def run_model(options: DemoOptions, progress: Progress) -> ModelDemo:
     linear = _run(options, "linear", [], progress)
     placed_arguments = ["--plan", str(out / "plan.json"), "--homes", str(out / "homes.json")]
     placed = _run(options, "placed", placed_arguments, progress)
-    usual = PlacementPlan.linear(
-        num_experts=plan.num_experts,
-        layer_ids=plan.layer_ids,
-        num_nodes=options.num_nodes,
-        ranks_per_node=options.ranks_per_node,
-        model=plan.model,
-    )
     dealt = _ranks_of_requests(linear)
     candidates = [
-        Candidate(name="linear", plan=usual, homes=dealt),
+        Candidate(name="linear", plan=linear_plan(plan), homes=dealt),
         Candidate(name="placed", plan=plan, homes=homes),
     ]
     agreement = check_agreement(linear, placed)
@@ -93,6 +84,17 @@ def run_model(options: DemoOptions, progress: Progress) -> ModelDemo:
         measured=compare_runs(linear, placed, node_of_rank=topology.rank_to_node),
         agreement=agreement,
         bytes_checked=checked,
+    )
+
+
+def linear_plan(plan: PlacementPlan) -> PlacementPlan:
+    """The contiguous layout of the same model on the same cluster."""
+    return PlacementPlan.linear(
+        num_experts=plan.num_experts,
+        layer_ids=plan.layer_ids,
+        num_nodes=plan.num_nodes,
+        ranks_per_node=plan.ranks_per_node,
+        model=plan.model,
     )
 
 
@@ -179,17 +181,9 @@ def _ranks_of_requests(run: Run) -> dict[int, int]:
 
 def _say_specialization(analysis: dict[str, Any], progress: Progress) -> None:
     domains = analysis["domains"]
-    progress.say(
-        f"routing differs between domains by {domains['js_bits']:.4f} bits (Jensen-Shannon); "
-        f"two halves of one domain differ by {domains['noise_floor_bits']:.4f} bits"
-    )
-
-
-def hash_of(path: Path) -> str:
-    """Content hash of a recorded trace, for the report."""
-    return read_trace(path).content_hash()
-
-
-def mean_loss(run: Run) -> float:
-    """Mean loss of the held-out requests, nats per token."""
-    return float(np.mean((run.evaluation or {})["loss"]))
+    if domains:
+        progress.say(
+            f"routing differs between domains by {domains['mean_js_bits']:.4f} bits "
+            "(Jensen-Shannon, mean over layers); two halves of one domain differ by "
+            f"{domains['mean_noise_floor_bits']:.4f}"
+        )

@@ -1,0 +1,172 @@
+"""What came of the demo on the example model: lines on the screen, report.html, wandb runs."""
+
+from typing import Any
+
+from moe_locality.compare import trace_figures, track_comparison
+from moe_locality.compare.content import trace_facts, trace_summary_table, trace_words
+from moe_locality.config import TrackingConfig
+from moe_locality.demo.model_run import ModelDemo
+from moe_locality.demo.options import DemoOptions
+from moe_locality.demo.progress import Progress
+from moe_locality.report import Headline, ReportData, write_report
+from moe_locality.tracking import NullTracker, package_versions, start_tracking
+
+PROJECT = "moe_locality-demo"
+
+
+def publish(options: DemoOptions, found: ModelDemo, progress: Progress) -> dict[str, Any]:
+    """Print the outcome, write the report and the wandb runs, and return the figures."""
+    facts = outcome(options, found)
+    for line in outcome_lines(facts):
+        progress.say(line)
+    report = options.out / "report.html"
+    with progress.stage("write report and wandb runs"):
+        write_report(report_data(options, found, facts), report)
+        directory = _track(options, found, facts)
+    return {**facts, "report": str(report), "wandb": directory}
+
+
+def outcome(options: DemoOptions, found: ModelDemo) -> dict[str, Any]:
+    """Return the figures of the demo as plain data; ``predicted`` ones say so in their name."""
+    domains = found.analysis["domains"]
+    bytes_of = {name: check["counted_bytes"] for name, check in found.bytes_checked.items()}
+    values = {
+        row.metric: dict(zip(("linear", "placed"), row.values, strict=True))
+        for row in found.predicted.rows
+    }
+    return {
+        "kind": "model",
+        "cluster": f"{options.num_nodes} nodes x {options.ranks_per_node} ranks (emulated)",
+        "held_out_requests": found.agreement.requests,
+        "held_out_tokens": found.held_out.num_tokens,
+        "domain_js_bits": domains["mean_js_bits"] if domains else None,
+        "domain_noise_floor_bits": domains["mean_noise_floor_bits"] if domains else None,
+        "cross_node_dispatch_bytes": bytes_of,
+        "cross_node_dispatch_saved": 1 - bytes_of["placed"] / bytes_of["linear"],
+        "prediction_check": found.bytes_checked,
+        "node_imbalance": values["node_imbalance"],
+        "rank_imbalance": values["rank_imbalance"],
+        "predicted_copies": values["copies"],
+        "max_loss_difference": found.agreement.max_loss_difference,
+        "max_logit_difference": found.agreement.max_logit_difference,
+        "max_train_loss_difference": found.agreement.max_train_loss_difference,
+        "train_steps_compared": found.agreement.train_steps,
+        "plan_digest": found.plan.digest(),
+    }
+
+
+def outcome_lines(facts: dict[str, Any]) -> list[str]:
+    """Return the outcome in a few lines."""
+    sizes, check = facts["cross_node_dispatch_bytes"], facts["prediction_check"]
+    copies, balance = facts["predicted_copies"], facts["node_imbalance"]
+    return [
+        f"held-out requests: {facts['held_out_requests']} ({facts['held_out_tokens']:,} tokens), "
+        f"on {facts['cluster']}",
+        f"dispatched bytes across nodes (counted): {sizes['linear']:,} linear, "
+        f"{sizes['placed']:,} placed: {facts['cross_node_dispatch_saved']:.1%} saved",
+        "rows across nodes, predicted from the trace = counted: "
+        + ", ".join(f"{c['predicted_rows']:,} = {c['counted_rows']:,}" for c in check.values()),
+        f"busiest node / mean: {balance['linear']:.3f} linear, {balance['placed']:.3f} placed",
+        "copies per token and layer, were each token sent once per node (predicted): "
+        f"{copies['linear']:.3f} linear, {copies['placed']:.3f} placed",
+        f"largest difference of a request's loss {facts['max_loss_difference']:.1e}, of a logit "
+        f"{facts['max_logit_difference']:.1e}, of {facts['train_steps_compared']} further training "
+        f"losses {facts['max_train_loss_difference']:.1e}",
+    ]
+
+
+def report_data(options: DemoOptions, found: ModelDemo, facts: dict[str, Any]) -> ReportData:
+    """Return the report: measured first, then predicted, then what the routing looks like."""
+    sizes, balance = facts["cross_node_dispatch_bytes"], facts["node_imbalance"]
+    trace = found.held_out
+    return ReportData(
+        title="moe_locality demo: the same batches with and without placement",
+        summary=(
+            "A small mixture-of-experts language model was trained by DeepSpeed on text of "
+            f"{len(trace.domain)} domains and its routing recorded. Experts and requests were then "
+            "placed, and the same held-out requests and further training steps run twice through "
+            "moe_locality's layer: in the usual order, and with the placement.",
+            *outcome_lines(facts),
+            *trace_words(trace, found.analysis),
+        ),
+        facts=(
+            *trace_facts(trace),
+            ("cluster", facts["cluster"]),
+            ("plan", found.plan.digest()[:12]),
+        ),
+        versions=package_versions(),
+        command=(
+            f"moe-locality demo --nodes {options.num_nodes} --ranks-per-node "
+            f"{options.ranks_per_node} --seed {options.seed} --out {options.out}"
+        ),
+        headlines=(
+            Headline(
+                label="bytes across nodes (measured, dispatch)",
+                value=f"{-facts['cross_node_dispatch_saved']:+.1%}",
+                context=f"{sizes['linear']:,} → {sizes['placed']:,}",
+            ),
+            Headline(
+                label="busiest node / mean",
+                value=f"{balance['placed']:.3f}",
+                context=f"linear {balance['linear']:.3f}",
+            ),
+            Headline(
+                label="largest difference of a request's loss",
+                value=f"{facts['max_loss_difference']:.1e}",
+                context="nats per token, placed against linear",
+            ),
+            Headline(label="predicted rows = counted rows", value="exact", context="both runs"),
+        ),
+        figures=(
+            *found.measured.figures,
+            *found.predicted.figures,
+            *trace_figures(trace, found.analysis, seed=options.seed),
+        ),
+        tables=(
+            found.measured.table(),
+            found.predicted.table(),
+            *found.measured.tables,
+            *found.predicted.tables,
+            trace_summary_table(found.analysis),
+        ),
+    )
+
+
+def _track(options: DemoOptions, found: ModelDemo, facts: dict[str, Any]) -> str | None:
+    """One wandb run per job of the experiment, in one group."""
+    group = f"demo-seed{options.seed}-{found.plan.digest()[:8]}"
+    out = options.out
+
+    def run(job: str, name: str) -> NullTracker:
+        settings = TrackingConfig(
+            project=PROJECT,
+            group=group,
+            job_type=job,
+            name=name,
+            mode=options.wandb_mode,
+            dir=str(out),
+        )
+        config = {"demo": {"seed": options.seed, "preset": options.preset}, "run": name}
+        return start_tracking(settings, run_config=config)
+
+    for run_found in (found.linear, found.placed):
+        with run("train", run_found.name) as tracker:
+            tokens = 0
+            for step in run_found.steps:
+                tokens += int(step.get("tokens", 0))
+                values = {"quality/loss": step["loss"], "time/step_us": step["step_s"] * 1e6}
+                tracker.log(values, tokens=tokens)
+            link = (run_found.traffic or {})["by_link"]["dispatch"]
+            crossed = link["cross_node"]
+            traffic = {
+                "traffic/cross_node_bytes": crossed,
+                "traffic/cross_node_frac": crossed / sum(link.values()),
+                "load/node_imbalance": facts["node_imbalance"][run_found.name],
+            }
+            tracker.log(traffic, tokens=tokens + found.held_out.num_tokens)
+    with run("compare", "compare") as tracker:
+        track_comparison(tracker, found.measured)
+        files = [out / "plan.json", out / "homes.json", out / "report.html"]
+        track_comparison(tracker, found.predicted, files=files)
+        tracker.log_artifact("trace", "trace", [out / "record" / "trace"])
+        return str(tracker.directory) if tracker.directory else None
