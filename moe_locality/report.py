@@ -185,7 +185,11 @@ def inline_svg(text: str, *, prefix: str, label: str) -> str:
 
 def _table(table: Table) -> str:
     rows = table.rows[:MAX_DETAIL_ROWS]
-    head = "".join(f"<th>{_escape(name)}</th>" for name in table.columns)
+    first = rows[0] if rows else ("",) * len(table.columns)
+    head = "".join(
+        f"<th{' class=n' if _is_number(value) else ''}>{_escape(name)}</th>"
+        for name, value in zip(table.columns, first, strict=True)
+    )
     body = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     left_out = len(table.rows) - len(rows)
     note = f"<p class='note'>{left_out:,} more rows are left out.</p>" if left_out else ""
@@ -196,9 +200,12 @@ def _table(table: Table) -> str:
 
 
 def _cell(value: object) -> str:
-    text = format_value(value)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return f"<td class='n'>{_escape(text)}</td>" if is_number else f"<td>{_escape(text)}</td>"
+    kind = " class=n" if _is_number(value) or value is None else ""
+    return f"<td{kind}>{_escape(format_value(value))}</td>"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def format_value(value: object) -> str:
@@ -243,17 +250,19 @@ def _provenance(data: ReportData) -> str:
 
 _CSS = """
 :root { color-scheme: light; }
-body { margin: 0; background: #f6f7f8; color: #1f1f1f; line-height: 1.5;
+body { margin: 0; background: #f6f7f8; color: #1f1f1f;
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 main { max-width: 62rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .8rem; }
 h2 { font-size: 1.15rem; margin: 0 0 .6rem; }
-.banner { background: #fff4d6; border-left: 4px solid #e69f00; padding: .5rem .8rem; margin: 0 0
-1rem; } .facts { display: flex; flex-wrap: wrap; gap: .4rem 1.6rem; margin: 0 0 1rem; } .facts dt {
-font-size: .74rem; letter-spacing: .03em; text-transform: uppercase; color: #666; } .facts dd {
-margin: 0; font-size: .92rem; overflow-wrap: anywhere; } .summary p { max-width: 46rem; margin:
-.5rem 0; } .tiles { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.4rem 0; } .tile { flex: 1
-1 12rem; background: #fff; border: 1px solid #e2e4e7; border-radius: 8px;
+.banner { background: #fff4d6; border-left: 4px solid #e69f00; padding: .5rem .8rem;
+  margin: 0 0 1rem; }
+.facts { display: flex; flex-wrap: wrap; gap: .4rem 1.6rem; margin: 0 0 1rem; }
+.facts dt { font-size: .74rem; letter-spacing: .03em; text-transform: uppercase; color: #666; }
+.facts dd { margin: 0; font-size: .92rem; overflow-wrap: anywhere; }
+.summary p { max-width: 46rem; margin: .5rem 0; }
+.tiles { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.4rem 0; }
+.tile { flex: 1 1 12rem; background: #fff; border: 1px solid #e2e4e7; border-radius: 8px;
   padding: .8rem 1rem; }
 .tile .label { font-size: .82rem; color: #555; }
 .tile .value { font-size: 1.6rem; font-weight: 650; line-height: 1.25; }
@@ -266,10 +275,14 @@ details { margin-top: .6rem; font-size: .9rem; }
 summary { cursor: pointer; color: #0b5c8e; }
 .scroll { overflow: auto; max-height: 30rem; }
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; text-align: left; border-bottom: 1px solid #eceef0; white-space:
-nowrap; } th { position: sticky; top: 0; background: #f3f4f6; font-weight: 600; } td.n { text-align:
-right; } code, pre { font: .86em/1.5 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace;
-} pre { background: #f0f1f3; padding: .6rem .8rem; border-radius: 6px; overflow: auto; white-space:
-pre-wrap; } .note, footer { color: #555; font-size: .86rem; } footer { margin-top: 2rem; } @media
-print { body { background: #fff; } figure, section { break-inside: avoid; } }
+th, td { padding: .25rem .7rem; text-align: left; border-bottom: 1px solid #eceef0;
+  white-space: nowrap; }
+th { position: sticky; top: 0; background: #f3f4f6; font-weight: 600; }
+th.n, td.n { text-align: right; }
+code, pre { font: .86em/1.5 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; }
+pre { background: #f0f1f3; padding: .6rem .8rem; border-radius: 6px; overflow: auto;
+  white-space: pre-wrap; }
+.note, footer { color: #555; font-size: .86rem; }
+footer { margin-top: 2rem; }
+@media print { body { background: #fff; } figure, section { break-inside: avoid; } }
 """

@@ -213,7 +213,7 @@ def start_tracking(
             settings=quiet,
             reinit="create_new",
         )
-    except wandb.errors.Error as error:
+    except wandb.Error as error:
         raise ConfigError(
             f"wandb could not start a run in mode {config.mode!r}: {error}: correct the tracking "
             'section, or set its mode to "offline"'

@@ -16,11 +16,12 @@ class Basis:
     """What stands behind the numbers of a figure.
 
     ``how`` is "measured" (counted in a run or a recorded trace) or "simulated" (predicted by
-    replaying a trace).
+    replaying a trace); ``count`` is n, in ``unit``.
     """
 
     how: Literal["measured", "simulated"]
-    num_tokens: int
+    count: int
+    unit: str = "tokens"
     num_requests: int | None = None
     seed: int | None = None
     synthetic: bool = False
@@ -33,7 +34,7 @@ class Basis:
             "simulated": "Simulated (predicted by replaying the trace)",
         }[self.how]
         source = " on a synthetic trace" if self.synthetic else ""
-        count = f"n = {self.num_tokens:,} tokens"
+        count = f"n = {self.count:,} {self.unit}"
         if self.num_requests is not None:
             count += f" of {self.num_requests:,} requests"
         seed = "no random part" if self.seed is None else f"seed {self.seed}"

@@ -31,7 +31,7 @@ LINE_COLORS = ("#767676", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00",
 """Gray for the baseline, then Okabe and Ito's palette, which the color-blind can tell apart."""
 
 MAX_CELL_LABELS = 10
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: it can be selected, searched and read aloud
     "svg.hashsalt": "moe_locality",  # the same data gives the same bytes
     "font.family": "sans-serif",
@@ -184,6 +184,7 @@ def _index_ticks(axes: "Axes", count: int, *, both: bool = True) -> None:
 def _draw_traffic(data: TrafficData) -> "Figure":
     from matplotlib.colors import Normalize
     from matplotlib.patches import Rectangle
+    from matplotlib.ticker import FuncFormatter
 
     count = len(data.node_of)
     _need(data.before.shape, (count, count), "the traffic matrix before")
@@ -211,7 +212,7 @@ def _draw_traffic(data: TrafficData) -> "Figure":
         _index_ticks(axes, count)
     bar = figure.colorbar(mesh, ax=list(panels), shrink=0.75, pad=0.02)
     bar.set_label(f"{data.unit} (one scale; gray stays on its node)")
-    bar.formatter = lambda value, _=None: short(value)
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     figure.suptitle(_title(data), x=0.01, ha="left", fontweight="bold", fontsize=11.5)
     return figure
@@ -309,7 +310,9 @@ def _draw_layers(data: LayersData) -> "Figure":
     axes = figure.subplots()
     for place, (name, values) in enumerate(data.values.items()):
         _need(np.shape(values), (len(data.layer_ids),), f"the values of {name!r}")
-        color = LINE_COLORS[place % len(LINE_COLORS)]
+        others = LINE_COLORS[2:]  # gray is the baseline, the first; blue is ours, the last
+        color = PLAN_COLOR if place == len(data.values) - 1 else others[place % len(others) - 1]
+        color = BASELINE_COLOR if place == 0 else color
         axes.plot(data.layer_ids, values, marker="o", ms=4, lw=1.6, color=color, label=name)
     _finish_lines(axes, "transformer layer", data.unit, _title(data))
     axes.set_ylim(bottom=0)

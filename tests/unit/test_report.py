@@ -36,7 +36,7 @@ from moe_locality.report import (
 
 pytest.importorskip("matplotlib")
 
-SIMULATED = Basis(how="simulated", num_tokens=20_000, num_requests=300, seed=7)
+SIMULATED = Basis(how="simulated", count=20_000, num_requests=300, seed=7)
 DOMAINS = ("code", "law & order", "chat <b>")
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
@@ -79,7 +79,7 @@ def figures():
         ),
         "loss": LossData(
             runs={"baseline": (np.arange(3), np.array([4.0, 3.0, 2.0]))},
-            basis=Basis(how="measured", num_tokens=99, synthetic=True),
+            basis=Basis(how="measured", count=99, synthetic=True),
         ),
     }
 
@@ -193,7 +193,7 @@ def test_every_figure_says_how_its_numbers_came_about():
 
 
 def test_a_synthetic_trace_is_named_in_every_figure_and_on_top():
-    synthetic = Basis(how="simulated", num_tokens=1, synthetic=True)
+    synthetic = Basis(how="simulated", count=1, synthetic=True)
     loss = LossData(runs={"a": (np.arange(2), np.ones(2))}, basis=synthetic)
     page = render_html(report(figures=(loss,), synthetic=True))
     assert "(synthetic trace)" in page

@@ -1,0 +1,327 @@
+"""The command line: ``moe-locality COMMAND ...``.
+
+Here is only what a command is called and takes; what it does is in :mod:`moe_locality.commands`,
+imported when it runs, so that ``--help`` answers at once. With ``--json`` a command prints one JSON
+object on stdout and nothing else there, also when it fails: ``{"error": {"type", "message"}}``.
+
+Exit codes: 0 done; 1 the input is wrong or does not fit; 2 wrong usage, or something that was asked
+for is not available here; 130 interrupted.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+JSON_FLAG, DEBUG_FLAG = "--json", "--debug"
+
+
+class _Commands(TyperGroup):
+    """The group of commands; reports usage errors in the form that ``--json`` promises."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        *_: Any,
+        standalone_mode: bool = True,
+        **options: Any,
+    ) -> Any:
+        from moe_locality.commands.output import guard
+
+        words = list(sys.argv[1:] if args is None else args)
+        code = guard(
+            lambda: super(_Commands, self).main(words, standalone_mode=False, **options),
+            as_json=JSON_FLAG in words,
+            debug=DEBUG_FLAG in words,
+        )
+        if standalone_mode:
+            sys.exit(code)
+        return code
+
+
+app = typer.Typer(
+    name="moe-locality",
+    cls=_Commands,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Put the experts of a mixture-of-experts model where their tokens are.",
+    epilog="Words and formats: docs/design.md, docs/formats.md. Every command takes --json.",
+)
+
+Json = Annotated[bool, typer.Option(JSON_FLAG, help="Print one JSON object on stdout.")]
+Debug = Annotated[bool, typer.Option(DEBUG_FLAG, help="Log more; show tracebacks.")]
+Trace = Annotated[Path, typer.Argument(help="Trace: a Parquet directory or an .npz file.")]
+Plan = Annotated[Path, typer.Option("--plan", help="Placement plan (JSON).")]
+Nodes = Annotated[int | None, typer.Option("--nodes", min=1, help="Nodes of the cluster.")]
+RanksPerNode = Annotated[int | None, typer.Option("--ranks-per-node", min=1, help="Ranks on each.")]
+Cluster = Annotated[Path | None, typer.Option("--cluster", help="Cluster description (YAML).")]
+Hostfile = Annotated[Path | None, typer.Option("--hostfile", help="DeepSpeed hostfile.")]
+Homes = Annotated[Path | None, typer.Option("--homes", help="Home rank of each request (JSON).")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+HeldOut = Annotated[
+    float, typer.Option("--held-out", help="Share of the requests that no plan is made from.")
+]
+Report = Annotated[Path | None, typer.Option("--report", help="Also write an HTML report.")]
+WandbMode = Annotated[str, typer.Option("--wandb-mode", help="offline, online or disabled.")]
+Wandb = Annotated[str | None, typer.Option("--wandb", help="Also log to this wandb project.")]
+WandbDir = Annotated[str | None, typer.Option("--wandb-dir", help="Where wandb keeps its files.")]
+Group = Annotated[str | None, typer.Option("--group", help="wandb group (the experiment).")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        from moe_locality import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def _run(name: str, options: dict[str, Any]) -> None:
+    """Run a command of :mod:`moe_locality.commands` with the options of its function here."""
+    from moe_locality.commands import run
+
+    run(name, options)
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="Routing record: .npz, .jsonl or .json.")],
+    out: Annotated[Path, typer.Option("--out", help="Directory of the trace.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another trace.")] = False,
+    model: Annotated[str | None, typer.Option("--model", help="Name, where F has none.")] = None,
+    num_experts: Annotated[
+        int | None, typer.Option("--num-experts", min=1, help="Experts, where F does not say.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Turn another tool's routing record into a trace."""
+    _run("import", locals())
+
+
+@app.command()
+def analyze(
+    trace: Trace,
+    report: Report = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a trace holds: balance, domains, co-activation."""
+    _run("analyze", locals())
+
+
+@app.command()
+def place(
+    trace: Trace,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Plan to write (JSON).")],
+    nodes: Nodes = None,
+    ranks_per_node: RanksPerNode = None,
+    cluster: Cluster = None,
+    hostfile: Hostfile = None,
+    method: Annotated[
+        str, typer.Option("--method", help="linear, round_robin, eplb or coactivation.")
+    ] = "coactivation",
+    redundant_experts: Annotated[
+        int, typer.Option("--redundant-experts", min=0, help="Slots beyond the experts, per layer.")
+    ] = 0,
+    max_imbalance: Annotated[
+        float, typer.Option("--max-imbalance", help="Cap on max/mean load of the ranks.")
+    ] = 1.05,
+    homes: Annotated[
+        str | None, typer.Option("--homes", help="joint: place requests together with experts.")
+    ] = None,
+    held_out: HeldOut = 0.0,
+    seed: Seed = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compute where the experts should live."""
+    _run("place", locals())
+
+
+@app.command()
+def group(
+    trace: Trace,
+    plan: Plan,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Homes to write (JSON).")],
+    predict: Annotated[
+        str, typer.Option("--predict", help="prefill, first:32, domain or oracle.")
+    ] = "prefill",
+    equal_requests: Annotated[
+        bool, typer.Option("--equal-requests", help="As many requests on every rank, for training.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Give every request a home rank: request id to rank."""
+    _run("group", locals())
+
+
+@app.command()
+def evaluate(
+    trace: Trace,
+    plan: Plan,
+    homes: Homes = None,
+    baseline: Annotated[
+        Path | None, typer.Option("--baseline", help="Plan to move from, for the cost of moving.")
+    ] = None,
+    row_bytes: Annotated[
+        float | None, typer.Option("--row-bytes", help="Bytes of one token on the wire.")
+    ] = None,
+    held_out: HeldOut = 0.0,
+    seed: Seed = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Predict what a plan costs on a trace."""
+    _run("evaluate", locals())
+
+
+@app.command()
+def simulate(
+    trace: Annotated[Path | None, typer.Argument(help="Trace.")] = None,
+    plan: Annotated[Path | None, typer.Option("--plan", help="Placement plan (JSON).")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Predict step times on a cluster (not available yet)."""
+    _run("simulate", locals())
+
+
+@app.command()
+def bake(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    plan: Plan,
+    out: Annotated[Path, typer.Option("--out", help="Directory of the new checkpoint.")],
+    tag: Annotated[str | None, typer.Option("--tag", help="Default: what 'latest' names.")] = None,
+    trust_checkpoint: Annotated[
+        bool, typer.Option("--trust-checkpoint", help="Unpickle objects; they can run code.")
+    ] = False,
+    trust_parameter_order: Annotated[
+        bool, typer.Option("--trust-parameter-order", help="For stock optimizer state.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a checkpoint whose contiguous layout is the placement."""
+    _run("bake", locals())
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="Trace, or the directory of the baseline run.")],
+    second: Annotated[Path | None, typer.Argument(help="Directory of the other run.")] = None,
+    plan: Annotated[
+        list[Path] | None, typer.Option("--plan", help="Plan; may be repeated.")
+    ] = None,
+    baseline: Annotated[
+        str, typer.Option("--baseline", help="linear, or a plan to compare with.")
+    ] = "linear",
+    homes: Homes = None,
+    nodes: Nodes = None,
+    held_out: HeldOut = 0.0,
+    report: Report = None,
+    seed: Seed = 0,
+    wandb: Wandb = None,
+    wandb_mode: WandbMode = "offline",
+    wandb_dir: WandbDir = None,
+    group: Group = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare two runs, or plans on a trace: baseline, ours, ratio."""
+    _run("compare", locals())
+
+
+@app.command()
+def report(
+    trace: Trace,
+    out: Annotated[Path, typer.Option("-o", "--out", help="HTML file to write.")],
+    plan: Annotated[
+        list[Path] | None, typer.Option("--plan", help="Plan; may be repeated.")
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option("--method", help="Also solve with it; may be repeated.")
+    ] = None,
+    homes: Homes = None,
+    held_out: HeldOut = 0.0,
+    seed: Seed = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write one HTML file: the trace, and the plans on it."""
+    _run("report", locals())
+
+
+@app.command()
+def record(
+    script: Annotated[str, typer.Argument(help="Training script.")] = "train.py",
+    trace: Annotated[str, typer.Option("--trace", help="Directory of the trace.")] = "traces/run1",
+    hostfile: Hostfile = None,
+    deepspeed_config: Annotated[
+        Path | None, typer.Option("--deepspeed-config", help="ds_config to check.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Print the launch line and the configuration that record a run."""
+    _run("record", locals())
+
+
+@app.command()
+def bench(
+    trace: Trace,
+    nodes: Nodes = None,
+    ranks_per_node: RanksPerNode = None,
+    method: Annotated[
+        list[str] | None, typer.Option("--method", help="Method; may be repeated. Default: all.")
+    ] = None,
+    max_imbalance: Annotated[float, typer.Option("--max-imbalance", help="Balance cap.")] = 1.05,
+    held_out: HeldOut = 0.3,
+    seed: Seed = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time the placement methods on a trace, and show their costs."""
+    _run("bench", locals())
+
+
+@app.command()
+def doctor(as_json: Json = False, debug: Debug = False) -> None:
+    """Show what is installed here and what is missing for what."""
+    _run("doctor", locals())
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Directory of the results.")],
+    trace: Annotated[Path | None, typer.Option("--trace", help="Use this recorded trace.")] = None,
+    nodes: Annotated[int, typer.Option("--nodes", min=1, help="Nodes of the cluster.")] = 2,
+    ranks_per_node: Annotated[int, typer.Option("--ranks-per-node", min=1, help="On each.")] = 2,
+    wandb_mode: WandbMode = "offline",
+    seed: Seed = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Record, place, run again and compare, on this machine."""
+    _run("demo", locals())
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

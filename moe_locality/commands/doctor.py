@@ -1,0 +1,167 @@
+"""The command doctor: what is installed, what is missing and for what; imports nothing heavy."""
+
+import importlib.metadata
+import importlib.util
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from moe_locality.commands.output import Result, table
+
+WANTED = (
+    ("numpy", "1.26", "everything", None),
+    ("scipy", "1.11", "placement", None),
+    ("numba", "0.60", "placement", None),
+    ("pyarrow", "15", "traces", None),
+    ("torch", "2.10", "recording and running", "deepspeed"),
+    ("deepspeed", "0.19.4", "running", "deepspeed"),
+    ("transformers", "5.0", "Hugging Face models", "hf"),
+    ("safetensors", "0.4", "Hugging Face checkpoints", "hf"),
+    ("matplotlib", "3.8", "reports", "report"),
+    ("wandb", "0.19", "tracking", "wandb"),
+    ("mpi4py", "4", "clusters under MPI", "mpi"),
+    ("prometheus-client", "0.20", "serving counters", "serve"),
+    ("mtkahypar", "1.7", "the hypergraph baseline", "solver"),
+    ("triton", "3", "kernels on a GPU", None),
+)
+COMPILERS = ("nvcc", "g++", "ninja", "mpirun", "pdsh")
+
+
+def doctor() -> Result:
+    """Look around; nothing is changed and nothing heavy is imported."""
+    packages = [_package(*wanted) for wanted in WANTED]
+    apex_state, apex_words = nvidia_apex()
+    tools = {name: _tool(name) for name in COMPILERS}
+    backends = _backends()
+    problems = [p["problem"] for p in packages if p["problem"]]
+    if apex_state == "wrong":
+        problems.append(apex_words)
+    payload = {
+        "command": "doctor",
+        "moe_locality": _version("moe-locality"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {p.pop("name"): p for p in packages},
+        "apex": {"state": apex_state, "detail": apex_words},
+        "kernels": backends,
+        "tools": tools,
+        "problems": problems,
+    }
+    return Result(payload=payload, show=lambda console: _show(console, payload))
+
+
+def _show(console: Any, found: dict[str, Any]) -> None:
+    console.print(f"moe_locality {found['moe_locality']}, Python {found['python']}")
+    rows = [
+        (name, p["version"] or "missing", p["needed_for"], p["problem"] or "")
+        for name, p in found["packages"].items()
+    ]
+    rows.append(("NVIDIA apex", found["apex"]["state"], "optional", found["apex"]["detail"]))
+    console.print(table("", ("package", "found", "for", "what to do"), rows))
+    backends = [(name, words) for name, words in found["kernels"].items()]
+    console.print(table("Kernel backends", ("backend", "state"), backends))
+    tools = [(name, words or "not on PATH") for name, words in found["tools"].items()]
+    console.print(table("Tools", ("tool", "found"), tools))
+    count = len(found["problems"])
+    console.print("Everything fits." if not count else f"{count} thing(s) to look at, see above.")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _package(name: str, least: str, purpose: str, extra: str | None) -> dict[str, Any]:
+    found, problem = _version(name), None
+    if found is not None and _numbers(found) < _numbers(least):
+        problem = f"found {name} {found}, expected at least {least}: pip install -U {name}"
+    elif found is None and extra is None and name != "triton":
+        problem = f"found no {name}, which moe-locality needs: install moe-locality again"
+    elif name == "transformers" and found is not None and _numbers(found) >= (5, 23):
+        problem = (
+            f"found transformers {found}, expected below 5.23: DeepSpeed's AutoEP breaks on it; "
+            "pip install 'transformers<5.23'"
+        )
+    install = None if found or extra is None else f"pip install 'moe-locality[{extra}]'"
+    return {
+        "name": name,
+        "version": found,
+        "needed_for": purpose,
+        "problem": problem,
+        "install": install,
+    }
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
+
+
+def nvidia_apex() -> tuple[str, str]:
+    """Return (state, words): "absent", "wrong", "python-only" or "cuda".
+
+    The package that PyPI calls ``apex`` is a toolkit for web sites, and runs code when imported: so
+    nothing is imported here.
+    """
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return "absent", ""
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    if not any(
+        (f / "normalization").is_dir() and (f / "multi_tensor_apply").is_dir() for f in folders
+    ):
+        version = _version("apex")
+        return "wrong", (
+            f"found the apex of PyPI ({version or 'no version'}), expected NVIDIA's or none: pip "
+            "uninstall apex, then build github.com/NVIDIA/apex from its source if you want it"
+        )
+    extensions = ("fused_layer_norm_cuda", "amp_C")
+    built = [name for name in extensions if importlib.util.find_spec(name) is not None]
+    return ("cuda", ", ".join(built)) if built else ("python-only", "without its CUDA extensions")
+
+
+def _backends() -> dict[str, str]:
+    """Ask the front of the kernels, in a process of its own: it imports torch."""
+    if _version("torch") is None:
+        return {"reference": "needs torch"}
+    code = (
+        "import json, torch\n"
+        "from moe_locality.errors import BackendUnavailable\n"
+        "from moe_locality.kernels import ops\n"
+        "found = {}\n"
+        "for name in ('reference', 'triton', 'cuda'):\n"
+        "    try: ops.check_backend(name); found[name] = 'available'\n"
+        "    except BackendUnavailable as error: found[name] = str(error)\n"
+        "found['device'] = torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'\n"
+        "print(json.dumps(found))\n"
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+        )
+    except subprocess.SubprocessError as error:
+        lines = str(getattr(error, "stderr", "") or error).strip().splitlines()
+        return {"kernels": f"cannot be asked: {lines[-1] if lines else error}"}
+    import json
+
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _tool(name: str) -> str | None:
+    """Return what the tool says about its version, or None where it is not there."""
+    path = shutil.which(name)
+    if path is None:
+        return None
+    flag = "-V" if name == "pdsh" else "--version"
+    try:
+        done = subprocess.run([path, flag], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return path
+    lines = [line for line in (done.stdout or done.stderr).splitlines() if "release" in line]
+    first = (done.stdout or done.stderr).strip().splitlines()
+    return (lines or first or [path])[0].strip()

@@ -1,0 +1,191 @@
+"""How commands speak: JSON or rich text on stdout; progress, logs and errors on stderr."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from moe_locality.errors import BackendUnavailable, MoeLocalityError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+INTERRUPTED = 130
+WRONG_INPUT, NOT_POSSIBLE = 1, 2
+PIPE_COLUMNS = 160
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """``payload``: the JSON object. ``show`` prints it for people; None: the lines of ``text``."""
+
+    payload: dict[str, Any]
+    text: Sequence[str] = ()
+    show: "Callable[[Console], None] | None" = None
+
+
+def guard(body: Callable[[], Any], *, as_json: bool, debug: bool) -> int:
+    """Run ``body``, turn what goes wrong into a message, and return the exit code."""
+    try:
+        code = body()
+    except Exception as error:  # noqa: BLE001  the last place where an error can be told in words
+        if debug or not _is_expected(error):
+            traceback.print_exc(file=sys.stderr)
+        return _report(_kind(error), _words(error), _code(error), as_json)
+    except KeyboardInterrupt:
+        return _report("KeyboardInterrupt", "interrupted", INTERRUPTED, as_json)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return code if isinstance(code, int) else 0
+
+
+def _is_usage(error: BaseException) -> bool:
+    """Whether the command line parser raised it (its class differs between releases of typer)."""
+    return hasattr(error, "format_message") and hasattr(error, "exit_code")
+
+
+def _is_abort(error: BaseException) -> bool:
+    return type(error).__name__ == "Abort"
+
+
+def _is_expected(error: BaseException) -> bool:
+    return isinstance(error, MoeLocalityError) or _is_usage(error) or _is_abort(error)
+
+
+def _kind(error: BaseException) -> str:
+    if _is_abort(error):
+        return "KeyboardInterrupt"
+    return "UsageError" if _is_usage(error) else type(error).__name__
+
+
+def _words(error: BaseException) -> str:
+    if _is_abort(error):
+        return "interrupted"
+    if _is_usage(error):
+        return error.format_message()  # type: ignore[attr-defined]
+    text = str(error) or type(error).__name__
+    return text if _is_expected(error) else f"unexpected {type(error).__name__}: {text}"
+
+
+def _code(error: BaseException) -> int:
+    if _is_abort(error):
+        return INTERRUPTED
+    if _is_usage(error):
+        return int(error.exit_code)  # type: ignore[attr-defined]
+    return NOT_POSSIBLE if isinstance(error, BackendUnavailable) else WRONG_INPUT
+
+
+def _report(kind: str, message: str, code: int, as_json: bool) -> int:
+    if as_json:
+        write_json({"error": {"type": kind, "message": message, "exit_code": code}})
+    else:
+        hint = " (see --help)" if kind == "UsageError" else ""
+        sys.stderr.write(f"moe-locality: {message}{hint}\n")
+    return code
+
+
+def present(result: Result, *, as_json: bool) -> None:
+    """Print a result on stdout."""
+    if as_json:
+        write_json(result.payload)
+        return
+    if result.text:
+        sys.stdout.write("\n".join(result.text) + "\n")
+    if result.show is not None:
+        from rich.console import Console
+
+        # Not a terminal: a log file or a pipe; no table should be cut to 80 columns there.
+        width = None if sys.stdout.isatty() else PIPE_COLUMNS
+        result.show(Console(file=sys.stdout, highlight=False, width=width))
+    sys.stdout.flush()
+
+
+def write_json(payload: dict[str, Any]) -> None:
+    """Write one JSON object and a newline on stdout; nan and infinity become null."""
+    sys.stdout.write(json.dumps(plain(payload), allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def plain(value: Any) -> Any:
+    """Return ``value`` with JSON's own types only: arrays become lists, paths strings."""
+    if isinstance(value, dict):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(entry) for entry in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, float) and (value != value or value in (float("inf"), -float("inf"))):
+        return None
+    return value
+
+
+@contextlib.contextmanager
+def quiet_stdout() -> Iterator[None]:
+    """Send everything that is printed meanwhile to stderr, also by C code and child processes."""
+    sys.stdout.flush()
+    with contextlib.ExitStack() as stack:
+        try:
+            number = sys.stdout.fileno()
+            spare = os.dup(number)
+        except (OSError, ValueError, io.UnsupportedOperation):  # no real file: a test, a notebook
+            pass
+        else:
+            stack.callback(os.close, spare)
+            stack.callback(os.dup2, spare, number)
+            os.dup2(2, number)
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+
+
+def set_up_logging(*, debug: bool) -> None:
+    """Log to stderr: warnings, or everything of this package with ``debug``."""
+    logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("moe_locality").setLevel(logging.DEBUG if debug else logging.WARNING)
+
+
+@contextlib.contextmanager
+def progress(text: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Show a progress bar on stderr while the body runs; it gets ``update(done, total, text)``.
+
+    Without a terminal nothing is shown.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bars:
+        task = bars.add_task(text, total=None)
+
+        def update(done: int, total: int, words: str = "") -> None:
+            bars.update(task, completed=done, total=total, description=words or text)
+
+        yield update
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Any:
+    """Return a rich table; numbers are aligned right."""
+    from rich.table import Table
+
+    from moe_locality.report import format_value
+
+    shown = Table(title=title or None, title_justify="left", title_style="bold", box=None)
+    first = rows[0] if rows else [""] * len(columns)
+    for name, value in zip(columns, first, strict=True):
+        shown.add_column(name, justify="right" if isinstance(value, (int, float)) else "left")
+    for row in rows:
+        shown.add_row(*map(format_value, row))
+    return shown

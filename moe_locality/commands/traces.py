@@ -1,0 +1,101 @@
+"""Commands about traces: import, analyze, record."""
+
+from pathlib import Path
+from typing import Any
+
+from moe_locality.commands.inputs import check_writable
+from moe_locality.commands.output import Result, progress, table
+from moe_locality.config import read_config
+from moe_locality.trace import import_trace, read_trace, write_trace
+
+
+def import_(
+    file: Path, out: Path, overwrite: bool, model: str | None, num_experts: int | None
+) -> Result:
+    """Read another tool's record and write it as a trace."""
+    with progress(f"reading {file}"):
+        trace = import_trace(file, model=model, num_experts=num_experts)
+    with progress(f"writing {out}"):
+        write_trace(trace, out, overwrite=overwrite)
+    payload = {
+        "command": "import",
+        "trace": out,
+        "model": trace.model,
+        "kind": trace.kind,
+        "tokens": trace.num_tokens,
+        "requests": len(trace.request_ids),
+        "layers": trace.num_layers,
+        "num_experts": trace.num_experts,
+        "top_k": trace.top_k,
+        "domains": list(trace.domain),
+        "content_hash": trace.content_hash(),
+    }
+    words = (
+        f"{out}: {trace.num_tokens:,} tokens of {payload['requests']:,} requests, "
+        f"{trace.num_layers} MoE layers of {trace.num_experts} experts, top {trace.top_k}, "
+        f"{len(trace.domain)} domains; model {trace.model or 'not named'}"
+    )
+    return Result(payload=payload, text=(words,))
+
+
+def analyze(trace: Path, report: Path | None, seed: int) -> Result:
+    """Describe a trace; with ``report`` also as an HTML page."""
+    from moe_locality.analysis import analyze as describe
+    from moe_locality.compare.content import trace_report as make_report
+    from moe_locality.compare.content import trace_summary_table, trace_words
+    from moe_locality.report import write_report
+
+    if report is not None:
+        check_writable(report, "report")
+    with progress(f"analyzing {trace}"):
+        content = read_trace(trace)
+        summary = describe(content, seed)
+        payload: dict[str, Any] = {"command": "analyze", "path": trace, **summary}
+        if report is not None:
+            line = f"moe-locality analyze {trace} --report {report} --seed {seed}"
+            write_report(make_report(content, seed=seed, command=line, summary=summary), report)
+            payload["report"] = report
+    words = trace_words(content, summary)
+    found = trace_summary_table(summary)
+
+    def show(console: Any) -> None:
+        console.print(f"[bold]{content.model or 'trace'}[/bold]  {trace}", soft_wrap=True)
+        for line in words:
+            console.print(line)
+        console.print(table("", found.columns, found.rows))
+        if report is not None:
+            console.print(f"report: {report}", soft_wrap=True)
+
+    return Result(payload=payload, show=show)
+
+
+def record(script: str, trace: str, hostfile: Path | None, deepspeed_config: Path | None) -> Result:
+    """Say how to record: the launch line, and the section that the ds_config needs."""
+    import json
+
+    section: dict[str, Any] = {"trace": {"path": trace}}
+    found = None
+    if deepspeed_config is not None:
+        found = read_config(deepspeed_config).trace
+        if found is not None:
+            section["trace"] = found.model_dump()
+    config_file = deepspeed_config or "ds_config.json"
+    hosts = f"--hostfile {hostfile} " if hostfile is not None else ""
+    launch = f"deepspeed {hosts}{script} --deepspeed_config {config_file}"
+    text = [
+        f"1. {config_file} " + ("records already:" if found else "needs this section:"),
+        '     "moe_locality": ' + json.dumps(section),
+        "2. Call moe_locality.initialize(...) where the script calls deepspeed.initialize(...), or",
+        f'   keep DeepSpeed\'s and call moe_locality.attach(model, "{section["trace"]["path"]}").',
+        "   Label the tokens, so that domains and stages are known:",
+        "     with moe_locality.annotate(request_ids=ids, domains=names, stage='train'): ...",
+        f"3. Run: {launch}",
+        f"4. Look: moe-locality analyze {section['trace']['path']} --report report.html",
+    ]
+    payload = {
+        "command": "record",
+        "launch": launch,
+        "section": {"moe_locality": section},
+        "records_already": found is not None,
+    }
+    return Result(payload=payload, text=text)
