@@ -41,6 +41,7 @@ class NullRecorder:
 def attach(
     model: torch.nn.Module,
     path_or_config: str | os.PathLike[str] | TraceConfig,
+    /,
     *,
     layer_ids: Sequence[int] | None = None,
     **options: Any,
@@ -50,7 +51,8 @@ def attach(
     Args:
         path_or_config: a directory, or the ``trace`` section of the configuration.
         layer_ids: as in ``RoutingRecorder.attach``.
-        options: arguments of RoutingRecorder; they win over the configuration.
+        options: arguments of RoutingRecorder (``model="name"`` among them); they win over the
+            configuration.
 
     Returns:
         The recorder; a NullRecorder where the configuration says ``enabled: false``.

@@ -32,12 +32,15 @@ OnShape = Callable[[int, "tuple[int, int] | None"], None]
 
 
 class Hook:
-    """A forward hook that stays behind when its model is copied or pickled."""
+    """A forward hook that stays behind when its model is copied or pickled.
+
+    In a compiled model it is a graph break: tracing it would compile the state of the recorder in.
+    """
 
     __slots__ = ("_call",)
 
     def __init__(self, call: Callable[..., None]) -> None:
-        self._call = call
+        self._call = torch.compiler.disable(call)
 
     def __call__(self, *args: Any) -> None:
         self._call(*args)
