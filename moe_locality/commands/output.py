@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import io
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 WRONG_INPUT, NOT_POSSIBLE = 1, 2
 PIPE_COLUMNS = 160
+STDOUT, STDERR = 1, 2
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,15 +132,11 @@ def quiet_stdout() -> Iterator[None]:
     """Send everything that is printed meanwhile to stderr, also by C code and child processes."""
     sys.stdout.flush()
     with contextlib.ExitStack() as stack:
-        try:
-            number = sys.stdout.fileno()
-            spare = os.dup(number)
-        except (OSError, ValueError, io.UnsupportedOperation):  # no real file: a test, a notebook
-            pass
-        else:
+        with contextlib.suppress(OSError):  # a process without a stdout has nothing to protect
+            spare = os.dup(STDOUT)
             stack.callback(os.close, spare)
-            stack.callback(os.dup2, spare, number)
-            os.dup2(2, number)
+            stack.callback(os.dup2, spare, STDOUT)
+            os.dup2(STDERR, STDOUT)
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         try:
             yield

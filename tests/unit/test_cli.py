@@ -1,0 +1,314 @@
+"""The command line: how it answers. What the commands compute is in test_cli_flow.py."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from moe_locality import __version__, commands
+from moe_locality.cli import app
+from moe_locality.commands import doctor, output
+from moe_locality.errors import BackendUnavailable, PlacementError
+from tests.unit.made_trace import make_trace
+
+COMMANDS = (
+    "import",
+    "analyze",
+    "place",
+    "group",
+    "evaluate",
+    "simulate",
+    "bake",
+    "compare",
+    "report",
+    "record",
+    "bench",
+    "doctor",
+    "demo",
+)
+HEAVY = {"numpy", "torch", "scipy", "numba", "pyarrow", "pydantic", "rich", "matplotlib", "wandb"}
+
+
+def run(*words, **options):
+    return CliRunner().invoke(app, [str(word) for word in words], **options)
+
+
+def shell(*words, **options):
+    command = [sys.executable, "-m", "moe_locality.cli", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def one_json_object(text):
+    lines = text.splitlines()
+    assert len(lines) == 1, text
+    value = json.loads(lines[0])
+    assert isinstance(value, dict)
+    return value
+
+
+@pytest.fixture(scope="module")
+def trace_file(tmp_path_factory):
+    from moe_locality.trace import write_trace
+
+    path = tmp_path_factory.mktemp("cli") / "trace.npz"
+    write_trace(make_trace(num_requests=24), path)
+    return path
+
+
+def test_help_names_every_command_and_loads_nothing_heavy():
+    code = (
+        "import sys\n"
+        "from moe_locality.cli import app\n"
+        "try: app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(*sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    for name in COMMANDS:
+        assert f"\n  {name} " in done.stdout
+    assert not HEAVY & set(done.stderr.split())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_and_takes_json(name):
+    found = run(name, "--help")
+    assert found.exit_code == 0
+    assert "--json" in found.stdout
+    assert "--debug" in found.stdout
+
+
+def test_every_declared_command_has_a_body():
+    import importlib
+
+    assert set(commands._HOME_OF) == set(COMMANDS)
+    for name, module in commands._HOME_OF.items():
+        body = importlib.import_module(f"moe_locality.commands.{module}")
+        assert callable(getattr(body, f"{name}_" if name == "import" else name))
+
+
+def test_the_options_of_a_command_are_the_arguments_of_its_body():
+    import importlib
+    import inspect
+
+    by_name = {c.name or c.callback.__name__: c.callback for c in app.registered_commands}
+    assert set(by_name) == set(COMMANDS)
+    for name, callback in by_name.items():
+        module = importlib.import_module(f"moe_locality.commands.{commands._HOME_OF[name]}")
+        body = getattr(module, f"{name}_" if name == "import" else name)
+        declared = set(inspect.signature(callback).parameters) - {"as_json", "debug"}
+        assert declared == set(inspect.signature(body).parameters), name
+
+
+def test_without_a_command_the_help_is_shown():
+    found = run()
+    assert found.exit_code == 0
+    assert "Commands:" in found.stdout
+
+
+def test_version():
+    assert run("--version").stdout.strip() == __version__
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["place", "t.npz"], "Missing option '-o' / '--out'"),
+        (["plaice"], "No such command 'plaice'"),
+        (["place", "t.npz", "-o", "p.json", "--nodes", "0"], "Invalid value for '--nodes'"),
+        (["evaluate", "t.npz", "--plan", "p.json", "--wat"], "No such option: --wat"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2_in_words_and_in_json(words, message):
+    plain = run(*words)
+    assert plain.exit_code == 2
+    assert plain.stdout == ""
+    assert message in plain.stderr
+    found = run(*words, "--json")
+    assert found.exit_code == 2
+    error = one_json_object(found.stdout)["error"]
+    assert error["type"] == "UsageError"
+    assert message in error["message"]
+
+
+def test_an_error_is_one_line_without_a_traceback(tmp_path):
+    found = run("analyze", tmp_path / "gone.npz")
+    assert found.exit_code == 1
+    assert found.stdout == ""
+    assert found.stderr.startswith("moe-locality: ")
+    assert "gone.npz" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_debug_shows_the_traceback_on_stderr_and_json_stays_clean(tmp_path):
+    found = run("analyze", tmp_path / "gone.npz", "--debug", "--json")
+    assert found.exit_code == 1
+    assert "Traceback" in found.stderr
+    assert one_json_object(found.stdout)["error"]["type"] == "TraceError"
+
+
+def test_simulate_says_that_it_is_not_there():
+    found = run("simulate", "--json")
+    assert found.exit_code == 2
+    error = one_json_object(found.stdout)["error"]
+    assert error["type"] == "BackendUnavailable"
+    assert "not available in this version" in error["message"]
+
+
+def test_json_is_alone_on_stdout_of_a_real_process(trace_file, tmp_path):
+    done = shell("analyze", trace_file, "--json")
+    assert done.returncode == 0, done.stderr
+    assert one_json_object(done.stdout)["trace"]["num_requests"] == 24
+    done = shell("analyze", tmp_path / "gone", "--json")
+    assert done.returncode == 1
+    assert set(one_json_object(done.stdout)) == {"error"}
+
+
+def test_what_a_command_prints_goes_to_stderr(capfd):
+    with output.quiet_stdout():
+        sys.stdout.write("from python\n")
+        os.write(1, b"from C\n")
+        subprocess.run(["sh", "-c", "echo from a child"], check=True)
+    sys.stdout.write("after\n")
+    found = capfd.readouterr()
+    assert found.out == "after\n"
+    for words in ("from python", "from C", "from a child"):
+        assert words in found.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "kind", "message"),
+    [
+        (PlacementError("bad plan"), 1, "PlacementError", "bad plan"),
+        (BackendUnavailable("no wandb"), 2, "BackendUnavailable", "no wandb"),
+        (typer.BadParameter("wrong"), 2, "UsageError", "Invalid value: wrong"),
+        (typer.Abort(), 130, "KeyboardInterrupt", "interrupted"),
+        (KeyboardInterrupt(), 130, "KeyboardInterrupt", "interrupted"),
+        (ZeroDivisionError("oops"), 1, "ZeroDivisionError", "unexpected ZeroDivisionError: oops"),
+    ],
+)
+def test_exit_codes_and_messages(error, code, kind, message, capsys):
+    def fail():
+        raise error
+
+    assert output.guard(fail, as_json=True, debug=False) == code
+    found = capsys.readouterr()
+    body = one_json_object(found.out)["error"]
+    assert (body["type"], body["message"], body["exit_code"]) == (kind, message, code)
+    expected = not isinstance(error, ZeroDivisionError)
+    assert ("Traceback" in found.err) is not expected
+
+
+def test_json_has_only_its_own_types():
+    import numpy as np
+
+    value = {
+        "a": np.arange(2),
+        "b": float("nan"),
+        3: (np.float32(1.5), {"x"}),
+        "path": os.path,
+        "inf": float("-inf"),
+    }
+    value["path"] = __import__("pathlib").Path("p")
+    assert output.plain(value) == {
+        "a": [0, 1],
+        "b": None,
+        "3": [1.5, ["x"]],
+        "path": "p",
+        "inf": None,
+    }
+
+
+def test_control_c_ends_quickly_and_in_words(tmp_path):
+    """A real process reads a pipe that never ends; SIGINT must end it without a traceback."""
+    pipe = tmp_path / "homes.json"
+    os.mkfifo(pipe)
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from moe_locality.commands.inputs import read_homes\n"
+        "from moe_locality.commands.output import guard\n"
+        "print('ready', file=sys.stderr, flush=True)\n"
+        "sys.exit(guard(lambda: read_homes(Path(sys.argv[1])), as_json=True, debug=False))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(pipe)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr.readline() == "ready\n"
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert one_json_object(out)["error"]["message"] == "interrupted"
+    assert "Traceback" not in err
+
+
+def test_doctor_lists_what_is_here():
+    found = one_json_object(run("doctor", "--json").stdout)
+    assert found["moe_locality"] == __version__
+    assert found["packages"]["numpy"]["version"]
+    assert found["packages"]["numpy"]["problem"] is None
+    assert found["apex"]["state"] in ("absent", "wrong", "python-only", "cuda")
+    assert found["kernels"]["reference"] == "available"
+    assert set(found["tools"]) == set(doctor.COMPILERS)
+
+
+@pytest.mark.parametrize(
+    ("files", "state", "words"),
+    [
+        ({"__init__.py": "raise SystemExit('imported')"}, "wrong", "pip uninstall apex"),
+        (
+            {"__init__.py": "", "normalization/__init__.py": "", "multi_tensor_apply/a.py": ""},
+            "python-only",
+            "without its CUDA extensions",
+        ),
+    ],
+)
+def test_doctor_tells_the_apex_of_nvidia_from_the_other(files, state, words, tmp_path, monkeypatch):
+    for name, content in files.items():
+        path = tmp_path / "apex" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = doctor.nvidia_apex()
+    assert found[0] == state
+    assert words in found[1]
+    assert "apex" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("installed", "least", "problem"),
+    [("1.25.9", "1.26", True), ("1.26.0", "1.26", False), ("2.13.0+cpu", "2.10", False)],
+)
+def test_doctor_compares_versions_by_number(installed, least, problem, monkeypatch):
+    monkeypatch.setattr(doctor, "_version", lambda name: installed)
+    found = doctor._package("numpy", least, "everything", None)
+    assert (found["problem"] is not None) is problem
+
+
+def test_record_prints_the_launch_line_and_the_section(tmp_path):
+    found = one_json_object(
+        run("record", "train.py", "--trace", "tr", "--hostfile", "hosts", "--json").stdout
+    )
+    assert (
+        found["launch"] == "deepspeed --hostfile hosts train.py --deepspeed_config ds_config.json"
+    )
+    assert found["section"] == {"moe_locality": {"trace": {"path": "tr"}}}
+    assert not found["records_already"]
+    config = tmp_path / "ds.json"
+    config.write_text(json.dumps({"moe_locality": {"trace": {"path": "there", "weights": True}}}))
+    found = one_json_object(run("record", "--deepspeed-config", config, "--json").stdout)
+    assert found["records_already"]
+    assert found["section"]["moe_locality"]["trace"]["path"] == "there"
+    config.write_text(json.dumps({"moe_locality": {"tracee": {}}}))
+    found = run("record", "--deepspeed-config", config)
+    assert found.exit_code == 1
+    assert "tracee" in found.stderr
