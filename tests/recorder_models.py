@@ -33,24 +33,25 @@ class MoeModel(torch.nn.Module):
 
 
 class GateWitness:
-    """Keeps the input of every gate and recomputes the top-k choice in numpy."""
+    """Recomputes the top-k choice of every gate in numpy, from input and weight at that time."""
 
     def __init__(self, model):
-        self.inputs = []
-        self.gates = [m for m in model.modules() if isinstance(m, TopKGate)]
-        for index, gate in enumerate(self.gates):
+        self.calls = []
+        gates = [m for m in model.modules() if isinstance(m, TopKGate)]
+        for index, gate in enumerate(gates):
             gate.register_forward_pre_hook(
-                lambda _gate, args, index=index: self.inputs.append(
-                    (index, args[0].detach().float().numpy().copy())
-                )
+                lambda gate, args, index=index: self.calls.append((index, choose(gate, args[0])))
             )
 
     def picks(self, index):
-        """int [T, K] of every call of one gate, each row ascending (dropless)."""
-        gate = self.gates[index]
-        weight = gate.wg.weight.detach().float().numpy()
-        calls = [x @ weight.T for i, x in self.inputs if i == index]
-        return np.concatenate([np.sort(np.argsort(-z, axis=1)[:, : gate.k], axis=1) for z in calls])
+        """int [T, K] of all calls of one gate, each row ascending (dropless)."""
+        return np.concatenate([ids for i, ids in self.calls if i == index])
+
+
+def choose(gate, x):
+    """int [T, K], ascending."""
+    logits = x.detach().float().numpy() @ gate.wg.weight.detach().float().numpy().T
+    return np.sort(np.argsort(-logits, axis=1)[:, : gate.k], axis=1)
 
 
 def inputs(batch=2, length=5, seed=0):
