@@ -181,7 +181,7 @@ def _agree_on_inputs(
         failure = error
     facts = {
         "error": failure and (type(failure), str(failure)),
-        "section": section.model_dump_json(),
+        "section": section.model_dump_json(exclude={"tracking"}),  # one rank may track
         "plan": plan.digest() if plan is not None else None,
     }
     everyone = exchange_objects(facts) if torch.distributed.is_initialized() else [facts]

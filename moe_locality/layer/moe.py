@@ -161,6 +161,10 @@ class LocalityMOELayer(MOELayer):
             return self._padded_forward(*input, **kwargs)
         return self._ragged_forward(input[0], input[1])  # pyright: ignore[reportCallIssue]
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy makes its own dispatcher: groups and modules cannot be copied
+        return {**self.__dict__, "dispatcher": None}
+
     def _set_ep_group(self, ep_group: Any) -> None:
         super()._set_ep_group(ep_group)
         self.dispatcher = None

@@ -1,0 +1,192 @@
+"""moe_locality.initialize: one call around deepspeed.initialize, on several ranks."""
+
+import json
+import os
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from moe_locality.errors import ConfigError, PlacementError
+from tests.distributed.moe_cases import quiet
+from tests.distributed.test_layer_training import NUM_EXPERTS, Net, config_of, make_net, train
+from tests.launch import run_ranks
+from tests.tolerances import LOSS
+
+
+def plan_of(orders, num_nodes=1, ranks_per_node=2):
+    import dataclasses
+
+    from moe_locality import PlacementPlan
+
+    linear = PlacementPlan.linear(NUM_EXPERTS, range(len(orders)), num_nodes, ranks_per_node)
+    return dataclasses.replace(linear, physical_to_logical_map=np.array(orders, dtype=np.int32))
+
+
+def start(net, config, **arguments):
+    import moe_locality
+
+    return moe_locality.initialize(
+        model=net, model_parameters=list(net.parameters()), config=config, **arguments
+    )
+
+
+def placed_run_equals_stock(rank, world, folder):
+    import deepspeed
+    from deepspeed.moe.layer import MoE as Stock
+
+    from moe_locality import MoE, read_trace
+
+    quiet()
+    net = make_net(Stock, rank, world)
+    engine = deepspeed.initialize(
+        model=net, model_parameters=list(net.parameters()), config=config_of(1, "float32")
+    )[0]
+    expected = train(engine, rank, "float32")
+    engine.destroy()
+
+    section = {
+        "plan": f"{folder}/plan.json",
+        "trace": {"path": f"{folder}/trace"},
+        "cluster": {"num_nodes": 2, "ranks_per_node": 1},
+    }
+    # the user's model is a stock one, and DeepSpeed gets its arguments as it likes them
+    net = make_net(Stock, rank, world)
+    engine, optimizer, loader, scheduler = start(
+        net, {**config_of(1, "float32"), "moe_locality": section}
+    )
+    assert optimizer is not None
+    assert loader is None
+    assert scheduler is None
+    assert isinstance(net.moe1, MoE)
+    runtime = engine.moe_locality
+    assert runtime.topology.num_nodes == 2
+    assert runtime.plan.digest() == plan_of([[2, 0, 3, 1], [3, 2, 1, 0]], 2, 1).digest()
+    np.testing.assert_allclose(train(engine, rank, "float32"), expected, *LOSS["float32"])
+    report = runtime.traffic_report()
+    rows = 5 * 4 * 8 * 2 * 2 * world  # steps, sequences, tokens, k, layers
+    assert sum(report["rows_by_link"]["dispatch"].values()) <= rows
+    assert report["by_link"]["dispatch"]["cross_node"] > 0
+    assert report["by_link"]["dispatch"]["same_node"] == 0
+    runtime.reset_traffic()
+    assert sum(runtime.traffic_report()["rows_by_link"]["dispatch"].values()) == 0
+    engine.destroy()
+    torch.distributed.barrier()
+    trace = read_trace(f"{folder}/trace")
+    return trace.num_tokens, trace.num_layers, sorted(set(trace.step.tolist())), trace.load()
+
+
+def test_a_placed_and_recorded_run_equals_stock(tmp_path):
+    plan_of([[2, 0, 3, 1], [3, 2, 1, 0]], 2, 1).write(tmp_path / "plan.json")
+    results = run_ranks(placed_run_equals_stock, 2, str(tmp_path), deepspeed=True, timeout_s=240)
+    tokens, layers, steps, load = results[0]
+    assert (tokens, layers) == (5 * 4 * 8 * 2, 2)
+    assert len(steps) == 5
+    assert load.shape == (2, NUM_EXPERTS)
+    assert load.min() > 0
+
+
+def no_section_simply_works(rank, world, folder):
+    from deepspeed.moe.layer import MoE as Stock
+
+    from moe_locality import MoE
+
+    quiet()
+    config = config_of(0, "float32", gradient_accumulation_steps=2)
+    path = f"{folder}/ds_{rank}.json"
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("{ # DeepSpeed reads comments\n" + json.dumps(config)[1:])
+    engine = start(make_net(Stock, rank, world), path)[0]
+    assert isinstance(engine.module.moe1, MoE)
+    assert engine.moe_locality.recorder is None
+    losses = train(engine, rank, "float32", steps=4)
+    assert np.isfinite(losses).all()
+
+    class Arguments:
+        deepspeed_config = path
+        local_rank = rank
+
+    import moe_locality
+
+    net = make_net(Stock, rank, world)
+    moe_locality.initialize(Arguments(), net, None, list(net.parameters()))
+    assert isinstance(net.moe2, MoE)
+
+
+def test_without_a_section_only_the_layers_change(tmp_path):
+    run_ranks(no_section_simply_works, 2, str(tmp_path), deepspeed=True)
+
+
+def optimizers_of_the_user_stay_valid(rank, world):
+    import deepspeed
+    from deepspeed.moe.layer import MoE as Stock
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
+
+    quiet()
+    config = {k: v for k, v in config_of(1, "float32").items() if k != "optimizer"}
+    runs = []
+    for begin in (deepspeed.initialize, None):
+        net = make_net(Stock, rank, world)
+        groups = split([{"params": list(net.parameters()), "name": "dense"}])
+        optimizer = torch.optim.AdamW(groups, lr=1e-2)
+        if begin is None:
+            import moe_locality
+
+            begin = moe_locality.initialize
+        engine = begin(model=net, optimizer=optimizer, config=config)[0]
+        runs.append(train(engine, rank, "float32"))
+    np.testing.assert_allclose(runs[1], runs[0], *LOSS["float32"])
+
+
+def test_an_optimizer_made_before_stays_valid():
+    run_ranks(optimizers_of_the_user_stay_valid, 2, deepspeed=True)
+
+
+def failures_reach_all_ranks(rank, world, folder):
+    """Every rank gets the same message within seconds, and no rank waits for another."""
+    from deepspeed.moe.layer import MoE as Stock
+
+    quiet()
+    messages = []
+
+    def attempt(section, expected, model=None):
+        config = {**config_of(0, "float32"), "moe_locality": section}
+        begin = time.monotonic()
+        with pytest.raises(expected) as caught:
+            start(model or Net(Stock, world), config)
+        assert time.monotonic() - begin < 20
+        messages.append(str(caught.value))
+
+    ours = f"{folder}/plan_{rank}.json"
+    attempt({"plan": f"{folder}/nowhere.json"}, PlacementError)
+    attempt({"kernels": "reference"} if rank == 1 else {}, ConfigError)
+    plan_of([[2, 0, 3, 1], [3, 2, 1, 0]]).write(ours)
+    if rank == 1:
+        plan_of([[2, 0, 3, 1], [3, 2, 0, 1]]).write(ours)
+    # the same path on every rank, but another file behind it
+    os.makedirs(f"{folder}/view_{rank}")
+    os.chdir(f"{folder}/view_{rank}")
+    os.rename(ours, "plan.json")
+    attempt({"plan": "plan.json"}, PlacementError)
+    plan_of([[2, 0, 3, 1]] * 3).write("plan.json")
+    attempt({"plan": "plan.json"}, PlacementError)
+    attempt({"exchnage": "flat"} if rank == 1 else {}, ConfigError)
+    attempt({}, ConfigError, torch.nn.Linear(2, 2))
+    attempt({"dispatch": {"payload": "fp8"}}, ConfigError)
+    return messages
+
+
+def test_a_failure_on_one_rank_is_the_same_error_on_all(tmp_path):
+    everyone = run_ranks(failures_reach_all_ranks, 2, str(tmp_path), deepspeed=True)
+    assert everyone[0] == everyone[1]
+    unread, differ_section, differ_plan, misfit, typo, dense, payload = everyone[0]
+    assert unread.startswith("on ranks [0, 1] of 2: cannot read the plan")
+    assert "found the moe_locality section on ranks [1] to differ" in differ_section
+    assert "found the plan plan.json on ranks [1] to differ from rank 0's" in differ_plan
+    assert "copy one plan file to every node" in differ_plan
+    assert "MoE layers: found 3 in the plan, expected 2" in misfit
+    assert typo.startswith("on ranks [1] of 2: ")
+    assert "exchnage" in typo
+    assert "found no deepspeed.moe.layer.MoE in Linear" in dense
+    assert "payload is 'fp8', which is not available yet" in payload

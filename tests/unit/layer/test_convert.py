@@ -1,0 +1,134 @@
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("deepspeed")
+
+from deepspeed.moe.layer import MoE as StockMoE
+
+import moe_locality
+from moe_locality import PlacementPlan
+from moe_locality.errors import ConfigError, PlacementError
+from moe_locality.layer.moe import LocalityMOELayer, MoE
+
+WIDTH = 4
+
+
+class UserMoE(StockMoE):
+    """A user's own subclass, with a forward of its own."""
+
+    def forward(self, x):
+        return super().forward(x)[0]
+
+
+class Net(nn.Module):
+    def __init__(self, cls=StockMoE):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = StockMoE(WIDTH, nn.Linear(WIDTH, WIDTH), num_experts=4)
+        self.blocks = nn.ModuleList([cls(WIDTH, nn.Linear(WIDTH, WIDTH), num_experts=4)])
+
+    def forward(self, x):
+        x = self.a(x)[0]
+        out = self.blocks[0](x)
+        return out if torch.is_tensor(out) else out[0]
+
+
+def test_apply_swaps_in_place_and_keeps_every_parameter():
+    net = Net()
+    x = torch.randn(8, WIDTH)
+    torch.manual_seed(1)
+    expected = net(x)
+    before = dict(net.named_parameters())
+    gate, calls = net.a.deepspeed_moe.gate, []
+    gate.register_forward_hook(lambda *a: calls.append(1))
+    assert moe_locality.apply(net) is net
+    assert type(net.a) is type(net.blocks[0]) is MoE
+    after = dict(net.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(before[name] is after[name] for name in before)
+    torch.manual_seed(1)
+    torch.testing.assert_close(net(x), expected)
+    assert calls == [1]  # hooks from before still fire
+
+
+def test_an_optimizer_made_before_trains_the_swapped_model():
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    weight = net.a.deepspeed_moe.experts.deepspeed_experts[0].weight
+    moe_locality.apply(net)
+    before = weight.detach().clone()
+    net(torch.randn(32, WIDTH)).square().sum().backward()
+    optimizer.step()
+    assert net.a.deepspeed_moe.experts.deepspeed_experts[0].weight is weight
+    assert not torch.equal(weight, before)
+
+
+def test_apply_twice_changes_nothing():
+    net = moe_locality.apply(Net(), {"dispatch": {"exchange": "flat"}})
+    layer = net.a.deepspeed_moe
+    net(torch.randn(8, WIDTH))
+    dispatcher = layer.dispatcher
+    moe_locality.apply(net)
+    assert net.a.deepspeed_moe is layer
+    assert layer.dispatcher is dispatcher
+    assert layer.dispatch_config.exchange == "flat"
+
+
+def test_a_root_module_and_a_subclass_are_swapped():
+    root = StockMoE(WIDTH, nn.Linear(WIDTH, WIDTH), num_experts=2)
+    assert type(moe_locality.apply(root)) is MoE
+    net = moe_locality.apply(Net(UserMoE))
+    assert type(net.blocks[0]) is UserMoE  # its own forward stays
+    assert isinstance(net.blocks[0].deepspeed_moe, LocalityMOELayer)
+    assert net(torch.randn(8, WIDTH)).shape == (8, WIDTH)
+    assert net.blocks[0].deepspeed_moe.traffic.rows["dispatch"].sum() > 0
+
+
+def test_a_model_without_moe_layers_is_refused():
+    with pytest.raises(ConfigError, match=r"found no deepspeed\.moe\.layer\.MoE in Linear"):
+        moe_locality.apply(nn.Linear(2, 2))
+
+
+def test_a_wrong_section_is_refused_before_anything_changes():
+    net = Net()
+    with pytest.raises(ConfigError, match="exchnage"):
+        moe_locality.apply(net, {"dispatch": {"exchnage": "flat"}})
+    with pytest.raises(ConfigError, match="not available yet"):
+        moe_locality.apply(net, {"dispatch": {"payload": "fp8"}})
+    assert type(net.a) is StockMoE
+
+
+def test_a_plan_that_does_not_fit_is_refused_before_anything_changes():
+    net = Net()
+    for plan in (PlacementPlan.linear(8, [0, 1], 1, 1), PlacementPlan.linear(4, [0], 1, 1)):
+        with pytest.raises(PlacementError, match="the plan does not fit"):
+            moe_locality.apply(net, plan=plan)
+        assert type(net.a) is StockMoE
+
+
+def test_initialize_needs_a_model_and_a_config():
+    with pytest.raises(ConfigError, match="found model=NoneType, expected a torch module"):
+        moe_locality.initialize(config={})
+
+
+def test_a_plan_relabels_and_the_model_stays_the_same():
+    import dataclasses
+
+    import numpy as np
+
+    net = Net()
+    for layer in (net.a, net.blocks[0]):
+        for i, expert in enumerate(layer.deepspeed_moe.experts.deepspeed_experts):
+            nn.init.normal_(expert.weight, std=0.1 * (i + 1))
+    x = torch.randn(8, WIDTH)
+    torch.manual_seed(1)
+    expected = net(x)
+    plan = dataclasses.replace(
+        PlacementPlan.linear(4, [0, 1], 1, 1),
+        physical_to_logical_map=np.array([[3, 1, 0, 2], [1, 0, 3, 2]], dtype=np.int32),
+    )
+    moe_locality.apply(net, plan=plan)
+    assert net.a.deepspeed_moe.gate.slot_to_logical.tolist() == [3, 1, 0, 2]
+    torch.manual_seed(1)
+    torch.testing.assert_close(net(x), expected)

@@ -1,0 +1,109 @@
+"""One test per private name, so that a new DeepSpeed which lost it is seen at once."""
+
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+import torch
+from torch import nn
+
+from moe_locality import compat
+from moe_locality.errors import ConfigError
+
+deepspeed = pytest.importorskip("deepspeed")
+
+
+def test_the_installed_deepspeed_is_accepted_and_one_that_was_tested():
+    assert compat.require_deepspeed() == metadata.version("deepspeed")
+    assert compat.require_deepspeed() in compat.TESTED_DEEPSPEED
+
+
+def test_an_older_deepspeed_is_refused(monkeypatch):
+    monkeypatch.setattr(compat.metadata, "version", lambda name: "0.19.3")
+    with pytest.raises(ConfigError, match=r"found deepspeed 0.19.3, expected 0.19.4 or newer"):
+        compat.require_deepspeed()
+
+
+def test_no_deepspeed_says_how_to_get_it(monkeypatch):
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(compat.metadata, "version", missing)
+    with pytest.raises(ConfigError, match=r"found no DeepSpeed.*pip install"):
+        compat.require_deepspeed()
+
+
+def test_avoid_cpu_jit_leaves_no_op_to_build():
+    """In a fresh process: the table is DeepSpeed's own, which its comm backend asks at its
+    start."""
+    code = (
+        "import sys, deepspeed, moe_locality.compat as c; c.avoid_cpu_jit();"
+        "assert deepspeed.ops.__compatible_ops__['deepspeed_shm_comm'] is False;"
+        "assert 'deepspeed_fused_adam' in deepspeed.ops.__compatible_ops__ or"
+        " 'fused_adam' in deepspeed.ops.__compatible_ops__;"
+        "print(sys.modules['deepspeed.comm.torch'].build_shm_op())"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip().endswith("None")
+
+
+def test_the_stock_initializer_survives_a_rebound_name(monkeypatch):
+    import deepspeed.moe.layer
+
+    stock = deepspeed.moe.layer.MoE
+
+    class Ours(stock):
+        def __init__(self, *args, **kwargs):
+            compat.init_stock_moe(stock, self, *args, **kwargs)
+
+    monkeypatch.setattr(deepspeed.moe.layer, "MoE", Ours)
+    layer = Ours(4, nn.Linear(4, 4), num_experts=2)
+    assert layer.num_experts == 2
+    assert layer.deepspeed_moe.gate.k == 1
+
+    class Naive(stock):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    # the trap that this is for: without the repair, the class would call itself
+    monkeypatch.setattr(deepspeed.moe.layer, "MoE", Naive)
+    with pytest.raises(TypeError, match="missing 2 required positional arguments"):
+        Naive(4, nn.Linear(4, 4), num_experts=2)
+
+
+def test_init_stock_moe_draws_the_same_random_numbers():
+    from deepspeed.moe.layer import MoE as Stock
+
+    torch.manual_seed(0)
+    expected = Stock(4, nn.Linear(4, 4), num_experts=2, use_residual=True)
+    torch.manual_seed(0)
+    found = Stock.__new__(Stock)
+    compat.init_stock_moe(Stock, found, 4, nn.Linear(4, 4), num_experts=2, use_residual=True)
+    for (name, a), (_, b) in zip(
+        found.named_parameters(), expected.named_parameters(), strict=True
+    ):
+        assert torch.equal(a, b), name
+
+
+def test_tensor_parallel_size_is_one_without_an_mpu(monkeypatch):
+    from deepspeed.utils import groups
+
+    assert compat.tensor_parallel_size() == 1
+
+    class Mpu:
+        def get_tensor_model_parallel_world_size(self):
+            return 3
+
+    monkeypatch.setattr(groups, "mpu", Mpu())
+    assert compat.tensor_parallel_size() == 3
+
+
+def test_expert_groups_are_found_by_name(monkeypatch):
+    from deepspeed.utils import groups
+
+    monkeypatch.setattr(groups, "_EXPERT_PARALLEL_GROUP", {"ep_size_2": "the group"})
+    assert compat.expert_group_registered("ep_size_2")
+    assert not compat.expert_group_registered("ep_size_4")
+    assert compat.expert_parallel_group("ep_size_2") == "the group"
