@@ -18,6 +18,7 @@ from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import PREFILL, RoutingTrace
 
 MAX_TOKEN_IMBALANCE = 1.05
+_MOST_EXACT = 2000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +145,7 @@ def _known_tokens(trace: RoutingTrace, requests: Requests, predict: str) -> np.n
         raise PlacementError(
             f"predict: found {predict!r}, expected 'prefill', 'first:N', 'domain' or 'oracle'"
         )
-    order = np.lexsort((trace.position, requests.index))
+    order = np.lexsort((np.asarray(trace.position), requests.index))
     starts = np.concatenate([[0], np.cumsum(requests.tokens)[:-1]])
     within = np.arange(len(order)) - starts[requests.index[order]]
     return np.sort(order[within < int(count)])
@@ -245,9 +246,13 @@ def _level(rank_of, score, tokens, filled, capacity) -> np.ndarray:
 
 
 def balance_requests(score: np.ndarray, tokens: np.ndarray, num_ranks: int) -> np.ndarray:
-    """[R] rank of each request, the same number on each rank: the assignment of most score x
-    tokens.
+    """[R] rank of each request, equally many on each (up to one), with much score x tokens.
+
+    The exact assignment (Hungarian method) up to ``_MOST_EXACT`` requests, whose matrix is R x R;
+    beyond, requests choose in falling order of what is at stake.
     """
+    if len(tokens) > _MOST_EXACT:
+        return _choose_in_turn(score, tokens, num_ranks)
     from scipy.optimize import linear_sum_assignment
 
     places = -(-len(tokens) // num_ranks)
@@ -258,4 +263,19 @@ def balance_requests(score: np.ndarray, tokens: np.ndarray, num_ranks: int) -> n
     row, column = linear_sum_assignment(benefit, maximize=True)
     rank_of = np.zeros(len(tokens), dtype=np.int64)
     rank_of[row] = column // places
+    return rank_of
+
+
+def _choose_in_turn(score: np.ndarray, tokens: np.ndarray, num_ranks: int) -> np.ndarray:
+    size, larger = divmod(len(tokens), num_ranks)
+    count = np.zeros(num_ranks, dtype=np.int64)
+    rank_of = np.zeros(len(tokens), dtype=np.int64)
+    stake = tokens * (score.max(axis=1) - score.mean(axis=1))
+    for request in np.lexsort((np.arange(len(tokens)), -stake)):
+        limit = size + (1 if larger else 0)
+        rank = int(np.argmax(np.where(count < limit, score[request], -np.inf)))
+        rank_of[request] = rank
+        count[rank] += 1
+        if larger and count[rank] == size + 1:
+            larger -= 1
     return rank_of

@@ -74,8 +74,7 @@ def solve(
         homes: None = requests live anywhere; a dict or array as in ``evaluate``: they live there;
             "joint": homes and placement are found together, and ``home_profiles`` is filled.
         expert_groups: number of equal consecutive groups, or the group of each expert; a group
-            stays
-            on one node (group-limited routers). ``eplb`` only, for now.
+            stays on one node (group-limited routers). ``eplb`` only, for now.
         seed: of every random choice.
 
     Raises:
@@ -93,35 +92,36 @@ def solve(
         group_of=_groups(trace.num_experts, topology.num_nodes, expert_groups),
         seed=seed,
     )
-    notes: dict[str, Any] = {}
-    assigned: dict[int, int] | None = None
+    plan, used_homes, notes = _solve(problem, method, homes)
+    costs = evaluate(trace, plan, topology, used_homes).to_dict()
+    provenance = {
+        "method": method,
+        "trace": trace.content_hash(),
+        "seed": seed,
+        "max_imbalance": max_imbalance,
+        "num_redundant_experts": num_redundant_experts,
+        "homes": "joint" if joint else ("uniform" if homes is None else "given"),
+        "moe_locality": moe_locality.__version__,
+        **notes,
+    }
+    left_out = ("per_layer", "layer_ids", "move")
+    costs = {name: value for name, value in costs.items() if name not in left_out}
+    return replace(plan, provenance=provenance, costs=costs)
+
+
+def _solve(
+    problem: Problem, method: str, homes: Homes
+) -> tuple[PlacementPlan, Homes, dict[str, Any]]:
+    """(plan, homes to evaluate it with, notes)."""
     if method != "coactivation":
-        plan = make_plan(problem, _baseline_rows(problem, method), by_node=method == "eplb")
-    elif joint:
+        rows = _baseline_rows(problem, method)
+        return make_plan(problem, rows, by_node=method == "eplb"), homes, {}
+    if isinstance(homes, str) and homes == "joint":
         from moe_locality.placement.joint import solve_joint
 
-        plan, assigned, notes = solve_joint(problem)
-    else:
-        plan, notes = solve_coactivation(problem)
-    costs = evaluate(trace, plan, topology, assigned if joint else homes)
-    return replace(
-        plan,
-        provenance={
-            "method": method,
-            "trace": trace.content_hash(),
-            "seed": seed,
-            "max_imbalance": max_imbalance,
-            "num_redundant_experts": num_redundant_experts,
-            "homes": "joint" if joint else ("uniform" if homes is None else "given"),
-            "moe_locality": moe_locality.__version__,
-            **notes,
-        },
-        costs={
-            name: value
-            for name, value in costs.to_dict().items()
-            if name not in ("per_layer", "layer_ids", "move")
-        },
-    )
+        return solve_joint(problem)
+    plan, notes = solve_coactivation(problem)
+    return plan, homes, notes
 
 
 def make_plan(

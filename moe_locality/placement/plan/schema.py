@@ -176,6 +176,7 @@ class PlacementPlan:
         num_nodes: int,
         ranks_per_node: int,
         model: str = "",
+        rank_to_node: tuple[int, ...] | None = None,
     ) -> "PlacementPlan":
         """The layout that DeepSpeed, vLLM and Hugging Face assume: expert e in slot e."""
         layers = tuple(int(i) for i in layer_ids)
@@ -187,6 +188,7 @@ class PlacementPlan:
             num_nodes=num_nodes,
             ranks_per_node=ranks_per_node,
             physical_to_logical_map=rows,
+            rank_to_node=rank_to_node,
             provenance={"method": "linear"},
         )
 

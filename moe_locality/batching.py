@@ -1,0 +1,144 @@
+"""Bundles of sequences: which sequences a rank should have in its next batches, and in which order.
+
+Training gives every rank the same number of sequences in every step; within that, sequences go to
+the rank whose node holds the experts they are expected to pick. No torch in here: the sampler has
+the protocol of a ``torch.utils.data.DataLoader`` batch sampler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from moe_locality.errors import ConfigError, PlacementError
+from moe_locality.placement.homes import balance_requests
+from moe_locality.placement.plan import PlacementPlan
+
+
+def make_bundles(
+    homes: Mapping[int, int] | Sequence[int] | np.ndarray, num_ranks: int
+) -> list[list[int]]:
+    """The sequences of each rank: equal counts, as many as possible on their home rank.
+
+    Args:
+        homes: sequence id → home rank (``assign_homes``), or the home rank of sequence 0, 1, ...
+
+    Returns:
+        one list of sequence ids per rank, rising. Counts differ by at most one; the surplus of a
+        crowded rank, its highest ids, fills the others in order.
+
+    Raises:
+        PlacementError: a home is not one of the ranks.
+    """
+    pairs = homes.items() if isinstance(homes, Mapping) else enumerate(homes)
+    items = sorted((int(q), int(rank)) for q, rank in pairs)
+    wrong = [(q, rank) for q, rank in items if not 0 <= rank < num_ranks]
+    if wrong:
+        raise PlacementError(
+            f"found home rank {wrong[0][1]} for sequence {wrong[0][0]}, expected 0 to "
+            f"{num_ranks - 1}: assign homes for this cluster"
+        )
+    bundles: list[list[int]] = [[] for _ in range(num_ranks)]
+    for sequence, rank in items:
+        bundles[rank].append(sequence)
+    size, larger = divmod(len(items), num_ranks)
+    # the fullest ranks keep the one more that some must have
+    fullest = sorted(range(num_ranks), key=lambda r: (-len(bundles[r]), r))
+    quota = [size] * num_ranks
+    for rank in fullest[:larger]:
+        quota[rank] += 1
+    surplus = [s for rank in range(num_ranks) for s in bundles[rank][quota[rank] :]]
+    result = []
+    for rank in range(num_ranks):
+        own = bundles[rank][: quota[rank]]
+        missing = quota[rank] - len(own)
+        result.append(sorted(own + surplus[:missing]))
+        del surplus[:missing]
+    return result
+
+
+def domain_homes(
+    domains: Sequence[str | None], plan: PlacementPlan, *, group_tokens: Sequence[int] | None = None
+) -> np.ndarray:
+    """[N] home rank of each sequence from its domain alone, the same number on every rank.
+
+    Args:
+        domains: [N] names; names that the plan does not know go where there is room.
+        group_tokens: [N] tokens of each sequence (all equal by default); long ones weigh more.
+
+    Raises:
+        PlacementError: the plan has no domain profiles.
+    """
+    table = (plan.home_profiles or {}).get("domain_rank_share")
+    if not table:
+        raise PlacementError(
+            "found no domain profiles in the plan, expected those of solve(..., homes='joint'): "
+            "make such a plan or give homes"
+        )
+    score = np.zeros((len(domains), plan.num_ranks))
+    for row, name in enumerate(domains):
+        if name in table:
+            score[row] = table[name]
+    tokens = (
+        np.ones(len(domains)) if group_tokens is None else np.asarray(group_tokens, dtype=float)
+    )
+    return balance_requests(score, tokens, plan.num_ranks)
+
+
+class LocalityBatchSampler:
+    """Batches of sequence indices for one rank; for ``DataLoader(batch_sampler=...)``.
+
+    Every rank makes the same bundles from the same ``homes`` and seed, shuffles its own in each
+    epoch, and yields as many batches of the same size as every other rank. What does not fill a
+    batch on all ranks is left out of that epoch; another epoch leaves out others. Call
+    ``set_epoch`` as with ``torch.utils.data.DistributedSampler``.
+
+    Args:
+        homes: as in ``make_bundles``; the ids are indices of the data set.
+        batch_size: sequences per rank and step.
+
+    Raises:
+        ConfigError: a batch or rank that cannot be, or too few sequences for one batch per rank.
+    """
+
+    def __init__(
+        self,
+        homes: Mapping[int, int] | Sequence[int] | np.ndarray,
+        *,
+        batch_size: int,
+        rank: int,
+        num_ranks: int,
+        seed: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        if batch_size < 1 or not 0 <= rank < num_ranks:
+            raise ConfigError(
+                f"found batch_size {batch_size} and rank {rank} of {num_ranks}, expected a batch "
+                "of at least 1 and a rank below num_ranks: correct them"
+            )
+        bundles = make_bundles(homes, num_ranks)
+        self._mine = np.array(bundles[rank], dtype=np.int64)
+        self._batches = min(len(bundle) for bundle in bundles) // batch_size
+        if self._batches == 0:
+            raise ConfigError(
+                f"found {sum(map(len, bundles))} sequences for {num_ranks} ranks, expected at "
+                f"least {batch_size} for each: use a smaller batch or more data"
+            )
+        self._batch_size, self._rank, self._seed = batch_size, rank, seed
+        self._shuffle, self._epoch = shuffle, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the shuffle of the next epoch."""
+        self._epoch = int(epoch)
+
+    def __len__(self) -> int:
+        return self._batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self._mine
+        if self._shuffle:
+            rng = np.random.default_rng((self._seed, self._epoch, self._rank))
+            order = rng.permutation(order)
+        for start in range(0, self._batches * self._batch_size, self._batch_size):
+            yield order[start : start + self._batch_size].tolist()
