@@ -1,0 +1,84 @@
+"""The main job from end to end on the smallest model: real launcher, real ranks, real files."""
+
+import json
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from moe_locality.compare import read_run
+from moe_locality.demo import run_demo
+from moe_locality.demo.checks import check_agreement, check_prediction
+from moe_locality.errors import MoeLocalityError
+from moe_locality.placement import PlacementPlan
+from moe_locality.topology import ClusterTopology
+from moe_locality.trace import PREFILL, TRAIN, read_trace
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo")
+    found = run_demo(out=out, preset="tiny", steps=8, quiet=True)
+    return out, found
+
+
+def test_bytes_are_predicted_exactly_and_fewer(demo):
+    _, found = demo
+    for check in found["prediction_check"].values():
+        assert check["predicted_rows"] == check["counted_rows"] > 0
+        assert check["counted_bytes"] == check["counted_rows"] * 32 * 4  # width, fp32
+    sizes = found["cross_node_dispatch_bytes"]
+    assert sizes["placed"] < sizes["linear"]
+
+
+def test_placement_changes_nothing_that_is_computed(demo):
+    out, found = demo
+    assert found["max_loss_difference"] < 1e-4
+    assert found["max_train_loss_difference"] < 1e-4
+    plan = PlacementPlan.read(out / "plan.json")
+    assert (plan.physical_to_logical_map != np.arange(plan.num_experts)).any()
+
+
+def test_everything_is_written(demo):
+    out, found = demo
+    trace = read_trace(out / "record" / "trace")
+    assert {TRAIN, PREFILL} == set(np.unique(trace.stage))
+    page = (out / "report.html").read_text(encoding="utf-8")
+    HTMLParser().feed(page)
+    assert page.count("<svg") >= 4
+    assert "src=" not in page
+    assert len(list(out.glob("wandb/offline-run-*/run-*.wandb"))) == 3
+    json.dumps(found)
+
+
+def test_a_wrong_counter_and_a_different_model_are_seen(demo):
+    out, _ = demo
+    linear, placed = read_run(out / "linear"), read_run(out / "placed")
+    plan = PlacementPlan.read(out / "plan.json")
+    held_out = read_trace(out / "record" / "trace").filter(stages=[PREFILL])
+    homes = {int(request): 0 for request in held_out.request_ids}
+    with pytest.raises(MoeLocalityError, match="the prediction from the recorded trace is"):
+        check_prediction(placed, held_out, plan, ClusterTopology.uniform(2, 2), homes)
+    placed.evaluation["loss"] = placed.evaluation["loss"] + 0.01
+    with pytest.raises(MoeLocalityError, match="must not change what the model computes"):
+        check_agreement(linear, placed)
+
+
+def test_a_recorded_trace_through_the_command_line(routing_data, tmp_path):
+    trace = routing_data / "gpt_oss_20b_benchmarks.npz"
+    line = ["demo", "--trace", str(trace), "--nodes", "4", "--ranks-per-node", "2", "--json"]
+    code = "from moe_locality.cli import main; main()"
+    result = subprocess.run(
+        [sys.executable, "-c", code, *line, "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(result.stdout)
+    copies = next(row for row in found["rows"] if row["metric"] == "copies")
+    assert copies["how"] == "simulated"
+    assert copies["ratio"] < 0.8
+    assert (tmp_path / "report.html").stat().st_size > 10_000
