@@ -31,4 +31,4 @@ def demo(
         wandb_mode=wandb_mode,
         seed=seed,
     )
-    return Result(payload={"command": "demo", **payload})
+    return Result(payload={"command": "demo", **payload}, text=(str(payload["report"]),))

@@ -20,7 +20,7 @@ from moe_locality.errors import BackendUnavailable, PlacementError
 from moe_locality.placement import Costs, PlacementPlan
 from moe_locality.placement import evaluate as costs_of
 from moe_locality.topology import ClusterTopology
-from moe_locality.trace import RoutingTrace, read_trace
+from moe_locality.trace import PREFILL, RoutingTrace, read_trace
 
 SHOWN = ("copies", "picks", "node_imbalance", "rank_imbalance", "straggler", "distinct")
 
@@ -96,10 +96,7 @@ def place(
             seed=seed,
         )
         seconds = time.perf_counter() - start
-        base = linear_plan(content, topology)
-        judged = train if test is None else test
-        linear = None if base is None else brief(costs_of(judged, base, topology))
-        unseen = None if test is None else brief(costs_of(test, plan, topology))
+        judged = _judge(plan, train, test, topology)
     if test is not None:
         source = {"drawn_from": content.content_hash(), "held_out": held_out}
         plan = dataclasses.replace(plan, provenance={**plan.provenance, **source})
@@ -113,17 +110,42 @@ def place(
         "trace": train.content_hash(),
         "seconds": seconds,
         "costs": plan.costs,
-        "held_out": unseen,
-        "linear": linear,
+        **judged,
     }
 
     def show(console: Any) -> None:
-        where = "on its own trace" if unseen is None else f"on {held_out:.0%} held-out requests"
+        where = "on its own trace" if test is None else f"on {held_out:.0%} held-out requests"
         console.print(f"{out}: {method}, {topology.describe()}, {seconds:.2f} s", soft_wrap=True)
-        shown = {"linear": linear, method: plan.costs if unseen is None else unseen}
+        shown = {"linear": judged["linear"], method: judged["held_out"] or plan.costs}
         console.print(costs_table(f"Predicted {where}", shown))
 
     return Result(payload=payload, show=show)
+
+
+def _judge(
+    plan: PlacementPlan, train: RoutingTrace, test: RoutingTrace | None, topology: ClusterTopology
+) -> dict[str, Any]:
+    """Return the costs on held-out requests, and those of the linear layout on the same ones.
+
+    A plan that was found together with homes gets homes there too, predicted as for new requests.
+    """
+    from moe_locality.placement.homes import assign_homes
+
+    base = linear_plan(train, topology)
+    trace = train if test is None else test
+    linear = None if base is None else brief(costs_of(trace, base, topology))
+    if test is None:
+        return {"held_out": None, "held_out_homes": None, "linear": linear}
+    predict = default_prediction(test) if plan.home_profiles is not None else None
+    homes = assign_homes(test, plan, predict=predict) if predict else None
+    costs = brief(costs_of(test, plan, topology, homes))
+    return {"held_out": costs, "held_out_homes": predict, "linear": linear}
+
+
+def default_prediction(trace: RoutingTrace) -> str:
+    """Return what homes of new requests are predicted from: the prefill where it was recorded."""
+    has_prefill = trace.stage is not None and bool((trace.stage == PREFILL).any())
+    return "prefill" if has_prefill else "first:32"
 
 
 def group(trace: Path, plan: Path, out: Path, predict: str, equal_requests: bool) -> Result:

@@ -1,0 +1,414 @@
+"""The commands from end to end, on a synthetic trace with a known structure and on a real one."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from moe_locality.cli import app
+from moe_locality.placement import PlacementPlan
+from moe_locality.trace import read_trace, write_trace
+from tests.unit.made_trace import DOMAINS, make_trace
+
+CLUSTER = ("--nodes", "4", "--ranks-per-node", "2")
+LOOSE = (*CLUSTER, "--max-imbalance", "1.3")  # loose enough to keep the domains whole
+
+
+def run(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def answer(*words):
+    """The JSON object of a command that must succeed."""
+    found = run(*words, "--json")
+    assert found.exit_code == 0, found.stdout + found.stderr
+    (line,) = found.stdout.splitlines()
+    return json.loads(line)
+
+
+def refusal(*words, code=1):
+    """The error of a command that must fail with ``code``; also told in one line without --json."""
+    found = run(*words, "--json")
+    assert found.exit_code == code, found.stdout + found.stderr
+    error = json.loads(found.stdout)["error"]
+    plain = run(*words)
+    assert plain.exit_code == code
+    assert plain.stdout == ""
+    assert error["message"] in plain.stderr
+    assert "Traceback" not in plain.stderr
+    return error
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A trace file, and a plan made from it on 4 nodes x 2 ranks."""
+    folder = tmp_path_factory.mktemp("flow")
+    write_trace(make_trace(), folder / "trace.npz")
+    placed = answer("place", folder / "trace.npz", *LOOSE, "-o", folder / "plan.json")
+    return folder, placed
+
+
+def test_place_finds_the_structure_and_says_so(made):
+    folder, placed = made
+    plan = PlacementPlan.read(folder / "plan.json")
+    assert (plan.num_nodes, plan.ranks_per_node, plan.num_experts) == (4, 2, 16)
+    assert placed["digest"] == plan.digest()
+    assert placed["costs"]["copies"] < 0.75 * placed["linear"]["copies"]
+    assert placed["costs"]["node_imbalance"] < 1.3
+    node_of = plan.node_of_rank[plan.rank_of_slot]
+    for row in plan.physical_to_logical_map:
+        for node in range(4):
+            assert len(set(row[node_of == node] % len(DOMAINS))) == 1
+
+
+def test_the_same_seed_gives_the_same_plan_byte_for_byte(made, tmp_path):
+    folder, placed = made
+    again = answer("place", folder / "trace.npz", *LOOSE, "-o", tmp_path / "p.json")
+    assert (tmp_path / "p.json").read_bytes() == (folder / "plan.json").read_bytes()
+    assert again["digest"] == placed["digest"]
+
+
+def test_evaluate_agrees_with_place_and_knows_in_sample(made):
+    folder, placed = made
+    found = answer("evaluate", folder / "trace.npz", "--plan", folder / "plan.json")
+    for name in ("copies", "picks", "node_imbalance", "rank_imbalance"):
+        assert found[name] == pytest.approx(placed["costs"][name], rel=1e-12)
+    assert found["in_sample"] is True
+    assert found["num_tokens"] == 960
+    assert len(found["per_layer"]["copies"]) == 3
+    assert found["linear"]["copies"] == pytest.approx(placed["linear"]["copies"])
+
+
+def test_group_then_evaluate_brings_tokens_home(made, tmp_path):
+    folder, _ = made
+    trace, plan, homes = folder / "trace.npz", folder / "plan.json", tmp_path / "homes.json"
+    costs = {}
+    for predict in ("prefill", "first:3", "oracle"):
+        grouped = answer("group", trace, "--plan", plan, "--predict", predict, "-o", homes)
+        content = json.loads(homes.read_text())
+        assert sorted(map(int, content)) == list(range(80))
+        assert set(content.values()) <= set(range(8))
+        assert grouped["requests_per_rank"] == [10] * 8
+        found = answer("evaluate", trace, "--plan", plan, "--homes", homes)
+        assert found["copies"] == pytest.approx(grouped["costs"]["copies"])
+        costs[predict] = found["copies"]
+        assert isinstance(found["total_copies"], int)
+        assert found["total_copies"] / (960 * 3) == pytest.approx(found["copies"])
+    uniform = answer("evaluate", trace, "--plan", plan)["copies"]
+    # A domain has another node in every layer: only a joint plan lines them up, see below.
+    assert costs["oracle"] <= costs["prefill"] < uniform
+
+
+def test_joint_homes_and_held_out_requests(made, tmp_path):
+    folder, _ = made
+    plan = tmp_path / "joint.json"
+    found = answer(
+        *("place", folder / "trace.npz", *CLUSTER, "--homes", "joint", "--held-out", "0.3"),
+        *("-o", plan),
+    )
+    assert found["held_out_homes"] == "prefill"
+    assert found["held_out"]["copies"] < 0.5 * found["linear"]["copies"]
+    assert found["held_out"]["num_tokens"] == 24 * 12
+    assert found["costs"]["num_tokens"] == 56 * 12
+    provenance = json.loads(plan.read_text())["provenance"]
+    assert provenance["held_out"] == 0.3
+    assert provenance["drawn_from"] == read_trace(folder / "trace.npz").content_hash()
+    all_of_it = answer("evaluate", folder / "trace.npz", "--plan", plan)
+    assert all_of_it["in_sample"] is True
+    unseen = answer("evaluate", folder / "trace.npz", "--plan", plan, "--held-out", "0.3")
+    assert unseen["in_sample"] is False
+    assert unseen["num_tokens"] == 24 * 12
+
+
+def test_import_then_analyze_gives_the_same_as_the_npz(made, tmp_path):
+    folder, _ = made
+    imported = answer("import", folder / "trace.npz", "--out", tmp_path / "t")
+    assert imported["requests"] == 80
+    assert list((tmp_path / "t").glob("*.parquet"))
+    first = answer("analyze", folder / "trace.npz")
+    second = answer("analyze", tmp_path / "t", "--report", tmp_path / "a.html")
+    assert first["trace"]["content_hash"] == second["trace"]["content_hash"]
+    assert first["load"] == second["load"]
+    text = (tmp_path / "a.html").read_text()
+    assert "Routing of synthetic/strided" in text
+    assert "(synthetic trace)" in text
+
+
+def test_compare_plans_with_report(made, tmp_path):
+    folder, placed = made
+    page = tmp_path / "c.html"
+    found = answer(
+        "compare", folder / "trace.npz", "--plan", folder / "plan.json", "--report", page
+    )
+    assert found["names"] == ["linear", "plan"]
+    rows = {row["metric"]: row for row in found["rows"]}
+    copies = rows["copies"]
+    assert copies["ours"] == pytest.approx(placed["costs"]["copies"])
+    assert copies["ratio"] == pytest.approx(copies["ours"] / copies["baseline"])
+    assert copies["interval"][0] < copies["ratio"] < copies["interval"][1]
+    assert copies["how"] == "simulated"
+    assert any("In-sample" in note for note in found["notes"])
+    text = page.read_text()
+    assert "Simulated (predicted by replaying the trace) on a synthetic trace" in text
+    plain = run("compare", folder / "trace.npz", "--plan", folder / "plan.json")
+    assert "Side by side" in plain.stdout
+    assert "95 % interval" in plain.stdout
+
+
+def test_report_holds_trace_and_plans(made, tmp_path):
+    folder, _ = made
+    trace, plan, homes = folder / "trace.npz", folder / "plan.json", tmp_path / "homes.json"
+    answer("group", trace, "--plan", plan, "-o", homes)
+    page = tmp_path / "new" / "r.html"
+    found = answer(
+        *("report", trace, "--plan", plan, "--homes", homes, "--method", "eplb", "-o", page)
+    )
+    assert found["comparison"]["names"] == [
+        "linear",
+        "eplb (solved here)",
+        "plan",
+        "plan, homes assigned",
+    ]
+    assert found["bytes"] == page.stat().st_size
+    assert len(found["figures"]) >= 4
+    assert "http" not in page.read_text()
+
+
+def test_bench_times_the_methods(made):
+    folder, _ = made
+    found = answer("bench", folder / "trace.npz", *CLUSTER)
+    rows = {row["method"]: row for row in found["rows"]}
+    assert next(iter(rows)) == "linear"
+    assert set(rows) == {"linear", "round_robin", "eplb", "coactivation"}
+    assert rows["coactivation"]["copies"] == min(row["copies"] for row in rows.values())
+    assert all(row["seconds"] > 0 for row in rows.values())
+    assert found["judged_tokens"] == 24 * 12
+
+
+def test_the_demo_on_a_trace_writes_its_report_and_answers_in_json(made, tmp_path, monkeypatch):
+    folder, _ = made
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    found = answer(
+        *("demo", "--trace", folder / "trace.npz", *CLUSTER, "--out", tmp_path / "demo"),
+        *("--wandb-mode", "disabled"),
+    )
+    assert found["kind"] == "trace"
+    assert Path(found["report"]).is_file()
+    rows = {row["metric"]: row for row in found["rows"]}
+    assert rows["copies"]["ratio"] < 0.75
+
+
+def test_clusters_from_a_file_and_from_a_hostfile_give_the_same_plan(made, tmp_path):
+    folder, placed = made
+    hosts = tmp_path / "hosts"
+    hosts.write_text("".join(f"w{i} slots=2\n" for i in range(4)))
+    cap = ("--max-imbalance", "1.3")
+    found = answer(
+        "place", folder / "trace.npz", "--hostfile", hosts, *cap, "-o", tmp_path / "p.json"
+    )
+    assert found["digest"] == placed["digest"]
+
+
+# -- what goes wrong ---------------------------------------------------------------------------
+
+
+def changed_plan(made, path, **changes):
+    content = json.loads((made[0] / "plan.json").read_text())
+    path.write_text(json.dumps({**content, **changes}))
+    return path
+
+
+def test_a_wrong_trace_file_is_named(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("hello")
+    error = refusal("place", path, *CLUSTER, "-o", tmp_path / "p.json")
+    assert error["type"] == "TraceError"
+    assert "notes.txt" in error["message"]
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_corrupt_plan_is_named(made, tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text((made[0] / "plan.json").read_text()[:200])
+    error = refusal("evaluate", made[0] / "trace.npz", "--plan", path)
+    assert error["type"] == "PlacementError"
+    assert str(path) in error["message"]
+
+
+def test_a_plan_for_another_model_is_refused(made, tmp_path):
+    path = changed_plan(made, tmp_path / "p.json", model="someone/else")
+    for words in (
+        ("evaluate", made[0] / "trace.npz", "--plan", path),
+        ("group", made[0] / "trace.npz", "--plan", path, "-o", tmp_path / "h.json"),
+        ("compare", made[0] / "trace.npz", "--plan", path),
+        ("report", made[0] / "trace.npz", "--plan", path, "-o", tmp_path / "r.html"),
+    ):
+        error = refusal(*words)
+        assert error["type"] == "PlacementError"
+        assert "'someone/else'" in error["message"]
+        assert "'synthetic/strided'" in error["message"]
+    assert [p.name for p in tmp_path.iterdir()] == ["p.json"]
+
+
+def test_a_plan_of_another_size_is_refused(made, tmp_path):
+    write_trace(make_trace(num_experts=32), tmp_path / "t.npz")
+    error = refusal("evaluate", tmp_path / "t.npz", "--plan", made[0] / "plan.json")
+    assert "experts per layer: found 16 in the plan, expected 32" in error["message"]
+
+
+def test_a_plan_that_misses_an_expert_names_it(made, tmp_path):
+    table = PlacementPlan.read(made[0] / "plan.json").physical_to_logical_map.copy()
+    lost = int(table[1, 0])
+    table[1, 0] = table[1, -1]
+    path = changed_plan(made, tmp_path / "p.json", physical_to_logical_map=table.tolist())
+    error = refusal("evaluate", made[0] / "trace.npz", "--plan", path)
+    assert f"layer 3: expert {lost} has no slot" in error["message"]
+
+
+def test_ranks_that_do_not_divide_the_experts_are_refused(made, tmp_path):
+    error = refusal(
+        *("place", made[0] / "trace.npz", "--nodes", "3", "--ranks-per-node", "2"),
+        *("-o", tmp_path / "p.json"),
+    )
+    assert "multiple of the 6 ranks" in error["message"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "found no cluster"),
+        (("--nodes", "2"), "found only --nodes"),
+        (("--ranks-per-node", "2"), "found only --ranks-per-node"),
+        ((*CLUSTER, "--hostfile", "h"), "found --nodes and --hostfile"),
+    ],
+)
+def test_the_cluster_must_be_named_once(made, tmp_path, options, message):
+    error = refusal("place", made[0] / "trace.npz", *options, "-o", tmp_path / "p.json")
+    assert error["type"] == "TopologyError"
+    assert message in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--method", "magic"), "found 'magic', expected one of"),
+        (("--homes", "nowhere"), "found 'nowhere', expected 'joint'"),
+        (("--held-out", "1.5"), "--held-out: found 1.5"),
+        (("--max-imbalance", "0.5"), "found 0.5, expected at least 1"),
+    ],
+)
+def test_wrong_values_of_place_are_named(made, tmp_path, words, message):
+    error = refusal("place", made[0] / "trace.npz", *CLUSTER, "-o", tmp_path / "p.json", *words)
+    assert message in error["message"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["place", "group", "report", "analyze", "compare"])
+def test_an_unwritable_path_is_refused_before_the_work(made, tmp_path, command, monkeypatch):
+    folder = made[0]
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "out.json"
+    words = {
+        "place": ("place", "TRACE", *CLUSTER, "-o", out),
+        "group": ("group", "TRACE", "--plan", folder / "plan.json", "-o", out),
+        "report": ("report", "TRACE", "-o", out),
+        "analyze": ("analyze", "TRACE", "--report", out),
+        "compare": ("compare", "TRACE", "--plan", folder / "plan.json", "--report", out),
+    }[command]
+
+    def fail(*_, **__):
+        raise AssertionError("the trace was read before the output path was checked")
+
+    monkeypatch.setattr("moe_locality.commands.inputs.read_trace", fail)
+    monkeypatch.setattr("moe_locality.commands.plans.read_trace", fail, raising=False)
+    monkeypatch.setattr("moe_locality.commands.traces.read_trace", fail, raising=False)
+    error = refusal(*(folder / "trace.npz" if word == "TRACE" else word for word in words))
+    assert error["type"] == "ConfigError"
+    assert f"cannot write the {'plan' if command == 'place' else ''}" in error["message"]
+    assert "is a file" in error["message"]
+    assert (tmp_path / "file").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1, 2]", "are damaged"),
+        ("{", "are damaged"),
+        ('{"0": "one"}', "a rank is not an integer"),
+        ('{"0": 99}', "name rank 99, expected ranks 0 to 7"),
+        ('{"0": 0}', "found none for 79 requests"),
+    ],
+)
+def test_wrong_homes_are_refused(made, tmp_path, content, message):
+    path = tmp_path / "homes.json"
+    path.write_text(content)
+    error = refusal(
+        *("evaluate", made[0] / "trace.npz", "--plan", made[0] / "plan.json", "--homes", path)
+    )
+    assert error["type"] == "PlacementError"
+    assert message in error["message"]
+
+
+def test_compare_needs_a_second_thing(made, tmp_path):
+    trace, plan = made[0] / "trace.npz", made[0] / "plan.json"
+    assert "neither a second run nor a plan" in refusal("compare", trace)["message"]
+    assert "both runs and plans" in refusal("compare", trace, tmp_path, "--plan", plan)["message"]
+    assert (
+        "found 'loud'"
+        in refusal("compare", trace, "--plan", plan, "--wandb", "p", "--wandb-mode", "loud")[
+            "message"
+        ]
+    )
+    assert (
+        "--method or --homes without --plan"
+        in refusal("report", trace, "--method", "eplb", "-o", tmp_path / "r.html")["message"]
+    )
+
+
+def test_counts_alone_are_analyzed_and_placed_by_eplb(tmp_path):
+    trace = make_trace()
+    counts = np.stack([trace.filter(requests=[r]).load() for r in range(80)])
+    load = dataclasses.replace(
+        trace,
+        expert_ids=None,
+        request_id=None,
+        position=None,
+        stage=np.full(80, 255, np.uint8),
+        domain_id=(np.arange(80) % 4).astype(np.int32),
+        expert_load=counts,
+        load_top_k=2,
+    )
+    write_trace(load, tmp_path / "load.npz")
+    plan = tmp_path / "p.json"
+    found = answer("place", tmp_path / "load.npz", *CLUSTER, "--method", "eplb", "-o", plan)
+    assert found["costs"]["copies"] is None
+    assert found["costs"]["node_imbalance"] < 1.1
+    run_plain = run("evaluate", tmp_path / "load.npz", "--plan", plan)
+    assert run_plain.exit_code == 0, run_plain.stderr
+    page = tmp_path / "r.html"
+    answer("report", tmp_path / "load.npz", "--plan", plan, "-o", page)
+    assert "Expert load by domain" in page.read_text()
+    error = refusal("place", tmp_path / "load.npz", *CLUSTER, "-o", tmp_path / "q.json")
+    assert "needs a trace of tokens" in error["message"]
+
+
+def test_the_real_trace_of_gpt_oss_from_place_to_report(routing_data, tmp_path):
+    trace = routing_data / "gpt_oss_20b_benchmarks.npz"
+    plan, homes, page = (tmp_path / name for name in ("plan.json", "homes.json", "r.html"))
+    placed = answer("place", trace, *CLUSTER, "--held-out", "0.3", "-o", plan)
+    assert placed["held_out"]["copies"] < 0.80 * placed["linear"]["copies"]
+    assert placed["held_out"]["node_imbalance"] < 1.08
+    unseen = ("--held-out", "0.3")
+    found = answer("evaluate", trace, "--plan", plan, *unseen)
+    assert found["copies"] == pytest.approx(placed["held_out"]["copies"])
+    answer("group", trace, "--plan", plan, "--predict", "first:32", "-o", homes)
+    housed = answer("evaluate", trace, "--plan", plan, "--homes", homes, *unseen)
+    assert housed["copies"] < found["copies"]
+    reported = answer("report", trace, "--plan", plan, "--homes", homes, *unseen, "-o", page)
+    assert reported["comparison"]["notes"] == []
+    assert page.stat().st_size < 2_000_000
+    assert "Placement of openai/gpt-oss-20b" in page.read_text()
