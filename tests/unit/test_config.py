@@ -1,0 +1,160 @@
+"""The "moe_locality" section: what it takes, what it refuses, and where it is read from."""
+
+import json
+
+import pytest
+
+from moe_locality.config import SECTION, ClusterConfig, MoeLocalityConfig, read_config
+from moe_locality.errors import ConfigError, MoeLocalityError
+
+FULL = {
+    "trace": {"path": "traces/a", "weights": True, "every_n_steps": 5, "shard_tokens": 1000},
+    "plan": "plan.json",
+    "cluster": {"num_nodes": 2, "ranks_per_node": 4},
+    "dispatch": {"exchange": "hierarchical", "payload": "mxfp8"},
+    "kernels": "triton",
+    "tracking": {"project": "p", "mode": "disabled", "every_n_steps": 1},
+}
+
+
+def write(tmp_path, content):
+    path = tmp_path / "ds.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_nothing_gives_the_defaults(tmp_path):
+    default = MoeLocalityConfig()
+    assert (default.trace, default.plan, default.cluster, default.tracking) == (None,) * 4
+    assert (default.dispatch.exchange, default.dispatch.payload) == ("auto", "none")
+    assert default.kernels == "auto"
+    without_section = write(tmp_path, {"train_batch_size": 8})
+    for source in (None, {}, {SECTION: {}}, without_section, str(without_section)):
+        assert read_config(source) == default
+
+
+def test_the_same_section_from_a_file_a_ds_config_and_alone(tmp_path):
+    ds_config = {"train_batch_size": 8, SECTION: FULL}
+    path = write(tmp_path, ds_config)
+    configs = [read_config(source) for source in (FULL, ds_config, path, str(path))]
+    assert all(config == configs[0] for config in configs)
+    assert configs[0].trace.every_n_steps == 5
+    assert configs[0].trace.enabled  # naming a trace is asking for one
+    assert configs[0].cluster == ClusterConfig(num_nodes=2, ranks_per_node=4)
+    assert read_config(configs[0]) is configs[0]
+
+
+def test_a_section_is_frozen():
+    config = read_config(FULL)
+    with pytest.raises(ValueError, match="frozen"):
+        config.plan = "other.json"
+
+
+@pytest.mark.parametrize(
+    ("section", "where"),
+    [
+        ({"planx": "p"}, "planx"),
+        ({"trace": {"path": "t", "every": 2}}, "trace.every"),
+        ({"cluster": {"nodes": 2}}, "cluster.nodes"),
+        ({"dispatch": {"payloads": "none"}}, "dispatch.payloads"),
+        ({"tracking": {"entity": "me"}}, "tracking.entity"),
+    ],
+)
+def test_an_unknown_key_is_named_with_its_place(section, where):
+    with pytest.raises(ConfigError) as caught:
+        read_config(section)
+    assert f"  {where}: " in str(caught.value)
+    assert "Extra inputs are not permitted" in str(caught.value)
+    assert "docs/config.md" in str(caught.value)
+
+
+def test_every_mistake_is_listed_at_once(tmp_path):
+    path = write(tmp_path, {SECTION: {"kernels": "fast", "trace": {}, "nope": 1}})
+    with pytest.raises(ConfigError) as caught:
+        read_config(path)
+    message = str(caught.value)
+    assert str(path) in message
+    for where in ("kernels", "trace.path", "nope"):
+        assert f"  {where}: " in message
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"kernels": "cpu"},
+        {"dispatch": {"exchange": "ring"}},
+        {"dispatch": {"payload": "int4"}},
+        {"trace": {"path": "t", "every_n_steps": 0}},
+        {"trace": {"path": "t", "shard_tokens": -1}},
+        {"trace": {"enabled": True}},
+        {"tracking": {"mode": "on"}},
+        {"tracking": {"every_n_steps": 0}},
+        {"cluster": {"num_nodes": 0, "ranks_per_node": 1}},
+        {"plan": 3},
+        {"cluster": "2x8"},
+    ],
+)
+def test_a_wrong_value_is_refused(section):
+    with pytest.raises(ConfigError, match="is not valid"):
+        read_config(section)
+
+
+def test_auto_counts_as_absent():
+    config = read_config(
+        {
+            "plan": "auto",
+            "cluster": "auto",
+            "trace": {"path": "t", "every_n_steps": "auto", "ring_tokens": "auto"},
+            "dispatch": {"exchange": "auto", "payload": "auto"},
+            "kernels": "auto",
+        }
+    )
+    assert (config.plan, config.cluster, config.kernels) == (None, None, "auto")
+    assert (config.trace.every_n_steps, config.trace.ring_tokens) == (1, 65_536)
+    assert (config.dispatch.exchange, config.dispatch.payload) == ("auto", "none")
+    # what has no default is then missing
+    with pytest.raises(ConfigError, match=r"trace\.path: Field required"):
+        read_config({"trace": {"path": "auto"}})
+
+
+@pytest.mark.parametrize(
+    ("cluster", "message"),
+    [
+        ({"hostfile": "h", "file": "f"}, "found several sources of the cluster, expected one"),
+        (
+            {"hostfile": "h", "num_nodes": 1, "ranks_per_node": 1},
+            "keep hostfile, file or num_nodes",
+        ),
+        ({"num_nodes": 2}, "num_nodes and ranks_per_node go together"),
+        ({"ranks_per_node": 2}, "num_nodes and ranks_per_node go together"),
+        ({"file": "f", "ranks_per_node": 2}, "num_nodes and ranks_per_node go together"),
+    ],
+)
+def test_sources_of_the_cluster_that_conflict(cluster, message):
+    with pytest.raises(ConfigError, match=message):
+        read_config({"cluster": cluster})
+
+
+@pytest.mark.parametrize("cluster", [{"hostfile": "h"}, {"file": "f"}, {}])
+def test_one_source_of_the_cluster_is_enough(cluster):
+    assert read_config({"cluster": cluster}).cluster == ClusterConfig(**cluster)
+
+
+def test_file_errors_say_what_is_wrong_with_which_file(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"cannot read the ds_config .*none\.json.*check the path"
+    ):
+        read_config(tmp_path / "none.json")
+    with pytest.raises(ConfigError, match="cannot read the ds_config"):
+        read_config(tmp_path)
+    with pytest.raises(ConfigError, match=r"ds\.json is not JSON: .*line 2.*correct that line"):
+        read_config(write(tmp_path, '{"a": 1,\n oops}'))
+    with pytest.raises(ConfigError, match="holds a list, expected an object"):
+        read_config(write(tmp_path, [1]))
+    with pytest.raises(ConfigError, match="section 'moe_locality' is not valid"):
+        read_config(write(tmp_path, {SECTION: [1]}))
+
+
+def test_config_errors_are_ours_and_value_errors():
+    assert issubclass(ConfigError, MoeLocalityError)
+    assert issubclass(ConfigError, ValueError)
