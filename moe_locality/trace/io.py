@@ -15,6 +15,7 @@ from moe_locality.trace.merge import merge, settings
 from moe_locality.trace.npz import read_npz, write_npz
 from moe_locality.trace.schema import RoutingTrace
 from moe_locality.trace.shards import (
+    TMP_PREFIX,
     ShardWriter,
     make_directory,
     missing_sequences,
@@ -62,39 +63,28 @@ def read_trace_report(
     if place.suffix == ".npz" and not place.is_dir():
         trace = read_npz(place)
         return (trace if layers is None else trace.filter(layers=layers)), []
-    shards = _existing_shards(place)
-    parts: list[RoutingTrace] = []
-    names: list[str] = []
-    problems = [
-        f"found no shard {name}, though a later one of this rank is there: its rows are missing"
-        for name in missing_sequences(shards)
-    ]
+    shards, problems = _existing_shards(place)
+    parts: dict[Path, RoutingTrace] = {}
     for shard in shards:
         try:
-            trace, _ = read_shard(shard, layers)
-        except TraceError as error:
+            parts[shard] = read_shard(shard, layers)[0]
+        except TraceError as error:  # noqa: PERF203  one damaged shard must not hide the others
             if strict:
                 raise
             problems.append(str(error))
-            continue
-        parts.append(trace)
-        names.append(shard.name)
     if not parts:
         raise TraceError(
             f"found no readable shard among {len(shards)} in {place}: {problems[-1]}; restore the "
             "files"
         )
-    parts = _fitting(place, parts, names, strict, problems)
+    parts = _fitting(parts, strict, problems)
     if layers is not None:
-        parts = [part for part in parts if part.num_layers] or parts[:1]
-    parts = _even(place, parts, names, strict, problems)
+        parts = {shard: part for shard, part in parts.items() if part.num_layers} or parts
     try:
-        trace, notes = merge(parts, strict=strict)
+        trace, notes = merge(_even(parts, strict, problems), strict=strict)
     except TraceError as error:
         raise TraceError(f"{place}: {error}") from error
-    if layers is not None:
-        trace = trace.filter(layers=layers)
-    return trace, problems + notes
+    return (trace if layers is None else trace.filter(layers=layers)), problems + notes
 
 
 def write_trace(
@@ -172,77 +162,84 @@ def _holds(directory: Path, trace: RoutingTrace) -> bool:
         return False
 
 
-def _existing_shards(directory: Path) -> list[Path]:
-    if not directory.exists():
+def _existing_shards(place: Path) -> tuple[list[Path], list[str]]:
+    """Return the shards of a directory (or the one file named), and what is strange about them."""
+    if not place.exists():
         raise TraceError(
-            f"found nothing at {directory}, expected a trace (a directory of part-*.parquet "
-            "shards, or an .npz file): check the path"
+            f"found nothing at {place}, expected a trace (a directory of part-*.parquet shards, or "
+            "an .npz file): check the path"
         )
-    if not directory.is_dir():
+    if not place.is_dir():
+        if place.suffix == ".parquet":
+            return [place], []
         raise TraceError(
-            f"found a file {directory}, expected a directory of shards or a name that ends in "
-            ".npz: convert other formats with `moe-locality import`"
+            f"found a file {place}, expected a directory of shards or a name that ends in .npz: "
+            "convert other formats with `moe-locality import`"
         )
     try:
-        shards = shard_paths(directory)
+        shards = shard_paths(place)
+        others = {p for p in place.glob("*.parquet") if not p.name.startswith(TMP_PREFIX)}
     except OSError as error:
         raise TraceError(
-            f"found that {directory} cannot be listed ({error.strerror}), expected a readable "
+            f"found that {place} cannot be listed ({error.strerror}), expected a readable "
             "directory: change its permissions"
         ) from error
     if not shards:
         raise TraceError(
-            f"found no part-*.parquet shard in {directory}, expected at least one: record a run "
-            "into it, or check that the recorder was closed"
+            f"found no part-*.parquet shard in {place}, expected at least one: record a run into "
+            "it, or check that the recorder was closed"
         )
-    return shards
+    problems = [
+        f"found no shard {name}, though a later one of this rank is there: its rows are missing"
+        for name in missing_sequences(shards)
+    ]
+    problems += [
+        f"found {other.name}, expected names like part-00000-00000.parquet: it was not read"
+        for other in sorted(others - set(shards))
+    ]
+    return shards, problems
 
 
 def _fitting(
-    place: Path, parts: list[RoutingTrace], names: list[str], strict: bool, problems: list[str]
-) -> list[RoutingTrace]:
+    parts: dict[Path, RoutingTrace], strict: bool, problems: list[str]
+) -> dict[Path, RoutingTrace]:
     """Keep the shards of the model that most rows belong to."""
     rows: Counter[tuple[str, str, int, int]] = Counter()
-    for part in parts:
+    for part in parts.values():
         rows[settings(part)] += max(part.num_rows, 1)
     expected = rows.most_common(1)[0][0]
-    kept = []
-    for i in range(len(parts) - 1, -1, -1):
-        if settings(parts[i]) == expected:
-            kept.append(parts[i])
+    words = ("model", "kind", "num_experts", "top_k")
+    for shard, part in parts.items():
+        if settings(part) == expected:
             continue
-        words = ("model", "kind", "num_experts", "top_k")
         differing = ", ".join(
             f"{word} {found!r} (expected {want!r})"
-            for word, found, want in zip(words, settings(parts[i]), expected, strict=True)
+            for word, found, want in zip(words, settings(part), expected, strict=True)
             if found != want
         )
         text = (
-            f"found that shard {place / names[i]} does not fit the others: {differing}: a "
-            "directory holds one trace; move the shard away, or read with strict=False to leave "
-            "it out"
+            f"found that shard {shard} does not fit the others: {differing}: a directory holds one "
+            "trace; move the shard away, or read with strict=False to leave it out"
         )
         if strict:
             raise TraceError(text)
         problems.append(text)
-        names.pop(i)
-    return kept[::-1]
+    return {shard: part for shard, part in parts.items() if settings(part) == expected}
 
 
-def _even(
-    place: Path, parts: list[RoutingTrace], names: list[str], strict: bool, problems: list[str]
-) -> list[RoutingTrace]:
+def _even(parts: dict[Path, RoutingTrace], strict: bool, problems: list[str]) -> list[RoutingTrace]:
     """Make sure optional fields are in all shards or in none."""
+    traces = list(parts.values())
     for field in ("expert_weights", "rank", "step", "step_tokens"):
-        lacking = [n for n, part in zip(names, parts, strict=False) if getattr(part, field) is None]
+        lacking = [shard for shard, part in parts.items() if getattr(part, field) is None]
         if not lacking or len(lacking) == len(parts):
             continue
-        text = f"found no {field} in shard {place / lacking[0]}, though other shards have it"
+        text = f"found no {field} in shard {lacking[0]}, though other shards have it"
         if strict:
             raise TraceError(
                 f"{text}, expected it in all or in none: record with the same options, or read "
                 "with strict=False to drop it everywhere"
             )
         problems.append(f"{text}: dropped it everywhere")
-        parts = [part.evolve(**{field: None}) for part in parts]
-    return parts
+        traces = [part.evolve(**{field: None}) for part in traces]
+    return traces

@@ -4,7 +4,6 @@ same tokens (pipeline stages) are joined.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -117,15 +116,32 @@ def merge(traces: Sequence[RoutingTrace], *, strict: bool = True) -> tuple[Routi
     groups = [concat(group) for group in by_layers.values()]
     if len(groups) == 1:
         return groups[0], []
-    counts = Counter(layer for group in groups for layer in group.layer_ids.tolist())
-    shared = sorted(layer for layer, count in counts.items() if count > 1)
-    if shared:
-        raise TraceError(
+    groups, problems = _disjoint(groups, strict)
+    if len(groups) == 1:
+        return groups[0], problems
+    trace, more = _join(groups, strict)
+    return trace, problems + more
+
+
+def _disjoint(groups: Sequence[RoutingTrace], strict: bool) -> tuple[list[RoutingTrace], list[str]]:
+    """Keep groups with layers of their own; of two that share layers, the larger one."""
+    kept: list[RoutingTrace] = []
+    problems: list[str] = []
+    taken: set[int] = set()
+    for group in sorted(groups, key=lambda group: -group.num_rows):
+        shared = sorted(taken & set(group.layer_ids.tolist()))
+        if not shared:
+            kept.append(group)
+            taken |= set(group.layer_ids.tolist())
+            continue
+        text = (
             f"found layers {shared[:8]} in parts with different layer sets, expected equal or "
-            "disjoint sets: parts of different runs are mixed; separate them, or filter(layers=) "
-            "first"
+            "disjoint sets: parts of different runs are mixed; separate them"
         )
-    return _join(groups, strict)
+        if strict:
+            raise TraceError(text)
+        problems.append(f"{text}; left out the smaller part of {group.num_rows} rows")
+    return kept, problems
 
 
 def _check_settings(traces: Sequence[RoutingTrace]) -> None:
@@ -141,7 +157,9 @@ def _check_settings(traces: Sequence[RoutingTrace]) -> None:
 
 
 def _join(groups: Sequence[RoutingTrace], strict: bool) -> tuple[RoutingTrace, list[str]]:
-    groups = sorted(unify_domains(groups), key=lambda group: int(group.layer_ids.min()))
+    groups = sorted(
+        unify_domains(groups), key=lambda group: min(group.layer_ids.tolist(), default=0)
+    )
     problems: list[str] = []
     row_of = _row_table(groups, strict, problems)
     missing = row_of < 0

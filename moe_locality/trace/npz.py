@@ -23,9 +23,12 @@ def read_npz(path: str | PathLike[str]) -> RoutingTrace:
         message names it.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if not isinstance(arrays, np.lib.npyio.NpzFile):
-                raise ValueError("the file holds a single array, expected an .npz archive")
+        arrays = np.load(path, allow_pickle=False)
+        if not isinstance(arrays, np.lib.npyio.NpzFile):
+            raise ValueError("the file holds a single array, expected an .npz archive")
+        with arrays:
+            for entry in arrays.zip.infolist() if arrays.zip else ():
+                arrays.zip.open(entry).close()  # a damaged name would hide an optional array
             return _from_arrays(arrays.files, arrays.__getitem__)
     except Exception as error:  # hostile bytes: whatever the parser meets becomes one message
         if isinstance(error, FileNotFoundError):
