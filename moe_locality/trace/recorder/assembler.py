@@ -17,14 +17,10 @@ import numpy as np
 import torch
 
 from moe_locality.errors import TraceError
-from moe_locality.trace.recorder.annotation import (
-    Annotation,
-    Layout,
-    check_fits,
-    current_annotation,
-    layout_of,
-)
+from moe_locality.trace.recorder.annotation import GENERATE, Annotation, current_annotation
 from moe_locality.trace.recorder.block import Block, Entry, Progress, logical_lookup
+from moe_locality.trace.recorder.labels import PositionBook, continues, generates
+from moe_locality.trace.recorder.layout import Layout, check_fits, layout_of
 from moe_locality.trace.recorder.ring import Ring, RingFull, ring_capacity
 from moe_locality.trace.recorder.routes import Routes
 from moe_locality.trace.recorder.writer import WriterThread
@@ -61,6 +57,7 @@ class Assembler:
         self._ring: Ring | None = None
         self._block: Block | None = None
         self._progress = Progress(Annotation())
+        self._book = PositionBook()
         self._next_request_id = settings.first_request_id
         self._lookups: dict[int, np.ndarray] = {}
         self._warned: set[str] = set()
@@ -102,13 +99,18 @@ class Assembler:
         if block is None:
             return
         self._progress.forward_index += 1
-        self._progress.tokens_before += block.layout.length
+        if generates(block.annotation) and len(block.request_ids):
+            self._book.advance(
+                block.annotation,
+                block.layout,
+                block.request_ids,
+                block.starts,
+                block.forward_index == 0,
+            )
         if not self.explicit_steps:
             self.step += 1
         if not block.recorded:
             return
-        if block.annotation.request_ids is None:
-            self._next_request_id += block.layout.num_sequences
         ring = self._ring
         assert ring is not None
         block.end = ring.head
@@ -154,14 +156,27 @@ class Assembler:
             training=training,
             thread=threading.get_ident(),
             recorded=self.step % settings.every_n_steps == 0 and num_tokens > 0,
-            first_request_id=self._next_request_id,
             forward_index=progress.forward_index,
-            tokens_before=progress.tokens_before,
             start=self._ring.head if self._ring else 0,
         )
-        if error is not None and block.recorded:
+        if error is None:
+            block.request_ids = self._request_ids(block)
+            if continues(annotation, progress.forward_index):
+                block.starts = self._book.starts(block.request_ids)
+        elif block.recorded:
             self._give_up(block, "labels", error)
         return block
+
+    def _request_ids(self, block: Block) -> np.ndarray:
+        """The ids that were given, those of the generation that goes on, or new ones."""
+        progress, annotation, count = self._progress, block.annotation, block.layout.num_sequences
+        if annotation.request_ids is not None:
+            return annotation.request_ids
+        goes_on = annotation.stage in ("decode", GENERATE) and progress.request_ids is not None
+        if not goes_on or len(progress.request_ids) != count:
+            first, self._next_request_id = self._next_request_id, self._next_request_id + count
+            progress.request_ids = np.arange(first, first + count, dtype=np.int64)
+        return progress.request_ids
 
     def _store(self, block: Block, layer: int, module: Any, routes: Routes) -> None:
         num_tokens, top_k = routes.ids.shape

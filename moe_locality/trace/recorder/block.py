@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_locality.trace.recorder.annotation import Annotation, Layout
+from moe_locality.trace.recorder.annotation import Annotation
+from moe_locality.trace.recorder.layout import Layout
 
 
 class Entry(NamedTuple):
@@ -36,9 +37,11 @@ class Block:
     start: int = 0
     """Ring offset at which the block begins."""
     end: int = 0
-    first_request_id: int = 0
+    request_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """int64, one per sequence or per token; empty where the labels do not fit."""
+    starts: np.ndarray | None = None
+    """Where the requests go on, one position per request id; None: nothing is continued."""
     forward_index: int = 0
-    tokens_before: int = 0
     layers_seen: set[int] = field(default_factory=set)
     entries: list[Entry] = field(default_factory=list)
     arrived: Any = None
@@ -51,7 +54,8 @@ class Progress:
 
     annotation: Annotation
     forward_index: int = 0
-    tokens_before: int = 0
+    request_ids: np.ndarray | None = None
+    """Numbers of sequences without request ids, kept for the rest of a generation."""
 
 
 def logical_lookup(slot_to_logical: Any) -> np.ndarray:

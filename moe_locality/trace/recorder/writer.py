@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import TraceError
-from moe_locality.trace.recorder.annotation import BlockLabels, spread
 from moe_locality.trace.recorder.block import Block
+from moe_locality.trace.recorder.labels import BlockLabels, spread
 from moe_locality.trace.recorder.ring import Ring
 from moe_locality.trace.shards import ShardWriter
 
@@ -84,10 +84,10 @@ class ShardBuffer:
         labels = spread(
             block.annotation,
             block.layout,
+            request_ids=block.request_ids,
+            starts=block.starts,
             training=block.training,
-            first_request_id=block.first_request_id,
             forward_index=block.forward_index,
-            tokens_before=block.tokens_before,
         )
         layers = [self._layer(entry, block.num_tokens, ring) for entry in block.entries]
         rows = np.arange(block.num_tokens) if labels.keep is None else np.flatnonzero(labels.keep)

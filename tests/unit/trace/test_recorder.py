@@ -157,6 +157,33 @@ def test_generation_inside_one_annotation(tmp_path):
         assert mine.stage.tolist() == [PREFILL] * prompt + [DECODE] * 3
 
 
+@pytest.mark.parametrize("every_n_steps", [1, 2])
+def test_generation_without_request_ids_and_with_a_context_per_step(tmp_path, every_n_steps):
+    model = MoeModel(num_layers=1).eval()
+    with attach(model, tmp_path, strict=True, every_n_steps=every_n_steps), torch.inference_mode():
+        for _ in range(2):
+            with annotate(stage="generate"):  # one context: the recorder numbers the requests
+                model(inputs(length=4))
+                model(inputs(length=1))
+                model(inputs(length=1))
+            with annotate(request_ids=[7], stage="prefill"):
+                model(inputs(batch=1, length=3))
+            for _ in range(2):
+                with annotate(request_ids=[7], stage="decode"):
+                    model(inputs(batch=1, length=1))
+    trace = read_trace(tmp_path)
+    seen = {
+        request: sorted(trace.filter(requests=[request]).position.tolist())
+        for request in trace.request_ids.tolist()
+    }
+    if every_n_steps == 1:
+        assert seen.pop(7) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+        assert list(seen.values()) == [[0, 1, 2, 3, 4, 5]] * 4
+    else:  # forward passes that are not sampled count all the same
+        assert seen.pop(7) == [3, 3]
+        assert list(seen.values()) == [[0, 1, 2, 3, 5]] * 4
+
+
 def test_inference_first_and_training_later(tmp_path):
     model = MoeModel()
     with attach(model, tmp_path, strict=True):

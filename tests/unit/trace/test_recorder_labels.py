@@ -8,28 +8,31 @@ from hypothesis import strategies as st
 
 from moe_locality.errors import TraceError
 from moe_locality.trace.recorder import annotate
-from moe_locality.trace.recorder.annotation import (
-    Annotation,
-    check_fits,
-    current_annotation,
-    layout_of,
-    running_count,
-    spread,
-)
+from moe_locality.trace.recorder.annotation import Annotation, current_annotation
+from moe_locality.trace.recorder.labels import PositionBook, continues, running_count, spread
+from moe_locality.trace.recorder.layout import check_fits, layout_of
 from moe_locality.trace.schema import DECODE, PREFILL, TRAIN, UNKNOWN
 
 
-def labels(num_tokens, shape, annotation, *, index=0, before=0, training=True, first=100, **layout):
-    plan = layout_of(num_tokens, shape, annotation, **layout)
-    check_fits(annotation, plan, index == 0)
-    return spread(
-        annotation,
+def labels(num_tokens, shape, given, *, index=0, book=None, training=True, **layout):
+    """Labels of one forward pass; ``book`` carries positions from one to the next."""
+    book = book or PositionBook()
+    plan = layout_of(num_tokens, shape, given, **layout)
+    check_fits(given, plan, index == 0)
+    requests = given.request_ids
+    if requests is None:
+        requests = 100 + np.arange(plan.num_sequences)
+    starts = book.starts(requests) if continues(given, index) else None
+    found = spread(
+        given,
         plan,
+        request_ids=requests,
+        starts=starts,
         training=training,
-        first_request_id=first,
         forward_index=index,
-        tokens_before=before,
     )
+    book.advance(given, plan, requests, starts, index == 0)
+    return found
 
 
 def annotation(**given):
@@ -66,16 +69,48 @@ def test_labels_per_token_count_positions_within_each_request():
 
 
 def test_generate_is_prefill_then_decode_and_positions_go_on():
+    book = PositionBook()
     given = annotation(request_ids=[3, 4], stage="generate", mask=[[0, 1, 1], [1, 1, 1]])
-    first = labels(6, (2, 3), given)
+    first = labels(6, (2, 3), given, book=book)
     assert first.stage == PREFILL
     assert first.keep.tolist() == [False, True, True, True, True, True]
     assert first.position[first.keep].tolist() == [0, 1, 0, 1, 2]
-    second = labels(2, (2, 1), given, index=1, before=3)
-    assert (second.stage, second.keep) == (DECODE, None)
-    assert second.position.tolist() == [2, 3]  # one token of request 3 was padding
-    third = labels(2, (2, 1), given, index=2, before=4)
-    assert third.position.tolist() == [3, 4]
+    for index in (1, 2):
+        later = labels(2, (2, 1), given, index=index, book=book)
+        assert (later.stage, later.keep) == (DECODE, None)
+        assert later.position.tolist() == [1 + index, 2 + index]  # request 3 has one token less
+
+
+def test_decode_goes_on_in_contexts_of_its_own():
+    book = PositionBook()
+    labels(6, (2, 3), annotation(request_ids=[3, 4], stage="prefill"), book=book)
+    labels(4, (1, 4), annotation(request_ids=[5], stage="prefill"), book=book)
+    for step in range(3):
+        given = annotation(request_ids=[5, 3], stage="decode")
+        assert labels(2, (2, 1), given, book=book).position.tolist() == [4 + step, 3 + step]
+    packed = annotation(request_ids=[4, 4, 9, 3], stage="decode")  # two tokens of 4, a new request
+    assert labels(4, (1, 4), packed, book=book).position.tolist() == [3, 4, 0, 6]
+    again = annotation(request_ids=[4, 3], stage="prefill")
+    assert labels(2, (2, 1), again, book=book).position.tolist() == [0, 0]
+    told = annotation(request_ids=[4, 3], stage="decode", positions=[50, 60])
+    assert labels(2, (2, 1), told, book=book).position.tolist() == [50, 60]
+    assert labels(2, (2, 1), told, index=1, book=book).position.tolist() == [51, 61]
+
+
+def test_a_finished_sequence_stays_where_it_is():
+    book = PositionBook()
+    labels(4, (2, 2), annotation(request_ids=[1, 2], stage="prefill"), book=book)
+    given = annotation(request_ids=[1, 2], stage="decode", mask=[[True], [False]])
+    labels(2, (2, 1), given, book=book)
+    assert book.starts(np.array([1, 2])).tolist() == [3, 2]
+
+
+def test_a_book_forgets_the_requests_that_were_seen_longest_ago(monkeypatch):
+    monkeypatch.setattr("moe_locality.trace.recorder.labels.REMEMBERED_REQUESTS", 2)
+    book = PositionBook()
+    for request in (1, 2, 1, 3):
+        labels(5, (1, 5), annotation(request_ids=[request], stage="prefill"), book=book)
+    assert book.starts(np.array([1, 2, 3])).tolist() == [5, 0, 5]
 
 
 @pytest.mark.parametrize(
@@ -93,8 +128,10 @@ def test_positions_of_every_shape(positions, expected):
 
 
 def test_decode_goes_on_after_positions_of_the_first_forward():
+    book = PositionBook()
     given = annotation(request_ids=[1, 2], positions=[[4, 5], [7, 8]], stage="decode")
-    assert labels(2, (2, 1), given, index=1, before=2).position.tolist() == [6, 9]
+    labels(4, (2, 2), given, book=book)
+    assert labels(2, (2, 1), given, index=1, book=book).position.tolist() == [6, 9]
 
 
 def test_contexts_nest_and_end():
