@@ -1,0 +1,57 @@
+"""The figures of ``moe-locality demo``: the example model on 4 local ranks that stand for 2 nodes.
+
+    python benchmarks/main_job.py [--out runs/main_job] [--csv benchmarks/results.csv]
+
+Bytes, losses and times are counted in real runs over gloo (measured); what a transport that sends
+each token once per node would send is predicted from the recorded trace (simulated).
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from _results import RESULTS, append_rows
+
+from moe_locality.demo import run_demo
+
+CASE = "example model, 2 emulated nodes x 2 ranks, held-out requests"
+
+
+def rows(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the table for one run of the demo."""
+    sizes = found["cross_node_dispatch_bytes"]
+    balance, copies = found["node_imbalance"], found["predicted_copies"]
+    figures = [
+        ("cross_node_dispatch_bytes linear", sizes["linear"], "bytes", "measured"),
+        ("cross_node_dispatch_bytes placed", sizes["placed"], "bytes", "measured"),
+        ("cross_node_dispatch_saved", 100 * found["cross_node_dispatch_saved"], "%", "measured"),
+        ("node_imbalance linear", balance["linear"], "max/mean", "measured"),
+        ("node_imbalance placed", balance["placed"], "max/mean", "measured"),
+        ("copies linear", copies["linear"], "per token per layer", "simulated"),
+        ("copies placed", copies["placed"], "per token per layer", "simulated"),
+        ("max_loss_difference", found["max_loss_difference"], "nats", "measured"),
+        ("max_train_loss_difference", found["max_train_loss_difference"], "nats", "measured"),
+        ("domain_js_bits", found["domain_js_bits"], "bits", "measured"),
+        ("domain_noise_floor_bits", found["domain_noise_floor_bits"], "bits", "measured"),
+        ("seconds", found["seconds"], "s", "measured"),
+    ]
+    common = {"benchmark": "main_job", "case": CASE, "baseline": "linear"}
+    return [
+        {**common, "metric": metric, "value": value, "unit": unit, "kind": kind}
+        for metric, value, unit, kind in figures
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/main_job"))
+    parser.add_argument("--csv", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    found = run_demo(out=options.out)
+    for row in rows(found):
+        print(f"{row['metric']}: {row['value']} {row['unit']} ({row['kind']})")
+    append_rows(options.csv, rows(found), packages=("numpy", "torch", "deepspeed"))
+
+
+if __name__ == "__main__":
+    main()
