@@ -39,6 +39,12 @@ def test_the_two_zero1_files_differ_in_our_section_alone():
     assert ours == content("ds_zero1_stock")
 
 
+def test_the_section_in_the_readme_is_the_one_of_the_file():
+    text = (CONFIGS / "README.md").read_text(encoding="utf-8")
+    shown = text.split("```json\n")[1].split("```")[0]
+    assert json.loads("{" + shown + "}")[SECTION] == content("ds_zero1_moe_locality")[SECTION]
+
+
 def train_some_steps(rank, world, names):
     losses = {}
     for name in names:

@@ -131,10 +131,16 @@ def forget_groups():
 
 def train_on(rank, nodes, ep_sizes, stage, order):
     forget_groups()
+    ours = {}
     if nodes is not None:
-        prepare_groups(ClusterTopology.from_node_names(nodes), ep_sizes, order)
+        ours = prepare_groups(ClusterTopology.from_node_names(nodes), ep_sizes, order)
     engine = engine_of(rank, ep_sizes, stage, order)
     losses = train(engine, rank)
+    for layer in engine.module.layers if ours else ():
+        groups = ours[layer.ep_size]
+        assert layer.deepspeed_moe.ep_group is groups.ep_group
+        used = deepspeed_groups._get_expert_data_parallel_group(layer.expert_group_name)
+        assert used is groups.edp_group
     held = exchange_objects(experts_of(engine))
     engine.destroy()
     merged = {}

@@ -125,6 +125,16 @@ def test_every_cluster_file_of_the_project_is_in_the_test_above():
     assert files == ["1x8_nvlink", "2x2_emulated", "2x8_ib", "4x8_roce", "laptop"]
 
 
+def test_the_schema_in_the_documentation_is_read(tmp_path):
+    text = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    shown = text.split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "hostfile").write_text("worker-0 slots=8\nworker-1 slots=8\n")
+    head, *ways, tiers = shown.split("\n\n")
+    assert len(ways) == 3
+    found = {from_text(tmp_path, f"{head}\n{way}\n{tiers}").rank_to_node for way in ways}
+    assert found == {ClusterTopology.uniform(2, 8).rank_to_node}
+
+
 # -- variables -------------------------------------------------------------------------------------
 
 DEEPSPEED = {"WORLD_SIZE": "4", "LOCAL_SIZE": "2", "CROSS_SIZE": "2", "CROSS_RANK": "1"}
