@@ -43,10 +43,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--trace-from", type=int, metavar="STEP", help="first recorded step (default: last third)")
     add("--plan", metavar="FILE", help="placement plan (layer locality)")
     add("--homes", metavar="FILE", help="JSON: request id -> rank")
-    add("--metrics", metavar="FILE", help="JSON lines: one object per step")
+    add("--metrics", metavar="FILE", help="JSON lines, one per step (default: OUT/metrics.jsonl)")
     add("--save-checkpoint", metavar="DIR")
     add("--load-checkpoint", metavar="DIR")
-    add("--eval-only", action="store_true", help="do not train")
+    add("--eval-only", action="store_true", help="do not train before the evaluation")
+    add("--continue-steps", type=int, default=0, metavar="N", help="train N steps after it")
     add("--num-nodes", type=int, help="emulate that many nodes of equal size on this machine")
     add("--top-k", type=int, help="experts of a token (default: the preset's)")
     add("--local_rank", type=int, default=-1, help="set by DeepSpeed's launcher")
@@ -58,7 +59,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train (unless ``--eval-only``), write a checkpoint, evaluate."""
+    """Train, write a checkpoint, evaluate, train on: each as far as asked for."""
     args = parse_arguments(arguments)
     start_distributed()
     rank, num_ranks = training.rank_and_size()
@@ -66,7 +67,6 @@ def main(arguments: list[str] | None = None) -> None:
     sizes = training.RUN_SIZES[args.preset]
     steps = sizes.steps if args.steps is None else args.steps
     config = run_config(args, sizes, steps, num_ranks)
-    metrics = training.Metrics(args.metrics)
     model_config = preset(args.preset, **({} if args.top_k is None else {"top_k": args.top_k}))
     train_set, held_out = data.build_requests(
         seq_len=model_config.max_seq_len,
@@ -79,33 +79,50 @@ def main(arguments: list[str] | None = None) -> None:
     )
     engine = training.build_engine(model, config, args.layer)
     done = read_checkpoint(engine, args.load_checkpoint)
-    plan = apply_plan(engine, args.plan)
-    homes = data.read_homes(args.homes) if args.homes else None
     dealt = {
         "rank": rank,
         "num_ranks": num_ranks,
         "per_rank": config["train_micro_batch_size_per_gpu"],
-        "homes": homes,
+        "homes": data.read_homes(args.homes) if args.homes else None,
     }
+    held_out_batches = list(data.eval_batches(held_out, **dealt))
+    target = done if args.eval_only else max(done, steps)
+    last = target + args.continue_steps
+    metrics = training.Metrics(
+        args.metrics or str(Path(args.out, "metrics.jsonl")),
+        total=last - done + len(held_out_batches),
+        append=done > 0 and not args.eval_only,
+    )
     recorder = Recorder(engine, args.trace)
-    if not args.eval_only:
-        first_recorded = steps * 2 // 3 + 1 if args.trace_from is None else args.trace_from
-        batches = data.train_batches(train_set, steps=steps, seed=args.seed, **dealt)
+    first_recorded = steps * 2 // 3 + 1 if args.trace_from is None else args.trace_from
+
+    def train(first: int, until: int) -> None:
+        batches = data.train_batches(train_set, steps=until, seed=args.seed, **dealt)
         training.train(
             engine,
-            itertools.islice(batches, done, None),
-            first_step=done,
-            steps=steps,
+            itertools.islice(batches, first, None),
+            first_step=first,
             recorder_of=lambda step: recorder.get() if step >= first_recorded else None,
             metrics=metrics,
         )
-        done = max(done, steps)
+
+    train(done, target)
     if args.save_checkpoint:
-        state = {"steps_done": done, "plan": plan.to_dict() if plan else None}
-        engine.save_checkpoint(args.save_checkpoint, client_state=state)
-    batches = data.eval_batches(held_out, **dealt)
-    evaluate(args, engine, batches, held_out.domains, recorder.get(), metrics, done)
+        engine.save_checkpoint(args.save_checkpoint, client_state={"steps_done": target})
+    summary = {
+        **{name: getattr(args, name) for name in ("layer", "preset", "seed", "plan", "homes")},
+        "num_ranks": num_ranks,
+        "global_batch": num_ranks * dealt["per_rank"],
+        "steps_done": target,
+        "continued_steps": args.continue_steps,
+        "parameters": num_parameters(engine.module, num_ranks),
+    }
+    summary |= evaluate(args, engine, held_out_batches, held_out.domains, recorder.get(), metrics)
     recorder.close()
+    train(target, last)
+    summary |= {"time_s": time.perf_counter() - metrics.start, "cpu_s": total_cpu_seconds()}
+    if rank == 0:
+        write_json(Path(args.out, "summary.json"), summary)
     metrics.close()
 
 
@@ -122,8 +139,10 @@ def start_distributed() -> None:
 def run_config(
     args: argparse.Namespace, sizes: training.RunSizes, steps: int, num_ranks: int
 ) -> dict[str, Any]:
-    """Return the ds_config, with the emulated nodes in its ``moe_locality`` section."""
+    """Return the ds_config, with plan and emulated nodes in its ``moe_locality`` section."""
     config = training.ds_config(args.deepspeed_config, sizes, steps)
+    if args.plan:
+        config.setdefault("moe_locality", {})["plan"] = args.plan
     if args.num_nodes:
         if num_ranks % args.num_nodes:
             raise ValueError(
@@ -148,8 +167,8 @@ def moe_class(layer: str) -> Any:
 def read_checkpoint(engine: Any, folder: str | None) -> int:
     """Read a checkpoint into the engine and return the number of steps it was trained for.
 
-    Experts are stored slot by slot. A checkpoint written under a plan carries the plan, so that
-    the layers know which expert a slot holds.
+    With moe_locality's layer, the experts go to the slots of the engine's plan, wherever they were
+    when the checkpoint was written.
     """
     if folder is None:
         return 0
@@ -158,27 +177,7 @@ def read_checkpoint(engine: Any, folder: str | None) -> int:
         raise FileNotFoundError(
             f"{folder} holds no DeepSpeed checkpoint: give the directory that holds 'latest'"
         )
-    if state.get("plan"):
-        from moe_locality.layer import set_slot_to_logical
-        from moe_locality.layer.convert import moe_modules
-        from moe_locality.placement import PlacementPlan
-
-        stored = PlacementPlan.from_dict(state["plan"])
-        orders = zip(moe_modules(engine.module), stored.physical_to_logical_map, strict=True)
-        for (_, module), order in orders:
-            set_slot_to_logical(module, order)
     return int(state["steps_done"])
-
-
-def apply_plan(engine: Any, path: str | None) -> Any:
-    """Move the experts, as the checkpoint left them, to the slots of the plan; return the plan."""
-    if path is None:
-        return None
-    import moe_locality
-
-    plan = moe_locality.PlacementPlan.read(path)
-    moe_locality.relabel(engine, plan)
-    return plan
 
 
 class Recorder:
@@ -188,6 +187,7 @@ class Recorder:
         self.engine, self.path, self.recorder = engine, path, None
 
     def get(self) -> Any:
+        """Return the recorder, or None after ``close`` and where nothing is to be recorded."""
         if self.recorder is None and self.path is not None:
             import moe_locality
 
@@ -199,48 +199,42 @@ class Recorder:
     def close(self) -> None:
         if self.recorder is not None:
             self.recorder.close()
+        self.recorder = self.path = None
 
 
 def evaluate(
     args: argparse.Namespace,
     engine: Any,
-    batches: Any,
+    batches: list[data.Requests],
     domains: tuple[str, ...],
     recorder: Any,
     metrics: training.Metrics,
-    done: int,
-) -> None:
-    """Evaluate the held-out requests; rank 0 writes the results."""
+) -> dict[str, Any]:
+    """Evaluate the held-out requests; rank 0 writes the rows and returns their summary."""
     counted = args.layer == "locality"
     if counted:
         engine.moe_locality.reset_traffic()
     start = time.perf_counter()
-    rows = evaluation.evaluate_requests(engine, batches, recorder=recorder)
+    rows = evaluation.evaluate_requests(
+        engine, batches, recorder=recorder, after_batch=lambda: metrics.advance("evaluation")
+    )
     seconds = time.perf_counter() - start
     traffic = engine.moe_locality.traffic_report() if counted else None
-    cpu_s = total_cpu_seconds()
     if rows is None:
-        return
+        return {}
     out = Path(args.out)
     evaluation.write_evaluation(rows, domains, out / "evaluation.npz")
     if traffic is not None:
         write_json(out / "traffic.json", traffic)
-    num_ranks = training.rank_and_size()[1]
     summary = {
-        **{name: getattr(args, name) for name in ("layer", "preset", "seed", "plan", "homes")},
-        "num_ranks": num_ranks,
-        "steps_done": done,
-        "parameters": num_parameters(engine.module, num_ranks),
         "eval_requests": len(rows["loss"]),
         "eval_loss": float(rows["loss"].mean()),
         "eval_loss_by_domain": evaluation.loss_by_domain(rows, domains),
         "eval_s": seconds,
-        "time_s": time.perf_counter() - metrics.start,
-        "cpu_s": cpu_s,
     }
-    write_json(out / "summary.json", summary)
-    metrics.write(kind="eval", **{k: v for k, v in summary.items() if k.startswith("eval_")})
+    metrics.write(kind="eval", **summary)
     print(f"evaluation loss {summary['eval_loss']:.4f} of {len(rows['loss'])} requests", flush=True)
+    return summary
 
 
 def num_parameters(model: torch.nn.Module, num_ranks: int) -> int:

@@ -9,7 +9,7 @@ request independent of its batch, up to the order of sums inside matrix products
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,12 @@ ROWS = ("request_id", "domain_id", "rank", "loss", "last_logits", "logits_digest
 
 
 def evaluate_requests(
-    engine: Any, batches: Iterator[Requests], *, recorder: Any = None, stage: str = "prefill"
+    engine: Any,
+    batches: Iterable[Requests],
+    *,
+    recorder: Any = None,
+    stage: str = "prefill",
+    after_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, np.ndarray] | None:
     """Run the batches of every rank through the model and return the rows of all ranks on rank 0.
 
@@ -40,6 +45,7 @@ def evaluate_requests(
             if recorder is not None:
                 recorder.step()
             rows.append(_rows(batch, output))
+            after_batch()
     engine.train()
     return _gathered(rows)
 

@@ -7,7 +7,7 @@ around the forward pass, and ``recorder.step()`` after it.
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,12 @@ def build_engine(model: torch.nn.Module, config: dict[str, Any], layer: str) -> 
     else:
         import deepspeed as front
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return front.initialize(model=model, model_parameters=parameters, config=config)[0]
+    engine = front.initialize(model=model, model_parameters=parameters, config=config)[0]
+    if layer == "locality":
+        from moe_locality.layer.checkpoint import wrap_checkpoints
+
+        wrap_checkpoints(engine)  # checkpoints of other placements can be read
+    return engine
 
 
 def annotated(batch: Requests, stage: str) -> Any:
@@ -112,14 +117,13 @@ def as_tensors(batch: Requests, device: torch.device) -> tuple[torch.Tensor, tor
 
 def train(
     engine: Any,
-    batches: Iterator[Requests],
+    batches: Iterable[Requests],
     *,
     first_step: int,
-    steps: int,
     recorder_of: Callable[[int], Any],
     metrics: "Metrics",
 ) -> None:
-    """Train from ``first_step`` to ``steps``; ``recorder_of(step)`` is its recorder or None."""
+    """Train on the batches after ``first_step``; ``recorder_of(step)`` is its recorder or None."""
     for step, batch in enumerate(batches, first_step + 1):
         start = time.perf_counter()
         recorder = recorder_of(step)
@@ -131,7 +135,7 @@ def train(
         if recorder is not None:
             recorder.step()
         loss, aux = all_reduced_mean([output.lm_loss, output.aux_loss])
-        metrics.step(step, steps, loss=loss, aux_loss=aux, step_s=time.perf_counter() - start)
+        metrics.step(step, loss=loss, aux_loss=aux, step_s=time.perf_counter() - start)
 
 
 def all_reduced_mean(values: list[torch.Tensor]) -> list[float]:
@@ -143,22 +147,31 @@ def all_reduced_mean(values: list[torch.Tensor]) -> list[float]:
 
 
 class Metrics:
-    """Rank 0's lines ``progress DONE TOTAL TEXT`` on stdout, and a file with an object per step."""
+    """Rank 0's lines ``progress DONE TOTAL TEXT`` on stdout, and a file with an object per step.
 
-    def __init__(self, path: str | None, every: int = 5) -> None:
+    ``total`` counts training steps and batches of the evaluation.
+    """
+
+    def __init__(self, path: str, *, total: int, append: bool, every: int = 5) -> None:
         self.start = time.perf_counter()
-        self.every = every
+        self.total, self.done, self.every = total, 0, every
         self.file = None
-        if path is not None and rank_and_size()[0] == 0:
+        if rank_and_size()[0] == 0:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
+            self.file = open(path, "a" if append else "w", encoding="utf-8")  # noqa: SIM115
 
-    def step(self, step: int, steps: int, **values: float) -> None:
-        elapsed = time.perf_counter() - self.start
-        self.write(kind="step", step=step, time_s=elapsed, **values)
-        if rank_and_size()[0] == 0 and (step % self.every == 0 or step == steps or step == 1):
-            text = f"loss {values['loss']:.3f}, {elapsed:.1f} s"
-            print(f"progress {step} {steps} {text}", flush=True)
+    def step(self, step: int, **values: float) -> None:
+        """Report a training step."""
+        self.write(kind="step", step=step, time_s=time.perf_counter() - self.start, **values)
+        self.advance(f"step {step} loss {values['loss']:.3f}")
+
+    def advance(self, text: str) -> None:
+        """Report one unit of work, on stdout every few."""
+        self.done += 1
+        shown = self.done % self.every == 0 or self.done in (1, self.total)
+        if shown and rank_and_size()[0] == 0:
+            elapsed = time.perf_counter() - self.start
+            print(f"progress {self.done} {self.total} {text}, {elapsed:.1f} s", flush=True)
 
     def write(self, **values: Any) -> None:
         """Append one object to the file (rank 0)."""
