@@ -112,13 +112,7 @@ def initialize(*args: Any, **kwargs: Any) -> Any:
     _init_distributed(bound)
     section, ds_config, plan = _agree_on_inputs(bound)
     topology = None
-    if _auto_ep(ds_config):
-        if plan is not None:
-            raise ConfigError(
-                "found a plan together with the expert_parallel section, expected one: AutoEP lays "
-                "experts out itself; bake the plan into the checkpoint with `moe-locality bake`"
-            )
-    else:
+    if not _auto_ep(ds_config):
         topology = _prepare_model(model, section, ds_config, plan, bound.get("mpu"))
     result = deepspeed.initialize(*args, **kwargs)
     module: Any = result[0].module
@@ -173,6 +167,7 @@ def _agree_on_inputs(
         ds_config = _ds_config(bound)
         section = read_config({SECTION: ds_config.get(SECTION, {})})
         if section.plan is not None:
+            _refuse_plan_with_auto_ep(ds_config)
             plan = PlacementPlan.read(section.plan)
             layers = moe_modules(bound["model"])
             sizes = {module.num_experts for _, module in layers}
@@ -207,6 +202,14 @@ def _same_on_all(
 
 def _auto_ep(ds_config: dict[str, Any]) -> bool:
     return bool((ds_config.get("expert_parallel") or {}).get("enabled"))
+
+
+def _refuse_plan_with_auto_ep(ds_config: dict[str, Any]) -> None:
+    if _auto_ep(ds_config):
+        raise ConfigError(
+            "found a plan together with the expert_parallel section, expected one: AutoEP lays "
+            "experts out itself; bake the plan into the checkpoint with `moe-locality bake`"
+        )
 
 
 def _prepare_model(

@@ -179,3 +179,39 @@ def all_tokens_to_one_expert(rank, world):
 
 def test_everything_to_one_expert_leaves_zero_gradients_elsewhere():
     run_ranks(all_tokens_to_one_expert, 2, deepspeed=True)
+
+
+def collectives_of_a_step(rank, world):
+    """The exchanges of one forward and backward; none at all where an EP group is one rank."""
+    import deepspeed.comm
+
+    from moe_locality import MoE
+
+    quiet()
+    calls = []
+    for name in ("all_to_all_single", "all_reduce", "all_gather", "barrier"):
+        original = getattr(deepspeed.comm, name)
+
+        def counted(*args, _name=name, _original=original, **kwargs):
+            calls.append(_name)
+            return _original(*args, **kwargs)
+
+        setattr(deepspeed.comm, name, counted)
+    found = {}
+    for ep_size in (1, 2):
+        for case in cases():
+            if case.name not in ("k1-drop-float32", "k2-dropless-float32"):
+                continue
+            layer = build(MoE, case, ep_size)
+            calls.clear()
+            run(layer, case, rank)
+            found[ep_size, case.name] = list(calls)
+    return found
+
+
+def test_a_step_makes_one_count_exchange_and_two_row_exchanges_and_two_backward():
+    """Dropless too: nobody has to agree on a capacity, which costs stock an all-reduce."""
+    for found in run_ranks(collectives_of_a_step, 2, deepspeed=True):
+        for name in ("k1-drop-float32", "k2-dropless-float32"):
+            assert found[1, name] == []
+            assert found[2, name] == ["all_to_all_single"] * 5

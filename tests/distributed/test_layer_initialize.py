@@ -190,3 +190,66 @@ def test_a_failure_on_one_rank_is_the_same_error_on_all(tmp_path):
     assert "exchnage" in typo
     assert "found no deepspeed.moe.layer.MoE in Linear" in dense
     assert "payload is 'fp8', which is not available yet" in payload
+
+
+def auto_ep_is_recorded_and_left_alone(rank, world, folder):
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from moe_locality import read_trace
+
+    quiet()
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=4,
+        )
+    )
+    config = config_of(0, "float32")
+    config["expert_parallel"] = {
+        "enabled": True,
+        "autoep_size": world,
+        "preset_model": "mixtral",
+        "use_grouped_mm": False,
+    }
+    config["moe_locality"] = {"trace": {"path": f"{folder}/trace"}}
+    engine = start(model, config)[0]
+    assert any(isinstance(m, AutoEPMoELayer) for m in engine.module.modules())
+    assert engine.moe_locality.topology is None
+    for step in range(2):
+        generator = torch.Generator().manual_seed(10 * step + rank)
+        tokens = torch.randint(0, 32, (4, 8), generator=generator)
+        loss = engine(input_ids=tokens, labels=tokens).loss
+        engine.backward(loss)
+        engine.step()
+    engine.destroy()
+    torch.distributed.barrier()
+    trace = read_trace(f"{folder}/trace")
+    return trace.num_tokens, trace.num_layers, trace.top_k
+
+
+def test_auto_ep_is_recorded_and_left_alone(tmp_path):
+    pytest.importorskip("transformers")
+    results = run_ranks(
+        auto_ep_is_recorded_and_left_alone, 2, str(tmp_path), deepspeed=True, timeout_s=240
+    )
+    assert results[0] == (2 * 2 * 4 * 8, 2, 2)
+
+
+def a_plan_with_auto_ep_is_refused(rank, world, folder):
+    model = torch.nn.Linear(2, 2)
+    config = {**config_of(0, "float32"), "expert_parallel": {"enabled": True}}
+    config["moe_locality"] = {"plan": f"{folder}/plan.json"}
+    with pytest.raises(ConfigError, match="AutoEP lays experts out itself; bake the plan"):
+        start(model, config)
+
+
+def test_a_plan_with_auto_ep_is_refused(tmp_path):
+    plan_of([[0, 1, 2, 3]] * 2).write(tmp_path / "plan.json")
+    run_ranks(a_plan_with_auto_ep_is_refused, 2, str(tmp_path), deepspeed=True)
