@@ -42,6 +42,7 @@ class ReadBack:
     """What a finished offline run holds."""
 
     def __init__(self, directory):
+        wandb.teardown()  # run.finish() may return before the writer's last block is on disk
         (file,) = directory.glob("run-*.wandb")
         self.folder = directory
         self.records = list(records(file))
