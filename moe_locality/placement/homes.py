@@ -44,16 +44,14 @@ def assign_homes(
 
     Args:
         trace: has the requests to place. Only the tokens that ``predict`` names are looked at, and
-            the
-            number of tokens of each request (for the balance).
+            the number of tokens of each request (for the balance).
         predict: ``prefill``, ``first:N`` (the first N tokens of each request), ``domain`` (the
             profile of the request's domain in ``plan.home_profiles``) or ``oracle`` (all tokens).
             A request with nothing to predict from goes where there is room.
         max_imbalance: most max / mean of the tokens per rank; a request longer than that allows is
             placed on the emptiest rank.
         equal_requests: give every rank the same number of requests instead (up to one, where they
-            do
-            not divide evenly), as the batches of training need.
+            do not divide evenly), as the batches of training need.
 
     Raises:
         PlacementError: an unknown ``predict``, a trace of counts, or a plan that does not fit.

@@ -36,17 +36,13 @@ class Costs:
 
     copies, picks: per token per layer (nan for a trace of counts only).
     link: rows (times ``row_bytes``) that the busiest node sends or receives, whichever is more, in
-        the dispatch
-        direction, each token once per destination node, over the whole trace; per layer.
-    node_imbalance, rank_imbalance: max / mean of the picks served per node (rank) over the whole
-        trace.
+        the dispatch direction, each token once per destination node, over the whole trace.
+    node_imbalance, rank_imbalance: max / mean of the picks served per node (rank) over the trace.
     straggler: max / mean of the picks served per rank in a batch of ``batch_tokens`` consecutive
-        tokens, mean over
-        the batches. Without homes it is taken on the expected loads of a batch.
+        tokens, mean over the batches. Without homes it is taken on the expected loads of a batch.
     distinct: experts that a rank computes at all in such a batch, mean over ranks and batches.
-    move: fraction of slots whose expert was not on that rank in ``baseline`` (times
-        ``expert_bytes`` and slots where
-        given: bytes per layer); nan without a baseline.
+    move: fraction of slots whose expert was not on that rank in ``baseline``, or, with
+        ``expert_bytes``, the bytes to fetch per layer; nan without a baseline.
     total_copies, total_picks: exact integers over all layers where homes are given, else None.
     """
 
@@ -86,16 +82,13 @@ def evaluate(
     """The costs of ``plan`` on ``trace``, see ``Costs``.
 
     Args:
-        topology: the cluster; must have the plan's ranks on the plan's nodes. None: taken from the
-            plan.
+        topology: the cluster; must have the plan's ranks on the plan's nodes. None: the plan's.
         homes: None = expectation over uniform homes; a dict request id → rank; an array [T] of
-            ranks; or "trace" =
-            the ranks recorded in the trace.
+            ranks; or "trace" = the ranks recorded in the trace.
         row_bytes: bytes of one token on the wire; None: ``link`` counts rows.
         baseline, expert_bytes: plan to move from, and the size of one expert's weights.
-        batch_tokens: tokens of a batch for ``straggler`` and ``distinct`` (all ranks together). In
-            a trace of counts
-            every step is a batch.
+        batch_tokens: tokens of a batch for ``straggler`` and ``distinct``, all ranks together; in a
+            trace of counts every step is a batch.
 
     Raises:
         PlacementError: the plan does not fit the trace, the cluster or the homes.

@@ -69,8 +69,7 @@ def solve(
             ``linear`` or ``round_robin``.
         num_redundant_experts: slots beyond one per expert.
         max_imbalance: most max / mean of the node loads that ``coactivation`` aims at on *new*
-            requests;
-            on the trace itself it stays below, see ``IN_SAMPLE_SHARE`` in spread.py.
+            requests; on the trace itself it stays below, see ``IN_SAMPLE_SHARE`` in spread.py.
         homes: None = requests live anywhere; a dict or array as in ``evaluate``: they live there;
             "joint": homes and placement are found together, and ``home_profiles`` is filled.
         expert_groups: number of equal consecutive groups, or the group of each expert; a group
