@@ -14,6 +14,7 @@ Classes are assigned in place (``module.__class__``), by the constructor and by 
 parameters, hooks and references to a module stay what they were.
 """
 
+import inspect
 import logging
 from types import SimpleNamespace
 from typing import Any
@@ -275,6 +276,17 @@ class MoE(StockMoE):
     ) -> None:
         compat.init_stock_moe(StockMoE, self, *args, **kwargs)
         adopt(self, dispatch_config=dispatch_config, kernels=kernels, topology=topology)
+
+
+def _joined_signature() -> inspect.Signature:
+    """DeepSpeed's parameters, then ours: what ``help`` and editors show."""
+    stock = list(inspect.signature(StockMoE.__init__).parameters.values())[1:]
+    own = inspect.signature(MoE.__init__).parameters.values()
+    extras = [parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY]
+    return inspect.Signature([*stock, *extras])
+
+
+MoE.__signature__ = _joined_signature()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def adopt(

@@ -1,6 +1,7 @@
 """The layer on one rank; tests/distributed/test_layer_*.py compare it with DeepSpeed's."""
 
 import copy
+import inspect
 import logging
 import pickle
 
@@ -67,6 +68,13 @@ def test_the_constructor_takes_deepspeeds_arguments_by_position():
     assert (gate.drop_tokens, gate.use_rts, layer.use_residual) == (False, False, True)
     with pytest.raises(AssertionError, match="should be divisible by expert parallel size"):
         MoE(WIDTH, expert, num_experts=3, ep_size=2)
+
+
+def test_its_signature_is_deepspeeds_with_the_extras_last():
+    stock = list(inspect.signature(StockMoE).parameters)
+    ours = inspect.signature(MoE).parameters
+    assert list(ours) == [*stock, "dispatch_config", "kernels", "topology"]
+    assert all(ours[n].kind is inspect.Parameter.KEYWORD_ONLY for n in list(ours)[len(stock) :])
 
 
 def test_the_name_can_be_rebound_to_it(monkeypatch):
