@@ -230,6 +230,11 @@ def _prepare_model(
             "expert parallelism only: bake the plan into the checkpoint instead, with "
             "`moe-locality bake`"
         )
+    if pipeline and section.trace is not None and section.trace.enabled:
+        raise ConfigError(
+            "found trace together with a pipeline, expected one: only you know the layer numbers "
+            "of each stage; leave trace out and call RoutingRecorder.attach(module, layer_ids=...)"
+        )
     sizes = {module.ep_size for _, module in moe_modules(model)}
     if sizes and not pipeline and mpu is None:
         order = "D+E" if ds_config.get("use_data_before_expert_parallelism") else "E+D"

@@ -63,25 +63,23 @@ def attach_runtime(engine: Any, runtime: LocalityRuntime) -> None:
         ring_tokens=trace.ring_tokens,
     )
     runtime.recorder.attach(runtime.model)
-    # a pipeline engine has no step(): its train_batch() is a whole step
-    pipeline = hasattr(engine, "train_batch")
-    _after_each_step(engine, "train_batch" if pipeline else "step", runtime)
+    _after_each_step(engine, runtime)
     _close_with(engine, runtime)
 
 
-def _after_each_step(engine: Any, method: str, runtime: LocalityRuntime) -> None:
+def _after_each_step(engine: Any, runtime: LocalityRuntime) -> None:
     """Tell the recorder about every optimizer step: the last micro-batch of an accumulation."""
-    original = getattr(engine, method)
+    original = engine.step
 
     @functools.wraps(original)
     def step(*args: Any, **kwargs: Any) -> Any:
-        last = method != "step" or engine.is_gradient_accumulation_boundary()
+        last = engine.is_gradient_accumulation_boundary()
         result = original(*args, **kwargs)
         if last and runtime.recorder is not None:
             runtime.recorder.step()
         return result
 
-    setattr(engine, method, step)
+    engine.step = step
 
 
 def _close_with(engine: Any, runtime: LocalityRuntime) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe_locality.errors import ConfigError, PlacementError
-from tests.distributed.moe_cases import quiet
+from tests.distributed.moe_cases import WIDTH, expert, quiet
 from tests.distributed.test_layer_training import NUM_EXPERTS, Net, config_of, make_net, train
 from tests.launch import run_ranks
 from tests.tolerances import LOSS
@@ -253,3 +253,50 @@ def a_plan_with_auto_ep_is_refused(rank, world, folder):
 def test_a_plan_with_auto_ep_is_refused(tmp_path):
     plan_of([[0, 1, 2, 3]] * 2).write(tmp_path / "plan.json")
     run_ranks(a_plan_with_auto_ep_is_refused, 2, str(tmp_path), deepspeed=True)
+
+
+class MoEBlock(torch.nn.Module):
+    """A pipeline stage passes one tensor on."""
+
+    def __init__(self, cls):
+        super().__init__()
+        self.moe = cls(WIDTH, expert(), num_experts=4, k=2, top2_2nd_expert_sampling=False)
+
+    def forward(self, x):
+        return x + self.moe(x)[0]
+
+
+def pipelines_train_and_equal_stock(rank, world):
+    import deepspeed
+    from deepspeed.moe.layer import MoE as Stock
+    from deepspeed.pipe import PipelineModule
+
+    import moe_locality
+
+    quiet()
+    runs = []
+    for begin in (deepspeed.initialize, moe_locality.initialize):
+        torch.manual_seed(0)
+        layers = [torch.nn.Linear(WIDTH, WIDTH), MoEBlock(Stock), MoEBlock(Stock)]
+        layers.append(torch.nn.Linear(WIDTH, WIDTH))
+        net = PipelineModule(
+            layers, num_stages=2, loss_fn=torch.nn.functional.mse_loss, partition_method="uniform"
+        )
+        config = config_of(0, "float32", gradient_accumulation_steps=2)
+        engine = begin(model=net, model_parameters=list(net.parameters()), config=config)[0]
+        generator = torch.Generator().manual_seed(0)
+        batches = [
+            tuple(torch.randn(4, 8, WIDTH, generator=generator) for _ in range(2)) for _ in range(6)
+        ]
+        data = iter(batches)
+        runs.append([engine.train_batch(data).item() for _ in range(3)])
+    swapped = [m for m in net.modules() if isinstance(m, moe_locality.MoE)]
+    assert len(swapped) == 1
+    assert swapped[0].deepspeed_moe.traffic.rows["dispatch"].sum() > 0
+    np.testing.assert_allclose(runs[1], runs[0], *LOSS["float32"])
+    with pytest.raises(ConfigError, match="found trace together with a pipeline"):
+        start(net, {**config, "moe_locality": {"trace": {"path": "unused"}}})
+
+
+def test_pipelines_train_and_equal_stock():
+    run_ranks(pipelines_train_and_equal_stock, 2, deepspeed=True)
