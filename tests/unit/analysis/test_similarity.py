@@ -155,6 +155,8 @@ def test_overlap_of_tokens():
     )
     swapped = replace(trace, expert_ids=alternating).take(np.random.default_rng(0).permutation(400))
     assert similarity.token_overlap(swapped).adjacent == 0
+    gaps = replace(constant, position=2 * trace.position)
+    assert np.isnan(similarity.token_overlap(gaps).adjacent)
     missing = replace(trace, expert_ids=np.full((400, 3, 4), -1))
     assert similarity.token_overlap(missing).any == 0
     assert np.isnan(similarity.token_overlap(trace.take(np.zeros(0, int))).adjacent)

@@ -127,6 +127,18 @@ def test_damaged_bytes_never_escape_as_another_error(folder, data):
     assert str(path) in message if result is None else result.same_content(trace)
 
 
+@pytest.mark.parametrize("place", ["find", "rfind"])
+def test_a_damaged_name_does_not_hide_an_optional_array(tmp_path, place):
+    """The archive names every array twice: before its bytes and in the directory at the end."""
+    path = tmp_path / "trace.npz"
+    write_npz(make_trace(), path)
+    content = bytearray(path.read_bytes())
+    content[getattr(content, place)(b"domain_group.npy")] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(TraceError, match="cannot be read"):
+        read_npz(path)
+
+
 def test_writing_elsewhere_does_not_overwrite(tmp_path):
     path = tmp_path / "trace.npz"
     write_trace(make_trace(0), path)

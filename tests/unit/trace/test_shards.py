@@ -87,6 +87,14 @@ def test_sequence_goes_on_and_nothing_is_overwritten(tmp_path):
     assert read_trace(tmp_path).num_tokens == 5 * trace.num_tokens
 
 
+def test_the_number_of_a_removed_shard_is_not_used_again(tmp_path):
+    trace = make_trace()
+    first = writer(tmp_path, trace)
+    paths = [first.write(columns(trace)) for _ in range(3)]
+    paths[0].unlink()
+    assert writer(tmp_path, trace).write(columns(trace)).name == "part-00000-00003.parquet"
+
+
 def test_writers_of_the_same_rank_do_not_lose_shards(tmp_path):
     trace = make_trace()
     writers = [writer(tmp_path, trace) for _ in range(4)]
