@@ -172,11 +172,11 @@ class Assembler:
         progress, annotation, count = self._progress, block.annotation, block.layout.num_sequences
         if annotation.request_ids is not None:
             return annotation.request_ids
-        goes_on = annotation.stage in ("decode", GENERATE) and progress.request_ids is not None
-        if not goes_on or len(progress.request_ids) != count:
+        known = progress.request_ids if annotation.stage in ("decode", GENERATE) else None
+        if known is None or len(known) != count:
             first, self._next_request_id = self._next_request_id, self._next_request_id + count
-            progress.request_ids = np.arange(first, first + count, dtype=np.int64)
-        return progress.request_ids
+            known = progress.request_ids = np.arange(first, first + count, dtype=np.int64)
+        return known
 
     def _store(self, block: Block, layer: int, module: Any, routes: Routes) -> None:
         num_tokens, top_k = routes.ids.shape
