@@ -35,8 +35,7 @@ from moe_locality.layer.checkpoint_io import (
     read_file,
     resolve_tag,
 )
-from moe_locality.layer.moves import source_slots
-from moe_locality.layer.relabel import check_is_permutation
+from moe_locality.layer.moves import check_is_permutation, source_slots
 from moe_locality.placement.plan import PlacementPlan
 
 logger = logging.getLogger(__name__)

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moe_locality.errors import PlacementError
+from moe_locality.placement.plan import PlacementPlan
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moves:
@@ -34,6 +37,21 @@ class Moves:
     @property
     def is_empty(self) -> bool:
         return not self.rounds and bool((self.local == np.arange(len(self.local))).all())
+
+
+def check_is_permutation(plan: PlacementPlan) -> None:
+    """Raise PlacementError where the plan has replicas."""
+    if not isinstance(plan, PlacementPlan):
+        raise PlacementError(
+            f"found a {type(plan).__name__}, expected a PlacementPlan: read one with "
+            "PlacementPlan.read(path)"
+        )
+    if not plan.is_permutation:
+        raise PlacementError(
+            f"found a plan with {plan.num_redundant_experts} replicas, expected one slot per "
+            "expert: replicas need more slots than the model has experts, at run time, and that is "
+            "not available yet: make a plan with num_redundant_experts=0"
+        )
 
 
 def source_slots(current: np.ndarray, target: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from moe_locality import compat
 from moe_locality.errors import ConfigError, MoeLocalityError, PlacementError
 from moe_locality.layer.moe import set_slot_to_logical
+from moe_locality.layer.moves import check_is_permutation
 from moe_locality.layer.optimizer_state import (
     check_no_gradients,
     check_state_moves,
@@ -181,21 +182,6 @@ def plan_targets(
         )
         for row, (name, module) in enumerate(layers)
     ]
-
-
-def check_is_permutation(plan: PlacementPlan) -> None:
-    """Raise PlacementError where the plan has replicas."""
-    if not isinstance(plan, PlacementPlan):
-        raise PlacementError(
-            f"found a {type(plan).__name__}, expected a PlacementPlan: read one with "
-            "PlacementPlan.read(path)"
-        )
-    if not plan.is_permutation:
-        raise PlacementError(
-            f"found a plan with {plan.num_redundant_experts} replicas, expected one slot per "
-            "expert: replicas need more slots than the model has experts, at run time, and that is "
-            "not available yet: make a plan with num_redundant_experts=0"
-        )
 
 
 def find_group(module: Any, group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:

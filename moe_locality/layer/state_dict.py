@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from moe_locality.errors import ConfigError, PlacementError
-from moe_locality.layer.moves import source_slots
-from moe_locality.layer.relabel import check_is_permutation
+from moe_locality.layer.moves import check_is_permutation, source_slots
 from moe_locality.placement.plan import PlacementPlan
 
 _MLP = r".*layers\.(?P<layer>\d+)\.mlp\."
