@@ -44,32 +44,39 @@ class Classifier(nn.Module):
         return F.cross_entropy(self.head(hidden + y), labels) + 0.01 * balance_loss
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--swap", action="store_true", help="use moe_locality's layers")
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--local_rank", type=int, default=-1, help="set by DeepSpeed's launcher")
-    args = parser.parse_args()
-
-    avoid_cpu_jit()  # on a CPU, DeepSpeed would compile an op here first
-    deepspeed.init_distributed(verbose=False)
+def train(*, swap: bool, steps: int) -> list[float]:
+    """Train for some steps and return this rank's losses."""
     torch.manual_seed(0)
     model = Classifier(ep_size=torch.distributed.get_world_size())
-    front = moe_locality if args.swap else deepspeed  # line 3 of 3: moe_locality.initialize
+    front = moe_locality if swap else deepspeed  # line 3 of 3: moe_locality.initialize
     engine, *_ = front.initialize(
         model=model, model_parameters=list(model.parameters()), config=DS_CONFIG
     )
-
     data = torch.Generator().manual_seed(engine.global_rank)
-    for step in range(args.steps):
+    losses = []
+    for step in range(steps):
         x = torch.randn(8, 16, generator=data)
         labels = x[:, :4].argmax(1)
         torch.manual_seed(step)  # the gate of k=2 draws its second expert
         loss = engine(x.to(engine.device), labels.to(engine.device))
         engine.backward(loss)
         engine.step()
-        if engine.global_rank == 0:
-            print(f"step {step} loss {loss.item():.6f}", flush=True)
+        losses.append(loss.item())
+    return losses
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--swap", action="store_true", help="use moe_locality's layers")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by DeepSpeed's launcher")
+    args = parser.parse_args()
+    avoid_cpu_jit()  # on a CPU, DeepSpeed would compile an op here first
+    deepspeed.init_distributed(verbose=False)
+    losses = train(swap=args.swap, steps=args.steps)
+    if torch.distributed.get_rank() == 0:
+        for step, loss in enumerate(losses):
+            print(f"step {step} loss {loss:.6f}", flush=True)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -48,9 +48,9 @@ def rank_and_size() -> tuple[int, int]:
 def ds_config(path: str | None, sizes: RunSizes, steps: int) -> dict[str, Any]:
     """Return the ds_config of a file, or the default one of the example.
 
-    The default has no gradient clipping: without ZeRO, DeepSpeed's fp32 clip norm depends on which
-    rank holds which expert (deepspeedai/DeepSpeed issue 8475), and a placement must not change the
-    training.
+    The default switches gradient clipping off (DeepSpeed clips at 1.0 where nothing is said):
+    without ZeRO, its fp32 clip norm depends on which rank holds which expert
+    (deepspeedai/DeepSpeed issue 8475), and a placement must not change the training.
     """
     config: dict[str, Any] = {
         "optimizer": {
@@ -70,6 +70,7 @@ def ds_config(path: str | None, sizes: RunSizes, steps: int) -> dict[str, Any]:
                 "cos_min_ratio": 0.1,
             },
         },
+        "gradient_clipping": 0.0,
         "zero_optimization": {"stage": 0},
     }
     if path is not None:
