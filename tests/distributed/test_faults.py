@@ -1,5 +1,5 @@
-"""What goes wrong in a real run, started by the real launcher: every rank ends, soon, with a message
-that a stranger understands, and what was recorded so far stays readable.
+"""What goes wrong in a real run, started by the real launcher: every rank ends, soon, with a
+message that a stranger understands, and what was recorded so far stays readable.
 """
 
 import json
