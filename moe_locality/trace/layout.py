@@ -50,6 +50,8 @@ class ShardMeta:
     domain: tuple[str, ...]
     domain_group: tuple[str, ...]
     rank: int | None
+    columns: tuple[str, ...]
+    """Names of all columns: a damaged name must not hide an optional one."""
 
     def to_json(self) -> bytes:
         """UTF-8 JSON with sorted keys and the format version."""
@@ -76,6 +78,7 @@ class ShardMeta:
             domain=tuple(str(name) for name in content["domain"]),
             domain_group=tuple(str(name) for name in content["domain_group"]),
             rank=None if rank is None else int(rank),
+            columns=tuple(str(name) for name in content["columns"]),
         )
 
 
@@ -86,16 +89,6 @@ def id_dtype(num_experts: int) -> np.dtype:
 
 def to_table(trace: RoutingTrace, rank: int | None) -> pa.Table:
     """Arrow table of a trace, metadata included."""
-    meta = ShardMeta(
-        kind=trace.kind,
-        model=trace.model,
-        num_experts=trace.num_experts,
-        top_k=trace.top_k,
-        layer_ids=tuple(int(i) for i in trace.layer_ids),
-        domain=trace.domain,
-        domain_group=trace.domain_group,
-        rank=rank,
-    )
     arrays: dict[str, pa.Array] = {
         name: pa.array(value, type=kind)
         for name, kind in SCALARS.items()
@@ -114,6 +107,17 @@ def to_table(trace: RoutingTrace, rank: int | None) -> pa.Table:
             arrays[f"{prefix}_{layer}"] = pa.FixedSizeBinaryArray.from_buffers(
                 width, len(content), [None, pa.py_buffer(content)]
             )
+    meta = ShardMeta(
+        kind=trace.kind,
+        model=trace.model,
+        num_experts=trace.num_experts,
+        top_k=trace.top_k,
+        layer_ids=tuple(int(i) for i in trace.layer_ids),
+        domain=trace.domain,
+        domain_group=trace.domain_group,
+        rank=rank,
+        columns=tuple(arrays),
+    )
     text = meta.to_json()
     schema = pa.schema(
         [pa.field(name, array.type, nullable=False) for name, array in arrays.items()],
@@ -126,7 +130,10 @@ def from_file(path: Path, layers: Collection[int] | None) -> tuple[RoutingTrace,
     """Read a trace, or some of its layers, from a file; whatever is wrong raises some exception."""
     file = pq.ParquetFile(path, page_checksum_verification=True)
     meta = _metadata(file.schema_arrow)
-    present = set(file.schema_arrow.names)
+    if sorted(file.schema_arrow.names) != sorted(meta.columns):
+        odd = sorted(set(file.schema_arrow.names) ^ set(meta.columns))
+        raise ValueError(f"the columns differ from those in the metadata: {odd[:3]}")
+    present = set(meta.columns)
     scalars = [name for name in SCALARS if name in present]
     absent = [name for name in _NEEDED[meta.kind] if name not in present]
     if absent:

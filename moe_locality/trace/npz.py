@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zipfile
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
@@ -13,6 +15,9 @@ from moe_locality.errors import TraceError
 from moe_locality.trace.schema import RoutingTrace
 
 FORMAT_VERSION = 1
+
+_ZIP_END = b"PK\x05\x06"
+_MAX_ZIP_END_BYTES = 22 + 65_535  # the end record and the longest comment
 
 
 def read_npz(path: str | PathLike[str]) -> RoutingTrace:
@@ -27,8 +32,7 @@ def read_npz(path: str | PathLike[str]) -> RoutingTrace:
         if not isinstance(arrays, np.lib.npyio.NpzFile):
             raise ValueError("the file holds a single array, expected an .npz archive")
         with arrays:
-            for entry in arrays.zip.infolist() if arrays.zip else ():
-                arrays.zip.open(entry).close()  # a damaged name would hide an optional array
+            _check_directory(Path(path), arrays.zip)
             return _from_arrays(arrays.files, arrays.__getitem__)
     except Exception as error:  # hostile bytes: whatever the parser meets becomes one message
         if isinstance(error, FileNotFoundError):
@@ -40,6 +44,22 @@ def read_npz(path: str | PathLike[str]) -> RoutingTrace:
             f"found that {path} cannot be read as a routing trace: {detail}; expected the .npz "
             "layout of docs/formats.md: restore or convert the file"
         ) from error
+
+
+def _check_directory(path: Path, archive: zipfile.ZipFile | None) -> None:
+    """Find damage that would hide an optional array: the bytes of an array have a checksum, its
+    name and its place in the list of arrays have none.
+    """
+    if archive is None:
+        return
+    for entry in archive.infolist():
+        archive.open(entry).close()  # compares the two copies of the name
+    with open(path, "rb") as file:
+        file.seek(max(path.stat().st_size - _MAX_ZIP_END_BYTES, 0))
+        end = file.read()
+    total = struct.unpack_from("<H", end, end.rfind(_ZIP_END) + 10)[0]
+    if total not in (len(archive.infolist()), 0xFFFF):
+        raise ValueError(f"found {len(archive.infolist())} arrays where the archive counts {total}")
 
 
 def write_npz(trace: RoutingTrace, path: str | PathLike[str]) -> None:

@@ -239,6 +239,8 @@ def read_shard(path: Path, layers: Collection[int] | None = None) -> tuple[Routi
         return from_file(path, layers)
     except Exception as error:  # hostile bytes: whatever the parser meets becomes one message
         detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, KeyError):
+            detail = f"the key {detail} of the metadata is missing"
         raise TraceError(
             f"found a damaged or foreign shard {path}: {detail}; expected a Parquet shard written "
             "by moe_locality: restore the file, remove it, or read with strict=False to leave it "

@@ -106,7 +106,7 @@ def attempt(path):
         return str(error), None
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_damaged_bytes_never_escape_as_another_error(folder, data):
     """Flip, cut or overwrite bytes anywhere: TraceError, or the very same content."""

@@ -217,7 +217,7 @@ def attempt(path):
         return str(error), None
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_damage_is_named_or_harmless(folder, data):
     """Flip or cut anywhere in a shard: TraceError naming it, or the very same content."""
@@ -254,8 +254,8 @@ def rewrite(path, *, drop=(), metadata=None, cast=None):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"drop": ["expert_ids_3"]}, "expert_ids_3"),
-        ({"drop": ["request_id"]}, "column 'request_id' is missing"),
+        ({"drop": ["expert_ids_3"]}, r"the columns differ .* \['expert_ids_3'\]"),
+        ({"drop": ["request_id"]}, r"the columns differ .* \['request_id'\]"),
         ({"cast": {"position": pa.int64()}}, "column 'position' has type int64"),
         ({"cast": {"expert_ids_3": pa.binary()}}, "column 'expert_ids_3' has type binary"),
         ({"metadata": {META_KEY: b"{}"}}, "checksum of the metadata"),
