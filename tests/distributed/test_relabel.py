@@ -120,6 +120,10 @@ def _expert_data_parallel(rank, world):
     for r in (0, 1):
         assert all(torch.equal(a, b) for a, b in zip(everyone[r], everyone[r + 2], strict=True))
     assert not torch.equal(everyone[0][0], everyone[1][0])
+    # a bare model, without its optimizer, on demand
+    before = nets.logits_of(engine.module, rank)
+    relabel(engine.module, nets.plan_of(2, 6), weights_only=True)
+    close(nets.logits_of(engine.module, rank), before)
 
 
 def test_copies_of_the_ep_group_stay_equal():
@@ -187,11 +191,11 @@ def _refused_one(rank, world, case):
             model.backward(engine_loss)
         else:
             model.backward(engine_loss * 0)
-    elif case == "no group":
+    elif case in ("no group", "wrong group"):
         model, plan = nets.build("stock", 2, rank % 2), nets.plan_of(2, 1)
     before = nets.weights_of(model)
     try:
-        relabel(model, plan)
+        relabel(model, plan, group=dist.group.WORLD if case == "wrong group" else None)
     except (ConfigError, PlacementError) as error:
         assert nets.same_bits(nets.weights_of(model), before)
         return type(error).__name__, str(error)
@@ -206,6 +210,7 @@ REFUSALS = [
     ("bf16", 2, "ConfigError", "found the optimizer FP16_UnfusedOptimizer"),
     ("module of an engine", 2, "ConfigError", r"relabel\(engine, plan\)"),
     ("gradients", 2, "ConfigError", "found a gradient"),
+    ("wrong group", 4, "ConfigError", "group of 4 ranks, expected ep_size 2"),
     ("no group", 4, "ConfigError", "found no expert-parallel group 'ep_size_2'"),
     ("other plan on one rank", 4, "PlacementError", r"\[1\] differ from ranks \[0, 2, 3\]"),
 ]
