@@ -9,24 +9,17 @@ routing, not a run on a cluster: their kind is "simulated". Seconds are measured
 """
 
 import argparse
-import csv
-import datetime
-import importlib.metadata
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import moe_locality
+from _results import append_rows
+
 from moe_locality.placement import assign_homes, evaluate, solve
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace import RoutingTrace
 
-COLUMNS = "benchmark,case,metric,value,unit,kind,baseline,device,versions,commit,date,note".split(
-    ","
-)
 RANKS = 8
 METHODS = ("linear", "round_robin", "eplb", "coactivation")
 UNITS = {
@@ -72,9 +65,6 @@ def costed(train: RoutingTrace, test: RoutingTrace, nodes: int) -> Iterator[tupl
 
 def rows(case: str, figures: dict[str, float], train: RoutingTrace, test: RoutingTrace):
     """Yield one line of the table per figure."""
-    packages = ("numpy", "scipy", "numba")
-    versions = [f"moe_locality={moe_locality.__version__}"]
-    versions += [f"{name}={importlib.metadata.version(name)}" for name in packages]
     note = (
         f"trace split by request 70/30 seed 0: {train.num_tokens} tokens to solve on, "
         f"{test.num_tokens} to cost; solver seed 0, max_imbalance 1.05"
@@ -89,29 +79,8 @@ def rows(case: str, figures: dict[str, float], train: RoutingTrace, test: Routin
             "unit": UNITS[metric],
             "kind": "measured" if measured else "simulated",
             "baseline": "linear" if metric.endswith("_vs_linear") else "",
-            "device": f"CPU {platform.machine()} x{os.cpu_count()}" if measured else "none",
-            "versions": " ".join(versions),
-            "commit": commit(),
-            "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
             "note": note + (f"; load average {os.getloadavg()[0]:.1f}" if measured else ""),
         }
-
-
-def commit() -> str:
-    """Short hash of the checkout, "-" outside one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "-"
-
-
-def append(path: Path, lines: list[dict[str, str]]) -> None:
-    """Append to the table of results; make it with its header where it is absent."""
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(lines)
 
 
 def traces(folder: Path) -> Iterator[tuple[str, RoutingTrace]]:
@@ -138,7 +107,8 @@ def main() -> None:
                 shown = ", ".join(f"{key} {value:.3f}" for key, value in figures.items())
                 print(f"{case}: {shown}", flush=True)
                 if options.csv:
-                    append(options.csv, list(rows(case, figures, train, test)))
+                    lines = rows(case, figures, train, test)
+                    append_rows(options.csv, lines, packages=("numpy", "scipy", "numba"))
 
 
 if __name__ == "__main__":

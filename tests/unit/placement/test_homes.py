@@ -60,9 +60,14 @@ def test_predictions_look_only_at_what_they_may():
         domain_id=trace.domain_id,
     )
     honest = assign_homes(trace, PLAN, predict="oracle")
-    assert [PLAN.rank_to_node[r] for r in assign_homes(liar, PLAN).values()] == [
-        PLAN.rank_to_node[r] for r in honest.values()
-    ]
+    for predict in ("prefill", "first:1"):
+        assert [
+            PLAN.rank_to_node[r] for r in assign_homes(liar, PLAN, predict=predict).values()
+        ] == [PLAN.rank_to_node[r] for r in honest.values()]
+    backwards = liar.take(np.arange(liar.num_rows)[::-1])  # positions count, not the order of rows
+    assert assign_homes(backwards, PLAN, predict="first:1") == (
+        assign_homes(liar, PLAN, predict="first:1")
+    )
     oracle = assign_homes(liar, PLAN, predict="oracle")
     assert all(PLAN.rank_to_node[rank] == 1 - q % 2 for q, rank in oracle.items())
 
