@@ -69,7 +69,7 @@ def test_buffers_and_biases_of_the_router_go_along():
     relabel(model, plan_of(order))  # a plan for two ranks: on one rank every order fits
     assert current_order(model.moe).tolist() == order
     assert [int(expert.seen[0]) for expert in model.experts] == order
-    assert [float(expert.bias[0]) for expert in model.experts] == order
+    assert [expert.bias[0].item() for expert in model.experts] == order
     assert gate.e_score_correction_bias.tolist() == order
     assert torch.equal(gate.wg.weight, rows[order])
     assert isinstance(gate.slot_to_logical, np.ndarray)
