@@ -275,8 +275,8 @@ details { margin-top: .6rem; font-size: .9rem; }
 summary { cursor: pointer; color: #0b5c8e; }
 .scroll { overflow: auto; max-height: 30rem; }
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; text-align: left; border-bottom: 1px solid #eceef0;
-  white-space: nowrap; }
+th, td { padding: .25rem .7rem; text-align: left; border-bottom: 1px solid #eceef0; }
+td.n { white-space: nowrap; }
 th { position: sticky; top: 0; background: #f3f4f6; font-weight: 600; }
 th.n, td.n { text-align: right; }
 code, pre { font: .86em/1.5 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; }

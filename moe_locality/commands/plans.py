@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def linear_plan(trace: RoutingTrace, topology: ClusterTopology) -> PlacementPlan
     return plan
 
 
-def costs_table(title: str, named: dict[str, dict[str, Any] | None]) -> Any:
+def costs_table(title: str, named: Mapping[str, dict[str, Any] | None]) -> Any:
     """Return a rich table of costs, a column per plan and the ratio of the last to the first."""
     known = {name: costs for name, costs in named.items() if costs is not None}
     columns = [*known.values()]
@@ -77,9 +78,7 @@ def place(
     from moe_locality.placement.solve import solve
 
     if homes not in (None, "joint"):
-        raise PlacementError(
-            f"--homes: found {homes!r}, expected 'joint' (or leave it out: requests live anywhere)"
-        )
+        raise PlacementError(f"--homes: found {homes!r}, expected 'joint', or leave the option out")
     check_writable(out, "plan")
     topology = read_cluster(nodes, ranks_per_node, cluster, hostfile)
     with progress(f"placing {trace}"):
@@ -98,8 +97,8 @@ def place(
         seconds = time.perf_counter() - start
         judged = _judge(plan, train, test, topology)
     if test is not None:
-        source = {"drawn_from": content.content_hash(), "held_out": held_out}
-        plan = dataclasses.replace(plan, provenance={**plan.provenance, **source})
+        source = {**plan.provenance, "drawn_from": content.content_hash(), "held_out": held_out}
+        plan = dataclasses.replace(plan, provenance=source)
     plan.write(out)
     payload = {
         "command": "place",
@@ -116,8 +115,8 @@ def place(
     def show(console: Any) -> None:
         where = "on its own trace" if test is None else f"on {held_out:.0%} held-out requests"
         console.print(f"{out}: {method}, {topology.describe()}, {seconds:.2f} s", soft_wrap=True)
-        shown = {"linear": judged["linear"], method: judged["held_out"] or plan.costs}
-        console.print(costs_table(f"Predicted {where}", shown))
+        found = {"linear": judged["linear"], method: judged["held_out"] or plan.costs}
+        console.print(costs_table(f"Predicted {where}", found))
 
     return Result(payload=payload, show=show)
 

@@ -217,7 +217,7 @@ def _time_rows(pair: tuple[Run, Run]) -> list[Row]:
         steps.append(statistics.median(times) * 1e6 if times else None)
     rows = _row("time/step_us", f"µs, median after {WARM_UP_STEPS} steps", steps)
     seconds = [run.summary.get("eval_s") for run in pair]
-    rows += _row("time/eval_s", "s, evaluation of the held-out requests", seconds)
+    rows += _row("time/eval_s", "s, one evaluation, not repeated", seconds)
     return rows
 
 

@@ -312,3 +312,18 @@ def test_record_prints_the_launch_line_and_the_section(tmp_path):
     found = run("record", "--deepspeed-config", config)
     assert found.exit_code == 1
     assert "tracee" in found.stderr
+
+
+def test_the_page_of_the_command_line_names_only_what_exists():
+    import re
+    import shlex
+    from pathlib import Path
+
+    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    group = typer.main.get_command(app)
+    lines = re.findall(r"^\$ moe-locality (.*)$", page, flags=re.MULTILINE)
+    for name, *words in map(shlex.split, lines):
+        known = {option for p in group.commands[name].params for option in p.opts}
+        assert {word for word in words if word.startswith("-")} <= known, name
+    assert {line.split()[0] for line in lines} == set(COMMANDS)
+    assert set(re.findall(r"^## (\w+)$", page, flags=re.MULTILINE)) == set(COMMANDS)
