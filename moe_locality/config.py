@@ -13,10 +13,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from moe_locality.errors import ConfigError
 
 SECTION = "moe_locality"
+DEEPSPEED_KEYS = {
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
+    *("optimizer", "scheduler", "zero_optimization", "bf16", "fp16", "steps_per_print"),
+}
+"""A dict with one of these is a whole ds_config, not our section of one."""
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -109,8 +114,9 @@ def read_config(
     """Return the section from a ds_config (dict or JSON file), from the section itself, or the
     defaults.
 
-    A dict is taken as a ds_config when it has the key ``"moe_locality"``, else as the section. A
-    ds_config file without the section gives the defaults.
+    A dict is taken as a ds_config when it has the key ``"moe_locality"`` or one of DeepSpeed's own,
+    else as the section. A ds_config without the section, or with ``"auto"`` there, gives the
+    defaults.
 
     Raises:
         ConfigError: the file cannot be read, or a key or value is wrong.
@@ -123,8 +129,10 @@ def read_config(
     if isinstance(source, (str, Path)):
         where = f"{source}, section {SECTION!r}"
         source = _read_json(Path(source)).get(SECTION, {})
-    elif SECTION in source:
-        source = source[SECTION]
+    elif SECTION in source or DEEPSPEED_KEYS & source.keys():
+        source = source.get(SECTION, {})
+    if source == "auto":
+        return MoeLocalityConfig()
     try:
         return MoeLocalityConfig.model_validate(source)
     except ValidationError as error:
@@ -140,17 +148,23 @@ def read_config(
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=_without_duplicates)
     except OSError as error:
         raise ConfigError(
             f"cannot read the ds_config {path}: {error.strerror}: check the path"
         ) from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"the ds_config {path} is not JSON: {error}: correct that line"
-        ) from error
+    except ValueError as error:  # not UTF-8, not JSON, or a key twice
+        raise ConfigError(f"the ds_config {path} is not valid JSON: {error}: correct it") from error
     if not isinstance(content, dict):
-        raise ConfigError(
-            f"the ds_config {path} holds a {type(content).__name__}, expected an object"
-        )
+        raise ConfigError(f"the ds_config {path} holds a {type(content).__name__}, not an object")
     return content
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """DeepSpeed refuses a ds_config that says a key twice; so do we."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"found {sorted({k for k in keys if keys.count(k) > 1})} more than once")
+    return found

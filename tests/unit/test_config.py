@@ -147,7 +147,7 @@ def test_file_errors_say_what_is_wrong_with_which_file(tmp_path):
         read_config(tmp_path / "none.json")
     with pytest.raises(ConfigError, match="cannot read the ds_config"):
         read_config(tmp_path)
-    with pytest.raises(ConfigError, match=r"ds\.json is not JSON: .*line 2.*correct that line"):
+    with pytest.raises(ConfigError, match=r"ds\.json is not valid JSON: .*line 2.*correct it"):
         read_config(write(tmp_path, '{"a": 1,\n oops}'))
     with pytest.raises(ConfigError, match="holds a list, expected an object"):
         read_config(write(tmp_path, [1]))
@@ -158,3 +158,24 @@ def test_file_errors_say_what_is_wrong_with_which_file(tmp_path):
 def test_config_errors_are_ours_and_value_errors():
     assert issubclass(ConfigError, MoeLocalityError)
     assert issubclass(ConfigError, ValueError)
+
+
+def test_a_file_that_is_not_text_or_says_a_key_twice_is_refused(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ConfigError, match="is not valid JSON"):
+        read_config(path)
+    path.write_text('{"moe_locality": {"plan": "a", "plan": "b"}}')
+    with pytest.raises(ConfigError, match=r"found \['plan'\] more than once"):
+        read_config(path)
+
+
+@pytest.mark.parametrize("value", [True, "3", 2.5])
+def test_numbers_are_numbers(value):
+    with pytest.raises(ConfigError, match="every_n_steps"):
+        read_config({"trace": {"path": "traces", "every_n_steps": value}})
+
+
+def test_a_ds_config_without_the_section_gives_the_defaults():
+    assert read_config({"train_batch_size": 8}) == MoeLocalityConfig()
+    assert read_config({"train_batch_size": 8, "moe_locality": "auto"}) == MoeLocalityConfig()
