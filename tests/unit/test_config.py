@@ -149,7 +149,7 @@ def test_file_errors_say_what_is_wrong_with_which_file(tmp_path):
         read_config(tmp_path)
     with pytest.raises(ConfigError, match=r"ds\.json is not valid JSON: .*line 2.*correct it"):
         read_config(write(tmp_path, '{"a": 1,\n oops}'))
-    with pytest.raises(ConfigError, match="holds a list, expected an object"):
+    with pytest.raises(ConfigError, match="holds a list, not an object"):
         read_config(write(tmp_path, [1]))
     with pytest.raises(ConfigError, match="section 'moe_locality' is not valid"):
         read_config(write(tmp_path, {SECTION: [1]}))
