@@ -32,26 +32,16 @@ def permute(x: Tensor, row_token: Tensor) -> Tensor:
 
 
 def permute_backward(grad_rows: Tensor, positions: Tensor) -> Tensor:
-    total = torch.zeros(
-        positions.shape[0],
-        grad_rows.shape[1],
-        dtype=_accumulator(grad_rows.dtype),
-        device=grad_rows.device,
-    )
-    for k in range(positions.shape[1]):
+    total = _gather(grad_rows, positions[:, 0]).to(_accumulator(grad_rows.dtype))
+    for k in range(1, positions.shape[1]):
         total += _gather(grad_rows, positions[:, k])
     return total.to(grad_rows.dtype)
 
 
 def combine(rows: Tensor, positions: Tensor, weights: Tensor) -> Tensor:
-    total = torch.zeros(
-        positions.shape[0],
-        rows.shape[1],
-        dtype=_accumulator(rows.dtype, weights.dtype),
-        device=rows.device,
-    )
-    for k in range(positions.shape[1]):
-        total += _gather(rows, positions[:, k]) * weights[:, k : k + 1]
+    total = _weighted(rows, positions, weights, 0)
+    for k in range(1, positions.shape[1]):
+        total += _weighted(rows, positions, weights, k)
     return total.to(rows.dtype)
 
 
@@ -85,10 +75,17 @@ def _accumulator(*dtypes: torch.dtype) -> torch.dtype:
     return wide
 
 
+def _weighted(rows: Tensor, positions: Tensor, weights: Tensor, k: int) -> Tensor:
+    wide = _gather(rows, positions[:, k]).to(_accumulator(rows.dtype, weights.dtype))
+    return wide.mul_(weights[:, k : k + 1])
+
+
 def _gather(rows: Tensor, positions: Tensor) -> Tensor:
     """Return ``rows[positions]``, zero where the position is -1 (never 0 * an infinite row)."""
-    dropped = positions < 0
     if rows.shape[0] == 0:
         return rows.new_zeros(positions.shape[0], rows.shape[1])
     picked = rows.index_select(0, positions.clamp_min(0))
+    dropped = positions < 0
+    if picked.device.type == "cpu" and not dropped.any():  # elsewhere, asking costs a wait
+        return picked
     return picked.masked_fill_(dropped[:, None], 0)

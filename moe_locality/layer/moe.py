@@ -236,11 +236,11 @@ def run_experts(experts: Any, rows: Tensor, tokens_per_expert: tuple[int, ...]) 
     its parameters then have gradients of zero, as DeepSpeed's padding gives them, and not none.
     """
     outputs = []
-    start = 0
-    for expert, count in zip(experts.deepspeed_experts, tokens_per_expert, strict=True):
-        chunk = rows[start : start + count]
-        start += count
-        if count == 0:
+    # one split: the backward of a slice per expert would fill [R, D] zeros for each
+    chunks = rows.split(list(tokens_per_expert))
+    for expert, chunk in zip(experts.deepspeed_experts, chunks, strict=True):
+        idle = chunk.shape[0] == 0
+        if idle:
             if not torch.is_grad_enabled():
                 continue
             # joined to the rows, so that backward reaches the exchange on a rank that got none
@@ -249,7 +249,8 @@ def run_experts(experts: Any, rows: Tensor, tokens_per_expert: tuple[int, ...]) 
         out = expert(chunk[None, None])
         if isinstance(out, tuple):
             out = out[0]  # DeepSpeed ignores the bias term that some experts return
-        outputs.append(out.reshape(-1, rows.shape[1])[:count])
+        out = out.reshape(-1, rows.shape[1])
+        outputs.append(out[:0] if idle else out)
     return torch.cat(outputs) if outputs else rows
 
 
