@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from moe_locality.compat_groups import (
+from moe_locality.compat import (
     default_store,
     register_expert_groups,
     registered_expert_ranks,
