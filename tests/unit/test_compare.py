@@ -167,6 +167,7 @@ def test_the_report_of_a_trace_shows_load_and_domains():
     assert data.synthetic
     (load, similarity) = data.figures
     assert load.panels == ("early: layer 1", "middle: layer 3", "late: layer 5")
+    assert load.ratio.mean(axis=2) == pytest.approx(1, rel=1e-12)
     own = load.ratio[0, load.domains.index("code"), 0::4].mean()
     assert own > 2.5  # the experts of its own domain
     assert np.all(np.diag(similarity.matrix) < similarity.matrix[~np.eye(4, dtype=bool)].min())
