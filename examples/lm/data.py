@@ -83,16 +83,17 @@ def split_documents(domain: str, seed: int) -> tuple[list[str], list[str]]:
     raise ValueError(f"domain {domain!r} has too few documents to hold some out")
 
 
-def encode(document: str) -> list[int]:
-    """Return the byte tokens of a document between BEGIN and END."""
-    return [BEGIN, *document.encode("utf-8"), END]
+def encode(document: str) -> np.ndarray:
+    """Return the byte tokens [tokens] int16 of a document between BEGIN and END."""
+    text = np.frombuffer(document.encode("utf-8"), dtype=np.uint8)
+    return np.concatenate([[BEGIN], text, [END]]).astype(np.int16)
 
 
 def _cut(documents, seq_len, count, domain, split, seed) -> np.ndarray:
     """Cut sequences [count, S + 1] out of all the documents, none overlapping."""
     windows = []
     for document in documents:
-        tokens = np.asarray(encode(document), dtype=np.int16)
+        tokens = encode(document)
         full = (len(tokens) - 1) // seq_len
         windows.extend(tokens[i * seq_len : (i + 1) * seq_len + 1] for i in range(full))
     if len(windows) < count:

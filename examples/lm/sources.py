@@ -18,7 +18,7 @@ from pathlib import Path
 
 DOMAINS = ("code", "prose", "arithmetic", "markup")
 
-_PACKAGES = ("asyncio", "email", "html", "http", "json", "logging", "unittest", "urllib", "xml/sax")
+_PACKAGES = ("email", "html", "http", "json", "logging", "unittest", "urllib", "wsgiref", "xml/sax")
 _DOCUMENTED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
