@@ -4,7 +4,7 @@ failure in full.
 ``run_ranks(fn, world_size, *args)`` forks one process per rank (fork: a spawned child imports
 torch again, which takes tens of seconds on a small machine), joins them into a process group over
 a ``file://`` store and calls ``fn(rank, world_size, *args)``. It returns the list of the ranks'
-return values (they must pickle).
+return values (they must pickle; a tensor does not outlive its process: return arrays).
 """
 
 import multiprocessing as mp
@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from queue import Empty
 from typing import Any
 
 
@@ -39,6 +40,8 @@ def _rank_main(fn, rank, world_size, args, store, queue, deepspeed, timeout_s):
         dist.destroy_process_group()
     except BaseException:
         queue.put((rank, False, traceback.format_exc()))
+        queue.close()
+        queue.join_thread()  # else the process ends before its traceback is sent
         os._exit(1)
     # no atexit handlers of the parent's libraries in a forked child
     queue.close()
@@ -103,7 +106,7 @@ def _collect(queue, ranks, world_size, timeout_s):
     while len(results) < world_size:
         try:
             rank, fine, value = queue.get(timeout=0.2)
-        except Exception:
+        except Empty:
             dead = [
                 r for r, p in enumerate(ranks) if p.exitcode not in (None, 0) and r not in results
             ]

@@ -158,12 +158,7 @@ def private_names(path: Path) -> list[str]:
 
 
 def test_private_names_of_other_packages_are_touched_in_compat_only():
-    found = [
-        line
-        for path in sources()
-        if path.name != "compat.py"
-        for line in private_names(path)
-    ]
+    found = [line for path in sources() if path.name != "compat.py" for line in private_names(path)]
     assert not found, "\n".join(found)
 
 

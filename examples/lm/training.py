@@ -93,12 +93,7 @@ def build_engine(model: torch.nn.Module, config: dict[str, Any], layer: str) -> 
     else:
         import deepspeed as front
     parameters = [p for p in model.parameters() if p.requires_grad]
-    engine = front.initialize(model=model, model_parameters=parameters, config=config)[0]
-    if layer == "locality":
-        from moe_locality.layer.checkpoint import wrap_checkpoints
-
-        wrap_checkpoints(engine)  # checkpoints of other placements can be read
-    return engine
+    return front.initialize(model=model, model_parameters=parameters, config=config)[0]
 
 
 def annotated(batch: Requests, stage: str) -> Any:

@@ -1,7 +1,8 @@
 """The drop-in for DeepSpeed's MoE layer, and how a model gets it.
 
 ``moe`` is the layer, ``convert`` swaps it into a model and starts DeepSpeed around it, ``relabel``
-bakes a placement into the weights. Nothing is loaded here.
+bakes a placement into the weights, ``checkpoint`` keeps it in checkpoints, ``bake`` and
+``state_dict`` put it into files. Nothing is loaded here.
 """
 
 import importlib
@@ -14,6 +15,10 @@ _HOME_OF = {
     "set_slot_to_logical": "moe_locality.layer.moe",
     "apply": "moe_locality.layer.convert",
     "initialize": "moe_locality.layer.convert",
+    "relabel": "moe_locality.layer.relabel",
+    "wrap_checkpoints": "moe_locality.layer.checkpoint",
+    "bake_checkpoint": "moe_locality.layer.bake",
+    "relabel_state_dict": "moe_locality.layer.state_dict",
 }
 
 __all__ = list(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]

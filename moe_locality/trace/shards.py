@@ -182,7 +182,9 @@ def write_shard(
                 file,
                 compression="zstd",
                 use_dictionary=False,
-                write_statistics=[name for name in SCALARS if getattr(trace, name) is not None],
+                write_statistics=[  # pyright: ignore[reportArgumentType]  a list is documented
+                    name for name in SCALARS if getattr(trace, name) is not None
+                ],
                 write_page_checksum=True,
             )
             file.flush()
