@@ -93,9 +93,10 @@ def initialize(*args: Any, **kwargs: Any) -> Any:
     """``deepspeed.initialize`` with moe_locality around it; the same arguments, the same result.
 
     Before it: the nodes are found, the expert groups made to follow them, the layers swapped, the
-    plan read and baked in. After it: the recorder is attached, and checkpoints keep the order of the
-    slots (``wrap_checkpoints``). The engine gets the attribute ``moe_locality`` (a
-    :class:`~moe_locality.layer.runtime.LocalityRuntime`). Everything is read from the section ``"moe_locality"`` of the ds_config; without it, the layers are swapped.
+    plan read and baked in. After it: the recorder is attached, and checkpoints keep the order of
+    the slots (``wrap_checkpoints``). The engine gets the attribute ``moe_locality`` (a
+    :class:`~moe_locality.layer.runtime.LocalityRuntime`). Everything is read from the section
+    ``"moe_locality"`` of the ds_config; without it, the layers are swapped.
 
     With the ``expert_parallel`` section (DeepSpeed's AutoEP, which builds its own layers), only the
     recorder is attached. With a model-parallel unit or a pipeline, DeepSpeed makes the groups.
