@@ -44,8 +44,8 @@ class Classifier(nn.Module):
         return F.cross_entropy(self.head(hidden + y), labels) + 0.01 * balance_loss
 
 
-def train(*, swap: bool, steps: int) -> list[float]:
-    """Train for some steps and return this rank's losses."""
+def train(*, swap: bool, steps: int) -> tuple[list[float], nn.Module]:
+    """Train for some steps and return this rank's losses, and the model."""
     torch.manual_seed(0)
     model = Classifier(ep_size=torch.distributed.get_world_size())
     front = moe_locality if swap else deepspeed  # line 3 of 3: moe_locality.initialize
@@ -62,7 +62,7 @@ def train(*, swap: bool, steps: int) -> list[float]:
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
-    return losses
+    return losses, model
 
 
 def main() -> None:
@@ -73,8 +73,9 @@ def main() -> None:
     args = parser.parse_args()
     avoid_cpu_jit()  # on a CPU, DeepSpeed would compile an op here first
     deepspeed.init_distributed(verbose=False)
-    losses = train(swap=args.swap, steps=args.steps)
+    losses, model = train(swap=args.swap, steps=args.steps)
     if torch.distributed.get_rank() == 0:
+        print(f"layer {type(model.moe).__module__}.{type(model.moe).__name__}", flush=True)
         for step, loss in enumerate(losses):
             print(f"step {step} loss {loss:.6f}", flush=True)
     torch.distributed.barrier()

@@ -40,7 +40,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--out", default="runs/example", help="directory of the results")
     add("--seed", type=int, default=0)
     add("--trace", metavar="DIR", help="record the routing of training and evaluation")
-    add("--trace-from", type=int, metavar="STEP", help="first recorded step (default: last third)")
+    add("--trace-from", type=int, metavar="STEP", help="first recorded step (default: last sixth)")
     add("--plan", metavar="FILE", help="placement plan (layer locality)")
     add("--homes", metavar="FILE", help="JSON: request id -> rank")
     add("--metrics", metavar="FILE", help="JSON lines, one per step (default: OUT/metrics.jsonl)")
@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
         append=done > 0 and not args.eval_only,
     )
     recorder = Recorder(engine, args.trace)
-    first_recorded = steps * 2 // 3 + 1 if args.trace_from is None else args.trace_from
+    first_recorded = steps * 5 // 6 + 1 if args.trace_from is None else args.trace_from
 
     def train(first: int, until: int) -> None:
         batches = data.train_batches(train_set, steps=until, seed=args.seed, **dealt)

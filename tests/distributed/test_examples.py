@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import moe_locality
 from examples.lm import data, training
 from examples.lm.evaluation import compare_evaluations, evaluate_requests, read_evaluation
 from examples.lm.model import build_model, preset
@@ -84,14 +85,18 @@ def swap(rank, world_size, swapped):
     sys.path.insert(0, str(ROOT / "examples"))
     import swap_layer
 
-    return swap_layer.train(swap=swapped, steps=4)
+    losses, model = swap_layer.train(swap=swapped, steps=4)
+    return losses, isinstance(model.moe, moe_locality.MoE)
 
 
 def test_the_three_lines_leave_the_losses_as_they_were():
-    stock, ours = (run_ranks(swap, 2, swapped, deepspeed=True) for swapped in (False, True))
+    before, after = (run_ranks(swap, 2, swapped, deepspeed=True) for swapped in (False, True))
+    assert [ours for _, ours in before] == [False, False]
+    assert [ours for _, ours in after] == [True, True]
     rtol, atol = LOSS["float32"]
-    np.testing.assert_allclose(ours, stock, rtol=rtol, atol=atol)
-    assert len(set(stock[0])) == 4  # the model moves
+    for (stock, _), (ours, _) in zip(before, after, strict=True):
+        np.testing.assert_allclose(ours, stock, rtol=rtol, atol=atol)
+        assert len(set(stock)) == 4  # the model moves
 
 
 def launch(script: Path, *arguments: str, limit_s: float = 200) -> subprocess.CompletedProcess:

@@ -21,7 +21,7 @@ def llama(*, tied: bool = False, kv_heads: int = 2, **changes) -> LlamaForCausal
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": tied,
         "initializer_range": 0.2,  # large enough for every part to matter in the logits
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 20_000.0},
         **changes,
     }
     return LlamaForCausalLM(LlamaConfig(**settings)).eval()

@@ -39,6 +39,10 @@ def test_logits_stay_those_of_the_dense_model(kind, k):
     for layer in picks:
         assert int(layer.exp_counts.sum()) == 2 * 48 * k
         assert int((layer.exp_counts > 0).sum()) > k
+    # and draws nothing at random
+    counts = [layer.exp_counts.clone() for layer in picks]
+    logits(sparse)
+    assert all(torch.equal(a, layer.exp_counts) for a, layer in zip(counts, picks, strict=True))
 
 
 def test_expert_parameters_are_marked_for_deepspeed_and_router_is_not():
