@@ -182,6 +182,7 @@ def start_tracking(
     if config is None or not config.enabled or config.mode == "disabled" or rank != 0:
         return NullTracker()
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read when wandb is imported
+    os.environ.setdefault("WANDB_SILENT", "true")  # artifacts print past the settings below
     try:
         import wandb
     except ImportError as error:

@@ -86,7 +86,7 @@ def report_data(options: DemoOptions, found: ModelDemo, facts: dict[str, Any]) -
             f"{len(trace.domain)} domains and its routing recorded. Experts and requests were then "
             "placed, and the same held-out requests and further training steps run twice through "
             "moe_locality's layer: in the usual order, and with the placement.",
-            *outcome_lines(facts),
+            *(f"{line[0].upper()}{line[1:]}." for line in outcome_lines(facts)),
             *trace_words(trace, found.analysis),
         ),
         facts=(

@@ -69,7 +69,7 @@ class Assembler:
         self,
         layer: int,
         module: torch.nn.Module,
-        read: Callable[[], Routes],
+        read: Callable[[bool], Routes],
         shape: tuple[int, int] | None,
     ) -> None:
         """Take the picks of one layer."""
@@ -81,12 +81,12 @@ class Assembler:
             self.finish()
             block = None
         if block is None:
-            routes = read()
+            routes = read(self._settings.weights)
             if _not_real(routes.ids):
                 return
             block = self._begin(len(routes.ids), annotation, shape, module.training)
         elif block.recorded:
-            routes = read()
+            routes = read(self._settings.weights)
         else:
             return
         block.layers_seen.add(layer)
@@ -199,7 +199,7 @@ class Assembler:
             return
         if not block.entries:
             block.start = offset
-        ring.fill(offset, routes.ids, routes.weights if self._settings.weights else None)
+        ring.fill(offset, routes.ids, routes.weights)
         block.entries.append(Entry(layer, offset, top_k, self._lookup(module)))
 
     def _ring_for(self, block: Block, routes: Routes) -> Ring | None:

@@ -27,7 +27,7 @@ MAX_EXPERTS = 32_767
 _EXPERTS_MARKS = ("is_transposed", "is_concatenated", "has_gate", "has_bias", "num_experts")
 """What transformers' ``@use_experts_implementation`` (the ExpertsInterface) sets on a module."""
 
-OnRoutes = Callable[[int, torch.nn.Module, Callable[[], Routes]], None]
+OnRoutes = Callable[[int, torch.nn.Module, Callable[[bool], Routes]], None]
 OnShape = Callable[[int, "tuple[int, int] | None"], None]
 
 
@@ -140,7 +140,7 @@ def hook_layer(
     """Hook one layer and return the handles.
 
     ``on_shape(index, (B, S) or None)`` is called before it runs, ``on_routes(index, module, read)``
-    when it has routed; ``read()`` returns the Routes.
+    when it has routed; ``read(with_weights)`` returns the Routes.
     """
     handles = []
     if layer.parent is not None:
@@ -155,13 +155,13 @@ def hook_layer(
 
 def _hook_router(index: int, layer: MoeLayer, on_routes: OnRoutes) -> RemovableHandle:
     def experts(module, args, kwargs):
-        on_routes(index, module, lambda: read_experts_input(args, kwargs))
+        on_routes(index, module, lambda weights: read_experts_input(args, kwargs, weights))
 
     def router(module, _args, output):
-        on_routes(index, module, lambda: read_autoep_router(output))
+        on_routes(index, module, lambda weights: read_autoep_router(output, weights))
 
     def gate(module, _args, output):
-        on_routes(index, module, lambda: read_deepspeed_gate(output, module.k))
+        on_routes(index, module, lambda weights: read_deepspeed_gate(output, module.k, weights))
 
     if layer.kind == "transformers":
         return layer.module.register_forward_pre_hook(Hook(experts), with_kwargs=True)

@@ -87,7 +87,7 @@ class Ring:
         place = offset % self.capacity
         for buffer, values in zip(self._device, (ids, weights), strict=False):
             if values is not None:
-                target = buffer[place : place + values.numel()].view(values.shape)
+                target = buffer.as_strided(values.shape, (values.shape[1], 1), place)
                 target.copy_(values, non_blocking=self._stream is not None)
 
     def send(self, start: int, end: int) -> torch.cuda.Event | None:

@@ -19,10 +19,10 @@ class Routes(NamedTuple):
     ids: torch.Tensor
     """Any integer type, [T, K], -1 = no pick."""
     weights: torch.Tensor | None
-    """[T, K]; None where the router returned none."""
+    """[T, K]; None where nobody asked for them."""
 
 
-def read_deepspeed_gate(output: Any, top_k: int) -> Routes:
+def read_deepspeed_gate(output: Any, top_k: int, with_weights: bool) -> Routes:
     """Read the output of ``deepspeed.moe.sharded_moe.TopKGate``.
 
     Three layouts exist: sparse (DeepSpeed 0.19.4 and later) with indices and gates [K, T]; the same
@@ -37,7 +37,7 @@ def read_deepspeed_gate(output: Any, top_k: int) -> Routes:
         if isinstance(indices, (list, tuple)):
             indices, gates = torch.stack(tuple(indices)), torch.stack(tuple(gates))
         if indices.ndim == 2 and not indices.is_floating_point():
-            return Routes(indices.t(), gates.detach().t())
+            return Routes(indices.t(), gates.detach().t() if with_weights else None)
     elif isinstance(output, tuple) and len(output) == 4:
         combine = output[1]
         if isinstance(combine, torch.Tensor) and combine.ndim == 3:
@@ -50,21 +50,21 @@ def read_deepspeed_gate(output: Any, top_k: int) -> Routes:
     )
 
 
-def read_autoep_router(output: Any) -> Routes:
+def read_autoep_router(output: Any, with_weights: bool) -> Routes:
     """Read the output of ``deepspeed.moe.ep_router.TokenChoiceTopKRouter``: scores, ids [T, K]."""
     if isinstance(output, tuple) and len(output) >= 2 and _are_picks(output[1], output[0]):
-        return Routes(output[1], output[0].detach())
+        return Routes(output[1], output[0].detach() if with_weights else None)
     raise TraceError(
         f"found a router output {_describe(output)}, expected (scores [T, K], experts [T, K], "
         "counts [E]): use a supported DeepSpeed version"
     )
 
 
-def read_experts_input(args: Sequence[Any], kwargs: dict[str, Any]) -> Routes:
+def read_experts_input(args: Sequence[Any], kwargs: dict[str, Any], with_weights: bool) -> Routes:
     """Read what a transformers experts module was called with: (hidden states, ids, weights)."""
     given = [*args, *kwargs.values()]
     if len(given) >= 3 and _are_picks(given[1], given[2]):
-        return Routes(given[1], given[2].detach())
+        return Routes(given[1], given[2].detach() if with_weights else None)
     raise TraceError(
         f"found an experts module called with {_describe(given)}, expected hidden states [T, D], "
         "expert ids [T, K] and weights [T, K]: use a supported transformers version"
