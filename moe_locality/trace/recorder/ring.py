@@ -100,7 +100,7 @@ class Ring:
                 for source, target in zip(self._device, self._host, strict=True):
                     for a, b in self._spans(start, end):
                         target[a:b].copy_(source[a:b], non_blocking=True)
-                event = torch.cuda.Event()
+                event = torch.cuda.Event(blocking=True)  # the writer sleeps, it does not spin
                 event.record(self._stream)
         return event
 
