@@ -72,6 +72,18 @@ def tensor_parallel_size() -> int:
     return 1 if groups.mpu is None else bwc_tensor_model_parallel_world_size(groups.mpu)
 
 
+def all_to_all_replaced() -> bool:
+    """Return whether somebody put another exchange in the place of DeepSpeed's ``_AllToAll``.
+
+    Profilers, compressing transports and DeepSpeed's own tests set ``_AllToAll.apply``; what they
+    put there has to see the exchanges of a layer that stands in for DeepSpeed's.
+    """
+    from deepspeed.moe import sharded_moe
+
+    function = sharded_moe._AllToAll
+    return function.__module__ != sharded_moe.__name__ or "apply" in vars(function)
+
+
 def expert_group_registered(name: str) -> bool:
     """Return whether DeepSpeed has an expert-parallel group of this name (``ep_size_{n}``)."""
     from deepspeed.utils import groups

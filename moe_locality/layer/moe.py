@@ -158,8 +158,9 @@ class LocalityMOELayer(MOELayer):
 
     def forward(self, *input: Tensor, **kwargs: Any) -> Tensor:
         """``(hidden_states [..., D], used_token)`` to ``[..., D]``; sets l_aux and exp_counts."""
-        if self.use_tutel or compat.tensor_parallel_size() > 1:
-            return self._padded_forward(*input, **kwargs)
+        why_padded = self._why_padded()
+        if why_padded is not None:
+            return self._padded_forward(why_padded, *input, **kwargs)
         return self._ragged_forward(input[0], input[1])  # pyright: ignore[reportCallIssue]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -189,14 +190,23 @@ class LocalityMOELayer(MOELayer):
         self.time_moe = self._timer(MOE_TIMER)
         return output
 
-    def _padded_forward(self, *input: Tensor, **kwargs: Any) -> Tensor:
+    def _why_padded(self) -> str | None:
+        """What only DeepSpeed's own dispatch can serve, or None."""
+        if self.use_tutel:
+            return "Tutel is on"
+        if compat.tensor_parallel_size() > 1:
+            return "tensor parallelism is on"
+        if compat.all_to_all_replaced():
+            return "DeepSpeed's all-to-all was replaced, and the replacement has to see it"
+        return None
+
+    def _padded_forward(self, why: str, *input: Tensor, **kwargs: Any) -> Tensor:
         if not self._said_padded:
             self._said_padded = True
             logger.warning(
-                "moe_locality: %s is on, so DeepSpeed's padded dispatch runs in this layer: "
-                "results and placement are right, the ragged exchange and its traffic counters are "
-                "off",
-                "Tutel" if self.use_tutel else "tensor parallelism",
+                "moe_locality: %s, so DeepSpeed's padded dispatch runs in this layer: results and "
+                "placement are right, the ragged exchange and its traffic counters are off",
+                why,
             )
 
         def gate_of_slots(*args: Any) -> tuple:

@@ -107,3 +107,20 @@ def test_expert_groups_are_found_by_name(monkeypatch):
     assert compat.expert_group_registered("ep_size_2")
     assert not compat.expert_group_registered("ep_size_4")
     assert compat.expert_parallel_group("ep_size_2") == "the group"
+
+
+def test_a_replaced_all_to_all_is_seen(monkeypatch):
+    from deepspeed.moe import sharded_moe
+
+    assert not compat.all_to_all_replaced()
+    with monkeypatch.context() as patch:
+        patch.setattr(sharded_moe._AllToAll, "apply", lambda group, x: x)
+        assert compat.all_to_all_replaced()
+
+    class Another(torch.autograd.Function):
+        pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sharded_moe, "_AllToAll", Another)
+        assert compat.all_to_all_replaced()
+    assert not compat.all_to_all_replaced()
