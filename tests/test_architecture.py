@@ -16,6 +16,7 @@ PACKAGE = ROOT / "moe_locality"
 FLOORS = {
     "moe_locality": 0,
     "moe_locality.errors": 0,
+    "moe_locality.apex": 0,
     "moe_locality.config": 0,
     "moe_locality.trace": 1,
     "moe_locality.trace.recorder": 4,
@@ -23,6 +24,7 @@ FLOORS = {
     "moe_locality.topology.groups": 4,
     "moe_locality.placement": 2,
     "moe_locality.placement.plan": 1,
+    "moe_locality.placement.export": 1,
     "moe_locality.analysis": 2,
     "moe_locality.batching": 2,
     "moe_locality.simulator": 2,

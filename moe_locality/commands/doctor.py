@@ -7,9 +7,9 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
+from moe_locality.apex import nvidia_apex_state
 from moe_locality.commands.output import Result, table
 
 WANTED = (
@@ -22,7 +22,7 @@ WANTED = (
     ("transformers", "5.0", "Hugging Face models", "hf"),
     ("safetensors", "0.4", "Hugging Face checkpoints", "hf"),
     ("matplotlib", "3.8", "reports", "report"),
-    ("wandb", "0.19", "tracking", "wandb"),
+    ("wandb", "0.20", "tracking", "wandb"),
     ("mpi4py", "4", "clusters under MPI", "mpi"),
     ("prometheus-client", "0.20", "serving counters", "serve"),
     ("mtkahypar", "1.7", "the hypergraph baseline", "solver"),
@@ -34,7 +34,7 @@ COMPILERS = ("nvcc", "g++", "ninja", "mpirun", "pdsh")
 def doctor() -> Result:
     """Look around; nothing is changed and nothing heavy is imported."""
     packages = [_package(*wanted) for wanted in WANTED]
-    apex_state, apex_words = nvidia_apex()
+    apex_state, apex_words = nvidia_apex_state()
     tools = {name: _tool(name) for name in COMPILERS}
     backends = _backends()
     problems = [p["problem"] for p in packages if p["problem"]]
@@ -100,29 +100,6 @@ def _package(name: str, least: str, purpose: str, extra: str | None) -> dict[str
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
-
-
-def nvidia_apex() -> tuple[str, str]:
-    """Return (state, words): "absent", "wrong", "python-only" or "cuda".
-
-    The package that PyPI calls ``apex`` is a toolkit for web sites, and runs code when imported: so
-    nothing is imported here.
-    """
-    spec = importlib.util.find_spec("apex")
-    if spec is None:
-        return "absent", ""
-    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
-    if not any(
-        (f / "normalization").is_dir() and (f / "multi_tensor_apply").is_dir() for f in folders
-    ):
-        version = _version("apex")
-        return "wrong", (
-            f"found the apex of PyPI ({version or 'no version'}), expected NVIDIA's or none: pip "
-            "uninstall apex, then build github.com/NVIDIA/apex from its source if you want it"
-        )
-    extensions = ("fused_layer_norm_cuda", "amp_C")
-    built = [name for name in extensions if importlib.util.find_spec(name) is not None]
-    return ("cuda", ", ".join(built)) if built else ("python-only", "without its CUDA extensions")
 
 
 def _backends() -> dict[str, str]:

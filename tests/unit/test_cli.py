@@ -268,7 +268,7 @@ def test_doctor_lists_what_is_here():
         (
             {"__init__.py": "", "normalization/__init__.py": "", "multi_tensor_apply/a.py": ""},
             "python-only",
-            "without its CUDA extensions",
+            "without fused_layer_norm_cuda",
         ),
     ],
 )
@@ -278,7 +278,7 @@ def test_doctor_tells_the_apex_of_nvidia_from_the_other(files, state, words, tmp
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
     monkeypatch.syspath_prepend(tmp_path)
-    found = doctor.nvidia_apex()
+    found = doctor.nvidia_apex_state()
     assert found[0] == state
     assert words in found[1]
     assert "apex" not in sys.modules

@@ -13,9 +13,14 @@ from examples.lm import norms
 def fake_site(tmp_path, monkeypatch):
     """A folder at the front of the import path; packages put there are found and never imported."""
     monkeypatch.syspath_prepend(str(tmp_path))
+    _forget_apex()
+    yield tmp_path
+    _forget_apex()
+
+
+def _forget_apex():
     for name in [n for n in sys.modules if n.split(".")[0] in ("apex", "fused_layer_norm_cuda")]:
-        monkeypatch.delitem(sys.modules, name)
-    return tmp_path
+        del sys.modules[name]
 
 
 def write_apex(folder, *, real: bool, body: str = "raise RuntimeError('was imported')\n"):
