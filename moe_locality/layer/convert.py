@@ -53,7 +53,7 @@ def apply(
     Args:
         config: the ``"moe_locality"`` section, or a ds_config with it.
         plan: place the experts too: their weights move between the ranks (collective, and before
-            ``deepspeed.initialize``).
+            ``deepspeed.initialize``). Default: the plan that the section names.
         topology: node of every rank, for the traffic report.
 
     Raises:
@@ -65,9 +65,11 @@ def apply(
     if not layers:
         raise ConfigError(
             f"found no deepspeed.moe.layer.MoE in {type(model).__name__}, expected at least one: "
-            "moe_locality swaps DeepSpeed's MoE layers (for Hugging Face models, bake the plan "
-            "into the checkpoint with `moe-locality bake`)"
+            "moe_locality swaps DeepSpeed's MoE layers (for Hugging Face models, put the plan into "
+            "the weights with moe_locality.layer.relabel_state_dict)"
         )
+    if plan is None and section.plan is not None:
+        plan = PlacementPlan.read(section.plan)
     if plan is not None:
         sizes = {module.num_experts for _, module in layers}
         plan.check_fits(layer_count=len(layers), num_experts=max(sizes))

@@ -132,3 +132,16 @@ def test_a_plan_relabels_and_the_model_stays_the_same():
     assert net.a.deepspeed_moe.gate.slot_to_logical.tolist() == [3, 1, 0, 2]
     torch.manual_seed(1)
     torch.testing.assert_close(net(x), expected)
+
+
+def test_the_plan_of_the_section_is_used(tmp_path):
+    plan = PlacementPlan.linear(
+        num_experts=4, layer_ids=(0, 1), num_nodes=1, ranks_per_node=1
+    ).to_dict()
+    plan["physical_to_logical_map"] = [[3, 2, 1, 0], [1, 0, 3, 2]]
+    path = tmp_path / "plan.json"
+    PlacementPlan.from_dict(plan).write(path)
+    net = moe_locality.apply(Net(), {"moe_locality": {"plan": str(path)}})
+    assert net.a.deepspeed_moe.gate.slot_to_logical.tolist() == [3, 2, 1, 0]
+    with pytest.raises(PlacementError, match="none"):
+        moe_locality.apply(Net(), {"plan": str(tmp_path / "none.json")})
