@@ -5,6 +5,7 @@ the rendezvous store, which needs no device and no interface of its own; a disag
 all ranks, with the ranks that differ.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -13,6 +14,7 @@ import socket
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -42,6 +44,9 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+_READ_LIMIT = timedelta(seconds=30)
+"""How long the first rank waits for the others to have read what was exchanged."""
 
 _exchanges: Counter[str] = Counter()
 _built: dict[str, "ExpertParallelGroups"] = {}
@@ -76,7 +81,14 @@ def exchange_objects(value: Any, group: Any = None) -> list[Any]:
     store.set(f"{key}/{me}", pickle.dumps(value))
     if me == ranks[0]:
         store.set(key, pickle.dumps([store.get(f"{key}/{rank}") for rank in ranks]))
-    return [pickle.loads(value) for value in pickle.loads(store.get(key))]
+    everyone = pickle.loads(store.get(key))
+    store.set(f"{key}/read/{me}", "")
+    if me == ranks[0]:
+        # its process may hold the store: were it to raise over what it read and end, the others
+        # would see a broken connection instead of the reason
+        with contextlib.suppress(RuntimeError):
+            store.wait([f"{key}/read/{rank}" for rank in ranks], _READ_LIMIT)
+    return [pickle.loads(value) for value in everyone]
 
 
 def _raise_on_all(error: str | None, what: str, group: Any = None) -> None:

@@ -108,6 +108,15 @@ def test_a_plan_without_an_expert_stops_all_ranks(tmp_path):
     assert "layer 1" in output
 
 
+def test_a_plan_for_other_nodes_stops_all_ranks(tmp_path):
+    plan = tmp_path / "plan.json"
+    linear_plan(num_nodes=2, ranks_per_node=1).write(plan)
+    section = {"plan": str(plan), "cluster": {"num_nodes": 1, "ranks_per_node": 2}}
+    output = failing_run(tmp_path, "--layer", "locality", section=section)
+    words = r"PlacementError: found a plan for expert groups on nodes \[0, 1\].*expected \[0, 0\]"
+    assert ranks_that_said(output, words) == NUM_RANKS, output[-4000:]
+
+
 def test_an_unwritable_trace_folder_stops_all_ranks_before_training(tmp_path):
     (tmp_path / "file").write_text("not a directory")
     section = {"trace": {"path": str(tmp_path / "file" / "trace")}}

@@ -219,7 +219,7 @@ class Assembler:
 
     def _lookup(self, module: Any) -> Any:
         """Map of a gate whose ids are slots; a gate that routes in the logical frame needs none."""
-        table = getattr(module, "slot_to_logical", None)
+        table = vars(module).get("slot_to_logical")  # a plain attribute; Module.__getattr__ is slow
         if table is None or getattr(module, "routes_in_logical_frame", False):
             return None
         known = self._lookups.get(id(module))

@@ -37,13 +37,17 @@ class Hook:
     In a compiled model it is a graph break: tracing it would compile the state of the recorder in.
     """
 
-    __slots__ = ("_call",)
+    __slots__ = ("_call", "_untraced")
 
     def __init__(self, call: Callable[..., None]) -> None:
-        self._call = torch.compiler.disable(call)
+        self._call = call
+        self._untraced = torch.compiler.disable(call)
 
     def __call__(self, *args: Any) -> None:
-        self._call(*args)
+        if torch.compiler.is_compiling():  # while tracing; the wrapper costs ten times the call
+            self._untraced(*args)
+        else:
+            self._call(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_absent_hook, ())
