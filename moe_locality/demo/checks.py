@@ -84,3 +84,14 @@ def check_prediction(
             f"recorded trace is {predicted}: the trace is not of this model, or a counter is wrong"
         )
     return result
+
+
+def counted_imbalance(run: Run, topology: ClusterTopology) -> dict[str, float]:
+    """Max / mean of the rows that nodes and ranks received for their experts, mean over layers."""
+    nodes, ranks = [], []
+    for layer in (run.traffic or {})["per_layer"]:
+        received = np.asarray(layer["rows"]["dispatch"]).sum(axis=0)
+        by_node = np.bincount(topology.rank_to_node, weights=received)
+        nodes.append(by_node.max() / by_node.mean())
+        ranks.append(received.max() / received.mean())
+    return {"node": float(np.mean(nodes)), "rank": float(np.mean(ranks))}

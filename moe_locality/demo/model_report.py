@@ -5,6 +5,7 @@ from typing import Any
 from moe_locality.compare import trace_figures, track_comparison
 from moe_locality.compare.content import trace_facts, trace_summary_table, trace_words
 from moe_locality.config import TrackingConfig
+from moe_locality.demo.checks import counted_imbalance
 from moe_locality.demo.model_run import ModelDemo
 from moe_locality.demo.options import DemoOptions
 from moe_locality.demo.progress import Progress
@@ -30,10 +31,10 @@ def outcome(options: DemoOptions, found: ModelDemo) -> dict[str, Any]:
     """Return the figures of the demo as plain data; ``predicted`` ones say so in their name."""
     domains = found.analysis["domains"]
     bytes_of = {name: check["counted_bytes"] for name, check in found.bytes_checked.items()}
-    values = {
-        row.metric: dict(zip(("linear", "placed"), row.values, strict=True))
-        for row in found.predicted.rows
+    balance = {
+        run.name: counted_imbalance(run, found.topology) for run in (found.linear, found.placed)
     }
+    copies = found.predicted.row("copies")
     return {
         "kind": "model",
         "cluster": f"{options.num_nodes} nodes x {options.ranks_per_node} ranks (emulated)",
@@ -44,9 +45,9 @@ def outcome(options: DemoOptions, found: ModelDemo) -> dict[str, Any]:
         "cross_node_dispatch_bytes": bytes_of,
         "cross_node_dispatch_saved": 1 - bytes_of["placed"] / bytes_of["linear"],
         "prediction_check": found.bytes_checked,
-        "node_imbalance": values["node_imbalance"],
-        "rank_imbalance": values["rank_imbalance"],
-        "predicted_copies": values["copies"],
+        "node_imbalance": {name: found["node"] for name, found in balance.items()},
+        "rank_imbalance": {name: found["rank"] for name, found in balance.items()},
+        "predicted_copies": dict(zip(balance, copies.values, strict=True)) if copies else {},
         "max_loss_difference": found.agreement.max_loss_difference,
         "max_logit_difference": found.agreement.max_logit_difference,
         "max_train_loss_difference": found.agreement.max_train_loss_difference,
@@ -66,7 +67,8 @@ def outcome_lines(facts: dict[str, Any]) -> list[str]:
         f"{sizes['placed']:,} placed: {facts['cross_node_dispatch_saved']:.1%} saved",
         "rows across nodes, predicted from the trace = counted: "
         + ", ".join(f"{c['predicted_rows']:,} = {c['counted_rows']:,}" for c in check.values()),
-        f"busiest node / mean: {balance['linear']:.3f} linear, {balance['placed']:.3f} placed",
+        f"busiest node / mean (counted): {balance['linear']:.3f} linear, "
+        f"{balance['placed']:.3f} placed",
         "copies per token and layer, were each token sent once per node (predicted): "
         f"{copies['linear']:.3f} linear, {copies['placed']:.3f} placed",
         f"largest difference of a request's loss {facts['max_loss_difference']:.1e}, of a logit "
@@ -106,7 +108,7 @@ def report_data(options: DemoOptions, found: ModelDemo, facts: dict[str, Any]) -
                 context=f"{sizes['linear']:,} → {sizes['placed']:,}",
             ),
             Headline(
-                label="busiest node / mean",
+                label="busiest node / mean (measured)",
                 value=f"{balance['placed']:.3f}",
                 context=f"linear {balance['linear']:.3f}",
             ),

@@ -12,7 +12,7 @@ from moe_locality.compare import read_run
 from moe_locality.demo import run_demo
 from moe_locality.demo.checks import check_agreement, check_prediction
 from moe_locality.errors import MoeLocalityError
-from moe_locality.placement import PlacementPlan
+from moe_locality.placement import PlacementPlan, evaluate
 from moe_locality.topology import ClusterTopology
 from moe_locality.trace import PREFILL, TRAIN, read_trace
 
@@ -31,6 +31,16 @@ def test_bytes_are_predicted_exactly_and_fewer(demo):
         assert check["counted_bytes"] == check["counted_rows"] * 32 * 4  # width, fp32
     sizes = found["cross_node_dispatch_bytes"]
     assert sizes["placed"] < sizes["linear"]
+
+
+def test_counted_balance_is_the_predicted_one(demo):
+    out, found = demo
+    held_out = read_trace(out / "record" / "trace").filter(stages=[PREFILL])
+    homes = {int(k): v for k, v in json.loads((out / "homes.json").read_text()).items()}
+    plan, cluster = PlacementPlan.read(out / "plan.json"), ClusterTopology.uniform(2, 2)
+    costs = evaluate(held_out, plan, cluster, homes)
+    assert found["node_imbalance"]["placed"] == pytest.approx(costs.node_imbalance, rel=1e-12)
+    assert found["rank_imbalance"]["placed"] == pytest.approx(costs.rank_imbalance, rel=1e-12)
 
 
 def test_placement_changes_nothing_that_is_computed(demo):
