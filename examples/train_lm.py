@@ -268,7 +268,12 @@ def run() -> None:
     except Exception:  # noqa: BLE001  reported in full, then the process ends
         traceback.print_exc()
         rank = os.environ.get("RANK", "0")
-        print(f"rank {rank} failed, all ranks are being ended", file=sys.stderr, flush=True)
+        print(
+            f"rank {rank} failed, all ranks are being ended (a broken connection means that another"
+            " rank failed first: its message is the one to read)",
+            file=sys.stderr,
+            flush=True,
+        )
         sys.stdout.flush()
         os._exit(1)
     if dist.is_initialized():

@@ -153,6 +153,7 @@ def test_a_killed_rank_ends_the_run_and_the_trace_stays_readable(tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode != 0
     assert time.monotonic() - killed < 60
+    assert "rank 0 failed, all ranks are being ended (a broken connection means" in output
     assert "exits with return code" in output
     found = read_trace(trace)
     assert found.num_tokens >= 6 * 512 // NUM_RANKS
