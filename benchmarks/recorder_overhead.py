@@ -13,12 +13,8 @@ every block of steps ends with ``flush()``. Nothing here is simulated.
 """
 
 import argparse
-import csv
-import datetime
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,28 +24,12 @@ from pathlib import Path
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import deepspeed
 import torch
+from _results import append_rows
 from deepspeed.moe.layer import MoE
 from torch import nn
 
-import moe_locality
 from moe_locality.trace.recorder import RoutingRecorder, annotate
-
-COLUMNS = [
-    "benchmark",
-    "case",
-    "metric",
-    "value",
-    "unit",
-    "kind",
-    "baseline",
-    "device",
-    "versions",
-    "commit",
-    "date",
-    "note",
-]
 
 
 class Block(nn.Module):
@@ -214,12 +194,6 @@ def measure(
 def rows(options: argparse.Namespace, result: Result) -> Iterator[dict[str, str]]:
     """Lines of results.csv for one clock."""
     low, high = result.range_percent
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
-        "moe_locality": moe_locality.__version__,
-    }
     common = {
         "benchmark": "recorder_overhead",
         "case": (
@@ -228,11 +202,8 @@ def rows(options: argparse.Namespace, result: Result) -> Iterator[dict[str, str]
         ),
         "kind": "measured",
         "baseline": "same step without recorder",
-        "device": f"CPU {platform.machine()} threads={torch.get_num_threads()}",
-        "versions": " ".join(f"{name}={version}" for name, version in versions.items()),
-        "commit": commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "note": (
+            f"{torch.get_num_threads()} threads; "
             f"median of {options.rounds} rounds A B B A of {options.steps} steps; middle half "
             f"{low:+.2f} to {high:+.2f} %; load average {os.getloadavg()[0]:.1f}"
         ),
@@ -243,23 +214,6 @@ def rows(options: argparse.Namespace, result: Result) -> Iterator[dict[str, str]
         (f"step_with_{result.clock}", f"{result.with_us:.0f}", "us"),
     ):
         yield {**common, "metric": metric, "value": value, "unit": unit}
-
-
-def commit() -> str:
-    """Short hash of the checkout, "-" outside one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "-"
-
-
-def append(path: Path, lines: list[dict[str, str]]) -> None:
-    """Append to the table of results; make it with its header where it is absent."""
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(lines)
 
 
 def arguments() -> argparse.Namespace:
@@ -302,7 +256,7 @@ def main() -> None:
     for result in results:
         print(result)
         if options.csv:
-            append(options.csv, list(rows(options, result)))
+            append_rows(options.csv, rows(options, result), packages=("torch", "deepspeed"))
 
 
 if __name__ == "__main__":
