@@ -1,1 +1,0 @@
-"""TODO: re-exports of this package (its owner writes this)."""
