@@ -43,6 +43,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--trace-from", type=int, metavar="STEP", help="first recorded step (default: last sixth)")
     add("--plan", metavar="FILE", help="placement plan (layer locality)")
     add("--homes", metavar="FILE", help="JSON: request id -> rank")
+    add("--exchange", choices=["flat", "hierarchical"], help="how tokens travel (layer locality)")
     add("--metrics", metavar="FILE", help="JSON lines, one per step (default: OUT/metrics.jsonl)")
     add("--save-checkpoint", metavar="DIR")
     add("--load-checkpoint", metavar="DIR")
@@ -150,6 +151,8 @@ def run_config(
             )
         cluster = {"num_nodes": args.num_nodes, "ranks_per_node": num_ranks // args.num_nodes}
         config.setdefault("moe_locality", {})["cluster"] = cluster
+    if args.exchange:
+        config.setdefault("moe_locality", {})["dispatch"] = {"exchange": args.exchange}
     return config
 
 

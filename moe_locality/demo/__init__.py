@@ -11,7 +11,10 @@ from moe_locality.errors import ConfigError
 
 __all__ = ["DemoOptions", "run_demo"]
 
-OWN = ("record", "linear", "placed", "wandb", "plan.json", "homes.json", "report.html")
+OWN = (
+    *("record", "linear", "placed", "once_per_node", "wandb"),
+    *("plan.json", "homes.json", "report.html"),
+)
 
 
 def run_demo(

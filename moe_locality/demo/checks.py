@@ -1,7 +1,7 @@
 """What must hold between the runs of the demo; a failed check ends it with the figures."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,6 +25,15 @@ class Agreement:
     max_logit_difference: float
     train_steps: int
     max_train_loss_difference: float
+
+    def worse(self, other: "Agreement") -> "Agreement":
+        """The largest differences of two comparisons of the same size."""
+        return Agreement(
+            **{name: max(getattr(self, name), getattr(other, name)) for name in FIELDS}
+        )
+
+
+FIELDS = tuple(field.name for field in fields(Agreement))
 
 
 def check_agreement(first: Run, second: Run) -> Agreement:
@@ -66,8 +75,12 @@ def check_prediction(
     plan: PlacementPlan,
     topology: ClusterTopology,
     homes: dict[int, int],
+    cost: Literal["picks", "copies"] = "picks",
 ) -> dict[str, Any]:
     """Compare the rows that the layers counted with what ``evaluate`` predicts from the trace.
+
+    ``cost``: what the exchange sends, a row for each remote pick (flat) or for each remote node of
+    a token (hierarchical).
 
     Returns predicted and counted cross-node rows and bytes of the dispatch.
 
@@ -76,7 +89,8 @@ def check_prediction(
     """
     traffic = run.traffic or {}
     rows, size = (traffic[key]["dispatch"]["cross_node"] for key in ("rows_by_link", "by_link"))
-    predicted = evaluate(trace, plan, topology, homes).total_picks
+    costs = evaluate(trace, plan, topology, homes)
+    predicted = costs.total_picks if cost == "picks" else costs.total_copies
     result = {"predicted_rows": predicted, "counted_rows": rows, "counted_bytes": size}
     if predicted != rows:
         raise MoeLocalityError(

@@ -7,6 +7,7 @@ The stages and what each writes below ``out``:
     homes.json   home rank of each held-out request, from its first tokens
     linear/      our layer, experts in their usual order, requests dealt in turn
     placed/      our layer, the same checkpoint and requests, with the plan and the homes
+    once_per_node/  the same as placed, through the exchange that sends a token once per node
     report.html  what came of it
 """
 
@@ -39,6 +40,7 @@ class ModelDemo:
     topology: ClusterTopology
     linear: Run
     placed: Run
+    once_per_node: Run
     predicted: Comparison
     measured: Comparison
     agreement: Agreement
@@ -63,15 +65,21 @@ def run_model(options: DemoOptions, progress: Progress) -> ModelDemo:
     linear = _run(options, "linear", [], progress)
     placed_arguments = ["--plan", str(out / "plan.json"), "--homes", str(out / "homes.json")]
     placed = _run(options, "placed", placed_arguments, progress)
+    hierarchical = [*placed_arguments, "--exchange", "hierarchical"]
+    once_per_node = _run(options, "once_per_node", hierarchical, progress)
     dealt = _ranks_of_requests(linear)
     candidates = [
         Candidate(name="linear", plan=linear_plan(plan), homes=dealt),
         Candidate(name="placed", plan=plan, homes=homes),
     ]
-    agreement = check_agreement(linear, placed)
+    agreement = check_agreement(linear, placed).worse(check_agreement(linear, once_per_node))
     checked = {
-        run.name: check_prediction(run, held_out, c.plan, topology, _ranks_of_requests(run))
-        for run, c in zip((linear, placed), candidates, strict=True)
+        run.name: check_prediction(run, held_out, p, topology, _ranks_of_requests(run), cost)
+        for run, p, cost in (
+            (linear, candidates[0].plan, "picks"),
+            (placed, plan, "picks"),
+            (once_per_node, plan, "copies"),
+        )
     }
     return ModelDemo(
         held_out=held_out,
@@ -80,6 +88,7 @@ def run_model(options: DemoOptions, progress: Progress) -> ModelDemo:
         topology=topology,
         linear=linear,
         placed=placed,
+        once_per_node=once_per_node,
         predicted=compare_plans(held_out, candidates, topology, seed=options.seed),
         measured=compare_runs(linear, placed, node_of_rank=topology.rank_to_node),
         agreement=agreement,
@@ -130,7 +139,7 @@ def _run(options: DemoOptions, name: str, extra: list[str], progress: Progress) 
         *("--layer", "locality", "--load-checkpoint", str(options.out / "record" / "checkpoint")),
         *("--eval-only", "--continue-steps", str(CONTINUE_STEPS), *extra),
     ]
-    title = f"same batches, our layer, {name}"
+    title = f"same batches, our layer, {name.replace('_', ' ')}"
     with progress.stage(title) as update:
         run_training(
             arguments, num_ranks=options.num_ranks, log=folder / "log.txt", on_progress=update

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_locality.config import DispatchConfig
 from moe_locality.dispatch.flat import FlatTransport
+from moe_locality.dispatch.hierarchical import HierarchicalTransport, Rails, TwoStagePlan
 from moe_locality.dispatch.permute import StepPlan
 from moe_locality.dispatch.traffic import TrafficCounter
 from moe_locality.errors import ConfigError, TopologyError
@@ -25,7 +26,7 @@ class DispatchHandle:
     ``plan``: the splits and orders of the step. ``num_tokens``: T. ``top_k``: K.
     """
 
-    plan: StepPlan
+    plan: StepPlan | TwoStagePlan
     num_tokens: int
     top_k: int
 
@@ -46,11 +47,6 @@ class DispatchOutput:
 
 def check_dispatch_config(config: DispatchConfig) -> None:
     """Raise ConfigError where ``config`` asks for what this version does not have."""
-    if config.exchange == "hierarchical":
-        raise ConfigError(
-            "dispatch.exchange is 'hierarchical', which is not available yet, expected 'auto' or "
-            "'flat': change it"
-        )
     if config.payload != "none":
         raise ConfigError(
             f"dispatch.payload is {config.payload!r}, which is not available yet, expected 'none': "
@@ -70,6 +66,7 @@ class TokenDispatcher:
         num_slots: P, a multiple of ``num_ranks``.
         num_ranks: size of the group when it is not to be asked for (1 without a process group).
         comm: module with ``all_to_all_single``; ``torch.distributed`` by default.
+        rails: where this rank stands among the nodes, for the hierarchical exchange.
         kernels: backend of the local kernels.
     """
 
@@ -83,6 +80,7 @@ class TokenDispatcher:
         config: DispatchConfig | None = None,
         comm: Any = None,
         kernels: ops.Backend = "auto",
+        rails: Rails | None = None,
     ) -> None:
         config = config or DispatchConfig()
         check_dispatch_config(config)
@@ -95,10 +93,22 @@ class TokenDispatcher:
             )
         self.num_slots = num_slots
         self.traffic = TrafficCounter(ranks=ranks, topology=topology)
+        self.transport: FlatTransport | HierarchicalTransport
+        comm = comm or torch.distributed
+        if config.exchange == "hierarchical" and len(ranks) > 1:
+            if rails is None:
+                raise ConfigError(
+                    "dispatch.exchange is 'hierarchical' and the expert groups of the nodes were "
+                    "not made: start with moe_locality.initialize, or use 'flat'"
+                )
+            self.transport = HierarchicalTransport(
+                rails, comm=comm, kernels=kernels, traffic=self.traffic
+            )
+            return
         self.transport = FlatTransport(
             group=ep_group,
             num_ranks=len(ranks),
-            comm=comm or torch.distributed,
+            comm=comm,
             kernels=kernels,
             traffic=self.traffic,
         )
@@ -109,9 +119,10 @@ class TokenDispatcher:
         Args:
             x: ``[T, D]``. slot_ids: ``[T, K]`` integer, -1 where a route is dropped.
         """
-        plan = self.transport.plan(slot_ids, self.num_slots)
+        transport: Any = self.transport  # its plans are its own
+        plan = transport.plan(slot_ids, self.num_slots)
         return DispatchOutput(
-            rows=self.transport.dispatch(x, plan),
+            rows=transport.dispatch(x, plan),
             tokens_per_local_expert=plan.tokens_per_local_expert,
             handle=DispatchHandle(plan=plan, num_tokens=x.shape[0], top_k=slot_ids.shape[1]),
         )
@@ -122,7 +133,8 @@ class TokenDispatcher:
         ``expert_out [R, D]`` in the order of ``DispatchOutput.rows``, ``weights [T, K]`` fp32 (the
         weight of a dropped route is not used); gives ``[T, D]`` in the dtype of ``expert_out``.
         """
-        return self.transport.combine(expert_out, weights, handle.plan)
+        transport: Any = self.transport
+        return transport.combine(expert_out, weights, handle.plan)
 
 
 def group_ranks(ep_group: Any, num_ranks: int | None) -> tuple[int, ...]:

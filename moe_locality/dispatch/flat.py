@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_locality.dispatch import exchange, permute
 from moe_locality.dispatch.permute import StepPlan
-from moe_locality.dispatch.traffic import TrafficCounter
+from moe_locality.dispatch.traffic import SubgroupCounter, TrafficCounter
 from moe_locality.kernels import ops
 
 
@@ -25,7 +25,7 @@ class FlatTransport:
         num_ranks: int,
         comm: Any,
         kernels: ops.Backend,
-        traffic: TrafficCounter | None,
+        traffic: TrafficCounter | SubgroupCounter | None,
     ) -> None:
         self.group = group
         self.num_ranks = num_ranks
@@ -43,9 +43,12 @@ class FlatTransport:
             )
         return permute.plan_step(mapping, received, self.num_ranks)
 
-    def dispatch(self, x: Tensor, plan: StepPlan) -> Tensor:
-        """Return the rows of the local experts, ``[T, D]`` to ``[R, D]``. Collective."""
-        return _apply(_FlatDispatch, x, self, plan)
+    def dispatch(self, x: Tensor, plan: StepPlan, kind: str = "dispatch") -> Tensor:
+        """Return the rows of the local experts, ``[T, D]`` to ``[R, D]``. Collective.
+
+        ``kind`` is what the rows, and their gradients, are counted as.
+        """
+        return _apply(_FlatDispatch, x, self, plan, kind)
 
     def combine(self, expert_out: Tensor, weights: Tensor, plan: StepPlan) -> Tensor:
         """Return the weighted sums of the tokens, ``[R, D]`` to ``[T, D]``. Collective."""
@@ -85,18 +88,19 @@ class _FlatDispatch(torch.autograd.Function):
     """Forward: permute, exchange, reorder. Backward: reorder, exchange, sum over a token's rows."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, transport: FlatTransport, plan: StepPlan) -> Tensor:
+    def forward(ctx: Any, x: Tensor, transport: FlatTransport, plan: StepPlan, kind: str) -> Tensor:
         ctx.transport, ctx.plan = transport, plan
+        ctx.kind = "dispatch_grad" if kind == "dispatch" else kind
         rows = ops.permute(x, plan.row_map.row_token, backend=transport.kernels)
-        return transport.to_experts(rows, plan, "dispatch")
+        return transport.to_experts(rows, plan, kind)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None]:
-        rows = ctx.transport.from_experts(grad_rows, ctx.plan, "dispatch_grad")
+    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None, None]:
+        rows = ctx.transport.from_experts(grad_rows, ctx.plan, ctx.kind)
         kernels = ctx.transport.kernels
         grad = ops.permute_backward(rows, ctx.plan.row_map.positions, backend=kernels)
-        return grad, None, None
+        return grad, None, None, None
 
 
 class _FlatCombine(torch.autograd.Function):

@@ -17,6 +17,9 @@ from moe_locality.errors import TopologyError
 from moe_locality.topology.cluster import ClusterTopology
 
 KINDS = ("dispatch", "combine", "dispatch_grad", "combine_grad")
+ALL_KINDS = (*KINDS, "routing")
+"""``routing``: slots and weights (and their gradients) that travel with the rows of the
+hierarchical exchange; the flat one sends none."""
 LINKS = ("same_rank", "same_node", "cross_node")
 
 
@@ -33,14 +36,34 @@ class TrafficCounter:
 
     def reset(self) -> None:
         """Set all counts to zero."""
-        self.rows = {kind: np.zeros(len(self.ranks), dtype=np.int64) for kind in KINDS}
-        self.bytes = {kind: np.zeros(len(self.ranks), dtype=np.int64) for kind in KINDS}
+        self.rows = {kind: np.zeros(len(self.ranks), dtype=np.int64) for kind in ALL_KINDS}
+        self.bytes = {kind: np.zeros(len(self.ranks), dtype=np.int64) for kind in ALL_KINDS}
 
     def count(self, kind: str, splits: Sequence[int], rows: Tensor) -> None:
         """Add one exchange: ``splits[i]`` rows like those of ``rows [*, D]`` to ``ranks[i]``."""
+        self.add(kind, slice(None), splits, rows)
+
+    def add(self, kind: str, where: Any, splits: Sequence[int], rows: Tensor) -> None:
+        """Add one exchange with the ranks at the positions ``where``."""
         sent = np.asarray(splits, dtype=np.int64)
-        self.rows[kind] += sent
-        self.bytes[kind] += sent * (math.prod(rows.shape[1:]) * rows.element_size())
+        self.rows[kind][where] += sent
+        self.bytes[kind][where] += sent * (math.prod(rows.shape[1:]) * rows.element_size())
+
+    def among(self, ranks: Sequence[int]) -> "SubgroupCounter":
+        """Return a counter for exchanges among some of the ranks; it adds to this one."""
+        return SubgroupCounter(self, [self.ranks.index(rank) for rank in ranks])
+
+
+class SubgroupCounter:
+    """Counts exchanges among some ranks of a :class:`TrafficCounter`, into it."""
+
+    def __init__(self, whole: TrafficCounter, positions: list[int]) -> None:
+        self.whole = whole
+        self.positions = np.array(positions)
+
+    def count(self, kind: str, splits: Sequence[int], rows: Tensor) -> None:
+        """Add one exchange: ``splits[i]`` rows to the i-th rank of the subgroup."""
+        self.whole.add(kind, self.positions, splits, rows)
 
 
 def counters(model: nn.Module) -> Iterator[tuple[str, TrafficCounter]]:
@@ -105,7 +128,7 @@ def _matrices(entries: list, ranks: tuple[int, ...], topology: ClusterTopology |
                 f"{list(ranks)}: ask for the report over the world"
             )
         columns = [place[rank] for rank in receivers]
-        for kind in KINDS:
+        for kind in ALL_KINDS:
             rows[kind][sender, columns] += sent_rows[kind]
             sizes[kind][sender, columns] += sent_bytes[kind]
     return _report(rows, sizes, ranks, topology)
@@ -116,14 +139,14 @@ def _sum_layers(
 ) -> dict:
     rows, sizes = _zeros(ranks), _zeros(ranks)
     for layer in layers:
-        for kind in KINDS:
+        for kind in ALL_KINDS:
             rows[kind] += np.asarray(layer["rows"][kind])
             sizes[kind] += np.asarray(layer["bytes"][kind])
     return _report(rows, sizes, ranks, topology)
 
 
 def _zeros(ranks: tuple[int, ...]) -> dict[str, np.ndarray]:
-    return {kind: np.zeros((len(ranks), len(ranks)), dtype=np.int64) for kind in KINDS}
+    return {kind: np.zeros((len(ranks), len(ranks)), dtype=np.int64) for kind in ALL_KINDS}
 
 
 def _report(

@@ -26,7 +26,7 @@ from deepspeed.moe.layer import MoE as StockMoE  # noqa: E402
 from deepspeed.pipe import PipelineModule  # noqa: E402
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config  # noqa: E402
 
-from moe_locality.layer.moe import adopt  # noqa: E402
+from moe_locality.layer.moe import adopt, configure  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -74,16 +74,16 @@ def apply(
     if plan is not None:
         sizes = {module.num_experts for _, module in layers}
         plan.check_fits(layer_count=len(layers), num_experts=max(sizes))
-    swapped = [
-        name
-        for name, module in layers
-        if adopt(
-            module,
-            dispatch_config=section.dispatch,
-            kernels=section.kernels,
-            topology=topology,
-        )
-    ]
+    swapped = []
+    for name, module in layers:
+        chosen: dict[str, Any] = {"dispatch_config": section.dispatch, "kernels": section.kernels}
+        if adopt(module, **chosen, topology=topology):
+            swapped.append(name)
+            continue
+        # built as ours: what its constructor was given stays, unless the section says otherwise
+        given = {"dispatch_config": "dispatch", "kernels": "kernels"}
+        said = {key: chosen[key] for key, name in given.items() if name in section.model_fields_set}
+        configure(module, **said, topology=topology)
     logger.info("moe_locality: %d of %d MoE layers swapped", len(swapped), len(layers))
     if plan is not None:
         from moe_locality.layer.relabel import relabel

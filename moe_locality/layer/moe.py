@@ -25,11 +25,18 @@ from torch import Tensor
 
 from moe_locality import compat
 from moe_locality.config import DispatchConfig
-from moe_locality.dispatch.dispatcher import TokenDispatcher, check_dispatch_config
+from moe_locality.dispatch.dispatcher import (
+    TokenDispatcher,
+    check_dispatch_config,
+    group_ranks,
+)
+from moe_locality.dispatch.hierarchical import Rails, find_rails
 from moe_locality.dispatch.traffic import TrafficCounter
 from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.kernels import ops
+from moe_locality.layer.experts import run_experts
 from moe_locality.topology.cluster import ClusterTopology
+from moe_locality.topology.groups import built_groups
 
 compat.require_deepspeed()
 
@@ -226,8 +233,18 @@ class LocalityMOELayer(MOELayer):
                 config=self.dispatch_config,
                 comm=deepspeed.comm,
                 kernels=self.kernels,
+                rails=self._rails(),
             )
         return self.dispatcher
+
+    def _rails(self) -> Rails | None:
+        """Where this rank stands among the nodes, when the exchange needs it."""
+        if self.dispatch_config.exchange != "hierarchical" or self.topology is None:
+            return None
+        groups = built_groups(group_ranks(self.ep_group, self.ep_size))
+        if groups is None:
+            return None
+        return find_rails(groups, self.topology, self.ep_size * self.num_local_experts)
 
     def _timer(self, name: str, start: bool = False) -> float:
         if not self.wall_clock_breakdown:
@@ -237,31 +254,6 @@ class LocalityMOELayer(MOELayer):
             return 0.0
         self.timers(name).stop()
         return self.timers(name).elapsed(reset=False)
-
-
-def run_experts(experts: Any, rows: Tensor, tokens_per_expert: tuple[int, ...]) -> Tensor:
-    """Run each local expert on its rows, ``[R, D]`` to ``[R, D]`` in the same order.
-
-    An expert without rows gets one row of zeros while gradients are on, and the result is dropped:
-    its parameters then have gradients of zero, as DeepSpeed's padding gives them, and not none.
-    """
-    outputs = []
-    # one split: the backward of a slice per expert would fill [R, D] zeros for each
-    chunks = rows.split(list(tokens_per_expert))
-    for expert, chunk in zip(experts.deepspeed_experts, chunks, strict=True):
-        idle = chunk.shape[0] == 0
-        if idle:
-            if not torch.is_grad_enabled():
-                continue
-            # joined to the rows, so that backward reaches the exchange on a rank that got none
-            chunk = torch.cat([chunk, rows.new_zeros(1, rows.shape[1])])
-        # four dimensions, as DeepSpeed's [g, e, c, m], for experts that look at the shape
-        out = expert(chunk[None, None])
-        if isinstance(out, tuple):
-            out = out[0]  # DeepSpeed ignores the bias term that some experts return
-        out = out.reshape(-1, rows.shape[1])
-        outputs.append(out[:0] if idle else out)
-    return torch.cat(outputs) if outputs else rows
 
 
 class MoE(StockMoE):
@@ -345,6 +337,26 @@ def adopt(
     layer._said_padded = False
     set_slot_to_logical(module, np.arange(module.num_experts) if placed is None else placed)
     return True
+
+
+def configure(
+    module: StockMoE,
+    *,
+    dispatch_config: DispatchConfig | None = None,
+    kernels: ops.Backend | None = None,
+    topology: ClusterTopology | None = None,
+) -> None:
+    """Change how a layer that is ours dispatches; None keeps what it has."""
+    if dispatch_config is not None:
+        check_dispatch_config(dispatch_config)
+    if kernels is not None:
+        ops.check_backend(kernels)
+    layer: Any = module.deepspeed_moe
+    changes = {"dispatch_config": dispatch_config, "kernels": kernels, "topology": topology}
+    for name, value in changes.items():
+        if value is not None and value != getattr(layer, name):
+            setattr(layer, name, value)
+            layer.dispatcher = None
 
 
 def set_slot_to_logical(moe_module: StockMoE, slot_to_logical: Any) -> None:

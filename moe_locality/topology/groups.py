@@ -230,6 +230,12 @@ def prepare_groups(
     return result
 
 
+def built_groups(ep_ranks: Sequence[int]) -> ExpertParallelGroups | None:
+    """Return the groups of this rank whose EP group has these ranks, if they were built."""
+    wanted = tuple(sorted(ep_ranks))
+    return next((g for g in _built.values() if g.ep_ranks == wanted and _alive(g)), None)
+
+
 # -- the cluster -----------------------------------------------------------------------------------
 
 
