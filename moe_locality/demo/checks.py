@@ -74,8 +74,7 @@ def check_prediction(
     trace: RoutingTrace,
     plan: PlacementPlan,
     topology: ClusterTopology,
-    homes: dict[int, int],
-    cost: Literal["picks", "copies"] = "picks",
+    cost: Literal["picks", "copies"],
 ) -> dict[str, Any]:
     """Compare the rows that the layers counted with what ``evaluate`` predicts from the trace.
 
@@ -89,7 +88,7 @@ def check_prediction(
     """
     traffic = run.traffic or {}
     rows, size = (traffic[key]["dispatch"]["cross_node"] for key in ("rows_by_link", "by_link"))
-    costs = evaluate(trace, plan, topology, homes)
+    costs = evaluate(trace, plan, topology, ranks_of_requests(run))
     predicted = costs.total_picks if cost == "picks" else costs.total_copies
     result = {"predicted_rows": predicted, "counted_rows": rows, "counted_bytes": size}
     if predicted != rows:
@@ -98,6 +97,12 @@ def check_prediction(
             f"recorded trace is {predicted}: the trace is not of this model, or a counter is wrong"
         )
     return result
+
+
+def ranks_of_requests(run: Run) -> dict[int, int]:
+    """Where each request really ran."""
+    rows = run.evaluation or {}
+    return dict(zip(rows["request_id"].tolist(), rows["rank"].tolist(), strict=True))
 
 
 def counted_imbalance(run: Run, topology: ClusterTopology) -> dict[str, float]:

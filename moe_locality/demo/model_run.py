@@ -18,7 +18,12 @@ from typing import Any
 from moe_locality.analysis import analyze
 from moe_locality.compare import Candidate, Run, compare_plans, compare_runs, read_run
 from moe_locality.compare.rows import Comparison
-from moe_locality.demo.checks import Agreement, check_agreement, check_prediction
+from moe_locality.demo.checks import (
+    Agreement,
+    check_agreement,
+    check_prediction,
+    ranks_of_requests,
+)
 from moe_locality.demo.launch import run_training
 from moe_locality.demo.options import DemoOptions
 from moe_locality.demo.progress import Progress
@@ -67,19 +72,17 @@ def run_model(options: DemoOptions, progress: Progress) -> ModelDemo:
     placed = _run(options, "placed", placed_arguments, progress)
     hierarchical = [*placed_arguments, "--exchange", "hierarchical"]
     once_per_node = _run(options, "once_per_node", hierarchical, progress)
-    dealt = _ranks_of_requests(linear)
+    dealt = ranks_of_requests(linear)
     candidates = [
         Candidate(name="linear", plan=linear_plan(plan), homes=dealt),
         Candidate(name="placed", plan=plan, homes=homes),
     ]
     agreement = check_agreement(linear, placed).worse(check_agreement(linear, once_per_node))
+    usual = candidates[0].plan
     checked = {
-        run.name: check_prediction(run, held_out, p, topology, _ranks_of_requests(run), cost)
-        for run, p, cost in (
-            (linear, candidates[0].plan, "picks"),
-            (placed, plan, "picks"),
-            (once_per_node, plan, "copies"),
-        )
+        "linear": check_prediction(linear, held_out, usual, topology, "picks"),
+        "placed": check_prediction(placed, held_out, plan, topology, "picks"),
+        "once_per_node": check_prediction(once_per_node, held_out, plan, topology, "copies"),
     }
     return ModelDemo(
         held_out=held_out,
@@ -180,12 +183,6 @@ def _batch_requests(options: DemoOptions) -> int:
     """Requests of a global batch, as the run itself reported them."""
     summary = json.loads((options.out / "record" / "summary.json").read_text(encoding="utf-8"))
     return int(summary["global_batch"])
-
-
-def _ranks_of_requests(run: Run) -> dict[int, int]:
-    """Where each request really ran."""
-    rows = run.evaluation or {}
-    return dict(zip(rows["request_id"].tolist(), rows["rank"].tolist(), strict=True))
 
 
 def _say_specialization(analysis: dict[str, Any], progress: Progress) -> None:

@@ -68,9 +68,14 @@ def test_a_wrong_counter_and_a_different_model_are_seen(demo):
     linear, placed = read_run(out / "linear"), read_run(out / "placed")
     plan = PlacementPlan.read(out / "plan.json")
     held_out = read_trace(out / "record" / "trace").filter(stages=[PREFILL])
-    homes = {int(request): 0 for request in held_out.request_ids}
+    cluster = ClusterTopology.uniform(2, 2)
+    placed.traffic["rows_by_link"]["dispatch"]["cross_node"] += 1
     with pytest.raises(MoeLocalityError, match="the prediction from the recorded trace is"):
-        check_prediction(placed, held_out, plan, ClusterTopology.uniform(2, 2), homes)
+        check_prediction(placed, held_out, plan, cluster, "picks")
+    placed.traffic["rows_by_link"]["dispatch"]["cross_node"] -= 1
+    check_prediction(placed, held_out, plan, cluster, "picks")
+    with pytest.raises(MoeLocalityError, match="the prediction from the recorded trace is"):
+        check_prediction(placed, held_out, plan, cluster, "copies")
     placed.evaluation["loss"] = placed.evaluation["loss"] + 0.01
     with pytest.raises(MoeLocalityError, match="must not change what the model computes"):
         check_agreement(linear, placed)
