@@ -31,7 +31,10 @@ check: $(READY) ## style, types, and the compile check of csrc/ where nvcc is
 	else echo "csrc/ was not compiled: nvcc is not on PATH"; fi
 
 bench: $(READY) ## benchmarks that run on a CPU; rows go to benchmarks/results.csv
-	set -e; for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(PY) $$script; done
+	$(PY) benchmarks/main_job.py
+	$(PY) benchmarks/recorder_overhead.py --model demo --csv benchmarks/results.csv
+	@if [ -n "$$MOE_LOCALITY_DATA" ]; then $(PY) benchmarks/placement.py --csv benchmarks/results.csv; \
+	else echo "benchmarks/placement.py was not run: MOE_LOCALITY_DATA names no directory of traces"; fi
 
 gpu: $(READY) ## tests and benchmarks that need an NVIDIA GPU
 	$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu: torch sees no CUDA device here')"
