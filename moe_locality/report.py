@@ -10,11 +10,11 @@ import logging
 import math
 import os
 import re
-import tempfile
 from pathlib import Path
 
 from moe_locality.errors import ConfigError, MoeLocalityError
 from moe_locality.figures import FigureData, Table, draw, numbers, svg_text
+from moe_locality.files import replace_text
 
 logger = logging.getLogger(__name__)
 
@@ -75,28 +75,13 @@ def write_text_atomically(path: str | os.PathLike[str], text: str, *, what: str 
         ConfigError: the directory cannot be made or written; ``what`` names the file in the
         message.
     """
-    target = Path(path)
-    temporary = ""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes private files; this one is to be shared
-        os.replace(temporary, target)
+        return replace_text(path, text)
     except OSError as error:
         raise ConfigError(
-            f"cannot write the {what} {target}: {error.strerror or error}: give a path in a "
+            f"cannot write the {what} {path}: {error.strerror or error}: give a path in a "
             "directory that exists or can be made, and that you may write"
         ) from error
-    finally:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
-    return target
 
 
 def render_html(data: ReportData) -> str:

@@ -17,6 +17,7 @@ FLOORS = {
     "moe_locality": 0,
     "moe_locality.errors": 0,
     "moe_locality.apex": 0,
+    "moe_locality.files": 0,
     "moe_locality.config": 0,
     "moe_locality.trace": 1,
     "moe_locality.trace.recorder": 4,

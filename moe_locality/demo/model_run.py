@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_locality.analysis import analyze
+from moe_locality.commands.inputs import write_homes
 from moe_locality.compare import Candidate, Run, compare_plans, compare_runs, read_run
 from moe_locality.compare.rows import Comparison
 from moe_locality.demo.checks import (
@@ -74,7 +75,7 @@ def run_model(options: DemoOptions, progress: Progress) -> ModelDemo:
     once_per_node = _run(options, "once_per_node", hierarchical, progress)
     dealt = ranks_of_requests(linear)
     candidates = [
-        Candidate(name="linear", plan=linear_plan(plan), homes=dealt),
+        Candidate(name="linear", plan=solve(seen, topology, method="linear"), homes=dealt),
         Candidate(name="placed", plan=plan, homes=homes),
     ]
     agreement = check_agreement(linear, placed).worse(check_agreement(linear, once_per_node))
@@ -96,17 +97,6 @@ def run_model(options: DemoOptions, progress: Progress) -> ModelDemo:
         measured=compare_runs(linear, placed, node_of_rank=topology.rank_to_node),
         agreement=agreement,
         bytes_checked=checked,
-    )
-
-
-def linear_plan(plan: PlacementPlan) -> PlacementPlan:
-    """The contiguous layout of the same model on the same cluster."""
-    return PlacementPlan.linear(
-        num_experts=plan.num_experts,
-        layer_ids=plan.layer_ids,
-        num_nodes=plan.num_nodes,
-        ranks_per_node=plan.ranks_per_node,
-        model=plan.model,
     )
 
 
@@ -174,8 +164,7 @@ def _homes(
     for start in range(0, len(held_out.request_ids), size):
         batch = held_out.filter(requests=held_out.request_ids[start : start + size])
         homes |= assign_homes(batch, plan, topology, predict=PREDICT_FROM, equal_requests=True)
-    text = json.dumps({str(request): rank for request, rank in homes.items()}, indent=0)
-    (options.out / "homes.json").write_text(text + "\n", encoding="utf-8")
+    write_homes(homes, options.out / "homes.json")
     return homes
 
 

@@ -27,7 +27,7 @@ from moe_locality.layer.checkpoint_io import (
     read_entry,
     read_file,
 )
-from moe_locality.layer.moe import set_slot_to_logical
+from moe_locality.layer.moe import moe_modules, set_slot_to_logical
 from moe_locality.layer.optimizer_state import has_state, movable_optimizer
 from moe_locality.layer.relabel import (
     Target,
@@ -35,7 +35,6 @@ from moe_locality.layer.relabel import (
     agree_on_failure,
     current_order,
     find_group,
-    moe_layers,
     plan_of,
     plan_targets,
     relabel_to,
@@ -126,7 +125,7 @@ def _load(
 def _decide(engine: Any, arguments: dict[str, Any], plan: PlacementPlan | None) -> _Decision | None:
     """Compare file and engine before anything is loaded; None: nothing here for us to do."""
     peeked = _peek(Path(arguments["load_dir"]), arguments["tag"])
-    layers = moe_layers(engine.module)
+    layers = moe_modules(engine.module)
     if peeked is None or not layers:
         return None  # DeepSpeed says itself what is missing
     path, entry = peeked
@@ -211,7 +210,7 @@ def _digest(decision: _Decision | None) -> str:
 
 def _entry_of(engine: Any, plan: PlacementPlan | None) -> dict[str, Any]:
     return make_entry(
-        [current_order(module) for _, module in moe_layers(engine.module)],
+        [current_order(module) for _, module in moe_modules(engine.module)],
         plan_digest=plan.digest() if plan else None,
         optimizer_names=_optimizer_names(engine),
     )

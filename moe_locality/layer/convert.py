@@ -22,21 +22,12 @@ compat.require_deepspeed()
 
 import deepspeed  # noqa: E402
 from deepspeed.accelerator import get_accelerator  # noqa: E402
-from deepspeed.moe.layer import MoE as StockMoE  # noqa: E402
 from deepspeed.pipe import PipelineModule  # noqa: E402
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config  # noqa: E402
 
-from moe_locality.layer.moe import adopt, configure  # noqa: E402
+from moe_locality.layer.moe import adopt, configure, moe_modules  # noqa: E402
 
 logger = logging.getLogger(__name__)
-
-
-def moe_modules(model: nn.Module) -> list[tuple[str, StockMoE]]:
-    """Return (name, module) of every DeepSpeed MoE layer, ours too, in ``named_modules`` order.
-
-    Layer i of a placement plan belongs to entry i.
-    """
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, StockMoE)]
 
 
 def apply(

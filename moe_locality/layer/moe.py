@@ -292,6 +292,14 @@ def _joined_signature() -> inspect.Signature:
 MoE.__signature__ = _joined_signature()  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def moe_modules(model: torch.nn.Module) -> list[tuple[str, StockMoE]]:
+    """Return (name, module) of every DeepSpeed MoE layer, ours too, in ``named_modules`` order.
+
+    Layer i of a placement plan belongs to entry i.
+    """
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, StockMoE)]
+
+
 def adopt(
     module: StockMoE,
     *,

@@ -11,7 +11,6 @@ Every check is done, and agreed between all ranks, before anything moves.
 import hashlib
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch.distributed as dist
 
 from moe_locality import compat
 from moe_locality.errors import ConfigError, MoeLocalityError, PlacementError
-from moe_locality.layer.moe import set_slot_to_logical
+from moe_locality.layer.moe import moe_modules, set_slot_to_logical
 from moe_locality.layer.moves import check_is_permutation
 from moe_locality.layer.optimizer_state import (
     check_no_gradients,
@@ -32,6 +31,7 @@ from moe_locality.layer.optimizer_state import (
 )
 from moe_locality.layer.relabel_weights import relabel_layer
 from moe_locality.placement.plan import PlacementPlan
+from moe_locality.topology.groups import exchange_objects
 
 logger = logging.getLogger(__name__)
 
@@ -140,13 +140,6 @@ def relabel_to(prepare: Any, digest: str) -> None:
     logger.info("relabelled %d MoE layers: %d experts changed rank", len(targets), travelled)
 
 
-def moe_layers(model: torch.nn.Module) -> list[tuple[str, Any]]:
-    """Return (name, module) of the MoE layers, in the order of the plan's rows."""
-    from deepspeed.moe.layer import MoE
-
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
-
-
 def current_order(module: Any) -> np.ndarray:
     """Return [E] int64: the logical expert that each slot of a layer holds now."""
     found = getattr(module.deepspeed_moe.gate, "slot_to_logical", None)
@@ -162,7 +155,7 @@ def plan_targets(
         PlacementError: the plan has replicas or does not fit.
     """
     check_is_permutation(plan)
-    layers = moe_layers(model)
+    layers = moe_modules(model)
     sizes = sorted({module.num_experts for _, module in layers})
     if len(sizes) > 1:
         raise PlacementError(
@@ -223,7 +216,7 @@ def agree_on_failure(failure: Exception | None) -> None:
         if failure is not None:
             raise failure
         return
-    found = _gather(None if failure is None else (type(failure), str(failure)))
+    found = exchange_objects(None if failure is None else (type(failure), str(failure)))
     failed = [(rank, item) for rank, item in enumerate(found) if item is not None]
     if not failed:
         return
@@ -239,7 +232,7 @@ def agree(what: str, value: str) -> None:
     if not _is_distributed():
         return
     ranks_with: dict[str, list[int]] = defaultdict(list)
-    for rank, found in enumerate(_gather(value)):
+    for rank, found in enumerate(exchange_objects(value)):
         ranks_with[found].append(rank)
     if len(ranks_with) == 1:
         return
@@ -254,12 +247,6 @@ def agree(what: str, value: str) -> None:
 
 def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _gather(value: Any) -> Sequence[Any]:
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
 
 
 def _check_bare(targets: list[Target], weights_only: bool) -> None:

@@ -11,7 +11,6 @@ Not here: how a plan is found (``solve``) and what it costs (``evaluate``).
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import PlacementError
+from moe_locality.files import replace_text
 from moe_locality.placement.plan.checks import (
     FORMAT_VERSION,
     check_header,
@@ -273,22 +273,7 @@ class PlacementPlan:
         """Write the plan whole or not at all: a temporary file in the same folder, fsync,
         rename.
         """
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(self.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            umask = os.umask(0)  # mkstemp makes private files; a plan is shared between ranks
-            os.umask(umask)
-            os.chmod(name, 0o666 & ~umask)
-            os.replace(name, target)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-        return target
+        return replace_text(path, self.to_json())
 
     def digest(self) -> str:
         """SHA-256 (hex) of everything that decides where tokens go: all but ``provenance`` and
