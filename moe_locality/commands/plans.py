@@ -275,10 +275,10 @@ def bench(
     seed: int,
 ) -> Result:
     """Solve with every method, time it, and judge it on requests that it did not see."""
-    from moe_locality.placement.solve import METHODS, solve
+    from moe_locality.placement.solve import COMPARED, solve
 
     topology = read_cluster(nodes, ranks_per_node)
-    methods = tuple(dict.fromkeys(method or ("linear", *METHODS)))
+    methods = tuple(dict.fromkeys(method or COMPARED))
     train, test = split(read_trace(trace), held_out, seed)
     test = train if test is None else test
     one_layer = train.filter(layers=[int(train.layer_ids[0])])

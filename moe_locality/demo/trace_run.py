@@ -12,12 +12,12 @@ from moe_locality.demo.options import DemoOptions
 from moe_locality.demo.progress import Progress
 from moe_locality.errors import TraceError
 from moe_locality.placement import assign_homes, solve
+from moe_locality.placement.solve import COMPARED
 from moe_locality.report import write_report
 from moe_locality.topology import ClusterTopology
 from moe_locality.trace import PREFILL, RoutingTrace, read_trace
 from moe_locality.tracking import start_tracking
 
-METHODS = ("linear", "round_robin", "eplb", "coactivation")
 FIT_FRACTION = 0.7
 
 
@@ -88,13 +88,13 @@ def _candidates(
     """Every method with random homes, then the joint plan with homes predicted for new requests."""
     found = []
     with progress.stage("place on part of the requests") as update:
-        for done, method in enumerate(METHODS):
-            update(done, len(METHODS) + 1, method)
+        for done, method in enumerate(COMPARED):
+            update(done, len(COMPARED) + 1, method)
             plan = solve(
                 fit, topology, method=method, max_imbalance=options.max_imbalance, seed=options.seed
             )
             found.append(Candidate(name=method, plan=plan))
-        update(len(METHODS), len(METHODS) + 1, "coactivation with homes")
+        update(len(COMPARED), len(COMPARED) + 1, "coactivation with homes")
         joint = solve(
             fit, topology, homes="joint", max_imbalance=options.max_imbalance, seed=options.seed
         )

@@ -17,7 +17,7 @@ from moe_locality.placement.baselines import RankLists, pack_replicas, replicate
 from moe_locality.placement.objective import BATCH_TOKENS
 
 if TYPE_CHECKING:
-    from moe_locality.placement.solve import Problem
+    from moe_locality.placement.problem import Problem
 
 IN_SAMPLE_SHARE = 0.6
 """Share of the allowed imbalance that the solver uses on its own trace.

@@ -216,7 +216,7 @@ def counts(load, experts):
         ({"max_imbalance": 0.9}, "max_imbalance: found 0.9"),
         ({"max_imbalance": float("nan")}, "max_imbalance: found nan"),
         ({"method": "eplb", "homes": "joint"}, "found homes for method 'eplb'"),
-        ({"expert_groups": 4}, "cannot keep groups whole yet"),
+        ({"expert_groups": 4}, "cannot keep groups whole"),
         ({"method": "eplb", "expert_groups": 3}, "found 3, expected a divisor of the 8 experts"),
         ({"method": "eplb", "expert_groups": [0] * 8}, "found 1 groups of sizes [8]"),
         ({"trace": counts([[3] * 8], 8)}, "needs a trace of tokens"),
