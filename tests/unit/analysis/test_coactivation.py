@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_locality.analysis import coactivation
-from moe_locality.trace import RoutingTrace
+from moe_locality.errors import TraceError
+from moe_locality.trace import RoutingTrace, write_trace
+from moe_locality.trace.shards import make_directory, write_shard
 from tests.unit.trace.cases import make_load_trace, make_trace
 
 
@@ -101,3 +103,58 @@ def test_independent_pairs_are_those_of_shuffled_picks(routing_data, name):
         coactivation.top_pair_share(expected).mean(),
         rtol=0.06,
     )
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 999), st.integers(1, 5))
+def test_counts_do_not_depend_on_threads(seed, threads):
+    trace = make_trace(seed, num_tokens=60, top_k=3)
+    found = coactivation.count_coactivation(trace, threads=threads)
+    np.testing.assert_array_equal(found.pairs, coactivation.pair_counts(trace))
+    np.testing.assert_array_equal(found.load, trace.load())
+    assert found.layer_ids == tuple(trace.layer_ids.tolist())
+    assert found.num_tokens == trace.num_tokens
+
+
+@pytest.mark.parametrize("max_bytes", [1, 1 << 20])
+def test_a_directory_is_counted_piece_by_piece(tmp_path, max_bytes):
+    trace = make_trace(3, num_tokens=100, top_k=3)
+    write_trace(trace, tmp_path / "t", shard_tokens=30)
+    seen = []
+    found = coactivation.count_coactivation(
+        tmp_path / "t", max_bytes=max_bytes, progress=lambda *a: seen.append(a[:2])
+    )
+    np.testing.assert_array_equal(found.pairs, coactivation.pair_counts(trace))
+    np.testing.assert_array_equal(found.load, trace.load())
+    assert found.num_tokens == 100
+    pieces = 4 * (trace.num_layers if max_bytes == 1 else 1)
+    assert seen == [(done, pieces) for done in range(pieces + 1)]
+
+
+def test_shards_of_pipeline_stages_are_counted_together(tmp_path):
+    trace = make_trace(4, num_tokens=50)
+    layers = trace.layer_ids.tolist()
+    for rank, own in enumerate((layers[2:], layers[:2])):  # written out of order on purpose
+        write_shard(trace.filter(layers=own), make_directory(tmp_path), rank, 0)
+    found = coactivation.count_coactivation(tmp_path)
+    assert found.layer_ids == tuple(sorted(layers))
+    assert found.num_tokens == 50
+    np.testing.assert_array_equal(found.pairs, coactivation.pair_counts(trace))
+
+
+def test_shards_that_do_not_fit_are_refused(tmp_path):
+    directory = make_directory(tmp_path)
+    with pytest.raises(TraceError, match="found no part-"):
+        coactivation.count_coactivation(directory)
+    write_shard(make_trace(1), directory, 0, 0)
+    write_shard(make_trace(1, top_k=3), directory, 1, 0)
+    with pytest.raises(TraceError, match="does not fit"):
+        coactivation.count_coactivation(directory)
+    (directory / "part-00001-00000.parquet").unlink()
+    write_shard(make_trace(1).filter(layers=make_trace(1).layer_ids[:2]), directory, 1, 0)
+    with pytest.raises(TraceError, match="expected those of another shard or none"):
+        coactivation.count_coactivation(directory)
+    (directory / "part-00001-00000.parquet").unlink()
+    write_shard(make_trace(1), directory, 0, 2)
+    with pytest.raises(TraceError, match="part-00000-00001"):
+        coactivation.count_coactivation(directory)

@@ -1,0 +1,37 @@
+"""Compiled counting of picks and pairs of picks; apart from its front because it imports numba."""
+
+import numba
+import numpy as np
+
+BLOCK_TOKENS = 2048
+"""Tokens counted for one layer before the next layer: small enough that the rows of a block stay in
+the last-level cache, large enough that the table of a layer pays for being fetched."""
+
+
+@numba.njit(nogil=True, cache=True)
+def add_pairs(ids, first, last, pairs, load):
+    """Count the layers ``first`` to ``last`` of ids [T, L, K] into pairs [L, E, E] and load [L, E].
+
+    A pair (e, f) is counted in pairs[e, f] or in pairs[f, e], whichever order the token has it in.
+    Negative ids are no picks. Threads may share the tables when their layers differ.
+    """
+    tokens, picks = ids.shape[0], ids.shape[2]
+    num = np.uint64(load.shape[1])
+    found = np.empty(picks, dtype=np.uint64)  # unsigned: no test for an index from the end
+    for start in range(0, tokens, BLOCK_TOKENS):
+        stop = min(start + BLOCK_TOKENS, tokens)
+        for layer in range(first, last):
+            table = pairs[layer].ravel()
+            row = load[layer]
+            for token in range(start, stop):
+                count = 0
+                for pick in range(picks):
+                    e = ids[token, layer, pick]
+                    if e >= 0:
+                        found[count] = e
+                        count += 1
+                for i in range(count):
+                    e = found[i]
+                    row[e] += 1
+                    for j in range(i):
+                        table[e * num + found[j]] += np.uint32(1)

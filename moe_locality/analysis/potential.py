@@ -1,0 +1,243 @@
+"""What placement, homes and replicas save on a trace, what they cannot, and whether it is worth it.
+
+Every saving is found by solving on part of the requests and costing on the others, so it is a
+prediction for new requests like these. A ceiling is a bound: nothing of that kind saves more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moe_locality.errors import TraceError
+from moe_locality.placement.frame import make_frame
+from moe_locality.placement.homes import assign_homes
+from moe_locality.placement.interval import copies_of_blocks, ratio_interval, request_blocks
+from moe_locality.placement.objective import Costs, Homes, evaluate
+from moe_locality.placement.plan import PlacementPlan
+from moe_locality.placement.solve import solve
+from moe_locality.topology.cluster import ClusterTopology
+from moe_locality.trace.schema import PREFILL, RoutingTrace
+
+HELD_OUT = 0.3
+MIN_SAVING = 0.03
+"""Below this share of the copies a placement is called not worth it: a plan has to be kept, loaded
+and moved to, and the exchange is only part of a step."""
+CAPS = (1.01, 1.02, 1.05, 1.1, 1.2, 1.5)
+REPLICA_SHARE = 0.125
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lever:
+    """One kind of plan against the linear layout with requests anywhere, on unseen requests.
+
+    ``saving``: share of the copies that it saves; ``interval``: its 95 % interval over requests
+    (None: too few). ``ceiling``: no plan of this kind saves more (None: no bound is known).
+    """
+
+    name: str
+    saving: float
+    interval: tuple[float, float] | None
+    node_imbalance: float
+    rank_imbalance: float
+    ceiling: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Potential:
+    """What a cluster could save; ``verdict`` says it in a sentence.
+
+    ``copies_linear``: remote nodes per token and layer in the linear layout with requests anywhere.
+    """
+
+    num_nodes: int
+    ranks_per_node: int
+    solved_tokens: int
+    judged_tokens: int
+    copies_linear: float
+    levers: tuple[Lever, ...]
+    worth_it: bool
+    verdict: str
+
+
+def potential(
+    trace: RoutingTrace,
+    topology: ClusterTopology,
+    *,
+    max_imbalance: float = 1.05,
+    seed: int = 0,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> Potential:
+    """Solve on 70 % of the requests, judge on the others, and say what each lever saves.
+
+    Raises:
+        TraceError: a trace of counts, or of a single request.
+        PlacementError: the experts do not fit the cluster.
+    """
+    train, test = _parts(trace, seed)
+    linear = solve(train, topology, method="linear")
+    base = evaluate(test, linear, topology)
+    if topology.num_nodes == 1 or base.copies == 0:
+        verdict = "Nothing crosses nodes here: a placement has nothing to save."
+        return _potential(topology, train, test, base, (), False, verdict)
+    blocks = request_blocks(test, seed)
+    base_blocks = copies_of_blocks(test, linear, topology, None, blocks)
+    judge = _Judge(test, topology, base, copies_of_blocks(test, linear, topology, None, blocks))
+    extra = _replicas(trace.num_experts, topology.num_ranks)
+    tried: list[tuple[str, dict[str, Any], bool]] = [
+        ("placement", {}, False),
+        ("placement and homes", {"homes": "joint"}, True),
+        (f"placement and {extra} replicas", {"num_redundant_experts": extra}, False),
+        (
+            f"placement, homes and {extra} replicas",
+            {"homes": "joint", "num_redundant_experts": extra},
+            True,
+        ),
+    ]
+    levers = [judge.lever("homes", linear, blocks, with_homes=True)]
+    for done, (name, options, with_homes) in enumerate(tried):
+        progress(done, len(tried), name)
+        plan = solve(train, topology, max_imbalance=max_imbalance, seed=seed, **options)
+        levers.append(judge.lever(name, plan, blocks, with_homes=with_homes))
+    worth_it, verdict = _verdict(levers)
+    return _potential(topology, train, test, base, tuple(levers), worth_it, verdict)
+
+
+def tradeoff(
+    trace: RoutingTrace,
+    topology: ClusterTopology,
+    *,
+    caps: Sequence[float] = CAPS,
+    seed: int = 0,
+) -> list[dict[str, float]]:
+    """Balance against locality: one plan per cap on the imbalance, judged on unseen requests.
+
+    Returns:
+        rising caps; each with "max_imbalance" (what was allowed), "node_imbalance" (what unseen
+        requests see), "copies" and "saving" against the linear layout.
+    """
+    train, test = _parts(trace, seed)
+    base = evaluate(test, solve(train, topology, method="linear"), topology).copies
+    points = []
+    for cap in sorted(caps):
+        costs = evaluate(test, solve(train, topology, max_imbalance=cap, seed=seed), topology)
+        points.append(
+            {
+                "max_imbalance": float(cap),
+                "node_imbalance": costs.node_imbalance,
+                "copies": costs.copies,
+                "saving": 1 - costs.copies / base if base else 0.0,
+            }
+        )
+    return points
+
+
+def grouping_ceiling(trace: RoutingTrace, plan: PlacementPlan, topology: ClusterTopology) -> float:
+    """Largest share of the copies that homes alone could save under ``plan``.
+
+    A token whose home is the best of the D nodes that it needs still goes to D - 1 others; one
+    whose home is drawn evenly from M nodes goes to D (M - 1) / M.
+    """
+    visits = make_frame(trace, plan, topology, None).node_visits()
+    touched = visits.sum() / (trace.num_tokens * trace.num_layers)
+    nodes = topology.num_nodes
+    anywhere = touched * (nodes - 1) / nodes
+    return 1 - max(touched - 1, 0.0) / anywhere if anywhere else 0.0
+
+
+def _parts(trace: RoutingTrace, seed: int) -> tuple[RoutingTrace, RoutingTrace]:
+    if trace.kind != "tokens":
+        raise TraceError(
+            "found a trace of counts, expected the picks of every token: counts do not say which "
+            "experts a token picks together"
+        )
+    if len(trace.request_ids) < 2:
+        raise TraceError(
+            f"found {len(trace.request_ids)} request(s), expected at least 2: what a plan saves is "
+            "judged on requests that its solver did not see"
+        )
+    return trace.split(1 - HELD_OUT, seed=seed)
+
+
+def _replicas(num_experts: int, num_ranks: int) -> int:
+    """About an eighth more slots, in whole slots per rank."""
+    slots = num_experts + max(round(num_experts * REPLICA_SHARE), 1)
+    return -(-slots // num_ranks) * num_ranks - num_experts
+
+
+def _predictor(trace: RoutingTrace) -> str:
+    return "prefill" if (trace.stage == PREFILL).any() else "first:32"
+
+
+@dataclass(frozen=True, slots=True)
+class _Judge:
+    """Costs plans on the held-out requests against the linear layout."""
+
+    test: RoutingTrace
+    topology: ClusterTopology
+    base: Costs
+    base_blocks: np.ndarray | None
+
+    def lever(
+        self, name: str, plan: PlacementPlan, blocks: np.ndarray | None, *, with_homes: bool
+    ) -> Lever:
+        homes: Homes = None
+        if with_homes:
+            homes = assign_homes(self.test, plan, self.topology, predict=_predictor(self.test))
+        costs = evaluate(self.test, plan, self.topology, homes)
+        found = copies_of_blocks(self.test, plan, self.topology, homes, blocks)
+        ratio = ratio_interval(self.base_blocks, found)
+        return Lever(
+            name=name,
+            saving=1 - costs.copies / self.base.copies,
+            interval=None if ratio is None else (1 - ratio[1], 1 - ratio[0]),
+            node_imbalance=costs.node_imbalance,
+            rank_imbalance=costs.rank_imbalance,
+            ceiling=self._ceiling(name, plan),
+        )
+
+    def _ceiling(self, name: str, plan: PlacementPlan) -> float | None:
+        if name == "homes":
+            return grouping_ceiling(self.test, plan, self.topology)
+        return None
+
+
+def _verdict(levers: list[Lever]) -> tuple[bool, str]:
+    best = max(levers, key=lambda lever: lever.saving)
+    sure = best.saving if best.interval is None else best.interval[0]
+    reach = (
+        "too few requests for an interval"
+        if best.interval is None
+        else f"95 % interval {100 * best.interval[0]:.1f} to {100 * best.interval[1]:.1f}"
+    )
+    found = (
+        f"{best.name} saves {100 * best.saving:.1f} % of the copies that cross nodes ({reach}) "
+        f"at a node imbalance of {best.node_imbalance:.3f}"
+    )
+    if sure >= MIN_SAVING:
+        return True, f"Worth it: {found}, on requests that the solver has not seen."
+    return False, f"Not worth it here: at best, {found}, on requests that the solver has not seen."
+
+
+def _potential(
+    topology: ClusterTopology,
+    train: RoutingTrace,
+    test: RoutingTrace,
+    base: Costs,
+    levers: tuple[Lever, ...],
+    worth_it: bool,
+    verdict: str,
+) -> Potential:
+    return Potential(
+        num_nodes=topology.num_nodes,
+        ranks_per_node=topology.ranks_per_node,
+        solved_tokens=train.num_tokens,
+        judged_tokens=test.num_tokens,
+        copies_linear=base.copies,
+        levers=levers,
+        worth_it=worth_it,
+        verdict=verdict,
+    )
