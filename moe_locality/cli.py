@@ -113,11 +113,17 @@ def import_(
 def analyze(
     trace: Trace,
     report: Report = None,
+    nodes: Nodes = None,
+    ranks_per_node: RanksPerNode = None,
+    cluster: Cluster = None,
+    hostfile: Hostfile = None,
     seed: Seed = 0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what a trace holds: balance, domains, co-activation."""
+    """Show what a trace holds: balance, domains, co-activation; with a cluster, what it could
+    save.
+    """
     _run("analyze", locals())
 
 

@@ -7,7 +7,7 @@ prediction for new requests like these. A ceiling is a bound: nothing of that ki
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -50,7 +50,8 @@ class Lever:
 class Potential:
     """What a cluster could save; ``verdict`` says it in a sentence.
 
-    ``copies_linear``: remote nodes per token and layer in the linear layout with requests anywhere.
+    ``copies_linear``: remote nodes per token and layer in the linear layout with requests anywhere;
+    ``linear_imbalance``: its node imbalance.
     """
 
     num_nodes: int
@@ -58,9 +59,14 @@ class Potential:
     solved_tokens: int
     judged_tokens: int
     copies_linear: float
+    linear_imbalance: float
     levers: tuple[Lever, ...]
     worth_it: bool
     verdict: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
 
 
 def potential(
@@ -84,7 +90,6 @@ def potential(
         verdict = "Nothing crosses nodes here: a placement has nothing to save."
         return _potential(topology, train, test, base, (), False, verdict)
     blocks = request_blocks(test, seed)
-    base_blocks = copies_of_blocks(test, linear, topology, None, blocks)
     judge = _Judge(test, topology, base, copies_of_blocks(test, linear, topology, None, blocks))
     extra = _replicas(trace.num_experts, topology.num_ranks)
     tried: list[tuple[str, dict[str, Any], bool]] = [
@@ -237,6 +242,7 @@ def _potential(
         solved_tokens=train.num_tokens,
         judged_tokens=test.num_tokens,
         copies_linear=base.copies,
+        linear_imbalance=base.node_imbalance,
         levers=levers,
         worth_it=worth_it,
         verdict=verdict,

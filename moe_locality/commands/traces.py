@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from moe_locality.commands.inputs import check_writable
+from moe_locality.commands.inputs import check_writable, read_cluster
 from moe_locality.commands.output import Result, progress, table
 from moe_locality.config import read_config
 from moe_locality.trace import import_trace, read_trace, write_trace
@@ -38,22 +38,42 @@ def import_(
     return Result(payload=payload, text=(words,))
 
 
-def analyze(trace: Path, report: Path | None, seed: int) -> Result:
-    """Describe a trace; with ``report`` also as an HTML page."""
+def analyze(
+    trace: Path,
+    report: Path | None,
+    nodes: int | None,
+    ranks_per_node: int | None,
+    cluster: Path | None,
+    hostfile: Path | None,
+    seed: int,
+) -> Result:
+    """Describe a trace, with a cluster also what it could save; with ``report`` as a page too."""
     from moe_locality.analysis import analyze as describe
+    from moe_locality.analysis.potential import potential, tradeoff
     from moe_locality.compare.content import trace_report as make_report
     from moe_locality.compare.content import trace_summary_table, trace_words
+    from moe_locality.compare.potential import add_potential, potential_table
     from moe_locality.report import write_report
 
     if report is not None:
         check_writable(report, "report")
-    with progress(f"analyzing {trace}"):
+    named = (nodes, ranks_per_node, cluster, hostfile)
+    topology = read_cluster(*named) if any(value is not None for value in named) else None
+    found_potential, points = None, []
+    with progress(f"analyzing {trace}") as update:
         content = read_trace(trace)
         summary = describe(content, seed)
         payload: dict[str, Any] = {"command": "analyze", "path": trace, **summary}
+        if topology is not None:
+            found_potential = potential(content, topology, seed=seed, progress=update)
+            points = tradeoff(content, topology, seed=seed)
+            payload["potential"] = {**found_potential.to_dict(), "tradeoff": points}
         if report is not None:
             line = f"moe-locality analyze {trace} --report {report} --seed {seed}"
-            write_report(make_report(content, seed=seed, command=line, summary=summary), report)
+            page = make_report(content, seed=seed, command=line, summary=summary)
+            if found_potential is not None:
+                page = add_potential(page, content, found_potential, points, seed)
+            write_report(page, report)
             payload["report"] = report
     words = trace_words(content, summary)
     found = trace_summary_table(summary)
@@ -63,6 +83,10 @@ def analyze(trace: Path, report: Path | None, seed: int) -> Result:
         for line in words:
             console.print(line)
         console.print(table("", found.columns, found.rows))
+        if found_potential is not None:
+            levers = potential_table(found_potential)
+            console.print(table(levers.title, levers.columns, levers.rows))
+            console.print(found_potential.verdict)
         if report is not None:
             console.print(f"report: {report}", soft_wrap=True)
 

@@ -1,7 +1,6 @@
 """Plans on one trace: predicted costs, an interval for their ratio, figures."""
 
 import dataclasses
-import math
 
 import numpy as np
 
@@ -18,13 +17,9 @@ from moe_locality.figures import (
 )
 from moe_locality.placement import Costs, PlacementPlan, evaluate
 from moe_locality.placement.frame import make_frame
+from moe_locality.placement.interval import copies_of_blocks, ratio_interval, request_blocks
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace import RoutingTrace
-
-NUM_BLOCKS = 20
-MIN_BLOCKS = 5
-T_975 = {4: 2.776, 9: 2.262, 14: 2.145, 19: 2.093}
-"""97.5 % points of Student's t by degrees of freedom."""
 
 METRICS = (
     ("copies", "remote nodes per token and layer"),
@@ -79,9 +74,13 @@ def compare_plans(
     costs = [evaluate(trace, c.plan, topology, c.homes) for c in candidates]
     interval = None
     if len(candidates) > 1:
-        blocks = _blocks(trace, seed)
-        ends = (candidates[0], candidates[-1])
-        interval = _ratio_interval(*(_copies_of_blocks(trace, c, topology, blocks) for c in ends))
+        blocks = request_blocks(trace, seed)
+        interval = ratio_interval(
+            *(
+                copies_of_blocks(trace, c.plan, topology, c.homes, blocks)
+                for c in (candidates[0], candidates[-1])
+            )
+        )
     rows = tuple(
         Row(
             metric=name,
@@ -131,49 +130,6 @@ def made_from(plan: PlacementPlan, trace: RoutingTrace) -> bool:
     sources = (plan.provenance.get("trace"), plan.provenance.get("drawn_from"))
     learned = plan.provenance.get("method") not in ("linear", "round_robin", None)
     return learned and trace.content_hash() in sources
-
-
-def _blocks(trace: RoutingTrace, seed: int) -> np.ndarray | None:
-    """[T] block of every token, whole requests together; None where there are too few requests."""
-    if trace.request_id is None or len(trace.request_ids) < MIN_BLOCKS:
-        return None
-    requests, number = np.unique(trace.request_id, return_inverse=True)
-    count = max(n for n in (5, 10, 15, NUM_BLOCKS) if n <= len(requests))
-    block = np.random.default_rng(seed).permutation(len(requests)) % count
-    return block[number]
-
-
-def _copies_of_blocks(
-    trace: RoutingTrace,
-    candidate: Candidate,
-    topology: ClusterTopology | None,
-    blocks: np.ndarray | None,
-) -> np.ndarray | None:
-    """[B] copies of each block, summed over its tokens and all layers."""
-    if blocks is None or trace.expert_ids is None:
-        return None
-    totals = []
-    for block in range(int(blocks.max()) + 1):
-        frame = make_frame(trace.take(blocks == block), candidate.plan, topology, candidate.homes)
-        visits = frame.node_visits()
-        totals.append(visits.sum() - np.trace(visits.sum(axis=0)))
-    return np.array(totals, dtype=np.float64)
-
-
-def _ratio_interval(
-    first: np.ndarray | None, last: np.ndarray | None
-) -> tuple[float, float] | None:
-    """95 % interval of sum(last) / sum(first), by leaving out one block at a time."""
-    if first is None or last is None or first.sum() == 0:
-        return None
-    count = len(first)
-    without = first.sum() - first
-    if (without <= 0).any():
-        return None
-    left_out = (last.sum() - last) / without
-    spread = math.sqrt((count - 1) / count * ((left_out - left_out.mean()) ** 2).sum())
-    ratio, reach = last.sum() / first.sum(), T_975[count - 1] * spread
-    return float(ratio - reach), float(ratio + reach)
 
 
 def _figures(

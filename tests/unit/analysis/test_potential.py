@@ -1,0 +1,102 @@
+"""What a trace could save on a cluster, judged on unseen requests."""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+from moe_locality.analysis.potential import MIN_SAVING, grouping_ceiling, potential, tradeoff
+from moe_locality.compare import trace_report
+from moe_locality.compare.potential import add_potential
+from moe_locality.errors import TraceError
+from moe_locality.placement import PlacementPlan, evaluate
+from moe_locality.report import render_html
+from moe_locality.topology import ClusterTopology
+from tests.unit.made_trace import make_trace
+from tests.unit.trace.cases import make_load_trace
+
+CLUSTER = ClusterTopology.uniform(num_nodes=4, ranks_per_node=1)
+
+
+@pytest.fixture(scope="module")
+def structured():
+    return make_trace(faithful=1.0, num_requests=60)
+
+
+@pytest.fixture(scope="module")
+def found(structured):
+    return potential(structured, CLUSTER, max_imbalance=2.0)
+
+
+def test_clean_domains_are_found_and_kept_together(found):
+    """All picks of a token are of one domain: one node holds them, and it can be the home, as far
+    as homes stay level (the domains are not equally long in the judged part).
+    """
+    levers = {lever.name: lever for lever in found.levers}
+    assert levers["placement and homes"].saving > levers["placement"].saving + 0.1
+    assert levers["placement"].interval[0] <= levers["placement"].saving
+    # linear: two picks on two different nodes mostly; placed: one node, at home in one of four
+    expected = 1 - 0.75 / found.copies_linear
+    assert levers["placement"].saving == pytest.approx(expected, abs=1e-6)
+    assert found.worth_it
+    assert found.verdict.startswith("Worth it")
+    for lever in found.levers:
+        assert lever.ceiling is None or lever.saving <= lever.ceiling + 1e-9
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False)) == json.loads(
+        json.dumps(asdict(found))
+    )
+
+
+def test_a_uniform_router_is_not_worth_it():
+    """Nothing to learn: what fits one half of the requests says nothing about the other."""
+    trace = make_trace(faithful=0.0, num_requests=120, num_experts=32, seed=3)
+    verdict = potential(trace, ClusterTopology.uniform(num_nodes=4, ranks_per_node=1))
+    placed = {lever.name: lever for lever in verdict.levers}["placement"]
+    assert abs(placed.saving) < MIN_SAVING
+    assert not placed.interval[0] > MIN_SAVING
+
+
+def test_one_node_has_nothing_to_save(structured):
+    verdict = potential(structured, ClusterTopology.uniform(num_nodes=1, ranks_per_node=4))
+    assert not verdict.worth_it
+    assert verdict.levers == ()
+    assert "nothing to save" in verdict.verdict
+
+
+def test_what_homes_alone_can_save_is_bounded_by_the_best_home_of_every_token(structured):
+    """Against the definition: give every token the best of all homes."""
+    plan = PlacementPlan.linear(structured.num_experts, structured.layer_ids, 4, 1)
+    best = np.full((structured.num_tokens, structured.num_layers), np.inf)
+    node_of = np.arange(structured.num_experts) // 4
+    nodes = node_of[structured.expert_ids]
+    for home in range(4):
+        away = sum((nodes == n).any(axis=2) for n in range(4) if n != home)
+        best = np.minimum(best, away)
+    anywhere = evaluate(structured, plan, CLUSTER).copies
+    expected = 1 - best.mean() / anywhere
+    assert grouping_ceiling(structured, plan, CLUSTER) == pytest.approx(expected)
+
+
+def test_a_looser_cap_never_costs_locality(structured):
+    points = tradeoff(structured, CLUSTER, caps=(1.5, 1.01))
+    assert [point["max_imbalance"] for point in points] == [1.01, 1.5]
+    assert points[1]["copies"] <= points[0]["copies"] + 1e-9
+    assert all(point["saving"] <= 1 for point in points)
+
+
+def test_counts_and_single_requests_are_refused(structured):
+    with pytest.raises(TraceError, match="trace of counts"):
+        potential(make_load_trace(), CLUSTER)
+    with pytest.raises(TraceError, match="at least 2"):
+        potential(structured.filter(requests=[0]), CLUSTER)
+
+
+def test_the_report_says_the_verdict_first(structured, found):
+    page = add_potential(
+        trace_report(structured), structured, found, tradeoff(structured, CLUSTER, caps=(1.1,)), 0
+    )
+    html = render_html(page)
+    assert found.verdict in page.summary[0]
+    assert "placement and homes" in html
+    assert "cap 1.1" in html
