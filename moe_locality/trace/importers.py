@@ -1,247 +1,287 @@
 """Importers: routing records of other programs become a RoutingTrace.
 
-Known formats, by suffix; the generic ones are described in docs/formats.md:
-
-* ``.npz``: the array layout of this package.
-* ``.jsonl``: either the generic layout (first line a header, then one object per token) or what
-  Megatron-LM writes with ``--moe-routing-trace-path`` (see ``moe_locality.trace.megatron``). A
-  directory of ``router_trace_rank*.jsonl`` files is read as the ranks of one run.
-* ``.json``: one object, the header's keys and ``"tokens"``: a list of the same objects as in
-  ``.jsonl``.
-* ``.csv``: one row per token and layer.
+The format is found from the content, not from the name; ``FORMATS`` lists what is known, each
+described in docs/formats.md and in the module that reads it.
 """
 
 from __future__ import annotations
 
-import csv
 import json
-import logging
-from collections.abc import Callable, Iterable, Mapping
+import shutil
+import uuid
+import zipfile
+from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from moe_locality.errors import TraceError
-from moe_locality.trace import megatron
+from moe_locality.trace import generic, llamacpp, megatron, routed, sglang, tables
+from moe_locality.trace.io import write_trace
+from moe_locality.trace.merge import concat
 from moe_locality.trace.npz import read_npz
-from moe_locality.trace.schema import STAGE_NAMES, UNKNOWN, RoutingTrace
+from moe_locality.trace.reading import ImportOptions, Report, whole_json
+from moe_locality.trace.schema import RoutingTrace
+from moe_locality.trace.shards import (
+    TMP_PREFIX,
+    make_directory,
+    shard_name,
+    shard_paths,
+    write_shard,
+)
 
-_log = logging.getLogger(__name__)
-_STAGE_CODES = {name: code for code, name in STAGE_NAMES.items()}
+FORMATS = {
+    "npz": "arrays of this package",
+    "json": "generic JSON, one object or one per line",
+    "csv": "generic CSV, a row per token and layer or per pick",
+    "megatron": "Megatron-LM router_trace_rank*.jsonl, a file or the directory",
+    "vllm": "vLLM routed experts: .npy, .npz, or responses in JSON",
+    "sglang": "SGLang responses with routed_experts in JSON",
+    "sglang-dump": "SGLang expert_distribution_recorder_*.pt, a file or the directory",
+    "llamacpp": "llama.cpp moe-trace CSV",
+}
+"""Name of each format and what it is."""
+
+_BY_SUFFIX = {
+    ".npz": "npz",
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".pt": "sglang-dump",
+    ".npy": "vllm",
+}
 
 
 def import_trace(
-    path: str | PathLike[str], *, model: str | None = None, num_experts: int | None = None
+    path: str | PathLike[str],
+    *,
+    format: str | None = None,
+    model: str | None = None,
+    num_experts: int | None = None,
+    top_k: int | None = None,
+    report: Report | None = None,
 ) -> RoutingTrace:
-    """Read a foreign trace; the suffix of the file says which format it is.
+    """Read a foreign trace into memory.
 
     Args:
-        model, num_experts: what the file does not say (Megatron-LM and CSV have neither). Without
-            ``num_experts`` there, the highest id seen plus one is taken, with a warning, for
-            experts that were never picked leave no mark.
+        format: a name in ``FORMATS``; None: found from the content.
+        model, num_experts, top_k: what the file does not say. Without ``num_experts`` there, the
+            highest id seen plus one is taken, with a warning, for experts that were never picked
+            leave no mark.
+        report: called now and then with (bytes read, bytes in all).
 
     Raises:
-        TraceError: the suffix is unknown, or the content does not fit the format; the message names
-        file and line.
+        TraceError: the format is unknown, or the content does not fit it; the message names file
+        and line.
+    """
+    options = ImportOptions(model=model, num_experts=num_experts, top_k=top_k, report=report)
+    return concat(list(_parts(Path(path), format, options)))
+
+
+def import_to(
+    path: str | PathLike[str],
+    out: str | PathLike[str],
+    *,
+    format: str | None = None,
+    model: str | None = None,
+    num_experts: int | None = None,
+    top_k: int | None = None,
+    report: Report | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Import a foreign trace into a directory of shards (or an .npz file) without holding it whole.
+
+    Line formats and sorted CSV take memory for one part of about four million picks at a time;
+    arrays, dumps and single JSON objects are read whole. Nothing appears in ``out`` before the last
+    part is written. The other arguments are those of ``import_trace``.
+
+    Raises:
+        TraceError: as ``import_trace``; or ``out`` holds another trace and ``overwrite`` is False.
+    """
+    options = ImportOptions(model=model, num_experts=num_experts, top_k=top_k, report=report)
+    place = Path(out)
+    parts = _parts(Path(path), format, options)
+    single = place.suffix == ".npz" and not place.is_dir()
+    if single or (place.is_dir() and shard_paths(place) and not overwrite):
+        write_trace(concat(list(parts)), place, overwrite=overwrite)
+        return
+    directory = make_directory(place)
+    waiting = directory / f"{TMP_PREFIX}{uuid.uuid4().hex}"
+    waiting.mkdir()
+    try:
+        written = [write_shard(part, waiting, None, n)[0] for n, part in enumerate(parts)]
+        for old in shard_paths(directory):
+            old.unlink()
+        for number, shard in enumerate(written):
+            shard.rename(directory / shard_name(0, number))
+    except OSError as error:
+        raise TraceError(
+            f"found that the trace cannot be written to {directory} ({error.strerror or error}), "
+            "expected a writable directory with free space: free space, or give another path"
+        ) from error
+    finally:
+        shutil.rmtree(waiting, ignore_errors=True)
+
+
+def find_format(path: str | PathLike[str]) -> str:
+    """Return the name in ``FORMATS`` that the content of a file or directory fits.
+
+    Raises:
+        TraceError: nothing is there, or it fits none.
     """
     place = Path(path)
     if not place.exists():
         raise TraceError(f"found nothing at {place}, expected a trace to import: check the path")
     if place.is_dir():
-        files = sorted(place.glob("router_trace_rank*.jsonl"))
-        if not files:
-            raise TraceError(
-                f"found a directory {place} without router_trace_rank*.jsonl files, expected a "
-                "file or a directory that Megatron-LM wrote; a directory of part-*.parquet shards "
-                "is a trace already"
-            )
-        return megatron.read_ranks(files, model=model, num_experts=num_experts)
-    readers: dict[str, Callable[..., RoutingTrace]] = {
-        ".jsonl": _read_jsonl,
-        ".json": _read_json,
-        ".csv": _read_csv,
-        ".npz": _read_npz,
-    }
-    reader = readers.get(place.suffix.lower())
-    if reader is None:
+        for pattern, name in (("router_trace_rank*.jsonl", "megatron"), ("*.pt", "sglang-dump")):
+            if any(place.glob(pattern)):
+                return name
         raise TraceError(
-            f"found a file {place} of unknown format, expected one of: {', '.join(readers)}: "
-            "convert it to one of these (docs/formats.md)"
+            f"found a directory {place} without router_trace_rank*.jsonl or .pt files, expected a "
+            "file or a directory that Megatron-LM or SGLang wrote; a directory of part-*.parquet "
+            "shards is a trace already"
         )
-    return reader(place, model=model, num_experts=num_experts)
-
-
-def _read_npz(path: Path, *, model: str | None, num_experts: int | None) -> RoutingTrace:
-    trace = read_npz(path)
-    if num_experts not in (None, trace.num_experts):
+    found, strange = _content_format(place)
+    found = found or _BY_SUFFIX.get(place.suffix.lower())  # its reader says best what is wrong
+    if found is None:
         raise TraceError(
-            f"found num_experts = {trace.num_experts} in {path}, expected {num_experts} as asked: "
-            "leave it out"
+            f"found {strange} in {place}, a file of unknown format, expected one of: "
+            f"{', '.join(FORMATS)}: see docs/formats.md, and name the format where it is not "
+            "recognized"
         )
-    return trace if model is None else trace.evolve(model=model)
+    return found
 
 
-def _read_jsonl(path: Path, *, model: str | None, num_experts: int | None) -> RoutingTrace:
-    records = megatron.read_lines(path)
-    if not records:
-        raise TraceError(f"found no line in {path}, expected one JSON object per line")
-    first = records[0][1]
+def _content_format(path: Path) -> tuple[str | None, str]:
+    """The format that the content fits, or None and what was found."""
+    line = _first_line(path)
+    if line.startswith(b"PK\x03\x04"):
+        return _zip_format(path)
+    if line.startswith(b"\x93NUMPY"):
+        return "vllm", ""
+    try:
+        text = line.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        return None, f"bytes that cannot be read as text ({error})"
+    if text[:1] in ("{", "["):
+        return _json_format(path, text)
+    cells = _cells(text)
+    if cells == llamacpp.HEADER or (len(cells) == 2 and all(c.isdecimal() for c in cells)):
+        return "llamacpp", ""
+    return ("csv", "") if len(cells) > 1 else (None, f"a first line {text[:60]!r}")
+
+
+def _zip_format(path: Path) -> tuple[str | None, str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        return None, f"a damaged archive ({error})"
+    if any(name.endswith("data.pkl") for name in names):
+        return "sglang-dump", ""
+    if {"kind.npy", "format_version.npy", "expert_ids.npy", "expert_load.npy"} & set(names):
+        return "npz", ""
+    if names and all(name.endswith(".npy") for name in names):
+        return "vllm", ""
+    return None, f"an archive of {names[:4]}"
+
+
+def _json_format(path: Path, line: str) -> tuple[str | None, str]:
+    try:
+        first = json.loads(line)
+    except (ValueError, RecursionError):
+        if path.suffix.lower() == ".jsonl":
+            return "json", ""
+        first = whole_json(path)
+    if isinstance(first, list):
+        entry = first[0] if first else None
+        if isinstance(entry, list):
+            return "vllm", ""
+        return (_responses_format(entry) if isinstance(entry, dict) else None) or "json", ""
     if "top_indices" in first:
-        return megatron.read_ranks([path], model=model, num_experts=num_experts)
-    if "num_experts" not in first and "layer_ids" not in first:
-        raise TraceError(
-            f"found {sorted(first)[:8]} as the keys of the first line of {path}, expected a header "
-            "with num_experts and layer_ids, or Megatron-LM's records with top_indices: see "
-            "docs/formats.md"
-        )
-    tokens = ((f"{path}, line {line}", record) for line, record in records[1:])
-    return _from_tokens(path, first, tokens, model, num_experts)
+        return "megatron", ""
+    return _responses_format(first) or "json", ""
 
 
-def _read_json(path: Path, *, model: str | None, num_experts: int | None) -> RoutingTrace:
+def _responses_format(response: dict) -> str | None:
+    if isinstance(response.get("meta_info"), dict):
+        return "sglang"
+    if "choices" in response or "routed_experts" in response:
+        return "vllm"
+    return None
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip().strip('"') for cell in line.strip().lstrip("\ufeff").split(",")]
+
+
+def _parts(path: Path, format: str | None, options: ImportOptions) -> Iterator[RoutingTrace]:
+    found = find_format(path) if format is None else format
+    if found not in FORMATS:
+        raise TraceError(f"found format {format!r}, expected one of: {', '.join(FORMATS)}")
+    if not path.exists():
+        raise TraceError(f"found nothing at {path}, expected a trace to import: check the path")
+    if path.is_dir() and found not in ("megatron", "sglang-dump"):
+        raise TraceError(f"found a directory {path}, expected a file of format {found}")
+    if found == "npz":
+        return iter([_read_npz(path, options)])
+    if found == "json":
+        return generic.parts(path, options, lines=_one_object_per_line(path))
+    if found == "csv":
+        return tables.parts(path, _columns(path), options)
+    if found == "megatron":
+        return megatron.parts(_files(path, "router_trace_rank*.jsonl"), options)
+    if found == "llamacpp":
+        return llamacpp.parts(path, options)
+    if found == "sglang-dump":
+        return sglang.parts(_files(path, "*.pt"), options)
+    if found == "sglang":
+        return routed.parts(path, options, routed.sglang_responses)
+    return routed.parts(
+        path, options, routed.array_file if _is_binary(path) else routed.vllm_responses
+    )
+
+
+def _files(path: Path, pattern: str) -> list[Path]:
+    files = sorted(path.glob(pattern)) if path.is_dir() else [path]
+    if not files:
+        raise TraceError(f"found no {pattern} in {path}, expected at least one: check the path")
+    return files
+
+
+def _first_line(path: Path) -> bytes:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TraceError(
-            f"found that {path} cannot be read as JSON: {error}; expected one object: correct the "
-            "file"
-        ) from error
-    tokens = content.get("tokens") if isinstance(content, dict) else None
-    if not isinstance(tokens, list):
-        raise TraceError(
-            f"found no list named tokens in {path}, expected an object with num_experts, layer_ids "
-            "and tokens: see docs/formats.md"
-        )
-    named = ((f"{path}, token {i}", record) for i, record in enumerate(tokens))
-    return _from_tokens(path, content, named, model, num_experts)
+        with open(path, "rb") as file:
+            return file.readline()
+    except OSError as error:
+        raise TraceError(f"found that {path} cannot be read: {error.strerror}") from error
 
 
-def _from_tokens(
-    path: Path,
-    header: Mapping[str, Any],
-    records: Iterable[tuple[str, Any]],
-    model: str | None,
-    num_experts: int | None,
-) -> RoutingTrace:
-    layer_ids = header.get("layer_ids")
-    if not isinstance(layer_ids, list) or not all(_is_count(layer) for layer in layer_ids):
-        raise TraceError(
-            f"found layer_ids {layer_ids!r} in the header of {path}, expected a list of layer "
-            "numbers"
-        )
-    tokens = list(records)
-    top_k = header.get("top_k", 1)
-    if not _is_count(top_k):
-        raise TraceError(f"found top_k {top_k!r} in the header of {path}, expected a number")
-    for where, record in tokens:
-        top_k = max(top_k, _check_token(where, record, len(layer_ids)))
-    domain = sorted({str(r["domain"]) for _, r in tokens if r.get("domain") is not None})
-    place = {name: i for i, name in enumerate(domain)}
-    ids = np.full((len(tokens), len(layer_ids), top_k), -1, np.int64)
-    for row, (_, record) in enumerate(tokens):
-        for layer, picks in enumerate(record["expert_ids"]):
-            ids[row, layer, : len(picks)] = picks
-    given = num_experts or header.get("num_experts")
+def _is_binary(path: Path) -> bool:
+    return _first_line(path).startswith((b"PK\x03\x04", b"\x93NUMPY"))
+
+
+def _columns(path: Path) -> list[str]:
+    return _cells(_first_line(path).decode("utf-8", "replace"))
+
+
+def _one_object_per_line(path: Path) -> bool:
+    """Whether the first line is an object by itself that holds no tokens."""
+    if path.suffix.lower() == ".json":
+        return False
+    if path.suffix.lower() == ".jsonl":
+        return True
     try:
-        return RoutingTrace(
-            model=str(model or header.get("model", "")),
-            num_experts=given if given else megatron.guess_num_experts(path, ids),
-            layer_ids=np.array(layer_ids, np.int64),
-            domain=tuple(domain),
-            expert_ids=ids,
-            request_id=_numbers(tokens, "request_id"),
-            position=_numbers(tokens, "position"),
-            stage=np.array([_stage(where, r) for where, r in tokens], np.int64),
-            domain_id=np.array([place.get(str(r.get("domain")), -1) for _, r in tokens], np.int64),
-        )
-    except TraceError as error:
-        raise TraceError(f"{path}: {error}") from error
+        first = json.loads(_first_line(path).decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(first, dict) and "tokens" not in first
 
 
-def _numbers(tokens: list[tuple[str, Any]], name: str) -> np.ndarray:
-    return np.array([record[name] for _, record in tokens], np.int64)
-
-
-def _check_token(where: str, record: Any, num_layers: int) -> int:
-    """Check one token and return the most picks that it has in a layer."""
-    if not isinstance(record, dict):
-        raise TraceError(f"{where}: found a {type(record).__name__}, expected an object per token")
-    for name in ("request_id", "position"):
-        if not _is_count(record.get(name)):
-            raise TraceError(
-                f"{where}: found {name} {record.get(name)!r}, expected a number of at least 0"
-            )
-    picks = record.get("expert_ids")
-    if not isinstance(picks, list) or len(picks) != num_layers:
-        found = len(picks) if isinstance(picks, list) else type(picks).__name__
+def _read_npz(path: Path, options: ImportOptions) -> RoutingTrace:
+    trace = read_npz(path)
+    if options.num_experts not in (None, trace.num_experts):
         raise TraceError(
-            f"{where}: found {found} lists in expert_ids, expected {num_layers} (one per layer)"
+            f"found num_experts = {trace.num_experts} in {path}, expected {options.num_experts} as "
+            "asked: leave it out"
         )
-    for layer in picks:
-        if not isinstance(layer, list) or not all(_is_count(i) or i == -1 for i in layer):
-            raise TraceError(f"{where}: found picks {layer!r}, expected a list of expert numbers")
-    return max(map(len, picks), default=0)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
-
-
-def _stage(where: str, record: Mapping[str, Any]) -> int:
-    stage = record.get("stage", UNKNOWN)
-    code = _STAGE_CODES.get(stage) if isinstance(stage, str) else stage
-    if code not in STAGE_NAMES or isinstance(code, bool):
-        raise TraceError(
-            f"{where}: found stage {stage!r}, expected one of {sorted(_STAGE_CODES)} or its code"
-        )
-    return int(code)  # type: ignore[arg-type]
-
-
-def _read_csv(path: Path, *, model: str | None, num_experts: int | None) -> RoutingTrace:
-    """Columns request_id, position, layer, expert_ids (numbers joined by spaces), and optionally
-    stage, domain.
-    """
-    rows: dict[tuple[int, int], dict[str, Any]] = {}
-    layers: set[int] = set()
-    needed = ("request_id", "position", "layer", "expert_ids")
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file, strict=True)
-            absent = [name for name in needed if name not in (reader.fieldnames or ())]
-            if absent:
-                raise ValueError(f"column {absent[0]!r} is missing")
-            for row in reader:
-                key = (int(row["request_id"]), int(row["position"]))
-                layer, picks = int(row["layer"]), [int(i) for i in row["expert_ids"].split()]
-                token = rows.setdefault(key, {**row, "picks": {}})
-                if layer in token["picks"]:
-                    raise ValueError(f"line {reader.line_num}: layer {layer} of token {key} again")
-                token["picks"][layer] = picks
-                layers.add(layer)
-    except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
-        raise TraceError(
-            f"found that {path} cannot be read as a routing CSV: {error}; expected the columns "
-            f"{needed} and whole numbers: see docs/formats.md"
-        ) from error
-    layer_ids = sorted(layers)
-    tokens = []
-    for (request, position), row in rows.items():
-        absent = [layer for layer in layer_ids if layer not in row["picks"]]
-        if absent:
-            raise TraceError(
-                f"{path}: found no row for layer {absent[0]} of request {request}, position "
-                f"{position}, expected a row per token and layer: leave expert_ids empty for a "
-                "token without picks"
-            )
-        record = {
-            "request_id": request,
-            "position": position,
-            "expert_ids": [row["picks"][layer] for layer in layer_ids],
-        }
-        for name in ("stage", "domain"):
-            if row.get(name):
-                record[name] = row[name]
-        tokens.append((f"{path}, request {request}, position {position}", record))
-    return _from_tokens(path, {"layer_ids": layer_ids}, tokens, model, num_experts)
+    return trace if options.model is None else trace.evolve(model=options.model)

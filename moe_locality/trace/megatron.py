@@ -1,4 +1,4 @@
-"""Reader of the routing records of Megatron-LM (``--moe-routing-trace-path``).
+"""Importer of the routing records of Megatron-LM (``--moe-routing-trace-path``).
 
 One file ``router_trace_rank{rank}.jsonl`` per rank, one object per forward pass of a router::
 
@@ -22,112 +22,171 @@ and what is made of it:
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moe_locality.errors import TraceError
+from moe_locality.trace.reading import PART_PICKS, ImportOptions, guess_num_experts, json_lines
 from moe_locality.trace.schema import RoutingTrace
 
 _log = logging.getLogger(__name__)
 _NUMBERS = ("step", "layer", "rank", "num_tokens", "topk")
 
+Pass = tuple[int, int, dict[int, np.ndarray]]
+"""A forward pass: rank, step, and its picks [T, K] by layer."""
 
-def read_ranks(
-    paths: Sequence[Path], *, model: str | None = None, num_experts: int | None = None
-) -> RoutingTrace:
-    """Read the files of one or more ranks of one pipeline stage.
+
+def parts(paths: Sequence[Path], options: ImportOptions) -> Iterator[RoutingTrace]:
+    """Yield the trace of one or more ranks of one pipeline stage in parts.
 
     Raises:
         TraceError: a line is no such record, or the layers of a step do not cover the same tokens.
-        A last step that was
-            cut off is left out, with a warning.
+        A last step that was cut off is left out, with a warning.
     """
-    passes: list[tuple[int, int, dict[int, np.ndarray]]] = []
+    layers, top_k, highest = _measure(paths, options)
+    num_experts = options.num_experts or guess_num_experts(paths[0], highest, top_k)
+    block: list[Pass] = []
+    picks, requests = 0, 0
     for path in paths:
-        passes += _passes(path)
-    if not passes:
+        for one in _passes(path, options, 1):
+            block.append(one)
+            picks += sum(table.size for table in one[2].values())
+            if picks > PART_PICKS:
+                yield _to_trace(paths[0], block, layers, num_experts, options, requests)
+                block, picks, requests = [], 0, requests + len(block)
+    if block:
+        yield _to_trace(paths[0], block, layers, num_experts, options, requests)
+
+
+def _measure(paths: Sequence[Path], options: ImportOptions) -> tuple[list[int], int, int]:
+    """Check all files; return their layers, picks per token and highest id."""
+    layers: list[int] | None = None
+    top_k, highest = 0, -1
+    for path in paths:
+        for _, step, picks in _passes(path, options, 0):
+            layers = sorted(picks) if layers is None else layers
+            if sorted(picks) != layers:
+                raise TraceError(
+                    f"{path}: found layers {sorted(picks)} in step {step}, expected {layers} as in "
+                    "the first: import the ranks of each pipeline stage on their own"
+                )
+            widths = {table.shape[1] for table in picks.values()} | ({top_k} if top_k else set())
+            if len(widths) > 1:
+                raise TraceError(
+                    f"{path}: found topk {sorted(widths)} in step {step}, expected the same in all"
+                )
+            top_k = widths.pop()
+            highest = max(highest, *(int(t.max(initial=-1)) for t in picks.values()))
+    if layers is None:
         raise TraceError(
             f"found no complete decoder record in {paths[0]}, expected at least one step: record "
             "again with --moe-routing-trace-path"
         )
-    layers = sorted(passes[0][2])
-    for _, step, picks in passes:
-        if sorted(picks) != layers:
-            raise TraceError(
-                f"found layers {sorted(picks)} in step {step}, expected {layers} as in the first: "
-                "import the ranks of each pipeline stage on their own"
-            )
+    return layers, top_k, highest
+
+
+def _to_trace(
+    path: Path,
+    passes: list[Pass],
+    layers: list[int],
+    num_experts: int,
+    options: ImportOptions,
+    first_request: int,
+) -> RoutingTrace:
     lengths = [len(picks[layers[0]]) for _, _, picks in passes]
-    ids = np.concatenate(
-        [np.stack([picks[layer] for layer in layers], axis=1) for _, _, picks in passes]
-    )
+    tables = [np.stack([picks[layer] for layer in layers], axis=1) for _, _, picks in passes]
     try:
         return RoutingTrace(
-            model=model or "",
-            num_experts=num_experts or guess_num_experts(paths[0], ids),
+            model=options.model or "",
+            num_experts=num_experts,
             layer_ids=np.array(layers),
-            expert_ids=ids,
-            request_id=np.repeat(np.arange(len(passes)), lengths),
+            expert_ids=np.concatenate(tables),
+            request_id=first_request + np.repeat(np.arange(len(passes)), lengths),
             position=np.concatenate([np.arange(length) for length in lengths]),
             rank=np.repeat([rank for rank, _, _ in passes], lengths),
             step=np.repeat([step for _, step, _ in passes], lengths),
         )
     except TraceError as error:
-        raise TraceError(f"{paths[0]}: {error}") from error
+        raise TraceError(f"{path}: {error}") from error
 
 
-def _passes(path: Path) -> list[tuple[int, int, dict[int, np.ndarray]]]:
-    """Forward passes of a file: (rank, step, picks [T, K] by layer)."""
-    found: dict[tuple[int, int], dict[int, list[np.ndarray]]] = defaultdict(
-        lambda: defaultdict(list)
-    )
-    num_mtp = 0
-    for line, record in read_lines(path):
-        where = f"{path}, line {line}"
-        picks = _picks(where, record)
-        if record["block"] == "mtp":
-            num_mtp += 1
-            continue
-        found[record["rank"], record["step"]][record["layer"]].append(picks)
-    if num_mtp:
+def _passes(path: Path, options: ImportOptions, number: int) -> Iterator[Pass]:
+    """Yield the forward passes of a file, a step at a time."""
+    left_out = [0]
+    records = _decoder_records(path, options, number, left_out)
+    steps = groupby(records, key=lambda found: (found[0]["rank"], found[0]["step"]))
+    previous: tuple[int, int, dict[int, list[np.ndarray]]] | None = None
+    layers: set[int] = set()
+    for (rank, step), group in steps:
+        if previous is not None:
+            yield from _split(path, previous, layers, is_last=False, loud=number == 0)
+        tables: dict[int, list[np.ndarray]] = defaultdict(list)
+        for record, picks in group:
+            tables[record["layer"]].append(picks)
+        layers |= set(tables)
+        previous = rank, step, tables
+    if left_out[0] and number == 0:
         _log.warning(
             "%s: left out %d records of multi-token-prediction layers (their numbers clash with "
             "decoder layers)",
             path,
-            num_mtp,
+            left_out[0],
         )
-    layers = {layer for parts in found.values() for layer in parts}
-    result = []
-    for number, ((rank, step), parts) in enumerate(found.items()):
-        counts = {len(parts[layer]) if layer in parts else 0 for layer in layers}
-        if len(counts) > 1:
-            text = f"{path}: found that step {step} lacks records of some layers"
-            if number + 1 < len(found):
-                raise TraceError(
-                    f"{text}, expected each layer equally often: the file is damaged; record again"
-                )
+    if previous is not None:
+        yield from _split(path, previous, layers, is_last=True, loud=number == 0)
+
+
+def _decoder_records(
+    path: Path, options: ImportOptions, number: int, left_out: list[int]
+) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+    """Yield the records of decoder layers with their picks; count the others."""
+    for line, record in json_lines(path, options, (number, 2)):
+        picks = _picks(f"{path}, line {line}", record)
+        if record["block"] == "mtp":
+            left_out[0] += 1
+        else:
+            yield record, picks
+
+
+def _split(
+    path: Path,
+    found: tuple[int, int, dict[int, list[np.ndarray]]],
+    layers: set[int],
+    *,
+    is_last: bool,
+    loud: bool,
+) -> Iterator[Pass]:
+    """Yield the micro-batches of one step; ``layers``: all that the file has shown so far."""
+    rank, step, tables = found
+    counts = {len(tables[layer]) if layer in tables else 0 for layer in layers}
+    if len(counts) > 1:
+        text = f"{path}: found that step {step} lacks records of some layers"
+        if not is_last:
+            raise TraceError(
+                f"{text}, expected each layer equally often: the file is damaged; record again"
+            )
+        if loud:
             _log.warning("%s; it is the last one: kept its %d complete passes", text, min(counts))
-        for i in range(min(counts)):
-            picks = {layer: parts[layer][i] for layer in layers}
-            if len({block.shape for block in picks.values()}) > 1:
-                raise TraceError(
-                    f"{path}: found layers of step {step} with different token counts "
-                    f"{sorted({block.shape for block in picks.values()})}, expected the same "
-                    "tokens in each"
-                )
-            result.append((rank, step, picks))
-    return result
+    for i in range(min(counts)):
+        picks = {layer: tables[layer][i] for layer in layers}
+        shapes = sorted({block.shape for block in picks.values()})
+        if len(shapes) > 1:
+            raise TraceError(
+                f"{path}: found layers of step {step} with different token counts {shapes}, "
+                "expected the same tokens in each"
+            )
+        yield rank, step, picks
 
 
 def _picks(where: str, record: dict[str, Any]) -> np.ndarray:
     for name in _NUMBERS:
-        if type(record.get(name)) is not int or record[name] < 0:
+        if type(record.get(name)) is not int or not 0 <= record[name] < 2**31:
             raise TraceError(
                 f"{where}: found {name} {record.get(name)!r}, expected a number of at least 0 "
                 "(Megatron-LM routing record)"
@@ -141,7 +200,7 @@ def _picks(where: str, record: dict[str, Any]) -> np.ndarray:
         picks = np.array(record["top_indices"])
     except (KeyError, ValueError, OverflowError) as error:
         raise TraceError(f"{where}: found no table of numbers in top_indices ({error})") from error
-    if picks.size == 0 and 0 in shape:
+    if picks.size == 0 and 0 in shape and shape[1] < 2**15:
         return np.zeros(shape, np.int64)
     if picks.shape != shape or picks.dtype.kind not in "iu":
         raise TraceError(
@@ -149,46 +208,3 @@ def _picks(where: str, record: dict[str, Any]) -> np.ndarray:
             f"{shape} (num_tokens, topk)"
         )
     return picks
-
-
-def read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """Objects of a JSON-lines file with their line numbers; empty lines are skipped.
-
-    Raises:
-        TraceError: a line is no JSON object; the message names it.
-    """
-    records = []
-    try:
-        with open(path, encoding="utf-8") as file:
-            for line, text in enumerate(file, 1):
-                if not text.strip():
-                    continue
-                try:
-                    record = json.loads(text)
-                except (ValueError, RecursionError) as error:
-                    raise TraceError(
-                        f"{path}, line {line}: found no JSON ({error}), expected one object per "
-                        "line: correct or remove the line"
-                    ) from error
-                if not isinstance(record, dict):
-                    raise TraceError(
-                        f"{path}, line {line}: found a {type(record).__name__}, expected an object"
-                    )
-                records.append((line, record))
-    except (OSError, UnicodeDecodeError) as error:
-        raise TraceError(
-            f"found that {path} cannot be read as text ({error}), expected JSON lines in UTF-8"
-        ) from error
-    return records
-
-
-def guess_num_experts(path: Path, ids: np.ndarray) -> int:
-    """Highest id + 1, with a warning: experts that were never picked leave no mark in the file."""
-    guess = max(int(ids.max(initial=-1)) + 1, ids.shape[2])
-    _log.warning(
-        "%s does not say how many experts a layer has; taking %d, the highest id seen plus one: "
-        "pass num_experts if the model has more",
-        path,
-        guess,
-    )
-    return guess

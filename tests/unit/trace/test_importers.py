@@ -116,7 +116,7 @@ def test_wrong_records_are_named(tmp_path, records, message):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("t.jsonl", "{}\nnot json\n", r"line 2: found no JSON"),
+        ("t.jsonl", '{"layer_ids": [0]}\nnot json\n', r"line 2: found no JSON"),
         ("t.json", "[1, 2", "cannot be read as JSON"),
         ("t.json", "[" * 100_000, "cannot be read as JSON"),
         ("t.json", "[]", "no list named tokens"),
@@ -133,7 +133,7 @@ def test_wrong_records_are_named(tmp_path, records, message):
             "request_id,position,layer,expert_ids\n1,0,2,3\n1,1,3,4\n",
             "no row for layer 3 of request 1, position 0",
         ),
-        ("t.xlsx", "x", r"unknown format, expected one of: .jsonl, .json, .csv, .npz"),
+        ("t.xlsx", "x", r"unknown format, expected one of: npz, json, csv, megatron"),
     ],
 )
 def test_wrong_files_are_named(tmp_path, name, content, message):

@@ -1,0 +1,135 @@
+"""Importer of the expert log of llama.cpp's ``moe-trace`` example (ggml-org/llama.cpp PR 28544).
+
+CSV, one row ``layer,expert`` for every routed pick, with or without that header, of one prompt and
+a greedy continuation. The rows of a layer of one micro-batch follow each other, token by token, the
+K picks of a token in the order of the router. What the format does not say, and what is made of it:
+
+* K: the greatest common divisor of the lengths of the runs of one layer, which is K where single
+  tokens were decoded; else give ``top_k``;
+* tokens: a layer that does not rise begins the next micro-batch. All layers of a micro-batch have
+  the same tokens but the last, where llama.cpp computes only the tokens whose output is asked for:
+  its picks belong to the last tokens, the others have none;
+* stages: the trailing micro-batches of one token are decode, the others prefill;
+* one file is one request.
+
+The prefill rows of early versions are wrong: they read the strided view of the picks as contiguous,
+so that tokens show experts twice, and the import fails. A log with the columns position (or token),
+layer and expert is the generic CSV.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from moe_locality.errors import TraceError
+from moe_locality.trace.reading import PART_PICKS, ImportOptions, guess_num_experts, text_lines
+from moe_locality.trace.schema import DECODE, PREFILL, RoutingTrace
+
+HEADER = ["layer", "expert"]
+
+
+def parts(path: Path, options: ImportOptions) -> Iterator[RoutingTrace]:
+    """Yield the trace of a file in parts; the numbers are held in memory, 8 bytes per pick.
+
+    Raises:
+        TraceError: the rows are no such log, or do not fit a K.
+    """
+    rows = _read(path, options)
+    layer_ids = np.unique(rows[:, 0])
+    starts = np.flatnonzero(np.r_[True, rows[1:, 0] != rows[:-1, 0]])
+    lengths = np.diff(np.r_[starts, len(rows)])
+    top_k = _picks_per_token(path, lengths, len(layer_ids), options)
+    tokens = lengths // top_k
+    layer = rows[starts, 0]
+    begins = np.r_[True, layer[1:] <= layer[:-1]]
+    batch = np.cumsum(begins) - 1
+    size = np.zeros(batch[-1] + 1, np.int64)
+    np.maximum.at(size, batch, tokens)
+    short = tokens != size[batch]
+    if (short & (layer != layer_ids[-1])).any():
+        run = int(np.flatnonzero(short & (layer != layer_ids[-1]))[0])
+        raise TraceError(
+            f"{path}, pick {starts[run] + 1}: found {tokens[run]} tokens in layer {layer[run]} and "
+            f"{size[batch[run]]} in another layer of the same micro-batch, expected the same: give "
+            "the right top_k, or record again"
+        )
+    num_experts = options.num_experts or guess_num_experts(path, int(rows[:, 1].max()), top_k)
+    ids = np.full((int(size.sum()), len(layer_ids), top_k), -1, np.int64)
+    last = np.cumsum(size)[batch]  # picks of a run belong to the last tokens of its micro-batch
+    column = np.searchsorted(layer_ids, layer)
+    for run in range(len(starts)):
+        picks = rows[starts[run] : starts[run] + lengths[run], 1].reshape(-1, top_k)
+        ids[last[run] - tokens[run] : last[run], column[run]] = picks
+    stage = np.repeat(_stages(size), size)
+    step = max(PART_PICKS // max(len(layer_ids) * top_k, 1), 1)
+    for first in range(0, len(ids), step):
+        part = slice(first, first + step)
+        try:
+            yield RoutingTrace(
+                model=options.model or "",
+                num_experts=num_experts,
+                layer_ids=layer_ids,
+                expert_ids=ids[part],
+                request_id=np.zeros(len(ids[part]), np.int64),
+                position=np.arange(len(ids))[part],
+                stage=stage[part],
+            )
+        except TraceError as error:
+            raise TraceError(f"{path}: {error} (read with top_k = {top_k})") from error
+
+
+def _read(path: Path, options: ImportOptions) -> np.ndarray:
+    """int32 [picks, 2]: layer and expert."""
+    numbers: list[np.ndarray] = []
+    block: list[tuple[int, int]] = []
+    for line, text in text_lines(path, options):
+        cells = text.strip().split(",")
+        if line == 1 and [cell.strip().lower() for cell in cells] == HEADER:
+            continue
+        try:
+            layer, expert = (int(cell) for cell in cells)
+            if not (0 <= layer < 2**31 and 0 <= expert < 2**31):
+                raise ValueError("a number below 0 or above 2**31 - 1")
+        except ValueError as error:
+            if not text.strip():
+                continue
+            raise TraceError(
+                f"{path}, line {line}: found {text.strip()[:80]!r} ({error}), expected a layer and "
+                "an expert, as llama.cpp's moe-trace writes them"
+            ) from error
+        block.append((layer, expert))
+        if len(block) >= 1 << 16:
+            numbers.append(np.array(block, np.int32))
+            block = []
+    if block:
+        numbers.append(np.array(block, np.int32))
+    if not numbers:
+        raise TraceError(f"found no pick in {path}, expected rows of layer and expert")
+    return np.concatenate(numbers)
+
+
+def _picks_per_token(
+    path: Path, lengths: np.ndarray, num_layers: int, options: ImportOptions
+) -> int:
+    found = int(np.gcd.reduce(lengths))
+    if options.top_k is None and num_layers == 1:
+        raise TraceError(
+            f"found a single layer in {path}, where tokens cannot be told apart: give top_k"
+        )
+    top_k = options.top_k or found
+    if found % top_k or top_k > 1024:
+        raise TraceError(
+            f"found runs of {sorted(set(lengths.tolist()))[:8]} picks in {path}, expected multiples"
+            f" of top_k = {top_k} (at most 1024): give the right top_k"
+        )
+    return top_k
+
+
+def _stages(size: np.ndarray) -> np.ndarray:
+    """Stage of each micro-batch: the trailing ones of a single token are decode."""
+    several = np.flatnonzero(size > 1)
+    first = int(several[-1]) + 1 if len(several) else 1
+    return np.where(np.arange(len(size)) < first, PREFILL, DECODE)

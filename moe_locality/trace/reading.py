@@ -1,0 +1,172 @@
+"""What the importers share: the options of an import, lines of JSON, arrays of picks.
+
+An importer is a function ``parts(path, options)`` that yields RoutingTraces of bounded size with
+the same settings. It reads a text twice: once to check every line and to learn what all parts must
+agree on (experts, picks per token), once to convert, so that nothing is written for a bad file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from moe_locality.errors import TraceError
+from moe_locality.trace.schema import STAGE_NAMES, UNKNOWN
+
+_log = logging.getLogger(__name__)
+STAGE_CODES = {name: code for code, name in STAGE_NAMES.items()}
+PART_PICKS = 1 << 22
+"""Picks (tokens x layers x K) that a part holds at most, about: 8 MB of ids and what they were read
+from."""
+
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportOptions:
+    """What a file does not say, and whom to tell how far the reading is.
+
+    model, num_experts, top_k: None: from the file, or guessed with a warning.
+    report: called with (bytes done, bytes in all).
+    """
+
+    model: str | None = None
+    num_experts: int | None = None
+    top_k: int | None = None
+    report: Report | None = None
+
+
+def text_lines(path: Path, options: ImportOptions, share: tuple[int, int] = (0, 1)):
+    """Yield (number, text) of the lines of a file, telling ``options.report``.
+
+    Args:
+        share: (k, n): this is pass k of n over the file.
+
+    Raises:
+        TraceError: it cannot be read as UTF-8.
+    """
+    try:
+        size = max(path.stat().st_size, 1)
+        done, told = share[0] * size, 0
+        with open(path, encoding="utf-8") as file:
+            for number, text in enumerate(file, 1):
+                done += len(text)
+                if options.report is not None and done - told > size >> 8:
+                    options.report(done, share[1] * size)
+                    told = done
+                yield number, text
+    except (OSError, UnicodeDecodeError) as error:
+        raise TraceError(
+            f"found that {path} cannot be read as text ({error}), expected lines in UTF-8: check "
+            "the file"
+        ) from error
+
+
+def json_lines(
+    path: Path, options: ImportOptions, share: tuple[int, int] = (0, 1)
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (number, object) of a file with one JSON object per line; empty lines are skipped.
+
+    Raises:
+        TraceError: a line is no JSON object; the message names it.
+    """
+    for line, text in text_lines(path, options, share):
+        if not text.strip():
+            continue
+        try:
+            record = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise TraceError(
+                f"{path}, line {line}: found no JSON ({error}), expected one object per line: "
+                "correct or remove the line"
+            ) from error
+        if not isinstance(record, dict):
+            raise TraceError(
+                f"{path}, line {line}: found a {type(record).__name__}, expected an object"
+            )
+        yield line, record
+
+
+def whole_json(path: Path) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        TraceError: it cannot be read as JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise TraceError(
+            f"found that {path} cannot be read as JSON: {error}; expected one object: correct the "
+            "file"
+        ) from error
+
+
+def is_count(value: Any) -> TypeGuard[int]:
+    """Whether a JSON value is a whole number that fits 64 bits and is not negative."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def stage_code(where: str, stage: Any) -> int:
+    """Return the code of a stage given by name or code; None is unknown.
+
+    Raises:
+        TraceError: there is no such stage.
+    """
+    if stage is None:
+        return UNKNOWN
+    code = STAGE_CODES.get(stage) if isinstance(stage, str) else stage
+    if isinstance(code, bool) or not isinstance(code, int) or code not in STAGE_NAMES:
+        raise TraceError(
+            f"{where}: found stage {stage!r}, expected one of {sorted(STAGE_CODES)} or its code"
+        )
+    return code
+
+
+def guess_num_experts(path: Path, highest: int, top_k: int) -> int:
+    """Highest id + 1, with a warning: experts that were never picked leave no mark in the file."""
+    guess = max(highest + 1, top_k, 1)
+    _log.warning(
+        "%s does not say how many experts a layer has; taking %d, the highest id seen plus one: "
+        "pass num_experts if the model has more",
+        path,
+        guess,
+    )
+    return guess
+
+
+def id_block(where: str, value: Any) -> np.ndarray:
+    """Return picks [tokens, layers, K] as int64 from nested lists or an array.
+
+    Raises:
+        TraceError: it has another shape, or is no table of whole numbers below 2**31.
+    """
+    try:
+        array = np.asarray(value)
+    except (ValueError, OverflowError, MemoryError) as error:
+        raise TraceError(f"{where}: found no even table of numbers ({error})") from error
+    if array.ndim != 3 or array.dtype.kind not in "iu" or 0 in array.shape[1:]:
+        raise TraceError(
+            f"{where}: found {array.dtype} of shape {array.shape}, expected whole numbers of shape "
+            "[tokens, layers, picks]"
+        )
+    if array.size and (array.max() >= 2**31 or array.min() < -1):
+        raise TraceError(f"{where}: found ids outside -1..2**31, expected expert numbers")
+    return array.astype(np.int64)
+
+
+def dense_layers(ids: np.ndarray) -> np.ndarray:
+    """bool [L]: layers where every pick of every token [T, L, K] is 0.
+
+    Engines keep a row for every transformer layer and leave those of dense layers at zero. With two
+    or more picks that is no routing, for the picks of a token differ.
+    """
+    if ids.shape[2] < 2 or not len(ids):
+        return np.zeros(ids.shape[1], bool)
+    return (ids == 0).all(axis=(0, 2))

@@ -1,0 +1,298 @@
+"""Importer of the CSV layouts of docs/formats.md: a row per token and layer, or per pick."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pacsv
+
+from moe_locality.errors import TraceError
+from moe_locality.trace.generic import Tokens, token_parts
+from moe_locality.trace.reading import (
+    PART_PICKS,
+    STAGE_CODES,
+    ImportOptions,
+    guess_num_experts,
+    stage_code,
+    text_lines,
+)
+from moe_locality.trace.schema import UNKNOWN, RoutingTrace
+
+WIDE = ("request_id", "position", "layer", "expert_ids")
+LONG = ("position", "layer", "expert")
+SORT_BYTES = 1 << 28
+"""A longer file of picks is read in blocks and must be sorted; a shorter one is sorted here."""
+_ALIASES = {
+    "request": "request_id",
+    "token": "position",
+    "expert_id": "expert",
+    "rank": "k",
+    "slot": "k",
+    "expert_weight": "weight",
+    "phase": "stage",
+}
+
+
+def parts(path: Path, columns: list[str], options: ImportOptions) -> Iterator[RoutingTrace]:
+    """Yield the trace of a CSV file in parts; ``columns`` are the names in its first line."""
+    if "expert" in (_ALIASES.get(name, name) for name in columns):
+        yield from _long_parts(path, columns, options)
+        return
+    absent = [name for name in WIDE if name not in columns]
+    if absent:
+        raise _unreadable(path, f"column {absent[0]!r} is missing", WIDE)
+    layer_ids = sorted(_layers(path, options))
+    yield from token_parts(
+        path,
+        {"layer_ids": layer_ids},
+        lambda number: _tokens(path, layer_ids, options, number + 1),
+        options,
+    )
+
+
+# -- a row per token and layer --
+
+
+def _rows(path: Path, options: ImportOptions, number: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line, row) with the numbers of each row read."""
+    lines = text_lines(path, options, (number, 3))
+    try:
+        reader = csv.DictReader((text for _, text in lines), strict=True)
+        for row in reader:
+            numbers = {name: int(row[name]) for name in WIDE[:3]}
+            picks = [int(i) for i in row["expert_ids"].split()]
+            yield reader.line_num, {**row, **numbers, "picks": picks}
+    except (ValueError, TypeError, AttributeError, KeyError, csv.Error) as error:
+        if isinstance(error, TraceError):
+            raise
+        raise _unreadable(path, str(error), WIDE) from error
+
+
+def _layers(path: Path, options: ImportOptions) -> set[int]:
+    return {row["layer"] for _, row in _rows(path, options, 0)}
+
+
+def _tokens(path: Path, layer_ids: list[int], options: ImportOptions, number: int) -> Tokens:
+    """Yield a record per token, as soon as all its layers are there."""
+    waiting: dict[tuple[int, int], dict[str, Any]] = {}
+    enough = max(PART_PICKS // max(len(layer_ids), 1), 1)
+    complete = 0
+    for line, row in _rows(path, options, number):
+        key = (row["request_id"], row["position"])
+        token = waiting.setdefault(key, {**row, "of_layer": {}})
+        if row["layer"] in token["of_layer"]:
+            text = f"line {line}: layer {row['layer']} of token {key} again"
+            raise _unreadable(path, text, WIDE)
+        token["of_layer"][row["layer"]] = row["picks"]
+        complete += len(token["of_layer"]) == len(layer_ids)
+        if complete >= enough:
+            done = [k for k, t in waiting.items() if len(t["of_layer"]) == len(layer_ids)]
+            for key in done:
+                yield _record(path, key, waiting.pop(key), layer_ids)
+            complete = 0
+    for key, token in waiting.items():
+        yield _record(path, key, token, layer_ids)
+
+
+def _record(
+    path: Path, key: tuple[int, int], token: dict[str, Any], layer_ids: list[int]
+) -> tuple[str, Any]:
+    request, position = key
+    absent = [layer for layer in layer_ids if layer not in token["of_layer"]]
+    if absent:
+        raise TraceError(
+            f"{path}: found no row for layer {absent[0]} of request {request}, position "
+            f"{position}, expected a row per token and layer: leave expert_ids empty for a token "
+            "without picks"
+        )
+    record = {
+        "request_id": request,
+        "position": position,
+        "expert_ids": [token["of_layer"][layer] for layer in layer_ids],
+    }
+    record |= {name: token[name] for name in ("stage", "domain") if token.get(name)}
+    return f"{path}, request {request}, position {position}", record
+
+
+# -- a row per pick --
+
+
+def _long_parts(path: Path, columns: list[str], options: ImportOptions) -> Iterator[RoutingTrace]:
+    names = [_ALIASES.get(name, name) for name in columns]
+    absent = [name for name in LONG if name not in names]
+    if absent or len(set(names)) != len(names):
+        raise _unreadable(path, f"columns {columns}", LONG)
+    layers: set[int] = set()
+    highest, top_k = -1, 1
+    for block in _blocks(path, names, options, 0):
+        layers |= set(np.unique(block["layer"]).tolist())
+        highest = max(highest, int(block["expert"].max(initial=-1)))
+        top_k = max(top_k, int(np.unique(_pick_groups(block), return_counts=True)[1].max()))
+    if not layers:
+        raise _unreadable(path, "no row of a pick", LONG)
+    layer_ids = np.array(sorted(layers))
+    top_k = max(top_k, options.top_k or 1)
+    num_experts = options.num_experts or guess_num_experts(path, highest, top_k)
+    try:
+        for block in _blocks(path, names, options, 1):
+            yield _to_trace(block, layer_ids, top_k, num_experts, options)
+    except TraceError as error:
+        raise error if str(path) in str(error) else TraceError(f"{path}: {error}") from error
+
+
+def _blocks(path: Path, names: list[str], options: ImportOptions, number: int):
+    """Yield dicts of columns, sorted by token; no token is in two blocks."""
+    whole = path.stat().st_size <= SORT_BYTES
+    rest: dict[str, np.ndarray] | None = None
+    last = (-1, -1)
+    for block in _batches(path, names, options, number):
+        block = block if rest is None else _join([rest, block])
+        if whole:
+            rest = block
+            continue
+        token = _token_keys(block)
+        if len(token) and ((token[1:] < token[:-1]).any() or token[0] < token[-1:][0] < 0):
+            raise _unsorted(path)
+        cut = int(np.searchsorted(token, token[-1])) if len(token) else 0
+        rest = {name: column[cut:] for name, column in block.items()}
+        if cut:
+            done = {name: column[:cut] for name, column in block.items()}
+            first = (int(done["request_id"][0]), int(done["position"][0]))
+            if first < last:
+                raise _unsorted(path)
+            last = (int(done["request_id"][-1]), int(done["position"][-1]))
+            yield done
+    if rest is not None and len(rest["layer"]):
+        order = np.argsort(_token_keys(rest), kind="stable")
+        yield {name: column[order] for name, column in rest.items()}
+
+
+def _join(blocks: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+
+
+def _token_keys(block: dict[str, np.ndarray]) -> np.ndarray:
+    """int64, rising with request and position."""
+    return (block["request_id"] << 31) + block["position"]
+
+
+def _pick_groups(block: dict[str, np.ndarray]) -> np.ndarray:
+    """Number of the (token, layer) of each row."""
+    pair = np.stack([_token_keys(block), block["layer"]])
+    return np.unique(pair, axis=1, return_inverse=True)[1].ravel()
+
+
+def _batches(path: Path, names: list[str], options: ImportOptions, number: int):
+    """Yield dicts of the columns as numpy arrays, checked; text as stage codes and names."""
+    text_names = {"stage", "domain"}
+    types = {
+        name: pa.string()
+        if name in text_names
+        else pa.float32()
+        if name == "weight"
+        else pa.int64()
+        for name in names
+    }
+    size, done = max(path.stat().st_size, 1), 0
+    try:
+        reader = pacsv.open_csv(
+            path,
+            read_options=pacsv.ReadOptions(column_names=names, skip_rows=1),
+            convert_options=pacsv.ConvertOptions(column_types=types, strings_can_be_null=False),
+        )
+        for batch in reader:
+            done += batch.nbytes
+            if options.report is not None:
+                options.report(min(done, size) + number * size, 2 * size)
+            yield _checked_batch(path, batch)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, TraceError):
+            raise
+        raise _unreadable(path, str(error).splitlines()[0], LONG) from error
+
+
+def _checked_batch(path: Path, batch: Any) -> dict[str, np.ndarray]:
+    block: dict[str, np.ndarray] = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if column.null_count:
+            raise _unreadable(path, f"an empty cell in column {name!r}", LONG)
+        block[name] = np.asarray(column.to_numpy(zero_copy_only=False))
+    block.setdefault("request_id", np.zeros(len(block["layer"]), np.int64))
+    for name, limit in (("request_id", 2**31), ("position", 2**31), ("layer", 2**31)):
+        if len(block[name]) and not 0 <= block[name].min() <= block[name].max() < limit:
+            raise _unreadable(path, f"a {name} outside 0..{limit - 1}", LONG)
+    if len(block["expert"]) and not 0 <= block["expert"].min() <= block["expert"].max() < 2**31:
+        raise _unreadable(path, "an expert outside 0..2**31-1", LONG)
+    if "stage" in block:
+        known, place = np.unique(block["stage"].astype(str), return_inverse=True)
+        codes = [_stage_of(path, name) for name in known]
+        block["stage"] = np.array(codes, np.int64)[place]
+    return block
+
+
+def _stage_of(path: Path, text: str) -> int:
+    aliases = {"": UNKNOWN, "prompt": STAGE_CODES["prefill"], "generation": STAGE_CODES["decode"]}
+    if text in aliases:
+        return aliases[text]
+    return stage_code(str(path), int(text) if text.isdecimal() and len(text) < 4 else text)
+
+
+def _to_trace(
+    block: dict[str, np.ndarray],
+    layer_ids: np.ndarray,
+    top_k: int,
+    num_experts: int,
+    options: ImportOptions,
+) -> RoutingTrace:
+    """A trace from rows of picks that are sorted by token."""
+    token = _token_keys(block)
+    first = np.flatnonzero(np.r_[True, token[1:] != token[:-1]])
+    row = np.cumsum(np.r_[True, token[1:] != token[:-1]]) - 1
+    layer = np.searchsorted(layer_ids, block["layer"])
+    order = np.lexsort((block.get("k", np.arange(len(token))), layer, row))
+    cell = (row * len(layer_ids) + layer)[order]
+    starts = np.flatnonzero(np.r_[True, cell[1:] != cell[:-1]])
+    place = np.arange(len(cell)) - np.repeat(starts, np.diff(np.r_[starts, len(cell)]))
+    shape = (len(first), len(layer_ids), top_k)
+    ids = np.full(shape, -1, np.int64)
+    ids[row[order], layer[order], place] = block["expert"][order]
+    weights = None
+    if "weight" in block:
+        weights = np.zeros(shape, np.float16)
+        weights[row[order], layer[order], place] = block["weight"][order]
+    domain_id, domain = None, ()
+    if "domain" in block:
+        names, index = np.unique(block["domain"][first].astype(str), return_inverse=True)
+        domain = tuple(name for name in names.tolist() if name)
+        domain_id = index - (len(names) - len(domain))  # the empty name sorts first: unknown, -1
+    return RoutingTrace(
+        model=options.model or "",
+        num_experts=num_experts,
+        layer_ids=layer_ids,
+        domain=domain,
+        expert_ids=ids,
+        expert_weights=weights,
+        request_id=block["request_id"][first],
+        position=block["position"][first],
+        stage=block["stage"][first] if "stage" in block else None,
+        domain_id=domain_id,
+    )
+
+
+def _unsorted(path: Path) -> TraceError:
+    return TraceError(
+        f"found that the picks in {path} are not sorted by request and position, expected that of "
+        f"a file above {SORT_BYTES >> 20} MiB, which is read in blocks: sort it"
+    )
+
+
+def _unreadable(path: Path, detail: str, columns: tuple[str, ...]) -> TraceError:
+    return TraceError(
+        f"found that {path} cannot be read as a routing CSV: {detail}; expected the columns "
+        f"{columns} and whole numbers: see docs/formats.md"
+    )
