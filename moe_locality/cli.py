@@ -136,7 +136,7 @@ def place(
     cluster: Cluster = None,
     hostfile: Hostfile = None,
     method: Annotated[
-        str, typer.Option("--method", help="linear, round_robin, eplb or coactivation.")
+        str, typer.Option("--method", help="linear, round_robin, eplb, balance or coactivation.")
     ] = "coactivation",
     redundant_experts: Annotated[
         int, typer.Option("--redundant-experts", min=0, help="Slots beyond the experts, per layer.")

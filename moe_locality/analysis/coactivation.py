@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,33 +100,18 @@ def _count_layers(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(uint32 [L, E, E] pairs in the order of the picks, int64 [L, E] picks) of ids [T, L, K].
 
-    Threads take different layers, so they share nothing that is written; plain threads, because a
-    compiled parallel loop starts OpenMP threads, and a process with those must not fork.
+    Threads take different layers, so they share nothing that is written.
     """
     from moe_locality.analysis.pair_kernels import add_pairs
+    from moe_locality.placement.threads import over_layers
 
     layers = ids.shape[1]
     pairs = np.zeros((layers, num_experts, num_experts), np.uint32)
     load = np.zeros((layers, num_experts), np.int64)
-    count = max(min(threads or _processors(), layers), 1)
-    if count == 1:
-        add_pairs(ids, 0, layers, pairs, load)
-        return pairs, load
-    edges = [layers * i // count for i in range(count + 1)]
-    with ThreadPoolExecutor(count) as pool:
-        jobs = [
-            pool.submit(add_pairs, ids, first, last, pairs, load)
-            for first, last in itertools.pairwise(edges)
-        ]
-        for job in jobs:
-            job.result()
+    over_layers(
+        lambda first, last: add_pairs(ids, first, last, pairs, load), layers, threads=threads
+    )
     return pairs, load
-
-
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def pair_counts(trace: RoutingTrace) -> np.ndarray:

@@ -53,8 +53,8 @@ def solve(
     Args:
         trace: what to optimize for; ``coactivation`` needs a trace of tokens, the others take
             counts.
-        method: ``coactivation`` (fewest copies under the cap), ``eplb`` (balance from loads alone),
-            ``linear`` or ``round_robin``.
+        method: ``coactivation`` (fewest copies under the cap), ``balance`` (level ranks from loads
+            alone), ``eplb`` (the published rule for the same), ``linear`` or ``round_robin``.
         num_redundant_experts: slots beyond one per expert.
         max_imbalance: most max / mean of the node loads that ``coactivation`` aims at on *new*
             requests; on the trace itself it stays below, see ``IN_SAMPLE_SHARE`` in spread.py.
@@ -135,7 +135,15 @@ def _same_rows(problem: Problem, make: Callable[[int, int, int], baselines.RankL
     return Solution(plan=make_plan(problem, [rows] * problem.trace.num_layers, by_node=False))
 
 
+def _balance(problem: Problem) -> Solution:
+    from moe_locality.placement.balance import balance
+
+    shape = (problem.num_nodes, problem.ranks_per_node, problem.num_slots, problem.group_of)
+    return Solution(plan=make_plan(problem, list(balance(problem.trace.load(), *shape))))
+
+
 METHODS: dict[str, Method] = {
+    "balance": Method(run=_balance, uses_groups=True),
     "coactivation": Method(run=solve_coactivation, needs_tokens=True, uses_homes=True),
     "eplb": Method(run=_eplb, uses_groups=True),
     "linear": Method(run=_linear, uses_groups=True),
