@@ -1,23 +1,71 @@
-"""Plans in the formats that serving engines and DeepSpeed read."""
+"""Plans in the formats that serving engines and DeepSpeed read, and plans from engine maps.
+
+``TARGETS`` names them. What each engine takes:
+
+* ``vllm``: a list of rows, slot → logical expert, one row per *MoE* layer: ``eplb_config.
+  initial_expert_map_path`` of vllm-project/vllm PR 49572. With replicas too.
+* ``vllm-ranks``: ``{"expert_to_ep_rank": [E]}``, the rank of every expert: ``--expert-placement-
+  file`` of vllm-project/vllm PR 34811 (issue 34297). One list for all layers, no replicas; a rank
+  holds its experts in rising order.
+* ``sglang``: ``{"physical_to_logical_map": rows}``, one row per *transformer* layer:
+  ``--init-expert-location FILE.json`` (sgl-project/sglang, srt/eplb/expert_location.py). Only that
+  key: SGLang passes every key on as an argument. With replicas start it with
+  ``--ep-num-redundant-experts``.
+* ``autoep``: layer id → the placement descriptor of DeepSpeed's AutoEP checkpoints
+  (deepspeed/checkpoint/autoep_affine.py, 0.19.8). With replicas too.
+"""
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moe_locality.errors import PlacementError
+from moe_locality.files import replace_text
 from moe_locality.placement.plan import PlacementPlan
 
 AUTOEP_DESCRIPTOR_VERSION = 1
 
 
-def to_engine_dict(plan: PlacementPlan, num_hidden_layers: int | None = None) -> dict[str, Any]:
-    """``{"physical_to_logical_map": [rows][P]}``, what SGLang's ``--init-expert-location`` and
-    vLLM's maps hold.
+def to_vllm_map(plan: PlacementPlan) -> list[list[int]]:
+    """[L][P]: the logical expert in every slot of every MoE layer."""
+    return plan.physical_to_logical_map.tolist()
 
-    Only that key: SGLang passes every key on as an argument and fails on others. SGLang wants one
-    row for each *transformer* layer: with ``num_hidden_layers`` the layers without experts get the
-    linear row.
+
+def to_vllm_ranks(plan: PlacementPlan) -> dict[str, list[int]]:
+    """``{"expert_to_ep_rank": [E]}`` of a plan that is the same in all layers.
+
+    Raises:
+        PlacementError: the plan has replicas, or its layers differ.
+    """
+    if not plan.is_permutation:
+        raise PlacementError(
+            f"found {plan.num_redundant_experts} replicas per layer, expected none: vLLM's "
+            "placement file names one rank per expert; export with --to vllm"
+        )
+    rank_of = [[0] * plan.num_experts for _ in plan.layer_ids]
+    for ranks, experts in zip(rank_of, plan.physical_to_logical_map.tolist(), strict=True):
+        for slot, expert in enumerate(experts):
+            ranks[expert] = slot // plan.slots_per_rank
+    differing = [i for i, ranks in zip(plan.layer_ids, rank_of, strict=True) if ranks != rank_of[0]]
+    if differing:
+        raise PlacementError(
+            f"found another placement in layer {differing[0]} than in layer {plan.layer_ids[0]}, "
+            "expected the same in all: vLLM's placement file has one list for all layers; export "
+            "with --to vllm"
+        )
+    return {"expert_to_ep_rank": rank_of[0]}
+
+
+def to_engine_dict(plan: PlacementPlan, num_hidden_layers: int | None = None) -> dict[str, Any]:
+    """``{"physical_to_logical_map": [rows][P]}``, what SGLang's ``--init-expert-location`` holds.
+
+    SGLang wants one row for each *transformer* layer: with ``num_hidden_layers`` the layers without
+    experts get the linear row; without it there is a row per MoE layer.
+
+    Raises:
+        PlacementError: a layer of the plan is not below ``num_hidden_layers``.
     """
     rows = plan.physical_to_logical_map.tolist()
     if num_hidden_layers is None:
@@ -32,13 +80,19 @@ def to_engine_dict(plan: PlacementPlan, num_hidden_layers: int | None = None) ->
     return {"physical_to_logical_map": [of_layer.get(i, filler) for i in range(num_hidden_layers)]}
 
 
-def write_engine_map(
-    plan: PlacementPlan, path: str | os.PathLike[str], num_hidden_layers: int | None = None
-) -> Path:
-    """Write the map for vLLM or SGLang as JSON."""
-    target = Path(path)
-    target.write_text(json.dumps(to_engine_dict(plan, num_hidden_layers)), encoding="utf-8")
-    return target
+def to_sglang_map(plan: PlacementPlan, num_hidden_layers: int | None = None) -> dict[str, Any]:
+    """``to_engine_dict`` with a row for every transformer layer.
+
+    Raises:
+        PlacementError: ``num_hidden_layers`` is not given and the plan skips layers.
+    """
+    if num_hidden_layers is None and plan.layer_ids != tuple(range(plan.num_layers)):
+        raise PlacementError(
+            f"found MoE layers {list(plan.layer_ids)[:4]} ..., which are not all layers of the "
+            "model, expected the number of its transformer layers, for SGLang reads a row for each:"
+            " give --num-hidden-layers (num_hidden_layers of the model's config)"
+        )
+    return to_engine_dict(plan, num_hidden_layers or plan.num_layers)
 
 
 def to_autoep_descriptors(plan: PlacementPlan) -> dict[int, dict[str, Any]]:
@@ -58,3 +112,113 @@ def to_autoep_descriptors(plan: PlacementPlan) -> dict[int, dict[str, Any]]:
         }
         for layer, rows in zip(plan.layer_ids, by_rank, strict=True)
     }
+
+
+TARGETS = {
+    "vllm": lambda plan, _: to_vllm_map(plan),
+    "vllm-ranks": lambda plan, _: to_vllm_ranks(plan),
+    "sglang": to_sglang_map,
+    "autoep": lambda plan, _: to_autoep_descriptors(plan),
+}
+"""Name of each target → function of (plan, num_hidden_layers or None) that returns JSON types."""
+
+
+def write_export(
+    plan: PlacementPlan,
+    path: str | os.PathLike[str],
+    target: str,
+    num_hidden_layers: int | None = None,
+) -> Path:
+    """Write a plan as JSON for one of ``TARGETS``, whole or not at all.
+
+    Raises:
+        PlacementError: the target is unknown or cannot hold this plan, or the file cannot be
+        written.
+    """
+    if target not in TARGETS:
+        raise PlacementError(f"found target {target!r}, expected one of: {', '.join(TARGETS)}")
+    text = json.dumps(TARGETS[target](plan, num_hidden_layers)) + "\n"
+    try:
+        return replace_text(path, text)
+    except OSError as error:
+        raise PlacementError(
+            f"cannot write {path}: {error.strerror or error}: give a path in a directory that you "
+            "may write"
+        ) from error
+
+
+def write_engine_map(
+    plan: PlacementPlan, path: str | os.PathLike[str], num_hidden_layers: int | None = None
+) -> Path:
+    """Write ``to_engine_dict`` as JSON."""
+    return replace_text(path, json.dumps(to_engine_dict(plan, num_hidden_layers)))
+
+
+def from_engine_map(
+    content: Any,
+    *,
+    num_experts: int,
+    layer_ids: Sequence[int],
+    num_nodes: int,
+    ranks_per_node: int,
+    model: str = "",
+) -> PlacementPlan:
+    """The plan that a map of ``vllm``, ``vllm-ranks`` or ``sglang`` describes, to judge or compare.
+
+    Args:
+        content: the parsed JSON.
+        layer_ids: [L] MoE layers of the model. A map with as many rows has one for each; one with
+            more has a row per transformer layer.
+
+    Raises:
+        PlacementError: it is no such map, or no plan for this cluster.
+    """
+    ranks = num_nodes * ranks_per_node
+    rows = content
+    if isinstance(content, Mapping) and "expert_to_ep_rank" in content:
+        row = _slots_of_ranks(content["expert_to_ep_rank"], num_experts, ranks)
+        rows = [row for _ in layer_ids]
+    elif isinstance(content, Mapping):
+        rows = content.get("physical_to_logical_map")
+    if not isinstance(rows, list) or not rows or not layer_ids:
+        raise PlacementError(
+            "found no rows of experts, expected a list of them, physical_to_logical_map or "
+            "expert_to_ep_rank: see docs/formats.md"
+        )
+    if not isinstance(rows[0], list):
+        rows = [rows for _ in layer_ids]  # vLLM: one row shared by all layers
+    if len(rows) != len(layer_ids):
+        if max(layer_ids) >= len(rows):
+            raise PlacementError(
+                f"found {len(rows)} rows, expected one for each of {len(layer_ids)} MoE layers or "
+                f"for every layer up to {max(layer_ids)}: give the map of this model"
+            )
+        rows = [rows[layer] for layer in layer_ids]
+    try:
+        return PlacementPlan(
+            model=model,
+            layer_ids=tuple(layer_ids),
+            num_experts=num_experts,
+            num_nodes=num_nodes,
+            ranks_per_node=ranks_per_node,
+            physical_to_logical_map=rows,  # type: ignore[arg-type]  # checked by the plan
+            provenance={"method": "imported"},
+        )
+    except (TypeError, ValueError) as error:
+        if isinstance(error, PlacementError):
+            raise
+        raise PlacementError(f"the map is no plan: {error}: check the file") from error
+
+
+def _slots_of_ranks(ranks: Any, num_experts: int, num_ranks: int) -> list[int]:
+    """[E] experts by slot: those of rank 0 in rising order, then those of rank 1, ..."""
+    fine = isinstance(ranks, list) and len(ranks) == num_experts
+    if not fine or not all(type(r) is int and 0 <= r < num_ranks for r in ranks):
+        raise PlacementError(
+            f"found no list of {num_experts} ranks below {num_ranks} in expert_to_ep_rank: give "
+            "the map of this model and cluster"
+        )
+    counts = [ranks.count(rank) for rank in range(num_ranks)]
+    if len(set(counts)) > 1:
+        raise PlacementError(f"found {counts} experts on the ranks, expected the same on each")
+    return sorted(range(num_experts), key=lambda expert: (ranks[expert], expert))

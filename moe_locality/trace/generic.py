@@ -20,6 +20,7 @@ from moe_locality.trace.reading import (
     whole_json,
 )
 from moe_locality.trace.schema import RoutingTrace
+from moe_locality.trace.validate import MAX_EXPERTS
 
 Tokens = Iterator[tuple[str, Any]]
 
@@ -78,8 +79,10 @@ def token_parts(
             "numbers"
         )
     top_k = header.get("top_k", options.top_k or 1)
-    if not is_count(top_k):
-        raise TraceError(f"found top_k {top_k!r} in the header of {path}, expected a number")
+    if not is_count(top_k) or top_k > MAX_EXPERTS:
+        raise TraceError(
+            f"found top_k {top_k!r} in the header of {path}, expected a number up to {MAX_EXPERTS}"
+        )
     highest = -1
     for where, record in tokens_of(0):
         widest, largest = _check_token(where, record, len(layer_ids))

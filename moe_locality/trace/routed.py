@@ -121,6 +121,8 @@ def vllm_responses(path: Path, options: ImportOptions, number: int) -> Iterator[
         if isinstance(response, list):
             yield from _nested(where, response)
             continue
+        if not isinstance(response, dict):
+            raise TraceError(f"{where}: found a {type(response).__name__}, expected a response")
         choices = response.get("choices", [response])
         if not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
             raise TraceError(f"{where}: found no list of objects in choices, expected a response")

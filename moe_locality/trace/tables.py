@@ -22,11 +22,13 @@ from moe_locality.trace.reading import (
     text_lines,
 )
 from moe_locality.trace.schema import UNKNOWN, RoutingTrace
+from moe_locality.trace.validate import MAX_EXPERTS
 
 WIDE = ("request_id", "position", "layer", "expert_ids")
 LONG = ("position", "layer", "expert")
 SORT_BYTES = 1 << 28
 """A longer file of picks is read in blocks and must be sorted; a shorter one is sorted here."""
+BLOCK_BYTES = 1 << 24
 _ALIASES = {
     "request": "request_id",
     "token": "position",
@@ -138,6 +140,11 @@ def _long_parts(path: Path, columns: list[str], options: ImportOptions) -> Itera
     layer_ids = np.array(sorted(layers))
     top_k = max(top_k, options.top_k or 1)
     num_experts = options.num_experts or guess_num_experts(path, highest, top_k)
+    if top_k > min(num_experts, MAX_EXPERTS):
+        raise TraceError(
+            f"{path}: found {top_k} picks of a token in a layer of {num_experts} experts, expected "
+            "at most as many: correct the file or num_experts"
+        )
     try:
         for block in _blocks(path, names, options, 1):
             yield _to_trace(block, layer_ids, top_k, num_experts, options)
@@ -202,7 +209,7 @@ def _batches(path: Path, names: list[str], options: ImportOptions, number: int):
     try:
         reader = pacsv.open_csv(
             path,
-            read_options=pacsv.ReadOptions(column_names=names, skip_rows=1),
+            read_options=pacsv.ReadOptions(column_names=names, skip_rows=1, block_size=BLOCK_BYTES),
             convert_options=pacsv.ConvertOptions(column_types=types, strings_can_be_null=False),
         )
         for batch in reader:
@@ -230,7 +237,7 @@ def _checked_batch(path: Path, batch: Any) -> dict[str, np.ndarray]:
         raise _unreadable(path, "an expert outside 0..2**31-1", LONG)
     if "stage" in block:
         known, place = np.unique(block["stage"].astype(str), return_inverse=True)
-        codes = [_stage_of(path, name) for name in known]
+        codes = [_stage_of(path, str(name)) for name in known]
         block["stage"] = np.array(codes, np.int64)[place]
     return block
 
