@@ -95,18 +95,45 @@ def _run(name: str, options: dict[str, Any]) -> None:
 
 @app.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(help="Routing record: .npz, .jsonl or .json.")],
+    file: Annotated[Path, typer.Argument(help="Routing record of another tool.")],
     out: Annotated[Path, typer.Option("--out", help="Directory of the trace.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another trace.")] = False,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="npz, json, csv, megatron, vllm, sglang, sglang-dump or llamacpp. Default: found "
+            "from the content.",
+        ),
+    ] = None,
     model: Annotated[str | None, typer.Option("--model", help="Name, where F has none.")] = None,
     num_experts: Annotated[
         int | None, typer.Option("--num-experts", min=1, help="Experts, where F does not say.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", min=1, help="Picks per token, where F does not say.")
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Turn another tool's routing record into a trace."""
     _run("import", locals())
+
+
+@app.command()
+def export(
+    plan: Annotated[Path, typer.Argument(help="Placement plan (JSON).")],
+    to: Annotated[str, typer.Option("--to", help="vllm, vllm-ranks, sglang or autoep.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Map to write (JSON).")],
+    num_hidden_layers: Annotated[
+        int | None,
+        typer.Option("--num-hidden-layers", min=1, help="Transformer layers, for sglang."),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a plan as the map of a serving engine or of DeepSpeed's AutoEP."""
+    _run("export", locals())
 
 
 @app.command()

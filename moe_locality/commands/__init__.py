@@ -8,7 +8,8 @@ import importlib
 from typing import Any
 
 _HOME_OF = {
-    "import": "traces",
+    "import": "interchange",
+    "export": "interchange",
     "analyze": "traces",
     "record": "traces",
     "place": "plans",

@@ -1,4 +1,4 @@
-"""Commands about traces: import, analyze, record."""
+"""Commands about traces: analyze, record."""
 
 from pathlib import Path
 from typing import Any
@@ -6,36 +6,7 @@ from typing import Any
 from moe_locality.commands.inputs import check_writable, read_cluster
 from moe_locality.commands.output import Result, progress, table
 from moe_locality.config import read_config
-from moe_locality.trace import import_trace, read_trace, write_trace
-
-
-def import_(
-    file: Path, out: Path, overwrite: bool, model: str | None, num_experts: int | None
-) -> Result:
-    """Read another tool's record and write it as a trace."""
-    with progress(f"reading {file}"):
-        trace = import_trace(file, model=model, num_experts=num_experts)
-    with progress(f"writing {out}"):
-        write_trace(trace, out, overwrite=overwrite)
-    payload = {
-        "command": "import",
-        "trace": out,
-        "model": trace.model,
-        "kind": trace.kind,
-        "tokens": trace.num_tokens,
-        "requests": len(trace.request_ids),
-        "layers": trace.num_layers,
-        "num_experts": trace.num_experts,
-        "top_k": trace.top_k,
-        "domains": list(trace.domain),
-        "content_hash": trace.content_hash(),
-    }
-    words = (
-        f"{out}: {trace.num_tokens:,} tokens of {payload['requests']:,} requests, "
-        f"{trace.num_layers} MoE layers of {trace.num_experts} experts, top {trace.top_k}, "
-        f"{len(trace.domain)} domains; model {trace.model or 'not named'}"
-    )
-    return Result(payload=payload, text=(words,))
+from moe_locality.trace import read_trace
 
 
 def analyze(

@@ -13,6 +13,9 @@ import zipfile
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from moe_locality.errors import TraceError
 from moe_locality.trace import generic, llamacpp, megatron, routed, sglang, tables
@@ -87,8 +90,12 @@ def import_to(
     top_k: int | None = None,
     report: Report | None = None,
     overwrite: bool = False,
-) -> None:
+) -> dict[str, Any]:
     """Import a foreign trace into a directory of shards (or an .npz file) without holding it whole.
+
+    Returns what was imported as plain data: ``model``, ``kind``, ``tokens``, ``requests``,
+    ``layers``, ``num_experts``, ``top_k``, ``domains``, ``parts``, and ``content_hash`` (None where
+    there were several parts: it needs the whole trace).
 
     Line formats and sorted CSV take memory for one part of about four million picks at a time;
     arrays, dumps and single JSON objects are read whole. Nothing appears in ``out`` before the last
@@ -102,13 +109,23 @@ def import_to(
     parts = _parts(Path(path), format, options)
     single = place.suffix == ".npz" and not place.is_dir()
     if single or (place.is_dir() and shard_paths(place) and not overwrite):
-        write_trace(concat(list(parts)), place, overwrite=overwrite)
-        return
+        trace = concat(list(parts))
+        write_trace(trace, place, overwrite=overwrite)
+        return _Summary().add(trace).to_dict()
+    return _write_parts(parts, place)
+
+
+def _write_parts(parts: Iterator[RoutingTrace], place: Path) -> dict[str, Any]:
+    """Write the shards aside, then put them in the place of what is there."""
     directory = make_directory(place)
     waiting = directory / f"{TMP_PREFIX}{uuid.uuid4().hex}"
-    waiting.mkdir()
+    summary = _Summary()
     try:
-        written = [write_shard(part, waiting, None, n)[0] for n, part in enumerate(parts)]
+        waiting.mkdir()
+        written = [
+            write_shard(summary.add(part).last, waiting, None, number)[0]
+            for number, part in enumerate(parts)
+        ]
         for old in shard_paths(directory):
             old.unlink()
         for number, shard in enumerate(written):
@@ -120,6 +137,38 @@ def import_to(
         ) from error
     finally:
         shutil.rmtree(waiting, ignore_errors=True)
+    return summary.to_dict()
+
+
+class _Summary:
+    """What the parts of an import are together."""
+
+    def __init__(self) -> None:
+        self.parts = self.tokens = 0
+        self.requests = np.zeros(0, np.int64)
+        self.domains: set[str] = set()
+
+    def add(self, part: RoutingTrace) -> _Summary:
+        self.parts += 1
+        self.tokens += part.num_tokens
+        self.requests = np.union1d(self.requests, part.request_ids)
+        self.domains |= set(part.domain)
+        self.last = part
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.last.model,
+            "kind": self.last.kind,
+            "tokens": self.tokens,
+            "requests": len(self.requests),
+            "layers": self.last.num_layers,
+            "num_experts": self.last.num_experts,
+            "top_k": self.last.top_k,
+            "domains": sorted(self.domains),
+            "parts": self.parts,
+            "content_hash": self.last.content_hash() if self.parts == 1 else None,
+        }
 
 
 def find_format(path: str | PathLike[str]) -> str:

@@ -19,6 +19,7 @@ from tests.unit.made_trace import make_trace
 
 COMMANDS = (
     "import",
+    "export",
     "analyze",
     "place",
     "group",

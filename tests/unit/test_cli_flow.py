@@ -412,3 +412,27 @@ def test_the_real_trace_of_gpt_oss_from_place_to_report(routing_data, tmp_path):
     assert reported["comparison"]["notes"] == []
     assert page.stat().st_size < 2_000_000
     assert "Placement of openai/gpt-oss-20b" in page.read_text()
+
+
+def test_export_writes_the_map_of_an_engine(made, tmp_path):
+    folder, placed = made
+    plan = PlacementPlan.read(folder / "plan.json")
+    done = answer("export", folder / "plan.json", "--to", "vllm", "-o", tmp_path / "vllm.json")
+    assert done["digest"] == placed["digest"]
+    rows = json.loads((tmp_path / "vllm.json").read_text())
+    assert rows == plan.physical_to_logical_map.tolist()
+    words = ("export", folder / "plan.json", "--to", "sglang", "-o", tmp_path / "sglang.json")
+    assert "--num-hidden-layers" in refusal(*words)["message"]
+    assert not (tmp_path / "sglang.json").exists()
+    answer(*words, "--num-hidden-layers", 7)
+    assert len(json.loads((tmp_path / "sglang.json").read_text())["physical_to_logical_map"]) == 7
+
+
+def test_import_of_an_engines_record_names_its_format(tmp_path):
+    np.save(tmp_path / "routed.npy", np.array([[[3, 1], [0, 7]], [[1, 2], [2, 0]]], np.int16))
+    words = ("import", tmp_path / "routed.npy", "--out", tmp_path / "trace", "--num-experts", 8)
+    done = answer(*words)
+    assert (done["format"], done["tokens"], done["layers"], done["top_k"]) == ("vllm", 2, 2, 2)
+    assert read_trace(tmp_path / "trace").content_hash() == done["content_hash"]
+    error = refusal(*words, "--format", "llamacpp")
+    assert error["type"] == "TraceError"
