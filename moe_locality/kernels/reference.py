@@ -7,65 +7,77 @@ gathers and sums over k in order, no scatter-add.
 import torch
 from torch import Tensor
 
+from moe_locality.kernels import reference_cpu
+from moe_locality.kernels.reference_gate import gate, gate_backward
+from moe_locality.kernels.reference_map import row_map
 
-def row_map(slot_ids: Tensor, num_slots: int) -> dict[str, Tensor]:
-    num_tokens, top_k = slot_ids.shape
-    flat = slot_ids.reshape(-1)
-    # a dropped route sorts behind every slot
-    keys = torch.where(flat < 0, num_slots, flat).to(torch.int64)
-    tokens_per_slot = torch.bincount(keys, minlength=num_slots + 1)[:num_slots]
-    order = torch.argsort(keys, stable=True)
-    kept = order[: int(tokens_per_slot.sum())]
-    positions = torch.full((num_tokens * top_k,), -1, dtype=torch.int32, device=flat.device)
-    rows = torch.arange(kept.numel(), dtype=torch.int32, device=flat.device)
-    positions.index_copy_(0, kept, rows)
-    return {
-        "row_route": kept.to(torch.int32),
-        "row_token": torch.div(kept, top_k, rounding_mode="floor").to(torch.int32),
-        "positions": positions.view(num_tokens, top_k),
-        "tokens_per_slot": tokens_per_slot,
-    }
+__all__ = ["combine", "combine_backward", "gate", "gate_backward", "gather", "permute", "row_map"]
 
 
-def permute(x: Tensor, row_token: Tensor) -> Tensor:
-    return x.index_select(0, row_token)
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    return x.index_select(0, index)
 
 
-def permute_backward(grad_rows: Tensor, positions: Tensor) -> Tensor:
-    total = _gather(grad_rows, positions[:, 0]).to(_accumulator(grad_rows.dtype))
-    for k in range(1, positions.shape[1]):
-        total += _gather(grad_rows, positions[:, k])
-    return total.to(grad_rows.dtype)
+def permute(
+    x: Tensor,
+    row_token: Tensor,
+    row_route: Tensor,
+    positions: Tensor,
+    weights: Tensor | None,
+    padded: bool,
+) -> tuple[Tensor, Tensor | None]:
+    del positions  # the inverse of row_token, for kernels that read each token once
+    rows = pick_rows(x, row_token) if padded else x.index_select(0, row_token)
+    return rows, None if weights is None else _route_weights(weights, row_route)
 
 
-def combine(rows: Tensor, positions: Tensor, weights: Tensor) -> Tensor:
-    total = _weighted(rows, positions, weights, 0)
-    for k in range(1, positions.shape[1]):
-        total += _weighted(rows, positions, weights, k)
-    return total.to(rows.dtype)
+def combine(
+    rows: Tensor, positions: Tensor, weights: Tensor | None, row_values: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    if reference_cpu.can_sum(rows, weights):
+        total = reference_cpu.weighted_sums(rows, positions, weights)
+    else:
+        total = _weighted(rows, positions, weights, 0)
+        for k in range(1, positions.shape[1]):
+            total += _weighted(rows, positions, weights, k)
+    values = None
+    if row_values is not None:
+        values = pick_rows(row_values[:, None], positions.reshape(-1)).view(positions.shape)
+    return total.to(rows.dtype), values
 
 
 def combine_backward(
     grad: Tensor,
     rows: Tensor | None,
+    row_token: Tensor,
     row_route: Tensor,
     positions: Tensor,
     weights: Tensor,
     need_rows: bool,
+    padded: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    wide = grad.to(_accumulator(grad.dtype, weights.dtype))
     grad_rows = grad_weights = None
+    fast = reference_cpu.can_sum(grad, weights)
+    wide = grad if fast else grad.to(_accumulator(grad.dtype, weights.dtype))
     if need_rows:
-        top_k = positions.shape[1]
-        row_token = torch.div(row_route, top_k, rounding_mode="floor")
-        row_weight = weights.reshape(-1).index_select(0, row_route)
-        grad_rows = (wide.index_select(0, row_token) * row_weight[:, None]).to(grad.dtype)
-    if rows is not None:
+        row_weight = _route_weights(weights, row_route)[:, None]
+        if fast:  # a sum of one
+            grad_rows = reference_cpu.weighted_sums(grad, row_token[:, None], row_weight)
+        else:
+            take = pick_rows if padded else gather
+            grad_rows = (take(wide, row_token) * row_weight).to(grad.dtype)
+    if rows is not None and fast:
+        grad_weights = reference_cpu.row_products(rows, positions, grad)
+    elif rows is not None:
         columns = [
-            (_gather(rows, positions[:, k]) * wide).sum(dim=1) for k in range(positions.shape[1])
+            (pick_rows(rows, positions[:, k]) * wide).sum(dim=1) for k in range(positions.shape[1])
         ]
         grad_weights = torch.stack(columns, dim=1).to(weights.dtype)
     return grad_rows, grad_weights
+
+
+def _route_weights(weights: Tensor, row_route: Tensor) -> Tensor:
+    return pick_rows(weights.reshape(-1, 1), row_route).view(-1)
 
 
 def _accumulator(*dtypes: torch.dtype) -> torch.dtype:
@@ -75,12 +87,13 @@ def _accumulator(*dtypes: torch.dtype) -> torch.dtype:
     return wide
 
 
-def _weighted(rows: Tensor, positions: Tensor, weights: Tensor, k: int) -> Tensor:
-    wide = _gather(rows, positions[:, k]).to(_accumulator(rows.dtype, weights.dtype))
-    return wide.mul_(weights[:, k : k + 1])
+def _weighted(rows: Tensor, positions: Tensor, weights: Tensor | None, k: int) -> Tensor:
+    dtypes = (rows.dtype,) if weights is None else (rows.dtype, weights.dtype)
+    wide = pick_rows(rows, positions[:, k]).to(_accumulator(*dtypes))
+    return wide if weights is None else wide.mul_(weights[:, k : k + 1])
 
 
-def _gather(rows: Tensor, positions: Tensor) -> Tensor:
+def pick_rows(rows: Tensor, positions: Tensor) -> Tensor:
     """Return ``rows[positions]``, zero where the position is -1 (never 0 * an infinite row)."""
     if rows.shape[0] == 0:
         return rows.new_zeros(positions.shape[0], rows.shape[1])
