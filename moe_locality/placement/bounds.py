@@ -1,0 +1,362 @@
+"""How few copies any placement can have: certified lower bounds, and how far a plan is from them.
+
+The bounds hold for placements without replicas and with the same number of experts on every node,
+on the very tokens that they are computed from. ``relaxation`` has the mathematics. Effort is
+counted in elementary steps, not taken from a clock, so that the same call gives the same numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moe_locality.errors import PlacementError
+from moe_locality.placement.frame import resolve_homes
+from moe_locality.placement.objective import Homes, evaluate
+from moe_locality.placement.plan import PlacementPlan
+from moe_locality.topology.cluster import ClusterTopology
+from moe_locality.trace.schema import RoutingTrace
+
+STEPS_PER_SECOND = 4e8
+"""What one core of 2020 does, about: turns ``seconds`` into a number of steps."""
+
+MOST_ROUNDS = 400
+FEWEST_ROUNDS = 20  # below that the coarse bound is as good
+COARSE_ROUNDS = 150
+MOST_PICKS = 8  # set partitions of more picks are too many to list
+_SMOOTHING, _COOLING, _LEAST_SMOOTHING = 0.15, 0.985, 0.01
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """No placement has fewer ``copies`` per token in a layer, under the load caps that are given.
+
+    copies: [L] lower bounds, in the unit of ``evaluate``: with uniform homes (M - 1) / M of the
+        nodes touched.
+    max_imbalance: [L] cap on the node loads (max / mean on this trace) that the bound supposes;
+        inf: it holds for placements of any balance.
+    rounds: [L] rounds of the tight relaxation; 0: the bound is the coarse one, from pairs alone.
+    """
+
+    layer_ids: tuple[int, ...]
+    copies: np.ndarray
+    max_imbalance: np.ndarray
+    rounds: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Certificate:
+    """What a plan costs, what no plan can go below, and the gap (found - bound) / found."""
+
+    layer_ids: tuple[int, ...]
+    found: np.ndarray  # [L] copies per token
+    bound: np.ndarray  # [L]
+    max_imbalance: np.ndarray  # [L]
+
+    @property
+    def gap_per_layer(self) -> np.ndarray:
+        return np.where(self.found > 0, 1 - self.bound / np.where(self.found > 0, self.found, 1), 0)
+
+    @property
+    def gap(self) -> float:
+        """Of the sums over the layers: what part of all copies could still be saved at most."""
+        total = float(self.found.sum())
+        return 1 - float(self.bound.sum()) / total if total > 0 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers: means over the layers, and the layer with the widest gap."""
+        worst = int(np.argmax(self.gap_per_layer))
+        capped = self.max_imbalance[np.isfinite(self.max_imbalance)]
+        return {
+            "found": round(float(self.found.mean()), 6),
+            "bound": round(float(self.bound.mean()), 6),
+            "gap": round(self.gap, 6),
+            "worst_gap": round(float(self.gap_per_layer[worst]), 6),
+            "worst_layer": self.layer_ids[worst],
+            "max_imbalance": round(float(capped.max()), 6) if len(capped) else None,
+        }
+
+
+def certify_plan(
+    trace: RoutingTrace,
+    plan: PlacementPlan,
+    topology: ClusterTopology | None = None,
+    homes: Homes = None,
+    *,
+    max_imbalance: float | None = None,
+    seconds: float = 20.0,
+) -> Certificate:
+    """How far a plan is from the fewest copies that any plan without replicas has on this trace.
+
+    Args:
+        trace, plan, topology, homes: as in ``evaluate``.
+        max_imbalance: compare with placements whose node loads on this trace are at most this
+            (max / mean), or as uneven as the plan's own in layers where that is more. None: with
+            placements of any balance.
+        seconds: effort, about, on one core; see ``lower_bounds``.
+
+    Raises:
+        PlacementError: the plan has replicas, or does not fit the trace.
+    """
+    if not plan.is_permutation:
+        raise PlacementError(
+            "found a plan with replicas, expected one without: replicas can go below the bound, "
+            "which is about placements that hold every expert once; certify the plan for "
+            "num_redundant_experts=0"
+        )
+    costs = evaluate(trace, plan, topology, homes)
+    caps = None
+    if max_imbalance is not None:
+        own = np.nan_to_num(costs.per_layer["node_imbalance"], nan=1.0)
+        caps = np.maximum(own * (1 + 1e-9), max_imbalance)
+    cluster = topology or ClusterTopology(rank_to_node=plan.rank_to_node or ())
+    bounds = lower_bounds(trace, cluster, homes, max_imbalance=caps, seconds=seconds)
+    return Certificate(
+        layer_ids=costs.layer_ids,
+        found=costs.per_layer["copies"],
+        bound=bounds.copies,
+        max_imbalance=bounds.max_imbalance,
+    )
+
+
+def lower_bounds(
+    trace: RoutingTrace,
+    topology: ClusterTopology,
+    homes: Homes = None,
+    *,
+    max_imbalance: float | np.ndarray | None = None,
+    seconds: float = 20.0,
+) -> Bounds:
+    """The fewest copies of any placement with equal experts per node, layer by layer.
+
+    Args:
+        homes: as in ``evaluate``.
+        max_imbalance: one cap on the node loads (max / mean), one per layer, or None.
+        seconds: effort for all layers together, about, on one core. A layer whose share of it is
+            too small for ``FEWEST_ROUNDS`` gets the coarse bound, which looks at pairs of experts.
+
+    Raises:
+        PlacementError: a trace of counts, or experts that do not divide among the nodes.
+    """
+    if trace.expert_ids is None:
+        raise PlacementError(
+            "bounds need a trace of tokens, found a trace of counts: copies depend on which "
+            "experts a token picks together; record tokens"
+        )
+    nodes, experts = topology.num_nodes, trace.num_experts
+    if experts % nodes:
+        raise PlacementError(
+            f"found {experts} experts for {nodes} nodes, expected a multiple: bounds are for "
+            "placements with the same number of experts on every node"
+        )
+    home_rank = resolve_homes(trace, topology.num_ranks, homes)
+    home_node = None
+    if home_rank is not None:
+        home_node = np.asarray(topology.rank_to_node)[home_rank]
+    layers = trace.num_layers
+    caps = np.full(layers, np.inf)
+    if max_imbalance is not None:
+        caps = np.broadcast_to(np.asarray(max_imbalance, dtype=np.float64), layers).copy()
+    copies, rounds = np.zeros(layers), np.zeros(layers, dtype=np.int64)
+    for layer in range(layers if nodes > 1 else 0):
+        ids = trace.expert_ids[:, layer]
+        budget = seconds * STEPS_PER_SECOND / layers
+        copies[layer], rounds[layer] = bound_layer(
+            ids, experts, nodes, home_node, caps[layer], budget
+        )
+    return Bounds(
+        layer_ids=tuple(int(i) for i in trace.layer_ids),
+        copies=copies,
+        max_imbalance=caps,
+        rounds=rounds,
+    )
+
+
+def bound_layer(
+    ids: np.ndarray,
+    num_experts: int,
+    num_nodes: int,
+    home_node: np.ndarray | None,
+    max_imbalance: float,
+    budget: float,
+) -> tuple[float, int]:
+    """(fewest copies per token, rounds of the tight relaxation) of one layer.
+
+    ids [T, K]; home_node [T] or None for uniform homes; budget in elementary steps.
+    """
+    from moe_locality.placement.relaxation import certify, start_prices
+
+    layer = LayerTokens.of(ids, num_experts, num_nodes, home_node)
+    best = layer.fewest_blocks()
+    problem = None
+    if layer.most_picks <= MOST_PICKS:
+        problem = layer.relaxation(max_imbalance)
+    rounds = 0 if problem is None else int(budget / problem.work_per_round)
+    if problem is None or rounds < FEWEST_ROUNDS:
+        best = max(best, _coarse(layer, max_imbalance, budget))
+        return layer.as_copies(best), 0
+    rounds = min(rounds, MOST_ROUNDS)
+    prices = start_prices(problem)
+    cool(problem, prices, rounds)
+    best = max(best, certify(problem, prices))
+    return layer.as_copies(best), rounds
+
+
+def cool(problem: Any, prices: Any, rounds: int, smoothing: float = _SMOOTHING) -> None:
+    """Improve the prices for so many rounds while the smoothing falls."""
+    from moe_locality.placement.relaxation import improve
+
+    done = 0
+    while done < rounds:
+        some = min(10, rounds - done)
+        at = max(smoothing * _COOLING**done, _LEAST_SMOOTHING)
+        improve(problem, prices, some, smoothing=at)
+        done += some
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerTokens:
+    """The tokens of a layer as patterns of vertices: experts, and pins E + m for homes on node m.
+
+    ``members`` and ``tokens`` have one entry for each number of vertices in a pattern.
+    """
+
+    num_experts: int
+    num_nodes: int
+    num_tokens: int
+    has_homes: bool
+    members: list[np.ndarray]
+    tokens: list[np.ndarray]
+    load: np.ndarray  # [n], 0 for pins
+
+    @staticmethod
+    def of(
+        ids: np.ndarray, num_experts: int, num_nodes: int, home_node: np.ndarray | None
+    ) -> LayerTokens:
+        picks = np.sort(np.asarray(ids, dtype=np.int64), axis=1)
+        load = np.bincount(picks[picks >= 0], minlength=num_experts).astype(np.float64)
+        picks[:, 1:][picks[:, 1:] == picks[:, :-1]] = -1  # an expert picked twice is one vertex
+        if home_node is not None:
+            pin = np.where((picks >= 0).any(axis=1), num_experts + home_node, -1)
+            picks = np.concatenate([picks, pin[:, None]], axis=1)
+            load = np.concatenate([load, np.zeros(num_nodes)])
+        picks = np.sort(picks, axis=1)
+        size = (picks >= 0).sum(axis=1)
+        members, tokens = [], []
+        for count in np.unique(size[size > 0]):
+            rows, counts = _unique_rows(picks[size == count][:, -int(count) :])
+            members.append(rows)
+            tokens.append(counts.astype(np.float64))
+        return LayerTokens(
+            num_experts=num_experts,
+            num_nodes=num_nodes,
+            num_tokens=max(len(picks), 1),
+            has_homes=home_node is not None,
+            members=members,
+            tokens=tokens,
+            load=load,
+        )
+
+    @property
+    def num_vertices(self) -> int:
+        return self.num_experts + (self.num_nodes if self.has_homes else 0)
+
+    @property
+    def node_size(self) -> int:
+        return self.num_vertices // self.num_nodes
+
+    @property
+    def most_picks(self) -> int:
+        return max((rows.shape[1] for rows in self.members), default=0)
+
+    def as_copies(self, blocks: float) -> float:
+        """Copies per token from nodes touched per token (the home among them, if given)."""
+        if self.has_homes:
+            return max(blocks - sum(float(t.sum()) for t in self.tokens) / self.num_tokens, 0.0)
+        return blocks * (self.num_nodes - 1) / self.num_nodes
+
+    def fewest_blocks(self) -> float:
+        """Nodes touched per token if every token's vertices were packed as tightly as nodes are."""
+        sizes = [-(-rows.shape[1] // self.node_size) for rows in self.members]
+        total = sum(s * float(t.sum()) for s, t in zip(sizes, self.tokens, strict=True))
+        return total / self.num_tokens
+
+    def fixed_pairs(self) -> np.ndarray:
+        """[n, n]: pins are on different nodes; the rest is open (nan)."""
+        fixed = np.full((self.num_vertices, self.num_vertices), np.nan)
+        fixed[self.num_experts :, self.num_experts :] = 0.0
+        np.fill_diagonal(fixed, 1.0)
+        return fixed
+
+    def relaxation(self, max_imbalance: float, fixed: np.ndarray | None = None) -> Any:
+        """The tight relaxation of this layer."""
+        from moe_locality.placement.relaxation import make_relaxation
+
+        return make_relaxation(
+            self.members,
+            self.tokens,
+            self.num_vertices,
+            self.num_nodes,
+            num_tokens=self.num_tokens,
+            fixed=self.fixed_pairs() if fixed is None else fixed,
+            load=self.load,
+            max_imbalance=max_imbalance,
+        )
+
+
+def _coarse(layer: LayerTokens, max_imbalance: float, budget: float) -> float:
+    """Nodes touched from the most co-located pairs alone.
+
+    With S co-located pairs per token on average at most, and blocks >= a_k(c) - c x pairs for every
+    partition of k vertices, nodes touched >= mean a_k(c) - c S for every slope c.
+    """
+    from moe_locality.placement.partitions import hull_slopes, partition_counts
+    from moe_locality.placement.relaxation import certify, make_relaxation, start_prices
+
+    n = layer.num_vertices
+    pairs = np.zeros(n * n)
+    for rows, tokens in zip(layer.members, layer.tokens, strict=True):
+        for i in range(rows.shape[1]):
+            for j in range(i):
+                flat = rows[:, j] * n + rows[:, i]
+                pairs += np.bincount(flat, weights=tokens, minlength=n * n)
+    cost = -(pairs.reshape(n, n) + pairs.reshape(n, n).T) / (2 * layer.num_tokens)
+    problem = make_relaxation(
+        [],
+        [],
+        n,
+        layer.num_nodes,
+        num_tokens=layer.num_tokens,
+        cost=cost,
+        fixed=layer.fixed_pairs(),
+        load=layer.load,
+        max_imbalance=max_imbalance,
+    )
+    prices = start_prices(problem)
+    cool(problem, prices, min(int(budget / problem.work_per_round), COARSE_ROUNDS))
+    most_pairs = -certify(problem, prices)
+    points = {
+        rows.shape[1]: partition_counts(rows.shape[1], layer.num_nodes, layer.node_size)
+        for rows in layer.members
+    }
+    slopes = np.unique(np.concatenate([np.zeros(1), *(hull_slopes(p) for p in points.values())]))
+    best = 0.0
+    for slope in slopes:
+        total = -slope * most_pairs
+        for rows, tokens in zip(layer.members, layer.tokens, strict=True):
+            together, blocks = points[rows.shape[1]].T
+            total += float((blocks + slope * together).min() * tokens.sum()) / layer.num_tokens
+        best = max(best, total)
+    return best
+
+
+def _unique_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Different rows of rising vertex numbers, and how often each occurs."""
+    base, width = int(rows.max()) + 1, rows.shape[1]
+    if width * np.log2(base + 1) >= 63:
+        return np.unique(rows, axis=0, return_counts=True)
+    powers = base ** np.arange(width, dtype=np.int64)[::-1]
+    keys, counts = np.unique(rows @ powers, return_counts=True)
+    return keys[:, None] // powers % base, counts

@@ -1,0 +1,343 @@
+"""Lower bounds on the nodes that tokens touch, from a semidefinite relaxation of the partition.
+
+Vertices are the experts of a layer and, where homes are given, one pin per node; a placement is a
+0/1 matrix Y (Y_ij = 1: same node). Y is positive semidefinite with unit diagonal and row sums m,
+the vertices of a node, so that Y = (m/n) J + V X V' with 0 <= X <= m I and tr X = n - m, where the
+columns of V span the complement of the ones (Donath and Hoffman 1973; Rendl and Wolkowicz 1995).
+The nodes that a token touches are not linear in Y. Every token pattern t therefore has its own
+prices w_t on the pairs of its vertices, and over the set partitions p of the pattern
+
+    touched(t) >= min_p (blocks(p) + <w_t, Y_p>) - <w_t, Y_t>
+
+holds for any prices. With multipliers for unit diagonal, Y >= 0, fixed pairs and node loads the
+rest is one eigenvalue problem. So *any* multipliers give a bound; the primal-dual iteration
+(Chambolle and Pock 2011) only looks for good ones, and its accuracy does not touch validity.
+
+Shapes: n vertices, M nodes, m = n/M, P patterns, k vertices of a pattern, q = k(k-1)/2 pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+
+from moe_locality.placement.partitions import Partitions, set_partitions
+
+_LONGEST_STEP = 400.0
+_ROUNDING = 1e-12  # relative; double-precision sums and eigenvalues here are exact to about 1e-14
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patterns:
+    """Different sets of ``k`` vertices and how many tokens have each."""
+
+    members: np.ndarray  # [P, k] rising vertex numbers
+    tokens: np.ndarray  # [P] float64
+    partitions: Partitions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Relaxation:
+    """One layer to bound, per token: ``share`` turns counts of tokens into shares."""
+
+    num_vertices: int
+    num_nodes: int
+    groups: tuple[Patterns, ...]
+    num_tokens: int
+    cost: np.ndarray  # [n, n] symmetric: <cost, Y> is added to what the patterns touch
+    fixed: np.ndarray  # [n, n]: 0 or 1 where a pair is known (the diagonal is), else nan
+    load: np.ndarray  # [n] load of each vertex, mean 1
+    most_load: float  # per node; inf: no cap
+
+    @property
+    def node_size(self) -> int:
+        return self.num_vertices // self.num_nodes
+
+    @property
+    def work_per_round(self) -> float:
+        """Elementary steps of one round, roughly: eigenvectors, then the patterns."""
+        patterns = sum(len(g.tokens) * (g.partitions.work + 64) for g in self.groups)
+        return 4.0 * self.num_vertices**3 + 2e5 + patterns
+
+
+@dataclass(slots=True)
+class Prices:
+    """The multipliers (and the primal iterate): the state of the iteration."""
+
+    pairs: list[np.ndarray]  # per group [P, q] float64
+    scale: list[np.ndarray]  # per group [P], the last minimum: keeps exponentials in range
+    fixed: np.ndarray  # [n, n] diagonal and fixed pairs: any sign; other pairs: <= 0 (Y >= 0)
+    load: np.ndarray  # [n] >= 0
+    primal: np.ndarray  # [n, n]
+    ahead: np.ndarray  # [n, n] extrapolated primal
+
+    def copy(self) -> Prices:
+        return Prices(
+            pairs=[w.copy() for w in self.pairs],
+            scale=[s.copy() for s in self.scale],
+            fixed=self.fixed.copy(),
+            load=self.load.copy(),
+            primal=self.primal.copy(),
+            ahead=self.ahead.copy(),
+        )
+
+
+def make_relaxation(
+    members: list[np.ndarray],
+    tokens: list[np.ndarray],
+    num_vertices: int,
+    num_nodes: int,
+    *,
+    num_tokens: int,
+    cost: np.ndarray | None = None,
+    fixed: np.ndarray | None = None,
+    load: np.ndarray | None = None,
+    max_imbalance: float | None = None,
+) -> Relaxation:
+    """A relaxation from patterns of equal size per list entry, see ``Relaxation``."""
+    n, size = num_vertices, num_vertices // num_nodes
+    groups = tuple(
+        Patterns(
+            members=np.ascontiguousarray(m, dtype=np.int64),
+            tokens=np.asarray(t, dtype=np.float64),
+            partitions=set_partitions(m.shape[1], min(num_nodes, m.shape[1]), size),
+        )
+        for m, t in zip(members, tokens, strict=True)
+    )
+    known = np.full((n, n), np.nan) if fixed is None else fixed.copy()
+    np.fill_diagonal(known, 1.0)
+    weights = np.zeros(n) if load is None else np.asarray(load, dtype=np.float64)
+    most = np.inf
+    if max_imbalance is not None and np.isfinite(max_imbalance) and weights.sum() > 0:
+        weights = weights * (n / weights.sum())
+        most = max_imbalance * size
+    return Relaxation(
+        num_vertices=n,
+        num_nodes=num_nodes,
+        groups=groups,
+        num_tokens=num_tokens,
+        cost=np.zeros((n, n)) if cost is None else cost,
+        fixed=known,
+        load=weights,
+        most_load=most,
+    )
+
+
+def start_prices(problem: Relaxation) -> Prices:
+    """Prices that say nothing but the steps of the number of blocks in the co-located pairs."""
+    n = problem.num_vertices
+    pairs = []
+    for group in problem.groups:
+        k = group.members.shape[1]
+        even = group.partitions.slope_at((problem.node_size - 1) / max(n - 1, 1))
+        pairs.append(np.full((len(group.tokens), k * (k - 1) // 2), even))
+    primal = np.full((n, n), (problem.node_size - 1) / max(n - 1, 1))
+    np.fill_diagonal(primal, 1.0)
+    return Prices(
+        pairs=pairs,
+        scale=[np.zeros(len(g.tokens)) for g in problem.groups],
+        fixed=np.zeros((n, n)),
+        load=np.zeros(n),
+        primal=primal,
+        ahead=primal.copy(),
+    )
+
+
+def improve(problem: Relaxation, prices: Prices, rounds: int, *, smoothing: float) -> None:
+    """``rounds`` primal-dual steps on ``prices``, in place.
+
+    smoothing: temperature of the soft minimum over partitions that gives a pattern's direction;
+    larger is smoother and faster at first, smaller is more accurate.
+    """
+    n, size = problem.num_vertices, problem.node_size
+    across = _complement(n)
+    known = ~np.isnan(problem.fixed)
+    target = np.where(known, problem.fixed, 0.0)
+    share = 1.0 / problem.num_tokens
+    step_up = 2.0 * smoothing
+    step_down = min(0.5 / (step_up * _heaviest_pair(problem)), _LONGEST_STEP)
+    for _ in range(rounds):
+        cost = problem.cost.copy()
+        for group, w, scale in zip(problem.groups, prices.pairs, prices.scale, strict=True):
+            part = np.zeros((n, n))
+            lists = (group.members, group.tokens, *group.partitions.arrays)
+            _move_prices(*lists, prices.ahead, w, scale, smoothing, step_up, part)
+            cost -= 0.5 * share * part
+        moved = prices.fixed + 0.25 / step_down * (prices.ahead - target)
+        prices.fixed = np.where(known, moved, np.minimum(moved, 0.0))
+        if np.isfinite(problem.most_load):
+            over = prices.ahead @ problem.load - problem.most_load
+            norm = max(float(problem.load @ problem.load), 1e-30)
+            prices.load = np.maximum(prices.load + 0.5 / step_down / norm * over, 0.0)
+            cost += _row_cost(prices.load, problem.load)
+        primal = _project(prices.primal - step_down * (cost + prices.fixed), across, size)
+        prices.ahead = 2 * primal - prices.primal
+        prices.primal = primal
+
+
+def certify(problem: Relaxation, prices: Prices) -> float:
+    """The bound that the prices prove: nodes touched per token, rounding errors taken off."""
+    n, size, nodes = problem.num_vertices, problem.node_size, problem.num_nodes
+    cost = problem.cost.copy()
+    share, tokens = 1.0 / problem.num_tokens, 0.0
+    for group, w in zip(problem.groups, prices.pairs, strict=True):
+        part = np.zeros((n, n))
+        tokens += _lowest(group.members, group.tokens, *group.partitions.arrays, w, part)
+        cost -= 0.5 * share * part
+    known = ~np.isnan(problem.fixed)
+    fixed = np.where(known, prices.fixed, np.minimum(prices.fixed, 0.0))
+    fixed = (fixed + fixed.T) / 2
+    constant = -float((fixed * np.where(known, problem.fixed, 0.0)).sum())
+    matrix = cost + fixed
+    if np.isfinite(problem.most_load):
+        over = np.maximum(prices.load, 0.0)
+        matrix = matrix + _row_cost(over, problem.load)
+        constant -= float(over.sum()) * problem.most_load
+    across = _complement(n)
+    values = np.linalg.eigvalsh(across.T @ matrix @ across) if n > 1 else np.zeros(0)
+    spectral = float(matrix.sum()) * size / n + size * float(values[: nodes - 1].sum())
+    magnitude = n * size * float(np.abs(matrix).sum()) + abs(tokens * share) + abs(constant)
+    return tokens * share + constant + spectral - _ROUNDING * magnitude
+
+
+def _heaviest_pair(problem: Relaxation) -> float:
+    """Largest share of the tokens that pick one pair: the squared norm of the price operator."""
+    n = problem.num_vertices
+    counts = 2 * np.abs(problem.cost).ravel() * problem.num_tokens
+    for group in problem.groups:
+        for i in range(group.members.shape[1]):
+            for j in range(i):
+                flat = group.members[:, j] * n + group.members[:, i]
+                counts += np.bincount(flat, weights=group.tokens, minlength=n * n)
+    return max(float(counts.max()) / problem.num_tokens, 1e-6)
+
+
+def _complement(n: int) -> np.ndarray:
+    """[n, n-1] orthonormal columns, each orthogonal to the ones (Helmert)."""
+    basis = np.zeros((n, max(n - 1, 0)))
+    for column in range(n - 1):
+        basis[: column + 1, column] = 1.0
+        basis[column + 1, column] = -(column + 1.0)
+        basis[:, column] /= np.sqrt((column + 1.0) * (column + 2.0))
+    return basis
+
+
+def _row_cost(prices: np.ndarray, load: np.ndarray) -> np.ndarray:
+    return (np.outer(prices, load) + np.outer(load, prices)) / 2
+
+
+def _project(matrix: np.ndarray, across: np.ndarray, size: int) -> np.ndarray:
+    """The nearest (size/n) J + V X V' with 0 <= X <= size I and trace X = n - size."""
+    n = len(matrix)
+    inner = across.T @ matrix @ across
+    values, vectors = np.linalg.eigh((inner + inner.T) / 2)
+    low, high = values[0] - size - 1, values[-1] + 1
+    for _ in range(60):  # the shift that gives the trace
+        middle = (low + high) / 2
+        if np.clip(values - middle, 0, size).sum() > n - size:
+            low = middle
+        else:
+            high = middle
+    turned = across @ vectors
+    return size / n + (turned * np.clip(values - high, 0, size)) @ turned.T
+
+
+@numba.njit(cache=True, nogil=True)
+def _block_prices(w, k, price, pull):
+    """price [2^k] of each block of a pattern: 1 + its pairs' prices; price[0] = 0."""
+    price[0] = pull[0] = 0.0
+    for top in range(k):
+        base, row = 1 << top, top * (top - 1) // 2
+        price[base] = 1.0
+        for j in range(top):  # ``rest``: the masks below ``base`` whose highest item is j
+            for rest in range(1 << j, 1 << (j + 1)):
+                pull[rest] = pull[rest ^ (1 << j)] + w[row + j]
+                price[base | rest] = price[rest] + pull[rest]
+
+
+@numba.njit(cache=True, nogil=True)
+def _block_factors(w, k, tilt, smoothing, factor, pull):
+    """factor [2^k] = exp(-(price - items x tilt) / smoothing) of each block, with few exp."""
+    alone, item = np.exp((tilt - 1.0) / smoothing), np.exp(tilt / smoothing)
+    pull[0] = item
+    for top in range(k):
+        base, row = 1 << top, top * (top - 1) // 2
+        factor[base] = alone
+        for j in range(top):
+            price = np.exp(-w[row + j] / smoothing)
+            for rest in range(1 << j, 1 << (j + 1)):
+                pull[rest] = pull[rest ^ (1 << j)] * price
+                factor[base | rest] = factor[rest] * pull[rest]
+
+
+@numba.njit(cache=True, nogil=True)
+def _soft_blocks(blocks, starts, factor, price, chance):
+    """(sum of the weights of all partitions, lowest price); chance: weight that a block is in."""
+    total, lowest = 0.0, np.inf
+    chance[:] = 0.0
+    for p in range(len(starts) - 1):
+        weight, value = 1.0, 0.0
+        for b in range(starts[p], starts[p + 1]):
+            weight *= factor[blocks[b]]
+            value += price[blocks[b]]
+        total += weight
+        lowest = min(lowest, value)
+        for b in range(starts[p], starts[p + 1]):
+            chance[blocks[b]] += weight
+    return total, lowest
+
+
+@numba.njit(cache=True, nogil=True)
+def _move_prices(members, tokens, blocks, starts, ahead, w, scale, smoothing, step, cost):
+    """One ascent step of every pattern's prices; adds tokens x prices to ``cost``.
+
+    The gradient of the soft minimum is the expected Y over partitions with weight
+    exp(-price / smoothing), less the Y of the primal. Where that weight leaves the range of
+    float64 the prices stay.
+    """
+    num, k = members.shape
+    price, factor, pull = np.zeros(1 << k), np.zeros(1 << k), np.zeros(1 << k)
+    chance = np.zeros(1 << k)
+    for t in range(num):
+        _block_prices(w[t], k, price, pull)
+        _block_factors(w[t], k, scale[t] / k, smoothing, factor, pull)
+        total, scale[t] = _soft_blocks(blocks, starts, factor, price, chance)
+        good = total > 1e-250 and total < 1e250
+        for bit in range(k):  # sums over supersets
+            for mask in range(1 << k):
+                if not mask >> bit & 1:
+                    chance[mask] += chance[mask | (1 << bit)]
+        for i in range(k):
+            for j in range(i):
+                e, f = members[t, i], members[t, j]
+                pair = i * (i - 1) // 2 + j
+                if good:
+                    together = chance[(1 << i) | (1 << j)] / total
+                    w[t, pair] += step * (together - ahead[e, f])
+                cost[e, f] += tokens[t] * w[t, pair]
+    cost += cost.T.copy()
+
+
+@numba.njit(cache=True, nogil=True)
+def _lowest(members, tokens, blocks, starts, w, cost):
+    """Sum over tokens of the exact minimum over partitions; adds tokens x prices to ``cost``."""
+    num, k = members.shape
+    price, pull = np.zeros(1 << k), np.zeros(1 << k)
+    sum_lowest = 0.0
+    for t in range(num):
+        _block_prices(w[t], k, price, pull)
+        lowest = np.inf
+        for p in range(len(starts) - 1):
+            value = 0.0
+            for b in range(starts[p], starts[p + 1]):
+                value += price[blocks[b]]
+            lowest = min(lowest, value)
+        sum_lowest += tokens[t] * lowest
+        for i in range(k):
+            for j in range(i):
+                e, f = members[t, i], members[t, j]
+                cost[e, f] += tokens[t] * w[t, i * (i - 1) // 2 + j]
+    cost += cost.T.copy()
+    return sum_lowest
