@@ -1,0 +1,198 @@
+"""Replays a trace under a plan: bytes of all tokens exactly, times of a sample of steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moe_locality.errors import PlacementError
+from moe_locality.placement.frame import Frame, make_frame
+from moe_locality.placement.objective import Homes
+from moe_locality.placement.plan import PlacementPlan
+from moe_locality.simulator.counting import RowCounts, count_all, count_rows, stack
+from moe_locality.simulator.model import StepModel, expected_maximum, step_times
+from moe_locality.simulator.steps import draw_steps, random_homes
+from moe_locality.topology.cluster import ClusterTopology
+from moe_locality.trace.schema import RoutingTrace
+
+PARTS = ("dispatch", "compute", "combine")
+TIERS = ("inside", "across")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Simulation:
+    """A simulated run; times in microseconds of the MoE part of one step, all layers, forward.
+
+    step_us, step_us_error: mean over the steps, and its standard error (nan for one step).
+    parts_us: of it dispatch, compute, combine. tiers_us: time of the links inside and across nodes.
+    group_step_us: mean step of ``groups`` expert-parallel groups that wait for the slowest.
+    share: step_us / (step_us + compute_us), where compute_us is the rest of the step.
+    per_layer_us: [L] mean.
+    bytes: {dispatch, combine: {same_rank, same_node, cross_node}} of *all* tokens of the trace, in
+        one group; exact.
+    bytes_per_token: cross-node bytes, both directions, per token, all layers.
+    busiest_link: the node whose traffic across nodes is largest in one direction, dispatch: node,
+        direction, bytes of all tokens, and ``share`` of all that crosses nodes.
+    """
+
+    step_us: float
+    step_us_error: float
+    parts_us: dict[str, float]
+    tiers_us: dict[str, float]
+    group_step_us: float
+    groups: int
+    share: float | None
+    per_layer_us: np.ndarray
+    bytes: dict[str, dict[str, int]]
+    bytes_per_token: float
+    busiest_link: dict[str, Any]
+    num_tokens: int
+    num_steps: int
+    batch_tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        found = {name: getattr(self, name) for name in self.__slots__}
+        return found | {"per_layer_us": self.per_layer_us.tolist()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """The counts of a simulation, for several time models: ``steps`` [S, L, G], ``all`` [L, G]."""
+
+    steps: RowCounts
+    all: RowCounts
+    node_of_rank: np.ndarray
+    num_tokens: int
+    batch_tokens: int
+
+
+def simulate(
+    trace: RoutingTrace,
+    plan: PlacementPlan,
+    topology: ClusterTopology | None = None,
+    homes: Homes = None,
+    *,
+    model: StepModel | None = None,
+    batch_tokens: int = 512,
+    groups: int = 1,
+    compute_us: float | None = None,
+    max_steps: int = 64,
+    seed: int = 0,
+) -> Simulation:
+    """Simulate steps of ``batch_tokens`` tokens on every rank.
+
+    Args:
+        topology: figures of the links; its ranks must be the plan's. None: the defaults.
+        homes: as for ``evaluate``; None: requests at random ranks, drawn with ``seed``.
+        groups: expert-parallel groups that step together (data parallelism), for clusters of
+            ``groups`` x the ranks of the plan.
+        compute_us: time of the rest of a step, for ``share``.
+        max_steps: steps that are timed; the standard error says what the sample leaves open.
+
+    Raises:
+        PlacementError, ConfigError: something does not fit or cannot be.
+    """
+    model = model or StepModel()
+    replay = replay_steps(
+        trace,
+        plan,
+        homes,
+        exchange=model.exchange,
+        batch_tokens=batch_tokens,
+        max_steps=max_steps,
+        seed=seed,
+        topology=topology,
+    )
+    topology = topology or ClusterTopology(rank_to_node=plan.rank_to_node or ())
+    return time_replay(replay, model, topology, groups=groups, compute_us=compute_us)
+
+
+def replay_steps(
+    trace: RoutingTrace,
+    plan: PlacementPlan,
+    homes: Homes = None,
+    *,
+    exchange: str,
+    batch_tokens: int,
+    max_steps: int = 64,
+    seed: int = 0,
+    topology: ClusterTopology | None = None,
+) -> Replay:
+    """Count the rows of all tokens, and of each of a sample of steps."""
+    if trace.expert_ids is None:
+        raise PlacementError(
+            "found a trace of counts, expected one of tokens: a simulation replays the picks of "
+            "every token; record or import a per-token trace"
+        )
+    homes = random_homes(trace, plan.num_ranks, seed) if homes is None else homes
+    frame = make_frame(trace, plan, topology, homes)
+    steps = draw_steps(_homes_of(frame), frame.num_ranks, batch_tokens, max_steps, seed)
+    return Replay(
+        steps=stack([count_rows(frame, tokens, exchange) for tokens in steps]),
+        all=count_all(frame, exchange),
+        node_of_rank=frame.node_of_rank,
+        num_tokens=trace.num_tokens,
+        batch_tokens=batch_tokens,
+    )
+
+
+def _homes_of(frame: Frame) -> np.ndarray:
+    assert frame.home_rank is not None
+    return frame.home_rank
+
+
+def time_replay(
+    replay: Replay,
+    model: StepModel,
+    topology: ClusterTopology,
+    *,
+    groups: int = 1,
+    compute_us: float | None = None,
+) -> Simulation:
+    """Put times to counts; the counts must be of the exchange of ``model``."""
+    if groups < 1:
+        raise PlacementError(f"groups: found {groups}, expected at least 1: correct it")
+    if compute_us is not None and not compute_us >= 0:
+        raise PlacementError(f"compute_us: found {compute_us}, expected a time of at least 0")
+    times = step_times(replay.steps, model, topology)
+    step = times["total"].sum(axis=1)  # [S]
+    mean = float(step.mean())
+    error = float(step.std(ddof=1) / len(step) ** 0.5) if len(step) > 1 else float("nan")
+    rows = replay.all.rows_by_link()
+    sizes = {"dispatch": model.dispatch_bytes, "combine": model.combine_bytes}
+    moved = {kind: {link: n * size for link, n in rows.items()} for kind, size in sizes.items()}
+    across = sum(kind["cross_node"] for kind in moved.values())
+    group_step = expected_maximum(step, groups)
+    return Simulation(
+        step_us=mean,
+        step_us_error=error,
+        parts_us={name: float(times[name].sum(axis=1).mean()) for name in PARTS},
+        tiers_us={name: float(times[name].sum(axis=1).mean()) for name in TIERS},
+        group_step_us=group_step,
+        groups=groups,
+        share=None if compute_us is None else group_step / max(group_step + compute_us, 1e-300),
+        per_layer_us=times["total"].mean(axis=0),
+        bytes=moved,
+        bytes_per_token=across / replay.num_tokens,
+        busiest_link=_busiest_link(replay, model.dispatch_bytes),
+        num_tokens=replay.num_tokens,
+        num_steps=len(step),
+        batch_tokens=replay.batch_tokens,
+    )
+
+
+def _busiest_link(replay: Replay, size: int) -> dict[str, Any]:
+    sent = np.bincount(replay.node_of_rank, weights=replay.all.across_sent.sum(axis=0))
+    received = np.bincount(replay.node_of_rank, weights=replay.all.across_received.sum(axis=0))
+    both = np.stack([sent, received])
+    direction, node = np.unravel_index(int(both.argmax()), both.shape)
+    total = float(sent.sum())
+    return {
+        "node": int(node),
+        "direction": ("out", "in")[int(direction)],
+        "bytes": int(both.max()) * size,
+        "share": float(both.max()) / total if total else 0.0,
+    }
