@@ -26,6 +26,7 @@ class Problem:
     home_rank: np.ndarray | None
     group_of: np.ndarray | None
     seed: int
+    objective: str = "copies"
 
     @property
     def num_nodes(self) -> int:
@@ -101,6 +102,22 @@ def check_slots(num_experts: int, topology: ClusterTopology, num_redundant_exper
             "slots than experts (a rank holds an expert once): use fewer redundant experts"
         )
     return slots
+
+
+def check_objective(objective: str, joint: bool, num_redundant_experts: int) -> None:
+    """Raise PlacementError unless the objective is known and something can be done about it."""
+    if objective not in ("copies", "picks"):
+        raise PlacementError(f"objective: found {objective!r}, expected 'copies' or 'picks'")
+    if objective == "picks" and not joint:
+        raise PlacementError(
+            "objective='picks': found no joint homes; with requests anywhere every placement has "
+            "the same picks: use homes='joint'"
+        )
+    if objective == "picks" and num_redundant_experts:
+        raise PlacementError(
+            "objective='picks': found redundant experts, expected none: replicas are chosen for "
+            "copies only, use objective='copies'"
+        )
 
 
 def check_groups(num_experts: int, num_nodes: int, expert_groups) -> np.ndarray | None:
