@@ -21,7 +21,9 @@ from moe_locality.errors import PlacementError
 from moe_locality.placement.frame import Frame
 
 EXCHANGES = ("flat", "hierarchical")
-_CHUNK_PICKS = 1 << 21
+_CHUNK_PICKS = 1 << 20
+MATRIX_ENTRIES = 1 << 18
+"""Up to so many (layer, rank, rank) the pairs of ranks are counted, beyond that each rank alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,49 +119,43 @@ def _count_layers(frame: Frame, ids: np.ndarray, home: np.ndarray, first: int, r
     slots = frame.served_slot[first : first + layers]
     home = home[:, None, None]
     slot = slots[layer, home if frame.has_replicas else 0, expert]
-    server = slot // (frame.num_slots // ranks)
-    node = frame.node_of_rank[server].astype(np.int64)
-    home_node = frame.node_of_rank[home]
-    count = _Counter(layers, ranks)
-    source = np.broadcast_to(home, server.shape)
+    server = (slot // (frame.num_slots // ranks)).astype(np.int64)
+    count = _Counter(layers, frame.node_of_rank)
     if rails is None:
-        count.move(there & (server == source), there & (node == home_node), there, source, server)
+        count.move(there, home, server)
     else:
         local, table = rails
-        where = np.sort(np.where(there, node, -1), axis=2)
-        visit = where >= 0
-        visit[:, :, 1:] &= where[:, :, 1:] != where[:, :, :-1]
-        stays = visit & (where == home_node)
-        rail = table[np.maximum(where, 0), local[home]]
-        count.move(stays, stays, visit, source, rail)
+        node = frame.node_of_rank[server].astype(np.int64)
         rail = table[node, local[home]]
-        count.move(there & (server == rail), there, there, rail, server)
-    used = (np.broadcast_to(layer, slot.shape) * frame.num_slots + slot)[there]
-    served = np.bincount(used, minlength=layers * frame.num_slots) > 0
-    return RowCounts(
-        **count.rows,
-        computed=count.per_rank(there, server),
-        distinct=served.reshape(layers, ranks, -1).sum(axis=2),
-    )
+        count.move(there, rail, server)
+        visited = np.sort(np.where(there, rail, -1), axis=2)  # a rail of a token is a node
+        visit = visited >= 0
+        visit[:, :, 1:] &= visited[:, :, 1:] != visited[:, :, :-1]
+        count.move(visit, home, visited)
+    used = slot + layer * frame.num_slots
+    used[~there] = layers * frame.num_slots
+    calls = np.bincount(used.ravel(), minlength=layers * frame.num_slots + 1)[:-1]
+    calls = calls.reshape(layers, ranks, -1)
+    return RowCounts(**count.rows, computed=calls.sum(axis=2), distinct=(calls > 0).sum(axis=2))
 
 
 class _Counter:
     """Adds up rows by layer and rank."""
 
-    def __init__(self, layers: int, ranks: int) -> None:
-        self.shape = (layers, ranks)
+    def __init__(self, layers: int, node_of_rank: np.ndarray) -> None:
+        self.layers, self.ranks = layers, len(node_of_rank)
+        self.node_of_rank = node_of_rank
         names = ("local", "inside_sent", "inside_received", "across_sent", "across_received")
-        self.rows = {name: np.zeros(self.shape, dtype=np.int64) for name in names}
+        self.rows = {name: np.zeros((layers, self.ranks), dtype=np.int64) for name in names}
 
-    def move(
-        self,
-        on_rank: np.ndarray,
-        on_node: np.ndarray,
-        there: np.ndarray,
-        source: np.ndarray,
-        target: np.ndarray,
-    ) -> None:
-        """Count rows [n, l, K]: which exist, which stay on the node, which even on the rank."""
+    def move(self, there: np.ndarray, source: np.ndarray, target: np.ndarray) -> None:
+        """Count rows [n, l, K] from rank to rank, where ``there``."""
+        if self.layers * self.ranks**2 <= MATRIX_ENTRIES:
+            self._by_matrix(there, source, target)
+            return
+        source = np.broadcast_to(source, there.shape)
+        on_node = there & (self.node_of_rank[source] == self.node_of_rank[target])
+        on_rank = there & (source == target)
         inside, across = on_node & ~on_rank, there & ~on_node
         self.rows["local"] += self.per_rank(on_rank, source)
         self.rows["inside_sent"] += self.per_rank(inside, source)
@@ -167,8 +163,24 @@ class _Counter:
         self.rows["across_sent"] += self.per_rank(across, source)
         self.rows["across_received"] += self.per_rank(across, target)
 
+    def _by_matrix(self, there: np.ndarray, source: np.ndarray, target: np.ndarray) -> None:
+        """The same from one count of all pairs of ranks."""
+        layers, ranks = self.layers, self.ranks
+        key = source * ranks + target
+        key += np.arange(layers)[None, :, None] * ranks**2
+        key[~there] = layers * ranks**2
+        pairs = np.bincount(key.ravel(), minlength=layers * ranks**2 + 1)[:-1]
+        pairs = pairs.reshape(layers, ranks, ranks)
+        same_rank = np.eye(ranks, dtype=bool)
+        same_node = self.node_of_rank[:, None] == self.node_of_rank[None]
+        self.rows["local"] += pairs[:, same_rank]
+        for name, links in (("inside", same_node & ~same_rank), ("across", ~same_node)):
+            part = pairs * links
+            self.rows[f"{name}_sent"] += part.sum(axis=2)
+            self.rows[f"{name}_received"] += part.sum(axis=1)
+
     def per_rank(self, mask: np.ndarray, rank: np.ndarray) -> np.ndarray:
         """[l, G] how often each rank occurs where ``mask``."""
-        layers, ranks = self.shape
-        key = (rank + np.arange(layers)[None, :, None] * ranks)[mask]
-        return np.bincount(key, minlength=layers * ranks).reshape(layers, ranks)
+        key = (rank + np.arange(self.layers)[None, :, None] * self.ranks)[mask]
+        counts = np.bincount(key, minlength=self.layers * self.ranks)
+        return counts.reshape(self.layers, self.ranks)

@@ -11,7 +11,7 @@ from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.placement import PlacementPlan, evaluate
 from moe_locality.placement.frame import make_frame
 from moe_locality.placement.objective import traffic_matrix
-from moe_locality.simulator import StepModel, row_bytes, simulate
+from moe_locality.simulator import StepModel, counting, row_bytes, simulate
 from moe_locality.simulator.counting import count_all, count_rows
 from moe_locality.simulator.model import expected_maximum
 from moe_locality.simulator.steps import draw_steps, random_homes
@@ -88,6 +88,19 @@ def test_hierarchical_rows_by_brute_force(case):
         "same_node": int(expected[same_node].sum() - np.trace(expected)),
         "cross_node": int(expected[~same_node].sum()),
     }
+
+
+@settings(max_examples=20, deadline=None)
+@given(plans_with_traces(), st.sampled_from(["flat", "hierarchical"]))
+def test_many_ranks_are_counted_alike(case, exchange):
+    plan, trace = case
+    frame = make_frame(trace, plan, None, "trace")
+    pairs = count_all(frame, exchange)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(counting, "MATRIX_ENTRIES", 0)
+        alone = count_all(frame, exchange)
+    for name in counting.RowCounts.__slots__:
+        np.testing.assert_array_equal(getattr(pairs, name), getattr(alone, name))
 
 
 @settings(max_examples=20, deadline=None)
