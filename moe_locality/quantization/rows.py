@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_locality.errors import ConfigError
-from moe_locality.quantization.mx import QuantizedTensor, dequantize, quantize
+from moe_locality.quantization.mx import FLOAT_DTYPES, QuantizedTensor, dequantize, quantize
 from moe_locality.quantization.mx_formats import (
     FORMATS,
     Format,
@@ -37,6 +37,24 @@ def check_row_format(format: str) -> Format:
     return get_format(format)
 
 
+def check_activations(x: Tensor) -> None:
+    """Raise unless x is a matrix of floats that formats take."""
+    if x.dim() != 2 or x.dtype not in FLOAT_DTYPES:
+        raise ConfigError(
+            f"found rows of shape {tuple(x.shape)} in {x.dtype}, expected [N, D] in float32, "
+            "bfloat16 or float16: reshape or cast them"
+        )
+
+
+def check_buffer(buffer: Tensor, format: str, width: int) -> None:
+    """Raise unless the buffer has the shape of encoded rows."""
+    if buffer.dtype != torch.uint8 or buffer.shape[1:] != (row_bytes(format, width),):
+        raise ConfigError(
+            f"found a {buffer.dtype} buffer of shape {tuple(buffer.shape)}, expected uint8 "
+            f"[N, {row_bytes(format, width)}] for rows of {width} in {format}"
+        )
+
+
 def encode_rows(x: Tensor, format: str) -> Tensor:
     """Encode activations ``x [N, D]`` as bytes ``[N, row_bytes(format, D)]`` uint8, contiguous.
 
@@ -46,8 +64,7 @@ def encode_rows(x: Tensor, format: str) -> Tensor:
         ConfigError: a format without rows of their own, or x is not a matrix of floats.
     """
     fmt = check_row_format(format)
-    if x.dim() != 2:
-        raise ConfigError(f"found rows of shape {tuple(x.shape)}, expected [N, D]: reshape them")
+    check_activations(x)
     q = quantize(x, format, role="activation")
     buffer = x.new_zeros((x.shape[0], row_bytes(format, x.shape[1])), dtype=torch.uint8)
     for part, (start, stop) in zip(
@@ -65,11 +82,7 @@ def decode_rows(buffer: Tensor, format: str, width: int, dtype: torch.dtype) -> 
         ConfigError: the buffer is not what rows of that format and width look like.
     """
     fmt = check_row_format(format)
-    if buffer.dtype != torch.uint8 or buffer.shape[1:] != (row_bytes(format, width),):
-        raise ConfigError(
-            f"found a {buffer.dtype} buffer of shape {tuple(buffer.shape)}, expected uint8 "
-            f"[N, {row_bytes(format, width)}] for rows of {width} in {format}"
-        )
+    check_buffer(buffer, format, width)
     codes, factors, scales = (
         buffer[:, start:stop].contiguous() for start, stop in _sections(fmt, width)
     )

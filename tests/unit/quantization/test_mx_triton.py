@@ -1,0 +1,94 @@
+"""The Triton kernels without a GPU: under the interpreter, and compiled ahead to PTX."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_locality.errors import BackendUnavailable, ConfigError
+from moe_locality.quantization import codec, rows
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+
+COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from moe_locality.quantization import mx_triton as m
+from moe_locality.quantization.mx_formats import get_format
+
+def compile(kernel, pointers, constants):
+    signature = {**pointers, **{name: "constexpr" for name in constants}}
+    source = ASTSource(kernel, signature=signature, constexprs=constants)
+    options = {"enable_fp_fusion": False}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    assert ".target sm_90" in ptx
+    assert "fma.rn" not in ptx, "sums and products must not be contracted"
+
+for name in ("fp8", "mxfp8", "mxfp4", "mxfp4-mbs-s"):
+    fmt = get_format(name)
+    constants = m._encode_constants(fmt, 2048) | {"K": 8, "PERMUTE": True, "BF16": True}
+    pointers = {"x_ptr": "*i16", "positions_ptr": "*i32", "out_ptr": "*u8", "x_stride": "i32"}
+    compile(m._encode_kernel, pointers, constants)
+    constants = m._decode_constants(fmt, 2048) | {"OUT": 1, "LARGEST": 3.3895313892515355e38}
+    compile(m._decode_kernel, {"in_ptr": "*u8", "out_ptr": "*i16"}, constants)
+pointers = {"row_token_ptr": "*i32", "out_ptr": "*u8", "num_rows": "i32"}
+compile(m._zero_padding_kernel, pointers, {"ROW_BYTES": 1168, "ROWS": 32})
+"""
+
+
+def run(command, **environment):
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@needs_triton
+def test_kernels_have_the_bytes_of_the_reference_under_the_interpreter():
+    # in a process of its own: Triton reads the variable when it is first imported
+    command = [sys.executable, "-m", "pytest", "-q", str(HERE / "triton_cases.py")]
+    assert " passed" in run(command, TRITON_INTERPRET="1")
+
+
+@needs_triton
+def test_kernels_compile_for_sm_90(tmp_path):
+    run([sys.executable, "-c", COMPILE], TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
+
+
+def test_the_codec_takes_the_reference_on_the_cpu():
+    x = torch.randn(5, 70, generator=torch.Generator().manual_seed(0))
+    encoded = codec.encode_rows(x, "mxfp4-mbs-s")
+    assert torch.equal(encoded, rows.encode_rows(x, "mxfp4-mbs-s"))
+    back = codec.decode_rows(encoded, "mxfp4-mbs-s", 70, torch.bfloat16)
+    assert torch.equal(back, rows.decode_rows(encoded, "mxfp4-mbs-s", 70, torch.bfloat16))
+    row_token = torch.tensor([4, -1, 0])
+    assert torch.equal(
+        codec.permute_encode(x, row_token, "fp8"), rows.permute_encode(x, row_token, "fp8")
+    )
+
+
+def test_the_codec_says_what_is_missing(monkeypatch):
+    x = torch.zeros(1, 4)
+    with pytest.raises(ConfigError, match="expected auto, reference or triton"):
+        codec.encode_rows(x, "fp8", backend="cuda")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BackendUnavailable, match="pip install triton"):
+        codec.encode_rows(x, "fp8", backend="triton")

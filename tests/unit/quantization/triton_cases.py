@@ -1,0 +1,107 @@
+"""The Triton kernels under Triton's interpreter: run by test_mx_triton.py in a process of its own.
+
+Their bytes are those of the torch reference, whose bytes are tested elsewhere.
+"""
+
+import pytest
+import torch
+
+from moe_locality.errors import ConfigError
+from moe_locality.quantization import mx_triton, rows
+
+# one of each kind of element, scale and factor: the others differ in the block alone
+FORMATS = ["mxfp4", "mxfp4-16-oas", "mxfp4-mbs-s", "mxfp8", "mxfp8-e5m2", "fp8"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def rows_of_all_kinds(width, dtype):
+    """Rows with ties, zeros, signed zeros, the largest and the smallest numbers, NaN, infinity."""
+    generator = torch.Generator().manual_seed(width)
+    x = torch.randn((8, width), generator=generator)
+    x[1] *= torch.exp2(torch.randint(-20, 20, (width,), generator=generator).float())
+    x[2] = torch.randint(-12, 13, (width,), generator=generator) / 4
+    x[3] = -0.0
+    x[4] *= torch.finfo(dtype).max / 8
+    x[5] *= 2.0**-126
+    x[6, width // 2] = torch.nan
+    x[7, 0] = -torch.inf
+    return x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
+
+
+def same_bits(a, b):
+    """Equal to the last bit, NaN wherever the other has one."""
+    nan = a.isnan()
+    integer = {2: torch.int16, 4: torch.int32}[a.element_size()]
+    return torch.equal(nan, b.isnan()) and torch.equal(a.view(integer)[~nan], b.view(integer)[~nan])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    ("width", "dtype"),
+    [(1, torch.float32), (37, torch.float16), (160, torch.float32), (160, torch.bfloat16)],
+)
+def test_encode_and_decode(name, dtype, width):
+    x = rows_of_all_kinds(width, dtype)
+    encoded = mx_triton.encode_rows(x, name)
+    assert torch.equal(encoded, rows.encode_rows(x, name))
+    for out in DTYPES:
+        found = mx_triton.decode_rows(encoded, name, width, out)
+        assert same_bits(found, rows.decode_rows(encoded, name, width, out))
+
+
+@pytest.mark.parametrize("name", ["fp8", "mxfp8", "mxfp4-mbs-s"])
+def test_several_chunks(name):
+    x = rows_of_all_kinds(2100, torch.bfloat16)
+    encoded = mx_triton.encode_rows(x, name)
+    assert torch.equal(encoded, rows.encode_rows(x, name))
+    found = mx_triton.decode_rows(encoded, name, 2100, torch.bfloat16)
+    assert same_bits(found, rows.decode_rows(encoded, name, 2100, torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_code_decodes_alike(name):
+    generator = torch.Generator().manual_seed(3)
+    buffer = torch.randint(0, 256, (6, rows.row_bytes(name, 256)), generator=generator)
+    buffer = buffer.to(torch.uint8)
+    found = mx_triton.decode_rows(buffer, name, 256, torch.float32)
+    assert same_bits(found, rows.decode_rows(buffer, name, 256, torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("name", "given"), [*((name, True) for name in FORMATS), ("mxfp4-mbs-s", False)]
+)
+def test_permute_encode(name, given):
+    x = rows_of_all_kinds(140, torch.bfloat16)
+    generator = torch.Generator().manual_seed(4)
+    row_token = torch.randint(-1, 8, (20,), generator=generator, dtype=torch.int32)
+    positions = mx_triton.inverse_positions(row_token, 8).to(torch.int32) if given else None
+    found = mx_triton.permute_encode(x, row_token, name, positions=positions)
+    assert torch.equal(found, rows.permute_encode(x, row_token, name))
+
+
+def test_inverse_positions():
+    row_token = torch.tensor([2, 0, -1, 2, 2, 1])
+    expected = [[1, -1, -1], [5, -1, -1], [0, 3, 4], [-1, -1, -1]]
+    assert mx_triton.inverse_positions(row_token, 4).tolist() == expected
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_nothing_to_do(count):
+    x = torch.zeros(0, 64)
+    assert mx_triton.encode_rows(x, "fp8").shape == (0, 80)
+    padding = torch.full((count,), -1)
+    assert not mx_triton.permute_encode(x, padding, "fp8").any()
+    assert (
+        mx_triton.decode_rows(torch.zeros(0, 80, dtype=torch.uint8), "fp8", 64, x.dtype).numel()
+        == 0
+    )
+
+
+def test_columns_that_are_not_contiguous():
+    x = rows_of_all_kinds(64, torch.float32)[:, ::2]
+    assert torch.equal(mx_triton.encode_rows(x, "mxfp4"), rows.encode_rows(x, "mxfp4"))
+
+
+def test_mbs_d_is_refused():
+    with pytest.raises(ConfigError, match="searched"):
+        mx_triton.encode_rows(torch.zeros(2, 64), "mxfp4-mbs-d")
