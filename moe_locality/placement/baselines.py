@@ -127,3 +127,27 @@ def eplb(
         for rank in pack_replicas(load[local], counts, ranks_per_node):
             held.append([int(local[i]) for i in rank])
     return held
+
+
+def eplb_global(load: np.ndarray, num_ranks: int, num_slots: int) -> RankLists:
+    """The global policy of EPLB: the busiest get replicas, on any rank of any node."""
+    return pack_replicas(load, replicate(load, num_slots, num_ranks), num_ranks)
+
+
+def add_hottest(nodes: list[list[int]], load: np.ndarray, slots_per_node: int) -> list[list[int]]:
+    """Fill every node's open slots with the most loaded experts that it lacks."""
+    order = np.argsort(-load, kind="stable").tolist()
+    full = []
+    for members in nodes:
+        lacking = [e for e in order if e not in members]
+        full.append([*members, *lacking[: slots_per_node - len(members)]])
+    return full
+
+
+def pack_node(
+    load: np.ndarray, members: Sequence[int], num_ranks: int, num_slots: int
+) -> RankLists:
+    """The experts of a node on its ranks, level by load; slots that are left get more replicas."""
+    local = np.array(sorted(members))
+    packed = pack_replicas(load[local], replicate(load[local], num_slots, num_ranks), num_ranks)
+    return [[int(local[i]) for i in rank] for rank in packed]
