@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,8 @@ from moe_locality.placement.problem import (
 )
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,8 +59,9 @@ def solve(
         method: ``coactivation`` (fewest copies under the cap), ``balance`` (level ranks from loads
             alone), ``eplb`` (the published rule for the same), ``linear`` or ``round_robin``.
         num_redundant_experts: slots beyond one per expert.
-        max_imbalance: most max / mean of the node loads that ``coactivation`` aims at on *new*
-            requests; on the trace itself it stays below, see ``IN_SAMPLE_SHARE`` in spread.py.
+        max_imbalance: most max / mean of the node loads that ``coactivation`` expects on *unseen*
+            requests, in the mean over the layers, see cap.py. Layers where packing by loads alone
+            would be less level may be as unlevel as that; provenance notes them.
         homes: None = requests live anywhere; a dict or array as in ``evaluate``: they live there;
             "joint": homes and placement are found together, and ``home_profiles`` is filled.
         expert_groups: number of equal consecutive groups, or the group of each expert; a group
@@ -97,17 +101,25 @@ def solve(
 
 
 def solve_coactivation(problem: Problem) -> Solution:
-    """Fewest copies under the cap, layer by layer."""
-    from moe_locality.placement.spread import place_layer
+    """Fewest copies, with the nodes as level as allowed on unseen requests."""
+    from moe_locality.placement.spread import place_layers
 
-    rows, notes = [], {}
-    for layer in range(problem.trace.num_layers):
-        held, note = place_layer(problem, layer)
-        rows.append(held)
-        if note:
-            notes[str(int(problem.trace.layer_ids[layer]))] = note
-    found: dict[str, Any] = {"layer_notes": notes} if notes else {}
-    return Solution(plan=make_plan(problem, rows), notes=found)
+    placed = place_layers(problem)
+    found: dict[str, Any] = {}
+    if problem.num_slots == problem.trace.num_experts:
+        found["expected_imbalance"] = round(sum(placed.expected) / len(placed.expected), 6)
+    if placed.notes:
+        ids = problem.trace.layer_ids
+        found["layer_notes"] = {str(int(ids[row])): note for row, note in placed.notes.items()}
+        _log.warning(
+            "%d of %d layers cannot be as level as max_imbalance = %g on unseen requests, see "
+            "layer_notes in the plan's provenance; first: layer %s: %s",
+            len(placed.notes),
+            len(placed.rows),
+            problem.max_imbalance,
+            *next((key, note["reason"]) for key, note in found["layer_notes"].items()),
+        )
+    return Solution(plan=make_plan(problem, placed.rows), notes=found)
 
 
 def _solve_joint(problem: Problem) -> Solution:
@@ -144,7 +156,9 @@ def _balance(problem: Problem) -> Solution:
 
 METHODS: dict[str, Method] = {
     "balance": Method(run=_balance, uses_groups=True),
-    "coactivation": Method(run=solve_coactivation, needs_tokens=True, uses_homes=True),
+    "coactivation": Method(
+        run=solve_coactivation, needs_tokens=True, uses_homes=True, uses_groups=True
+    ),
     "eplb": Method(run=_eplb, uses_groups=True),
     "linear": Method(run=_linear, uses_groups=True),
     "round_robin": Method(run=_round_robin),

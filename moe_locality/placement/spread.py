@@ -1,103 +1,161 @@
-"""One layer of the co-activation solver: experts to nodes by affinity, then to ranks by
-anti-affinity.
+"""The co-activation solver: experts to nodes by affinity, then to ranks by anti-affinity.
 
-Across nodes, experts that are picked together belong together (fewer copies), under a cap on node
-loads. Inside a node every rank is equally near, so there experts that are picked together are kept
-apart: that levels the ranks, over the whole trace and in each batch.
+Across nodes, experts that are picked together belong together (fewer copies), as long as the nodes
+stay level on requests that are not in the trace. Inside a node every rank is equally near, so there
+experts that are picked together are kept apart: that levels the ranks, over the whole trace and in
+each batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_locality.placement import counting, replicas, search
+from moe_locality.placement import cap, nodes, replicas, search
 from moe_locality.placement.baselines import RankLists, pack_replicas, replicate
+from moe_locality.placement.nodes import lightest_first
 from moe_locality.placement.objective import BATCH_TOKENS
+from moe_locality.placement.threads import over_layers
 
 if TYPE_CHECKING:
     from moe_locality.placement.problem import Problem
 
-IN_SAMPLE_SHARE = 0.6
-"""Share of the allowed imbalance that the solver uses on its own trace.
+REPLICA_SHARE = 0.6
+"""Share of the allowed imbalance that replicas may use on the trace itself: a cap met exactly there
+is broken by new requests."""
 
-The loads of new requests differ from those of the trace, so a cap met exactly here is broken there.
-Measured: gpt-oss-20b and DeepSeek-V2-Lite, 4 nodes, 30 % of the requests held out: a cap of 1.03
-gave a held-out imbalance of 1.04 for both, 1.05 gave 1.06 (mean over the layers).
-"""
-
-RANDOM_STARTS = 2
-KICKS = 100
+RANK_KICKS = 25
 _SCALE = 2.0**36  # weights are rounded to integers below this: sums of E^2 of them stay exact
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placed:
+    """Layers placed: ``rows`` the experts of each rank (ranks in node order) per layer.
+
+    expected: imbalance of the nodes to expect on unseen requests, before replicas, per layer.
+    notes: by row of the layer, what is worth saying in provenance.
+    """
+
+    rows: list[RankLists]
+    expected: list[float]
+    notes: dict[int, dict[str, Any]]
+
+
+def place_layers(
+    problem: Problem,
+    layers: Sequence[int] | None = None,
+    *,
+    tables: nodes.Tables | None = None,
+    threads: int | None = None,
+) -> Placed:
+    """Place the experts of these layers (None: all), level in the mean over them.
+
+    The number of threads changes no result. ``tables``: counts of the trace, where known.
+    """
+    ids, request_id = problem.trace.expert_ids, problem.trace.request_id
+    assert ids is not None
+    assert request_id is not None
+    if tables is None:
+        tables = nodes.count_tables(ids, request_id, problem.trace.num_experts, threads=threads)
+    wanted = list(range(ids.shape[1])) if layers is None else list(layers)
+    tried: list[list[nodes.Candidate]] = [[] for _ in wanted]
+    allowed = [0.0] * len(wanted)
+
+    def look(first: int, last: int) -> None:
+        for place in range(first, last):
+            layer = nodes.make_layer(problem, tables, wanted[place])
+            allowed[place] = nodes.allowed_imbalance(layer, problem.max_imbalance)
+            tried[place] = nodes.candidates(layer, allowed[place], _seed(problem, wanted[place]))
+
+    over_layers(look, len(wanted), threads=threads)
+    chosen = cap.allocate(
+        [[c.copies for c in some] for some in tried],
+        [[c.imbalance for c in some] for some in tried],
+        sum(allowed),
+        [most + problem.max_imbalance - 1 for most in allowed],
+    )
+    rows: list[RankLists] = [[] for _ in wanted]
+    expected = [0.0] * len(wanted)
+
+    def finish(first: int, last: int) -> None:
+        for place in range(first, last):
+            layer = nodes.make_layer(problem, tables, wanted[place])
+            seed = _seed(problem, wanted[place])
+            found = nodes.polished(layer, tried[place][chosen[place]], seed)
+            expected[place] = found.imbalance
+            rows[place] = _finish(problem, tables, wanted[place], found.node_of, seed)
+
+    over_layers(finish, len(wanted), threads=threads)
+    notes = {
+        place: _note(tables.load[layer], expected[place], allowed[place])
+        for place, layer in enumerate(wanted)
+        if allowed[place] > problem.max_imbalance or not tables.load[layer].any()
+    }
+    return Placed(rows=rows, expected=expected, notes=notes)
 
 
 def place_layer(problem: Problem, layer: int) -> tuple[RankLists, dict[str, Any]]:
     """The experts of each rank (ranks in node order), and what is worth a note in provenance."""
+    placed = place_layers(problem, [layer])
+    return placed.rows[0], placed.notes.get(0, {})
+
+
+def _seed(problem: Problem, layer: int) -> int:
+    return (problem.seed * 1_000_003 + layer) & 0x7FFFFFFF
+
+
+def _note(load: np.ndarray, expected: float, allowed: float) -> dict[str, Any]:
+    if not load.any():
+        return {"imbalance": 1.0, "reason": "no picks in the trace: its experts stay as they are"}
+    return {
+        "imbalance": round(expected, 6),
+        "reason": f"packing by loads alone is expected to reach {allowed:.3f} on unseen requests; "
+        f"the busiest expert has {float(load.max() / load.sum()):.3f} of the picks",
+    }
+
+
+def _finish(
+    problem: Problem, tables: nodes.Tables, layer: int, node_of: np.ndarray, seed: int
+) -> RankLists:
+    """Replicas, names of the nodes, ranks."""
+    experts, num_nodes = problem.trace.num_experts, problem.num_nodes
+    if problem.group_of is not None:
+        node_of = node_of[problem.group_of]
+    load = tables.load[layer].astype(np.float64)
+    per_node = problem.num_slots // num_nodes
+    members = [np.flatnonzero(node_of == n).tolist() for n in range(num_nodes)]
+    served = np.tile(load, (num_nodes, 1))
+    if problem.num_slots > experts and problem.group_of is None:  # groups get replicas inside nodes
+        found = _replicate(problem, layer, load, node_of, seed)
+        members, served = found.nodes, found.served_load
+    order = range(num_nodes)
+    if problem.home_rank is None:  # nodes are alike: name them so that few experts move
+        order = order_like_linear(members, experts / num_nodes)
+    weight = nodes.pair_weight(tables.pairs[layer])
+    held: RankLists = []
+    for node in order:
+        held += place_on_ranks(
+            weight, served[node], members[node], problem.ranks_per_node, per_node, seed
+        )
+    return held
+
+
+def _replicate(
+    problem: Problem, layer: int, load: np.ndarray, node_of: np.ndarray, seed: int
+) -> replicas.NodePlacement:
+    """The experts of each node, with replicas in all slots."""
     ids = np.ascontiguousarray(problem.trace.expert_ids[:, layer])  # type: ignore[index]
-    weight, load = search.count_pairs(ids, problem.trace.num_experts)
     home_node = np.zeros(0, dtype=np.int64)
     if problem.home_rank is not None:
-        home_node = np.asarray(problem.topology.rank_to_node)[problem.home_rank].astype(np.int64)
-    seed = (problem.seed * 1_000_003 + layer) & 0x7FFFFFFF
-    cap = load.sum() / problem.num_nodes * (1 + (problem.max_imbalance - 1) * IN_SAMPLE_SHARE)
-    block_of, excess = place_on_nodes(ids, weight, load, home_node, problem.num_nodes, cap, seed)
-    note: dict[str, Any] = {}
-    if excess > 0:
-        mean = load.sum() / problem.num_nodes
-        note = {
-            "imbalance": float(np.bincount(block_of, weights=load).max() / mean),
-            "reason": "no placement found below the cap; busiest expert has "
-            f"{float(load.max() / load.sum()):.3f} of the picks",
-        }
-    extra = replicas.choose(
-        ids, block_of, load, home_node, problem.num_slots // problem.num_nodes, cap
-    )
-    nodes = [np.flatnonzero(block_of == n).tolist() + extra[n] for n in range(problem.num_nodes)]
-    if problem.home_rank is None:  # nodes are alike: name them so that few experts move
-        size = problem.trace.num_experts / problem.num_nodes
-        nodes = match_to_linear(nodes, size)
-    held: RankLists = []
-    serving = replicas.load_share(nodes, problem.trace.num_experts)
+        node_of_rank = np.asarray(problem.topology.rank_to_node, dtype=np.int64)
+        home_node = node_of_rank[problem.home_rank]
+    most = load.sum() / problem.num_nodes * (1 + (problem.max_imbalance - 1) * REPLICA_SHARE)
+    most = max(most, float(np.bincount(node_of, weights=load).max()))
     per_node = problem.num_slots // problem.num_nodes
-    for members in nodes:
-        held += place_on_ranks(
-            weight, load * serving, members, problem.ranks_per_node, per_node, seed
-        )
-    return held, note
-
-
-def place_on_nodes(
-    ids: np.ndarray,
-    weight: np.ndarray,
-    load: np.ndarray,
-    home_node: np.ndarray,
-    num_nodes: int,
-    cap: float,
-    seed: int,
-) -> tuple[np.ndarray, float]:
-    """([E] node of each expert, load above the cap): the best of several searches by exact
-    copies.
-    """
-    experts = len(load)
-    sizes = [experts // num_nodes + (n < experts % num_nodes) for n in range(num_nodes)]
-    linear = np.repeat(np.arange(num_nodes), sizes)
-    if num_nodes == 1:
-        return linear, 0.0
-    pin = np.zeros((experts, num_nodes))
-    if home_node.size:
-        counts = counting.picks_by_home(ids[:, None], experts, home_node, num_nodes)
-        pin[:] = counts[0].T
-    rng = np.random.default_rng(seed)
-    starts = [linear, _lightest_first(load, sizes)]
-    starts += [rng.permutation(linear) for _ in range(RANDOM_STARTS)]
-    found, excess, inside = search.search(
-        weight, pin, load, np.floor(cap), np.array(starts, dtype=np.int64), KICKS, seed
-    )
-    order = np.lexsort((-inside, excess))
-    level = [int(i) for i in order if excess[i] == excess[order[0]]]
-    best = min(level, key=lambda i: (search.count_visits(ids, found[i], home_node), i))
-    return found[best], float(excess[best])
+    return replicas.place_with_replicas(ids, node_of, load, home_node, per_node, most, seed)
 
 
 def place_on_ranks(
@@ -129,37 +187,27 @@ def place_on_ranks(
     np.fill_diagonal(together, 0)
     together = np.rint(together * (_SCALE / max(together.max(), 1e-300)))
     sizes = [len(local) // num_ranks] * num_ranks
-    starts = np.array([np.repeat(np.arange(num_ranks), sizes), _lightest_first(loads, sizes)])
+    starts = np.array([np.repeat(np.arange(num_ranks), sizes), lightest_first(loads, sizes)])
     found, _, inside = search.search(
-        -together, np.zeros((len(local), num_ranks)), loads, np.inf, starts, KICKS // 4, seed
+        -together, np.zeros((len(local), num_ranks)), loads, np.inf, starts, RANK_KICKS, seed
     )
     rank_of = found[int(np.argmax(inside))]
     held = [local[rank_of == rank].tolist() for rank in range(num_ranks)]
     return sorted(held)  # ranks of a node are alike: the one with the lowest expert comes first
 
 
-def match_to_linear(nodes: list[list[int]], size: float) -> list[list[int]]:
-    """Order the nodes so that many experts stay where the linear layout has them (greedy)."""
+def order_like_linear(nodes: list[list[int]], size: float) -> list[int]:
+    """The node to put first, second, ... so that many experts stay where the linear layout has them
+    (greedy).
+    """
     count = len(nodes)
     overlap = np.zeros((count, count), dtype=np.int64)
     for row, members in enumerate(nodes):
         for expert in members:
             overlap[row, min(int(expert / size), count - 1)] += 1
-    place: list[list[int]] = [[] for _ in range(count)]
+    order = [0] * count
     for _ in range(count):
         row, column = np.unravel_index(int(np.argmax(overlap)), overlap.shape)
-        place[int(column)] = nodes[int(row)]
+        order[int(column)] = int(row)
         overlap[row, :] = overlap[:, column] = -1
-    return place
-
-
-def _lightest_first(load: np.ndarray, sizes: list[int]) -> np.ndarray:
-    """[E] block of each expert: heaviest first, into the lightest block with room."""
-    block_of = np.zeros(len(load), dtype=np.int64)
-    room, sums = np.array(sizes), np.zeros(len(sizes))
-    for expert in np.argsort(-load, kind="stable"):
-        block = int(np.argmin(np.where(room > 0, sums, np.inf)))
-        block_of[expert] = block
-        room[block] -= 1
-        sums[block] += load[expert]
-    return block_of
+    return order

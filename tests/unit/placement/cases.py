@@ -55,9 +55,11 @@ def plans(draw, replicas=True, experts=None):
     )
 
 
-def random_trace(rng, *, tokens, layers, experts, top_k, requests=3, ranks=None, dropped=0.1):
-    """A small trace of tokens with uneven popularity, some picks dropped."""
-    popularity = rng.gamma(0.7, 1.0, (layers, experts)) + 1e-3
+def random_trace(
+    rng, *, tokens, layers, experts, top_k, requests=3, ranks=None, dropped=0.1, skew=0.7
+):
+    """A small trace of tokens with uneven popularity (less for larger skew), some picks dropped."""
+    popularity = rng.gamma(skew, 1.0, (layers, experts)) + 1e-3
     noise = rng.gumbel(size=(tokens, layers, experts))
     ids = np.argsort(-(np.log(popularity) + noise), axis=2)[..., :top_k].astype(np.int16)
     ids[rng.random(ids.shape) < dropped] = -1

@@ -102,15 +102,21 @@ def test_experts_picked_together_are_kept_apart_inside_a_node():
     assert evaluate(trace_of(ids, experts=4), plan, batch_tokens=1).straggler == 1.0
 
 
-@pytest.mark.parametrize("cap", [1.02, 1.1, 1.5])
-def test_the_cap_on_node_loads_is_kept_where_it_can_be(cap):
+@pytest.mark.parametrize("cap", [1.04, 1.1, 1.5])
+def test_the_cap_on_node_loads_is_kept_in_the_mean_and_within_twice_it_everywhere(cap):
     rng = np.random.default_rng(2)
-    trace = random_trace(rng, tokens=3000, layers=3, experts=32, top_k=4, dropped=0)
-    plan = solve(trace, ClusterTopology.uniform(4, 2), max_imbalance=cap)
+    trace = random_trace(
+        rng, tokens=9000, layers=4, experts=32, top_k=4, dropped=0, requests=300, skew=3.0
+    )
+    train, unseen = trace.split(0.7, seed=0)
+    plan = solve(train, ClusterTopology.uniform(4, 2), max_imbalance=cap)
     assert "layer_notes" not in plan.provenance
-    assert evaluate(trace, plan).per_layer["node_imbalance"].max() <= cap
-    free = solve(trace, ClusterTopology.uniform(4, 2), max_imbalance=100)
-    assert evaluate(trace, free).copies <= evaluate(trace, plan).copies
+    assert plan.provenance["expected_imbalance"] <= cap + 1e-6
+    found = evaluate(unseen, plan)
+    assert found.node_imbalance <= cap + 0.02
+    assert found.per_layer["node_imbalance"].max() <= 1 + 2 * (cap - 1) + 0.02
+    free = solve(train, ClusterTopology.uniform(4, 2), max_imbalance=100)
+    assert evaluate(train, free).copies <= evaluate(train, plan).copies
 
 
 def test_a_collapsed_layer_is_placed_as_level_as_it_can_be_and_noted():
@@ -183,7 +189,7 @@ def test_joint_homes_bring_requests_to_their_experts():
     low = rng.permuted(np.tile(np.arange(8), (400, 1)), axis=1)[:, None, :2]
     ids = np.where(np.arange(400)[:, None, None] % 8 < 4, low, low + 8)
     trace, topology = trace_of(ids, experts=16, requests=8), ClusterTopology.uniform(2, 2)
-    plan = solve(trace, topology, homes="joint", max_imbalance=1.2)
+    plan = solve(trace, topology, homes="joint", max_imbalance=2)  # 8 requests: anything can come
     assert plan.costs["total_copies"] == 0
     history = plan.provenance["joint_copies"]
     assert min(history) == 0
@@ -208,7 +214,7 @@ def counts(load, experts):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "magic"}, "method: found 'magic', expected one of coactivation, eplb"),
+        ({"method": "magic"}, "method: found 'magic', expected one of balance, coactivation, eplb"),
         ({"num_redundant_experts": 1}, "= 9 slots, expected a multiple of the 4 ranks"),
         ({"num_redundant_experts": -4}, "num_redundant_experts: found -4"),
         ({"num_redundant_experts": 28}, "found 9 slots per rank for 8 experts"),
@@ -216,7 +222,7 @@ def counts(load, experts):
         ({"max_imbalance": 0.9}, "max_imbalance: found 0.9"),
         ({"max_imbalance": float("nan")}, "max_imbalance: found nan"),
         ({"method": "eplb", "homes": "joint"}, "found homes for method 'eplb'"),
-        ({"expert_groups": 4}, "cannot keep groups whole"),
+        ({"expert_groups": 3}, "found 3, expected a divisor of the 8 experts"),
         ({"method": "eplb", "expert_groups": 3}, "found 3, expected a divisor of the 8 experts"),
         ({"method": "eplb", "expert_groups": [0] * 8}, "found 1 groups of sizes [8]"),
         ({"trace": counts([[3] * 8], 8)}, "needs a trace of tokens"),

@@ -1,0 +1,183 @@
+"""How level the nodes will be on requests that the solver has not seen, and what that allows.
+
+A request brings its own loads: the experts of code, of law, of a long answer. Loads counted on one
+set of requests are therefore a sample, and a cap met exactly on it is broken on the next set. With
+requests drawn independently, the picks c_r of request r and the share p of each expert in the
+trace, the deviations d_r = c_r - |c_r| p have the covariance C = sum d_r d_r' (the ratio estimator,
+Cochran, Sampling Techniques, 3rd ed., 1977, section 6.3). Against the loads of the trace, the load
+of a node on an unseen sample ``UNSEEN_SHARE`` as large as the trace varies with
+(1 + 1 / UNSEEN_SHARE) 1_b' C 1_b, in picks of the trace, b the experts of the node. The maximum
+over the nodes of such normal loads, on average, is the imbalance to expect.
+
+Shapes: T tokens, L layers, K picks, E experts (or groups of them), U units, M nodes.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+
+UNSEEN_SHARE = 3 / 7
+"""Size of the unseen sample that an imbalance is expected for, as a share of the trace: what a
+70 / 30 split holds out. A larger sample is more level, a smaller one less."""
+
+MAX_UNITS = 512
+"""Requests beyond this number are bundled, which leaves the expected covariance what it is."""
+
+MIN_REQUESTS = 8
+"""With fewer requests, stretches of consecutive tokens stand for requests."""
+
+_DRAWS = 1024
+_LARGEST = 2.0**20  # deviations are rounded to whole numbers below this: sums of squares stay exact
+_BLOCK_TOKENS = 2048  # rows of a block stay in the cache while its layers are counted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Noise:
+    """How the loads of one layer vary from sample to sample.
+
+    covariance: [E, E] whole numbers in float64, of the deviations times ``scale``.
+    deviation: factor from the root of a block's covariance to the standard deviation of its load
+        on an unseen sample, in picks of the trace.
+    """
+
+    covariance: np.ndarray
+    deviation: float
+
+
+def units_of(request_id: np.ndarray) -> np.ndarray:
+    """[T] int64 unit of each token: its request, bundled to at most ``MAX_UNITS``.
+
+    Neighbors in number go to different bundles, for they may come from one source.
+    """
+    requests, unit = np.unique(request_id, return_inverse=True)
+    if len(requests) >= MIN_REQUESTS:
+        return unit.astype(np.int64) % MAX_UNITS
+    tokens = len(request_id)
+    return np.arange(tokens) * min(64, max(tokens, 1)) // max(tokens, 1)
+
+
+@numba.njit(nogil=True, cache=True)
+def add_unit_loads(ids, unit, first, last, counts):
+    """Count the layers ``first`` to ``last`` of ids [T, L, K] into counts [L, U, E] by unit [T]."""
+    tokens, picks = ids.shape[0], ids.shape[2]
+    for start in range(0, tokens, _BLOCK_TOKENS):
+        stop = min(start + _BLOCK_TOKENS, tokens)
+        for layer in range(first, last):
+            table = counts[layer]
+            for token in range(start, stop):
+                row = unit[token]
+                for pick in range(picks):
+                    e = ids[token, layer, pick]
+                    if e >= 0:
+                        table[row, e] += np.uint32(1)
+
+
+def noise_of(unit_load: np.ndarray) -> Noise:
+    """The noise of a layer from the loads [U, E] of its units."""
+    counts = unit_load[unit_load.sum(axis=1) > 0].astype(np.float64)
+    experts = unit_load.shape[1]
+    if len(counts) < 2:
+        return Noise(covariance=np.zeros((experts, experts)), deviation=0.0)
+    load = counts.sum(axis=0)
+    rest = counts - counts.sum(axis=1, keepdims=True) * (load / load.sum())
+    scale = _LARGEST / max(float(np.abs(rest).max()), 1.0)
+    whole = np.rint(rest * scale)
+    spread = (1 + 1 / UNSEEN_SHARE) * len(counts) / (len(counts) - 1)
+    return Noise(covariance=whole.T @ whole, deviation=float(np.sqrt(spread)) / scale)
+
+
+def expected_imbalance(block_of: np.ndarray, load: np.ndarray, noise: Noise, blocks: int) -> float:
+    """Mean of max / mean of the block loads over unseen samples; 1 for a layer without picks.
+
+    Args:
+        block_of: [E] block of each expert. load: [E] picks.
+    """
+    total = float(load.sum())
+    if total == 0 or blocks == 1:
+        return 1.0
+    onto = np.zeros((blocks, len(load)))
+    onto[block_of, np.arange(len(load))] = 1
+    unit = noise.deviation * blocks / total
+    values, vectors = np.linalg.eigh((onto @ noise.covariance @ onto.T) * unit**2)
+    root = vectors * np.sqrt(np.maximum(values, 0))
+    share = onto @ load * (blocks / total)
+    return float((share[:, None] + root @ _draws(blocks)).max(axis=0).mean())
+
+
+@functools.lru_cache(maxsize=8)
+def _draws(blocks: int) -> np.ndarray:
+    """[M, S] standard normal draws, each with its opposite; always the same ones."""
+    half = np.random.default_rng(0).standard_normal((blocks, _DRAWS // 2))
+    return np.concatenate([half, -half], axis=1)
+
+
+@functools.lru_cache(maxsize=64)
+def margin(blocks: int) -> float:
+    """Standard deviations by which the largest of ``blocks`` equal normal loads exceeds its
+    mean.
+    """
+    return float(_draws(blocks).max(axis=0).mean()) if blocks > 1 else 0.0
+
+
+def allocate(
+    copies: Sequence[Sequence[float]],
+    imbalance: Sequence[Sequence[float]],
+    budget: float,
+    limit: Sequence[float],
+) -> list[int]:
+    """Choose one candidate per layer: fewest copies in all, with the mean imbalance in the budget.
+
+    Steps of a call follow one another, so what imbalance costs adds up over the layers: it is
+    spent where it saves most copies. A multiple-choice knapsack, solved greedily along the lower
+    convex hulls of the layers (Sinha and Zoltners, Operations Research 27, 1979).
+
+    Args:
+        copies, imbalance: of the candidates of each layer.
+        budget: sum of the imbalances allowed over all layers.
+        limit: most imbalance allowed in each layer; where no candidate keeps to it, the most level.
+
+    Returns:
+        the index of the candidate chosen in each layer.
+    """
+    hulls = [_hull(c, i, most) for c, i, most in zip(copies, imbalance, limit, strict=True)]
+    chosen = [hull[0] for hull in hulls]
+    spent = sum(imbalance[layer][place] for layer, place in enumerate(chosen))
+    steps = []
+    for layer, hull in enumerate(hulls):
+        for rank, (here, there) in enumerate(itertools.pairwise(hull)):
+            cost = imbalance[layer][there] - imbalance[layer][here]
+            gain = copies[layer][here] - copies[layer][there]
+            steps.append((-gain / max(cost, 1e-12), layer, rank, cost, there))
+    blocked = set()
+    for _, layer, _, cost, there in sorted(steps):
+        if layer in blocked or spent + cost > budget:
+            blocked.add(layer)
+            continue
+        chosen[layer] = there
+        spent += cost
+    return chosen
+
+
+def _hull(copies: Sequence[float], imbalance: Sequence[float], most: float) -> list[int]:
+    """Candidates on the lower convex hull, from the most level to the fewest copies."""
+    places = sorted(range(len(copies)), key=lambda i: (imbalance[i], copies[i], i))
+    fine = [i for i in places if imbalance[i] <= most] or places[:1]
+    hull: list[int] = []
+    for place in fine:
+        if hull and copies[place] >= copies[hull[-1]]:
+            continue
+        while len(hull) > 1:
+            before, last = hull[-2], hull[-1]
+            left = (copies[before] - copies[last]) * (imbalance[place] - imbalance[before])
+            right = (copies[before] - copies[place]) * (imbalance[last] - imbalance[before])
+            if left > right:
+                break
+            hull.pop()
+        hull.append(place)
+    return hull
