@@ -1,0 +1,303 @@
+"""Improve an existing plan after the traffic drifted, with few moves, and say whether it pays.
+
+A refresh exchanges pairs of slots, the pair with the largest gain first, over all layers together,
+until a budget of moved slots is used. Caps, replicas and expert groups are kept; every slot that is
+not named in a swap stays where it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from moe_locality.errors import PlacementError
+from moe_locality.placement import counting
+from moe_locality.placement.plan import PlacementPlan
+from moe_locality.placement.problem import Problem, Solution
+from moe_locality.placement.refresh_costs import moves, rank_imbalance, sampled_copies, verdict
+from moe_locality.placement.refresh_state import RefreshState
+from moe_locality.topology.cluster import ClusterTopology
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refresh:
+    """A refreshed plan, what it moves, what it saves, and whether that is worth it.
+
+    moved_slots, moved_share: slots whose expert was not on that rank before; of all slots.
+    bytes_moved: with ``expert_bytes``. move_us: time until the busiest rank has its experts, if
+        every rank fetches at its full bandwidth.
+    copies_before, copies_after: per token and layer, on the latest tokens of the state; nan without
+        a sample. saving, saving_error: their difference, and its standard error over requests.
+    saved_us_per_step: time that the saved copies would take on the links between nodes, spread
+        evenly over the ranks; with ``copy_bytes`` and ``tokens_per_step``.
+    imbalance_before, imbalance_after: max / mean rank load by the counts of the state, mean over
+        layers.
+    worth_it: True, False, or None where the figures to weigh it were not given; ``reason`` says it
+        in words.
+    """
+
+    plan: PlacementPlan
+    moved_slots: int
+    moved_share: float
+    bytes_moved: float | None
+    move_us: float | None
+    copies_before: float
+    copies_after: float
+    saving: float
+    saving_error: float
+    saved_us_per_step: float | None
+    break_even_steps: float | None
+    imbalance_before: float
+    imbalance_after: float
+    worth_it: bool | None
+    reason: str
+
+
+def refresh(
+    plan: PlacementPlan,
+    state: RefreshState,
+    topology: ClusterTopology | None = None,
+    *,
+    move_budget: float = 0.02,
+    max_imbalance: float = 1.05,
+    group_of: np.ndarray | None = None,
+    pin: np.ndarray | None = None,
+    expert_bytes: float | None = None,
+    copy_bytes: float | None = None,
+    tokens_per_step: float | None = None,
+    steps: float | None = None,
+) -> Refresh:
+    """Move few experts so that the latest traffic makes fewer copies.
+
+    Args:
+        topology: for the bandwidths; None: the plan's ranks with the default ones.
+        move_budget: most slots that may move, as a share of all slots of all layers.
+        max_imbalance: cap on max / mean of node and rank loads. Where the drifted load is above it
+            already, no swap makes it worse and swaps that bring it down are preferred.
+        group_of: [E] group of each expert: groups stay whole, so whole groups are exchanged.
+        pin: [L, E, M] picks of each expert by tokens at home on node m, where homes are known.
+        expert_bytes: weights of one expert of one layer. copy_bytes: one copy of a token, there and
+            back. tokens_per_step: of all ranks together. steps: for which the plan will be used.
+
+    Raises:
+        PlacementError: plan, state and cluster do not fit each other, or the budget is no share.
+    """
+    budget = _budget(plan, move_budget)
+    plan.check_fits(
+        num_experts=state.num_experts, layer_ids=state.layer_ids.tolist(), model=state.model
+    )
+    topology = _cluster(plan, topology)
+    table = _improve(plan, state, budget, max_imbalance, group_of, pin)
+    return _weigh(plan, table, state, topology, (expert_bytes, copy_bytes, tokens_per_step, steps))
+
+
+def relevel(
+    plan: PlacementPlan, load: np.ndarray, *, move_budget: float, whole_nodes: bool = False
+) -> PlacementPlan:
+    """Move few experts so that the busiest ranks of new loads [L, E] do less; loads alone.
+
+    ``whole_nodes``: experts stay on their node (expert groups).
+    """
+    from moe_locality.placement.refresh_moves import level_best
+
+    item = plan.physical_to_logical_map.astype(np.int64)
+    shares = np.take_along_axis(load / plan.logical_replica_count, item, axis=1)
+    rank_of = np.tile(plan.rank_of_slot.astype(np.int64), (len(item), 1))
+    nodes = plan.node_of_rank.astype(np.int64)
+    most = _budget(plan, move_budget) // 2
+    level_best(np.ascontiguousarray(shares), item, rank_of, nodes, whole_nodes, most)
+    return replace(
+        plan,
+        physical_to_logical_map=_settle(plan.physical_to_logical_map, rank_of, plan.num_ranks),
+        expert_load=np.rint(load).astype(np.int64),
+        home_profiles=None,
+    )
+
+
+def _budget(plan: PlacementPlan, move_budget: float) -> int:
+    """Slots that may move."""
+    if not 0 <= move_budget <= 1:
+        raise PlacementError(
+            f"move_budget: found {move_budget}, expected a share of the slots between 0 and 1"
+        )
+    return int(move_budget * plan.physical_to_logical_map.size + 1e-9)
+
+
+def _cluster(plan: PlacementPlan, topology: ClusterTopology | None) -> ClusterTopology:
+    if topology is None:
+        return ClusterTopology(rank_to_node=plan.rank_to_node or ())
+    if topology.rank_to_node != plan.rank_to_node:
+        raise PlacementError(
+            f"found a plan for ranks on nodes {plan.rank_to_node} and a cluster with "
+            f"{topology.rank_to_node}, expected the same: refresh on the cluster of the plan, or "
+            "solve again"
+        )
+    return topology
+
+
+def _improve(plan, state, budget, max_imbalance, group_of, pin) -> np.ndarray:
+    """[L, P] new physical_to_logical_map; slots that do not move keep their expert."""
+    from moe_locality.placement.refresh_moves import swap_best
+
+    old = plan.physical_to_logical_map
+    layers, nodes = len(old), plan.num_nodes
+    rank_of = np.tile(plan.rank_of_slot.astype(np.int64), (layers, 1))
+    if nodes == 1:
+        return old
+    if group_of is not None:
+        return _improve_groups(plan, state, budget, max_imbalance, np.asarray(group_of), pin)
+    item = old.astype(np.int64)
+    share = np.take_along_axis(1.0 / plan.logical_replica_count, item, axis=1)
+    weight = _slot_weights(state, item, share, nodes)
+    load = np.take_along_axis(state.load, item, axis=1) * share
+    pins = np.zeros((layers, item.shape[1], nodes))
+    if pin is not None:
+        pins[:] = np.take_along_axis(pin, item[:, :, None], axis=1) * share[:, :, None]
+    block_of = plan.node_of_rank.astype(np.int64)[rank_of]
+    total = state.load.sum(axis=1) * max_imbalance
+    caps = total / nodes, total / plan.num_ranks
+    swap_best(weight, pins, load, item, block_of, rank_of, caps[0], caps[1], budget // 2)
+    return _settle(old, rank_of, plan.num_ranks)
+
+
+def _slot_weights(state: RefreshState, item: np.ndarray, share: np.ndarray, nodes: int):
+    """[L, P, P] gain of having two slots on one node.
+
+    Two experts: tokens that pick both, times the shares of the picks that these replicas serve. Two
+    replicas of an expert: on one node they serve the homes of that node once, not of two nodes.
+    """
+    layers, slots = item.shape
+    weight = np.empty((layers, slots, slots))
+    for layer in range(layers):
+        own = item[layer]
+        one = state.pairs[layer][own][:, own] * np.outer(share[layer], share[layer])
+        if slots > state.num_experts:
+            same = own[:, None] == own[None, :]
+            one[same] = -np.broadcast_to(state.load[layer][own] / nodes, same.shape)[same]
+            np.fill_diagonal(one, 0)
+        weight[layer] = one
+    return weight
+
+
+def _improve_groups(plan, state, budget, max_imbalance, group_of, pin) -> np.ndarray:
+    """Exchange whole groups between nodes, member for member."""
+    from moe_locality.placement.refresh_moves import swap_best
+
+    old = plan.physical_to_logical_map
+    if not plan.is_permutation:
+        return old  # groups with replicas take unlike numbers of slots: none can be exchanged
+    layers, groups, nodes = len(old), int(group_of.max()) + 1, plan.num_nodes
+    onto = (group_of[:, None] == np.arange(groups)).astype(np.float64)
+    weight = onto.T @ state.pairs @ onto
+    weight[:, np.arange(groups), np.arange(groups)] = 0
+    load = state.load @ onto
+    rank_of_expert = np.empty((layers, state.num_experts), np.int64)
+    np.put_along_axis(rank_of_expert, old.astype(np.int64), plan.rank_of_slot[None], axis=1)
+    members = np.argsort(group_of, kind="stable").reshape(groups, -1)
+    node_of = plan.node_of_rank.astype(np.int64)[rank_of_expert[:, members]]
+    if (node_of != node_of[:, :, :1]).any():
+        raise PlacementError(
+            "found a plan that splits an expert group over nodes, expected whole groups: solve "
+            "again with expert_groups"
+        )
+    block_of = np.ascontiguousarray(node_of[:, :, 0])
+    place_of = np.tile(np.arange(groups), (layers, 1))  # whose old slots each group takes
+    pins = np.zeros((layers, groups, nodes)) if pin is None else onto.T @ pin
+    cap = state.load.sum(axis=1) / nodes * max_imbalance
+    item = place_of.copy()
+    most = budget // (2 * members.shape[1])
+    swap_best(weight, pins, load, item, block_of, place_of, cap, np.full(layers, np.inf), most)
+    new_rank = rank_of_expert.copy()
+    for layer in range(layers):
+        new_rank[layer, members.ravel()] = rank_of_expert[layer, members[place_of[layer]].ravel()]
+    return _settle(old, np.take_along_axis(new_rank, old.astype(np.int64), axis=1), plan.num_ranks)
+
+
+def _settle(old: np.ndarray, rank_of: np.ndarray, num_ranks: int) -> np.ndarray:
+    """[L, P] slots after moving: item i of ``old`` goes to rank_of[:, i]; the others stay put."""
+    layers, slots = old.shape
+    size = slots // num_ranks
+    home = np.arange(slots) // size
+    table = np.full_like(old, -1)
+    for layer in range(layers):
+        stays = rank_of[layer] == home
+        table[layer, stays] = old[layer, stays]
+        movers = np.flatnonzero(~stays)
+        movers = movers[np.argsort(rank_of[layer, movers], kind="stable")]
+        # as many leave a rank as come: freed slots in rising order are rising in rank too
+        table[layer, np.flatnonzero(~stays)] = old[layer, movers]
+    return table
+
+
+def _weigh(plan, table, state, topology, figures) -> Refresh:
+    """Put moves and savings side by side."""
+    expert_bytes, copy_bytes, tokens_per_step, steps = figures
+    new = replace(plan, physical_to_logical_map=table, expert_load=np.rint(state.load).astype(int))
+    moved, move_us = moves(plan, new, topology, expert_bytes)
+    before, after, error = sampled_copies(plan, new, state)
+    saved_us = None
+    if copy_bytes is not None and tokens_per_step is not None:
+        copies = (before - after) * len(state.layer_ids) * tokens_per_step / plan.num_ranks
+        saved_us = copies * copy_bytes / (topology.inter_node_gbps * 1e3)
+    even = None
+    if saved_us is not None and move_us is not None and saved_us > 0:
+        even = move_us / saved_us
+    levels = (rank_imbalance(plan, state.load), rank_imbalance(new, state.load))
+    worth_it, reason = verdict(moved, before - after, error, levels, even, steps)
+    return Refresh(
+        plan=new if moved else plan,
+        moved_slots=moved,
+        moved_share=moved / table.size,
+        bytes_moved=None if expert_bytes is None else moved * expert_bytes,
+        move_us=move_us,
+        copies_before=before,
+        copies_after=after,
+        saving=before - after,
+        saving_error=error,
+        saved_us_per_step=saved_us,
+        break_even_steps=even,
+        imbalance_before=levels[0],
+        imbalance_after=levels[1],
+        worth_it=worth_it,
+        reason=reason,
+    )
+
+
+def solve_from(
+    problem: Problem, start: PlacementPlan, move_budget: float, method: str, joint: bool
+) -> Solution:
+    """What ``solve(start=...)`` runs: ``coactivation`` refreshes, ``balance`` levels the ranks."""
+    if method not in ("coactivation", "balance") or joint:
+        found = "homes='joint'" if joint else f"method {method!r}"
+        raise PlacementError(
+            f"found start= with {found}, expected method 'coactivation' or 'balance', with given "
+            "homes or none: solve without a start, or assign homes with the start plan first"
+        )
+    trace = problem.trace
+    start.check_fits(
+        num_experts=trace.num_experts, layer_ids=trace.layer_ids.tolist(), model=trace.model
+    )
+    _cluster(start, problem.topology)
+    notes = {"start": start.digest(), "move_budget": move_budget}
+    if method == "balance":
+        whole = problem.group_of is not None
+        plan = relevel(start, trace.load(), move_budget=move_budget, whole_nodes=whole)
+        moved = moves(start, plan, problem.topology, None)[0]
+        return Solution(plan=plan, notes={**notes, "moved_slots": moved})
+    pin = None
+    if problem.home_rank is not None:
+        home = np.asarray(problem.topology.rank_to_node)[problem.home_rank]
+        ids = trace.tokens_only("homes").expert_ids
+        counts = counting.picks_by_home(ids, trace.num_experts, home, problem.num_nodes)
+        pin = counts.transpose(0, 2, 1).astype(np.float64)
+    found = refresh(
+        start,
+        RefreshState.from_trace(trace),
+        problem.topology,
+        move_budget=move_budget,
+        max_imbalance=problem.max_imbalance,
+        group_of=problem.group_of,
+        pin=pin,
+    )
+    return Solution(plan=found.plan, notes={**notes, "moved_slots": found.moved_slots})
