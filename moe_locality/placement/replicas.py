@@ -1,92 +1,163 @@
-"""Which experts a node should hold besides its own: greedy on the copies that a replica saves."""
+"""Which nodes hold which experts when there are more slots than experts, on the true copies.
+
+Starting from one node per expert, replicas are added greedily, then experts and replicas change
+places (``replica_search``). Both cost a placement by the copies and the loads that it has under the
+serving rule of ``PlacementPlan.serving_slot``.
+"""
 
 from __future__ import annotations
 
-import numba
+from dataclasses import dataclass
+
 import numpy as np
 
-from moe_locality.placement import counting
+from moe_locality.placement import counting, replica_search
+
+MAX_TOKENS = 1 << 15
+"""Copies are counted on a sample of so many tokens, where there are more. Loads are exact."""
+
+MAX_STEPS = 20_000
+MAX_VISITS = 1 << 28
+"""Token visits that the steps of one layer may take, about."""
+
+HOT, COLD = 0.01, 3e-4
+"""First and last heat, as shares of the copies of the greedy placement."""
 
 
-@numba.njit(cache=True)
-def count_lonely(ids, block_of, is_local, home_node, node, num_blocks):
-    """[E] tokens for which expert e is the only pick that sends them to another node.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodePlacement:
+    """The experts of each node of one layer, no expert twice on a node.
 
-    Tokens of ids [T, K] whose home is ``node`` (all, when ``home_node`` is empty); picks of experts
-    with ``is_local`` need no other node. A replica of e on ``node`` saves that many copies.
+    nodes: M lists of experts in rising order.
+    served_load: [M, E] picks of the trace that each node serves (expected, where homes are
+        uniform).
+    excess: picks above the cap, over all nodes.
     """
-    gain = np.zeros(len(block_of))
-    picks = np.zeros(num_blocks, dtype=np.int64)
-    only = np.zeros(num_blocks, dtype=np.int64)
-    for token in range(ids.shape[0]):
-        if home_node.size and home_node[token] != node:
-            continue
-        for pick in range(ids.shape[1]):
-            e = ids[token, pick]
-            if e >= 0 and not is_local[e]:
-                picks[block_of[e]] += 1
-                only[block_of[e]] = e
-        for pick in range(ids.shape[1]):
-            e = ids[token, pick]
-            if e >= 0:
-                if picks[block_of[e]] == 1 and not is_local[e]:
-                    gain[only[block_of[e]]] += 1
-                picks[block_of[e]] = 0
-    return gain
+
+    nodes: list[list[int]]
+    served_load: np.ndarray
+    excess: float
 
 
-def choose(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenIndex:
+    """The tokens of each expert as sets of experts; W words, N picks, H homes told apart.
+
+    words: [W, N] uint32 or uint64, the picks of a token as bits. weight: [N] int32 tokens with
+    these picks. first: [H, E + 1] int64, where the tokens of an expert (by home) start. bit: [E, W]
+    the bits of each expert.
+    """
+
+    words: np.ndarray
+    weight: np.ndarray
+    first: np.ndarray
+    bit: np.ndarray
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        return self.words, self.weight, self.first, self.bit
+
+
+def place_with_replicas(
     ids: np.ndarray,
     block_of: np.ndarray,
     load: np.ndarray,
     home_node: np.ndarray,
     slots_per_node: int,
     cap: float,
-) -> list[list[int]]:
-    """The replicas of each node: again and again the one that saves most copies.
+    seed: int,
+) -> NodePlacement:
+    """Fill all slots of all nodes, starting from one node per expert.
 
-    A replica of expert e on node n takes the picks of e by homes on n from the own node of e. A
-    node that has no candidate below the cap takes the one that adds least load, after all others
-    are done. A node that holds every expert stops there.
+    Args:
+        ids: [T, K] picks of the layer, -1 = none.
+        block_of: [E] the node to start each expert from.
+        load: [E] picks of each expert in the trace, as in the plan.
+        home_node: [T], or empty: uniform homes.
+        slots_per_node: a node that could hold every expert holds every expert.
+        cap: most picks that a node should serve. What cannot be held below stays as low as found.
     """
-    num_nodes = int(block_of.max()) + 1
-    local_load = _picks_of_homes(ids, load, home_node, num_nodes)  # [M, E]
-    is_local = block_of == np.arange(num_nodes)[:, None]
-    node_load = np.bincount(block_of, weights=load, minlength=num_nodes)
-    room = min(slots_per_node, len(load)) - is_local.sum(axis=1)
-    extra: list[list[int]] = [[] for _ in range(num_nodes)]
-    gain = np.stack(
-        [
-            count_lonely(ids, block_of, is_local[n], home_node, n, num_nodes)
-            for n in range(num_nodes)
-        ]
+    num_nodes, experts = int(block_of.max()) + 1, len(load)
+    held = block_of == np.arange(num_nodes)[:, None]
+    whole = np.maximum(load.astype(np.int64), 0)
+    if not whole.any():
+        whole += 1  # as in the serving rule
+    order = np.argsort(-whole, kind="stable")
+    if home_node.size:
+        picks = counting.picks_by_home(ids[:, None], experts, home_node, num_nodes)[0].astype(float)
+        homes = 1
+    else:
+        picks, homes = np.tile(load.astype(float), (num_nodes, 1)), num_nodes
+    room = np.maximum(min(slots_per_node, experts) - held.sum(axis=1), 0)
+    if room.any():
+        held = _search(ids, home_node, held, room, whole, order, picks, cap * homes, seed)
+    served = np.empty((num_nodes, experts), dtype=np.int64)
+    replica_search.serve(held, whole, order, served)
+    served_load = np.zeros((num_nodes, experts))
+    for home in range(num_nodes):
+        served_load[served[home], np.arange(experts)] += picks[home] / homes
+    return NodePlacement(
+        nodes=[np.flatnonzero(row).tolist() for row in held],
+        served_load=served_load,
+        excess=float(replica_search.load_above(served, picks, cap * homes)) / homes,
     )
-    while room.any():
-        open_pair = ~is_local & (room > 0)[:, None]
-        fits = open_pair & (node_load[:, None] + local_load <= cap)
-        if fits.any():
-            best = np.where(fits, gain, -1.0).ravel()
-            node, expert = divmod(int(np.argmax(best)), len(load))
-        else:
-            after = np.where(open_pair, node_load[:, None] + local_load, np.inf).ravel()
-            node, expert = divmod(int(np.argmin(after)), len(load))
-        extra[node].append(expert)
-        is_local[node, expert] = True
-        room[node] -= 1
-        node_load[node] += local_load[node, expert]
-        node_load[block_of[expert]] -= local_load[node, expert]
-        gain[node] = count_lonely(ids, block_of, is_local[node], home_node, node, num_nodes)
-    return extra
 
 
-def _picks_of_homes(ids, load, home_node, num_nodes) -> np.ndarray:
-    """[M, E] picks of each expert by tokens at home on each node; evenly split without homes."""
-    if not home_node.size:
-        return np.tile(load / num_nodes, (num_nodes, 1))
-    return counting.picks_by_home(ids[:, None], len(load), home_node, num_nodes)[0].astype(float)
+def _search(ids, home_node, held, room, load, order, picks, cap, seed) -> np.ndarray:
+    """held [M, E] with all room filled."""
+    num_nodes, experts = held.shape
+    rows = np.arange(len(ids))
+    if len(ids) > MAX_TOKENS:
+        rows = np.random.default_rng(seed).choice(len(ids), MAX_TOKENS, replace=False)
+        rows.sort()
+    part = home_node[rows] if home_node.size else home_node
+    index = index_tokens(ids[rows], part, experts, num_nodes)
+    share = len(rows) / max(len(ids), 1)
+    held = held.copy()
+    served, sets, _, copies = replica_search.add_greedily(
+        *index.arrays, load, order, picks, cap, held, room.copy()
+    )
+    visits = 4 * num_nodes * index.words.size / (experts * index.first.shape[0])
+    steps = int(min(MAX_STEPS, MAX_VISITS / max(visits, 1)))
+    if copies == 0 or steps == 0:
+        return held
+    start = held.copy()
+    before = replica_search.load_above(served, picks, cap)
+    best, excess, change = replica_search.anneal(
+        *index.arrays, load, order, picks, cap, held, served, sets, steps,
+        HOT * copies, COLD * copies, share, seed,
+    )  # fmt: skip
+    return best if (excess, change) < (before, 0) else start
 
 
-def load_share(nodes: list[list[int]], num_experts: int) -> np.ndarray:
-    """[E] share of an expert's load that one of its replicas serves, about: 1 / replicas."""
-    counts = np.bincount(np.concatenate([np.array(m) for m in nodes]), minlength=num_experts)
-    return 1 / np.maximum(counts, 1)
+def index_tokens(
+    ids: np.ndarray, home_node: np.ndarray, num_experts: int, num_nodes: int
+) -> TokenIndex:
+    """Group tokens with the same picks (and home node) and list them by expert."""
+    size, dtype = (32, np.uint32) if num_experts <= 32 else (64, np.uint64)
+    expert = np.arange(num_experts)
+    bit = np.zeros((num_experts, -(-num_experts // size)), dtype=dtype)
+    bit[expert, expert // size] = dtype(1) << (expert % size).astype(dtype)
+    bits = np.concatenate([bit, np.zeros((1, bit.shape[1]), dtype=dtype)])  # -1: no pick
+    masks = np.bitwise_or.reduce(bits[ids], axis=1)  # [T, W]
+    homes = num_nodes if home_node.size else 1
+    key = np.zeros((len(ids), bit.shape[1] + 1), dtype=np.uint64)
+    key[:, 1:] = masks
+    if home_node.size:
+        key[:, 0] = home_node
+    order = np.lexsort(key.T)
+    new = np.ones(len(ids), dtype=bool)
+    new[1:] = (key[order][1:] != key[order][:-1]).any(axis=1)
+    count = np.bincount(np.cumsum(new) - 1) if len(ids) else np.zeros(0, dtype=np.int64)
+    chosen = order[new]
+    pattern, place = np.nonzero(ids[chosen] >= 0)
+    row = key[chosen, 0].astype(np.int64)[pattern] * num_experts + ids[chosen][pattern, place]
+    by_row = np.argsort(row, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=homes * num_experts))])
+    span = np.arange(homes)[:, None] * num_experts + np.arange(num_experts + 1)
+    return TokenIndex(
+        words=np.ascontiguousarray(masks[chosen][pattern[by_row]].T),
+        weight=count[pattern[by_row]].astype(np.int32),
+        first=starts[span].astype(np.int64),
+        bit=bit,
+    )

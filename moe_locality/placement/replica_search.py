@@ -1,0 +1,247 @@
+"""Search over the nodes that hold each expert, replicas included, on the exact number of copies.
+
+The state of one layer: which node holds which expert (``held``), which node serves expert e for
+homes on node m (``served``, the rule of ``choose_serving_nodes``, run again after every change),
+and the set of experts that each node serves for each home (``sets``, bits). Copies are the tokens
+of a home that meet the set of another node. Taking expert e out of a set, or putting it in, changes
+them by the tokens that pick e and nothing else of the set: one pass over the tokens of e.
+
+All numbers are integers, so a seed gives the same result everywhere. Shapes: N (token pattern,
+pick) pairs, W words per token, E experts, M nodes, H homes told apart (1: homes are uniform).
+"""
+
+import numba
+import numpy as np
+
+from moe_locality.placement.search import next_random
+
+_TWO_31 = 2147483648.0  # next_random draws 31 bits
+_HOPE = 6.0
+"""Heats: a step that brings too much load is undone before its copies are counted, unless it would
+be kept for a saving of fewer copies than this."""
+
+
+@numba.njit(nogil=True, cache=True)
+def serve(held, load, order, served):
+    """Fill served [M, E] int64 from held [M, E] bool: the rule of choose_serving_nodes.
+
+    ``order`` [E]: experts by falling load, equal loads by number.
+    """
+    nodes, experts = held.shape
+    node_load = np.zeros(nodes, dtype=np.int64)
+    for e in range(experts):
+        copies, first = 0, -1
+        for n in range(nodes):
+            if held[n, e]:
+                copies += 1
+                if first < 0:
+                    first = n
+        for n in range(nodes):
+            if held[n, e]:
+                served[n, e] = n
+                node_load[n] += load[e] * (nodes if copies == 1 else 1)
+            else:
+                served[n, e] = first if copies == 1 else -1
+    for e in order:
+        for home in range(nodes):
+            if served[home, e] >= 0:
+                continue
+            best = -1
+            for n in range(nodes):
+                if held[n, e] and (best < 0 or node_load[n] < node_load[best]):
+                    best = n
+            served[home, e] = best
+            node_load[best] += load[e]
+
+
+@numba.njit(nogil=True, cache=True)
+def load_above(served, picks, cap):
+    """Picks above the cap, summed over the nodes; picks [M, E] are those of homes on each node."""
+    nodes, experts = served.shape
+    node_load = np.zeros(nodes)
+    for home in range(nodes):
+        for e in range(experts):
+            node_load[served[home, e]] += picks[home, e]
+    above = 0.0
+    for n in range(nodes):
+        above += max(node_load[n] - cap, 0.0)
+    return above
+
+
+@numba.njit(nogil=True, cache=True)
+def _alone(words, weight, start, stop, others):
+    """Weight of the tokens start .. stop that pick none of the experts in ``others`` [W]."""
+    total = np.int64(0)
+    if words.shape[0] == 1:
+        row, bits = words[0], others[0]
+        for i in range(start, stop):
+            if row[i] & bits == 0:
+                total += weight[i]
+        return total
+    for i in range(start, stop):
+        met = words[0, i] & others[0]
+        for w in range(1, words.shape[0]):
+            met |= words[w, i] & others[w]
+        if met == 0:
+            total += weight[i]
+    return total
+
+
+@numba.njit(nogil=True, cache=True)
+def reroute(words, weight, first, bit, served, target, sets):
+    """Bring ``sets`` from served to target (both [M, E]); return the change of copies."""
+    nodes, experts = served.shape
+    size = words.shape[0]
+    change = np.int64(0)
+    for e in range(experts):
+        for home in range(nodes):
+            old, new = served[home, e], target[home, e]
+            if old == new:
+                continue
+            row = home % first.shape[0]
+            start, stop = first[row, e], first[row, e + 1]
+            if old >= 0 and old != home:
+                for w in range(size):
+                    sets[home, old, w] ^= bit[e, w]
+                change -= _alone(words, weight, start, stop, sets[home, old])
+            if new != home:
+                change += _alone(words, weight, start, stop, sets[home, new])
+                for w in range(size):
+                    sets[home, new, w] ^= bit[e, w]
+    return change
+
+
+@numba.njit(nogil=True, cache=True)
+def lonely(words, weight, first, bit, served, sets, home, gain):
+    """Fill gain [E]: copies of a home that e alone causes."""
+    others = np.empty(words.shape[0], dtype=words.dtype)
+    row = home % first.shape[0]
+    for e in range(served.shape[1]):
+        gain[e] = 0
+        if served[home, e] != home:
+            for w in range(len(others)):
+                others[w] = sets[home, served[home, e], w] ^ bit[e, w]
+            gain[e] = _alone(words, weight, first[row, e], first[row, e + 1], others)
+
+
+@numba.njit(nogil=True, cache=True)
+def add_greedily(words, weight, first, bit, load, order, picks, cap, held, room):
+    """Fill the room [M] of the nodes, again and again with the replica that saves most copies.
+
+    Lazy: a replica of e saves at most the copies that e alone causes, over all homes, as long as
+    only e is rerouted; candidates are recounted in falling order of that bound, under the true
+    serving rule, until none left can win. What brings more load above the cap loses against
+    everything that does not.
+
+    Returns:
+        (served [M, E], sets [M, M, W], copies before, copies after).
+    """
+    nodes, experts = held.shape
+    served = np.full((nodes, experts), -1, dtype=np.int64)
+    target = served.copy()
+    sets = np.zeros((nodes, nodes, words.shape[0]), dtype=words.dtype)
+    serve(held, load, order, target)
+    start = reroute(words, weight, first, bit, served, target, sets)
+    served[:] = target
+    copies, above = start, load_above(served, picks, cap)
+    gain = np.zeros((nodes, experts), dtype=np.int64)
+    for home in range(nodes):
+        lonely(words, weight, first, bit, served, sets, home, gain[home])
+    trial = sets.copy()
+    bound = np.empty(nodes * experts, dtype=np.int64)
+    while room.sum() > 0:
+        for n in range(nodes):
+            for e in range(experts):
+                open_pair = room[n] > 0 and not held[n, e]
+                bound[n * experts + e] = gain[:, e].sum() if open_pair else -1
+        best, best_above, best_change = -1, 0.0, np.int64(0)
+        for place in np.argsort(-bound, kind="mergesort"):
+            if bound[place] < 0 or (best_above <= 0 and best >= 0 and -best_change >= bound[place]):
+                break
+            n, e = place // experts, place % experts
+            held[n, e] = True
+            serve(held, load, order, target)
+            held[n, e] = False
+            more = max(load_above(target, picks, cap) - above, 0.0)
+            if best >= 0 and more > best_above:
+                continue
+            trial[:] = sets
+            change = reroute(words, weight, first, bit, served, target, trial)
+            if best < 0 or more < best_above or change < best_change:
+                best, best_above, best_change = place, more, change
+        n, e = best // experts, best % experts
+        held[n, e] = True
+        room[n] -= 1
+        serve(held, load, order, target)
+        copies += reroute(words, weight, first, bit, served, target, sets)
+        for home in range(nodes):
+            if (served[home] != target[home]).any():
+                served[home] = target[home]
+                lonely(words, weight, first, bit, served, sets, home, gain[home])
+        above = load_above(served, picks, cap)
+    return served, sets, start, copies
+
+
+@numba.njit(nogil=True, cache=True)
+def anneal(
+    words, weight, first, bit, load, order, picks, cap, held, served, sets,
+    steps, hot, cold, price, seed,
+):  # fmt: skip
+    """Simulated annealing over exchanges of experts between nodes and changes of replicas.
+
+    A step puts expert f in the place of e on node a; where e would have no node left, or half of
+    the time, e takes the place of f on a node b. Cost = copies + price * load above the cap. The
+    state arguments are changed; a step that costs more than luck and heat (from ``hot`` down to
+    ``cold``, in copies) allow is undone.
+
+    Returns:
+        (held [M, E] of the best state met: least load above the cap, then fewest copies; its load
+        above the cap; its copies less those of the start).
+    """
+    nodes, experts = held.shape
+    state = np.array([np.uint64(seed)])
+    copies_of = held.sum(axis=0)
+    target, trial = served.copy(), sets.copy()
+    above = load_above(served, picks, cap)
+    total = np.int64(0)
+    best, best_above, best_total = held.copy(), above, total
+    for step in range(steps):
+        heat = hot * (cold / hot) ** (step / steps)
+        a, e = next_random(state) % nodes, next_random(state) % experts
+        f = next_random(state) % experts
+        while not held[a, e]:
+            e = next_random(state) % experts
+        if held[a, f]:
+            continue
+        b = -1
+        if copies_of[e] == 1 or next_random(state) % 2 == 0:
+            b = next_random(state) % nodes
+            while not held[b, f]:
+                b = next_random(state) % nodes
+            if held[b, e]:
+                continue
+            held[b, f], held[b, e] = False, True
+        held[a, e], held[a, f] = False, True
+        serve(held, load, order, target)
+        now = load_above(target, picks, cap)
+        allowed = -heat * np.log((next_random(state) + 1) / _TWO_31) - price * (now - above)
+        change = np.int64(0)
+        hopeful = allowed > -_HOPE * heat
+        if hopeful:
+            trial[:] = sets
+            change = reroute(words, weight, first, bit, served, target, trial)
+        if hopeful and change <= allowed:
+            served[:], sets[:] = target, trial
+            total += change
+            above = now
+            if b < 0:
+                copies_of[e] -= 1
+                copies_of[f] += 1
+            if above < best_above or (above == best_above and total < best_total):
+                best[:] = held
+                best_above, best_total = above, total
+        else:
+            held[a, e], held[a, f] = True, False
+            if b >= 0:
+                held[b, f], held[b, e] = True, False
+    return best, best_above, best_total
