@@ -223,12 +223,27 @@ def evaluate(
 
 @app.command()
 def simulate(
-    trace: Annotated[Path | None, typer.Argument(help="Trace.")] = None,
-    plan: Annotated[Path | None, typer.Option("--plan", help="Placement plan (JSON).")] = None,
+    trace: Trace,
+    plan: Plan,
+    homes: Homes = None,
+    cluster: Cluster = None,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens per rank and step.")] = 512,
+    hidden: Annotated[int, typer.Option(min=1, help="Width of a token.")] = 4096,
+    ffn: Annotated[int | None, typer.Option(min=1, help="Width of an expert; as a token.")] = None,
+    payload: Annotated[str, typer.Option(help="bf16, fp8, mxfp8 or mxfp4.")] = "bf16",
+    exchange: Annotated[str, typer.Option(help="flat or hierarchical.")] = "hierarchical",
+    compute_us: Annotated[float | None, typer.Option(help="Time of the rest of a step.")] = None,
+    expert_us: Annotated[float | None, typer.Option(help="Time per distinct expert.")] = None,
+    row_us: Annotated[float | None, typer.Option(help="Time per row of an expert.")] = None,
+    groups: Annotated[int | None, typer.Option(min=1, help="Expert-parallel groups.")] = None,
+    sweep: Annotated[str | None, typer.Option(help="batch, bandwidth, k or nodes.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Figure of the sweep: .svg, .png.")] = None,
+    held_out: HeldOut = 0.0,
+    seed: Seed = 0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Predict step times on a cluster (not available yet)."""
+    """Simulate step times of a plan on a cluster."""
     _run("simulate", locals())
 
 

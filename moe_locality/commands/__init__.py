@@ -15,7 +15,7 @@ _HOME_OF = {
     "place": "plans",
     "group": "plans",
     "evaluate": "plans",
-    "simulate": "plans",
+    "simulate": "simulate",
     "bake": "plans",
     "bench": "plans",
     "compare": "reports",

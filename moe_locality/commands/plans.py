@@ -1,4 +1,4 @@
-"""Commands about plans: place, group, evaluate, bake, bench; simulate is not there yet."""
+"""Commands about plans: place, group, evaluate, bake, bench."""
 
 import dataclasses
 import time
@@ -17,7 +17,7 @@ from moe_locality.commands.inputs import (
 )
 from moe_locality.commands.output import Result, progress, table
 from moe_locality.compare.plans import made_from
-from moe_locality.errors import BackendUnavailable, PlacementError
+from moe_locality.errors import PlacementError
 from moe_locality.placement import Costs, PlacementPlan
 from moe_locality.placement import evaluate as costs_of
 from moe_locality.topology import ClusterTopology
@@ -223,14 +223,6 @@ def evaluate(
 def topology_of(plan: PlacementPlan) -> ClusterTopology:
     """Return the cluster that a plan was made for."""
     return ClusterTopology(rank_to_node=plan.rank_to_node or ())
-
-
-def simulate(trace: Path | None, plan: Path | None) -> Result:
-    """Say that there is no simulator yet."""
-    raise BackendUnavailable(
-        "the cluster simulator is not available in this version: use `moe-locality evaluate`, "
-        "which predicts copies, picks and balance of a plan, without times"
-    )
 
 
 def bake(

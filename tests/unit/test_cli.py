@@ -153,14 +153,6 @@ def test_debug_shows_the_traceback_on_stderr_and_json_stays_clean(tmp_path):
     assert one_json_object(found.stdout)["error"]["type"] == "TraceError"
 
 
-def test_simulate_says_that_it_is_not_there():
-    found = run("simulate", "--json")
-    assert found.exit_code == 2
-    error = one_json_object(found.stdout)["error"]
-    assert error["type"] == "BackendUnavailable"
-    assert "not available in this version" in error["message"]
-
-
 def test_json_is_alone_on_stdout_of_a_real_process(trace_file, tmp_path):
     done = shell("analyze", trace_file, "--json")
     assert done.returncode == 0, done.stderr

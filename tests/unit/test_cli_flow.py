@@ -436,3 +436,53 @@ def test_import_of_an_engines_record_names_its_format(tmp_path):
     assert read_trace(tmp_path / "trace").content_hash() == done["content_hash"]
     error = refusal(*words, "--format", "llamacpp")
     assert error["type"] == "TraceError"
+
+
+def test_simulate_counts_what_evaluate_counts_and_says_simulated(made, tmp_path):
+    folder, _ = made
+    words = (folder / "trace.npz", "--plan", folder / "plan.json")
+    homes = tmp_path / "homes.json"
+    answer("group", *words, "--predict", "oracle", "-o", homes)
+    costs = answer("evaluate", *words, "--homes", homes)
+    found = answer("simulate", *words, "--homes", homes, "--hidden", 64, "--compute-us", 100)
+    assert found["how"] == "simulated"
+    assert found["bytes"]["dispatch"]["cross_node"] == costs["total_copies"] * 128
+    flat = answer("simulate", *words, "--homes", homes, "--hidden", 64, "--exchange", "flat")
+    assert flat["bytes"]["dispatch"]["cross_node"] == costs["total_picks"] * 128
+    assert found["speedup"] > 1
+    assert 0 < found["share"] < 1
+    shown = run("simulate", *words, "--sweep", "bandwidth", "--batch-tokens", 16)
+    assert shown.exit_code == 0, shown.stderr
+    assert "simulated" in shown.stdout.lower()
+    assert "At least 2% faster at" in shown.stdout
+
+
+def test_simulate_sweeps_with_a_figure(made, tmp_path):
+    folder, _ = made
+    words = ("simulate", folder / "trace.npz", "--plan", folder / "plan.json")
+    for name in ("sweep.svg", "sweep.png"):
+        found = answer(*words, "--sweep", "k", "--figure", tmp_path / name, "--batch-tokens", 16)
+        assert [row["value"] for row in found["sweep"]["rows"]] == [1, 2]
+        assert (tmp_path / name).stat().st_size > 1000
+    assert "simulated" in (tmp_path / "sweep.svg").read_text()
+    assert "both" in refusal(*words, "--figure", tmp_path / "x.svg")["message"]
+    assert (
+        ".svg or .png" in refusal(*words, "--sweep", "k", "--figure", tmp_path / "x.pdf")["message"]
+    )
+    assert "weather" in refusal(*words, "--sweep", "weather")["message"]
+
+
+def test_simulate_on_a_larger_cluster_repeats_the_group(made, tmp_path):
+    folder, _ = made
+    words = ("simulate", folder / "trace.npz", "--plan", folder / "plan.json", "--batch-tokens", 8)
+    cluster = tmp_path / "cluster.yaml"
+    text = (
+        "name: big\nnum_nodes: {}\nranks_per_node: 2\ntiers:\n"
+        "  intra_node: {{gbps: 100, latency_us: 1}}\n  inter_node: {{gbps: 5, latency_us: 9}}\n"
+    )
+    cluster.write_text(text.format(4000))
+    found = answer(*words, "--cluster", cluster)
+    assert (found["groups"], found["cluster"]["inter_node_gbps"]) == (1000, 5)
+    assert found["group_step_us"] >= found["step_us"]
+    cluster.write_text(text.format(6))
+    assert "a multiple of them" in refusal(*words, "--cluster", cluster)["message"]
