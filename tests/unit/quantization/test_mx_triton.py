@@ -25,6 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from moe_locality.quantization import mx_triton as m
+from moe_locality.quantization import triton_codec as kernels
 from moe_locality.quantization.mx_formats import get_format
 
 def compile(kernel, pointers, constants):
@@ -40,11 +41,11 @@ for name in ("fp8", "mxfp8", "mxfp4", "mxfp4-mbs-s"):
     fmt = get_format(name)
     constants = m._encode_constants(fmt, 2048) | {"K": 8, "PERMUTE": True, "BF16": True}
     pointers = {"x_ptr": "*i16", "positions_ptr": "*i32", "out_ptr": "*u8", "x_stride": "i32"}
-    compile(m._encode_kernel, pointers, constants)
+    compile(kernels.encode_kernel, pointers, constants)
     constants = m._decode_constants(fmt, 2048) | {"OUT": 1, "LARGEST": 3.3895313892515355e38}
-    compile(m._decode_kernel, {"in_ptr": "*u8", "out_ptr": "*i16"}, constants)
+    compile(kernels.decode_kernel, {"in_ptr": "*u8", "out_ptr": "*i16"}, constants)
 pointers = {"row_token_ptr": "*i32", "out_ptr": "*u8", "num_rows": "i32"}
-compile(m._zero_padding_kernel, pointers, {"ROW_BYTES": 1168, "ROWS": 32})
+compile(kernels.zero_padding_kernel, pointers, {"ROW_BYTES": 1168, "ROWS": 32})
 """
 
 
