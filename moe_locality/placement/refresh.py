@@ -19,6 +19,10 @@ from moe_locality.placement.refresh_costs import moves, rank_imbalance, sampled_
 from moe_locality.placement.refresh_state import RefreshState
 from moe_locality.topology.cluster import ClusterTopology
 
+IN_SAMPLE_SHARE = 0.6
+"""Share of the allowed imbalance of the nodes that a refresh uses on the counts it sees: unseen
+requests load nodes less evenly, so a cap met exactly here is broken there."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refresh:
@@ -155,10 +159,16 @@ def _improve(plan, state, budget, max_imbalance, group_of, pin) -> np.ndarray:
     if pin is not None:
         pins[:] = np.take_along_axis(pin, item[:, :, None], axis=1) * share[:, :, None]
     block_of = plan.node_of_rank.astype(np.int64)[rank_of]
-    total = state.load.sum(axis=1) * max_imbalance
-    caps = total / nodes, total / plan.num_ranks
-    swap_best(weight, pins, load, item, block_of, rank_of, caps[0], caps[1], budget // 2)
+    node_cap, rank_cap = _caps(plan, state, max_imbalance)
+    swap_best(weight, pins, load, item, block_of, rank_of, node_cap, rank_cap, budget // 2)
     return _settle(old, rank_of, plan.num_ranks)
+
+
+def _caps(plan, state, max_imbalance) -> tuple[np.ndarray, np.ndarray]:
+    """[L] most load of a node, and of a rank, on the counts of the state."""
+    total = state.load.sum(axis=1)
+    tight = 1 + (max_imbalance - 1) * IN_SAMPLE_SHARE
+    return total / plan.num_nodes * tight, total / plan.num_ranks * max_imbalance
 
 
 def _slot_weights(state: RefreshState, item: np.ndarray, share: np.ndarray, nodes: int):
@@ -204,7 +214,7 @@ def _improve_groups(plan, state, budget, max_imbalance, group_of, pin) -> np.nda
     block_of = np.ascontiguousarray(node_of[:, :, 0])
     place_of = np.tile(np.arange(groups), (layers, 1))  # whose old slots each group takes
     pins = np.zeros((layers, groups, nodes)) if pin is None else onto.T @ pin
-    cap = state.load.sum(axis=1) / nodes * max_imbalance
+    cap = _caps(plan, state, max_imbalance)[0]
     item = place_of.copy()
     most = budget // (2 * members.shape[1])
     swap_best(weight, pins, load, item, block_of, place_of, cap, np.full(layers, np.inf), most)
