@@ -26,11 +26,11 @@ SCHEMAS = {
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "gather": "(Tensor x, Tensor index, str backend) -> Tensor",
     "permute": "(Tensor x, Tensor row_token, Tensor row_route, Tensor positions, Tensor? weights, "
-    "bool padded, str backend) -> (Tensor, Tensor)",
+    "Tensor? slot_offsets, str backend) -> (Tensor, Tensor)",
     "combine": "(Tensor rows, Tensor positions, Tensor? weights, Tensor? row_values, str backend) "
     "-> (Tensor, Tensor)",
     "combine_backward": "(Tensor grad, Tensor? rows, Tensor row_token, Tensor row_route, "
-    "Tensor positions, Tensor weights, bool need_rows, bool padded, str backend) "
+    "Tensor positions, Tensor weights, bool need_rows, Tensor? slot_offsets, str backend) "
     "-> (Tensor, Tensor)",
 }
 """What an operator does not make (a weight that is not asked for) is an empty tensor."""

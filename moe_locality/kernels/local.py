@@ -50,19 +50,19 @@ def _apply(function: Any, *args: Any) -> Any:
     return function.apply(*args)
 
 
-def _parts(mapping: RowMap) -> tuple[Tensor, Tensor, Tensor]:
-    return mapping.row_token, mapping.row_route, mapping.positions
+def _parts(mapping: RowMap) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return mapping.row_token, mapping.row_route, mapping.positions, mapping.slot_offsets
 
 
 def _map_of(parts: tuple[Tensor, ...], padded: bool) -> RowMap:
     """The fields that moving rows needs; the others of the map are not asked for."""
-    token, route, positions = parts
+    token, route, positions, offsets = parts
     return RowMap(
         row_route=route,
         row_token=token,
         positions=positions,
         tokens_per_slot=route,
-        slot_offsets=route,
+        slot_offsets=offsets,
         routed_per_slot=route,
         overflow=route,
         padded=padded,
@@ -90,18 +90,18 @@ class _Gate(torch.autograd.Function):
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor, route: Tensor, positions: Tensor, *rest: Any):
-        padded, backend = rest
-        ctx.save_for_backward(positions)
+    def forward(ctx: Any, x: Tensor, *rest: Any):
+        *parts, padded, backend = rest
+        ctx.save_for_backward(parts[2])
         ctx.backend = backend
-        return ops.permute(x, _map_of((token, route, positions), padded), backend=backend)
+        return ops.permute(x, _map_of(tuple(parts), padded), backend=backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor):
         (positions,) = ctx.saved_tensors
         grad = ops.permute_backward(grad_rows.contiguous(), positions, backend=ctx.backend)
-        return grad, None, None, None, None, None
+        return grad, None, None, None, None, None, None
 
 
 class _DispatchWeights(torch.autograd.Function):
@@ -120,7 +120,7 @@ class _DispatchWeights(torch.autograd.Function):
         grads = ops.permute_with_weights_backward(
             grad_rows.contiguous(), grad_row_weights.contiguous(), positions, backend=ctx.backend
         )
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None, None, None
 
 
 class _Sum(torch.autograd.Function):
@@ -136,7 +136,7 @@ class _Sum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor):
         mapping = _map_of(ctx.saved_tensors, ctx.padded)
         grad_rows = ops.permute(grad.contiguous(), mapping, backend=ctx.backend)
-        return grad_rows, None, None, None, None, None
+        return grad_rows, None, None, None, None, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -159,4 +159,4 @@ class _Combine(torch.autograd.Function):
             need_rows=ctx.needs_input_grad[0],
             backend=ctx.backend,
         )
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None, None, None

@@ -102,7 +102,8 @@ def row_map(
 
     Args:
         expert_ids: ``[T, K]`` integer; the expert of each route in 0..E-1, or its slot in 0..P-1
-            where ``slot_of_expert`` is None. -1 where the route is dropped.
+            where ``slot_of_expert`` is None. -1 where the route is dropped. Too large an id is an
+            error on the CPU, and a dropped route where asking would wait for the device.
         num_slots: P.
         slot_of_expert: ``[E]`` integer, the slot that serves each expert for tokens of this rank
             (a row of the plan's choice among replicas); -1 drops the expert's routes.
@@ -219,7 +220,7 @@ def combine_backward(
         mapping.positions,
         weights,
         need_rows,
-        mapping.padded,
+        mapping.slot_offsets if mapping.padded else None,
         backend,
     )
     return grad_rows if need_rows else None, grad_weights if rows is not None else None
@@ -227,7 +228,8 @@ def combine_backward(
 
 def _permute(x: Tensor, weights: Tensor | None, mapping: RowMap, backend: Backend):
     where = (mapping.row_token, mapping.row_route, mapping.positions)
-    return library.call("permute", x, *where, weights, mapping.padded, backend)
+    padding = mapping.slot_offsets if mapping.padded else None
+    return library.call("permute", x, *where, weights, padding, backend)
 
 
 def _fields(spec: GateSpec) -> tuple:

@@ -24,10 +24,10 @@ def permute(
     row_route: Tensor,
     positions: Tensor,
     weights: Tensor | None,
-    padded: bool,
+    slot_offsets: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     del positions  # the inverse of row_token, for kernels that read each token once
-    rows = pick_rows(x, row_token) if padded else x.index_select(0, row_token)
+    rows = pick_rows(x, row_token) if slot_offsets is not None else x.index_select(0, row_token)
     return rows, None if weights is None else _route_weights(weights, row_route)
 
 
@@ -54,7 +54,7 @@ def combine_backward(
     positions: Tensor,
     weights: Tensor,
     need_rows: bool,
-    padded: bool,
+    slot_offsets: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     grad_rows = grad_weights = None
     fast = reference_cpu.can_sum(grad, weights)
@@ -64,7 +64,7 @@ def combine_backward(
         if fast:  # a sum of one
             grad_rows = reference_cpu.weighted_sums(grad, row_token[:, None], row_weight)
         else:
-            take = pick_rows if padded else gather
+            take = pick_rows if slot_offsets is not None else gather
             grad_rows = (take(wide, row_token) * row_weight).to(grad.dtype)
     if rows is not None and fast:
         grad_weights = reference_cpu.row_products(rows, positions, grad)

@@ -49,7 +49,7 @@ def row_products(rows: Tensor, positions: Tensor, grad: Tensor) -> Tensor:
     count, top_k = positions.shape
     width = rows.shape[1]
     out = torch.zeros(count, top_k)
-    if not len(rows):
+    if not len(rows) or not count:
         return out
     size = min(BLOCK_TOKENS, count)
     narrow = rows.new_empty(size * top_k, width)

@@ -6,6 +6,8 @@ See ``moe_locality.kernels.ops.row_map``.
 import torch
 from torch import Tensor
 
+from moe_locality.errors import ConfigError
+
 
 def row_map(
     expert_ids: Tensor,
@@ -20,6 +22,12 @@ def row_map(
 ) -> dict[str, Tensor | None]:
     num_tokens, top_k = expert_ids.shape
     flat = slots_of_routes(expert_ids, slot_of_expert, keep, num_slots)
+    largest = int(flat.max()) if flat.numel() and not flat.is_cuda else 0
+    if largest > num_slots:
+        raise ConfigError(
+            f"found slot {largest} in the routes, expected at most {num_slots - 1}: pass the "
+            "number of slots that the ids are numbered in"
+        )
     # a dropped route sorts behind every slot
     routed = torch.bincount(flat, minlength=num_slots + 1)[:num_slots]
     order = torch.argsort(flat, stable=True)

@@ -12,11 +12,13 @@ SPEC = (2, "softmax", 1, 1, "top2", True, 1.0, "reference")
 
 def samples():
     ids = oracle.random_ids(5, 2, 4, 0)
+    full = ops.row_map(oracle.random_ids(5, 2, 4, 0, drop=0), 4)
     mapping = ops.row_map(ids, 4, num_rows=16, alignment=2)
     x, rows, weights = torch.randn(5, 3), torch.randn(16, 3), torch.rand(5, 2)
     where = (mapping.row_token, mapping.row_route, mapping.positions)
     nodes = torch.tensor([0, 0, 1, 1])
-    back = (True, True, "reference")
+    offsets = mapping.slot_offsets
+    back = (True, offsets, "reference")
     return {
         "gate": [(torch.randn(5, 4), None, *SPEC), (torch.randn(0, 4), torch.zeros(4), *SPEC)],
         "gate_backward": [(weights, torch.randn(5, 4), ids.clamp_min(0), *SPEC)],
@@ -25,7 +27,10 @@ def samples():
             (ids, 4, None, None, -1, 1, -1, None, 0, "reference"),
         ],
         "gather": [(x, torch.tensor([2, 0]), "reference")],
-        "permute": [(x, *where, None, True, "auto"), (x, *where, weights, True, "auto")],
+        "permute": [
+            (x, *where, None, offsets, "auto"),
+            (x, full.row_token, full.row_route, full.positions, weights, None, "auto"),
+        ],
         "combine": [
             (rows, mapping.positions, weights, None, "auto"),
             (rows, mapping.positions, None, rows[:, 0].contiguous(), "auto"),
