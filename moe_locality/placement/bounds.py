@@ -25,7 +25,7 @@ STEPS_PER_SECOND = 4e8
 MOST_ROUNDS = 400
 FEWEST_ROUNDS = 20  # below that the coarse bound is as good
 COARSE_ROUNDS = 150
-MOST_PICKS = 8  # set partitions of more picks are too many to list
+MOST_PICKS = 9  # set partitions of more picks are too many to list
 _SMOOTHING, _COOLING, _LEAST_SMOOTHING = 0.15, 0.985, 0.01
 
 
@@ -186,21 +186,24 @@ def bound_layer(
 
     ids [T, K]; home_node [T] or None for uniform homes; budget in elementary steps.
     """
+    from moe_locality.placement.partitions import set_partitions
     from moe_locality.placement.relaxation import certify, start_prices
 
-    layer = LayerTokens.of(ids, num_experts, num_nodes, home_node)
-    best = layer.fewest_blocks()
-    problem = None
-    if layer.most_picks <= MOST_PICKS:
-        problem = layer.relaxation(max_imbalance)
-    rounds = 0 if problem is None else int(budget / problem.work_per_round)
-    if problem is None or rounds < FEWEST_ROUNDS:
-        best = max(best, _coarse(layer, max_imbalance, budget))
-        return layer.as_copies(best), 0
-    rounds = min(rounds, MOST_ROUNDS)
+    shape = (num_experts, num_nodes, home_node)
+    picks = ids.shape[1] + (home_node is not None)
+    work = np.inf
+    if picks <= MOST_PICKS:  # patterns repeat: take it that every one stands for eight tokens
+        work = len(ids) / 8 * set_partitions(picks, min(num_nodes, picks), picks).work
+    if budget < FEWEST_ROUNDS * work:
+        return coarse_bound(ids, *shape, max_imbalance, budget), 0
+    layer = LayerTokens.of(ids, *shape)
+    problem = layer.relaxation(max_imbalance)
+    rounds = min(int(budget / problem.work_per_round), MOST_ROUNDS)
+    if rounds < FEWEST_ROUNDS:
+        return coarse_bound(ids, *shape, max_imbalance, budget), 0
     prices = start_prices(problem)
     cool(problem, prices, rounds)
-    best = max(best, certify(problem, prices))
+    best = max(layer.fewest_blocks(), certify(problem, prices))
     return layer.as_copies(best), rounds
 
 
@@ -235,14 +238,7 @@ class LayerTokens:
     def of(
         ids: np.ndarray, num_experts: int, num_nodes: int, home_node: np.ndarray | None
     ) -> LayerTokens:
-        picks = np.sort(np.asarray(ids, dtype=np.int64), axis=1)
-        load = np.bincount(picks[picks >= 0], minlength=num_experts).astype(np.float64)
-        picks[:, 1:][picks[:, 1:] == picks[:, :-1]] = -1  # an expert picked twice is one vertex
-        if home_node is not None:
-            pin = np.where((picks >= 0).any(axis=1), num_experts + home_node, -1)
-            picks = np.concatenate([picks, pin[:, None]], axis=1)
-            load = np.concatenate([load, np.zeros(num_nodes)])
-        picks = np.sort(picks, axis=1)
+        picks, load = _as_vertices(ids, num_experts, num_nodes, home_node)
         size = (picks >= 0).sum(axis=1)
         members, tokens = [], []
         for count in np.unique(size[size > 0]):
@@ -267,15 +263,16 @@ class LayerTokens:
     def node_size(self) -> int:
         return self.num_vertices // self.num_nodes
 
-    @property
-    def most_picks(self) -> int:
-        return max((rows.shape[1] for rows in self.members), default=0)
+    def as_copies(self, blocks: float, visits: float | None = None) -> float:
+        """Copies per token from nodes touched per token (the home among them, if given).
 
-    def as_copies(self, blocks: float) -> float:
-        """Copies per token from nodes touched per token (the home among them, if given)."""
-        if self.has_homes:
-            return max(blocks - sum(float(t.sum()) for t in self.tokens) / self.num_tokens, 0.0)
-        return blocks * (self.num_nodes - 1) / self.num_nodes
+        visits: share of the tokens that touch any; None: from the patterns.
+        """
+        if not self.has_homes:
+            return blocks * (self.num_nodes - 1) / self.num_nodes
+        if visits is None:
+            visits = sum(float(t.sum()) for t in self.tokens) / self.num_tokens
+        return max(blocks - visits, 0.0)
 
     def fewest_blocks(self) -> float:
         """Nodes touched per token if every token's vertices were packed as tightly as nodes are."""
@@ -290,8 +287,13 @@ class LayerTokens:
         np.fill_diagonal(fixed, 1.0)
         return fixed
 
-    def relaxation(self, max_imbalance: float, fixed: np.ndarray | None = None) -> Any:
-        """The tight relaxation of this layer."""
+    def relaxation(
+        self,
+        max_imbalance: float,
+        fixed: np.ndarray | None = None,
+        cost: np.ndarray | None = None,
+    ) -> Any:
+        """The relaxation of this layer, see ``make_relaxation``."""
         from moe_locality.placement.relaxation import make_relaxation
 
         return make_relaxation(
@@ -300,56 +302,77 @@ class LayerTokens:
             self.num_vertices,
             self.num_nodes,
             num_tokens=self.num_tokens,
+            cost=cost,
             fixed=self.fixed_pairs() if fixed is None else fixed,
             load=self.load,
             max_imbalance=max_imbalance,
         )
 
 
-def _coarse(layer: LayerTokens, max_imbalance: float, budget: float) -> float:
-    """Nodes touched from the most co-located pairs alone.
+def coarse_bound(
+    ids: np.ndarray,
+    num_experts: int,
+    num_nodes: int,
+    home_node: np.ndarray | None,
+    max_imbalance: float,
+    budget: float,
+) -> float:
+    """The fewest copies per token that follow from the most co-located pairs alone.
 
     With S co-located pairs per token on average at most, and blocks >= a_k(c) - c x pairs for every
     partition of k vertices, nodes touched >= mean a_k(c) - c S for every slope c.
     """
     from moe_locality.placement.partitions import hull_slopes, partition_counts
-    from moe_locality.placement.relaxation import certify, make_relaxation, start_prices
+    from moe_locality.placement.relaxation import certify, start_prices
 
+    picks, load = _as_vertices(ids, num_experts, num_nodes, home_node)
+    tokens = len(picks)
+    layer = LayerTokens(
+        num_experts=num_experts,
+        num_nodes=num_nodes,
+        num_tokens=tokens,
+        has_homes=home_node is not None,
+        members=[],
+        tokens=[],
+        load=load,
+    )
     n = layer.num_vertices
     pairs = np.zeros(n * n)
-    for rows, tokens in zip(layer.members, layer.tokens, strict=True):
-        for i in range(rows.shape[1]):
-            for j in range(i):
-                flat = rows[:, j] * n + rows[:, i]
-                pairs += np.bincount(flat, weights=tokens, minlength=n * n)
-    cost = -(pairs.reshape(n, n) + pairs.reshape(n, n).T) / (2 * layer.num_tokens)
-    problem = make_relaxation(
-        [],
-        [],
-        n,
-        layer.num_nodes,
-        num_tokens=layer.num_tokens,
-        cost=cost,
-        fixed=layer.fixed_pairs(),
-        load=layer.load,
-        max_imbalance=max_imbalance,
-    )
+    for i in range(picks.shape[1]):
+        for j in range(i):
+            both = (picks[:, i] >= 0) & (picks[:, j] >= 0)
+            pairs += np.bincount(picks[both, j] * n + picks[both, i], minlength=n * n)
+    cost = -(pairs.reshape(n, n) + pairs.reshape(n, n).T) / (2 * tokens)
+    problem = layer.relaxation(max_imbalance, cost=cost)
     prices = start_prices(problem)
     cool(problem, prices, min(int(budget / problem.work_per_round), COARSE_ROUNDS))
     most_pairs = -certify(problem, prices)
-    points = {
-        rows.shape[1]: partition_counts(rows.shape[1], layer.num_nodes, layer.node_size)
-        for rows in layer.members
-    }
-    slopes = np.unique(np.concatenate([np.zeros(1), *(hull_slopes(p) for p in points.values())]))
-    best = 0.0
-    for slope in slopes:
+    sizes = np.bincount((picks >= 0).sum(axis=1))
+    some = [int(k) for k in np.flatnonzero(sizes) if k]
+    points = {k: partition_counts(k, num_nodes, layer.node_size) for k in some}
+    best = sum(-(-k // layer.node_size) * sizes[k] for k in some) / tokens
+    for slope in np.unique([0.0, *(c for p in points.values() for c in hull_slopes(p))]):
         total = -slope * most_pairs
-        for rows, tokens in zip(layer.members, layer.tokens, strict=True):
-            together, blocks = points[rows.shape[1]].T
-            total += float((blocks + slope * together).min() * tokens.sum()) / layer.num_tokens
+        for k in some:
+            together, blocks = points[k].T
+            total += float((blocks + slope * together).min() * sizes[k]) / tokens
         best = max(best, total)
-    return best
+    visits = float(sizes[1:].sum()) / tokens if layer.has_homes else None
+    return layer.as_copies(best, visits)
+
+
+def _as_vertices(
+    ids: np.ndarray, num_experts: int, num_nodes: int, home_node: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """([T, k] vertices in rising order, -1 first where there is none; [n] load of each)."""
+    picks = np.sort(np.asarray(ids, dtype=np.int64), axis=1)
+    load = np.bincount(picks[picks >= 0], minlength=num_experts).astype(np.float64)
+    picks[:, 1:][picks[:, 1:] == picks[:, :-1]] = -1  # an expert picked twice is one vertex
+    if home_node is not None:
+        pin = np.where((picks >= 0).any(axis=1), num_experts + home_node, -1)
+        picks = np.concatenate([picks, pin[:, None]], axis=1)
+        load = np.concatenate([load, np.zeros(num_nodes)])
+    return np.sort(picks, axis=1), load
 
 
 def _unique_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

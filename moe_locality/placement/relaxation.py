@@ -26,6 +26,7 @@ import numpy as np
 from moe_locality.placement.partitions import Partitions, set_partitions
 
 _LONGEST_STEP = 400.0
+_DIAGONALS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 _ROUNDING = 1e-12  # relative; double-precision sums and eigenvalues here are exact to about 1e-14
 
 
@@ -126,16 +127,23 @@ def make_relaxation(
 
 
 def start_prices(problem: Relaxation) -> Prices:
-    """Prices that say nothing but the steps of the number of blocks in the co-located pairs."""
+    """Prices from the co-located pairs alone: the slope of the block counts where all is even.
+
+    The diagonal is the best of a few multiples of the row sums of the cost (1: the Laplacian).
+    """
     n = problem.num_vertices
-    pairs = []
+    even = (problem.node_size - 1) / max(n - 1, 1)
+    pairs, cost = [], problem.cost.copy()
     for group in problem.groups:
         k = group.members.shape[1]
-        even = group.partitions.slope_at((problem.node_size - 1) / max(n - 1, 1))
-        pairs.append(np.full((len(group.tokens), k * (k - 1) // 2), even))
-    primal = np.full((n, n), (problem.node_size - 1) / max(n - 1, 1))
+        w = np.full((len(group.tokens), k * (k - 1) // 2), group.partitions.slope_at(even))
+        part = np.zeros((n, n))
+        _lowest(group.members, group.tokens, *group.partitions.arrays, w, part)
+        cost -= 0.5 / problem.num_tokens * part
+        pairs.append(w)
+    primal = np.full((n, n), even)
     np.fill_diagonal(primal, 1.0)
-    return Prices(
+    prices = Prices(
         pairs=pairs,
         scale=[np.zeros(len(g.tokens)) for g in problem.groups],
         fixed=np.zeros((n, n)),
@@ -143,6 +151,17 @@ def start_prices(problem: Relaxation) -> Prices:
         primal=primal,
         ahead=primal.copy(),
     )
+    across = _complement(n)
+    rows = cost.sum(axis=1)
+    values = []
+    for multiple in _DIAGONALS:
+        inner = across.T @ (cost - np.diag(multiple * rows)) @ across
+        lowest = np.linalg.eigvalsh(inner)[: problem.num_nodes - 1].sum()
+        values.append(
+            problem.node_size * (lowest - multiple * rows.sum() / n) + multiple * rows.sum()
+        )
+    prices.fixed = -np.diag(_DIAGONALS[int(np.argmax(values))] * rows)
+    return prices
 
 
 def improve(problem: Relaxation, prices: Prices, rounds: int, *, smoothing: float) -> None:

@@ -50,7 +50,7 @@ def fewest_copies(trace, topology, homes, experts, nodes, cap):
     return best, count
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_no_placement_is_below_the_bound(data):
     experts, nodes = data.draw(st.sampled_from([(4, 2), (6, 2), (6, 3), (4, 4), (8, 2)]))
@@ -154,9 +154,9 @@ def test_found_plans_of_a_real_trace_are_above_the_bound(routing_data, homes):
     for method in ("linear", "coactivation"):
         given = {"homes": homes} if homes and method == "coactivation" else {}
         plan = solve(trace, topology, method=method, **given)
-        shown = certify_plan(trace, plan, topology, homes, max_imbalance=1.05, seconds=0.5)
+        shown = certify_plan(trace, plan, topology, homes, max_imbalance=1.05, seconds=1.5)
         assert shown.bound[0] <= shown.found[0]
-    assert shown.gap < 0.25
+    assert shown.gap < (0.3 if homes else 0.2)
 
 
 def trace_of(ids: np.ndarray, experts: int) -> RoutingTrace:
