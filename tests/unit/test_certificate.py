@@ -1,0 +1,45 @@
+"""The certificate of ``moe-locality place``: printed, in --json, and in the plan's provenance."""
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from moe_locality.cli import app
+from moe_locality.trace import write_trace
+from tests.unit.placement.cases import random_trace
+
+
+@pytest.fixture
+def trace(tmp_path):
+    found = random_trace(np.random.default_rng(0), tokens=300, layers=2, experts=8, top_k=3)
+    write_trace(found, tmp_path / "trace")
+    return tmp_path / "trace"
+
+
+def place(trace, out, *words):
+    line = ["place", str(trace), "--nodes", "2", "--ranks-per-node", "2", "-o", str(out), *words]
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_place_says_how_far_the_plan_is_from_the_bound(trace, tmp_path):
+    out = tmp_path / "plan.json"
+    payload = json.loads(place(trace, out, "--json", "--bound-seconds", "1").stdout)
+    found = payload["certificate"]
+    assert 0 < found["bound"] <= found["found"] == pytest.approx(payload["costs"]["copies"])
+    assert found["gap"] == pytest.approx(1 - found["bound"] / found["found"], abs=1e-5)
+    assert found["homes"] == "uniform"
+    assert json.loads(out.read_text())["provenance"]["certificate"] == found
+    again = tmp_path / "again.json"
+    shown = place(trace, again, "--bound-seconds", "1").stdout
+    assert f"{found['bound']:.4f}" in shown and "gap" in shown
+    assert again.read_bytes() == out.read_bytes()
+
+
+@pytest.mark.parametrize("words", [("--bound-seconds", "0"), ("--redundant-experts", "4")])
+def test_no_certificate_where_there_is_no_bound(trace, tmp_path, words):
+    payload = json.loads(place(trace, tmp_path / "plan.json", "--json", *words).stdout)
+    assert payload["certificate"] is None
