@@ -163,7 +163,7 @@ def place(
     cluster: Cluster = None,
     hostfile: Hostfile = None,
     method: Annotated[
-        str, typer.Option("--method", help="linear, round_robin, eplb, balance or coactivation.")
+        str, typer.Option("--method", help="coactivation, balance, or a peer: linear, eplb, seed …")
     ] = "coactivation",
     redundant_experts: Annotated[
         int, typer.Option("--redundant-experts", min=0, help="Slots beyond the experts, per layer.")
@@ -175,6 +175,10 @@ def place(
         str | None, typer.Option("--homes", help="joint: place requests together with experts.")
     ] = None,
     held_out: HeldOut = 0.0,
+    bound_seconds: Annotated[
+        float,
+        typer.Option("--bound-seconds", min=0, help="Effort on the lower bound; 0: no bound."),
+    ] = 10.0,
     seed: Seed = 0,
     as_json: Json = False,
     debug: Debug = False,

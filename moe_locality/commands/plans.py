@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moe_locality.commands.certificate import certificate_of, certificate_words
 from moe_locality.commands.inputs import (
     check_writable,
     read_cluster,
@@ -72,6 +73,7 @@ def place(
     max_imbalance: float,
     homes: str | None,
     held_out: float,
+    bound_seconds: float,
     seed: int,
 ) -> Result:
     """Solve and write the plan; with ``held_out`` also evaluate it on requests not seen."""
@@ -96,6 +98,10 @@ def place(
         )
         seconds = time.perf_counter() - start
         judged = _judge(plan, train, test, topology)
+        certificate = certificate_of(plan, train, topology, max_imbalance, bound_seconds)
+    if certificate is not None:
+        source = {**plan.provenance, "certificate": certificate}
+        plan = dataclasses.replace(plan, provenance=source)
     if test is not None:
         source = {**plan.provenance, "drawn_from": content.content_hash(), "held_out": held_out}
         plan = dataclasses.replace(plan, provenance=source)
@@ -109,6 +115,7 @@ def place(
         "trace": train.content_hash(),
         "seconds": seconds,
         "costs": plan.costs,
+        "certificate": certificate,
         **judged,
     }
 
@@ -117,6 +124,8 @@ def place(
         console.print(f"{out}: {method}, {topology.describe()}, {seconds:.2f} s", soft_wrap=True)
         found = {"linear": judged["linear"], method: judged["held_out"] or plan.costs}
         console.print(costs_table(f"Predicted {where}", found))
+        if certificate is not None:
+            console.print(certificate_words(certificate), soft_wrap=True)
 
     return Result(payload=payload, show=show)
 
