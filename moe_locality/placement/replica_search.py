@@ -69,18 +69,44 @@ def load_above(served, picks, cap):
 
 
 @numba.njit(nogil=True, cache=True)
+def _alone_one(row, weight, bits):
+    """Plain loops over whole slices: these become vector instructions."""
+    total = np.int64(0)
+    for i in range(len(row)):
+        if row[i] & bits == 0:
+            total += weight[i]
+    return total
+
+
+@numba.njit(nogil=True, cache=True)
+def _alone_four(first, second, third, fourth, weight, bits):
+    total = np.int64(0)
+    one, two, three, four = bits[0], bits[1], bits[2], bits[3]
+    for i in range(len(first)):
+        if first[i] & one | second[i] & two | third[i] & three | fourth[i] & four == 0:
+            total += weight[i]
+    return total
+
+
+@numba.njit(nogil=True, cache=True)
 def _alone(words, weight, start, stop, others):
     """Weight of the tokens start .. stop that pick none of the experts in ``others`` [W]."""
+    size = words.shape[0]
+    if size == 1:
+        return _alone_one(words[0, start:stop], weight[start:stop], others[0])
+    if size == 4:
+        return _alone_four(
+            words[0, start:stop],
+            words[1, start:stop],
+            words[2, start:stop],
+            words[3, start:stop],
+            weight[start:stop],
+            others,
+        )
     total = np.int64(0)
-    if words.shape[0] == 1:
-        row, bits = words[0], others[0]
-        for i in range(start, stop):
-            if row[i] & bits == 0:
-                total += weight[i]
-        return total
     for i in range(start, stop):
         met = words[0, i] & others[0]
-        for w in range(1, words.shape[0]):
+        for w in range(1, size):
             met |= words[w, i] & others[w]
         if met == 0:
             total += weight[i]

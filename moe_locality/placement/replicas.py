@@ -136,7 +136,10 @@ def index_tokens(
     """Group tokens with the same picks (and home node) and list them by expert."""
     size, dtype = (32, np.uint32) if num_experts <= 32 else (64, np.uint64)
     expert = np.arange(num_experts)
-    bit = np.zeros((num_experts, -(-num_experts // size)), dtype=dtype)
+    count_words = -(-num_experts // size)
+    if 1 < count_words < 4:
+        count_words = 4  # the search has a fast loop for one word and for four
+    bit = np.zeros((num_experts, count_words), dtype=dtype)
     bit[expert, expert // size] = dtype(1) << (expert % size).astype(dtype)
     bits = np.concatenate([bit, np.zeros((1, bit.shape[1]), dtype=dtype)])  # -1: no pick
     masks = np.bitwise_or.reduce(bits[ids], axis=1)  # [T, W]

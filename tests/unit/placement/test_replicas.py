@@ -191,7 +191,7 @@ def test_up_to_as_many_replicas_as_experts(ranks_per_node, extra):
 def test_index_lists_the_tokens_of_each_expert_by_home():
     ids = np.array([[0, 40], [40, 0], [1, -1], [0, 40], [-1, -1]])
     index = replicas.index_tokens(ids, np.array([1, 1, 0, 0, 1]), 70, 2)
-    assert index.words.shape == (2, 5)
+    assert index.words.shape == (4, 5)
     spans = {
         (home, e): (index.first[home, e], index.first[home, e + 1])
         for home in range(2) for e in (0, 1, 40, 69)
