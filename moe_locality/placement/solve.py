@@ -9,7 +9,7 @@ from typing import Any
 
 import moe_locality
 from moe_locality.errors import PlacementError
-from moe_locality.placement import baselines
+from moe_locality.placement import baselines, peers
 from moe_locality.placement.frame import resolve_homes
 from moe_locality.placement.objective import Homes, evaluate
 from moe_locality.placement.plan import PlacementPlan
@@ -160,8 +160,12 @@ METHODS: dict[str, Method] = {
         run=solve_coactivation, needs_tokens=True, uses_homes=True, uses_groups=True
     ),
     "eplb": Method(run=_eplb, uses_groups=True),
+    "eplb_global": Method(run=peers.solve_eplb_global),
+    "hottest": Method(run=peers.solve_hottest),
     "linear": Method(run=_linear, uses_groups=True),
+    "mtkahypar": Method(run=peers.solve_mtkahypar, needs_tokens=True),
     "round_robin": Method(run=_round_robin),
+    "seed": Method(run=peers.solve_seed, needs_tokens=True),
 }
 COMPARED = ("linear", "round_robin", "eplb", "coactivation")
 """What ``moe-locality bench`` and the demo on a trace set side by side."""
