@@ -17,6 +17,7 @@ from moe_locality.placement.problem import (
     Problem,
     Solution,
     check_groups,
+    check_objective,
     check_slots,
     make_plan,
 )
@@ -49,7 +50,10 @@ def solve(
     max_imbalance: float = 1.05,
     homes: Homes = None,
     expert_groups: int | Sequence[int] | None = None,
+    objective: str = "copies",
     seed: int = 0,
+    start: PlacementPlan | None = None,
+    move_budget: float = 0.02,
 ) -> PlacementPlan:
     """Find where the experts of every layer should live. The same arguments give the same plan.
 
@@ -66,13 +70,21 @@ def solve(
             "joint": homes and placement are found together, and ``home_profiles`` is filled.
         expert_groups: number of equal consecutive groups, or the group of each expert; a group
             stays on one node (group-limited routers). Only methods that can keep that.
+        objective: what ``homes="joint"`` lowers: ``copies`` (a token is sent once per node) or
+            ``picks`` (for transports that send every pick by itself).
         seed: of every random choice.
+        start: improve this plan instead, moving at most the share ``move_budget`` of its slots;
+            with ``coactivation`` for fewer copies, with ``balance`` for more level ranks. Replicas
+            are those of the plan. ``placement.refresh`` also says whether the move pays.
 
     Raises:
         PlacementError: the arguments do not fit each other; the message says what to change.
     """
     _check_arguments(trace, method, max_imbalance, homes, expert_groups)
     joint = isinstance(homes, str) and homes == "joint"
+    check_objective(objective, joint, num_redundant_experts)
+    if start is not None:
+        num_redundant_experts = start.num_redundant_experts
     problem = Problem(
         trace=trace,
         topology=topology,
@@ -80,9 +92,15 @@ def solve(
         max_imbalance=max_imbalance,
         home_rank=None if joint else resolve_homes(trace, topology.num_ranks, homes),
         group_of=check_groups(trace.num_experts, topology.num_nodes, expert_groups),
+        objective=objective,
         seed=seed,
     )
-    found = _solve_joint(problem) if joint else METHODS[method].run(problem)
+    if start is not None:
+        from moe_locality.placement.refresh import solve_from
+
+        found = solve_from(problem, start, move_budget, method, joint)
+    else:
+        found = _solve_joint(problem) if joint else METHODS[method].run(problem)
     used_homes = found.homes if joint else homes
     costs = evaluate(trace, found.plan, topology, used_homes).to_dict()
     provenance = {

@@ -1,0 +1,84 @@
+"""solve(start=...): an existing plan improved within a budget of moves."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from moe_locality.errors import PlacementError
+from moe_locality.placement import evaluate, solve
+from moe_locality.placement.balance import rank_loads
+from moe_locality.topology.cluster import ClusterTopology
+from tests.unit.made_trace import make_trace
+
+CLUSTER = ClusterTopology.uniform(2, 2)
+
+
+def drifted():
+    """A plan from two domains, and a trace of the other two."""
+    trace = make_trace(num_requests=200, seed=3)
+    old = trace.filter(domains=["code", "math"])
+    return solve(old, CLUSTER), trace.filter(domains=["chat", "law"])
+
+
+@pytest.mark.parametrize("homes", [None, "given"])
+def test_copies_fall_within_the_budget(homes):
+    plan, new = drifted()
+    given = None
+    if homes:  # chat lives on node 0 and law on node 1
+        given = np.where(new.domain_id == 2, 0, 3).astype(np.int64)
+    found = solve(new, CLUSTER, start=plan, move_budget=0.25, max_imbalance=1.5, homes=given)
+    costs = evaluate(new, found, homes=given, baseline=plan)
+    assert 0 < costs.move <= 0.25
+    assert costs.copies < evaluate(new, plan, homes=given).copies
+    moved = round(costs.move * plan.physical_to_logical_map.size)
+    assert found.provenance["moved_slots"] == moved
+    assert found.provenance["start"] == plan.digest()
+    again = solve(new, CLUSTER, start=plan, move_budget=0.25, max_imbalance=1.5, homes=given)
+    assert again.to_json() == found.to_json()
+
+
+def test_homes_draw_experts_to_the_requests_that_use_them():
+    plan, new = drifted()
+    given = np.where(new.domain_id == 2, 0, 3).astype(np.int64)
+    found = solve(new, CLUSTER, start=plan, move_budget=1.0, max_imbalance=2.0, homes=given)
+    loose = solve(new, CLUSTER, start=plan, move_budget=1.0, max_imbalance=2.0)
+    with_homes = evaluate(new, found, homes=given).copies
+    assert with_homes < 0.9 * evaluate(new, loose, homes=given).copies
+
+
+def test_replicas_of_the_start_are_kept():
+    trace = make_trace(num_requests=100, seed=4)
+    plan = solve(trace, CLUSTER, method="balance", num_redundant_experts=4)
+    found = solve(trace, CLUSTER, start=plan, move_budget=0.3, max_imbalance=1.3)
+    assert found.num_redundant_experts == 4
+    np.testing.assert_array_equal(found.logical_replica_count, plan.logical_replica_count)
+    assert found.provenance["moved_slots"] > 0
+    assert evaluate(trace, found).copies < evaluate(trace, plan).copies
+
+
+def test_balance_levels_the_ranks_of_new_loads():
+    trace = make_trace(num_requests=100, num_experts=16, seed=5)
+    skewed = trace.filter(domains=["code"])
+    plan = solve(trace, CLUSTER, method="linear")
+    found = solve(skewed, CLUSTER, method="balance", start=plan, move_budget=0.25)
+
+    def worst(some):
+        table = some.physical_to_logical_map.reshape(some.num_layers, 4, -1)
+        return rank_loads(skewed.load(), table).max()
+
+    assert worst(found) < worst(plan)
+    assert 0 < found.provenance["moved_slots"] <= 0.25 * plan.physical_to_logical_map.size
+
+
+def test_what_a_start_does_not_go_with():
+    plan, new = drifted()
+    for method in ("linear", "eplb"):
+        with pytest.raises(PlacementError, match=f"start= with method '{method}'"):
+            solve(new, CLUSTER, method=method, start=plan)
+    with pytest.raises(PlacementError, match="homes='joint'"):
+        solve(new, CLUSTER, homes="joint", start=plan)
+    with pytest.raises(PlacementError, match="cluster of the plan"):
+        solve(new, ClusterTopology.uniform(4, 1), start=plan)
+    with pytest.raises(PlacementError, match="layer ids"):
+        solve(new, CLUSTER, start=replace(plan, layer_ids=(0, 2, 4)))
