@@ -1,4 +1,4 @@
-"""Bundles of sequences: which sequences a rank should have in its next batches, and in which order.
+"""Bundles of sequences for training, and homes of requests that arrive one by one.
 
 Training gives every rank the same number of sequences in every step; within that, sequences go to
 the rank whose node holds the experts they are expected to pick. No torch in here: the sampler has
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from moe_locality.errors import ConfigError, PlacementError
-from moe_locality.placement.homes import balance_requests
+from moe_locality.placement.homes import domain_scores
 from moe_locality.placement.plan import PlacementPlan
 
 
@@ -70,20 +70,12 @@ def domain_homes(
     Raises:
         PlacementError: the plan has no domain profiles.
     """
-    table = (plan.home_profiles or {}).get("domain_rank_share")
-    if not table:
-        raise PlacementError(
-            "found no domain profiles in the plan, expected those of solve(..., homes='joint'): "
-            "make such a plan or give homes"
-        )
-    score = np.zeros((len(domains), plan.num_ranks))
-    for row, name in enumerate(domains):
-        if name in table:
-            score[row] = table[name]
-    tokens = (
-        np.ones(len(domains)) if group_tokens is None else np.asarray(group_tokens, dtype=float)
-    )
-    return balance_requests(score, tokens, plan.num_ranks)
+    from moe_locality.placement.transport import Capacities, assign
+
+    score, _ = domain_scores(plan, list(domains), {})
+    tokens = np.ones(len(domains)) if group_tokens is None else np.asarray(group_tokens)
+    caps = Capacities(tokens=np.inf, even=True)
+    return assign(score, tokens, plan.node_of_rank, caps).rank_of
 
 
 class LocalityBatchSampler:

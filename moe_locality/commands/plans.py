@@ -22,7 +22,7 @@ from moe_locality.errors import PlacementError
 from moe_locality.placement import Costs, PlacementPlan
 from moe_locality.placement import evaluate as costs_of
 from moe_locality.topology import ClusterTopology
-from moe_locality.trace import PREFILL, RoutingTrace, read_trace
+from moe_locality.trace import RoutingTrace, read_trace
 
 SHOWN = ("copies", "picks", "node_imbalance", "rank_imbalance", "straggler", "distinct")
 
@@ -138,6 +138,7 @@ def _judge(
     A plan that was found together with homes gets homes there too, predicted as for new requests.
     """
     from moe_locality.placement.homes import assign_homes
+    from moe_locality.placement.requests import default_prediction
 
     base = linear_plan(train, topology)
     trace = train if test is None else test
@@ -150,37 +151,41 @@ def _judge(
     return {"held_out": costs, "held_out_homes": predict, "linear": linear}
 
 
-def default_prediction(trace: RoutingTrace) -> str:
-    """Return what homes of new requests are predicted from: the prefill where it was recorded."""
-    has_prefill = trace.stage is not None and bool((trace.stage == PREFILL).any())
-    return "prefill" if has_prefill else "first:32"
-
-
 def group(trace: Path, plan: Path, out: Path, predict: str, equal_requests: bool) -> Result:
     """Assign a home rank to every request and write them."""
-    from moe_locality.placement.homes import assign_homes
+    from moe_locality.placement.homes import home_assignment
 
     check_writable(out, "homes")
     with progress(f"grouping {trace}"):
         content = read_trace(trace)
         placed = read_fitting_plan(plan, content)
-        homes = assign_homes(content, placed, predict=predict, equal_requests=equal_requests)
+        found = home_assignment(content, placed, predict=predict, equal_requests=equal_requests)
+        homes = found.homes
         before = brief(costs_of(content, placed))
         after = brief(costs_of(content, placed, homes=homes))
     write_homes(homes, out)
-    counts = [list(homes.values()).count(rank) for rank in range(placed.num_ranks)]
+    counts = list(found.requests_per_rank)
     payload = {
         "command": "group",
         "homes": out,
         "predict": predict,
         "requests": len(homes),
         "requests_per_rank": counts,
+        "tokens_per_rank": list(found.tokens_per_rank),
+        "token_imbalance": found.token_imbalance,
+        "unpredicted_requests": found.unpredicted,
+        "unseen_domains": list(found.unseen_domains),
         "costs": after,
         "homes_at_random": before,
     }
 
     def show(console: Any) -> None:
         console.print(f"{out}: {len(homes):,} requests, per rank {counts}", soft_wrap=True)
+        console.print(f"tokens per rank: max / mean {found.token_imbalance:.3f}")
+        if found.unpredicted:
+            console.print(f"{found.unpredicted:,} requests had nothing to predict from")
+        if found.unseen_domains:
+            console.print(f"{len(found.unseen_domains)} domains are unknown to the plan")
         shown = {"homes at random": before, f"homes by {predict}": after}
         console.print(costs_table("Predicted on this trace", shown))
 

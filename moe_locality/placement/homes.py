@@ -1,34 +1,56 @@
-"""Home ranks of requests: each request where most of its expected picks are served, in balance.
+"""Home ranks of requests: each where its tokens are expected to cost least, in balance.
 
-A request has one home for all layers. What its later tokens will pick is predicted from what is
+A request has one home for all layers. What its later tokens will cost is predicted from what is
 known when it must be placed: its prefill, its first n tokens, or its domain; "oracle" looks at all
 of its tokens and is the ceiling of any prediction.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from moe_locality.errors import PlacementError
 from moe_locality.placement.frame import check_topology, make_frame
 from moe_locality.placement.plan import PlacementPlan
+from moe_locality.placement.predictor import PRIOR_TOKENS, Predictor
+from moe_locality.placement.profiles import RANK_SHARE, Serving, serving_of
+from moe_locality.placement.requests import (
+    FIRST_TOKENS,
+    Requests,
+    check_prediction,
+    known_tokens,
+    requests_of,
+)
 from moe_locality.topology.cluster import ClusterTopology
-from moe_locality.trace.schema import PREFILL, RoutingTrace
+from moe_locality.trace.schema import RoutingTrace
 
 MAX_TOKEN_IMBALANCE = 1.05
-_MOST_EXACT = 2000
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Requests:
-    """Requests in rising order of their id; R requests, D domains."""
+class HomeAssignment:
+    """Homes, and what there is to say about them.
 
-    request_ids: np.ndarray  # [R]
-    tokens: np.ndarray  # [R] tokens of each
-    index: np.ndarray  # [T] request of each token
-    domains: tuple[str | None, ...]  # [R] most frequent domain
+    homes: request id → rank.
+    tokens_per_rank, requests_per_rank: [G].
+    token_imbalance: max / mean of the former.
+    unpredicted: requests with no known token (or domain), which went where there was room.
+    unseen_domains: domains that the plan was not made from; with ``predict="domain"`` their
+        requests follow their coarse group, or the mean over all requests.
+    """
+
+    homes: dict[int, int]
+    tokens_per_rank: tuple[int, ...]
+    requests_per_rank: tuple[int, ...]
+    token_imbalance: float
+    unpredicted: int
+    unseen_domains: tuple[str, ...]
 
 
 def assign_homes(
@@ -40,7 +62,43 @@ def assign_homes(
     max_imbalance: float = MAX_TOKEN_IMBALANCE,
     equal_requests: bool = False,
 ) -> dict[int, int]:
-    """Request id → home rank, the same for the same arguments.
+    """Request id → home rank, see ``home_assignment``; what is odd about it is logged."""
+    found = home_assignment(
+        trace,
+        plan,
+        topology,
+        predict=predict,
+        max_imbalance=max_imbalance,
+        equal_requests=equal_requests,
+    )
+    if found.unseen_domains and predict == "domain":
+        _log.warning(
+            "%d domains are unknown to the plan (first: %s): their requests follow their coarse "
+            "group, or the mean over all requests",
+            len(found.unseen_domains),
+            ", ".join(found.unseen_domains[:3]),
+        )
+    if not equal_requests and found.token_imbalance > max_imbalance * 1.001:
+        _log.warning(
+            "homes reach a token imbalance of %.3f, not %.3f: whole requests do not fill the "
+            "ranks more evenly",
+            found.token_imbalance,
+            max_imbalance,
+        )
+    return found.homes
+
+
+def home_assignment(
+    trace: RoutingTrace,
+    plan: PlacementPlan,
+    topology: ClusterTopology | None = None,
+    *,
+    predict: str = "prefill",
+    max_imbalance: float = MAX_TOKEN_IMBALANCE,
+    equal_requests: bool = False,
+    max_requests: int | None = None,
+) -> HomeAssignment:
+    """Homes of the requests of a trace, the same for the same arguments.
 
     Args:
         trace: has the requests to place. Only the tokens that ``predict`` names are looked at, and
@@ -52,228 +110,138 @@ def assign_homes(
             placed on the emptiest rank.
         equal_requests: give every rank the same number of requests instead (up to one, where they
             do not divide evenly), as the batches of training need.
+        max_requests: most requests per rank, beside the cap on tokens.
 
     Raises:
         PlacementError: an unknown ``predict``, a trace of counts, or a plan that does not fit.
     """
+    from moe_locality.placement.transport import Capacities, assign
+
     check_topology(plan, topology)
     if not max_imbalance >= 1:
         raise PlacementError(f"max_imbalance: found {max_imbalance}, expected at least 1")
     requests = requests_of(trace)
-    score = rank_scores(trace, plan, requests, predict)
-    if equal_requests:
-        rank_of = balance_requests(score, requests.tokens, plan.num_ranks)
-    else:
-        rank_of = balance_tokens(score, requests.tokens, plan.num_ranks, max_imbalance)
-    return {int(q): int(r) for q, r in zip(requests.request_ids, rank_of, strict=True)}
-
-
-def requests_of(trace: RoutingTrace) -> Requests:
-    """The requests of a trace of tokens."""
-    if trace.expert_ids is None or trace.request_id is None or trace.domain_id is None:
+    total = len(requests.tokens)
+    if max_requests is not None and max_requests * plan.num_ranks < total:
         raise PlacementError(
-            "homes need a trace of tokens with request ids, found a trace of counts: record tokens"
+            f"max_requests: found {max_requests} for {total} requests on {plan.num_ranks} ranks, "
+            f"expected at least {-(-total // plan.num_ranks)}: allow more"
         )
-    if trace.num_rows == 0:
-        raise PlacementError("found an empty trace, expected requests to place: record again")
-    ids, index, tokens = np.unique(trace.request_id, return_inverse=True, return_counts=True)
-    columns = len(trace.domain) + 1
-    votes = np.bincount(index * columns + trace.domain_id + 1, minlength=len(ids) * columns)
-    best = votes.reshape(len(ids), columns).argmax(axis=1) - 1
-    names = tuple(trace.domain[d] if d >= 0 else None for d in best)
-    return Requests(request_ids=ids, tokens=tokens, index=index, domains=names)
+    score, predicted, unseen = rank_scores(trace, plan, requests, predict)
+    tokens_cap = (
+        np.inf if equal_requests else requests.tokens.sum() / plan.num_ranks * max_imbalance
+    )
+    caps = Capacities(tokens=tokens_cap, requests=max_requests, even=equal_requests)
+    rank_of = assign(score, requests.tokens, plan.node_of_rank, caps).rank_of
+    filled = np.bincount(rank_of, weights=requests.tokens, minlength=plan.num_ranks)
+    pairs = zip(requests.request_ids, rank_of, strict=True)
+    return HomeAssignment(
+        homes={int(q): int(r) for q, r in pairs},
+        tokens_per_rank=tuple(int(n) for n in filled),
+        requests_per_rank=tuple(np.bincount(rank_of, minlength=plan.num_ranks).tolist()),
+        token_imbalance=float(filled.max() / filled.mean()),
+        unpredicted=int((~predicted).sum()),
+        unseen_domains=unseen,
+    )
 
 
 def rank_scores(
     trace: RoutingTrace, plan: PlacementPlan, requests: Requests, predict: str
-) -> np.ndarray:
-    """[R, G] share of the expected picks that a home on that rank would have on its own node.
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """([R, G] scores, [R] whether something was known of the request, domains unknown to the plan).
 
-    A hundredth of the share on the rank itself is added, so that among the ranks of a node the one
-    with the experts wins. Rows are zero where nothing is known.
+    A score is minus the expected cost per token and layer of a home on the rank, plus
+    ``RANK_SHARE`` times the share of the picks on the rank itself, so that among the ranks of a
+    node the one with the experts wins.
     """
+    profiles = plan.home_profiles or {}
+    check_prediction(predict)
+    known_domains = profiles.get("domain_rank_share") or {}
+    unseen = tuple(sorted({d for d in requests.domains if d is not None} - set(known_domains)))
     if predict == "domain":
-        return _domain_scores(plan, requests)
-    rows = _known_tokens(trace, requests, predict)
-    part = trace.take(rows)
-    counts = np.zeros((len(requests.tokens), plan.num_ranks))
-    if part.num_rows:
-        local = local_picks(part, plan)
-        for rank in range(plan.num_ranks):
-            counts[:, rank] = np.bincount(
-                requests.index[rows], weights=local[:, rank], minlength=len(counts)
-            )
-        picks = (part.expert_ids >= 0).sum(axis=(1, 2))  # type: ignore[operator]
-        total = np.bincount(requests.index[rows], weights=picks, minlength=len(counts))
-        counts /= np.maximum(total, 1)[:, None]
-    return counts
-
-
-def local_picks(trace: RoutingTrace, plan: PlacementPlan) -> np.ndarray:
-    """[T, G] picks of each token that rank g's node serves for a home on g (+ 1/100 of those on
-    g).
-    """
+        score, predicted = domain_scores(plan, requests.domains, group_names(trace))
+        return score, predicted, unseen
     frame = make_frame(trace, plan, None, None)
+    serving = serving_of(frame, plan, profiles.get("objective", "copies"))
+    rows, total = known_tokens(trace, requests, predict), len(requests.tokens)
     assert frame.ids is not None
-    node, served = frame.node_of_rank, frame.served_rank  # [G], [L, G, E]
-    ranks = np.arange(frame.num_ranks)[None, :, None]
-    worth = np.zeros((frame.num_layers, frame.num_experts + 1, frame.num_ranks), dtype=np.float32)
-    near = (node[served] == node[ranks]) + (served == ranks) * 0.01
-    worth[:, 1:] = near.transpose(0, 2, 1)
-    local = np.zeros((len(frame.ids), frame.num_ranks))
-    for layer in range(frame.num_layers):
-        for pick in range(frame.ids.shape[2]):
-            local += worth[layer][frame.ids[:, layer, pick].astype(np.int64) + 1]
-    return local
-
-
-def _known_tokens(trace: RoutingTrace, requests: Requests, predict: str) -> np.ndarray:
-    """Indices of the tokens that ``predict`` may look at."""
+    ids, request = np.ascontiguousarray(frame.ids[rows]), requests.index[rows]
+    known = np.bincount(request, minlength=total)
+    cost = serving.costs(ids, request, total)
     if predict == "oracle":
-        return np.arange(trace.num_rows)
-    if predict == "prefill":
-        rows = np.flatnonzero(trace.stage == PREFILL)
-        if not len(rows):
-            raise PlacementError(
-                "predict='prefill': found no prefill tokens in the trace: use 'first:32'"
-            )
-        return rows
-    kind, _, count = predict.partition(":")
-    if kind != "first" or not count.isdecimal() or int(count) < 1:
-        raise PlacementError(
-            f"predict: found {predict!r}, expected 'prefill', 'first:N', 'domain' or 'oracle'"
-        )
-    order = np.lexsort((np.asarray(trace.position), requests.index))
-    starts = np.concatenate([[0], np.cumsum(requests.tokens)[:-1]])
-    within = np.arange(len(order)) - starts[requests.index[order]]
-    return np.sort(order[within < int(count)])
+        said = cost / known[:, None]
+    else:
+        model = predictor_of(plan, predict)
+        said = expected_costs(model, frame.plan_rows, ids, request, cost, known)
+    return scores_of_known(serving, said, ids, request), known > 0, unseen
 
 
-def _domain_scores(plan: PlacementPlan, requests: Requests) -> np.ndarray:
-    table = (plan.home_profiles or {}).get("domain_rank_share")
+def expected_costs(
+    model: Predictor | None,
+    plan_rows: np.ndarray,
+    ids: np.ndarray,
+    request: np.ndarray,
+    cost: np.ndarray,
+    known: np.ndarray,
+) -> np.ndarray:
+    """[R, M] expected cost per token and layer from the ``cost`` of ``known`` tokens.
+
+    ``plan_rows`` [L]: row of the plan for each layer of ``ids``. Without a model, or where the
+    trace lacks layers of the plan, short windows are drawn to the mean and nothing is corrected.
+    """
+    from moe_locality.placement.request_costs import weighted_picks
+
+    if model is not None and len(plan_rows) == model.weights.shape[1]:
+        weights = np.ascontiguousarray(model.weights[:, plan_rows])
+        weighted = weighted_picks(ids, request, len(known), weights)
+        return model.predict(cost, weighted, known)
+    mean = cost.sum(axis=0) / max(known.sum(), 1)
+    return (cost + PRIOR_TOKENS * mean) / (known[:, None] + PRIOR_TOKENS)
+
+
+def predictor_of(plan: PlacementPlan, predict: str) -> Predictor | None:
+    """The predictor of the plan for this kind of window, None where it has none.
+
+    The first N tokens of any N are read by the one of the first 32: it takes shares, and how much
+    it trusts them grows with N.
+    """
+    stored: Mapping[str, Any] = (plan.home_profiles or {}).get("predictors") or {}
+    kind = "prefill" if predict == "prefill" else f"first:{FIRST_TOKENS}"
+    if kind not in stored:
+        return None
+    shape = (plan.num_nodes, plan.num_layers, plan.num_experts)
+    return Predictor.from_dict(stored[kind], shape)
+
+
+def group_names(trace: RoutingTrace) -> dict[str, str]:
+    """Domain → its coarse group."""
+    return dict(zip(trace.domain, trace.groups, strict=True))
+
+
+def domain_scores(
+    plan: PlacementPlan, domains: tuple[str | None, ...] | list[str | None], groups: dict[str, str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """([R, G] score of each rank from the domain alone, [R] whether domain or group is known).
+
+    Raises:
+        PlacementError: the plan has no domain profiles.
+    """
+    profiles = plan.home_profiles or {}
+    table, coarse = profiles.get("domain_rank_share"), profiles.get("group_rank_share") or {}
     if not table:
         raise PlacementError(
-            "predict='domain': found no domain profiles in the plan: solve with homes='joint' on a "
-            "trace with domains, or use 'first:32'"
+            "found no domain profiles in the plan, expected those of solve(..., homes='joint') on "
+            "a trace with domains: make such a plan, or use predict='first:32'"
         )
-    score = np.zeros((len(requests.tokens), plan.num_ranks))
-    for row, name in enumerate(requests.domains):
-        if name in table:
-            score[row] = table[name]
-    return score
+    anything = profiles.get("any_rank_share") or np.mean(list(table.values()), axis=0)
+    rows = [table.get(name) or coarse.get(groups.get(name or "", "")) for name in domains]
+    score = np.array([anything if row is None else row for row in rows], dtype=float)
+    return score, np.array([row is not None for row in rows])
 
 
-def home_profiles(
-    trace: RoutingTrace, plan: PlacementPlan, homes: dict[int, int]
-) -> dict[str, object]:
-    """What later needs of the requests the plan was made for.
-
-    ``domain_rank_share``: domain → [G] share of its picks that a home on the rank would have on its
-    node (plus 1/100 of those on the rank): the scores of ``predict="domain"``.
-    ``node_expert_picks``: [L][M][E] picks by the requests whose home is on the node, to see later
-    whether requests have drifted.
-    """
-    requests = requests_of(trace)
-    local, share = local_picks(trace, plan), {}
-    picks = (trace.expert_ids >= 0).sum(axis=(1, 2))  # type: ignore[operator]
-    for number, name in enumerate(trace.domain):
-        rows = trace.domain_id == number
-        if rows.any():  # type: ignore[union-attr]
-            means = local[rows].sum(axis=0) / max(picks[rows].sum(), 1)
-            share[name] = [round(float(x), 6) for x in means]
-    frame = make_frame(trace, plan, None, homes)
-    by_rank = frame.picks_by_home()  # [L, G, E]
-    by_node = np.zeros((frame.num_layers, frame.num_nodes, frame.num_experts), dtype=np.int64)
-    for rank, node in enumerate(frame.node_of_rank):
-        by_node[:, node] += by_rank[:, rank]
-    return {
-        "domain_rank_share": share,
-        "node_expert_picks": by_node.tolist(),
-        "requests": len(requests.tokens),
-    }
-
-
-def balance_tokens(
-    score: np.ndarray, tokens: np.ndarray, num_ranks: int, max_imbalance: float
+def scores_of_known(
+    serving: Serving, said: np.ndarray, ids: np.ndarray, request: np.ndarray
 ) -> np.ndarray:
-    """[R] rank of each request: best score first under a cap on tokens per rank.
-
-    Requests choose in falling order of what is at stake (tokens x (best - mean score)); a full rank
-    is skipped. Where no rank has room the emptiest takes it. The cap is lowered while choosing so
-    that the short requests, which come last, can fill the gaps.
-    """
-    capacity = tokens.sum() / num_ranks * max_imbalance
-    stake = tokens * (score.max(axis=1) - score.mean(axis=1))
-    order = np.lexsort((np.arange(len(tokens)), -tokens, -stake))
-    rank_of = np.zeros(len(tokens), dtype=np.int64)
-    filled = np.zeros(num_ranks, dtype=np.int64)
-    for request in order:
-        room = filled + tokens[request] <= capacity
-        if room.any():
-            ranked = np.lexsort((filled, -np.where(room, score[request], -np.inf)))
-            rank = int(ranked[0])
-        else:
-            rank = int(np.argmin(filled))
-        rank_of[request] = rank
-        filled[rank] += tokens[request]
-    return _level(rank_of, score, tokens, filled, capacity)
-
-
-def _level(rank_of, score, tokens, filled, capacity) -> np.ndarray:
-    """Bring ranks above the capacity down by moving or exchanging requests, cheapest per token
-    first.
-    """
-    for _ in range(4 * len(tokens)):
-        heavy = int(np.argmax(filled))
-        if filled[heavy] <= capacity:
-            break
-        mine = np.flatnonzero(rank_of == heavy)
-        light = int(np.argmin(filled))
-        gap = filled[heavy] - filled[light]
-        fits = mine[tokens[mine] < gap]
-        if len(fits):
-            loss = (score[fits, heavy] - score[fits, light]) * tokens[fits]
-            helps = np.minimum(tokens[fits], filled[heavy] - capacity)
-            request = fits[int(np.lexsort((fits, loss / np.maximum(helps, 1)))[0])]
-            rank_of[request] = light
-            filled[heavy] -= tokens[request]
-            filled[light] += tokens[request]
-            continue
-        break  # one request alone is above the cap, or exchanging whole requests cannot help
-    return rank_of
-
-
-def balance_requests(score: np.ndarray, tokens: np.ndarray, num_ranks: int) -> np.ndarray:
-    """[R] rank of each request, equally many on each (up to one), with much score x tokens.
-
-    The exact assignment (Hungarian method) up to ``_MOST_EXACT`` requests, whose matrix is R x R;
-    beyond, requests choose in falling order of what is at stake.
-    """
-    if len(tokens) > _MOST_EXACT:
-        return _choose_in_turn(score, tokens, num_ranks)
-    from scipy.optimize import linear_sum_assignment
-
-    places = -(-len(tokens) // num_ranks)
-    benefit = np.repeat(score * tokens[:, None], places, axis=1)
-    if len(tokens) % num_ranks:  # the last place of every rank is taken only when it must be
-        last = np.arange(places * num_ranks) % places == places - 1
-        benefit[:, last] -= benefit.max() * len(tokens) + 1
-    row, column = linear_sum_assignment(benefit, maximize=True)
-    rank_of = np.zeros(len(tokens), dtype=np.int64)
-    rank_of[row] = column // places
-    return rank_of
-
-
-def _choose_in_turn(score: np.ndarray, tokens: np.ndarray, num_ranks: int) -> np.ndarray:
-    size, larger = divmod(len(tokens), num_ranks)
-    count = np.zeros(num_ranks, dtype=np.int64)
-    rank_of = np.zeros(len(tokens), dtype=np.int64)
-    stake = tokens * (score.max(axis=1) - score.mean(axis=1))
-    for request in np.lexsort((np.arange(len(tokens)), -stake)):
-        limit = size + (1 if larger else 0)
-        rank = int(np.argmax(np.where(count < limit, score[request], -np.inf)))
-        rank_of[request] = rank
-        count[rank] += 1
-        if larger and count[rank] == size + 1:
-            larger -= 1
-    return rank_of
+    """[R, G] scores from predicted costs [R, M] and the known tokens."""
+    own = serving.own_share(ids, request, len(said))
+    return -said[:, serving.node_of_rank] + RANK_SHARE * own

@@ -1,41 +1,292 @@
 """Homes of requests and places of experts, found together.
 
-Given homes the layers decouple; given places the requests do. So the two are improved in turns, and
-the best pair by exact copies on the trace is kept.
+Given homes the layers decouple; given places the requests do, in a transport problem. So the two
+are improved in turns, from several starts: places found without homes, and clusters of requests
+(k-means on L2-normalized expert counts, weighted by inverse document frequency). New requests will
+be placed by what is known when they arrive, so here too the homes follow a prediction, and one that
+has not seen the request (leave-one-out); of all pairs the one with the least exact cost under such
+homes is kept.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from moe_locality.placement.frame import resolve_homes
-from moe_locality.placement.homes import assign_homes, home_profiles
-from moe_locality.placement.objective import evaluate
+import numpy as np
+
+from moe_locality.placement import nodes, profiles, transport
+from moe_locality.placement.frame import make_frame
+from moe_locality.placement.homes import MAX_TOKEN_IMBALANCE, scores_of_known
+from moe_locality.placement.plan import PlacementPlan
+from moe_locality.placement.predictor import Predictor
 from moe_locality.placement.problem import Problem, Solution
+from moe_locality.placement.requests import Requests, default_prediction, requests_of
 
-MAX_ROUNDS = 4
+CLUSTER_STARTS = 3
+FIRST_ROUNDS = 3
+MORE_ROUNDS = 6
+PATIENCE = 2
+EFFORT = 2000  # kicks of a search times experts
+RUNG = 1.5  # multiple of the imbalance allowed, as in nodes.RUNGS, while homes are looked for
+_SLACK_SHARE = 0.9  # of the allowed imbalance of tokens that nodes use, so that ranks can meet it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Known:
+    """What does not change from round to round."""
+
+    problem: Problem
+    objective: str
+    requests: Requests
+    predict: str
+    known: profiles.Known
+    ids: np.ndarray  # [T, L, K]
+    tables: nodes.Tables
+    layers: list[nodes.Layer]
+    most: list[float]  # [L] cap on the load of a node while homes are looked for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pair:
+    """Nodes of the experts [L, E], nodes of the requests [R], and their exact cost in sum."""
+
+    node_of: np.ndarray
+    home_node: np.ndarray
+    cost: float
 
 
 def solve_joint(problem: Problem) -> Solution:
-    """A plan with ``home_profiles``, and the homes of the trace's requests."""
+    """A plan with ``home_profiles``, and the homes of the trace's requests as predicted for new
+    ones.
+    """
+    data = _prepare(problem)
+    best, history = _search(data)
+    found, homes, cost = None, None, np.inf
+    home_node = best.home_node
+    for _ in range(2):
+        attempt, attempt_homes, attempt_cost, home_node = _place(data, home_node)
+        history.append(attempt_cost)
+        if attempt_cost >= cost:
+            break
+        found, homes, cost = attempt, attempt_homes, attempt_cost
+    assert found is not None
+    notes = {**found.notes, "objective": data.objective, "predict": data.predict}
+    notes[f"joint_{data.objective}"] = [round(x) for x in history]
+    return Solution(plan=found.plan, homes=homes, notes=notes)
+
+
+def _prepare(problem: Problem) -> _Known:
+    trace = problem.trace
+    requests, predict = requests_of(trace), default_prediction(trace)
+    ids = np.ascontiguousarray(trace.expert_ids)
+    assert trace.request_id is not None
+    tables = nodes.count_tables(ids, trace.request_id, trace.num_experts)
+    layers = [nodes.make_layer(problem, tables, layer) for layer in range(trace.num_layers)]
+    most = []
+    for layer in layers:
+        allowed = nodes.allowed_imbalance(layer, problem.max_imbalance)
+        mean = float(layer.load.sum()) / problem.num_nodes
+        most.append(mean * (1 + (allowed - 1) * RUNG))
+    return _Known(
+        problem=problem,
+        objective=problem.objective,
+        requests=requests,
+        predict=predict,
+        known=profiles.known_of(trace, requests, predict),
+        ids=ids,
+        tables=tables,
+        layers=layers,
+        most=most,
+    )
+
+
+def _search(data: _Known) -> tuple[_Pair, list[float]]:
+    """The best pair of node tables and home nodes, and the costs of all rounds."""
+    history: list[float] = []
+    starts: list[np.ndarray | None] = [None]
+    starts += [_clusters(data, number) for number in range(CLUSTER_STARTS)]
+    best: _Pair | None = None
+    for number, start in enumerate(starts):
+        found = _rounds(data, start, None, FIRST_ROUNDS, number, history)
+        if best is None or found.cost < best.cost:
+            best = found
+    assert best is not None
+    return _rounds(data, best.home_node, best, MORE_ROUNDS, len(starts), history), history
+
+
+def _rounds(
+    data: _Known,
+    home_node: np.ndarray | None,
+    best: _Pair | None,
+    rounds: int,
+    number: int,
+    history: list[float],
+) -> _Pair:
+    """Places, then homes, again and again; ends when ``PATIENCE`` rounds bring nothing."""
+    since = 0
+    node_of = None if best is None else best.node_of
+    for turn in range(rounds):
+        node_of = _place_on_nodes(data, home_node, node_of, 100 * number + turn)
+        full, said, _ = _costs(data, _serving(data, node_of))
+        home_node = _home_nodes(data, -said)
+        cost = float((full[np.arange(len(full)), home_node] * data.requests.tokens).sum())
+        cost *= data.ids.shape[1]
+        history.append(cost)
+        if best is None or cost < best.cost:
+            best, since = _Pair(node_of=node_of, home_node=home_node, cost=cost), 0
+        else:
+            since += 1
+        if since == PATIENCE:
+            break
+    assert best is not None
+    return best
+
+
+def _place_on_nodes(
+    data: _Known, home_node: np.ndarray | None, warm: np.ndarray | None, number: int
+) -> np.ndarray:
+    """[L, E] node of each expert, layer by layer, for given homes."""
+    problem, experts = data.problem, data.problem.trace.num_experts
+    homes = None if home_node is None else home_node[data.requests.index]
+    found = np.empty((len(data.layers), experts), dtype=np.int64)
+    for row, layer in enumerate(data.layers):
+        seed = (problem.seed * 1_000_003 + number * 4099 + row) & 0x7FFFFFFF
+        linear = nodes.linear_nodes(layer.sizes)
+        if homes is not None:
+            pin = _pins(data.ids[:, row], homes, experts, problem.num_nodes)
+            layer = replace(layer, pin=_by_group(pin, problem.group_of))
+        starts = [np.random.default_rng(seed).permutation(linear)]
+        starts.append(linear if warm is None else _one_of_group(warm[row], problem.group_of))
+        kicks = max(EFFORT // len(layer.load), 1)
+        node_of = nodes.place_on_nodes(layer, data.most[row], starts, kicks, seed)
+        found[row] = node_of if problem.group_of is None else node_of[problem.group_of]
+    return found
+
+
+def _by_group(pin: np.ndarray, group_of: np.ndarray | None) -> np.ndarray:
+    """[E, M] float64 summed over groups of experts that stay together."""
+    if group_of is None:
+        return pin.astype(np.float64)
+    summed = np.zeros((int(group_of.max()) + 1, pin.shape[1]))
+    np.add.at(summed, group_of, pin)
+    return summed
+
+
+def _one_of_group(node_of: np.ndarray, group_of: np.ndarray | None) -> np.ndarray:
+    """[groups] node of each group of experts, from the nodes of the experts."""
+    return node_of if group_of is None else node_of[np.unique(group_of, return_index=True)[1]]
+
+
+def _pins(ids: np.ndarray, homes: np.ndarray, experts: int, num_nodes: int) -> np.ndarray:
+    """[E, M] picks of each expert by the tokens at home on each node; ids [T, K]."""
+    key = (ids.astype(np.int64) + 1) * num_nodes + homes[:, None]
+    count = np.bincount(key.ravel(), minlength=(experts + 1) * num_nodes)
+    return count.reshape(-1, num_nodes)[1:]
+
+
+def _serving(data: _Known, node_of: np.ndarray) -> profiles.Serving:
+    """Serving of nodes alone: every node stands for one rank."""
+    return profiles.Serving(
+        served_node=np.ascontiguousarray(node_of[:, None, :]),
+        holders=np.ascontiguousarray(node_of[:, :, None]),
+        node_of_rank=np.arange(data.problem.num_nodes),
+        by_pick=data.objective == "picks",
+    )
+
+
+def _costs(data: _Known, serving: profiles.Serving) -> tuple[np.ndarray, np.ndarray, Predictor]:
+    """([R, M] cost per token and layer, what the prediction says of it unseen, the predictor)."""
+    tokens = data.requests.tokens
+    full = serving.costs(data.ids, data.requests.index, len(tokens)) / tokens[:, None]
+    predictor, said = profiles.fit(data.known, serving, full)
+    return full, said, predictor
+
+
+def _home_nodes(data: _Known, score: np.ndarray) -> np.ndarray:
+    """[R] node of each request, tokens in balance."""
+    count, tokens = score.shape[1], data.requests.tokens
+    allowed = 1 + (MAX_TOKEN_IMBALANCE - 1) * _SLACK_SHARE
+    caps = transport.Capacities(tokens=tokens.sum() / count * allowed)
+    return transport.assign(score, tokens, np.arange(count), caps).rank_of
+
+
+def _place(
+    data: _Known, home_node: np.ndarray
+) -> tuple[Solution, dict[int, int], float, np.ndarray]:
+    """The full plan for these home nodes: ranks and replicas too; then its homes and their cost."""
+    problem, requests = data.problem, data.requests
+    found = _full_plan(problem, home_node, requests)
+    serving = profiles.serving_of(
+        make_frame(problem.trace, found.plan, None, None), found.plan, data.objective
+    )
+    full, said, predictor = _costs(data, serving)
+    score = scores_of_known(serving, said, data.known.ids, data.known.request)
+    caps = transport.Capacities(
+        tokens=requests.tokens.sum() / problem.num_ranks * MAX_TOKEN_IMBALANCE
+    )
+    assigned = transport.assign(score, requests.tokens, serving.node_of_rank, caps)
+    home_node = serving.node_of_rank[assigned.rank_of]
+    cost = (
+        float((full[np.arange(len(full)), home_node] * requests.tokens).sum()) * data.ids.shape[1]
+    )
+    pairs = zip(requests.request_ids, assigned.rank_of, strict=True)
+    homes = {int(q): int(r) for q, r in pairs}
+    kept = profiles.home_profiles(
+        problem.trace,
+        found.plan,
+        homes,
+        objective=data.objective,
+        predictors={data.predict: predictor},
+        token_price=assigned.token_price,
+    )
+    plan: PlacementPlan = replace(found.plan, home_profiles=kept)
+    return replace(found, plan=plan), homes, cost, home_node
+
+
+def _full_plan(problem: Problem, home_node: np.ndarray, requests: Requests) -> Solution:
+    rank_of_node = np.array([problem.topology.ranks_of(n)[0] for n in range(problem.num_nodes)])
+    home_rank = rank_of_node[home_node[requests.index]]
     from moe_locality.placement.solve import solve_coactivation
 
-    trace = problem.trace
-    found = solve_coactivation(problem)
-    plan, notes = found.plan, found.notes
-    homes = assign_homes(trace, plan, predict="oracle")
-    copies = evaluate(trace, plan, homes=homes).total_copies
-    history = [copies]
-    for _ in range(MAX_ROUNDS):
-        pinned = replace(problem, home_rank=resolve_homes(trace, problem.num_ranks, homes))
-        found = solve_coactivation(pinned)
-        next_plan, next_notes = found.plan, found.notes
-        next_homes = assign_homes(trace, next_plan, predict="oracle")
-        next_copies = evaluate(trace, next_plan, homes=next_homes).total_copies
-        history.append(next_copies)
-        if next_copies >= copies:  # type: ignore[operator]
+    return solve_coactivation(replace(problem, home_rank=home_rank))
+
+
+def _clusters(data: _Known, number: int) -> np.ndarray:
+    """[R] node of each request: clusters of like signatures, in balance."""
+    basis, count = data.known.basis, data.problem.num_nodes
+    rng = np.random.default_rng((data.problem.seed, number))
+    signature = signatures(basis.share)
+    centers = _k_means(signature, count, rng)
+    score = np.zeros((len(data.requests.tokens), count))
+    score[data.known.fitted] = signature @ centers.T
+    return _home_nodes(data, score)
+
+
+def signatures(share: np.ndarray) -> np.ndarray:
+    """[R, F] float32 unit vectors of shares [R, F], weighted by inverse document frequency: an
+    expert that every request uses tells little (Spärck Jones 1972).
+    """
+    used = (share > 0).sum(axis=0)
+    weighted = share * np.log((len(share) + 1) / (used + 1)).astype(np.float32)
+    return weighted / np.maximum(np.linalg.norm(weighted, axis=1, keepdims=True), 1e-12)
+
+
+def _k_means(points: np.ndarray, clusters: int, rng: np.random.Generator) -> np.ndarray:
+    """[C, F] unit centers of unit points [R, F]: spherical k-means, k-means++ start."""
+    chosen = [int(rng.integers(len(points)))]
+    for _ in range(clusters - 1):
+        far = np.maximum(1 - (points @ points[chosen].T).max(axis=1), 0).astype(float)
+        total = far.sum()
+        chosen.append(int(rng.choice(len(points), p=far / total if total > 0 else None)))
+    centers = points[chosen]
+    for _ in range(50):
+        nearest = (points @ centers.T).argmax(axis=1)
+        new = centers.copy()
+        for cluster in range(clusters):
+            if (nearest == cluster).any():
+                mean = points[nearest == cluster].mean(axis=0)
+                new[cluster] = mean / max(float(np.linalg.norm(mean)), 1e-12)
+        if np.allclose(new, centers, atol=1e-5):
             break
-        plan, homes, copies, notes = next_plan, next_homes, next_copies, next_notes
-    notes = {**notes, "joint_copies": history}
-    plan = replace(plan, home_profiles=home_profiles(trace, plan, homes))
-    return Solution(plan=plan, homes=homes, notes=notes)
+        centers = new
+    return centers

@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from moe_locality.errors import PlacementError
-from moe_locality.placement import PlacementPlan, assign_homes, evaluate, homes, solve
+from moe_locality.placement import PlacementPlan, assign_homes, evaluate, solve
+from moe_locality.placement.homes import home_assignment
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 from tests.unit.placement.cases import plans_with_traces, random_trace
@@ -83,35 +85,47 @@ def test_domains_predict_through_the_profiles_of_the_plan():
         assign_homes(trace, PLAN, predict="domain")
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    st.integers(1, 6),
-    st.lists(st.integers(1, 50), min_size=1, max_size=60),
-    st.floats(1.0, 1.5),
-    st.integers(0, 10**6),
-)
-def test_tokens_stay_below_the_cap_up_to_one_request(num_ranks, tokens, cap, seed):
-    tokens = np.array(tokens)
-    score = np.random.default_rng(seed).random((len(tokens), num_ranks))
-    rank_of = homes.balance_tokens(score, tokens, num_ranks, cap)
-    filled = np.bincount(rank_of, weights=tokens, minlength=num_ranks)
-    assert rank_of.min() >= 0
-    assert filled.sum() == tokens.sum()
-    assert filled.max() <= max(cap * tokens.sum() / num_ranks, filled.min() + tokens.max())
+def test_unseen_domains_follow_their_group_and_then_everybody():
+    known = replace(two_kinds(), domain_group=("numbers", "words"))
+    plan = solve(known, ClusterTopology.uniform(2, 2), homes="joint", max_imbalance=1.3)
+    renamed = replace(known, domain=("prime", "proverb"))
+    found = home_assignment(renamed, plan, predict="domain")
+    assert found.unseen_domains == ("prime", "proverb")
+    assert found.unpredicted == 0
+    assert evaluate(renamed, plan, homes=found.homes).total_copies == 0
+    strange = replace(renamed, domain_group=("x", "y"))
+    found = home_assignment(strange, plan, predict="domain")
+    assert found.unpredicted == 40  # nothing is known of them: they only keep the balance
+    assert found.token_imbalance == 1.0
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 40), st.integers(0, 10**6))
-def test_equal_numbers_of_requests_exactly_or_in_turn(num_ranks, requests, seed):
-    rng = np.random.default_rng(seed)
-    score, tokens = rng.random((requests, num_ranks)), rng.integers(1, 50, requests)
-    worth = []
-    for method in (homes.balance_requests, homes._choose_in_turn):
-        rank_of = method(score, tokens, num_ranks)
-        sizes = np.bincount(rank_of, minlength=num_ranks)
-        assert sizes.max() - sizes.min() <= 1
-        worth.append((score[np.arange(requests), rank_of] * tokens).sum())
-    assert worth[0] >= worth[1] - 1e-9
+def test_one_request_and_windows_longer_than_requests():
+    trace = two_kinds(requests=1)
+    for predict in ("prefill", "first:1", "first:1000", "oracle"):
+        found = home_assignment(trace, PLAN, predict=predict)
+        assert PLAN.rank_to_node[found.homes[0]] == 0
+        assert found.token_imbalance == PLAN.num_ranks  # one request cannot be divided
+    assert assign_homes(two_kinds(), PLAN, predict="first:1000") == (
+        assign_homes(two_kinds(), PLAN, predict="oracle")
+    )
+    plan = solve(trace, ClusterTopology.uniform(2, 2), homes="joint", max_imbalance=4.0)
+    assert assign_homes(two_kinds(requests=3), plan, predict="prefill").keys() == {0, 1, 2}
+
+
+def test_requests_without_a_known_token_go_where_there_is_room():
+    trace = two_kinds()
+    blind = trace.take(~((trace.request_id == 7) & (trace.position == 0)))
+    found = home_assignment(blind, PLAN, predict="prefill")
+    assert found.unpredicted == 1
+    assert max(found.tokens_per_rank) - min(found.tokens_per_rank) <= 6
+
+
+def test_requests_per_rank_can_be_limited_beside_tokens():
+    trace = two_kinds()
+    some = home_assignment(trace, PLAN, predict="oracle", max_imbalance=4.0, max_requests=12)
+    assert max(some.requests_per_rank) <= 12
+    with pytest.raises(PlacementError, match="expected at least 10: allow more"):
+        home_assignment(trace, PLAN, predict="oracle", max_requests=9)
 
 
 @settings(max_examples=40, deadline=None)
@@ -159,18 +173,23 @@ def test_a_trace_without_prefill_says_so():
 
 
 def test_homes_of_real_requests_are_predicted_from_32_tokens(routing_data):
-    """Anchor: -30.8 % copies at a balance of 1.07 (joint, homes predicted, 4 nodes)."""
+    """Anchor: -30.8 % copies at a balance of 1.07 (joint, homes predicted, 4 nodes).
+
+    1.07 is what the solver may expect of samples of this size; this sample is more level.
+    """
     path = routing_data / "gpt_oss_20b_benchmarks.npz"
     train, test = RoutingTrace.from_npz(path).split(0.7, seed=0)
     topology = ClusterTopology.uniform(4, 2)
     linear = evaluate(test, solve(train, topology, method="linear"))
-    plan = solve(train, topology, homes="joint")
+    plan = solve(train, topology, homes="joint", max_imbalance=1.07)
     costs = {}
     for predict in ("first:32", "oracle"):
         found = assign_homes(test, plan, topology, predict=predict)
         costs[predict] = evaluate(test, plan, homes=found)
         tokens = np.bincount([found[q] for q in test.request_id.tolist()])
         assert tokens.max() / tokens.mean() <= 1.051
-    assert costs["first:32"].copies <= 0.71 * linear.copies
+    assert costs["first:32"].copies <= 0.69 * linear.copies
     assert costs["first:32"].node_imbalance <= 1.05
     assert costs["oracle"].copies < costs["first:32"].copies
+    saved = [1 - costs[kind].copies / linear.copies for kind in ("first:32", "oracle")]
+    assert saved[0] >= 0.95 * saved[1]
