@@ -101,13 +101,23 @@ def expected_imbalance(block_of: np.ndarray, load: np.ndarray, noise: Noise, blo
     total = float(load.sum())
     if total == 0 or blocks == 1:
         return 1.0
-    onto = np.zeros((blocks, len(load)))
-    onto[block_of, np.arange(len(load))] = 1
     unit = noise.deviation * blocks / total
-    values, vectors = np.linalg.eigh((onto @ noise.covariance @ onto.T) * unit**2)
+    values, vectors = np.linalg.eigh(
+        _block_covariance(noise.covariance, np.asarray(block_of, dtype=np.int64), blocks) * unit**2
+    )
     root = vectors * np.sqrt(np.maximum(values, 0))
-    share = onto @ load * (blocks / total)
+    share = np.bincount(block_of, weights=load, minlength=blocks) * (blocks / total)
     return float((share[:, None] + root @ _draws(blocks)).max(axis=0).mean())
+
+
+@numba.njit(nogil=True, cache=True)
+def _block_covariance(covariance, block_of, blocks):
+    """[M, M] sums of covariance [E, E] over pairs of blocks."""
+    sums = np.zeros((blocks, blocks))
+    for e in range(len(block_of)):
+        for f in range(len(block_of)):
+            sums[block_of[e], block_of[f]] += covariance[e, f]
+    return sums
 
 
 @functools.lru_cache(maxsize=8)

@@ -28,7 +28,7 @@ EFFORT = 2500
 POLISH_EXPERTS = 64
 """Most experts for the exact search: with more, its sample of tokens is fitted, not the traffic."""
 
-POLISH_KICKS = 5
+POLISH_KICKS = 3
 
 MARGIN_SHARE = 0.7
 """Share of the expected rise of the busiest of M equal nodes that the search holds back on every
@@ -36,7 +36,7 @@ node. The expected imbalance decides in the end; on the traces tried (gpt-oss-20
 4 and 8 nodes) 0.7 saved most copies at a given one, 0.5 and 1.0 up to 0.3 points less, none
 (a cap on loads alone) could not reach 1.05 on gpt-oss-20b with 4 nodes."""
 
-_SAMPLE_PICKS = 1 << 20
+_SAMPLE_PICKS = 1 << 18
 _EXACT_PICKS = 1 << 19
 
 
@@ -57,7 +57,7 @@ class Tables:
 class Layer:
     """What the search sees of one layer; its experts may be groups of experts that stay together.
 
-    ids: [T', K] picks of a sample of the tokens; home: [T'] their home nodes, or empty.
+    ids: [T', K] picks of every so many tokens; home: [T'] their home nodes, or empty.
     weight: [E, E] tokens that picked both; load: [E] picks; pin: [E, M] picks by home node.
     sizes: experts on each node.
     """
@@ -70,11 +70,14 @@ class Layer:
     noise: cap.Noise
     sizes: tuple[int, ...]
     grouped: bool = False
+    by_pick: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A placement of one layer: copies are visits per token, imbalance is the expected one."""
+    """A placement of one layer: copies are visits per token (for the objective "picks": remote
+    picks per pick), imbalance is the expected one.
+    """
 
     node_of: np.ndarray
     copies: float
@@ -107,7 +110,8 @@ def make_layer(problem: Problem, tables: Tables, layer: int) -> Layer:
     whole = problem.trace.expert_ids
     assert whole is not None
     experts, nodes = problem.trace.num_experts, problem.num_nodes
-    stride = max(-(-whole.shape[0] * whole.shape[2] // _SAMPLE_PICKS), 1)
+    most = _EXACT_PICKS if experts <= POLISH_EXPERTS else _SAMPLE_PICKS
+    stride = max(-(-whole.shape[0] * whole.shape[2] // most), 1)
     ids = np.ascontiguousarray(whole[::stride, layer])
     home = np.zeros(0, np.int64)
     pin = np.zeros((experts, nodes))
@@ -125,6 +129,8 @@ def make_layer(problem: Problem, tables: Tables, layer: int) -> Layer:
         weight, _ = search.count_pairs(ids, len(onto))
         load, unit_load, pin = onto @ load, unit_load @ onto.T, onto @ pin
         experts = len(onto)
+    if problem.objective == "picks":  # experts do not attract each other, only homes do
+        weight = np.zeros_like(weight)
     return Layer(
         ids=ids,
         home=home,
@@ -134,6 +140,7 @@ def make_layer(problem: Problem, tables: Tables, layer: int) -> Layer:
         noise=cap.noise_of(unit_load),
         sizes=tuple(experts // nodes + (n < experts % nodes) for n in range(nodes)),
         grouped=problem.group_of is not None,
+        by_pick=problem.objective == "picks",
     )
 
 
@@ -200,10 +207,9 @@ def candidates(layer: Layer, allowed: float, seed: int) -> list[Candidate]:
 def polished(layer: Layer, start: Candidate, seed: int) -> Candidate:
     """Lower the exact copies of ``start``, where its layer is small enough; never less level."""
     experts, num_nodes = len(layer.load), len(layer.sizes)
-    if experts > POLISH_EXPERTS or num_nodes == 1 or not layer.load.any():
+    if experts > POLISH_EXPERTS or num_nodes == 1 or not layer.load.any() or layer.by_pick:
         return start
-    every = max(layer.ids.size // _EXACT_PICKS, 1)
-    exact = patterns(layer.ids[::every], experts, layer.home[::every], num_nodes)
+    exact = patterns(layer.ids, experts, layer.home, num_nodes)
     deviations = _deviations(layer)
     noise = layer.noise.covariance
     _, loads, variances = search.block_sums(noise, layer.load, start.node_of, num_nodes)
@@ -239,9 +245,13 @@ def _deviations(layer: Layer) -> float:
 
 
 def _candidate(layer: Layer, node_of: np.ndarray) -> Candidate:
-    visits = search.count_visits(layer.ids, node_of, layer.home)
+    if layer.by_pick:
+        away = layer.load.sum() - layer.pin[np.arange(len(node_of)), node_of].sum()
+        copies = float(away) / max(float(layer.load.sum()), 1.0)
+    else:
+        copies = search.count_visits(layer.ids, node_of, layer.home) / max(len(layer.ids), 1)
     return Candidate(
         node_of=node_of,
-        copies=visits / max(len(layer.ids), 1),
+        copies=copies,
         imbalance=cap.expected_imbalance(node_of, layer.load, layer.noise, len(layer.sizes)),
     )

@@ -61,12 +61,13 @@ def place_layers(
     if tables is None:
         tables = nodes.count_tables(ids, request_id, problem.trace.num_experts, threads=threads)
     wanted = list(range(ids.shape[1])) if layers is None else list(layers)
+    seen: dict[int, nodes.Layer] = {}
     tried: list[list[nodes.Candidate]] = [[] for _ in wanted]
     allowed = [0.0] * len(wanted)
 
     def look(first: int, last: int) -> None:
         for place in range(first, last):
-            layer = nodes.make_layer(problem, tables, wanted[place])
+            layer = seen[place] = nodes.make_layer(problem, tables, wanted[place])
             allowed[place] = nodes.allowed_imbalance(layer, problem.max_imbalance)
             tried[place] = nodes.candidates(layer, allowed[place], _seed(problem, wanted[place]))
 
@@ -82,9 +83,8 @@ def place_layers(
 
     def finish(first: int, last: int) -> None:
         for place in range(first, last):
-            layer = nodes.make_layer(problem, tables, wanted[place])
             seed = _seed(problem, wanted[place])
-            found = nodes.polished(layer, tried[place][chosen[place]], seed)
+            found = nodes.polished(seen.pop(place), tried[place][chosen[place]], seed)
             expected[place] = found.imbalance
             rows[place] = _finish(problem, tables, wanted[place], found.node_of, seed)
 

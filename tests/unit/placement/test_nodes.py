@@ -1,0 +1,185 @@
+import numpy as np
+import pytest
+
+from moe_locality.errors import PlacementError
+from moe_locality.placement import evaluate, nodes, search, solve, spread
+from moe_locality.placement.problem import Problem
+from moe_locality.topology.cluster import ClusterTopology
+from moe_locality.trace.schema import RoutingTrace
+from tests.unit.placement.cases import random_trace
+
+
+def problem_of(trace, topology, **change):
+    fields = {
+        "trace": trace,
+        "topology": topology,
+        "num_slots": trace.num_experts,
+        "max_imbalance": 1.1,
+        "home_rank": None,
+        "group_of": None,
+        "seed": 3,
+        **change,
+    }
+    return Problem(**fields)
+
+
+def group_limited(rng, *, tokens=4000, groups=8, size=4, chosen=4, top_k=8, requests=200):
+    """Tokens that pick from ``chosen`` of the groups; requests have a taste for some groups and
+    hidden pairs of groups go together. Groups are consecutive experts."""
+    request = np.sort(rng.integers(0, requests, tokens))
+    partner = rng.permutation(groups).reshape(-1, 2)
+    taste = rng.dirichlet(np.ones(len(partner)), requests)
+    noise = rng.gumbel(size=(tokens, len(partner))) + np.log(taste[request] + 1e-3)
+    pairs = np.argsort(-noise, axis=1)[:, : chosen // 2]
+    allowed = partner[pairs].reshape(tokens, chosen)
+    stray = rng.random(tokens) < 0.2
+    allowed[stray] = np.argsort(rng.random((stray.sum(), groups)), axis=1)[:, :chosen]
+    open_group = np.zeros((tokens, groups), dtype=bool)
+    np.put_along_axis(open_group, allowed, True, axis=1)
+    score = rng.gumbel(size=(tokens, groups * size))
+    score[~np.repeat(open_group, size, axis=1)] = -np.inf
+    ids = np.argsort(-score, axis=1)[:, None, :top_k].astype(np.int16)
+    return RoutingTrace(
+        model="grouped",
+        num_experts=groups * size,
+        layer_ids=[0],
+        expert_ids=ids,
+        request_id=request,
+        position=np.arange(tokens),
+    )
+
+
+def test_tables_are_the_counts_of_the_trace_whatever_the_threads():
+    rng = np.random.default_rng(0)
+    trace = random_trace(rng, tokens=300, layers=3, experts=10, top_k=3, requests=40)
+    one, two = (
+        nodes.count_tables(trace.expert_ids, trace.request_id, 10, threads=n) for n in (1, 2)
+    )
+    for name in ("pairs", "unit_load", "load"):
+        assert (getattr(one, name) == getattr(two, name)).all()
+    assert (one.load == trace.load()).all()
+    assert (one.unit_load.sum(axis=1) == trace.load()).all()
+    for layer in range(3):
+        pairs, _ = search.count_pairs(np.ascontiguousarray(trace.expert_ids[:, layer]), 10)
+        assert (nodes.pair_weight(one.pairs[layer]) == pairs).all()
+
+
+def test_threads_change_nothing():
+    rng = np.random.default_rng(1)
+    trace = random_trace(rng, tokens=600, layers=5, experts=16, top_k=3, requests=60)
+    problem = problem_of(trace, ClusterTopology.uniform(4, 2), num_slots=24)
+    placed = [spread.place_layers(problem, threads=n) for n in (1, 2, 5)]
+    assert placed[0].rows == placed[1].rows == placed[2].rows
+    assert placed[0].expected == placed[1].expected == placed[2].expected
+
+
+def test_candidates_go_from_level_to_few_copies_and_polish_costs_no_level():
+    rng = np.random.default_rng(2)
+    trace = random_trace(rng, tokens=4000, layers=1, experts=32, top_k=4, requests=200, skew=2)
+    problem = problem_of(trace, ClusterTopology.uniform(4, 2))
+    tables = nodes.count_tables(trace.expert_ids, trace.request_id, 32)
+    layer = nodes.make_layer(problem, tables, 0)
+    found = nodes.candidates(layer, 1.1, 0)
+    ladder = found[2:]
+    assert ladder[0].copies <= ladder[-1].copies
+    assert ladder[0].imbalance >= ladder[-1].imbalance
+    for some in ladder:
+        better = nodes.polished(layer, some, 0)
+        assert better.copies <= some.copies
+        assert better.imbalance <= some.imbalance + 0.02
+        assert np.bincount(better.node_of).tolist() == [8] * 4
+
+
+@pytest.mark.parametrize("num_nodes", [2, 4])
+def test_groups_stay_whole_and_a_token_never_visits_more_nodes_than_groups(num_nodes):
+    trace = group_limited(np.random.default_rng(3))
+    train, unseen = trace.split(0.7, seed=0)
+    topology = ClusterTopology.uniform(num_nodes, 8 // num_nodes)
+    plan = solve(train, topology, expert_groups=8, max_imbalance=1.3)
+    nodes_of = np.empty(32, dtype=int)
+    nodes_of[plan.physical_to_logical_map[0]] = np.repeat(np.arange(num_nodes), 32 // num_nodes)
+    assert all(len(set(nodes_of[g * 4 : g * 4 + 4])) == 1 for g in range(8))
+    touched = [len(set(nodes_of[row].tolist())) for row in unseen.expert_ids[:, 0]]
+    assert max(touched) <= min(4, num_nodes)
+    linear = solve(train, topology, method="linear")
+    assert evaluate(train, plan).copies <= evaluate(train, linear).copies
+    if num_nodes == 4:  # the hidden pairs are found
+        assert evaluate(unseen, plan).copies < 0.85 * evaluate(unseen, linear).copies
+        whole = solve(train, topology, expert_groups=8, max_imbalance=1.3, num_redundant_experts=8)
+        assert evaluate(unseen, whole).copies == pytest.approx(evaluate(unseen, plan).copies)
+
+
+def test_groups_are_never_placed_above_linear_even_for_level():
+    rng = np.random.default_rng(4)
+    request = np.sort(rng.integers(0, 50, 1000))
+    # groups 0 and 1 always go together and do most of the work: level would part them
+    pick = np.where(rng.random(1000) < 0.8, 0, 2)
+    ids = np.stack([2 * pick, 2 * pick + 2], axis=1)[:, None].astype(np.int16)
+    trace = RoutingTrace(
+        model="",
+        num_experts=8,
+        layer_ids=[0],
+        expert_ids=ids,
+        request_id=request,
+        position=np.arange(1000),
+    )
+    plan = solve(trace, ClusterTopology.uniform(2, 1), expert_groups=4, max_imbalance=1.05)
+    assert evaluate(trace, plan).copies == 0.5  # one node per token, as linear
+
+
+def test_a_layer_without_picks_stays_linear_and_is_noted():
+    rng = np.random.default_rng(5)
+    ids = rng.integers(0, 8, (200, 2, 1)).astype(np.int16)
+    ids[:, 0] = -1
+    trace = RoutingTrace(
+        model="",
+        num_experts=8,
+        layer_ids=[4, 6],
+        expert_ids=ids,
+        request_id=np.arange(200) // 10,
+        position=np.arange(200),
+    )
+    plan = solve(trace, ClusterTopology.uniform(2, 2), max_imbalance=2)
+    assert plan.physical_to_logical_map[0].tolist() == list(range(8))
+    assert list(plan.provenance["layer_notes"]) == ["4"]
+    assert "no picks" in plan.provenance["layer_notes"]["4"]["reason"]
+
+
+def test_warned_once_for_all_layers_that_cannot_be_level(caplog):
+    ids = np.zeros((100, 3, 1), dtype=np.int16)
+    trace = RoutingTrace(
+        model="",
+        num_experts=4,
+        layer_ids=[0, 1, 2],
+        expert_ids=ids,
+        request_id=np.arange(100) // 10,
+        position=np.arange(100),
+    )
+    solve(trace, ClusterTopology.uniform(2, 1))
+    said = [r for r in caplog.records if "cannot be as level" in r.message]
+    assert len(said) == 1
+    assert "3 of 3 layers" in said[0].message
+
+
+def test_a_trace_of_one_token_is_placed():
+    trace = RoutingTrace(
+        model="",
+        num_experts=4,
+        layer_ids=[0],
+        expert_ids=np.array([[[3, 1]]], dtype=np.int16),
+        request_id=[0],
+        position=[0],
+    )
+    plan = solve(trace, ClusterTopology.uniform(2, 1))
+    held = plan.physical_to_logical_map[0].reshape(2, 2).tolist()
+    assert {3, 1} in [set(h) for h in held] or evaluate(trace, plan).node_imbalance == 1
+
+
+def test_one_node_and_as_many_nodes_as_experts():
+    rng = np.random.default_rng(6)
+    trace = random_trace(rng, tokens=100, layers=1, experts=4, top_k=2, requests=20)
+    assert evaluate(trace, solve(trace, ClusterTopology.uniform(1, 2))).copies == 0
+    spread_out = solve(trace, ClusterTopology.uniform(4, 1))
+    assert sorted(spread_out.physical_to_logical_map[0].tolist()) == [0, 1, 2, 3]
+    with pytest.raises(PlacementError, match="5 nodes for 4 experts"):
+        solve(trace, ClusterTopology.uniform(5, 1))
