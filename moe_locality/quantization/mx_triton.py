@@ -15,14 +15,11 @@ from torch import Tensor
 
 from moe_locality.errors import ConfigError
 from moe_locality.quantization import elements as el
+from moe_locality.quantization import triton_codec
 from moe_locality.quantization.mx_formats import MACRO_BLOCK, Format, row_layout, section_bytes
 from moe_locality.quantization.rows import check_activations, check_buffer, check_row_format
-from moe_locality.quantization.triton_codec import (
-    decode_kernel,
-    encode_kernel,
-    zero_padding_kernel,
-)
 
+_kernels: Any = triton_codec  # a launch, kernel[grid](...), is beyond type checkers
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MANTISSA_BITS = {"e2m1": 1, "e4m3": 3, "e5m2": 2}
 _EXPONENT_BIAS = {"e2m1": 1, "e4m3": 7, "e5m2": 15}
@@ -50,12 +47,11 @@ def permute_encode(
     out = _new_rows(x, row_token.shape[0], format)
     if not out.numel():
         return out
-    if positions is None:
-        positions = inverse_positions(row_token, x.shape[0])
-    if positions.numel():
-        _launch_encode(x, positions.contiguous(), out, format)
+    inverse = inverse_positions(row_token, x.shape[0]) if positions is None else positions
+    if inverse.numel():
+        _launch_encode(x, inverse.contiguous(), out, format)
     grid = (-(-row_token.shape[0] // _PADDING_ROWS),)
-    zero_padding_kernel[grid](
+    _kernels.zero_padding_kernel[grid](
         row_token, out, row_token.shape[0], ROW_BYTES=out.shape[1], ROWS=_PADDING_ROWS
     )
     return out
@@ -82,7 +78,7 @@ def decode_rows(buffer: Tensor, format: str, width: int, dtype: torch.dtype) -> 
     check_buffer(buffer, format, width)
     out = torch.empty((buffer.shape[0], width), dtype=dtype, device=buffer.device)
     if out.numel():
-        decode_kernel[(buffer.shape[0],)](
+        _kernels.decode_kernel[(buffer.shape[0],)](
             buffer.contiguous(),
             out.view(torch.int16) if dtype == torch.bfloat16 else out,
             OUT=_FLOATS[dtype],
@@ -110,7 +106,7 @@ def _launch_encode(x: Tensor, positions: Tensor | None, out: Tensor, format: str
     if x.stride(1) != 1:
         x = x.contiguous()
     is_bf16 = x.dtype == torch.bfloat16
-    encode_kernel[(x.shape[0],)](
+    _kernels.encode_kernel[(x.shape[0],)](
         x.view(torch.int16) if is_bf16 else x,
         x if positions is None else positions,
         out,
