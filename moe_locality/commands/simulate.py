@@ -50,14 +50,8 @@ def simulate(
         placed = read_fitting_plan(plan, content)
         ranks = None if homes is None else read_homes(homes, placed)
         topology, groups = _cluster(placed, cluster, groups)
-        model = StepModel(
-            hidden_size=hidden,
-            ffn_size=ffn,
-            payload=payload,
-            exchange=exchange,
-            expert_us=expert_us,
-            row_us=row_us,
-        )
+        sizes = {"hidden_size": hidden, "ffn_size": ffn, "payload": payload, "exchange": exchange}
+        model = StepModel(**sizes, expert_us=expert_us, row_us=row_us)
         base = linear_plan(content, topology)
         options: dict[str, Any] = {"model": model, "batch_tokens": batch_tokens, "seed": seed}
         timing = {**options, "groups": groups, "compute_us": compute_us}
@@ -69,7 +63,7 @@ def simulate(
             rows = _sweep(sweep, content, train, pair, topology, ranks, groups, options)
     if figure is not None and rows is not None:
         _write_figure(figure, rows, sweep or "", content)
-    payload_out = {
+    answer = {
         "command": "simulate",
         "how": "simulated",
         "trace": trace,
@@ -79,16 +73,25 @@ def simulate(
         "in_sample": made_from(placed, content),
         "held_out": held_out,
         "cluster": topology.to_dict(),
-        "exchange": exchange,
-        "payload": payload,
-        "tau_us": model.tau,
-        **found.to_dict(),
-        "linear": None if linear is None else linear.to_dict(),
-        "speedup": None if linear is None else _ratio(linear, found),
+        **_figures(model, found, linear),
         "sweep": None if rows is None else {"over": sweep, "rows": rows, "gain": gain_ends(rows)},
         "figure": figure,
     }
-    return Result(payload=payload_out, show=lambda console: _show(console, payload_out, model))
+    return Result(payload=answer, show=lambda console: _show(console, answer, model))
+
+
+def _figures(model: StepModel, found: Simulation, linear: Simulation | None) -> dict[str, Any]:
+    speedup = None
+    if linear is not None and found.group_step_us:
+        speedup = linear.group_step_us / found.group_step_us
+    return {
+        "exchange": model.exchange,
+        "payload": model.payload,
+        "tau_us": model.tau,
+        **found.to_dict(),
+        "linear": None if linear is None else linear.to_dict(),
+        "speedup": speedup,
+    }
 
 
 def _cluster(
@@ -142,10 +145,6 @@ def _sweep(
         groups=groups,
         **options,
     )
-
-
-def _ratio(linear: Simulation, found: Simulation) -> float | None:
-    return linear.group_step_us / found.group_step_us if found.group_step_us else None
 
 
 def _write_figure(path: Path, rows: list[dict[str, Any]], what: str, content: RoutingTrace) -> None:

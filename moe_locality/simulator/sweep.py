@@ -75,26 +75,32 @@ def sweep(
             for plan, home in zip(pair, at, strict=True)
         ]
 
+    kept = replay(trace, plans, batch_tokens) if what == "bandwidth" else []
     rows = []
-    kept = replay(trace, plans, batch_tokens) if what == "bandwidth" else None
     for value in values or _values(what, trace, topology):
-        found, links = kept, topology
+        links = topology
         if what == "batch":
-            found = replay(trace, plans, _whole(value))
+            kept = replay(trace, plans, _whole(value))
         elif what == "bandwidth":
             links = _with_ratio(topology, float(value))
         elif what == "k":
-            found = replay(_first_picks(trace, _whole(value)), plans, batch_tokens)
-        elif plans_of is not None:
-            links = ClusterTopology.uniform(
-                _whole(value), topology.ranks_per_node, **topology.tiers()
-            )
-            found = replay(trace, plans_of(links), batch_tokens, (None, None))
-        if found is None:
-            raise ConfigError("sweep over nodes: found no plans_of, expected a maker of plans")
-        first, second = (time_replay(one, model, links, groups=groups) for one in found)
+            kept = replay(_first_picks(trace, _whole(value)), plans, batch_tokens)
+        else:
+            links = _with_nodes(topology, _whole(value))
+            kept = replay(trace, _plans(plans_of, links), batch_tokens, (None, None))
+        first, second = (time_replay(one, model, links, groups=groups) for one in kept)
         rows.append({"value": value, **_compare(first, second)})
     return rows
+
+
+def _plans(plans_of: Callable[[ClusterTopology], Pair] | None, topology: ClusterTopology) -> Pair:
+    if plans_of is None:
+        raise ConfigError("sweep over nodes: found no plans_of, expected a maker of plans")
+    return plans_of(topology)
+
+
+def _with_nodes(topology: ClusterTopology, nodes: int) -> ClusterTopology:
+    return ClusterTopology.uniform(nodes, topology.ranks_per_node, **topology.tiers())
 
 
 def _compare(first: Simulation, second: Simulation) -> dict[str, float]:

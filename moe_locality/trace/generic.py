@@ -144,7 +144,11 @@ def _check_token(where: str, record: Any, num_layers: int) -> tuple[int, int]:
         raise TraceError(
             f"{where}: found {found} lists in expert_ids, expected {num_layers} (one per layer)"
         )
+    widest, highest = 0, -1
     for layer in picks:
-        if not isinstance(layer, list) or not all(is_count(i) or i == -1 for i in layer):
+        fine = isinstance(layer, list) and {int}.issuperset(map(type, layer))
+        if not fine or (layer and not -1 <= min(layer) <= max(layer) < 2**63):
             raise TraceError(f"{where}: found picks {layer!r}, expected a list of expert numbers")
-    return max(map(len, picks), default=0), max((max(p) for p in picks if p), default=-1)
+        if layer:
+            widest, highest = max(widest, len(layer)), max(highest, *layer)
+    return widest, highest

@@ -97,7 +97,7 @@ def import_to(
     ``layers``, ``num_experts``, ``top_k``, ``domains``, ``parts``, and ``content_hash`` (None where
     there were several parts: it needs the whole trace).
 
-    Line formats and sorted CSV take memory for one part of about four million picks at a time;
+    Line formats and sorted CSV take memory for one part of about two million picks at a time;
     arrays, dumps and single JSON objects are read whole. Nothing appears in ``out`` before the last
     part is written. The other arguments are those of ``import_trace``.
 

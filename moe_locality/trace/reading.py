@@ -21,8 +21,8 @@ from moe_locality.trace.schema import STAGE_NAMES, UNKNOWN
 
 _log = logging.getLogger(__name__)
 STAGE_CODES = {name: code for code, name in STAGE_NAMES.items()}
-PART_PICKS = 1 << 22
-"""Picks (tokens x layers x K) that a part holds at most, about: 8 MB of ids and what they were read
+PART_PICKS = 1 << 21
+"""Picks (tokens x layers x K) that a part holds at most, about: 4 MB of ids and what they were read
 from."""
 
 Report = Callable[[int, int], None]

@@ -26,9 +26,9 @@ from moe_locality.trace.validate import MAX_EXPERTS
 
 WIDE = ("request_id", "position", "layer", "expert_ids")
 LONG = ("position", "layer", "expert")
-SORT_BYTES = 1 << 28
-"""A longer file of picks is read in blocks and must be sorted; a shorter one is sorted here."""
-BLOCK_BYTES = 1 << 24
+SORT_BYTES = 1 << 26
+"""A file of picks that is sorted by token is read in blocks; up to this size it may be unsorted."""
+BLOCK_BYTES = 1 << 23
 _ALIASES = {
     "request": "request_id",
     "token": "position",
@@ -129,12 +129,17 @@ def _long_parts(path: Path, columns: list[str], options: ImportOptions) -> Itera
     absent = [name for name in LONG if name not in names]
     if absent or len(set(names)) != len(names):
         raise _unreadable(path, f"columns {columns}", LONG)
-    layers: set[int] = set()
-    highest, top_k = -1, 1
-    for block in _blocks(path, names, options, 0):
-        layers |= set(np.unique(block["layer"]).tolist())
-        highest = max(highest, int(block["expert"].max(initial=-1)))
-        top_k = max(top_k, int(np.unique(_pick_groups(block), return_counts=True)[1].max()))
+    whole = False
+    try:
+        layers, highest, top_k = _measure(path, names, options, whole)
+    except _Unsorted as error:
+        if path.stat().st_size > SORT_BYTES:
+            raise TraceError(
+                f"found that the picks in {path} are not sorted by request and position, expected "
+                f"that of a file above {SORT_BYTES >> 20} MiB, which is read in blocks: sort it"
+            ) from error
+        whole = True
+        layers, highest, top_k = _measure(path, names, options, whole)
     if not layers:
         raise _unreadable(path, "no row of a pick", LONG)
     layer_ids = np.array(sorted(layers))
@@ -146,37 +151,60 @@ def _long_parts(path: Path, columns: list[str], options: ImportOptions) -> Itera
             "at most as many: correct the file or num_experts"
         )
     try:
-        for block in _blocks(path, names, options, 1):
+        for block in _blocks(path, names, options, 1, whole):
             yield _to_trace(block, layer_ids, top_k, num_experts, options)
     except TraceError as error:
         raise error if str(path) in str(error) else TraceError(f"{path}: {error}") from error
 
 
-def _blocks(path: Path, names: list[str], options: ImportOptions, number: int):
-    """Yield dicts of columns, sorted by token; no token is in two blocks."""
-    whole = path.stat().st_size <= SORT_BYTES
-    rest: dict[str, np.ndarray] | None = None
-    last = (-1, -1)
+class _Unsorted(Exception):
+    """The picks of a token do not follow each other, or tokens are not in order."""
+
+
+def _measure(
+    path: Path, names: list[str], options: ImportOptions, whole: bool
+) -> tuple[set[int], int, int]:
+    """(layers, highest expert, most picks of a token in a layer) of a file of picks."""
+    layers: set[int] = set()
+    highest, top_k = -1, 1
+    for block in _blocks(path, names, options, 0, whole):
+        present, layer = np.unique(block["layer"], return_inverse=True)
+        layers |= set(present.tolist())
+        highest = max(highest, int(block["expert"].max()))
+        cells = (np.cumsum(_begins(_token_keys(block))) - 1) * len(present) + layer
+        top_k = max(top_k, int(np.bincount(cells).max()))
+    return layers, highest, top_k
+
+
+def _blocks(path: Path, names: list[str], options: ImportOptions, number: int, whole: bool):
+    """Yield dicts of columns, sorted by token; no token is in two blocks.
+
+    Raises:
+        _Unsorted: the file is not sorted, and not to be read ``whole``.
+    """
+    kept: list[dict[str, np.ndarray]] = []
+    last = -1
     for block in _batches(path, names, options, number):
-        block = block if rest is None else _join([rest, block])
-        if whole:
-            rest = block
+        kept.append(block)
+        if whole or not len(block["layer"]):
             continue
+        block = _join(kept)
         token = _token_keys(block)
-        if len(token) and ((token[1:] < token[:-1]).any() or token[0] < token[-1:][0] < 0):
-            raise _unsorted(path)
-        cut = int(np.searchsorted(token, token[-1])) if len(token) else 0
-        rest = {name: column[cut:] for name, column in block.items()}
+        if (token[1:] < token[:-1]).any() or token[0] < last:
+            raise _Unsorted
+        cut, last = int(np.searchsorted(token, token[-1])), int(token[-1])
+        kept = [{name: column[cut:] for name, column in block.items()}]
         if cut:
-            done = {name: column[:cut] for name, column in block.items()}
-            first = (int(done["request_id"][0]), int(done["position"][0]))
-            if first < last:
-                raise _unsorted(path)
-            last = (int(done["request_id"][-1]), int(done["position"][-1]))
-            yield done
-    if rest is not None and len(rest["layer"]):
+            yield {name: column[:cut] for name, column in block.items()}
+    if kept and sum(len(block["layer"]) for block in kept):
+        rest = _join(kept)
         order = np.argsort(_token_keys(rest), kind="stable")
         yield {name: column[order] for name, column in rest.items()}
+
+
+def _begins(token: np.ndarray) -> np.ndarray:
+    """bool, where the rows of another token begin."""
+    return np.r_[True, token[1:] != token[:-1]]
 
 
 def _join(blocks: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -186,12 +214,6 @@ def _join(blocks: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 def _token_keys(block: dict[str, np.ndarray]) -> np.ndarray:
     """int64, rising with request and position."""
     return (block["request_id"] << 31) + block["position"]
-
-
-def _pick_groups(block: dict[str, np.ndarray]) -> np.ndarray:
-    """Number of the (token, layer) of each row."""
-    pair = np.stack([_token_keys(block), block["layer"]])
-    return np.unique(pair, axis=1, return_inverse=True)[1].ravel()
 
 
 def _batches(path: Path, names: list[str], options: ImportOptions, number: int):
@@ -258,8 +280,8 @@ def _to_trace(
 ) -> RoutingTrace:
     """A trace from rows of picks that are sorted by token."""
     token = _token_keys(block)
-    first = np.flatnonzero(np.r_[True, token[1:] != token[:-1]])
-    row = np.cumsum(np.r_[True, token[1:] != token[:-1]]) - 1
+    first = np.flatnonzero(_begins(token))
+    row = np.cumsum(_begins(token)) - 1
     layer = np.searchsorted(layer_ids, block["layer"])
     order = np.lexsort((block.get("k", np.arange(len(token))), layer, row))
     cell = (row * len(layer_ids) + layer)[order]
@@ -288,13 +310,6 @@ def _to_trace(
         position=block["position"][first],
         stage=block["stage"][first] if "stage" in block else None,
         domain_id=domain_id,
-    )
-
-
-def _unsorted(path: Path) -> TraceError:
-    return TraceError(
-        f"found that the picks in {path} are not sorted by request and position, expected that of "
-        f"a file above {SORT_BYTES >> 20} MiB, which is read in blocks: sort it"
     )
 
 

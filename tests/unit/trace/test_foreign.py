@@ -271,6 +271,8 @@ def test_csv_of_picks_read_in_blocks(tmp_path, monkeypatch):
     path.write_text("\n".join([head, *sorted(rows)]))
     monkeypatch.setattr(tables, "SORT_BYTES", 0)
     monkeypatch.setattr(tables, "BLOCK_BYTES", 80)  # about two rows
+    import_to(path, tmp_path / "out", num_experts=8)
+    assert len(list((tmp_path / "out").glob("*.parquet"))) > 1
     check_long(import_trace(path, num_experts=8))
     path.write_text(LONG)
     with pytest.raises(TraceError, match="not sorted by request and position"):
