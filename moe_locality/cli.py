@@ -144,6 +144,15 @@ def analyze(
     ranks_per_node: RanksPerNode = None,
     cluster: Cluster = None,
     hostfile: Hostfile = None,
+    against: Annotated[
+        Path | None, typer.Option("--against", help="Newer trace: say how far it drifted.")
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option("--windows", help="Say how far windows of the trace drifted.")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="With drift: what this plan loses by it.")
+    ] = None,
     seed: Seed = 0,
     as_json: Json = False,
     debug: Debug = False,

@@ -16,11 +16,15 @@ def analyze(
     ranks_per_node: int | None,
     cluster: Path | None,
     hostfile: Path | None,
+    against: Path | None,
+    windows: int | None,
+    plan: Path | None,
     seed: int,
 ) -> Result:
     """Describe a trace, with a cluster also what it could save; with ``report`` as a page too."""
     from moe_locality.analysis import analyze as describe
     from moe_locality.analysis.potential import potential, tradeoff
+    from moe_locality.commands.drift import drift_payload, drift_table, drift_words
     from moe_locality.compare.content import trace_report as make_report
     from moe_locality.compare.content import trace_summary_table, trace_words
     from moe_locality.compare.potential import add_potential, potential_table
@@ -35,6 +39,9 @@ def analyze(
         content = read_trace(trace)
         summary = describe(content, seed)
         payload: dict[str, Any] = {"command": "analyze", "path": trace, **summary}
+        drift = drift_payload(content, against, windows, plan, seed)
+        if drift is not None:
+            payload["drift"] = drift
         if topology is not None:
             found_potential = potential(content, topology, seed=seed, progress=update)
             points = tradeoff(content, topology, seed=seed)
@@ -54,6 +61,10 @@ def analyze(
         for line in words:
             console.print(line)
         console.print(table("", found.columns, found.rows))
+        if drift is not None:
+            console.print(drift_table(drift))
+            for line in drift_words(drift):
+                console.print(line)
         if found_potential is not None:
             levers = potential_table(found_potential)
             console.print(table(levers.title, levers.columns, levers.rows))
