@@ -1,0 +1,85 @@
+"""Costs of a plan from its JSON text and the picks alone: shares no code with the package.
+
+Written from docs: a token is sent once to each other node that serves one of its picks; a replica
+on the home rank serves, else one on the home node, else one on the least loaded node.
+"""
+
+import json
+
+
+def recount(text, tokens, home_of_token=None):
+    """(copies, picks) summed over tokens and layers, [L] node and [L] rank max / mean.
+
+    ``tokens``: per token and layer the list of picks. Without homes: the mean over all homes.
+    """
+    plan = json.loads(text)
+    ranks, node = plan["num_nodes"] * plan["ranks_per_node"], rank_to_node(plan)
+    copies = picks = 0
+    loads = []
+    for layer, row in enumerate(plan["physical_to_logical_map"]):
+        serves = serving(plan, layer, row)
+        load = [0] * ranks
+        for token, by_layer in enumerate(tokens):
+            homes = range(ranks) if home_of_token is None else [home_of_token[token]]
+            for home in homes:
+                at = [serves[home][e] for e in by_layer[layer] if e >= 0]
+                copies += len({node[rank] for rank in at} - {node[home]}) / len(homes)
+                picks += sum(node[rank] != node[home] for rank in at) / len(homes)
+                for rank in at:
+                    load[rank] += 1 / len(homes)
+        loads.append(load)
+    by_node = [
+        [sum(load[r] for r in range(ranks) if node[r] == n) for n in range(plan["num_nodes"])]
+        for load in loads
+    ]
+    return copies, picks, [peak(some) for some in by_node], [peak(some) for some in loads]
+
+
+def peak(loads):
+    return max(loads) * len(loads) / sum(loads) if sum(loads) else 1
+
+
+def rank_to_node(plan):
+    count = plan["num_nodes"] * plan["ranks_per_node"]
+    return plan.get("rank_to_node", [rank // plan["ranks_per_node"] for rank in range(count)])
+
+
+def serving(plan, layer, row):
+    """[G][E] the rank that serves each expert for each home rank."""
+    nodes, experts = range(plan["num_nodes"]), range(plan["num_experts"])
+    node = rank_to_node(plan)
+    ranks = range(len(node))
+    size = len(row) // len(ranks)
+    on = {e: [slot // size for slot, held in enumerate(row) if held == e] for e in experts}
+    holders = {e: sorted({node[rank] for rank in on[e]}) for e in experts}
+    load = (plan.get("expert_load") or [[]] * (layer + 1))[layer]
+    load = load if load and any(load) else [1] * len(experts)
+    falling = sorted(experts, key=lambda e: (-load[e], e))
+    node_load = [0] * len(nodes)
+    for e in experts:
+        for n in holders[e]:
+            node_load[n] += load[e] * (len(nodes) if len(holders[e]) == 1 else 1)
+    goes = {(n, e): n if n in holders[e] else holders[e][0] for n in nodes for e in experts}
+    for e in (e for e in falling if len(holders[e]) > 1):
+        for n in (n for n in nodes if n not in holders[e]):
+            goes[n, e] = min(holders[e], key=lambda m: (node_load[m], m))
+            node_load[goes[n, e]] += load[e]
+    table = [[-1] * len(experts) for _ in ranks]
+    rank_load = [0] * len(ranks)
+    for g in ranks:
+        for e in experts:
+            near = [rank for rank in on[e] if node[rank] == goes[node[g], e]]
+            if g in near or len(near) == 1:
+                table[g][e] = g if g in near else near[0]
+                rank_load[table[g][e]] += load[e]
+    for e in falling:
+        for n in nodes:
+            near = [rank for rank in on[e] if node[rank] == goes[n, e]]
+            homes = [g for g in ranks if node[g] == n and table[g][e] < 0]
+            together = [homes] if goes[n, e] != n else [[g] for g in homes]
+            for some in (some for some in together if some):
+                best = min(near, key=lambda rank: (rank_load[rank], on[e].index(rank)))
+                rank_load[best] += load[e] * len(some)
+                for g in some:
+                    table[g][e] = best
+    return table

@@ -1,0 +1,55 @@
+"""A plan file alone, read by a script that shares nothing with the package, costs what
+``evaluate`` says."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_locality.placement import PlacementPlan, evaluate, solve
+from moe_locality.topology.cluster import ClusterTopology
+from tests.unit.placement.cases import plans_with_traces, random_trace
+from tests.unit.placement.recount import recount
+
+
+def check(trace, plan, homes):
+    text = plan.to_json()
+    costs = evaluate(trace, PlacementPlan.from_dict(json.loads(text)), homes=homes)
+    home_of_token = None if homes is None else trace.rank.tolist()
+    copies, picks, node, rank = recount(text, trace.expert_ids.tolist(), home_of_token)
+    if homes is not None:
+        assert (costs.total_copies, costs.total_picks) == (copies, picks)
+    units = trace.num_tokens * trace.num_layers
+    assert costs.copies == pytest.approx(copies / units, rel=1e-9, abs=1e-12)
+    assert costs.picks == pytest.approx(picks / units, rel=1e-9, abs=1e-12)
+    assert costs.per_layer["node_imbalance"] == pytest.approx(np.array(node))
+    assert costs.per_layer["rank_imbalance"] == pytest.approx(np.array(rank))
+
+
+@settings(max_examples=25, deadline=None)
+@given(plans_with_traces(), st.sampled_from([None, "trace"]))
+def test_any_plan_costs_what_its_file_says(case, homes):
+    plan, trace = case
+    check(trace, plan, homes)
+
+
+@pytest.mark.parametrize("homes", [None, "trace"])
+@pytest.mark.parametrize("redundant", [0, 8])
+@pytest.mark.parametrize("method", ["coactivation", "eplb"])
+def test_a_solved_plan_costs_what_its_file_says(method, redundant, homes):
+    rng = np.random.default_rng(0)
+    trace = random_trace(
+        rng, tokens=150, layers=2, experts=16, top_k=3, requests=20, ranks=8, skew=2
+    )
+    given_homes = homes if method == "coactivation" else None
+    plan = solve(
+        trace,
+        ClusterTopology.uniform(4, 2),
+        method=method,
+        num_redundant_experts=redundant,
+        homes=given_homes,
+        max_imbalance=1.3,
+    )
+    check(trace, plan, homes)
