@@ -458,3 +458,13 @@ def test_damaged_files_end_in_a_trace_error(good_files, tmp_path_factory, data):
         pass
     finally:
         logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("named", ["json", "megatron", "vllm", "sglang"])
+@pytest.mark.parametrize(
+    "content", [3, "x", None, True, {}, [], [3], [{}], [[]], [[[]]], [[[1, []]]]]
+)
+def test_json_of_another_type_is_refused(tmp_path, named, content):
+    path = write_json(tmp_path / "t", content)
+    with pytest.raises(TraceError):
+        import_trace(path, format=named, num_experts=8, top_k=2)
