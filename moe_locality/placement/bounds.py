@@ -16,6 +16,7 @@ from moe_locality.errors import PlacementError
 from moe_locality.placement.frame import resolve_homes
 from moe_locality.placement.objective import Homes, evaluate
 from moe_locality.placement.plan import PlacementPlan
+from moe_locality.placement.threads import over_layers
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 
@@ -160,12 +161,17 @@ def lower_bounds(
     if max_imbalance is not None:
         caps = np.broadcast_to(np.asarray(max_imbalance, dtype=np.float64), layers).copy()
     copies, rounds = np.zeros(layers), np.zeros(layers, dtype=np.int64)
-    for layer in range(layers if nodes > 1 else 0):
-        ids = trace.expert_ids[:, layer]
-        budget = seconds * STEPS_PER_SECOND / layers
-        copies[layer], rounds[layer] = bound_layer(
-            ids, experts, nodes, home_node, caps[layer], budget
-        )
+    budget = seconds * STEPS_PER_SECOND / max(layers, 1)
+
+    def fill(first: int, last: int) -> None:
+        for layer in range(first, last):
+            ids = trace.expert_ids[:, layer]  # type: ignore[index]
+            copies[layer], rounds[layer] = bound_layer(
+                ids, experts, nodes, home_node, caps[layer], budget
+            )
+
+    if nodes > 1:
+        over_layers(fill, layers)
     return Bounds(
         layer_ids=tuple(int(i) for i in trace.layer_ids),
         copies=copies,
