@@ -28,8 +28,8 @@ def drift_payload(
     num_windows: int | None,
     plan: Path | None,
     seed: int,
-) -> dict[str, Any] | None:
-    """What ``analyze`` says about drift; None where nothing was asked.
+) -> dict[str, Any]:
+    """What ``analyze`` adds about drift: {"drift": ...}; nothing where nothing was asked.
 
     Raises:
         ConfigError: both --against and --windows, or --plan with neither.
@@ -45,7 +45,7 @@ def drift_payload(
                 "found --plan alone, expected --against or --windows with it: a plan is costed on "
                 "two traces, or use `moe-locality evaluate`"
             )
-        return None
+        return {}
     if against is not None:
         parts, names = [trace, read_trace(against)], [str(against)]
     else:
@@ -61,7 +61,17 @@ def drift_payload(
         if placed is not None:
             entry["plan"] = dataclasses.asdict(measures.compare_plan(first, other, placed))
         rows.append(entry)
-    return {"against": against, "windows": num_windows, "plan": plan, "compared": rows}
+    found = {"against": against, "windows": num_windows, "plan": plan, "compared": rows}
+    return {"drift": found}
+
+
+def show_drift(console: Any, payload: dict[str, Any]) -> None:
+    """Print what ``drift_payload`` found: a table, and sentences about the plan."""
+    if not payload:
+        return
+    console.print(drift_table(payload["drift"]))
+    for line in drift_words(payload["drift"]):
+        console.print(line)
 
 
 def drift_table(found: dict[str, Any]) -> Any:

@@ -24,7 +24,7 @@ def analyze(
     """Describe a trace, with a cluster also what it could save; with ``report`` as a page too."""
     from moe_locality.analysis import analyze as describe
     from moe_locality.analysis.potential import potential, tradeoff
-    from moe_locality.commands.drift import drift_payload, drift_table, drift_words
+    from moe_locality.commands.drift import drift_payload, show_drift
     from moe_locality.compare.content import trace_report as make_report
     from moe_locality.compare.content import trace_summary_table, trace_words
     from moe_locality.compare.potential import add_potential, potential_table
@@ -40,8 +40,7 @@ def analyze(
         summary = describe(content, seed)
         payload: dict[str, Any] = {"command": "analyze", "path": trace, **summary}
         drift = drift_payload(content, against, windows, plan, seed)
-        if drift is not None:
-            payload["drift"] = drift
+        payload |= drift
         if topology is not None:
             found_potential = potential(content, topology, seed=seed, progress=update)
             points = tradeoff(content, topology, seed=seed)
@@ -61,10 +60,7 @@ def analyze(
         for line in words:
             console.print(line)
         console.print(table("", found.columns, found.rows))
-        if drift is not None:
-            console.print(drift_table(drift))
-            for line in drift_words(drift):
-                console.print(line)
+        show_drift(console, drift)
         if found_potential is not None:
             levers = potential_table(found_potential)
             console.print(table(levers.title, levers.columns, levers.rows))

@@ -64,18 +64,24 @@ def swap_best(weight, pin, load, item, block_of, rank_of, block_cap, rank_cap, m
         if score[stale] <= 0:
             break
         i, j = pair[stale]
-        a, b = block_of[stale, i], block_of[stale, j]
-        for k in range(num):
-            change = weight[stale, k, j] - weight[stale, k, i]
-            near[stale, k, a] += change
-            near[stale, k, b] -= change
-        shift = load[stale, j] - load[stale, i]
-        block_load[stale, a] += shift
-        block_load[stale, b] -= shift
-        block_of[stale, i], block_of[stale, j] = b, a
+        _move(weight[stale], load[stale], block_of[stale], near[stale], block_load[stale], i, j)
         _exchange(item[stale], rank_of[stale], rank_load[stale], load[stale], has[stale], i, j)
         done += 1
     return done
+
+
+@numba.njit(nogil=True, cache=True)
+def _move(weight, load, block_of, near, block_load, i, j):
+    """Exchange the blocks of two items."""
+    a, b = block_of[i], block_of[j]
+    for k in range(len(load)):
+        change = weight[k, j] - weight[k, i]
+        near[k, a] += change
+        near[k, b] -= change
+    shift = load[j] - load[i]
+    block_load[a] += shift
+    block_load[b] -= shift
+    block_of[i], block_of[j] = b, a
 
 
 @numba.njit(nogil=True, cache=True)
