@@ -2,6 +2,7 @@
 of the kernels.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -23,14 +24,41 @@ def checkout(tmp_path_factory) -> Path:
     return folder
 
 
-def build(checkout: Path, command: str, out: Path) -> Path:
+def attempt(checkout: Path, command: str, out: Path, **environment: str):
     code = f"import setuptools.build_meta as b; print(b.build_{command}({str(out)!r}))"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, timeout=240
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=checkout,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
+
+
+def build(checkout: Path, command: str, out: Path, **environment: str) -> Path:
+    result = attempt(checkout, command, out, **environment)
     assert result.returncode == 0, result.stdout + result.stderr
     (made,) = out.iterdir()
     return made
+
+
+def program(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def cuda_torch_and_broken_nvcc(tmp_path) -> dict[str, str]:
+    """A machine as setup.py sees it: a torch with CUDA, and an nvcc that only fails."""
+    folder = tmp_path / "site" / "torch"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").touch()
+    (folder / "version.py").write_text("cuda: Optional[str] = '13.0'\n")
+    program(folder / "include/torch/csrc/stable/library.h", "")
+    program(tmp_path / "cuda/bin/nvcc", "#!/bin/sh\necho no device code today >&2\nexit 1\n")
+    return {"PYTHONPATH": str(folder.parent), "CUDA_HOME": str(tmp_path / "cuda")}
 
 
 def test_the_wheel_is_pure_python_and_complete(checkout, tmp_path):
@@ -50,9 +78,41 @@ def test_the_sdist_holds_kernels_examples_and_tests(checkout, tmp_path):
     sdist = build(checkout, "sdist", tmp_path)
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"csrc/permute.cu", "csrc/permute.cuh", "setup.py", "LICENSE", "Makefile"} <= names
+    sources = {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
+    assert {"csrc/binding.cpp", "csrc/kernels.h", "csrc/vectors.cuh", "csrc/row_map.cu"} <= sources
+    assert sources <= names
+    assert {"setup.py", "LICENSE", "Makefile"} <= names
     assert {"tests/launch.py", "examples/train_lm.py", "launch/train.sh"} <= names
     assert not [n for n in names if n.endswith((".npz", ".parquet"))]
+
+
+def test_a_failing_build_does_not_fail_an_install(checkout, tmp_path, cuda_torch_and_broken_nvcc):
+    out = tmp_path / "out"
+    environment = {**cuda_torch_and_broken_nvcc, "MOE_LOCALITY_CUDA": "auto"}
+    result = attempt(checkout, "wheel", out, **environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    said = result.stdout + result.stderr
+    assert "no device code today" in said, "nvcc was not asked, so nothing was tested"
+    (wheel,) = out.iterdir()
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "moe_locality/kernels/cuda_impl.py" in names
+    assert not [name for name in names if name.endswith(".so")]
+
+
+def test_a_demanded_build_fails_loudly(checkout, tmp_path, cuda_torch_and_broken_nvcc):
+    environment = {**cuda_torch_and_broken_nvcc, "MOE_LOCALITY_CUDA": "1"}
+    result = attempt(checkout, "wheel", tmp_path / "out", **environment)
+    assert result.returncode != 0
+    assert "nvcc failed on combine.cu" in result.stdout + result.stderr
+    nothing = {"CUDA_HOME": str(tmp_path), "PYTHONPATH": environment["PYTHONPATH"]}
+    result = attempt(checkout, "wheel", tmp_path / "out", MOE_LOCALITY_CUDA="1", **nothing)
+    assert result.returncode != 0
+    assert "MOE_LOCALITY_CUDA=1 needs nvcc: install it, or unset it" in result.stderr
+
+
+def test_an_unknown_wish_is_refused(checkout, tmp_path):
+    result = attempt(checkout, "wheel", tmp_path, MOE_LOCALITY_CUDA="yes")
+    assert "MOE_LOCALITY_CUDA=yes is unknown, expected auto, 0, 1, check" in result.stderr
 
 
 def test_version_is_said_once():

@@ -1,0 +1,247 @@
+// The one binding of the CUDA kernels: LibTorch's stable ABI (2.10 and later), no CUDA header. Outputs are allocated in
+// Python (moe_locality/kernels/cuda_impl.py); here pointers are taken and the launchers called on torch's stream.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+
+#include "kernels.h"
+
+// In libtorch_cuda. Weak: then this library also loads where torch has no CUDA, and says so when called.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** ret_stream);
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+
+void* stream_of(const Tensor& tensor) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "moe_locality: found a torch without CUDA");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return stream;
+}
+
+template <typename T>
+T* pointer(const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.is_contiguous(), "moe_locality: expected a contiguous CUDA tensor");
+  return static_cast<T*>(const_cast<void*>(tensor.const_data_ptr()));
+}
+
+template <typename T>
+T* pointer(const Maybe& tensor) {
+  return tensor.has_value() ? pointer<T>(*tensor) : nullptr;
+}
+
+int32_t dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return moe_locality::kFloat32;
+    case ScalarType::Half:
+      return moe_locality::kFloat16;
+    case ScalarType::BFloat16:
+      return moe_locality::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, "moe_locality: expected float32, float16 or bfloat16");
+  }
+  return -1;
+}
+
+int32_t id_type_of(const Tensor& tensor) {
+  const auto type = tensor.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long, "moe_locality: expected int32 or int64 ids");
+  return type == ScalarType::Int ? moe_locality::kInt32 : moe_locality::kInt64;
+}
+
+void check(int code, const char* what) {
+  STD_TORCH_CHECK(code == 0, "moe_locality: ", what, " failed with CUDA error ", code);
+}
+
+int32_t narrow(int64_t value) { return static_cast<int32_t>(value); }
+
+int64_t row_map_blocks(int64_t num_tokens, int64_t top_k) {
+  return moe_locality::row_map_blocks(num_tokens, narrow(top_k));
+}
+
+void row_map(Tensor ids, Maybe keep, Maybe table, Maybe nodes, Tensor counts, Tensor row_route, Tensor row_token,
+             Tensor positions, Tensor tokens_per_slot, Tensor slot_offsets, Tensor routed, Tensor overflow,
+             Maybe node_mask, Maybe node_counts, int64_t capacity, int64_t alignment, int64_t num_nodes, bool fill) {
+  torch::stable::accelerator::DeviceGuard guard(ids.get_device_index());
+  moe_locality::RowMapArgs a{};
+  a.expert_ids = ids.const_data_ptr();  // of any stride
+  a.id_type = id_type_of(ids);
+  a.stride_token = ids.stride(0);
+  a.stride_k = ids.stride(1);
+  a.keep = pointer<uint8_t>(keep);
+  a.slot_of_expert = pointer<int32_t>(table);
+  a.node_of_slot = pointer<int32_t>(nodes);
+  a.counts = pointer<int32_t>(counts);
+  a.row_route = pointer<int32_t>(row_route);
+  a.row_token = pointer<int32_t>(row_token);
+  a.positions = pointer<int32_t>(positions);
+  a.tokens_per_slot = pointer<int64_t>(tokens_per_slot);
+  a.slot_offsets = pointer<int32_t>(slot_offsets);
+  a.routed_per_slot = pointer<int32_t>(routed);
+  a.overflow = pointer<int32_t>(overflow);
+  a.node_mask = pointer<int64_t>(node_mask);
+  a.node_counts = pointer<int64_t>(node_counts);
+  a.num_tokens = ids.size(0);
+  a.num_rows = row_route.size(0);
+  a.top_k = narrow(ids.size(1));
+  a.num_slots = narrow(tokens_per_slot.size(0));
+  a.num_experts = table.has_value() ? narrow(table->size(0)) : a.num_slots;
+  a.num_nodes = narrow(num_nodes);
+  a.capacity = narrow(capacity);
+  a.alignment = narrow(alignment);
+  a.fill = fill;
+  check(moe_locality::row_map(a, stream_of(ids)), "row_map");
+}
+
+void gather(Tensor x, Tensor index, Tensor rows) {
+  torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const int64_t row_bytes = x.size(1) * static_cast<int64_t>(x.element_size());
+  check(moe_locality::gather(pointer<void>(x), pointer<void>(index), id_type_of(index), pointer<void>(rows),
+                             rows.size(0), row_bytes, stream_of(x)),
+        "gather");
+}
+
+void permute(Tensor x, Tensor positions, Tensor row_token, Maybe slot_offsets, Maybe weights, Tensor rows,
+             Maybe row_weights) {
+  torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  moe_locality::PermuteArgs a{};
+  a.x = pointer<void>(x);
+  a.positions = pointer<int32_t>(positions);
+  a.row_token = pointer<int32_t>(row_token);
+  a.slot_offsets = pointer<int32_t>(slot_offsets);
+  a.weights = pointer<float>(weights);
+  a.rows = pointer<void>(rows);
+  a.row_weights = pointer<float>(row_weights);
+  a.num_tokens = x.size(0);
+  a.row_bytes = x.size(1) * static_cast<int64_t>(x.element_size());
+  a.top_k = narrow(positions.size(1));
+  a.num_slots = slot_offsets.has_value() ? narrow(slot_offsets->size(0)) - 1 : 0;
+  check(moe_locality::permute(a, stream_of(x)), "permute");
+}
+
+void combine(Tensor rows, Tensor positions, Maybe weights, Maybe row_values, Tensor out, Maybe values) {
+  torch::stable::accelerator::DeviceGuard guard(rows.get_device_index());
+  moe_locality::CombineArgs a{};
+  a.rows = pointer<void>(rows);
+  a.positions = pointer<int32_t>(positions);
+  a.weights = pointer<float>(weights);
+  a.row_values = pointer<float>(row_values);
+  a.out = pointer<void>(out);
+  a.values = pointer<float>(values);
+  a.num_tokens = positions.size(0);
+  a.width = rows.size(1);
+  a.top_k = narrow(positions.size(1));
+  a.dtype = dtype_of(rows);
+  check(moe_locality::combine(a, stream_of(rows)), "combine");
+}
+
+void combine_backward(Tensor grad, Maybe rows, Tensor positions, Tensor row_token, Maybe slot_offsets, Tensor weights,
+                      Maybe grad_rows, Maybe grad_weights) {
+  torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
+  moe_locality::CombineBackwardArgs a{};
+  a.grad = pointer<void>(grad);
+  a.rows = pointer<void>(rows);
+  a.positions = pointer<int32_t>(positions);
+  a.row_token = pointer<int32_t>(row_token);
+  a.slot_offsets = pointer<int32_t>(slot_offsets);
+  a.weights = pointer<float>(weights);
+  a.grad_rows = pointer<void>(grad_rows);
+  a.grad_weights = pointer<float>(grad_weights);
+  a.num_tokens = positions.size(0);
+  a.width = grad.size(1);
+  a.top_k = narrow(positions.size(1));
+  a.num_slots = slot_offsets.has_value() ? narrow(slot_offsets->size(0)) - 1 : 0;
+  a.dtype = dtype_of(grad);
+  check(moe_locality::combine_backward(a, stream_of(grad)), "combine_backward");
+}
+
+moe_locality::GateArgs gate_args(const Tensor& logits, const Tensor& ids, bool sigmoid, bool renormalize, double scale,
+                                 double tiny) {
+  moe_locality::GateArgs a{};
+  a.logits = logits.const_data_ptr();  // rows may lie apart
+  a.ids = pointer<int32_t>(ids);
+  a.num_tokens = logits.size(0);
+  a.stride = logits.stride(0);
+  a.scale = static_cast<float>(scale);
+  a.tiny = static_cast<float>(tiny);
+  a.num_experts = narrow(logits.size(1));
+  a.top_k = narrow(ids.size(1));
+  a.dtype = dtype_of(logits);
+  a.sigmoid = sigmoid;
+  a.renormalize = renormalize;
+  return a;
+}
+
+void gate(Tensor logits, Maybe bias, Tensor ids, Tensor weights, int64_t num_groups, int64_t top_groups, bool sigmoid,
+          bool sum_two, bool by_logit, bool renormalize, double scale, double tiny) {
+  torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  auto a = gate_args(logits, ids, sigmoid, renormalize, scale, tiny);
+  a.bias = pointer<float>(bias);
+  a.weights = pointer<float>(weights);
+  a.num_groups = narrow(num_groups);
+  a.top_groups = narrow(top_groups);
+  a.sum_two = sum_two;
+  a.by_logit = by_logit;
+  check(moe_locality::gate(a, stream_of(logits)), "gate");
+}
+
+void gate_backward(Tensor grad_weights, Tensor logits, Tensor ids, Tensor grad_logits, bool sigmoid, bool renormalize,
+                   double scale, double tiny) {
+  torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  auto a = gate_args(logits, ids, sigmoid, renormalize, scale, tiny);
+  a.grad_weights = pointer<float>(grad_weights);
+  a.grad_logits = pointer<void>(grad_logits);
+  a.num_groups = a.top_groups = 1;
+  check(moe_locality::gate_backward(a, stream_of(logits)), "gate_backward");
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(moe_locality_cuda, m) {
+  m.def("row_map_blocks(int num_tokens, int top_k) -> int");
+  m.def(
+      "row_map(Tensor ids, Tensor? keep, Tensor? table, Tensor? nodes, Tensor(a!) counts, Tensor(b!) row_route, "
+      "Tensor(c!) row_token, Tensor(d!) positions, Tensor(e!) tokens_per_slot, Tensor(f!) slot_offsets, "
+      "Tensor(g!) routed, Tensor(h!) overflow, Tensor(i!)? node_mask, Tensor(j!)? node_counts, int capacity, "
+      "int alignment, int num_nodes, bool fill) -> ()");
+  m.def("gather(Tensor x, Tensor index, Tensor(a!) rows) -> ()");
+  m.def(
+      "permute(Tensor x, Tensor positions, Tensor row_token, Tensor? slot_offsets, Tensor? weights, Tensor(a!) rows, "
+      "Tensor(b!)? row_weights) -> ()");
+  m.def(
+      "combine(Tensor rows, Tensor positions, Tensor? weights, Tensor? row_values, Tensor(a!) out, "
+      "Tensor(b!)? values) -> ()");
+  m.def(
+      "combine_backward(Tensor grad, Tensor? rows, Tensor positions, Tensor row_token, Tensor? slot_offsets, "
+      "Tensor weights, Tensor(a!)? grad_rows, Tensor(b!)? grad_weights) -> ()");
+  m.def(
+      "gate(Tensor logits, Tensor? bias, Tensor(a!) ids, Tensor(b!) weights, int num_groups, int top_groups, "
+      "bool sigmoid, bool sum_two, bool by_logit, bool renormalize, float scale, float tiny) -> ()");
+  m.def(
+      "gate_backward(Tensor grad_weights, Tensor logits, Tensor ids, Tensor(a!) grad_logits, bool sigmoid, "
+      "bool renormalize, float scale, float tiny) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(moe_locality_cuda, CompositeExplicitAutograd, m) {
+  m.impl("row_map_blocks", TORCH_BOX(&row_map_blocks));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(moe_locality_cuda, CUDA, m) {
+  m.impl("row_map", TORCH_BOX(&row_map));
+  m.impl("gather", TORCH_BOX(&gather));
+  m.impl("permute", TORCH_BOX(&permute));
+  m.impl("combine", TORCH_BOX(&combine));
+  m.impl("combine_backward", TORCH_BOX(&combine_backward));
+  m.impl("gate", TORCH_BOX(&gate));
+  m.impl("gate_backward", TORCH_BOX(&gate_backward));
+}
