@@ -16,7 +16,7 @@ import numpy as np
 
 from moe_locality.placement import nodes, profiles, transport
 from moe_locality.placement.frame import make_frame
-from moe_locality.placement.homes import MAX_TOKEN_IMBALANCE, scores_of_known
+from moe_locality.placement.homes import scores_of_known
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.predictor import Predictor
 from moe_locality.placement.problem import Problem, Solution
@@ -27,7 +27,7 @@ FIRST_ROUNDS = 3
 MORE_ROUNDS = 6
 PATIENCE = 2
 EFFORT = 2000  # kicks of a search times experts
-RUNG = 1.5  # multiple of the imbalance allowed, as in nodes.RUNGS, while homes are looked for
+RUNG = 1.1  # multiple of the imbalance allowed, as in nodes.RUNGS, while homes are looked for
 _SLACK_SHARE = 0.9  # of the allowed imbalance of tokens that nodes use, so that ranks can meet it
 
 
@@ -205,7 +205,7 @@ def _costs(data: _Known, serving: profiles.Serving) -> tuple[np.ndarray, np.ndar
 def _home_nodes(data: _Known, score: np.ndarray) -> np.ndarray:
     """[R] node of each request, tokens in balance."""
     count, tokens = score.shape[1], data.requests.tokens
-    allowed = 1 + (MAX_TOKEN_IMBALANCE - 1) * _SLACK_SHARE
+    allowed = 1 + (data.problem.max_home_imbalance - 1) * _SLACK_SHARE
     caps = transport.Capacities(tokens=tokens.sum() / count * allowed)
     return transport.assign(score, tokens, np.arange(count), caps).rank_of
 
@@ -222,7 +222,7 @@ def _place(
     full, said, predictor = _costs(data, serving)
     score = scores_of_known(serving, said, data.known.ids, data.known.request)
     caps = transport.Capacities(
-        tokens=requests.tokens.sum() / problem.num_ranks * MAX_TOKEN_IMBALANCE
+        tokens=requests.tokens.sum() / problem.num_ranks * problem.max_home_imbalance
     )
     assigned = transport.assign(score, requests.tokens, serving.node_of_rank, caps)
     home_node = serving.node_of_rank[assigned.rank_of]

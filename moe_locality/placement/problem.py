@@ -27,6 +27,7 @@ class Problem:
     group_of: np.ndarray | None
     seed: int
     objective: str = "copies"
+    max_home_imbalance: float = 1.05
 
     @property
     def num_nodes(self) -> int:
@@ -104,8 +105,15 @@ def check_slots(num_experts: int, topology: ClusterTopology, num_redundant_exper
     return slots
 
 
-def check_objective(objective: str, joint: bool, num_redundant_experts: int) -> None:
+def check_objective(
+    objective: str, joint: bool, num_redundant_experts: int, max_home_imbalance: float
+) -> None:
     """Raise PlacementError unless the objective is known and something can be done about it."""
+    if not max_home_imbalance >= 1:
+        raise PlacementError(
+            f"max_home_imbalance: found {max_home_imbalance}, expected at least 1 (it is max / "
+            "mean of the tokens per home rank)"
+        )
     if objective not in ("copies", "picks"):
         raise PlacementError(f"objective: found {objective!r}, expected 'copies' or 'picks'")
     if objective == "picks" and not joint:

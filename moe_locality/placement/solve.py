@@ -51,6 +51,7 @@ def solve(
     homes: Homes = None,
     expert_groups: int | Sequence[int] | None = None,
     objective: str = "copies",
+    max_home_imbalance: float = 1.05,
     seed: int = 0,
     start: PlacementPlan | None = None,
     move_budget: float = 0.02,
@@ -72,6 +73,8 @@ def solve(
             stays on one node (group-limited routers). Only methods that can keep that.
         objective: what ``homes="joint"`` lowers: ``copies`` (a token is sent once per node) or
             ``picks`` (for transports that send every pick by itself).
+        max_home_imbalance: most max / mean of the tokens per home rank that ``homes="joint"`` aims
+            at; the more, the better requests can be sorted, and the more tokens one rank has.
         seed: of every random choice.
         start: improve this plan instead, moving at most the share ``move_budget`` of its slots;
             with ``coactivation`` for fewer copies, with ``balance`` for more level ranks. Replicas
@@ -82,7 +85,7 @@ def solve(
     """
     _check_arguments(trace, method, max_imbalance, homes, expert_groups)
     joint = isinstance(homes, str) and homes == "joint"
-    check_objective(objective, joint, num_redundant_experts)
+    check_objective(objective, joint, num_redundant_experts, max_home_imbalance)
     if start is not None:
         num_redundant_experts = start.num_redundant_experts
     problem = Problem(
@@ -93,23 +96,35 @@ def solve(
         home_rank=None if joint else resolve_homes(trace, topology.num_ranks, homes),
         group_of=check_groups(trace.num_experts, topology.num_nodes, expert_groups),
         objective=objective,
+        max_home_imbalance=max_home_imbalance,
         seed=seed,
     )
+    found = _find(problem, method, joint, start, move_budget)
+    used_homes = found.homes if joint else homes
+    origin = "joint" if joint else ("uniform" if homes is None else "given")
+    return _signed(problem, found, used_homes, method, origin)
+
+
+def _find(problem, method, joint, start, move_budget) -> Solution:
     if start is not None:
         from moe_locality.placement.refresh import solve_from
 
-        found = solve_from(problem, start, move_budget, method, joint)
-    else:
-        found = _solve_joint(problem) if joint else METHODS[method].run(problem)
-    used_homes = found.homes if joint else homes
-    costs = evaluate(trace, found.plan, topology, used_homes).to_dict()
+        return solve_from(problem, start, move_budget, method, joint)
+    return _solve_joint(problem) if joint else METHODS[method].run(problem)
+
+
+def _signed(
+    problem: Problem, found: Solution, homes: Homes, method: str, origin: str
+) -> PlacementPlan:
+    """The plan with its costs on the trace, and where it is from."""
+    costs = evaluate(problem.trace, found.plan, problem.topology, homes).to_dict()
     provenance = {
         "method": method,
-        "trace": trace.content_hash(),
-        "seed": seed,
-        "max_imbalance": max_imbalance,
-        "num_redundant_experts": num_redundant_experts,
-        "homes": "joint" if joint else ("uniform" if homes is None else "given"),
+        "trace": problem.trace.content_hash(),
+        "seed": problem.seed,
+        "max_imbalance": problem.max_imbalance,
+        "num_redundant_experts": problem.num_slots - problem.trace.num_experts,
+        "homes": origin,
         "moe_locality": moe_locality.__version__,
         **found.notes,
     }

@@ -14,8 +14,13 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
+from moe_locality.placement.search import next_random
+
 PRICE_STEPS = 150
 EXCHANGE_ROUNDS = 20
+ANNEAL_REQUESTS = 5000
+"""Beyond so many requests the fill is within some 1e-4 of the bound, and annealing is left out."""
+ANNEAL_STEPS = 500  # per request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +81,12 @@ def assign(
     caps = (float(capacities.tokens), size, larger)
     rank_of, filled, count = _fill(order, worth, tokens.astype(np.int64), *caps)
     value = np.ascontiguousarray(score * tokens[:, None])
-    _improve(rank_of, filled, count, value, tokens.astype(np.int64), *caps[:2], EXCHANGE_ROUNDS)
+    whole = tokens.astype(np.int64)
+    _improve(rank_of, filled, count, value, whole, *caps[:2], EXCHANGE_ROUNDS)
+    if 1 < len(tokens) <= ANNEAL_REQUESTS and ranks > 1:
+        heat = float((near.max(axis=1) - near.mean(axis=1)).mean() * tokens.mean())
+        steps = ANNEAL_STEPS * len(tokens)
+        rank_of = _anneal(rank_of, filled, count, value, whole, *caps[:2], steps, heat)
     return Assignment(
         rank_of=rank_of, token_price=prices[0], request_price=prices[1], dual_bound=prices[2]
     )
@@ -215,3 +225,50 @@ def _move(request, rank, rank_of, filled, count, tokens):
     filled[rank] += tokens[request]
     count[home] -= 1
     count[rank] += 1
+
+
+@numba.njit(nogil=True, cache=True)
+def _anneal(rank_of, filled, count, value, tokens, cap, size, steps, heat):
+    """[R] the best assignment met by random moves and exchanges under falling heat.
+
+    Where capacity is tight whole requests fit badly, and only detours over worse assignments lead
+    to better ones. Load above the capacity never grows. The sequence of random numbers is fixed.
+    """
+    requests, ranks = value.shape
+    state = np.array([np.uint64(1)])
+    best = rank_of.copy()
+    gained, most = 0.0, 0.0
+    for step in range(steps):
+        temperature = 0.5 * heat * (1 - step / steps) ** 2 + 1e-9
+        request = next_random(state) % requests
+        home = rank_of[request]
+        other = -1
+        if next_random(state) % 3 == 0:
+            rank = next_random(state) % ranks
+            if rank == home or count[rank] >= size:
+                continue
+            shift = tokens[request]
+            gain = value[request, rank] - value[request, home]
+        else:
+            other = next_random(state) % requests
+            rank = rank_of[other]
+            if rank == home:
+                continue
+            shift = tokens[request] - tokens[other]
+            gain = value[request, rank] - value[request, home]
+            gain += value[other, home] - value[other, rank]
+        more = max(filled[home] - shift - cap, 0.0) + max(filled[rank] + shift - cap, 0.0)
+        more -= max(filled[home] - cap, 0.0) + max(filled[rank] - cap, 0.0)
+        if more > 0:
+            continue
+        luck = (next_random(state) + 1) / 2147483649.0
+        if more == 0 and gain < 0 and luck >= np.exp(gain / temperature):
+            continue
+        _move(request, rank, rank_of, filled, count, tokens)
+        if other >= 0:
+            _move(other, home, rank_of, filled, count, tokens)
+        gained += gain
+        if more < 0 or gained > most + 1e-9:  # less above the capacity comes first
+            most = gained
+            best[:] = rank_of
+    return best
