@@ -5,9 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from moe_locality.placement.plan import PlacementPlan
+from moe_locality.placement.plan.serving import choose_serving_nodes
 
 CERTAIN = 2.0
 """Standard errors by which the saving must be above zero to count."""
+
+REPLICA_TOKENS = 4096
+"""Tokens of the sample on which plans with replicas are compared."""
 
 LEVELED = 0.01
 """Change of the rank imbalance that is worth a word where copies are not saved."""
@@ -72,12 +76,14 @@ def sampled_copies(old, new, state) -> tuple[float, float, float]:
     if not len(state.recent_ids):
         return np.nan, np.nan, np.nan
     layers = len(state.layer_ids)
+    # with replicas every home is looked at by itself: fewer tokens for the same time
+    step = 1 if old.is_permutation else max(len(state.recent_ids) // REPLICA_TOKENS, 1)
+    ids = np.ascontiguousarray(state.recent_ids[::step])
     found = [
-        remote_nodes(state.recent_ids, _serving_nodes(plan), plan.num_nodes) / layers
-        for plan in (old, new)
+        remote_nodes(ids, _serving_nodes(plan), plan.num_nodes) / layers for plan in (old, new)
     ]
     saved = found[0] - found[1]
-    requests, part = np.unique(state.recent_request, return_inverse=True)
+    requests, part = np.unique(state.recent_request[::step], return_inverse=True)
     # tokens of a request are alike: the requests, not the tokens, are the independent draws
     off = np.bincount(part, weights=saved - saved.mean())
     draws = len(requests)
@@ -93,9 +99,13 @@ def _serving_nodes(plan: PlacementPlan) -> np.ndarray:
         served = np.empty((len(slots), 1, plan.num_experts), np.int64)
         np.put_along_axis(served[:, 0], slots, node_of_slot[None], axis=1)
         return served
-    # the serving node depends on the home node alone: one rank of each node stands for all
-    first = [int(np.flatnonzero(plan.node_of_rank == node)[0]) for node in range(plan.num_nodes)]
-    return np.ascontiguousarray(node_of_slot[plan.serving_slot()[:, first]])
+    layer, slot = np.indices(slots.shape)
+    held = np.zeros((len(slots), plan.num_experts, plan.num_nodes), bool)
+    held[layer, slots, node_of_slot[slot]] = True
+    load = plan.expert_load
+    if load is None:
+        load = np.ones(held.shape[:2], np.int64)
+    return np.ascontiguousarray(choose_serving_nodes(held, load))
 
 
 def rank_imbalance(plan: PlacementPlan, load: np.ndarray) -> float:
