@@ -171,6 +171,18 @@ def timings(load: np.ndarray, peers) -> Iterator[dict]:
         yield row(case, "time of the baseline", wall, "ms", f"{peer} global", "warm, median of 3")
 
 
+def totals(rows: list[dict]) -> Iterator[dict]:
+    """One row per baseline and count of layers, summed over the cases of real traces."""
+    sums: dict[tuple[str, str], int] = {}
+    for found in rows:
+        if found["unit"] == "layers" and not found["case"].startswith(f"{LAYERS}x{EXPERTS}"):
+            key = found["metric"], found["baseline"]
+            sums[key] = sums.get(key, 0) + int(float(found["value"]))
+    cases = len({r["case"] for r in rows if not r["case"].startswith(f"{LAYERS}x{EXPERTS}")})
+    for (metric, baseline), value in sums.items():
+        yield row(f"all traces, {cases} cases", metric, value, "layers", baseline)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--csv", type=Path)
@@ -191,7 +203,8 @@ def main() -> None:
     worse = [r for r in rows if r["metric"].startswith("layers worse") and float(r["value"]) > 0]
     print(f"layers worse than a baseline in {len(worse)} of {len(rows)} rows")
     if options.csv is not None:
-        append_rows(options.csv, rows, packages=("numpy", "numba"))
+        kept = [r for r in rows if r["case"].startswith(f"{LAYERS}x{EXPERTS}")]
+        append_rows(options.csv, kept + list(totals(rows)), packages=("numpy", "numba"))
 
 
 if __name__ == "__main__":
