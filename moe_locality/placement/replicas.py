@@ -13,14 +13,14 @@ import numpy as np
 
 from moe_locality.placement import counting, replica_search
 
-MAX_TOKENS = 1 << 15
+MAX_TOKENS = 1 << 14
 """Copies are counted on a sample of so many tokens, where there are more. Loads are exact."""
 
-MAX_STEPS = 20_000
-MAX_VISITS = 1 << 28
+MAX_STEPS = 40_000
+MAX_VISITS = 1 << 29
 """Token visits that the steps of one layer may take, about."""
 
-HOT, COLD = 0.01, 3e-4
+HOT, COLD = 0.005, 3e-4
 """First and last heat, as shares of the copies of the greedy placement."""
 
 
