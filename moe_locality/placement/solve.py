@@ -76,9 +76,8 @@ def solve(
         max_home_imbalance: most max / mean of the tokens per home rank that ``homes="joint"`` aims
             at; the more, the better requests can be sorted, and the more tokens one rank has.
         seed: of every random choice.
-        start: improve this plan instead, moving at most the share ``move_budget`` of its slots;
-            with ``coactivation`` for fewer copies, with ``balance`` for more level ranks. Replicas
-            are those of the plan. ``placement.refresh`` also says whether the move pays.
+        start: improve this plan (and its replicas) instead, moving at most the share
+            ``move_budget`` of its slots; with ``coactivation`` or ``balance``. See refresh.py.
 
     Raises:
         PlacementError: the arguments do not fit each other; the message says what to change.
@@ -99,13 +98,12 @@ def solve(
         max_home_imbalance=max_home_imbalance,
         seed=seed,
     )
-    found = _find(problem, method, joint, start, move_budget)
-    used_homes = found.homes if joint else homes
+    found = _run(problem, method, joint, start, move_budget)
     origin = "joint" if joint else ("uniform" if homes is None else "given")
-    return _signed(problem, found, used_homes, method, origin)
+    return _signed(problem, found, found.homes if joint else homes, method, origin)
 
 
-def _find(problem, method, joint, start, move_budget) -> Solution:
+def _run(problem, method, joint, start, move_budget) -> Solution:
     if start is not None:
         from moe_locality.placement.refresh import solve_from
 
