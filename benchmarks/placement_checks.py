@@ -108,7 +108,7 @@ def partitioner_rows(folder: Path, preset: str = "quality") -> Iterator[Row]:
 
 def transfer_rows(folder: Path) -> Iterator[Row]:
     """Plans made on one family of domains and judged on another, 4 nodes."""
-    for name, least in ((GPT, 50), ("deepseek_v2_lite_esft_tasks", 20)):
+    for name, least in ((GPT, 30), ("deepseek_v2_lite_esft_tasks", 12)):
         if not (folder / f"{name}.npz").exists():
             continue
         data = parts(folder, name)

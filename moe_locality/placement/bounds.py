@@ -14,6 +14,7 @@ import numpy as np
 
 from moe_locality.errors import PlacementError
 from moe_locality.placement.frame import resolve_homes
+from moe_locality.placement.layer_tokens import LayerTokens, as_vertices
 from moe_locality.placement.objective import Homes, evaluate
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.threads import over_layers
@@ -55,6 +56,7 @@ class Certificate:
     found: np.ndarray  # [L] copies per token
     bound: np.ndarray  # [L]
     max_imbalance: np.ndarray  # [L]
+    proved: np.ndarray  # [L] bool: no placement in the cap has fewer copies (bound == found)
 
     @property
     def gap_per_layer(self) -> np.ndarray:
@@ -77,6 +79,7 @@ class Certificate:
             "worst_gap": round(float(self.gap_per_layer[worst]), 6),
             "worst_layer": self.layer_ids[worst],
             "max_imbalance": round(float(capped.max()), 6) if len(capped) else None,
+            "proved_layers": int(self.proved.sum()),
         }
 
 
@@ -88,6 +91,7 @@ def certify_plan(
     *,
     max_imbalance: float | None = None,
     seconds: float = 20.0,
+    prove: bool = False,
 ) -> Certificate:
     """How far a plan is from the fewest copies that any plan without replicas has on this trace.
 
@@ -97,6 +101,8 @@ def certify_plan(
             (max / mean), or as uneven as the plan's own in layers where that is more. None: with
             placements of any balance.
         seconds: effort, about, on one core; see ``lower_bounds``.
+        prove: as much effort again on branch and bound, for models of at most 32 experts on at most
+            4 nodes: raises the bound, up to the proof that a layer cannot be placed better.
 
     Raises:
         PlacementError: the plan has replicas, or does not fit the trace.
@@ -114,12 +120,50 @@ def certify_plan(
         caps = np.maximum(own * (1 + 1e-9), max_imbalance)
     cluster = topology or ClusterTopology(rank_to_node=plan.rank_to_node or ())
     bounds = lower_bounds(trace, cluster, homes, max_imbalance=caps, seconds=seconds)
+    found, bound = costs.per_layer["copies"], bounds.copies
+    if prove:
+        bound = np.maximum(bound, _proved_bounds(trace, cluster, homes, bounds, found, seconds))
     return Certificate(
         layer_ids=costs.layer_ids,
-        found=costs.per_layer["copies"],
-        bound=bounds.copies,
+        found=found,
+        bound=bound,
         max_imbalance=bounds.max_imbalance,
+        proved=bound >= found - 1e-9,
     )
+
+
+def _proved_bounds(
+    trace: RoutingTrace,
+    topology: ClusterTopology,
+    homes: Homes,
+    bounds: Bounds,
+    found: np.ndarray,
+    seconds: float,
+) -> np.ndarray:
+    """[L] copies from branch and bound; 0 where the model or the cluster is too large for it."""
+    from moe_locality.placement.exact import MOST_EXPERTS, MOST_NODES, prove_layer
+
+    nodes, experts, layers = topology.num_nodes, trace.num_experts, trace.num_layers
+    copies = np.zeros(layers)
+    if experts > MOST_EXPERTS or not 1 < nodes <= MOST_NODES:
+        return copies
+    home_node = _home_node(trace, topology, homes)
+
+    def fill(first: int, last: int) -> None:
+        for row in range(first, last):
+            layer = LayerTokens.of(trace.expert_ids[:, row], experts, nodes, home_node)  # type: ignore[index]
+            known = round(layer.blocks_of(float(found[row])) * layer.num_tokens)
+            budget = seconds * STEPS_PER_SECOND / layers
+            proof = prove_layer(layer, known, float(bounds.max_imbalance[row]), budget)
+            copies[row] = layer.as_copies(proof.bound / layer.num_tokens)
+
+    over_layers(fill, layers)
+    return copies
+
+
+def _home_node(trace: RoutingTrace, topology: ClusterTopology, homes: Homes) -> np.ndarray | None:
+    rank = resolve_homes(trace, topology.num_ranks, homes)
+    return None if rank is None else np.asarray(topology.rank_to_node)[rank]
 
 
 def lower_bounds(
@@ -152,10 +196,7 @@ def lower_bounds(
             f"found {experts} experts for {nodes} nodes, expected a multiple: bounds are for "
             "placements with the same number of experts on every node"
         )
-    home_rank = resolve_homes(trace, topology.num_ranks, homes)
-    home_node = None
-    if home_rank is not None:
-        home_node = np.asarray(topology.rank_to_node)[home_rank]
+    home_node = _home_node(trace, topology, homes)
     layers = trace.num_layers
     caps = np.full(layers, np.inf)
     if max_imbalance is not None:
@@ -225,96 +266,6 @@ def cool(problem: Any, prices: Any, rounds: int, smoothing: float = _SMOOTHING) 
         done += some
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerTokens:
-    """The tokens of a layer as patterns of vertices: experts, and pins E + m for homes on node m.
-
-    ``members`` and ``tokens`` have one entry for each number of vertices in a pattern.
-    """
-
-    num_experts: int
-    num_nodes: int
-    num_tokens: int
-    has_homes: bool
-    members: list[np.ndarray]
-    tokens: list[np.ndarray]
-    load: np.ndarray  # [n], 0 for pins
-
-    @staticmethod
-    def of(
-        ids: np.ndarray, num_experts: int, num_nodes: int, home_node: np.ndarray | None
-    ) -> LayerTokens:
-        picks, load = _as_vertices(ids, num_experts, num_nodes, home_node)
-        size = (picks >= 0).sum(axis=1)
-        members, tokens = [], []
-        for count in np.unique(size[size > 0]):
-            rows, counts = _unique_rows(picks[size == count][:, -int(count) :])
-            members.append(rows)
-            tokens.append(counts.astype(np.float64))
-        return LayerTokens(
-            num_experts=num_experts,
-            num_nodes=num_nodes,
-            num_tokens=max(len(picks), 1),
-            has_homes=home_node is not None,
-            members=members,
-            tokens=tokens,
-            load=load,
-        )
-
-    @property
-    def num_vertices(self) -> int:
-        return self.num_experts + (self.num_nodes if self.has_homes else 0)
-
-    @property
-    def node_size(self) -> int:
-        return self.num_vertices // self.num_nodes
-
-    def as_copies(self, blocks: float, visits: float | None = None) -> float:
-        """Copies per token from nodes touched per token (the home among them, if given).
-
-        visits: share of the tokens that touch any; None: from the patterns.
-        """
-        if not self.has_homes:
-            return blocks * (self.num_nodes - 1) / self.num_nodes
-        if visits is None:
-            visits = sum(float(t.sum()) for t in self.tokens) / self.num_tokens
-        return max(blocks - visits, 0.0)
-
-    def fewest_blocks(self) -> float:
-        """Nodes touched per token if every token's vertices were packed as tightly as nodes are."""
-        sizes = [-(-rows.shape[1] // self.node_size) for rows in self.members]
-        total = sum(s * float(t.sum()) for s, t in zip(sizes, self.tokens, strict=True))
-        return total / self.num_tokens
-
-    def fixed_pairs(self) -> np.ndarray:
-        """[n, n]: pins are on different nodes; the rest is open (nan)."""
-        fixed = np.full((self.num_vertices, self.num_vertices), np.nan)
-        fixed[self.num_experts :, self.num_experts :] = 0.0
-        np.fill_diagonal(fixed, 1.0)
-        return fixed
-
-    def relaxation(
-        self,
-        max_imbalance: float,
-        fixed: np.ndarray | None = None,
-        cost: np.ndarray | None = None,
-    ) -> Any:
-        """The relaxation of this layer, see ``make_relaxation``."""
-        from moe_locality.placement.relaxation import make_relaxation
-
-        return make_relaxation(
-            self.members,
-            self.tokens,
-            self.num_vertices,
-            self.num_nodes,
-            num_tokens=self.num_tokens,
-            cost=cost,
-            fixed=self.fixed_pairs() if fixed is None else fixed,
-            load=self.load,
-            max_imbalance=max_imbalance,
-        )
-
-
 def coarse_bound(
     ids: np.ndarray,
     num_experts: int,
@@ -331,7 +282,7 @@ def coarse_bound(
     from moe_locality.placement.partitions import hull_slopes, partition_counts
     from moe_locality.placement.relaxation import certify, start_prices
 
-    picks, load = _as_vertices(ids, num_experts, num_nodes, home_node)
+    picks, load = as_vertices(ids, num_experts, num_nodes, home_node)
     tokens = len(picks)
     layer = LayerTokens(
         num_experts=num_experts,
@@ -365,27 +316,3 @@ def coarse_bound(
         best = max(best, total)
     visits = float(sizes[1:].sum()) / tokens if layer.has_homes else None
     return layer.as_copies(best, visits)
-
-
-def _as_vertices(
-    ids: np.ndarray, num_experts: int, num_nodes: int, home_node: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """([T, k] vertices in rising order, -1 first where there is none; [n] load of each)."""
-    picks = np.sort(np.asarray(ids, dtype=np.int64), axis=1)
-    load = np.bincount(picks[picks >= 0], minlength=num_experts).astype(np.float64)
-    picks[:, 1:][picks[:, 1:] == picks[:, :-1]] = -1  # an expert picked twice is one vertex
-    if home_node is not None:
-        pin = np.where((picks >= 0).any(axis=1), num_experts + home_node, -1)
-        picks = np.concatenate([picks, pin[:, None]], axis=1)
-        load = np.concatenate([load, np.zeros(num_nodes)])
-    return np.sort(picks, axis=1), load
-
-
-def _unique_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Different rows of rising vertex numbers, and how often each occurs."""
-    base, width = int(rows.max()) + 1, rows.shape[1]
-    if width * np.log2(base + 1) >= 63:
-        return np.unique(rows, axis=0, return_counts=True)
-    powers = base ** np.arange(width, dtype=np.int64)[::-1]
-    keys, counts = np.unique(rows @ powers, return_counts=True)
-    return keys[:, None] // powers % base, counts

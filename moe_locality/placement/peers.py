@@ -70,7 +70,7 @@ def partition_mtkahypar(problem: Problem, preset: str) -> Solution:
         BackendUnavailable: the package ``mtkahypar`` is not installed.
         PlacementError: replicas, or an unknown preset.
     """
-    from moe_locality.placement.bounds import LayerTokens
+    from moe_locality.placement.layer_tokens import LayerTokens
     from moe_locality.placement.search import count_pairs
 
     trace, nodes = problem.trace, problem.num_nodes

@@ -50,7 +50,7 @@ def fewest_copies(trace, topology, homes, experts, nodes, cap):
     return best, count
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.data())
 def test_no_placement_is_below_the_bound(data):
     experts, nodes = data.draw(st.sampled_from([(4, 2), (6, 2), (6, 3), (4, 4), (8, 2)]))
@@ -65,7 +65,7 @@ def test_no_placement_is_below_the_bound(data):
     if not trace.load().any():
         return
     best, count = fewest_copies(trace, topology, homes, experts, nodes, cap)
-    for seconds in (0.0, 0.05, 0.3):  # the trivial start, the coarse bound, the tight one
+    for seconds in (0.0, 0.02, 0.1):  # the trivial start, the coarse bound, the tight one
         bounds = lower_bounds(trace, topology, homes, max_imbalance=cap, seconds=seconds)
         if count:
             assert bounds.copies[0] <= best + 1e-9
