@@ -57,13 +57,12 @@ class Tables:
 class Layer:
     """What the search sees of one layer; its experts may be groups of experts that stay together.
 
-    ids: [T', K] picks of every so many tokens; home: [T'] their home nodes, or empty.
+    patterns: see ``polish.patterns``, of every so many tokens.
     weight: [E, E] tokens that picked both; load: [E] picks; pin: [E, M] picks by home node.
     sizes: experts on each node.
     """
 
-    ids: np.ndarray
-    home: np.ndarray
+    patterns: tuple[np.ndarray, np.ndarray, np.ndarray]
     weight: np.ndarray
     load: np.ndarray
     pin: np.ndarray
@@ -131,9 +130,12 @@ def make_layer(problem: Problem, tables: Tables, layer: int) -> Layer:
         experts = len(onto)
     if problem.objective == "picks":  # experts do not attract each other, only homes do
         weight = np.zeros_like(weight)
+    if experts <= POLISH_EXPERTS:
+        rows = patterns(ids, experts, home, nodes)
+    else:
+        rows = (ids, home, np.ones(len(ids)))
     return Layer(
-        ids=ids,
-        home=home,
+        patterns=rows,
         weight=weight,
         load=load,
         pin=pin,
@@ -209,13 +211,20 @@ def polished(layer: Layer, start: Candidate, seed: int) -> Candidate:
     experts, num_nodes = len(layer.load), len(layer.sizes)
     if experts > POLISH_EXPERTS or num_nodes == 1 or not layer.load.any() or layer.by_pick:
         return start
-    exact = patterns(layer.ids, experts, layer.home, num_nodes)
     deviations = _deviations(layer)
     noise = layer.noise.covariance
     _, loads, variances = search.block_sums(noise, layer.load, start.node_of, num_nodes)
     most = float((loads + deviations * np.sqrt(np.maximum(variances, 0))).max())
     node_of, _, _ = polish(
-        exact, layer.load, most, start.node_of, num_nodes, POLISH_KICKS, seed, noise, deviations
+        layer.patterns,
+        layer.load,
+        most,
+        start.node_of,
+        num_nodes,
+        POLISH_KICKS,
+        seed,
+        noise,
+        deviations,
     )
     found = _candidate(layer, node_of)
     return found if found.copies < start.copies else start
@@ -249,7 +258,9 @@ def _candidate(layer: Layer, node_of: np.ndarray) -> Candidate:
         away = layer.load.sum() - layer.pin[np.arange(len(node_of)), node_of].sum()
         copies = float(away) / max(float(layer.load.sum()), 1.0)
     else:
-        copies = search.count_visits(layer.ids, node_of, layer.home) / max(len(layer.ids), 1)
+        ids, home, count = layer.patterns
+        visits = search.count_pattern_visits(ids, home, count, node_of, len(layer.sizes))
+        copies = visits / max(float(count.sum()), 1.0)
     return Candidate(
         node_of=node_of,
         copies=copies,

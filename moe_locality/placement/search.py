@@ -61,6 +61,22 @@ def count_visits(ids, block_of, home_block):
     return total
 
 
+@numba.njit(nogil=True, cache=True)
+def count_pattern_visits(ids, home_block, count, block_of, num_blocks):
+    """``count_visits`` over patterns of picks [N, K] that occur ``count`` [N] times; float64."""
+    seen = np.full(num_blocks, -1, dtype=np.int64)
+    total = 0.0
+    for row in range(ids.shape[0]):
+        if home_block.size:
+            seen[home_block[row]] = row
+        for pick in range(ids.shape[1]):
+            e = ids[row, pick]
+            if e >= 0 and seen[block_of[e]] != row:
+                seen[block_of[e]] = row
+                total += count[row]
+    return total
+
+
 def search(
     weight: np.ndarray,
     pin: np.ndarray,

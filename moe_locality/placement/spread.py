@@ -78,23 +78,45 @@ def place_layers(
         sum(allowed),
         [most + problem.max_imbalance - 1 for most in allowed],
     )
+    plain = [some[place] for some, place in zip(tried, chosen, strict=True)]
+    fewer = list(plain)
     rows: list[RankLists] = [[] for _ in wanted]
-    expected = [0.0] * len(wanted)
+
+    def polish(first: int, last: int) -> None:
+        for place in range(first, last):
+            seed = _seed(problem, wanted[place])
+            fewer[place] = nodes.polished(seen.pop(place), plain[place], seed)
 
     def finish(first: int, last: int) -> None:
         for place in range(first, last):
-            seed = _seed(problem, wanted[place])
-            found = nodes.polished(seen.pop(place), tried[place][chosen[place]], seed)
-            expected[place] = found.imbalance
-            rows[place] = _finish(problem, tables, wanted[place], found.node_of, seed)
+            layer, seed = wanted[place], _seed(problem, wanted[place])
+            rows[place] = _finish(problem, tables, layer, found[place].node_of, seed)
 
+    over_layers(polish, len(wanted), threads=threads)
+    found = within_budget(plain, fewer, max(sum(allowed), sum(c.imbalance for c in plain)))
     over_layers(finish, len(wanted), threads=threads)
+    expected = [some.imbalance for some in found]
     notes = {
         place: _note(tables.load[layer], expected[place], allowed[place])
         for place, layer in enumerate(wanted)
         if allowed[place] > problem.max_imbalance or not tables.load[layer].any()
     }
     return Placed(rows=rows, expected=expected, notes=notes)
+
+
+def within_budget(
+    plain: Sequence[nodes.Candidate], fewer: Sequence[nodes.Candidate], budget: float
+) -> list[nodes.Candidate]:
+    """``fewer``, but the layers that grew most unlevel as in ``plain``, until the sum of the
+    imbalances is in the budget.
+    """
+    found = list(fewer)
+    growth = [new.imbalance - old.imbalance for old, new in zip(plain, fewer, strict=True)]
+    for place in sorted(range(len(found)), key=lambda i: (-growth[i], i)):
+        if sum(some.imbalance for some in found) <= budget or growth[place] <= 0:
+            break
+        found[place] = plain[place]
+    return found
 
 
 def place_layer(problem: Problem, layer: int) -> tuple[RankLists, dict[str, Any]]:

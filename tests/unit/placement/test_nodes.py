@@ -183,3 +183,14 @@ def test_one_node_and_as_many_nodes_as_experts():
     assert sorted(spread_out.physical_to_logical_map[0].tolist()) == [0, 1, 2, 3]
     with pytest.raises(PlacementError, match="5 nodes for 4 experts"):
         solve(trace, ClusterTopology.uniform(5, 1))
+
+
+def test_polish_is_taken_back_where_it_cost_most_level_until_the_budget_holds():
+    def some(*levels):
+        return [nodes.Candidate(node_of=np.zeros(1, int), copies=1.0, imbalance=x) for x in levels]
+
+    plain, fewer = some(1.05, 1.05, 1.05), some(1.09, 1.04, 1.06)
+    levels = [c.imbalance for c in spread.within_budget(plain, fewer, 3.15)]
+    assert levels == [1.05, 1.04, 1.06]
+    assert spread.within_budget(plain, fewer, 3.2) == fewer
+    assert spread.within_budget(plain, fewer, 3.0)[1] is fewer[1]
