@@ -188,6 +188,9 @@ def place(
         float,
         typer.Option("--bound-seconds", min=0, help="Effort on the lower bound; 0: no bound."),
     ] = 10.0,
+    prove: Annotated[
+        bool, typer.Option("--prove", help="Try to prove layers optimal: <= 32 experts, 4 nodes.")
+    ] = False,
     seed: Seed = 0,
     as_json: Json = False,
     debug: Debug = False,

@@ -74,6 +74,7 @@ def place(
     homes: str | None,
     held_out: float,
     bound_seconds: float,
+    prove: bool,
     seed: int,
 ) -> Result:
     """Solve and write the plan; with ``held_out`` also evaluate it on requests not seen."""
@@ -98,7 +99,7 @@ def place(
         )
         seconds = time.perf_counter() - start
         judged = _judge(plan, train, test, topology)
-        certificate = certificate_of(plan, train, topology, max_imbalance, bound_seconds)
+        certificate = certificate_of(plan, train, topology, max_imbalance, bound_seconds, prove)
     if certificate is not None:
         source = {**plan.provenance, "certificate": certificate}
         plan = dataclasses.replace(plan, provenance=source)
