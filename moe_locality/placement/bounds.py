@@ -80,6 +80,7 @@ class Certificate:
             "worst_layer": self.layer_ids[worst],
             "max_imbalance": round(float(capped.max()), 6) if len(capped) else None,
             "proved_layers": int(self.proved.sum()),
+            "layers": len(self.proved),
         }
 
 

@@ -44,3 +44,11 @@ def test_place_says_how_far_the_plan_is_from_the_bound(trace, tmp_path):
 def test_no_certificate_where_there_is_no_bound(trace, tmp_path, words):
     payload = json.loads(place(trace, tmp_path / "plan.json", "--json", *words).stdout)
     assert payload["certificate"] is None
+
+
+def test_prove_says_how_many_layers_are_proved(trace, tmp_path):
+    words = ("--prove", "--max-imbalance", "3", "--bound-seconds", "20")
+    shown = place(trace, tmp_path / "plan.json", *words).stdout
+    assert "2 of 2 layers are proved to be best" in shown.replace("\n", " ")
+    plain = place(trace, tmp_path / "plain.json", "--bound-seconds", "0.1").stdout
+    assert "proved" not in plain
