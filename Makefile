@@ -36,9 +36,11 @@ bench: $(READY) ## benchmarks that run on a CPU; rows go to benchmarks/results.c
 	@if [ -n "$$MOE_LOCALITY_DATA" ]; then $(PY) benchmarks/placement.py --csv benchmarks/results.csv; \
 	else echo "benchmarks/placement.py was not run: MOE_LOCALITY_DATA names no directory of traces"; fi
 
-gpu: $(READY) ## tests and benchmarks that need an NVIDIA GPU
-	$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu: torch sees no CUDA device here')"
-	$(PY) -m pytest -m gpu tests/gpu
+# It may run where there is no internet: it takes the python that has the CUDA torch, and installs nothing.
+GPU_PYTHON ?= python3
+PART       ?= build,test,sanitize,ours,peers
+gpu: ## build, test and measure the kernels on an NVIDIA GPU; PART=ours does one part, DRY=1 goes through it without a GPU
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/kernels.py --part $(PART) $(if $(DRY),--dry,--csv benchmarks/results.csv)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis runs

@@ -2,133 +2,126 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from moe_locality.dispatch import exchange, permute
+from moe_locality.dispatch import permute
+from moe_locality.dispatch.codec import Codec
+from moe_locality.dispatch.exchange import Arriving, Link
 from moe_locality.dispatch.permute import StepPlan
-from moe_locality.dispatch.traffic import SubgroupCounter, TrafficCounter
+from moe_locality.dispatch.timing import StageClock
 from moe_locality.kernels import ops
 
 
 class FlatTransport:
     """Exchanges rows over one EP group; holds no state of a step.
 
-    ``group`` may be None for the world, ``num_ranks == 1`` means that nothing is exchanged.
+    ``start_`` and ``finish_`` are the halves of a forward: rows travel between them. What a start
+    returns, the finish takes. ``payload`` codes the rows of the dispatch, ``combine_payload`` those
+    of the combine.
     """
+
+    weights_travel = False
 
     def __init__(
         self,
+        link: Link,
         *,
-        group: Any,
-        num_ranks: int,
-        comm: Any,
+        num_slots: int,
         kernels: ops.Backend,
-        traffic: TrafficCounter | SubgroupCounter | None,
+        payload: Codec,
+        combine_payload: Codec,
+        clock: StageClock,
     ) -> None:
-        self.group = group
-        self.num_ranks = num_ranks
-        self.comm = comm
+        self.link = link
+        self.num_slots = num_slots
         self.kernels: ops.Backend = kernels
-        self.traffic = traffic
+        self.payload = payload
+        self.combine_payload = combine_payload
+        self.clock = clock
 
-    def plan(self, slot_ids: Tensor, num_slots: int) -> StepPlan:
-        """Sort the routes ``[T, K]`` and agree with the other ranks on the splits. Collective."""
-        mapping = ops.row_map(slot_ids, num_slots, backend=self.kernels)
-        received = mapping.tokens_per_slot.view(self.num_ranks, -1)
-        if self.num_ranks > 1:
-            received = exchange.exchange_counts(
-                mapping.tokens_per_slot, self.num_ranks, group=self.group, comm=self.comm
-            )
-        return permute.plan_step(mapping, received, self.num_ranks)
-
-    def dispatch(self, x: Tensor, plan: StepPlan, kind: str = "dispatch") -> Tensor:
-        """Return the rows of the local experts, ``[T, D]`` to ``[R, D]``. Collective.
-
-        ``kind`` is what the rows, and their gradients, are counted as.
+    def start_dispatch(
+        self, x: Tensor, slot_ids: Tensor, weights: Tensor | None, plan: StepPlan | None
+    ) -> tuple[StepPlan, Arriving]:
+        """Sort the routes ``[T, K]``, agree with the other ranks on the splits while the rows are
+        put in order, and send them. With a ``plan``, only the rows. Collective.
         """
-        return _apply(_FlatDispatch, x, self, plan, kind)
+        del weights  # they are used where the tokens are
+        if plan is None:
+            with self.clock("plan"):
+                row_map = permute.sort_routes(slot_ids, self.num_slots, self.kernels)
+                counts = self.link.start_counts(row_map.tokens_per_slot)
+            with self.clock("permute"):
+                rows = self.payload.permute(x, row_map, self.kernels)
+            with self.clock("counts"):
+                arrived, sent, got = counts.read()
+                plan = permute.plan_step(row_map, arrived, self.link.size, sent, got)
+        else:
+            with self.clock("permute"):
+                rows = self.payload.permute(x, plan.row_map, self.kernels)
+        way = self.link.start_rows(rows, plan.input_splits, plan.output_splits, "dispatch")
+        return plan, way
 
-    def combine(self, expert_out: Tensor, weights: Tensor, plan: StepPlan) -> Tensor:
-        """Return the weighted sums of the tokens, ``[R, D]`` to ``[T, D]``. Collective."""
-        return _apply(_FlatCombine, expert_out, weights, self, plan)
+    def finish_dispatch(
+        self, started: tuple[StepPlan, Arriving], x: Tensor
+    ) -> tuple[StepPlan, Tensor, None]:
+        """Return the plan and the rows of the local experts ``[R, D]``."""
+        plan, way = started
+        with self.clock("dispatch"):
+            rows = way.wait()
+        with self.clock("reorder"):
+            rows = self._take(rows, plan.by_expert)
+            return plan, self.payload.decode(rows, x.shape[1], x.dtype), None
 
-    def to_experts(self, rows: Tensor, plan: StepPlan, kind: str) -> Tensor:
-        """Send rows ordered by slot ``[N, D]``; return them ordered by local expert ``[R, D]``."""
-        if self.traffic is not None:
-            self.traffic.count(kind, plan.input_splits, rows)
-        if self.num_ranks == 1:
-            return rows
-        rows = exchange.exchange_rows(
-            rows, plan.input_splits, plan.output_splits, group=self.group, comm=self.comm
-        )
-        if plan.by_expert is None:
-            return rows
-        return ops.permute(rows, plan.by_expert, backend=self.kernels)
+    def dispatch_backward(
+        self, grad_rows: Tensor, grad_weights: Tensor | None, plan: StepPlan
+    ) -> tuple[Tensor, None]:
+        """Return the gradient of the tokens ``[T, D]``. Collective."""
+        del grad_weights
+        rows = self._from_experts(grad_rows, plan, "dispatch_grad")
+        grad = ops.permute_backward(rows, plan.row_map.positions, backend=self.kernels)
+        return grad, None
 
-    def from_experts(self, rows: Tensor, plan: StepPlan, kind: str) -> Tensor:
-        """The inverse of :meth:`to_experts`, ``[R, D]`` to ``[N, D]``."""
-        if self.traffic is not None:
-            self.traffic.count(kind, plan.output_splits, rows)
-        if self.num_ranks == 1:
-            return rows
-        if plan.by_source is not None:
-            rows = ops.permute(rows, plan.by_source, backend=self.kernels)
-        return exchange.exchange_rows(
-            rows, plan.output_splits, plan.input_splits, group=self.group, comm=self.comm
-        )
+    def start_combine(self, expert_out: Tensor, weights: Tensor, plan: StepPlan) -> Arriving:
+        """Send the results of the experts ``[R, D]`` back. Collective."""
+        del weights
+        with self.clock("reorder"):
+            rows = self.combine_payload.encode(self._take(expert_out, plan.by_source))
+        return self.link.start_rows(rows, plan.output_splits, plan.input_splits, "combine")
 
+    def finish_combine(
+        self, started: Arriving, expert_out: Tensor, weights: Tensor, plan: StepPlan
+    ) -> tuple[Tensor, Tensor]:
+        """Return the weighted sums of the tokens ``[T, D]``, and the rows that were summed."""
+        with self.clock("combine"):
+            rows = started.wait()
+        with self.clock("sum"):
+            rows = self.combine_payload.decode(rows, expert_out.shape[1], expert_out.dtype)
+            positions = plan.row_map.positions
+            return ops.combine(rows, positions, weights, backend=self.kernels), rows
 
-def _apply(function: Any, *args: Any) -> Tensor:
-    return function.apply(*args)
+    def combine_backward(
+        self, grad: Tensor, rows: Tensor | None, weights: Tensor, plan: StepPlan, need_rows: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of the experts' results and of the weights. Collective.
 
-
-class _FlatDispatch(torch.autograd.Function):
-    """Forward: permute, exchange, reorder. Backward: reorder, exchange, sum over a token's rows."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, transport: FlatTransport, plan: StepPlan, kind: str) -> Tensor:
-        ctx.transport, ctx.plan = transport, plan
-        ctx.kind = "dispatch_grad" if kind == "dispatch" else kind
-        rows = ops.permute(x, plan.row_map.row_token, backend=transport.kernels)
-        return transport.to_experts(rows, plan, kind)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None, None]:
-        rows = ctx.transport.from_experts(grad_rows, ctx.plan, ctx.kind)
-        kernels = ctx.transport.kernels
-        grad = ops.permute_backward(rows, ctx.plan.row_map.positions, backend=kernels)
-        return grad, None, None, None
-
-
-class _FlatCombine(torch.autograd.Function):
-    """Forward: reorder, exchange, weighted sum. Backward: weighted rows, exchange, reorder; and the
-    gradient of the weights, which needs no exchange since the forward kept the rows.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, expert_out: Tensor, weights: Tensor, transport: FlatTransport, plan: StepPlan
-    ) -> Tensor:
-        ctx.transport, ctx.plan = transport, plan
-        rows = transport.from_experts(expert_out, plan, "combine")
-        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weights)
-        return ops.combine(rows, plan.row_map.positions, weights, backend=transport.kernels)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        rows, weights = ctx.saved_tensors
+        The gradient of the weights needs no exchange, since the forward kept the rows.
+        """
         grad_rows, grad_weights = ops.combine_backward(
-            grad.contiguous(),
-            rows,
-            ctx.plan.row_map,
-            weights,
-            need_rows=ctx.needs_input_grad[0],
-            backend=ctx.transport.kernels,
+            grad, rows, plan.row_map, weights, need_rows=need_rows, backend=self.kernels
         )
         if grad_rows is not None:
-            grad_rows = ctx.transport.to_experts(grad_rows, ctx.plan, "combine_grad")
-        return grad_rows, grad_weights, None, None
+            splits = (plan.input_splits, plan.output_splits)
+            arrived = self.link.rows(grad_rows, *splits, "combine_grad")
+            grad_rows = self._take(arrived, plan.by_expert)
+        return grad_rows, grad_weights
+
+    def _from_experts(self, rows: Tensor, plan: StepPlan, kind: str) -> Tensor:
+        rows = self._take(rows, plan.by_source)
+        return self.link.rows(rows, plan.output_splits, plan.input_splits, kind)
+
+    def _take(self, rows: Tensor, order: Tensor | None) -> Tensor:
+        return rows if order is None else ops.permute(rows, order, backend=self.kernels)
+
+
+Transport = Any
+"""A transport: :class:`FlatTransport` or another object with its methods."""
