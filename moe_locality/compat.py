@@ -135,3 +135,11 @@ def register_expert_groups(
     groups._EXPERT_PARALLEL_GROUP_RANKS[name] = list(ep_ranks)
     groups._EXPERT_DATA_PARALLEL_GROUP[name] = edp_group
     groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = list(edp_ranks)
+
+
+def grouped_mm() -> Any:
+    """Return torch's grouped matrix product (public since 2.10, private before), or None."""
+    import torch
+
+    public = getattr(torch.nn.functional, "grouped_mm", None)
+    return public or getattr(torch, "_grouped_mm", None)

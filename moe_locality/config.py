@@ -105,6 +105,7 @@ class MoeLocalityConfig(_Section):
     cluster: ClusterConfig | None = None
     dispatch: DispatchConfig = DispatchConfig()
     kernels: Literal["auto", "cuda", "triton", "reference"] = "auto"
+    experts: Literal["auto", "loop", "grouped"] = "auto"
     tracking: TrackingConfig | None = None
 
 

@@ -2,7 +2,8 @@
 
 ``moe`` is the layer, ``convert`` swaps it into a model and starts DeepSpeed around it, ``relabel``
 bakes a placement into the weights, ``checkpoint`` keeps it in checkpoints, ``bake`` and
-``state_dict`` put it into files. Nothing is loaded here.
+``state_dict`` put it into files, ``expert_store`` keeps experts in a low-bit format. Nothing is
+loaded here.
 """
 
 import importlib
@@ -17,6 +18,7 @@ _HOME_OF = {
     "initialize": "moe_locality.layer.convert",
     "relabel": "moe_locality.layer.relabel",
     "wrap_checkpoints": "moe_locality.layer.checkpoint",
+    "store_experts": "moe_locality.layer.expert_store",
     "bake_checkpoint": "moe_locality.layer.bake",
     "relabel_state_dict": "moe_locality.layer.state_dict",
 }

@@ -67,12 +67,16 @@ def apply(
         plan.check_fits(layer_count=len(layers), num_experts=max(sizes))
     swapped = []
     for name, module in layers:
-        chosen: dict[str, Any] = {"dispatch_config": section.dispatch, "kernels": section.kernels}
+        chosen: dict[str, Any] = {
+            "dispatch_config": section.dispatch,
+            "kernels": section.kernels,
+            "experts": section.experts,
+        }
         if adopt(module, **chosen, topology=topology):
             swapped.append(name)
             continue
         # built as ours: what its constructor was given stays, unless the section says otherwise
-        given = {"dispatch_config": "dispatch", "kernels": "kernels"}
+        given = {"dispatch_config": "dispatch", "kernels": "kernels", "experts": "experts"}
         said = {key: chosen[key] for key, name in given.items() if name in section.model_fields_set}
         configure(module, **said, topology=topology)
     logger.info("moe_locality: %d of %d MoE layers swapped", len(swapped), len(layers))

@@ -34,7 +34,8 @@ from moe_locality.dispatch.hierarchical import Rails, find_rails
 from moe_locality.dispatch.traffic import TrafficCounter
 from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.kernels import ops
-from moe_locality.layer.experts import run_experts
+from moe_locality.layer.experts import ExpertsMode, check_experts_mode, run_experts
+from moe_locality.layer.view import View
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.topology.groups import built_groups
 
@@ -52,29 +53,6 @@ from deepspeed.moe.sharded_moe import (  # noqa: E402
 )
 
 logger = logging.getLogger(__name__)
-
-
-class _View:
-    """An object seen with some attributes replaced; what is written goes to the object itself.
-
-    It lets DeepSpeed's own ``forward`` run with, say, another order of the router rows, without a
-    copy of its code here.
-    """
-
-    def __init__(self, target: Any, **replaced: Any) -> None:
-        object.__setattr__(self, "_target", target)
-        object.__setattr__(self, "_replaced", replaced)
-
-    def __getattr__(self, name: str) -> Any:
-        replaced = object.__getattribute__(self, "_replaced")
-        return (
-            replaced[name]
-            if name in replaced
-            else getattr(object.__getattribute__(self, "_target"), name)
-        )
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(object.__getattribute__(self, "_target"), name, value)
 
 
 class LocalityTopKGate(TopKGate):
@@ -109,7 +87,7 @@ class LocalityTopKGate(TopKGate):
             replaced["wg"] = SimpleNamespace(weight=self.wg.weight.index_select(0, order))
         if not padded and not self.drop_tokens:
             replaced["ep_group"] = None
-        view: Any = _View(self, **replaced) if replaced else self
+        view: Any = View(self, **replaced) if replaced else self
         stock: Any = TopKGate.forward
         return stock(view, input, used_token, sparse_routes, use_tutel)
 
@@ -156,6 +134,7 @@ class LocalityMOELayer(MOELayer):
     gate: LocalityTopKGate
     dispatch_config: DispatchConfig
     kernels: ops.Backend
+    experts_mode: ExpertsMode
     topology: ClusterTopology | None
     dispatcher: TokenDispatcher | None
 
@@ -189,7 +168,9 @@ class LocalityMOELayer(MOELayer):
         self._timer(FIRST_ALLTOALL_TIMER, start=True)
         routed: Any = dispatcher.dispatch(x, self.gate.slot_ids(logical_ids).t())
         self.time_falltoall = self._timer(FIRST_ALLTOALL_TIMER)
-        expert_out = run_experts(self.experts, routed.rows, routed.tokens_per_local_expert)
+        expert_out = run_experts(
+            self.experts, routed.rows, routed.tokens_per_local_expert, self.experts_mode
+        )
         self._timer(SECOND_ALLTOALL_TIMER, start=True)
         output = dispatcher.combine(expert_out, weights.t(), routed.handle)
         self.time_salltoall = self._timer(SECOND_ALLTOALL_TIMER)
@@ -221,7 +202,7 @@ class LocalityMOELayer(MOELayer):
             return (l_aux, capacity, num_experts, self.gate.slot_ids(logical_ids), *rest)
 
         stock: Any = MOELayer.forward
-        return stock(_View(self, gate=gate_of_slots), *input, **kwargs)
+        return stock(View(self, gate=gate_of_slots), *input, **kwargs)
 
     def _get_dispatcher(self) -> TokenDispatcher:
         if self.dispatcher is None:
@@ -264,6 +245,7 @@ class MoE(StockMoE):
     Args:
         dispatch_config: how tokens travel; a dict is read as the ``dispatch`` section.
         kernels: backend of the local kernels (``auto``, ``reference``, ``triton``, ``cuda``).
+        experts: how the experts run (``auto``, ``loop``, ``grouped``).
         topology: node of every rank, for the traffic report.
     """
 
@@ -274,11 +256,18 @@ class MoE(StockMoE):
         *args: Any,
         dispatch_config: DispatchConfig | dict[str, Any] | None = None,
         kernels: ops.Backend = "auto",
+        experts: ExpertsMode = "auto",
         topology: ClusterTopology | None = None,
         **kwargs: Any,
     ) -> None:
         compat.init_stock_moe(StockMoE, self, *args, **kwargs)
-        adopt(self, dispatch_config=dispatch_config, kernels=kernels, topology=topology)
+        adopt(
+            self,
+            dispatch_config=dispatch_config,
+            kernels=kernels,
+            experts=experts,
+            topology=topology,
+        )
 
 
 def _joined_signature() -> inspect.Signature:
@@ -305,6 +294,7 @@ def adopt(
     *,
     dispatch_config: DispatchConfig | dict[str, Any] | None = None,
     kernels: ops.Backend = "auto",
+    experts: ExpertsMode = "auto",
     topology: ClusterTopology | None = None,
 ) -> bool:
     """Turn a stock MoE module into ours, in place; return False where it already was.
@@ -320,6 +310,7 @@ def adopt(
     dispatch_config = dispatch_config or DispatchConfig()
     check_dispatch_config(dispatch_config)
     ops.check_backend(kernels)
+    check_experts_mode(experts)
     layer: Any = module.deepspeed_moe
     if isinstance(layer, LocalityMOELayer):
         return False
@@ -341,6 +332,7 @@ def adopt(
     layer.__class__ = LocalityMOELayer
     layer.gate.__class__ = LocalityTopKGate
     layer.dispatch_config, layer.kernels, layer.topology = dispatch_config, kernels, topology
+    layer.experts_mode = experts
     layer.dispatcher = None
     layer._said_padded = False
     set_slot_to_logical(module, np.arange(module.num_experts) if placed is None else placed)
@@ -352,6 +344,7 @@ def configure(
     *,
     dispatch_config: DispatchConfig | None = None,
     kernels: ops.Backend | None = None,
+    experts: ExpertsMode | None = None,
     topology: ClusterTopology | None = None,
 ) -> None:
     """Change how a layer that is ours dispatches; None keeps what it has."""
@@ -360,6 +353,9 @@ def configure(
     if kernels is not None:
         ops.check_backend(kernels)
     layer: Any = module.deepspeed_moe
+    if experts is not None:
+        check_experts_mode(experts)
+        layer.experts_mode = experts
     changes = {"dispatch_config": dispatch_config, "kernels": kernels, "topology": topology}
     for name, value in changes.items():
         if value is not None and value != getattr(layer, name):

@@ -124,3 +124,21 @@ def test_a_replaced_all_to_all_is_seen(monkeypatch):
         patch.setattr(sharded_moe, "_AllToAll", Another)
         assert compat.all_to_all_replaced()
     assert not compat.all_to_all_replaced()
+
+
+def test_grouped_products_multiply_each_group_by_its_matrix():
+    grouped_mm = compat.grouped_mm()
+    if grouped_mm is None:
+        pytest.skip("this torch has no grouped_mm")
+    x, weights = torch.randn(5, 4), torch.randn(3, 4, 8)
+    offsets = torch.tensor([2, 2, 5], dtype=torch.int32)
+    expected = torch.cat([x[:2] @ weights[0], x[2:] @ weights[2]])
+    torch.testing.assert_close(grouped_mm(x, weights, offs=offsets), expected)
+
+
+def test_grouped_products_of_an_older_torch_are_found(monkeypatch):
+    monkeypatch.delattr(torch.nn.functional, "grouped_mm", raising=False)
+    monkeypatch.setattr(torch, "_grouped_mm", "private", raising=False)
+    assert compat.grouped_mm() == "private"
+    monkeypatch.delattr(torch, "_grouped_mm")
+    assert compat.grouped_mm() is None

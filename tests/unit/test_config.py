@@ -13,6 +13,7 @@ FULL = {
     "cluster": {"num_nodes": 2, "ranks_per_node": 4},
     "dispatch": {"exchange": "hierarchical", "payload": "mxfp8"},
     "kernels": "triton",
+    "experts": "loop",
     "tracking": {"project": "p", "mode": "disabled", "every_n_steps": 1},
 }
 

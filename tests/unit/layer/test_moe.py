@@ -73,7 +73,7 @@ def test_the_constructor_takes_deepspeeds_arguments_by_position():
 def test_its_signature_is_deepspeeds_with_the_extras_last():
     stock = list(inspect.signature(StockMoE).parameters)
     ours = inspect.signature(MoE).parameters
-    assert list(ours) == [*stock, "dispatch_config", "kernels", "topology"]
+    assert list(ours) == [*stock, "dispatch_config", "kernels", "experts", "topology"]
     assert all(ours[n].kind is inspect.Parameter.KEYWORD_ONLY for n in list(ours)[len(stock) :])
 
 
