@@ -27,6 +27,7 @@ FLOORS = {
     "moe_locality.placement.plan": 1,
     "moe_locality.placement.export": 1,
     "moe_locality.analysis": 2,
+    "moe_locality.arrivals": 2,
     "moe_locality.batching": 2,
     "moe_locality.simulator": 2,
     "moe_locality.kernels": 3,

@@ -62,13 +62,20 @@ class Serving:
 
 def serving_of(frame: Frame, plan: PlacementPlan, objective: str) -> Serving:
     """Where ``plan`` serves the layers of the trace in ``frame``."""
-    node = frame.node_of_rank
-    first = np.array([np.flatnonzero(node == n)[0] for n in range(frame.num_nodes)])
-    served = node[frame.served_rank[:, first]]  # one rank of each node stands for all
-    slots = plan.logical_to_physical_map[frame.plan_rows]
+    return serving_of_plan(plan, objective, frame.plan_rows)
+
+
+def serving_of_plan(plan: PlacementPlan, objective: str, rows: np.ndarray | None = None) -> Serving:
+    """Where ``plan`` serves the picks of its layers, or of these ``rows`` of it."""
+    node = plan.node_of_rank
+    rows = np.arange(plan.num_layers) if rows is None else rows
+    first = np.array([np.flatnonzero(node == n)[0] for n in range(plan.num_nodes)])
+    # one rank of each node stands for all
+    served = node[plan.rank_of_slot[plan.serving_slot()[rows][:, first]]]
+    slots = plan.logical_to_physical_map[rows]
     holders = np.where(slots >= 0, plan.rank_of_slot[np.maximum(slots, 0)], -1)
     return Serving(
-        served_node=np.ascontiguousarray(served if frame.has_replicas else served[:, :1]),
+        served_node=np.ascontiguousarray(served[:, :1] if plan.is_permutation else served),
         holders=np.ascontiguousarray(holders),
         node_of_rank=node,
         by_pick=objective == "picks",
