@@ -16,6 +16,9 @@ import numpy as np
 from moe_locality.placement.search import next_random
 
 _TWO_31 = 2147483648.0  # next_random draws 31 bits
+_PATIENCE = 48
+"""Recounted candidates in a row without a better one: the bounds are loose with many nodes."""
+
 _HOPE = 6.0
 """Heats: a step that brings too much load is undone before its copies are counted, unless it would
 be kept for a saving of fewer copies than this."""
@@ -156,8 +159,8 @@ def add_greedily(words, weight, first, bit, load, order, picks, cap, held, room)
 
     Lazy: a replica of e saves at most the copies that e alone causes, over all homes, as long as
     only e is rerouted; candidates are recounted in falling order of that bound, under the true
-    serving rule, until none left can win. What brings more load above the cap loses against
-    everything that does not.
+    serving rule, until none left can win or ``_PATIENCE`` in a row did not. What brings more load
+    above the cap loses against everything that does not.
 
     Returns:
         (served [M, E], sets [M, M, W], copies before, copies after).
@@ -176,13 +179,16 @@ def add_greedily(words, weight, first, bit, load, order, picks, cap, held, room)
     trial = sets.copy()
     bound = np.empty(nodes * experts, dtype=np.int64)
     while room.sum() > 0:
-        for n in range(nodes):
-            for e in range(experts):
-                open_pair = room[n] > 0 and not held[n, e]
-                bound[n * experts + e] = gain[:, e].sum() if open_pair else -1
-        best, best_above, best_change = -1, 0.0, np.int64(0)
+        for e in range(experts):
+            most = gain[:, e].sum()
+            for n in range(nodes):
+                bound[n * experts + e] = most if room[n] > 0 and not held[n, e] else -1
+        best, best_above, best_change, idle = -1, 0.0, np.int64(0), 0
         for place in np.argsort(-bound, kind="mergesort"):
             if bound[place] < 0 or (best_above <= 0 and best >= 0 and -best_change >= bound[place]):
+                break
+            idle += 1
+            if idle > _PATIENCE and best >= 0 and best_above <= 0:
                 break
             n, e = place // experts, place % experts
             held[n, e] = True
@@ -194,7 +200,7 @@ def add_greedily(words, weight, first, bit, load, order, picks, cap, held, room)
             trial[:] = sets
             change = reroute(words, weight, first, bit, served, target, trial)
             if best < 0 or more < best_above or change < best_change:
-                best, best_above, best_change = place, more, change
+                best, best_above, best_change, idle = place, more, change, 0
         n, e = best // experts, best % experts
         held[n, e] = True
         room[n] -= 1
@@ -228,8 +234,7 @@ def anneal(
     state = np.array([np.uint64(seed)])
     copies_of = held.sum(axis=0)
     target, trial = served.copy(), sets.copy()
-    above = load_above(served, picks, cap)
-    total = np.int64(0)
+    above, total = load_above(served, picks, cap), np.int64(0)
     best, best_above, best_total = held.copy(), above, total
     for step in range(steps):
         heat = hot * (cold / hot) ** (step / steps)
@@ -258,8 +263,7 @@ def anneal(
             change = reroute(words, weight, first, bit, served, target, trial)
         if hopeful and change <= allowed:
             served[:], sets[:] = target, trial
-            total += change
-            above = now
+            total, above = total + change, now
             if b < 0:
                 copies_of[e] -= 1
                 copies_of[f] += 1
