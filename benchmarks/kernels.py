@@ -1,6 +1,7 @@
 """The local kernels on a GPU: build, tests, memory checks, timings against peers. ``make gpu``.
 
     python benchmarks/kernels.py [--part build,test,sanitize,ours,peers] [--dry] [--out DIR] [--csv]
+    python benchmarks/kernels.py --part cpu
 
 Times are of CUDA graphs of the work (what cannot be captured is timed as launched, and says so),
 rotating over several inputs, in rounds that interleave all candidates; medians of the rounds. The
@@ -12,7 +13,6 @@ installed) Triton's interpreter, on tiny shapes, and reports no time.
 
 import argparse
 import json
-import math
 import os
 import shutil
 import statistics
@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 PARTS = ("build", "test", "sanitize", "ours", "peers")
+CPU_SHAPE = (8192, 1024, 64, 8)
 SHAPES = {  # T, D, E, K
     "A Mixtral": (8192, 4096, 8, 2),
     "B Qwen3-30B": (8192, 2048, 128, 8),
@@ -49,14 +50,15 @@ def main() -> int:
     parser.add_argument("--csv", type=Path, help="append rows of measured figures here")
     args = parser.parse_args()
     parts = args.part.split(",")
-    unknown = sorted(set(parts) - set(PARTS))
+    unknown = sorted(set(parts) - {*PARTS, "cpu"})
     if unknown:
-        parser.error(f"found part {unknown[0]!r}, expected some of {', '.join(PARTS)}")
+        parser.error(f"found part {unknown[0]!r}, expected some of {', '.join(PARTS)}, cpu")
     if args.dry:
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
     import torch
+    from kernel_report import print_tables, write_rows
 
-    if not args.dry and not torch.cuda.is_available():
+    if not args.dry and parts != ["cpu"] and not torch.cuda.is_available():
         print("torch sees no CUDA device here: use --dry, or run on a machine with an NVIDIA GPU")
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
@@ -66,8 +68,10 @@ def main() -> int:
         "sanitize": sanitize,
         "ours": measure_ours,
         "peers": measure_peers,
+        "cpu": measure_cpu,
     }
-    report: dict[str, Any] = {"dry": args.dry, "machine": machine(args.dry)}
+    on_cpu = args.dry or parts == ["cpu"]
+    report: dict[str, Any] = {"dry": args.dry, "machine": machine(on_cpu)}
     for part in parts:
         report[part] = steps[part](args.dry)
         path = args.out / ("kernels_dry.json" if args.dry else "kernels.json")
@@ -332,6 +336,35 @@ def measure_peers(dry: bool) -> dict[str, Any]:
     return report
 
 
+def measure_cpu(dry: bool) -> dict[str, Any]:
+    """Map, permute, combine and both backwards on the CPU, against index_select and index_add."""
+    import torch
+    from kernel_peers import ours_with_autograd, torch_index_add
+
+    shape = DRY_SHAPES["dry"] if dry else CPU_SHAPE
+    case = make_case("cpu", shape, 0, dry=True)
+    steps = {"ours": ours_with_autograd(case, "reference"), "index_add": torch_index_add(case)}
+    for label, step in steps.items():
+        why = disagreement(step(), steps["index_add"]())
+        assert not why, f"{label}: {why}"
+    if dry:
+        return {"shapes": {"cpu": run_once({label: [step] for label, step in steps.items()})}}
+    times: dict[str, list[float]] = {label: [] for label in steps}
+    for _ in range(ROUNDS):
+        for label, step in steps.items():
+            begin = time.perf_counter()
+            step()
+            times[label].append(1e6 * (time.perf_counter() - begin))
+    tokens, width, experts, top_k = shape
+    threads = torch.get_num_threads()
+    name = f"CPU, {threads} threads, T={tokens} D={width} E={experts} K={top_k} bf16"
+    facts = {
+        label: {"median_us": statistics.median(t), "min_us": min(t), "max_us": max(t)}
+        for label, t in times.items()
+    }
+    return {"shapes": {name: {n: f | {"captured": True} for n, f in facts.items()}}}
+
+
 def disagreement(found: tuple, wanted: tuple) -> str:
     for name, ours, theirs in zip(("out", "grad_x", "grad_weights"), wanted, found, strict=True):
         scale = float(ours.float().abs().max()) or 1.0
@@ -339,55 +372,6 @@ def disagreement(found: tuple, wanted: tuple) -> str:
         if not error <= BOUND:
             return f"its {name} differs from the reference by {error:.1e} of the largest value"
     return ""
-
-
-# -- reports
-# ---------------------------------------------------------------------------------------
-
-
-def print_tables(report: dict[str, Any]) -> None:
-    print(json.dumps(report["machine"]))
-    for part in ("build", "test", "sanitize"):
-        if part in report:
-            print(f"{part}: {report[part]}")
-    for part in ("ours", "peers"):
-        for shape, rows in report.get(part, {}).get("shapes", {}).items():
-            print(f"\n{part}, {shape}")
-            for label, facts in rows.items():
-                print(f"  {label:44s} {describe(facts)}")
-
-
-def describe(facts: dict[str, Any]) -> str:
-    if "left_out" in facts:
-        return f"left out: {facts['left_out']}"
-    if "median_us" not in facts:
-        return "ran"
-    words = f"{facts['median_us']:10.1f} us"
-    if "share_of_copy" in facts:
-        words += f"  {100 * facts['share_of_copy']:5.1f} % of copy"
-    return words + ("" if facts["captured"] else "  (not captured)")
-
-
-def write_rows(path: Path, report: dict[str, Any]) -> None:
-    """Append the measured figures, and the geometric mean of each share over shapes A to E."""
-    import _results
-
-    device = report["machine"]["device"]
-    common = {"benchmark": "kernels", "kind": "measured", "device": device}
-    rows, shares = [], {}
-    for part in ("ours", "peers"):
-        for shape, found in report.get(part, {}).get("shapes", {}).items():
-            for label, facts in found.items():
-                if "median_us" not in facts:
-                    continue
-                case = f"{part}, {shape}, {label}"
-                rows.append(common | {"case": case, "metric": "median", "value": f"{facts['median_us']:.2f}", "unit": "us"})  # fmt: skip  # noqa: E501
-                if "share_of_copy" in facts and not shape.startswith("F"):
-                    shares.setdefault(label, []).append(facts["share_of_copy"])
-    for label, values in shares.items():
-        mean = 100 * math.exp(statistics.fmean(map(math.log, values)))
-        rows.append(common | {"case": f"ours, geometric mean of A to E, {label}", "metric": "share_of_copy", "value": f"{mean:.1f}", "unit": "%"})  # fmt: skip  # noqa: E501
-    _results.append_rows(path, rows, packages=("moe_locality", "torch", "triton"))
 
 
 if __name__ == "__main__":

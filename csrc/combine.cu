@@ -134,7 +134,7 @@ template <template <typename, int, int> class Kernel, typename T, typename Args>
 void by_width(const Args& a, bool aligned, cudaStream_t s) {
   constexpr int kWide = 16 / sizeof(T);
   if (aligned && a.width % kWide == 0) return by_top_k<Kernel, T, kWide>(a, s);
-  return by_top_k<Kernel, T, 1>(a, s);
+  return Kernel<T, 1, 4>::launch(a, s);  // odd widths are not worth four kernels
 }
 
 template <template <typename, int, int> class Kernel, typename Args>

@@ -36,15 +36,30 @@ __device__ __forceinline__ float warp_sum(float v) {
   return v;
 }
 
+// The dtype is looked up at run time: a template for each would only make the build longer.
+__device__ __forceinline__ float read(const void* from, int64_t at, int32_t dtype) {
+  if (dtype == kFloat32) return static_cast<const float*>(from)[at];
+  if (dtype == kFloat16) return to_float(static_cast<const __half*>(from)[at]);
+  return to_float(static_cast<const __nv_bfloat16*>(from)[at]);
+}
+
+__device__ __forceinline__ void write(void* to, int64_t at, int32_t dtype, float value) {
+  if (dtype == kFloat32)
+    static_cast<float*>(to)[at] = value;
+  else if (dtype == kFloat16)
+    static_cast<__half*>(to)[at] = from_float<__half>(value);
+  else
+    static_cast<__nv_bfloat16*>(to)[at] = from_float<__nv_bfloat16>(value);
+}
+
 // Expert lane + 32 i is item i of a lane; x is left as the logits, score is what they become.
-template <typename T, int N>
+template <int N>
 __device__ __forceinline__ void scores_of(const GateArgs& a, int64_t token, int lane, float (&x)[N], float (&score)[N]) {
-  const T* from = static_cast<const T*>(a.logits) + token * a.stride;
   float top = -INFINITY;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     const int32_t e = lane + 32 * i;
-    x[i] = e < a.num_experts ? to_float(from[e]) : -INFINITY;
+    x[i] = e < a.num_experts ? read(a.logits, token * a.stride + e, a.dtype) : -INFINITY;
     top = fmaxf(top, x[i]);
   }
   if (a.sigmoid) {
@@ -98,14 +113,14 @@ __device__ void keep_best_groups(const GateArgs& a, int lane, const float (&key)
   }
 }
 
-template <typename T, int N>
+template <int N>
 __global__ void __launch_bounds__(kThreads) gate_kernel(GateArgs a) {
   const int lane = threadIdx.x % 32;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (token >= a.num_tokens) return;
   float key[N], score[N];
   long long packed[N];
-  scores_of<T, N>(a, token, lane, key, score);
+  scores_of<N>(a, token, lane, key, score);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     const int32_t e = lane + 32 * i;
@@ -140,14 +155,14 @@ __global__ void __launch_bounds__(kThreads) gate_kernel(GateArgs a) {
   for (int32_t k = lane; k < a.top_k; k += 32) a.weights[token * a.top_k + k] *= factor;
 }
 
-template <typename T, int N>
+template <int N>
 __global__ void __launch_bounds__(kThreads) gate_backward_kernel(GateArgs a) {
   const int lane = threadIdx.x % 32;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (token >= a.num_tokens) return;
   float x[N], score[N], grad[N];
   unsigned picked = 0;  // bit i: item i was picked
-  scores_of<T, N>(a, token, lane, x, score);
+  scores_of<N>(a, token, lane, x, score);
 #pragma unroll
   for (int i = 0; i < N; ++i) grad[i] = 0.f;
   for (int32_t k = 0; k < a.top_k; ++k) {
@@ -179,46 +194,40 @@ __global__ void __launch_bounds__(kThreads) gate_backward_kernel(GateArgs a) {
       if (picked >> i & 1u) again += grad[i] * score[i];
     inner = warp_sum(again);
   }
-  T* to = static_cast<T*>(a.grad_logits) + token * a.num_experts;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     if (lane + 32 * i >= a.num_experts) continue;
     const float value = a.sigmoid ? grad[i] * score[i] * (1.f - score[i]) : (grad[i] - inner) * score[i];
-    to[lane + 32 * i] = from_float<T>(value);
+    write(a.grad_logits, token * a.num_experts + lane + 32 * i, a.dtype, value);
   }
 }
 
-template <typename T, int N>
+template <int N>
 void launch(const GateArgs& a, bool backward, cudaStream_t s) {
   const auto grid = static_cast<unsigned>((a.num_tokens + kWarps - 1) / kWarps);
   if (backward)
-    gate_backward_kernel<T, N><<<grid, kThreads, 0, s>>>(a);
+    gate_backward_kernel<N><<<grid, kThreads, 0, s>>>(a);
   else
-    gate_kernel<T, N><<<grid, kThreads, 0, s>>>(a);
-}
-
-template <typename T>
-void by_experts(const GateArgs& a, bool backward, cudaStream_t s) {
-  if (a.num_experts <= 32) return launch<T, 1>(a, backward, s);
-  if (a.num_experts <= 64) return launch<T, 2>(a, backward, s);
-  if (a.num_experts <= 128) return launch<T, 4>(a, backward, s);
-  if (a.num_experts <= 256) return launch<T, 8>(a, backward, s);
-  if (a.num_experts <= 512) return launch<T, 16>(a, backward, s);
-  return launch<T, 32>(a, backward, s);
+    gate_kernel<N><<<grid, kThreads, 0, s>>>(a);
 }
 
 int run(const GateArgs& a, bool backward, void* stream) {
-  if (a.num_experts > 1024 || a.num_groups > 32) return cudaErrorInvalidValue;
+  if (a.num_experts > 1024 || a.num_groups > 32 || a.dtype < kFloat32 || a.dtype > kBFloat16)
+    return cudaErrorInvalidValue;
   if (a.num_tokens == 0) return cudaSuccess;
   auto s = static_cast<cudaStream_t>(stream);
-  if (a.dtype == kFloat32)
-    by_experts<float>(a, backward, s);
-  else if (a.dtype == kFloat16)
-    by_experts<__half>(a, backward, s);
-  else if (a.dtype == kBFloat16)
-    by_experts<__nv_bfloat16>(a, backward, s);
+  if (a.num_experts <= 32)
+    launch<1>(a, backward, s);
+  else if (a.num_experts <= 64)
+    launch<2>(a, backward, s);
+  else if (a.num_experts <= 128)
+    launch<4>(a, backward, s);
+  else if (a.num_experts <= 256)
+    launch<8>(a, backward, s);
+  else if (a.num_experts <= 512)
+    launch<16>(a, backward, s);
   else
-    return cudaErrorInvalidValue;
+    launch<32>(a, backward, s);
   return cudaGetLastError();
 }
 
