@@ -78,10 +78,15 @@ class ClusterConfig(_Section):
 
 
 class DispatchConfig(_Section):
-    """How tokens travel. ``payload`` other than ``none`` is lossy and opt-in."""
+    """How tokens travel. A payload other than ``none`` is lossy and opt-in."""
 
     exchange: Literal["auto", "flat", "hierarchical"] = "auto"
+    reduce_at_node: bool = Field(
+        default=True, description="hierarchical: one sum per node goes home, not every result"
+    )
     payload: Literal["none", "fp8", "mxfp8", "mxfp4"] = "none"
+    combine_payload: Literal["none", "fp8", "mxfp8", "mxfp4"] = "none"
+    timing: bool = Field(default=False, description="time the stages, for the traffic report")
 
 
 class TrackingConfig(_Section):

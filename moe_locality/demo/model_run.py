@@ -68,9 +68,10 @@ def run_model(options: DemoOptions, progress: Progress) -> ModelDemo:
     topology = ClusterTopology.uniform(options.num_nodes, options.ranks_per_node)
     plan = _place(options, seen, topology, progress)
     homes = _homes(options, held_out, plan, topology)
-    linear = _run(options, "linear", [], progress)
+    flat = ["--exchange", "flat"]
+    linear = _run(options, "linear", flat, progress)
     placed_arguments = ["--plan", str(out / "plan.json"), "--homes", str(out / "homes.json")]
-    placed = _run(options, "placed", placed_arguments, progress)
+    placed = _run(options, "placed", [*placed_arguments, *flat], progress)
     hierarchical = [*placed_arguments, "--exchange", "hierarchical"]
     once_per_node = _run(options, "once_per_node", hierarchical, progress)
     dealt = ranks_of_requests(linear)

@@ -1,32 +1,48 @@
 """TokenDispatcher: the object a layer talks to. Two verbs, ``dispatch`` and ``combine``.
 
-What combine needs from dispatch travels in the handle, so several steps may be in flight.
+What combine needs from dispatch travels in the handle, so several steps may be in flight. Each verb
+comes as a call and as a start (``dispatch_async``, ``combine_async``) whose ``wait()`` gives the
+result: what is computed between the two runs while rows travel.
 """
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch.distributed
 from torch import Tensor
 
 from moe_locality.config import DispatchConfig
+from moe_locality.dispatch import autograd
+from moe_locality.dispatch.codec import codec_of
+from moe_locality.dispatch.exchange import Link
 from moe_locality.dispatch.flat import FlatTransport
-from moe_locality.dispatch.hierarchical import HierarchicalTransport, Rails, TwoStagePlan
+from moe_locality.dispatch.hierarchical import HierarchicalTransport, TwoStagePlan
 from moe_locality.dispatch.permute import StepPlan
+from moe_locality.dispatch.rails import Rails
+from moe_locality.dispatch.timing import StageClock
 from moe_locality.dispatch.traffic import TrafficCounter
 from moe_locality.errors import ConfigError, TopologyError
 from moe_locality.kernels import ops
 from moe_locality.topology.cluster import ClusterTopology
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+_said_lossy: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DispatchHandle:
     """What :meth:`TokenDispatcher.combine` needs from the dispatch.
 
-    ``plan``: the splits and orders of the step. ``num_tokens``: T. ``top_k``: K.
+    ``plan``: the splits and orders of the step; give it to a later dispatch of the same routes to
+    use it again. ``weights``: those of the routes, where combine uses them. ``num_tokens``: T.
+    ``top_k``: K.
     """
 
     plan: StepPlan | TwoStagePlan
+    weights: Tensor
     num_tokens: int
     top_k: int
 
@@ -45,12 +61,38 @@ class DispatchOutput:
     handle: DispatchHandle
 
 
+class Pending(Generic[Result]):
+    """A dispatch or a combine on its way; :meth:`wait` gives its result, as often as asked."""
+
+    def __init__(self, finish: Callable[[], Result]) -> None:
+        self._finish: Callable[[], Result] | None = finish
+        self._result: Any = None
+
+    def wait(self) -> Result:
+        """Return the result. Collective: all ranks wait for the same things in the same order."""
+        if self._finish is not None:
+            finish, self._finish = self._finish, None
+            self._result = finish()
+        return self._result
+
+
 def check_dispatch_config(config: DispatchConfig) -> None:
-    """Raise ConfigError where ``config`` asks for what this version does not have."""
-    if config.payload != "none":
-        raise ConfigError(
-            f"dispatch.payload is {config.payload!r}, which is not available yet, expected 'none': "
-            "change it"
+    """Say in the log, once, where ``config`` asks for something lossy."""
+    lossy = {
+        name: value
+        for name, value in (
+            ("payload", config.payload),
+            ("combine_payload", config.combine_payload),
+        )
+        if value != "none"
+    }
+    said = ", ".join(f"dispatch.{name}={value}" for name, value in lossy.items())
+    if lossy and said not in _said_lossy:
+        _said_lossy.add(said)
+        logger.warning(
+            "moe_locality: rows travel in a low-bit format (%s): lossy, the model computes with "
+            "rounded rows; gradients travel in full",
+            said,
         )
 
 
@@ -66,7 +108,8 @@ class TokenDispatcher:
         num_slots: P, a multiple of ``num_ranks``.
         num_ranks: size of the group when it is not to be asked for (1 without a process group).
         comm: module with ``all_to_all_single``; ``torch.distributed`` by default.
-        rails: where this rank stands among the nodes, for the hierarchical exchange.
+        rails: where this rank stands among the nodes, for the hierarchical exchange. With
+            ``exchange: auto`` they decide: two stages where they are given.
         kernels: backend of the local kernels.
     """
 
@@ -92,49 +135,112 @@ class TokenDispatcher:
                 "holds the same number of experts"
             )
         self.num_slots = num_slots
-        self.traffic = TrafficCounter(ranks=ranks, topology=topology)
-        self.transport: FlatTransport | HierarchicalTransport
+        clock = StageClock(config.timing)
+        self.traffic = TrafficCounter(ranks=ranks, topology=topology, clock=clock)
         comm = comm or torch.distributed
-        if config.exchange == "hierarchical" and len(ranks) > 1:
-            if rails is None:
-                raise ConfigError(
-                    "dispatch.exchange is 'hierarchical' and the expert groups of the nodes were "
-                    "not made: start with moe_locality.initialize, or use 'flat'"
-                )
-            self.transport = HierarchicalTransport(
-                rails, comm=comm, kernels=kernels, traffic=self.traffic
-            )
+        common: dict[str, Any] = {
+            "num_slots": num_slots,
+            "kernels": kernels,
+            "payload": codec_of(config.payload),
+            "combine_payload": codec_of(config.combine_payload),
+            "clock": clock,
+        }
+        self.transport: FlatTransport | HierarchicalTransport
+        if (
+            len(ranks) == 1
+            or config.exchange == "flat"
+            or (config.exchange == "auto" and not rails)
+        ):
+            link = Link(group=ep_group, size=len(ranks), comm=comm, counter=self.traffic)
+            self.transport = FlatTransport(link, **common)
             return
-        self.transport = FlatTransport(
-            group=ep_group,
-            num_ranks=len(ranks),
-            comm=comm,
-            kernels=kernels,
-            traffic=self.traffic,
+        if rails is None:
+            raise ConfigError(
+                "dispatch.exchange is 'hierarchical' and the expert groups of the nodes were "
+                "not made: start with moe_locality.initialize, or use 'flat'"
+            )
+        across, inside = (
+            Link(group=group, size=len(members), comm=comm, counter=self.traffic.among(members))
+            for group, members in (
+                (rails.inter_group, rails.inter_ranks),
+                (rails.intra_group, rails.intra_ranks),
+            )
+        )
+        self.transport = HierarchicalTransport(
+            rails, across=across, inside=inside, reduce_at_node=config.reduce_at_node, **common
         )
 
-    def dispatch(self, x: Tensor, slot_ids: Tensor) -> DispatchOutput:
+    def dispatch(
+        self,
+        x: Tensor,
+        slot_ids: Tensor,
+        weights: Tensor,
+        plan: StepPlan | TwoStagePlan | None = None,
+    ) -> DispatchOutput:
         """Send each token to the slots of its routes.
 
         Args:
             x: ``[T, D]``. slot_ids: ``[T, K]`` integer, -1 where a route is dropped.
+            weights: ``[T, K]``, for :meth:`combine` (that of a dropped route is not used).
+            plan: of an earlier dispatch of the same ``slot_ids`` (on every rank): nothing is sorted
+                and no counts are exchanged.
+
+        Raises:
+            ConfigError: the plan is for another number of routes.
         """
+        return self.dispatch_async(x, slot_ids, weights, plan).wait()
+
+    def dispatch_async(
+        self,
+        x: Tensor,
+        slot_ids: Tensor,
+        weights: Tensor,
+        plan: StepPlan | TwoStagePlan | None = None,
+    ) -> Pending[DispatchOutput]:
+        """Begin :meth:`dispatch`: rows travel until ``wait()``, which gives its output.
+
+        In two stages, the rows between the nodes travel meanwhile; those inside go on in ``wait``.
+        """
+        if plan is not None and plan.shape != tuple(slot_ids.shape):
+            raise ConfigError(
+                f"found a plan for routes {plan.shape} and routes {tuple(slot_ids.shape)}, "
+                "expected the plan of the same routes: leave it out"
+            )
         transport: Any = self.transport  # its plans are its own
-        plan = transport.plan(slot_ids, self.num_slots)
-        return DispatchOutput(
-            rows=transport.dispatch(x, plan),
-            tokens_per_local_expert=plan.tokens_per_local_expert,
-            handle=DispatchHandle(plan=plan, num_tokens=x.shape[0], top_k=slot_ids.shape[1]),
-        )
+        travelling = weights if transport.weights_travel else None
+        with torch.no_grad():
+            started = transport.start_dispatch(x, slot_ids, travelling, plan)
 
-    def combine(self, expert_out: Tensor, weights: Tensor, handle: DispatchHandle) -> Tensor:
-        """Bring the experts' results back and add them up per token.
+        def finish() -> DispatchOutput:
+            made, rows, arrived = autograd.dispatch(x, travelling, transport, started)
+            self.traffic.load += rows.shape[0]
+            return DispatchOutput(
+                rows=rows,
+                tokens_per_local_expert=made.tokens_per_local_expert,
+                handle=DispatchHandle(
+                    plan=made,
+                    weights=weights if arrived is None else arrived,
+                    num_tokens=x.shape[0],
+                    top_k=slot_ids.shape[1],
+                ),
+            )
 
-        ``expert_out [R, D]`` in the order of ``DispatchOutput.rows``, ``weights [T, K]`` fp32 (the
-        weight of a dropped route is not used); gives ``[T, D]`` in the dtype of ``expert_out``.
+        return Pending(finish)
+
+    def combine(self, expert_out: Tensor, handle: DispatchHandle) -> Tensor:
+        """Bring the experts' results back and add them up per token, by their weights.
+
+        ``expert_out [R, D]`` in the order of ``DispatchOutput.rows`` gives ``[T, D]`` in its dtype.
         """
+        return self.combine_async(expert_out, handle).wait()
+
+    def combine_async(self, expert_out: Tensor, handle: DispatchHandle) -> Pending[Tensor]:
+        """Begin :meth:`combine`: results travel until ``wait()``, which gives its output."""
         transport: Any = self.transport
-        return transport.combine(expert_out, weights, handle.plan)
+        plan, weights = handle.plan, handle.weights
+        with torch.no_grad():
+            started = transport.start_combine(expert_out, weights, plan)
+        return Pending(lambda: autograd.combine(expert_out, weights, transport, started, plan))
 
 
 def group_ranks(ep_group: Any, num_ranks: int | None) -> tuple[int, ...]:

@@ -1,8 +1,9 @@
-"""Count what every rank sends to every rank: rows and bytes, forward and backward.
+"""Count what every rank sends to every rank: rows, bytes and messages, forward and backward.
 
-Rows are routed copies of tokens (or their gradients); bytes are their payload. The counts that
-precede each exchange (8 bytes per slot) are not included. A rank's rows to itself are counted too,
-as ``same_rank``: they cost a copy, not a link.
+Rows are routed copies of tokens (or their gradients); bytes are their payload as it travels, after
+coding. A message is one rank's rows for another in one exchange; where there are none, there is
+none. The counts that precede each exchange (8 bytes per slot) are not included. A rank's rows to
+itself are counted too, as ``same_rank``: they cost a copy, not a link.
 """
 
 import math
@@ -13,41 +14,66 @@ import numpy as np
 import torch.distributed
 from torch import Tensor, nn
 
+from moe_locality.dispatch.timing import StageClock
 from moe_locality.errors import TopologyError
 from moe_locality.topology.cluster import ClusterTopology
 
 KINDS = ("dispatch", "combine", "dispatch_grad", "combine_grad")
 ALL_KINDS = (*KINDS, "routing")
-"""``routing``: slots and weights (and their gradients) that travel with the rows of the
-hierarchical exchange; the flat one sends none."""
+"""``routing``: slots and weights (and their gradients) that travel in the packed rows of the
+hierarchical exchange, and the bytes that align them: the same rows and messages as those of
+``dispatch`` (or ``dispatch_grad``) between nodes. The flat exchange has none."""
 LINKS = ("same_rank", "same_node", "cross_node")
 
 
 class TrafficCounter:
-    """``rows[kind][i]`` and ``bytes[kind][i]`` (int64): sent by this rank to ``ranks[i]``.
+    """``rows[kind][i]``, ``bytes[kind][i]`` and ``messages[kind][i]`` (int64): sent by this rank to
+    ``ranks[i]``; ``load``: rows that this rank's experts worked on; ``clock``: times of the stages.
 
     ``ranks``: global ranks of the EP group, in its order.
     """
 
-    def __init__(self, *, ranks: Sequence[int], topology: ClusterTopology | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        ranks: Sequence[int],
+        topology: ClusterTopology | None = None,
+        clock: StageClock | None = None,
+    ) -> None:
         self.ranks = tuple(ranks)
         self.topology = topology
+        self.clock = clock or StageClock()
         self.reset()
 
     def reset(self) -> None:
         """Set all counts to zero."""
-        self.rows = {kind: np.zeros(len(self.ranks), dtype=np.int64) for kind in ALL_KINDS}
-        self.bytes = {kind: np.zeros(len(self.ranks), dtype=np.int64) for kind in ALL_KINDS}
+        self.load = 0
+        self.rows, self.bytes, self.messages = (
+            {kind: np.zeros(len(self.ranks), dtype=np.int64) for kind in ALL_KINDS}
+            for _ in range(3)
+        )
+        self.clock.reset()
 
-    def count(self, kind: str, splits: Sequence[int], rows: Tensor) -> None:
-        """Add one exchange: ``splits[i]`` rows like those of ``rows [*, D]`` to ``ranks[i]``."""
-        self.add(kind, slice(None), splits, rows)
+    def count(self, kind: str, splits: Sequence[int], rows: Tensor, extra_bytes: int = 0) -> None:
+        """Add one exchange: ``splits[i]`` rows like those of ``rows [*, D]`` to ``ranks[i]``.
 
-    def add(self, kind: str, where: Any, splits: Sequence[int], rows: Tensor) -> None:
+        ``extra_bytes`` of each row count as ``routing``.
+        """
+        self.add(kind, slice(None), splits, rows, extra_bytes)
+
+    def add(
+        self, kind: str, where: Any, splits: Sequence[int], rows: Tensor, extra_bytes: int = 0
+    ) -> None:
         """Add one exchange with the ranks at the positions ``where``."""
         sent = np.asarray(splits, dtype=np.int64)
+        size = math.prod(rows.shape[1:]) * rows.element_size()
         self.rows[kind][where] += sent
-        self.bytes[kind][where] += sent * (math.prod(rows.shape[1:]) * rows.element_size())
+        self.bytes[kind][where] += sent * (size - extra_bytes)
+        self.messages[kind][where] += sent > 0
+        if extra_bytes:
+            self.rows["routing"][where] += sent
+            self.bytes["routing"][where] += sent * extra_bytes
+            self.messages["routing"][where] += sent > 0
 
     def among(self, ranks: Sequence[int]) -> "SubgroupCounter":
         """Return a counter for exchanges among some of the ranks; it adds to this one."""
@@ -61,9 +87,9 @@ class SubgroupCounter:
         self.whole = whole
         self.positions = np.array(positions)
 
-    def count(self, kind: str, splits: Sequence[int], rows: Tensor) -> None:
+    def count(self, kind: str, splits: Sequence[int], rows: Tensor, extra_bytes: int = 0) -> None:
         """Add one exchange: ``splits[i]`` rows to the i-th rank of the subgroup."""
-        self.whole.add(kind, self.positions, splits, rows)
+        self.whole.add(kind, self.positions, splits, rows, extra_bytes)
 
 
 def counters(model: nn.Module) -> Iterator[tuple[str, TrafficCounter]]:
@@ -85,23 +111,38 @@ def traffic_report(
 ) -> dict[str, Any]:
     """Gather the counts of all ranks of ``group`` (the world by default). Collective.
 
-    Returns plain data, the same on every rank: ``ranks`` (G global ranks), ``rows`` and ``bytes``
-    ``{kind: [G][G]}`` (row = sender, column = receiver), ``by_link``
-    ``{kind: {same_rank, same_node, cross_node}}`` in bytes and ``rows_by_link`` in rows (both None
-    without a topology), and ``per_layer``: the same per layer, with its ``name``.
+    Returns plain data, the same on every rank: ``ranks`` (G global ranks), ``rows``, ``bytes`` and
+    ``messages`` ``{kind: [G][G]}`` (row = sender, column = receiver), ``by_link``
+    ``{kind: {same_rank, same_node, cross_node}}`` in bytes, ``rows_by_link`` in rows and
+    ``messages_by_link`` (all None without a topology), ``load [G]`` (rows that the experts of each
+    rank worked on), ``stage_us {stage: [G]}`` (empty unless ``dispatch.timing`` is on), and
+    ``per_layer``: the same per layer, with its ``name``.
 
     Raises:
         TopologyError: a counter names a rank outside ``group``, or the topology is too small.
     """
-    mine = [(name, counter.ranks, counter.rows, counter.bytes) for name, counter in counters(model)]
+    mine = [(name, _counted(counter)) for name, counter in counters(model)]
     topology = topology or next((c.topology for _, c in counters(model) if c.topology), None)
     ranks, everyone = _gather(mine, group)
     names = [name for name, *_ in max(everyone, key=len)] if everyone else []
-    layers = []
+    layers, total = [], _Sums(ranks)
     for index, name in enumerate(names):
-        entries = [layer[index] if index < len(layer) else None for layer in everyone]
-        layers.append({"name": name, **_matrices(entries, ranks, topology)})
-    return {"ranks": list(ranks), **_sum_layers(layers, ranks, topology), "per_layer": layers}
+        sums = _Sums(ranks)
+        for sender, entries in enumerate(everyone):
+            if index < len(entries):
+                sums.add(sender, entries[index][1])
+        total.merge(sums)
+        layers.append({"name": name, **_report(sums, topology)})
+    return {"ranks": list(ranks), **_report(total, topology), "per_layer": layers}
+
+
+def _counted(counter: TrafficCounter) -> dict[str, Any]:
+    return {
+        "ranks": counter.ranks,
+        **{name: getattr(counter, name) for name in _MATRICES},
+        "load": counter.load,
+        "stage_us": counter.clock.stage_us(),
+    }
 
 
 def _gather(mine: list, group: Any) -> tuple[tuple[int, ...], list[list]]:
@@ -114,61 +155,71 @@ def _gather(mine: list, group: Any) -> tuple[tuple[int, ...], list[list]]:
     return ranks, everyone
 
 
-def _matrices(entries: list, ranks: tuple[int, ...], topology: ClusterTopology | None) -> dict:
-    place = {rank: i for i, rank in enumerate(ranks)}
-    rows, sizes = _zeros(ranks), _zeros(ranks)
-    for sender, entry in enumerate(entries):
-        if entry is None:
-            continue
-        _, receivers, sent_rows, sent_bytes = entry
-        outside = [rank for rank in receivers if rank not in place]
+_MATRICES = {"bytes": "by_link", "rows": "rows_by_link", "messages": "messages_by_link"}
+"""What is counted per pair of ranks, and its name in the report when summed by link."""
+
+
+class _Sums:
+    """Counts of all ranks, as matrices."""
+
+    def __init__(self, ranks: tuple[int, ...]) -> None:
+        size = len(ranks)
+        self.ranks = ranks
+        self.matrices = {
+            name: {kind: np.zeros((size, size), dtype=np.int64) for kind in ALL_KINDS}
+            for name in _MATRICES
+        }
+        self.load = np.zeros(size, dtype=np.int64)
+        self.stage_us: dict[str, np.ndarray] = {}
+
+    def add(self, sender: int, counted: dict[str, Any]) -> None:
+        """Add what one rank counted."""
+        place = {rank: i for i, rank in enumerate(self.ranks)}
+        outside = [rank for rank in counted["ranks"] if rank not in place]
         if outside:
             raise TopologyError(
                 f"found traffic to ranks {outside}, expected only ranks of the group "
-                f"{list(ranks)}: ask for the report over the world"
+                f"{list(self.ranks)}: ask for the report over the world"
             )
-        columns = [place[rank] for rank in receivers]
-        for kind in ALL_KINDS:
-            rows[kind][sender, columns] += sent_rows[kind]
-            sizes[kind][sender, columns] += sent_bytes[kind]
-    return _report(rows, sizes, ranks, topology)
+        columns = [place[rank] for rank in counted["ranks"]]
+        for name, matrices in self.matrices.items():
+            for kind, matrix in matrices.items():
+                matrix[sender, columns] += counted[name][kind]
+        self.load[sender] += counted["load"]
+        for stage, us in counted["stage_us"].items():
+            self._stage(stage)[sender] += us
+
+    def merge(self, other: "_Sums") -> None:
+        """Add the counts of another layer."""
+        for name, matrices in self.matrices.items():
+            for kind, matrix in matrices.items():
+                matrix += other.matrices[name][kind]
+        self.load += other.load
+        for stage, us in other.stage_us.items():
+            self._stage(stage)[:] += us
+
+    def _stage(self, name: str) -> np.ndarray:
+        return self.stage_us.setdefault(name, np.zeros(len(self.ranks)))
 
 
-def _sum_layers(
-    layers: list[dict], ranks: tuple[int, ...], topology: ClusterTopology | None
-) -> dict:
-    rows, sizes = _zeros(ranks), _zeros(ranks)
-    for layer in layers:
-        for kind in ALL_KINDS:
-            rows[kind] += np.asarray(layer["rows"][kind])
-            sizes[kind] += np.asarray(layer["bytes"][kind])
-    return _report(rows, sizes, ranks, topology)
-
-
-def _zeros(ranks: tuple[int, ...]) -> dict[str, np.ndarray]:
-    return {kind: np.zeros((len(ranks), len(ranks)), dtype=np.int64) for kind in ALL_KINDS}
-
-
-def _report(
-    rows: dict[str, np.ndarray],
-    sizes: dict[str, np.ndarray],
-    ranks: tuple[int, ...],
-    topology: ClusterTopology | None,
-) -> dict[str, Any]:
+def _report(sums: _Sums, topology: ClusterTopology | None) -> dict[str, Any]:
     report: dict[str, Any] = {
-        "rows": {kind: matrix.tolist() for kind, matrix in rows.items()},
-        "bytes": {kind: matrix.tolist() for kind, matrix in sizes.items()},
-        "by_link": None,
-        "rows_by_link": None,
+        name: {kind: matrix.tolist() for kind, matrix in matrices.items()}
+        for name, matrices in sums.matrices.items()
     }
-    if topology is not None:
-        links = link_classes(ranks, topology)
-        for key, matrices in (("by_link", sizes), ("rows_by_link", rows)):
-            report[key] = {
-                kind: {link: int(matrix[links == i].sum()) for i, link in enumerate(LINKS)}
-                for kind, matrix in matrices.items()
-            }
+    links = None if topology is None else link_classes(sums.ranks, topology)
+    for name, key in _MATRICES.items():
+        report[key] = links if links is None else _by_link(sums.matrices[name], links)
+    report["load"] = sums.load.tolist()
+    report["stage_us"] = {stage: us.tolist() for stage, us in sums.stage_us.items()}
     return report
+
+
+def _by_link(matrices: dict[str, np.ndarray], links: np.ndarray) -> dict[str, dict[str, int]]:
+    return {
+        kind: {link: int(matrix[links == i].sum()) for i, link in enumerate(LINKS)}
+        for kind, matrix in matrices.items()
+    }
 
 
 def link_classes(ranks: Sequence[int], topology: ClusterTopology) -> np.ndarray:

@@ -30,7 +30,7 @@ from moe_locality.dispatch.dispatcher import (
     check_dispatch_config,
     group_ranks,
 )
-from moe_locality.dispatch.hierarchical import Rails, find_rails
+from moe_locality.dispatch.rails import Rails, find_rails, pays
 from moe_locality.dispatch.traffic import TrafficCounter
 from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.kernels import ops
@@ -166,13 +166,13 @@ class LocalityMOELayer(MOELayer):
         )
         dispatcher = self._get_dispatcher()
         self._timer(FIRST_ALLTOALL_TIMER, start=True)
-        routed: Any = dispatcher.dispatch(x, self.gate.slot_ids(logical_ids).t())
+        routed: Any = dispatcher.dispatch(x, self.gate.slot_ids(logical_ids).t(), weights.t())
         self.time_falltoall = self._timer(FIRST_ALLTOALL_TIMER)
         expert_out = run_experts(
             self.experts, routed.rows, routed.tokens_per_local_expert, self.experts_mode
         )
         self._timer(SECOND_ALLTOALL_TIMER, start=True)
-        output = dispatcher.combine(expert_out, weights.t(), routed.handle)
+        output = dispatcher.combine(expert_out, routed.handle)
         self.time_salltoall = self._timer(SECOND_ALLTOALL_TIMER)
         output = output.reshape(hidden_states.shape)
         self.time_moe = self._timer(MOE_TIMER)
@@ -220,12 +220,14 @@ class LocalityMOELayer(MOELayer):
 
     def _rails(self) -> Rails | None:
         """Where this rank stands among the nodes, when the exchange needs it."""
-        if self.dispatch_config.exchange != "hierarchical" or self.topology is None:
+        exchange, num_slots = self.dispatch_config.exchange, self.ep_size * self.num_local_experts
+        if exchange == "flat" or self.topology is None or self.ep_size == 1:
             return None
-        groups = built_groups(group_ranks(self.ep_group, self.ep_size))
-        if groups is None:
+        ranks = group_ranks(self.ep_group, self.ep_size)
+        groups = built_groups(ranks)
+        if exchange == "auto" and not pays(ranks, self.topology, num_slots, self.gate.k):
             return None
-        return find_rails(groups, self.topology, self.ep_size * self.num_local_experts)
+        return None if groups is None else find_rails(groups, self.topology, num_slots)
 
     def _timer(self, name: str, start: bool = False) -> float:
         if not self.wall_clock_breakdown:

@@ -54,7 +54,7 @@ def every_rank_gets_what_it_would_compute_alone(rank, world, per_rank, pattern):
     x, weights, ids = data_of(rank, num_slots, pattern)
     x.requires_grad_()
     weights.requires_grad_()
-    routed = dispatcher.dispatch(x, ids)
+    routed = dispatcher.dispatch(x, ids, weights)
     chunks = routed.rows.split(list(routed.tokens_per_local_expert))
     mine = range(rank * per_rank, (rank + 1) * per_rank)
     # what arrived is what the others have for these slots, source by source
@@ -66,7 +66,7 @@ def every_rank_gets_what_it_would_compute_alone(rank, world, per_rank, pattern):
             arrived.append(sx[token])
         assert torch.equal(chunk.detach(), torch.cat(arrived))
     results = torch.cat([expert(slot, chunk) for slot, chunk in zip(mine, chunks, strict=True)])
-    out = dispatcher.combine(results, weights, routed.handle)
+    out = dispatcher.combine(results, routed.handle)
     out.square().sum().backward()
     expected = alone(rank, num_slots, pattern)
     torch.testing.assert_close(out.detach(), expected["out"])
@@ -111,8 +111,8 @@ def two_groups_count_in_global_ranks(rank, world):
     dispatcher = TokenDispatcher(
         pairs[rank // 2], ClusterTopology.uniform(2, 2), num_slots=2, num_ranks=2
     )
-    routed = dispatcher.dispatch(torch.ones(1, 2), torch.tensor([[1]]))
-    dispatcher.combine(routed.rows, torch.ones(1, 1), routed.handle)
+    routed = dispatcher.dispatch(torch.ones(1, 2), torch.tensor([[1]]), torch.ones(1, 1))
+    dispatcher.combine(routed.rows, routed.handle)
     holder = torch.nn.Module()
     holder.traffic = dispatcher.traffic  # pyright: ignore[reportAttributeAccessIssue]
     report = traffic_report(holder)

@@ -25,12 +25,12 @@ def on_rank(rank, folder):
         )
         dispatcher = TokenDispatcher(num_slots=4, num_ranks=2)
         x, slots = torch.randn(6, 8), torch.arange(6).reshape(6, 1) % 4
-        dispatcher.dispatch(x, slots)
+        dispatcher.dispatch(x, slots, torch.ones(6, 1))
         if rank == 1:
             os._exit(1)
         try:
             for _ in range(3):
-                dispatcher.dispatch(x, slots)
+                dispatcher.dispatch(x, slots, torch.ones(6, 1))
         except MoeLocalityError as error:
             (folder / "message").write_text(str(error))
     except BaseException:

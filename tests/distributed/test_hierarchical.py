@@ -49,11 +49,9 @@ def step(dispatcher, rank, slots):
     x = torch.randn(len(slots), WIDTH, generator=generator, requires_grad=True)
     weights = torch.rand(len(slots), TOP_K, generator=generator, requires_grad=True)
     scales = torch.linspace(0.5, 2, SLOTS_PER_RANK).add(rank).requires_grad_()
-    routed = dispatcher.dispatch(x, slots)
+    routed = dispatcher.dispatch(x, slots, weights)
     counts = torch.tensor(routed.tokens_per_local_expert)
-    out = dispatcher.combine(
-        routed.rows * scales.repeat_interleave(counts)[:, None], weights, routed.handle
-    )
+    out = dispatcher.combine(routed.rows * scales.repeat_interleave(counts)[:, None], routed.handle)
     (out * torch.linspace(-1, 1, WIDTH)).sum().backward()
     return [value.detach().numpy() for value in (out, x.grad, weights.grad, scales.grad)]
 

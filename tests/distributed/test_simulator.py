@@ -46,8 +46,10 @@ def counts_on_rank(rank, world_size, nodes):
             config=DispatchConfig(exchange=exchange),
             rails=rails,
         )
-        routed = dispatcher.dispatch(torch.ones(len(ids), WIDTH), torch.tensor(slots).int())
-        dispatcher.combine(routed.rows, torch.ones(len(ids), 3), routed.handle)
+        routed = dispatcher.dispatch(
+            torch.ones(len(ids), WIDTH), torch.tensor(slots).int(), torch.ones(len(ids), 3)
+        )
+        dispatcher.combine(routed.rows, routed.handle)
         model = torch.nn.Module()
         model.traffic = dispatcher.traffic
         found[exchange] = traffic_report(model, topology)

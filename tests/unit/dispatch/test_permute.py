@@ -20,7 +20,7 @@ def test_expert_major_order_groups_by_expert_then_source(ranks, experts, seed):
 
 def test_plan_step_on_one_rank_reorders_nothing():
     mapping = ops.row_map(torch.tensor([[1, 0], [1, -1]]), 2)
-    plan = plan_step(mapping, mapping.tokens_per_slot.view(1, -1), 1)
+    plan = plan_step(mapping, mapping.tokens_per_slot, 1, [1, 2], [1, 2])
     assert plan.input_splits == plan.output_splits == (3,)
     assert plan.tokens_per_local_expert == (1, 2)
     assert plan.by_expert is None
@@ -29,8 +29,8 @@ def test_plan_step_on_one_rank_reorders_nothing():
 
 def test_plan_step_reads_splits_from_both_sides():
     mapping = ops.row_map(torch.tensor([[0, 3], [2, 3]]), 4)
-    received = torch.tensor([[1, 2], [0, 3]])  # from rank 0 and rank 1, for our two experts
-    plan = plan_step(mapping, received, 2)
+    got = [1, 2, 0, 3]  # from rank 0 and rank 1, for our two experts
+    plan = plan_step(mapping, torch.tensor(got), 2, [1, 0, 1, 2], got)
     assert plan.input_splits == (1, 3)
     assert plan.output_splits == (3, 3)
     assert plan.tokens_per_local_expert == (1, 5)

@@ -22,8 +22,8 @@ def test_forward_and_backward_are_counted_apart():
     dispatcher = TokenDispatcher(num_slots=2)
     x = torch.randn(3, 4, dtype=torch.bfloat16, requires_grad=True)
     weights = torch.ones(3, 2, requires_grad=True)
-    routed = dispatcher.dispatch(x, torch.tensor([[0, 1], [1, -1], [0, 1]]))
-    out = dispatcher.combine(routed.rows.float(), weights, routed.handle)
+    routed = dispatcher.dispatch(x, torch.tensor([[0, 1], [1, -1], [0, 1]]), weights)
+    out = dispatcher.combine(routed.rows.float(), routed.handle)
     rows = {kind: dispatcher.traffic.rows[kind].tolist() for kind in KINDS}
     assert rows == {"dispatch": [5], "combine": [5], "dispatch_grad": [0], "combine_grad": [0]}
     out.sum().backward()

@@ -94,8 +94,8 @@ def test_a_wrong_section_is_refused_before_anything_changes():
     net = Net()
     with pytest.raises(ConfigError, match="exchnage"):
         moe_locality.apply(net, {"dispatch": {"exchnage": "flat"}})
-    with pytest.raises(ConfigError, match="not available yet"):
-        moe_locality.apply(net, {"dispatch": {"payload": "fp8"}})
+    with pytest.raises(ConfigError, match=r"dispatch\.payload"):
+        moe_locality.apply(net, {"dispatch": {"payload": "int3"}})
     assert type(net.a) is StockMoE
 
 
