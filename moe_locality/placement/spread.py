@@ -207,7 +207,7 @@ def place_on_ranks(
     tokens = max(loads.sum(), 1.0)
     together = pairs + (BATCH_TOKENS - 1) / tokens * np.outer(loads, loads)
     np.fill_diagonal(together, 0)
-    together = np.rint(together * (_SCALE / max(together.max(), 1e-300)))
+    together = np.rint(together * (_SCALE / (together.max() or 1.0)))
     sizes = [len(local) // num_ranks] * num_ranks
     starts = np.array([np.repeat(np.arange(num_ranks), sizes), lightest_first(loads, sizes)])
     found, _, inside = search.search(
