@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +100,10 @@ def place(
         seconds = time.perf_counter() - start
         judged = _judge(plan, train, test, topology)
         certificate = certificate_of(plan, train, topology, max_imbalance, bound_seconds, prove)
+    source = {} if test is None else {"drawn_from": content.content_hash(), "held_out": held_out}
     if certificate is not None:
-        source = {**plan.provenance, "certificate": certificate}
-        plan = dataclasses.replace(plan, provenance=source)
-    if test is not None:
-        source = {**plan.provenance, "drawn_from": content.content_hash(), "held_out": held_out}
-        plan = dataclasses.replace(plan, provenance=source)
+        source["certificate"] = certificate
+    plan = dataclasses.replace(plan, provenance={**plan.provenance, **source})
     plan.write(out)
     payload = {
         "command": "place",
@@ -120,15 +118,25 @@ def place(
         **judged,
     }
 
-    def show(console: Any) -> None:
-        where = "on its own trace" if test is None else f"on {held_out:.0%} held-out requests"
-        console.print(f"{out}: {method}, {topology.describe()}, {seconds:.2f} s", soft_wrap=True)
-        found = {"linear": judged["linear"], method: judged["held_out"] or plan.costs}
-        console.print(costs_table(f"Predicted {where}", found))
-        if certificate is not None:
-            console.print(certificate_words(certificate), soft_wrap=True)
+    where = "on its own trace" if test is None else f"on {held_out:.0%} held-out requests"
+    head = f"{out}: {method}, {topology.describe()}, {seconds:.2f} s"
+    return Result(payload=payload, show=_shown(head, where, payload))
 
-    return Result(payload=payload, show=show)
+
+def _shown(head: str, where: str, payload: dict[str, Any]) -> Callable[[Any], None]:
+    """Return what prints a new plan: its costs beside linear's, and its certificate."""
+    found = {
+        "linear": payload["linear"],
+        payload["method"]: payload["held_out"] or payload["costs"],
+    }
+
+    def show(console: Any) -> None:
+        console.print(head, soft_wrap=True)
+        console.print(costs_table(f"Predicted {where}", found))
+        if payload["certificate"] is not None:
+            console.print(certificate_words(payload["certificate"]), soft_wrap=True)
+
+    return show
 
 
 def _judge(
