@@ -45,7 +45,8 @@ def apply(
     Args:
         config: the ``"moe_locality"`` section, or a ds_config with it.
         plan: place the experts too: their weights move between the ranks (collective, and before
-            ``deepspeed.initialize``). Default: the plan that the section names.
+            ``deepspeed.initialize``). With replicas, a rank gets more experts: collect the
+            parameters to train afterwards. Default: the plan that the section names.
         topology: node of every rank, for the traffic report.
 
     Raises:
@@ -82,8 +83,9 @@ def apply(
     logger.info("moe_locality: %d of %d MoE layers swapped", len(swapped), len(layers))
     if plan is not None:
         from moe_locality.layer.relabel import relabel
+        from moe_locality.layer.replicas import add_replicas
 
-        relabel(model, plan)
+        (relabel if plan.is_permutation else add_replicas)(model, plan)
     return model
 
 
@@ -113,6 +115,8 @@ def initialize(*args: Any, **kwargs: Any) -> Any:
     topology = None
     if not _auto_ep(ds_config):
         topology = _prepare_model(model, section, ds_config, plan, bound.get("mpu"))
+        if plan is not None and not plan.is_permutation:
+            args, kwargs = (), _with_replicas(bound)
     result = deepspeed.initialize(*args, **kwargs)
     module: Any = result[0].module
     runtime = LocalityRuntime(model=module, config=section, plan=plan, topology=topology)
@@ -122,6 +126,29 @@ def initialize(*args: Any, **kwargs: Any) -> Any:
 
         wrap_checkpoints(result[0])
     return result
+
+
+def _with_replicas(bound: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of ``initialize`` with the parameters that replicas brought."""
+    from moe_locality.layer.replicas import with_new_parameters
+
+    found = dict(bound)
+    for name in ("model_parameters", "optimizer"):
+        given = found.get(name)
+        if given is not None and (name == "model_parameters" or not callable(given)):
+            found[name] = with_new_parameters(found["model"], given)
+    return found
+
+
+def _refuse_clipping(plan: PlacementPlan | None, ds_config: dict[str, Any]) -> None:
+    stage = (ds_config.get("zero_optimization") or {}).get("stage", 0)
+    if plan is None or plan.is_permutation or stage or not ds_config.get("gradient_clipping"):
+        return
+    raise ConfigError(
+        "found gradient_clipping at ZeRO stage 0 together with a plan with replicas, expected "
+        "stage 1 or 2: at stage 0 DeepSpeed counts an expert in the norm once per replica; set "
+        "zero_optimization.stage to 1 or 2, or gradient_clipping to 0"
+    )
 
 
 def _init_distributed(bound: dict[str, Any]) -> None:
@@ -172,6 +199,7 @@ def _agree_on_inputs(
         if section.plan is not None:
             _refuse_plan_with_auto_ep(ds_config)
             plan = PlacementPlan.read(section.plan)
+            _refuse_clipping(plan, ds_config)
             layers = moe_modules(bound["model"])
             sizes = {module.num_experts for _, module in layers}
             plan.check_fits(layer_count=len(layers), num_experts=max(sizes, default=None))

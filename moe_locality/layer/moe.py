@@ -16,7 +16,7 @@ parameters, hooks and references to a module stay what they were.
 
 import inspect
 import logging
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,8 @@ from moe_locality.dispatch.traffic import TrafficCounter
 from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.kernels import ops
 from moe_locality.layer.experts import ExpertsMode, check_experts_mode, run_experts
+from moe_locality.layer.overlap import Once
+from moe_locality.layer.replica_map import LayerReplicas
 from moe_locality.layer.view import View
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.topology.groups import built_groups
@@ -52,76 +54,10 @@ from deepspeed.moe.sharded_moe import (  # noqa: E402
     TopKGate,
 )
 
+from moe_locality.layer.gate import LocalityTopKGate  # noqa: E402
+from moe_locality.layer.replica_gradients import run_with_summed_gradients  # noqa: E402
+
 logger = logging.getLogger(__name__)
-
-
-class LocalityTopKGate(TopKGate):
-    """DeepSpeed's gate, read in the logical frame.
-
-    The sparse output is DeepSpeed's: ``(l_aux, C, E, indices int32 [K, T] (-1 = dropped),
-    locations, gates fp32 [K, T], exp_counts)``, with logical ids.
-    """
-
-    routes_in_logical_frame = True
-    slot_to_logical: np.ndarray
-
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        input: Tensor,
-        used_token: Tensor | None = None,
-        sparse_routes: bool = False,
-        use_tutel: bool = False,
-        *,
-        padded: bool = True,
-    ) -> Any:
-        """Gate ``input [T, D]``; with ``padded=False`` nobody needs equal capacities on all ranks.
-
-        Without dropping, DeepSpeed makes all ranks agree on the capacity of the padded buffers. It
-        changes no route and no weight, so the ragged dispatch saves that collective.
-        """
-        if input.shape[0] == 0 and sparse_routes:
-            return self._no_routes(input)
-        replaced: dict[str, Any] = {}
-        if not self.is_identity:
-            order = self._slot_of_logical(input.device)
-            replaced["wg"] = SimpleNamespace(weight=self.wg.weight.index_select(0, order))
-        if not padded and not self.drop_tokens:
-            replaced["ep_group"] = None
-        view: Any = View(self, **replaced) if replaced else self
-        stock: Any = TopKGate.forward
-        return stock(view, input, used_token, sparse_routes, use_tutel)
-
-    @property
-    def is_identity(self) -> bool:
-        return self._identity
-
-    def set_slot_to_logical(self, slot_to_logical: np.ndarray) -> None:
-        """Say which logical expert each slot holds (checked by :func:`set_slot_to_logical`)."""
-        self.slot_to_logical = slot_to_logical
-        self._identity = bool((slot_to_logical == np.arange(len(slot_to_logical))).all())
-        self._orders: dict[torch.device, Tensor] = {}
-
-    def slot_ids(self, logical_ids: Tensor) -> Tensor:
-        """Map logical ids (-1 = dropped) to slots, the same shape and dtype."""
-        if self.is_identity:
-            return logical_ids
-        slots = self._slot_of_logical(logical_ids.device).to(logical_ids.dtype)
-        return torch.where(logical_ids < 0, logical_ids, slots[logical_ids.clamp_min(0).long()])
-
-    def _slot_of_logical(self, device: torch.device) -> Tensor:
-        # not a buffer: it must not be saved, cast, or made on the meta device
-        if device not in self._orders:
-            self._orders[device] = torch.from_numpy(np.argsort(self.slot_to_logical)).to(device)
-        return self._orders[device]
-
-    def _no_routes(self, input: Tensor) -> tuple:
-        """A rank without tokens takes part in the exchange; DeepSpeed's l_aux would be NaN."""
-        logits = torch.nn.functional.linear(input.float(), self.wg.weight.float())
-        num_experts = logits.shape[1]
-        none = torch.empty(self.k, 0, dtype=torch.int32, device=input.device)
-        counts = torch.zeros(num_experts, dtype=torch.int64, device=input.device)
-        gates = logits[:, : self.k].t().contiguous()
-        return (logits.sum(), torch.tensor(0), num_experts, none, none, gates, counts)
 
 
 class LocalityMOELayer(MOELayer):
@@ -132,11 +68,14 @@ class LocalityMOELayer(MOELayer):
     """
 
     gate: LocalityTopKGate
+    beside: Callable[[], Any] | None = None
+    """work of the module around this layer that is done while results travel home"""
     dispatch_config: DispatchConfig
     kernels: ops.Backend
     experts_mode: ExpertsMode
     topology: ClusterTopology | None
     dispatcher: TokenDispatcher | None
+    replicas: LayerReplicas | None
 
     @property
     def traffic(self) -> TrafficCounter | None:
@@ -168,11 +107,16 @@ class LocalityMOELayer(MOELayer):
         self._timer(FIRST_ALLTOALL_TIMER, start=True)
         routed: Any = dispatcher.dispatch(x, self.gate.slot_ids(logical_ids).t(), weights.t())
         self.time_falltoall = self._timer(FIRST_ALLTOALL_TIMER)
-        expert_out = run_experts(
-            self.experts, routed.rows, routed.tokens_per_local_expert, self.experts_mode
-        )
+        work = (self.experts, routed.rows, routed.tokens_per_local_expert, self.experts_mode)
+        if self.replicas is None or not torch.is_grad_enabled():
+            expert_out = run_experts(*work)
+        else:
+            expert_out = run_with_summed_gradients(*work, self.replicas, self.ep_group)
         self._timer(SECOND_ALLTOALL_TIMER, start=True)
-        output = dispatcher.combine(expert_out, routed.handle)
+        results = dispatcher.combine_async(expert_out, routed.handle)
+        if self.beside is not None:
+            self.beside()
+        output = results.wait()
         self.time_salltoall = self._timer(SECOND_ALLTOALL_TIMER)
         output = output.reshape(hidden_states.shape)
         self.time_moe = self._timer(MOE_TIMER)
@@ -189,6 +133,11 @@ class LocalityMOELayer(MOELayer):
         return None
 
     def _padded_forward(self, why: str, *input: Tensor, **kwargs: Any) -> Tensor:
+        if self.replicas is not None:
+            raise ConfigError(
+                f"found experts with replicas, and {why}: DeepSpeed's padded dispatch, which then "
+                "has to run, knows one slot per expert; use a plan without replicas"
+            )
         if not self._said_padded:
             self._said_padded = True
             logger.warning(
@@ -271,6 +220,21 @@ class MoE(StockMoE):
             topology=topology,
         )
 
+    def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> Any:
+        """As DeepSpeed's; the residual MLP runs while the experts' results travel home.
+
+        It still runs after the experts, so random numbers are drawn in DeepSpeed's order.
+        """
+        stock: Any = StockMoE.forward
+        if not self.use_residual:
+            return stock(self, hidden_states, used_token)
+        mlp, layer = Once(self.mlp), self.deepspeed_moe
+        layer.beside = lambda: mlp.run_early(hidden_states)
+        try:
+            return stock(View(self, mlp=mlp), hidden_states, used_token)
+        finally:
+            layer.beside = None
+
 
 def _joined_signature() -> inspect.Signature:
     """DeepSpeed's parameters, then ours: what ``help`` and editors show."""
@@ -335,7 +299,7 @@ def adopt(
     layer.gate.__class__ = LocalityTopKGate
     layer.dispatch_config, layer.kernels, layer.topology = dispatch_config, kernels, topology
     layer.experts_mode = experts
-    layer.dispatcher = None
+    layer.dispatcher = layer.replicas = None
     layer._said_padded = False
     set_slot_to_logical(module, np.arange(module.num_experts) if placed is None else placed)
     return True

@@ -1,0 +1,294 @@
+"""Give the layers of a model more slots than experts: the placements with replicas.
+
+Every rank of an EP group holds P / G expert modules, those that its slots name. What the model
+computes stays the same: the router keeps its E rows, in logical order, and each rank sends a token
+to the replica that serves its own tokens (``PlacementPlan.serving_slot``).
+
+It happens before ``deepspeed.initialize``, so that optimizer, ZeRO and expert-data-parallel groups
+see the parameters of all slots. The modules that a rank has stay the objects they were and come
+first; new ones follow.
+"""
+
+import copy
+import hashlib
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moe_locality import compat
+from moe_locality.errors import ConfigError, PlacementError
+from moe_locality.layer.moe import moe_modules, set_slot_to_logical
+from moe_locality.layer.optimizer_state import check_no_gradients, layout_of
+from moe_locality.layer.relabel import (
+    Target,
+    agree,
+    agree_on_failure,
+    current_order,
+    find_group,
+)
+from moe_locality.layer.relabel_weights import expert_tensors, pack, permute_gate, unpack
+from moe_locality.layer.replica_map import LayerReplicas, source_slots
+from moe_locality.placement.plan import PlacementPlan
+
+logger = logging.getLogger(__name__)
+
+NOT_COUNTED = "ds_pipe_replicated"
+"""DeepSpeed's mark of a parameter that another rank holds too: ZeRO leaves it out of the norm of
+the gradients, so that each logical expert counts once.
+"""
+
+
+def add_replicas(
+    model: nn.Module, plan: PlacementPlan, *, group: dist.ProcessGroup | None = None
+) -> None:
+    """Give every MoE layer of ``model`` the slots of ``plan``, in place. Collective.
+
+    Experts are copied point to point inside the EP group, layer by layer; a rank needs room for the
+    experts of one layer beside the model. The same plan again changes nothing.
+
+    Args:
+        model: with layers of ours (``apply`` swaps them), before ``deepspeed.initialize``.
+        plan: row i is for the i-th MoE layer in ``named_modules()`` order.
+        group: see :func:`~moe_locality.layer.relabel`.
+
+    Raises:
+        PlacementError: the plan does not fit, or the model has other replicas already.
+        ConfigError: the model is part of an engine, has gradients, or a group is missing. All
+            errors rise on all ranks, and nothing has changed then.
+    """
+    targets: list[Target] = []
+    failure: Exception | None = None
+    facts: list[Any] = []
+    try:
+        targets = _targets(model, plan, group)
+        facts = [_facts(target) for target in targets]
+    except Exception as error:  # noqa: BLE001 it rises below, on all ranks
+        failure = error
+    agree_on_failure(failure)
+    agree("plans", plan.digest())
+    agree("models or placements", hashlib.sha256(repr(facts).encode()).hexdigest())
+    serving = plan.serving_slot()
+    for row, target in enumerate(targets):
+        if target.module.deepspeed_moe.replicas is None:
+            _build(target, serving[row].astype(np.int64))
+    logger.info(
+        "moe_locality: %d slots for %d experts in %d MoE layers",
+        plan.num_slots,
+        plan.num_experts,
+        len(targets),
+    )
+
+
+def has_replicas(model: nn.Module) -> bool:
+    """Return whether a layer of the model has more slots than experts."""
+    return any(replicas_of(module) is not None for _, module in moe_modules(model))
+
+
+def replicas_of(module: Any) -> LayerReplicas | None:
+    """Return the slots of a layer that has replicas, None for any other."""
+    return getattr(module.deepspeed_moe, "replicas", None)
+
+
+def with_new_parameters(model: nn.Module, given: Any) -> Any:
+    """Add the parameters that replicas brought to what shall be trained.
+
+    ``given``: what ``deepspeed.initialize`` takes as ``model_parameters``, collected before there
+    were replicas: parameters or groups of them (dicts); or a torch optimizer, which is changed in
+    place. A new parameter follows that of its name in the rank's last earlier expert, in its group.
+
+    Raises:
+        ConfigError: an optimizer that has state already.
+    """
+    followers = _followers(model)
+    if isinstance(given, torch.optim.Optimizer):
+        groups = given.param_groups
+        known = {id(p) for group in groups for p in group["params"]}
+        if not any(id(p) not in known for new in followers.values() for p in new):
+            return given
+        if given.state:
+            raise ConfigError(
+                "found an optimizer that has taken steps, and a plan with replicas, expected a new "
+                "optimizer: make it after the replicas were added, with moe_locality.apply"
+            )
+        for group in groups:
+            group["params"] = _extended(group["params"], followers, known)
+        return given
+    items = list(given)
+    if any(isinstance(item, dict) for item in items):
+        groups = [{**group, "params": _listed(group["params"])} for group in items]
+        known = {id(p) for group in groups for p in group["params"]}
+        for group in groups:
+            group["params"] = _extended(group["params"], followers, known)
+        return groups
+    return _extended(items, followers, {id(p) for p in items})
+
+
+def _listed(parameters: Any) -> list[Tensor]:
+    return [parameters] if isinstance(parameters, Tensor) else list(parameters)
+
+
+def _followers(model: nn.Module) -> dict[int, list[Tensor]]:
+    """For a parameter (by id) of a rank's last earlier expert, those of its name in new ones."""
+    found: dict[int, list[Tensor]] = {}
+    for _, module in moe_modules(model):
+        if replicas_of(module) is None:
+            continue
+        experts = list(module.deepspeed_moe.experts.deepspeed_experts)
+        earlier = module.num_experts // module.ep_size
+        for name, parameter in experts[earlier - 1].named_parameters():
+            found[id(parameter)] = [new.get_parameter(name) for new in experts[earlier:]]
+    return found
+
+
+def _extended(
+    parameters: Iterable[Tensor], followers: dict[int, list[Tensor]], known: set[int]
+) -> list[Tensor]:
+    extended: list[Tensor] = []
+    for parameter in parameters:
+        extended.append(parameter)
+        extended += [p for p in followers.get(id(parameter), ()) if id(p) not in known]
+    return extended
+
+
+def _targets(
+    model: nn.Module, plan: PlacementPlan, group: dist.ProcessGroup | None
+) -> list[Target]:
+    layers = moe_modules(model)
+    plan.check_fits(layer_count=len(layers))
+    targets = []
+    for row, (name, module) in enumerate(layers):
+        plan.check_fits(num_experts=module.num_experts, num_ranks=module.ep_size)
+        wanted = plan.physical_to_logical_map[row].astype(np.int64)
+        _check_layer(name or "the model", module, wanted)
+        targets.append(
+            Target(
+                name=name or "the model",
+                module=module,
+                slot_to_logical=wanted,
+                group=find_group(module, group),
+            )
+        )
+    return targets
+
+
+def _check_layer(name: str, module: Any, wanted: np.ndarray) -> None:
+    layer = module.deepspeed_moe
+    if not hasattr(layer, "replicas"):
+        raise ConfigError(
+            f"{name}: found a layer of DeepSpeed's, expected one of moe_locality, which alone can "
+            "serve replicas: call moe_locality.apply(model, plan=plan)"
+        )
+    if layer.replicas is not None:
+        if not np.array_equal(layer.replicas.slot_to_logical, wanted):
+            raise PlacementError(
+                f"{name}: found a layer with the replicas of another plan, expected one without: "
+                "build the model anew, and load its checkpoint"
+            )
+        return
+    if layer.ep_group is not None:
+        raise ConfigError(
+            f"{name}: found a layer that is part of an engine, or whose groups are set, expected "
+            "one before deepspeed.initialize, which has to see the parameters of all replicas"
+        )
+    if compat.tensor_parallel_size() > 1:
+        raise ConfigError(
+            f"{name}: found tensor parallelism and a plan with replicas, expected data and expert "
+            "parallelism only: use a plan without replicas"
+        )
+    check_no_gradients(module, name)
+
+
+def _facts(target: Target) -> Any:
+    """What has to be the same on all ranks for a layer."""
+    module = target.module
+    experts = module.deepspeed_moe.experts.deepspeed_experts
+    trained = [parameter.requires_grad for parameter in experts[0].parameters()]
+    built = module.deepspeed_moe.replicas is not None
+    return (
+        target.name,
+        current_order(module).tolist(),
+        layout_of(experts[0], None),
+        trained,
+        built,
+    )
+
+
+@torch.no_grad()
+def _build(target: Target, serving: np.ndarray) -> None:
+    """Make the modules of a layer's slots, fill them, tell layer and gate. ``serving [G, E]``."""
+    module, group = target.module, target.group
+    assert group is not None, "replicas need several ranks"
+    layer: Any = module.deepspeed_moe
+    replicas = LayerReplicas(
+        slot_to_logical=target.slot_to_logical,
+        ep_rank=dist.get_rank(group),
+        num_ranks=module.ep_size,
+    )
+    current = current_order(module)
+    experts = layer.experts.deepspeed_experts
+    sources = source_slots(current, replicas.slot_to_logical, module.ep_size)
+    received = _fetch([expert_tensors(e, None) for e in experts], sources, replicas, group)
+    for _ in range(replicas.slots_per_rank - len(experts)):
+        experts.append(_twin(experts[0]))
+    for expert, tensors in zip(experts, received, strict=True):
+        for tensor, value in zip(expert_tensors(expert, None), tensors, strict=True):
+            tensor.data.copy_(value)
+    for local in replicas.extra_local_slots:
+        for parameter in experts[local].parameters():
+            setattr(parameter, NOT_COUNTED, True)
+    for part in (module, layer, layer.experts):
+        part.num_local_experts = replicas.slots_per_rank
+    permute_gate(layer.gate, np.argsort(current), None)
+    set_slot_to_logical(module, np.arange(module.num_experts))
+    layer.gate.set_serving_slots(serving[replicas.ep_rank])
+    layer.replicas, layer.dispatcher = replicas, None
+
+
+def _twin(expert: nn.Module) -> nn.Module:
+    """Copy a module, with what DeepSpeed wrote on its parameters (allreduce, group_name)."""
+    twin = copy.deepcopy(expert)
+    for new, old in zip(twin.parameters(), expert.parameters(), strict=True):
+        for key, value in vars(old).items():
+            setattr(new, key, value)
+    return twin
+
+
+def _fetch(
+    tensors: list[list[Tensor]],
+    sources: np.ndarray,
+    replicas: LayerReplicas,
+    group: dist.ProcessGroup,
+) -> list[list[Tensor]]:
+    """Return what each slot of this rank shall hold; in round j all ranks get their slot j."""
+    ranks = dist.get_process_group_ranks(group)
+    own, per_rank = replicas.ep_rank, len(tensors)
+    device = tensors[0][0].device
+    if dist.get_backend(group) == "nccl":
+        device = torch.device("cuda", torch.cuda.current_device())
+    found = []
+    for local in range(replicas.slots_per_rank):
+        # rank r gets its slot `local` from this slot
+        wanted = sources[local :: replicas.slots_per_rank].tolist()
+        leaving = {slot for r, slot in enumerate(wanted) if slot // per_rank == own and r != own}
+        packed = {slot: pack(tensors[slot - own * per_rank], device) for slot in leaving}
+        operations = [
+            dist.P2POp(dist.isend, packed[slot], ranks[r], group)
+            for r, slot in enumerate(wanted)
+            if slot in leaving and r != own
+        ]
+        source = wanted[own]
+        mine = [t.detach().clone() for t in tensors[source % per_rank]]
+        if source // per_rank != own:
+            incoming = pack(mine, device)
+            operations.append(dist.P2POp(dist.irecv, incoming, ranks[source // per_rank], group))
+        for request in dist.batch_isend_irecv(operations) if operations else ():
+            request.wait()
+        if source // per_rank != own:
+            unpack(incoming, mine)
+        found.append(mine)
+    return found
