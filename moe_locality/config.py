@@ -80,13 +80,16 @@ class ClusterConfig(_Section):
 class DispatchConfig(_Section):
     """How tokens travel. A payload other than ``none`` is lossy and opt-in."""
 
-    exchange: Literal["auto", "flat", "hierarchical"] = "auto"
+    exchange: Literal["auto", "flat", "hierarchical", "deepep"] = "auto"
     reduce_at_node: bool = Field(
         default=True, description="hierarchical: one sum per node goes home, not every result"
     )
     payload: Literal["none", "fp8", "mxfp8", "mxfp4"] = "none"
     combine_payload: Literal["none", "fp8", "mxfp8", "mxfp4"] = "none"
     timing: bool = Field(default=False, description="time the stages, for the traffic report")
+    deepep_max_tokens_per_rank: int | None = Field(
+        default=None, ge=1, description="deepep: the most tokens that a rank gives to a layer"
+    )
 
 
 class TrackingConfig(_Section):

@@ -16,6 +16,7 @@ from torch import Tensor
 from moe_locality.config import DispatchConfig
 from moe_locality.dispatch import autograd
 from moe_locality.dispatch.codec import codec_of
+from moe_locality.dispatch.deepep import DeepEPPlan, DeepEPTransport
 from moe_locality.dispatch.exchange import Link
 from moe_locality.dispatch.flat import FlatTransport
 from moe_locality.dispatch.hierarchical import HierarchicalTransport, TwoStagePlan
@@ -29,6 +30,7 @@ from moe_locality.topology.cluster import ClusterTopology
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
+AnyPlan = StepPlan | TwoStagePlan | DeepEPPlan
 _said_lossy: set[str] = set()
 
 
@@ -41,7 +43,7 @@ class DispatchHandle:
     ``top_k``: K.
     """
 
-    plan: StepPlan | TwoStagePlan
+    plan: AnyPlan
     weights: Tensor
     num_tokens: int
     top_k: int
@@ -137,37 +139,15 @@ class TokenDispatcher:
         self.num_slots = num_slots
         clock = StageClock(config.timing)
         self.traffic = TrafficCounter(ranks=ranks, topology=topology, clock=clock)
-        comm = comm or torch.distributed
-        common: dict[str, Any] = {
-            "num_slots": num_slots,
-            "kernels": kernels,
-            "payload": codec_of(config.payload),
-            "combine_payload": codec_of(config.combine_payload),
-            "clock": clock,
-        }
-        self.transport: FlatTransport | HierarchicalTransport
-        if (
-            len(ranks) == 1
-            or config.exchange == "flat"
-            or (config.exchange == "auto" and not rails)
-        ):
-            link = Link(group=ep_group, size=len(ranks), comm=comm, counter=self.traffic)
-            self.transport = FlatTransport(link, **common)
-            return
-        if rails is None:
-            raise ConfigError(
-                "dispatch.exchange is 'hierarchical' and the expert groups of the nodes were "
-                "not made: start with moe_locality.initialize, or use 'flat'"
-            )
-        across, inside = (
-            Link(group=group, size=len(members), comm=comm, counter=self.traffic.among(members))
-            for group, members in (
-                (rails.inter_group, rails.inter_ranks),
-                (rails.intra_group, rails.intra_ranks),
-            )
-        )
-        self.transport = HierarchicalTransport(
-            rails, across=across, inside=inside, reduce_at_node=config.reduce_at_node, **common
+        self.transport = make_transport(
+            config,
+            group=ep_group,
+            size=len(ranks),
+            rails=rails,
+            num_slots=num_slots,
+            comm=comm or torch.distributed,
+            kernels=kernels,
+            traffic=self.traffic,
         )
 
     def dispatch(
@@ -175,7 +155,7 @@ class TokenDispatcher:
         x: Tensor,
         slot_ids: Tensor,
         weights: Tensor,
-        plan: StepPlan | TwoStagePlan | None = None,
+        plan: AnyPlan | None = None,
     ) -> DispatchOutput:
         """Send each token to the slots of its routes.
 
@@ -195,7 +175,7 @@ class TokenDispatcher:
         x: Tensor,
         slot_ids: Tensor,
         weights: Tensor,
-        plan: StepPlan | TwoStagePlan | None = None,
+        plan: AnyPlan | None = None,
     ) -> Pending[DispatchOutput]:
         """Begin :meth:`dispatch`: rows travel until ``wait()``, which gives its output.
 
@@ -241,6 +221,62 @@ class TokenDispatcher:
         with torch.no_grad():
             started = transport.start_combine(expert_out, weights, plan)
         return Pending(lambda: autograd.combine(expert_out, weights, transport, started, plan))
+
+
+def make_transport(
+    config: DispatchConfig,
+    *,
+    group: Any,
+    size: int,
+    rails: Rails | None,
+    num_slots: int,
+    comm: Any,
+    kernels: ops.Backend,
+    traffic: TrafficCounter,
+) -> FlatTransport | HierarchicalTransport | DeepEPTransport:
+    """Return the way across ``size`` ranks that ``config`` asks for; the arguments are those of
+    :class:`TokenDispatcher`.
+
+    Raises:
+        ConfigError: what is asked for cannot be here.
+        BackendUnavailable: DeepEP is asked for and is not installed.
+    """
+    common: dict[str, Any] = {
+        "num_slots": num_slots,
+        "kernels": kernels,
+        "payload": codec_of(config.payload),
+        "combine_payload": codec_of(config.combine_payload),
+        "clock": traffic.clock,
+    }
+    if config.exchange == "deepep" and size > 1:
+        if (config.payload, config.combine_payload) != ("none", "none"):
+            raise ConfigError(
+                f"found payload {config.payload!r} and combine_payload "
+                f"{config.combine_payload!r} with exchange 'deepep', expected 'none': DeepEP "
+                "moves the rows, and knows no such format of ours"
+            )
+        most = config.deepep_max_tokens_per_rank
+        return DeepEPTransport(
+            group=group, num_slots=num_slots, max_tokens=most, clock=traffic.clock
+        )
+    if size == 1 or config.exchange == "flat" or (config.exchange == "auto" and rails is None):
+        link = Link(group=group, size=size, comm=comm, counter=traffic)
+        return FlatTransport(link, **common)
+    if rails is None:
+        raise ConfigError(
+            "dispatch.exchange is 'hierarchical' and the expert groups of the nodes were "
+            "not made: start with moe_locality.initialize, or use 'flat'"
+        )
+    across, inside = (
+        Link(group=part, size=len(members), comm=comm, counter=traffic.among(members))
+        for part, members in (
+            (rails.inter_group, rails.inter_ranks),
+            (rails.intra_group, rails.intra_ranks),
+        )
+    )
+    return HierarchicalTransport(
+        rails, across=across, inside=inside, reduce_at_node=config.reduce_at_node, **common
+    )
 
 
 def group_ranks(ep_group: Any, num_ranks: int | None) -> tuple[int, ...]:

@@ -1,0 +1,166 @@
+"""DeepEP V2 as the way across the ranks: a client of its ``ElasticBuffer``, where it is installed.
+
+https://github.com/deepseek-ai/DeepEP (V2, on NCCL's device API). It is never required and never
+chosen by ``auto``. Used is its documented expanding layout: ``dispatch(x, topk_idx, topk_weights,
+..., do_expand=True)`` gives one row per pick, grouped by local expert, and the weight of each row;
+``combine(rows, handle)`` adds the rows of each token up, without weights, and with ``topk_weights``
+sends those back too. So each is the other's gradient, and the weights are applied to the results of
+the experts. Built ``deterministic``, rows are in the order of the flat exchange.
+
+Limits: bfloat16 rows, at most ``deepep_max_tokens_per_rank`` tokens a rank, no payload of ours.
+What DeepEP sends between its ranks is not counted. Placement works as everywhere: it is in the
+slots.
+"""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from moe_locality.dispatch.timing import StageClock
+from moe_locality.errors import BackendUnavailable, ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeepEPPlan:
+    """``handle``: DeepEP's, of this step; ``shape``: (T, K) of the routes."""
+
+    handle: Any
+    shape: tuple[int, int]
+    tokens_per_local_expert: tuple[int, ...]
+
+
+def import_deep_ep() -> Any:
+    """Return the module ``deep_ep``.
+
+    Raises:
+        BackendUnavailable: it is not installed, or not V2.
+    """
+    try:
+        module = importlib.import_module("deep_ep")
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"dispatch.exchange is 'deepep' and deep_ep cannot be imported ({error}): install "
+            "DeepEP V2, or use 'auto'"
+        ) from error
+    if not hasattr(module, "ElasticBuffer"):
+        raise BackendUnavailable(
+            f"found deep_ep {getattr(module, '__version__', '')} without ElasticBuffer, expected "
+            "DeepEP V2: install it, or use 'auto'"
+        )
+    return module
+
+
+class DeepEPTransport:
+    """The same methods as :class:`~moe_locality.dispatch.flat.FlatTransport`; holds no step.
+
+    All layers of a group that fit one buffer share it: each takes memory and a communicator.
+    """
+
+    weights_travel = True
+    _buffers: ClassVar[dict[tuple, Any]] = {}
+
+    def __init__(
+        self, *, group: Any, num_slots: int, max_tokens: int | None, clock: StageClock
+    ) -> None:
+        if max_tokens is None:
+            raise ConfigError(
+                "found exchange 'deepep' without dispatch.deepep_max_tokens_per_rank, expected the "
+                "most tokens that any rank gives to a layer: DeepEP sizes its buffer by it"
+            )
+        self._deep_ep = import_deep_ep()
+        self.group = group if group is not None else torch.distributed.group.WORLD
+        self.num_slots = num_slots
+        self.max_tokens = max_tokens
+        self.clock = clock
+
+    def start_dispatch(
+        self, x: Tensor, slot_ids: Tensor, weights: Tensor | None, plan: DeepEPPlan | None
+    ) -> tuple[DeepEPPlan, Tensor, Tensor]:
+        """Send the tokens ``[T, D]`` to the slots of their routes ``[T, K]``. Collective."""
+        assert weights is not None
+        self._check(x)
+        shape = (slot_ids.shape[0], slot_ids.shape[1])
+        routes: dict[str, Any] = {
+            "topk_idx": slot_ids.to(self._deep_ep.topk_idx_t).contiguous(),
+            "num_experts": self.num_slots,
+            "num_max_tokens_per_rank": self.max_tokens,
+            "expert_alignment": 1,
+            "do_cpu_sync": True,
+        }
+        if plan is not None:
+            routes = {"handle": plan.handle}
+        with self.clock("dispatch"):
+            rows, _, row_weights, handle, _ = self._buffer(x.shape[1], shape[1]).dispatch(
+                x.contiguous(), topk_weights=weights.float().contiguous(), do_expand=True, **routes
+            )
+        if plan is None:
+            counts = tuple(int(n) for n in handle.num_recv_tokens_per_expert_list)
+            plan = DeepEPPlan(handle=handle, shape=shape, tokens_per_local_expert=counts)
+        return plan, rows, row_weights
+
+    def finish_dispatch(
+        self, started: tuple[DeepEPPlan, Tensor, Tensor], x: Tensor
+    ) -> tuple[DeepEPPlan, Tensor, Tensor]:
+        """Return the plan, the rows of the local experts ``[R, D]`` and their weights ``[R]``."""
+        del x
+        return started
+
+    def dispatch_backward(
+        self, grad_rows: Tensor, grad_weights: Tensor | None, plan: DeepEPPlan
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the gradients of the tokens and of the weights ``[T, K]``. Collective."""
+        grad, back, _ = self._buffer(grad_rows.shape[1], plan.shape[1]).combine(
+            grad_rows, plan.handle, topk_weights=grad_weights
+        )
+        return grad, back if grad_weights is not None else None
+
+    def start_combine(self, expert_out: Tensor, weights: Tensor, plan: DeepEPPlan) -> Tensor:
+        """Send the weighted results ``[R, D]`` home. Collective."""
+        weighted = (expert_out * weights[:, None]).to(expert_out.dtype)
+        with self.clock("combine"):
+            buffer = self._buffer(expert_out.shape[1], plan.shape[1])
+            return buffer.combine(weighted, plan.handle)[0]
+
+    def finish_combine(
+        self, started: Tensor, expert_out: Tensor, weights: Tensor, plan: DeepEPPlan
+    ) -> tuple[Tensor, Tensor]:
+        """Return the sums of the tokens ``[T, D]``, and the rows that the weights multiplied."""
+        del weights, plan
+        return started, expert_out
+
+    def combine_backward(
+        self, grad: Tensor, rows: Tensor | None, weights: Tensor, plan: DeepEPPlan, need_rows: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of the experts' results and of the weights ``[R]``. Collective."""
+        arrived = self._buffer(grad.shape[1], plan.shape[1]).dispatch(
+            grad, handle=plan.handle, do_expand=True
+        )[0]
+        grad_rows = (arrived * weights[:, None]).to(arrived.dtype) if need_rows else None
+        return grad_rows, None if rows is None else (rows.float() * arrived).sum(dim=1)
+
+    def _buffer(self, width: int, top_k: int) -> Any:
+        key = (self.group, width, top_k, self.max_tokens)
+        if key not in self._buffers:
+            self._buffers[key] = self._deep_ep.ElasticBuffer(
+                self.group,
+                num_max_tokens_per_rank=self.max_tokens,
+                hidden=width,
+                num_topk=top_k,
+                deterministic=True,
+            )
+        return self._buffers[key]
+
+    def _check(self, x: Tensor) -> None:
+        if x.dtype != torch.bfloat16:
+            raise ConfigError(
+                f"found rows in {x.dtype}, expected torch.bfloat16: DeepEP sends no other; train "
+                "in bfloat16, or use dispatch.exchange 'auto'"
+            )
+        if x.shape[0] > self.max_tokens:
+            raise ConfigError(
+                f"found {x.shape[0]} tokens, expected at most deepep_max_tokens_per_rank="
+                f"{self.max_tokens}: raise it"
+            )
