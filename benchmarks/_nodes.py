@@ -2,8 +2,8 @@
 
 A node is a network namespace with a host name of its own, an address on a switch (a bridge in one
 more namespace) and two limited queues (``tc tbf``), one per direction, that make its link as fast
-as asked. Nothing is made in the machine's own namespace. DeepSpeed's launcher reaches the nodes over
-pdsh and ssh, as it would real ones; they share the machine's files, cores and memory.
+as asked. Nothing is made in the machine's own namespace. DeepSpeed's launcher reaches the nodes
+over pdsh and ssh, as it would real ones; they share the machine's files, cores and memory.
 
 Names hold the process id of their owner, so that the next run finds what a killed one left behind.
 """

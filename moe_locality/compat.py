@@ -105,6 +105,18 @@ def default_store() -> Any:
     return _get_default_store()
 
 
+def default_timeout() -> Any:
+    """Return how long collectives of the default process group wait (a timedelta).
+
+    ``new_group`` does not take it over: a group of ours that were made without it would wait for
+    torch's default, half an hour with gloo, whatever the user asked for.
+    """
+    from torch.distributed.distributed_c10d import _get_default_group
+
+    group: Any = _get_default_group()
+    return group._get_backend(group._device_types[0]).options._timeout
+
+
 def registered_expert_ranks(ep_size: int) -> tuple[list[int], list[int]] | None:
     """Return the EP and EDP ranks that DeepSpeed has for this rank under ``ep_size``, if any."""
     from deepspeed.utils import groups

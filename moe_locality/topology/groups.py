@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from moe_locality.compat import (
     default_store,
+    default_timeout,
     register_expert_groups,
     registered_expert_ranks,
 )
@@ -146,7 +147,7 @@ def _new_group(ranks: Sequence[int]) -> Any:
     if len(ranks) == 1:
         # nobody to talk to: made by its one member alone, without a barrier of all ranks
         return dist.new_group(list(ranks), use_local_synchronization=True)
-    return dist.new_group(list(ranks))
+    return dist.new_group(list(ranks), timeout=default_timeout())
 
 
 def _alive(built: ExpertParallelGroups | None) -> bool:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from moe_locality.compat import default_timeout
 from moe_locality.config import ClusterConfig
 from moe_locality.errors import TopologyError
 from moe_locality.topology import (
@@ -200,3 +201,15 @@ def discover_a_half(rank, world):
 
 def test_the_topology_of_a_group():
     assert run_ranks(discover_a_half, 4) == [(0, 1)] * 4
+
+
+def limits_of_groups(rank, world):
+    groups = build_groups(layout_groups(ClusterTopology.uniform(2, 2), 4))
+    made = [getattr(groups, f"{kind}_group") for kind in ("ep", "intra_node", "inter_node")]
+    cpu = torch.device("cpu")
+    found = [group._get_backend(cpu).options._timeout.total_seconds() for group in made]
+    return [default_timeout().total_seconds(), *found]
+
+
+def test_groups_wait_as_long_as_the_default_group():
+    assert run_ranks(limits_of_groups, 4, timeout_s=77) == [[77.0] * 4] * 4

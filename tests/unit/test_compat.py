@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from datetime import timedelta
 from importlib import metadata
 
 import pytest
@@ -142,3 +143,15 @@ def test_grouped_products_of_an_older_torch_are_found(monkeypatch):
     assert compat.grouped_mm() == "private"
     monkeypatch.delattr(torch, "_grouped_mm")
     assert compat.grouped_mm() is None
+
+
+def test_the_time_limit_of_the_default_group_is_read(tmp_path):
+    import torch.distributed as dist
+
+    limit = timedelta(seconds=21)
+    store = f"file://{tmp_path}/store"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1, timeout=limit)
+    try:
+        assert compat.default_timeout() == limit
+    finally:
+        dist.destroy_process_group()
