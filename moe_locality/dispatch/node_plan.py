@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_locality.dispatch.permute import block_order, inverse
+from moe_locality.dispatch.permute import block_order, inverse, sort_routes
 from moe_locality.kernels import ops
 from moe_locality.kernels.ops import RowMap
 
@@ -102,14 +102,14 @@ def plan_home(
     local = slot_in_node[known].masked_fill_(dropped, -1)
     every = torch.arange(num_nodes, device=slot_ids.device)
     needed = (nodes[:, :, None] == every).any(dim=1)  # [T, M]
-    copies = _sort(torch.where(needed, every, -1), num_nodes, kernels)
+    copies = sort_routes(torch.where(needed, every, -1), num_nodes, kernels)
     route = copies.row_route.long().clamp_min(0)  # t * M + node
     token, node = route // num_nodes, route % num_nodes
     per_node = len(rail_of_slot) // num_nodes
     small = torch.int16 if per_node <= torch.iinfo(torch.int16).max else torch.int32
     picks = None
     if one_by_one:
-        picks = _sort(
+        picks = sort_routes(
             torch.where(dropped, -1, nodes * per_node + local), len(rail_of_slot), kernels
         )
     return HomePlan(
@@ -118,11 +118,6 @@ def plan_home(
         local_slots=local[token].masked_fill_(nodes[token] != node[:, None], -1).to(small),
         picks=picks,
     )
-
-
-def _sort(ids: Tensor, count: int, kernels: ops.Backend) -> RowMap:
-    static = ids.numel() if ids.is_cuda else None
-    return ops.row_map(ids, count, num_rows=static, backend=kernels)
 
 
 def counts_by_slot_and_home(

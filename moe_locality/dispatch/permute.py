@@ -45,8 +45,13 @@ def sort_routes(slot_ids: Tensor, num_slots: int, backend: ops.Backend) -> RowMa
 
     On a GPU the map has T*K rows, whatever is dropped; those in use come first.
     """
-    static = slot_ids.numel() if slot_ids.is_cuda else None
-    return ops.row_map(slot_ids, num_slots, num_rows=static, backend=backend)
+    rows = slot_ids.numel() if _static(slot_ids) else None
+    return ops.row_map(slot_ids, num_slots, num_rows=rows, backend=backend)
+
+
+def _static(ids: Tensor) -> bool:
+    """Whether to ask for the number of rows would make this thread wait."""
+    return ids.is_cuda
 
 
 def block_order(lengths: Tensor, order: Tensor, num_rows: int) -> Tensor:

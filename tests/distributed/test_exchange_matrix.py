@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from moe_locality.config import DispatchConfig
-from moe_locality.dispatch import TokenDispatcher, traffic_report
+from moe_locality.dispatch import TokenDispatcher, permute, traffic_report
 from moe_locality.dispatch.hierarchical import HierarchicalTransport
 from moe_locality.dispatch.rails import find_rails, pays
 from moe_locality.quantization import fake_quantize, row_bytes
@@ -104,8 +104,8 @@ def naive(ranks, num_slots, pattern):
     return [out.detach(), x.grad, weights.grad, *experts.grads()]
 
 
-def matrix(rank, world):
-    for nodes, ep_size in PLACES:
+def matrix(rank, world, places=tuple(PLACES)):
+    for nodes, ep_size in places:
         groups, topology = groups_of(nodes, world, ep_size)
         num_slots = SLOTS_PER_RANK * ep_size
         position = groups.ep_ranks.index(rank)
@@ -132,6 +132,17 @@ def matrix(rank, world):
 
 def test_outputs_and_gradients_are_those_of_one_process():
     run_ranks(matrix, WORLD, timeout_s=300)
+
+
+def static_maps(rank, world):
+    """What a GPU gets, here: maps of fixed size, whose rows past the end are never sent."""
+    permute._static = lambda ids: True
+    matrix(rank, world, ((2, 4), (2, 2)))
+    payloads(rank, world)
+
+
+def test_maps_of_fixed_size_give_the_same():
+    run_ranks(static_maps, 4, timeout_s=300)
 
 
 def checkpointing(rank, world):
