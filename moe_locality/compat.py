@@ -149,6 +149,19 @@ def register_expert_groups(
     groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = list(edp_ranks)
 
 
+def master_fragment(parameter: Any) -> tuple[Any, Any] | None:
+    """Return which part of a parameter's fp32 master this rank holds, and the group it is spread
+    over; None where no partitioned optimizer (ZeRO 1 and 2, ``BF16_Optimizer``) has the parameter.
+
+    The first is DeepSpeed's ``tensor_fragment``, or None where this rank holds no part. The public
+    ``safe_get_full_fp32_param`` reads the same fields, but does one all-reduce per tensor in which
+    an error on one rank leaves the others waiting, and loses the sign of a zero.
+    """
+    if not hasattr(parameter, "_hp_mapping"):
+        return None
+    return parameter._hp_mapping, parameter._dp_group
+
+
 def grouped_mm() -> Any:
     """Return torch's grouped matrix product (public since 2.10, private before), or None."""
     import torch

@@ -27,8 +27,15 @@ from moe_locality.layer.checkpoint_io import (
     read_entry,
     read_file,
 )
+from moe_locality.layer.checkpoint_replicas import (
+    ExpertFiles,
+    check_optimizer_fits,
+    routers_to_logical,
+    slots_of,
+)
+from moe_locality.layer.fragments import no_state
 from moe_locality.layer.moe import moe_modules, set_slot_to_logical
-from moe_locality.layer.optimizer_state import has_state, movable_optimizer
+from moe_locality.layer.optimizer_state import has_state, plain_optimizer, state_source
 from moe_locality.layer.relabel import (
     Target,
     agree,
@@ -39,6 +46,7 @@ from moe_locality.layer.relabel import (
     plan_targets,
     relabel_to,
 )
+from moe_locality.layer.replicas import has_replicas
 from moe_locality.placement.plan import PlacementPlan
 
 logger = logging.getLogger(__name__)
@@ -50,12 +58,13 @@ def wrap_checkpoints(engine: Any, plan: PlacementPlan | None = None) -> None:
     Saving adds ``client_state["moe_locality"]``. Loading a checkpoint of another slot order moves
     weights and moments to the placement of this engine: ``plan``, else the one it was started with
     or last relabelled to; an engine without a plan takes the order of the file. Where moments
-    cannot move (ZeRO 1 and 2, fp32 masters) and the orders differ, the load is refused on all ranks
-    before anything is read into the engine. A second call changes nothing.
+    cannot move (offloaded or reordered ZeRO partitions) and the orders differ, the load is refused
+    on all ranks before anything is read into the engine. A second call changes nothing.
     """
     if getattr(engine, "moe_locality_wraps_checkpoints", False):
         return
     engine.moe_locality_wraps_checkpoints = True
+    files = ExpertFiles(engine) if has_replicas(engine.module) else None
     save, load = engine.save_checkpoint, engine.load_checkpoint
 
     @functools.wraps(save)
@@ -75,7 +84,7 @@ def wrap_checkpoints(engine: Any, plan: PlacementPlan | None = None) -> None:
     def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(load).bind(*args, **kwargs)
         bound.apply_defaults()
-        return _load(engine, functools.partial(load, *args, **kwargs), bound.arguments, plan)
+        return _load(engine, functools.partial(load, *args, **kwargs), bound.arguments, plan, files)
 
     engine.save_checkpoint = save_checkpoint
     engine.load_checkpoint = load_checkpoint
@@ -98,7 +107,11 @@ class _Decision:
 
 
 def _load(
-    engine: Any, load: Callable[[], Any], arguments: dict[str, Any], plan: PlacementPlan | None
+    engine: Any,
+    load: Callable[[], Any],
+    arguments: dict[str, Any],
+    plan: PlacementPlan | None,
+    files: ExpertFiles | None,
 ) -> Any:
     decision, failure = None, None
     try:
@@ -107,16 +120,21 @@ def _load(
         failure = error
     agree_on_failure(failure)
     agree("checkpoints or placements", _digest(decision))
+    if files is not None and decision is not None:
+        files.orders = decision.file_orders
     load_path, client_state = load()
     if decision is None or load_path is None:
         return load_path, client_state
     if isinstance(client_state, dict):
         client_state.pop(KEY, None)
+    if files is not None:
+        routers_to_logical(engine, decision.file_orders)
+        return load_path, client_state
     for target, order in zip(decision.targets, decision.file_orders, strict=True):
         set_slot_to_logical(target.module, order)
     if decision.moves:
-        optimizer = movable_optimizer(engine) if decision.with_optimizer else None
-        relabel_to(lambda: (decision.targets, optimizer), _digest(decision))
+        state = state_source(engine) if decision.with_optimizer else no_state
+        relabel_to(lambda: (decision.targets, state), _digest(decision))
         if not decision.with_optimizer and hasattr(engine.optimizer, "refresh_fp32_params"):
             engine.optimizer.refresh_fp32_params()  # masters and ZeRO partitions, from the weights
     return load_path, client_state
@@ -130,7 +148,9 @@ def _decide(engine: Any, arguments: dict[str, Any], plan: PlacementPlan | None) 
         return None  # DeepSpeed says itself what is missing
     path, entry = peeked
     file_orders = orders_of(entry, len(layers), layers[0][1].num_experts)
-    targets = plan_targets(engine.module, plan) if plan else _as_targets(layers, file_orders)
+    replicas = has_replicas(engine.module)
+    placed = plan is not None and not replicas
+    targets = plan_targets(engine.module, plan) if placed else _as_targets(layers, file_orders)
     loads_optimizer = (
         engine.optimizer is not None
         and arguments["load_optimizer_states"]
@@ -143,16 +163,17 @@ def _decide(engine: Any, arguments: dict[str, Any], plan: PlacementPlan | None) 
                 f"{path}: found a checkpoint that was baked without optimizer state, expected one "
                 "with it: load its weights with load_module_only=True"
             )
+        check_optimizer_fits(engine, entry, path)
         if decision.moves:
             _check_moments_can_move(engine, path)
-    else:
+    elif not replicas:  # else every slot keeps its expert
         _check_no_moments_stay(engine, decision, path)
     return decision
 
 
 def _check_moments_can_move(engine: Any, path: Path) -> None:
     try:
-        movable_optimizer(engine)
+        state_source(engine)
     except MoeLocalityError as error:
         raise ConfigError(
             f"{path}: found another order of experts than this engine's plan, expected the same, "
@@ -213,6 +234,7 @@ def _entry_of(engine: Any, plan: PlacementPlan | None) -> dict[str, Any]:
         [current_order(module) for _, module in moe_modules(engine.module)],
         plan_digest=plan.digest() if plan else None,
         optimizer_names=_optimizer_names(engine),
+        replicas=slots_of(engine),
     )
 
 
@@ -223,7 +245,7 @@ def _optimizer_names(engine: Any) -> list[list[str]] | None:
     expert can be found again in the file.
     """
     try:
-        optimizer = movable_optimizer(engine)
+        optimizer = None if has_replicas(engine.module) else plain_optimizer(engine)
     except ConfigError:
         optimizer = None
     names = None

@@ -4,7 +4,7 @@ A layer has E slots on G ranks, n = E / G consecutive slots per rank. ``current[
 ``target[s]`` are the logical experts of slot s before and after.
 
 Experts travel in rounds. In one round a rank sends at most one expert and receives at most one,
-into the slot that it has just freed, so a rank needs room for two experts on the way and no more.
+into the slot that it has just freed, so two experts per rank are on the way and no more.
 After the rounds every expert is on its rank, and the ranks put their own slots in order. The rounds
 are the perfect matchings of a regular bipartite multigraph (König 1916), so there are as many as
 the busiest rank has experts to send, which no schedule of this kind can beat.
@@ -80,6 +80,43 @@ def plan_moves(current: np.ndarray, target: np.ndarray, num_ranks: int) -> Moves
             holds[freed[int(partner[r])]] = expert
         rounds.append(pairs)
     return Moves(rounds=tuple(rounds), local=source_slots(holds, target))
+
+
+Step = tuple[tuple[int, int], ...]
+"""Pairs (slot that is read, slot that is written): a rank reads the slots that it writes."""
+
+
+def plan_steps(moves: Moves, num_ranks: int) -> list[Step]:
+    """Cut a schedule into steps that each touch at most two slots of a rank, all at once or not.
+
+    A round is a step: a rank sends what one slot holds and receives what goes there. Then come the
+    ranks' own swaps, one per rank and step. The pairs of a step the other way round undo it.
+    """
+    per_rank = len(moves.local) // num_ranks
+    swaps: list[list[tuple[int, int]]] = []
+    for rank in range(num_ranks):
+        own = range(rank * per_rank, (rank + 1) * per_rank)
+        at = {slot: slot for slot in own}  # where the content of each slot is now
+        holds = {slot: slot for slot in own}
+        mine = []
+        for slot in own:
+            other = at[int(moves.local[slot])]
+            if other == slot:
+                continue
+            mine.append((slot, other))
+            holds[slot], holds[other] = holds[other], holds[slot]
+            at[holds[slot]], at[holds[other]] = slot, other
+        swaps.append(mine)
+    steps: list[Step] = list(moves.rounds)
+    for number in range(max(map(len, swaps), default=0)):
+        now = [mine[number] for mine in swaps if number < len(mine)]
+        steps.append(tuple(pair for a, b in now for pair in ((a, b), (b, a))))
+    return steps
+
+
+def undone(step: Step) -> Step:
+    """The step that takes everything back."""
+    return tuple((written, read) for read, written in step)
 
 
 def _matchings(counts: np.ndarray):

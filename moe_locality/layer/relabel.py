@@ -20,16 +20,18 @@ import torch.distributed as dist
 
 from moe_locality import compat
 from moe_locality.errors import ConfigError, MoeLocalityError, PlacementError
+from moe_locality.layer.fragments import StateSource, no_state
 from moe_locality.layer.moe import moe_modules, set_slot_to_logical
 from moe_locality.layer.moves import check_is_permutation
 from moe_locality.layer.optimizer_state import (
+    check_between_steps,
     check_no_gradients,
     check_state_moves,
     is_engine,
     layout_of,
-    movable_optimizer,
+    state_source,
 )
-from moe_locality.layer.relabel_weights import relabel_layer
+from moe_locality.layer.relocate import TIMEOUT_S, MoveReport, Undone, relabel_layer
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.topology.groups import exchange_objects
 
@@ -52,7 +54,8 @@ def relabel(
     *,
     group: dist.ProcessGroup | None = None,
     weights_only: bool = False,
-) -> None:
+    timeout_s: float = TIMEOUT_S,
+) -> MoveReport:
     """Put the experts of every MoE layer into the slots that ``plan`` names, in place.
 
     Collective: every rank of the default process group calls it with the same plan. The function
@@ -60,8 +63,8 @@ def relabel(
 
     Args:
         model_or_engine: a model with DeepSpeed MoE layers (ours or stock), before
-            ``deepspeed.initialize``; or the engine, at ZeRO stage 0 with a plain torch optimizer
-            over fp32 weights: its moments then move along.
+            ``deepspeed.initialize``; or the engine, at ZeRO stage 0, 1 or 2 in fp32, bf16 or fp16:
+            fp32 masters and moments then move along.
         plan: row i is for the i-th MoE layer in ``named_modules()`` order.
         group: EP group of this rank, needed only where neither the layers nor DeepSpeed know one
             yet and ``ep_size`` is neither 1 nor the number of ranks.
@@ -75,7 +78,7 @@ def relabel(
     """
     engine = model_or_engine if is_engine(model_or_engine) else None
 
-    def prepare() -> tuple[list[Target], torch.optim.Optimizer | None]:
+    def prepare() -> tuple[list[Target], StateSource]:
         model = model_or_engine if engine is None else engine.module
         if not isinstance(model, torch.nn.Module):
             raise ConfigError(
@@ -85,13 +88,16 @@ def relabel(
         for target in targets:
             check_no_gradients(target.module, target.name)
         if engine is not None:
-            return targets, movable_optimizer(engine)
+            check_between_steps(engine)
+            return targets, state_source(engine)
         _check_bare(targets, weights_only)
-        return targets, None
+        return targets, no_state
 
-    relabel_to(prepare, plan.digest() if isinstance(plan, PlacementPlan) else repr(plan))
+    digest = plan.digest() if isinstance(plan, PlacementPlan) else repr(plan)
+    report = relabel_to(prepare, digest, timeout_s=timeout_s)
     if engine is not None:
         _remember_plan(engine, plan)
+    return report
 
 
 def plan_of(engine: Any) -> PlacementPlan | None:
@@ -109,35 +115,58 @@ def _remember_plan(engine: Any, plan: PlacementPlan) -> None:
         runtime.plan = plan
 
 
-def relabel_to(prepare: Any, digest: str) -> None:
-    """Check on every rank, agree, then move. ``prepare() -> (targets, optimizer)``, no collectives.
+def relabel_to(prepare: Any, digest: str, *, timeout_s: float = TIMEOUT_S) -> MoveReport:
+    """Check on every rank, agree, then move. ``prepare() -> (targets, state)``, no collectives.
 
     Raises:
         MoeLocalityError: the error of the first rank that found one, on all ranks.
     """
     targets: list[Target] = []
-    optimizer = None
+    state: StateSource = no_state
     failure: Exception | None = None
     facts: list[Any] = []
     try:
-        targets, optimizer = prepare()
-        facts = [_facts(target, optimizer) for target in targets]
+        targets, state = prepare()
+        facts = [_facts(target, state) for target in targets]
     except Exception as error:  # noqa: BLE001 it rises below, on all ranks
         failure = error
     agree_on_failure(failure)
     agree("plans", digest)
     agree("models or placements", hashlib.sha256(repr(facts).encode()).hexdigest())
-    travelled = 0
-    for target in targets:
-        travelled += relabel_layer(
-            target.module,
-            current_order(target.module),
-            target.slot_to_logical,
-            group=target.group,
-            optimizer=optimizer,
-        )
+    return _move_layers(targets, state, timeout_s)
+
+
+def _move_layers(targets: list[Target], state: StateSource, timeout_s: float) -> MoveReport:
+    """Move layer after layer; each is finished, or as it was."""
+    total = MoveReport()
+    for number, target in enumerate(targets):
+        try:
+            report = relabel_layer(
+                target.module,
+                current_order(target.module),
+                target.slot_to_logical,
+                group=target.group,
+                state=state,
+                name=target.name,
+                timeout_s=timeout_s,
+            )
+        except Undone as error:
+            raise PlacementError(
+                f"{target.name}: found a failure while its experts were moved ({error}), expected "
+                f"none: this layer is in its old order again, {number} layers before it are in the "
+                f"new order and {len(targets) - number - 1} after it in the old one, on all ranks: "
+                "relabel again to finish, or go on training as it is"
+            ) from error
         set_slot_to_logical(target.module, target.slot_to_logical)
-    logger.info("relabelled %d MoE layers: %d experts changed rank", len(targets), travelled)
+        total.add(report)
+    logger.info(
+        "relabelled %d MoE layers in %.2f s: %d experts changed rank, %d bytes left this rank",
+        total.num_layers,
+        total.elapsed_s,
+        total.num_experts_moved,
+        total.sent_bytes,
+    )
+    return total
 
 
 def current_order(module: Any) -> np.ndarray:
@@ -266,13 +295,13 @@ def _check_bare(targets: list[Target], weights_only: bool) -> None:
             )
 
 
-def _facts(target: Target, optimizer: torch.optim.Optimizer | None) -> Any:
+def _facts(target: Target, state: StateSource) -> Any:
     """What has to be the same on all ranks for a layer; checks what this rank alone can see."""
-    check_state_moves(target.module, optimizer, target.name)
+    check_state_moves(target.module, state, target.name)
     experts = target.module.deepspeed_moe.experts.deepspeed_experts
     return (
         target.name,
         current_order(target.module).tolist(),
         target.slot_to_logical.tolist(),
-        layout_of(experts[0], optimizer),
+        layout_of(experts[0], state),
     )

@@ -75,7 +75,7 @@ def plan_of(ep_size, seed, layers=2):
     )
 
 
-def config_of(zero=0, precision="fp32", clip=0.0):
+def config_of(zero=0, precision="fp32", clip=0.0, **changes):
     adam = {"lr": 1e-2, "torch_adam": True}
     found = {
         "train_micro_batch_size_per_gpu": 4,
@@ -86,13 +86,15 @@ def config_of(zero=0, precision="fp32", clip=0.0):
     }
     if precision != "fp32":
         found[precision] = {"enabled": True}
-    return found
+    if precision == "fp16":
+        found[precision]["initial_scale_power"] = 8
+    return found | changes
 
 
-def engine_of(net, zero=0, precision="fp32", optimizer=True):
+def engine_of(net, zero=0, precision="fp32", optimizer=True, **options):
     import deepspeed
 
-    config = config_of(zero, precision)
+    config = config_of(zero, precision, **options)
     if not optimizer:
         del config["optimizer"]
     engine, *_ = deepspeed.initialize(

@@ -174,19 +174,20 @@ def _refused_one(rank, world, case):
         plan = nets.plan_of(ep_size, 1, layers)
     elif case == "other ranks":
         model, plan = nets.build("stock", ep_size, rank), nets.plan_of(1, 1)
-    elif case.startswith("zero"):
-        model = nets.engine_of(nets.build("stock", ep_size, rank), zero=int(case[-1]))
-        plan = nets.plan_of(ep_size, 1)
-    elif case == "bf16":
-        model = nets.engine_of(nets.build("stock", ep_size, rank), precision=case)
+    elif case.startswith("round robin"):
+        zero = {"stage": 2, "round_robin_gradients": True}
+        model = nets.engine_of(nets.build("stock", ep_size, rank), zero_optimization=zero)
         plan = nets.plan_of(ep_size, 1)
     elif case == "module of an engine":
         model = nets.engine_of(nets.build("stock", ep_size, rank)).module
         plan = nets.plan_of(ep_size, 1)
-    elif case == "gradients":
-        model = nets.engine_of(nets.build("stock", ep_size, rank))
+    elif case.startswith("gradients"):
+        zero, precision = int(case[-1]), "bf16" if case.startswith("gradients bf16") else "fp32"
+        accumulate = {"data_types": {"grad_accum_dtype": "fp32"}} if precision == "bf16" else {}
+        model = nets.engine_of(nets.build("stock", ep_size, rank), zero, precision, **accumulate)
         plan = nets.plan_of(ep_size, 1)
-        engine_loss = model(nets.batch(0, rank)[0]).sum()
+        dtype = next(model.module.parameters()).dtype
+        engine_loss = model(nets.batch(0, rank)[0].to(dtype)).float().sum()
         if rank == 1:
             model.backward(engine_loss)
         else:
@@ -205,11 +206,12 @@ def _refused_one(rank, world, case):
 REFUSALS = [
     ("one rank has a plan that does not fit", 2, "PlacementError", "MoE layers: found 3"),
     ("other ranks", 2, "PlacementError", "expert-parallel ranks: found 1"),
-    ("zero1", 2, "ConfigError", "found ZeRO stage 1"),
-    ("zero2", 2, "ConfigError", "found ZeRO stage 2"),
-    ("bf16", 2, "ConfigError", "found the optimizer FP16_UnfusedOptimizer"),
+    ("round robin", 2, "ConfigError", "found round_robin_gradients in the ZeRO optimizer"),
     ("module of an engine", 2, "ConfigError", r"relabel\(engine, plan\)"),
-    ("gradients", 2, "ConfigError", "found a gradient"),
+    ("gradients at stage 0", 2, "ConfigError", "found a gradient"),
+    ("gradients at stage 1", 2, "ConfigError", "found a gradient"),
+    ("gradients at stage 2", 2, "ConfigError", "found a gradient"),
+    ("gradients bf16 at stage 1", 2, "ConfigError", "found a gradient"),
     ("wrong group", 4, "ConfigError", "group of 4 ranks, expected ep_size 2"),
     ("no group", 4, "ConfigError", "found no expert-parallel group 'ep_size_2'"),
     ("other plan on one rank", 4, "PlacementError", r"\[1\] differ from ranks \[0, 2, 3\]"),

@@ -110,6 +110,26 @@ def test_expert_groups_are_found_by_name(monkeypatch):
     assert compat.expert_parallel_group("ep_size_2") == "the group"
 
 
+def test_the_part_of_a_master_that_a_rank_holds_is_found():
+    from deepspeed.utils import link_hp_params, safe_get_full_fp32_param
+
+    with pytest.MonkeyPatch.context() as patch:
+        first, second = nn.Parameter(torch.ones(4).half()), nn.Parameter(torch.ones(6).half())
+        assert compat.master_fragment(first) is None
+        flat = torch.arange(5.0)  # this rank: the numbers 2 to 6 of the ten
+        link_hp_params([first, second], flat, {}, {}, False, 0, 2, 5, "the group")
+        fragment, group = compat.master_fragment(second)
+        assert group == "the group"
+        assert fragment.lp_fragment_address.start == 0
+        address = fragment.get_hp_fragment_address()
+        assert (address.start, address.numel) == (2, 3)
+        patch.setattr("deepspeed.comm.all_reduce", lambda *args, **kwargs: None)
+        assert safe_get_full_fp32_param(second).tolist() == [2, 3, 4, 0, 0, 0]
+    far = nn.Parameter(torch.ones(2))
+    link_hp_params([first, second, far], flat, {}, {}, False, 0, 2, 5, "the group")
+    assert compat.master_fragment(far) == (None, "the group")
+
+
 def test_a_replaced_all_to_all_is_seen(monkeypatch):
     from deepspeed.moe import sharded_moe
 

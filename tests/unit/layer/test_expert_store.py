@@ -16,7 +16,7 @@ import moe_locality
 from moe_locality.errors import ConfigError
 from moe_locality.layer.expert_store import StoredExpert, store_experts
 from moe_locality.layer.moe import set_slot_to_logical
-from moe_locality.layer.relabel_weights import relabel_layer
+from moe_locality.layer.relocate import relabel_layer
 from moe_locality.quantization import FORMATS, bytes_per_row, fake_quantize
 from tests.tolerances import LAYER
 
@@ -186,7 +186,7 @@ def test_stored_experts_can_be_relabelled():
     with torch.no_grad():
         wanted = layer(tokens())
         current, target = np.arange(4), np.array([2, 0, 3, 1])
-        relabel_layer(layer, current, target, group=None, optimizer=None)
+        relabel_layer(layer, current, target, group=None)
         set_slot_to_logical(layer, target)
         found = layer(tokens())
     torch.testing.assert_close(found[0], wanted[0], rtol=LAYER["float32"][0], atol=1e-6)

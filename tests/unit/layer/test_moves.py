@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_locality.layer.moves import plan_moves, source_slots
+from moe_locality.layer.moves import plan_moves, plan_steps, source_slots, undone
 
 
 @st.composite
@@ -45,6 +45,30 @@ def test_every_expert_arrives_and_only_those_that_change_rank_travel(case):
     assert moves.num_travellers == changed.sum()
     sent_per_rank = np.bincount(np.argsort(current)[changed] // per_rank, minlength=ranks)
     assert len(moves.rounds) == sent_per_rank.max(initial=0)
+
+
+def take(held, step, per_rank):
+    """Do a step; a rank reads the slots that it writes, two at the most."""
+    for rank in range(len(held) // per_rank):
+        read = sorted(a for a, _ in step if a // per_rank == rank)
+        assert read == sorted(b for _, b in step if b // per_rank == rank)
+        assert len(read) <= 2
+    sent = {b: held[a] for a, b in step}
+    return [sent.get(slot, value) for slot, value in enumerate(held)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(layers())
+def test_steps_lead_to_the_target_and_back_from_anywhere(case):
+    ranks, current, target = case
+    per_rank = len(current) // ranks
+    steps = plan_steps(plan_moves(current, target, ranks), ranks)
+    passed = [list(current)]
+    for step in steps:
+        passed.append(take(passed[-1], step, per_rank))
+    assert passed[-1] == list(target)
+    for before, step, after in zip(passed, steps, passed[1:], strict=False):
+        assert take(after, undone(step), per_rank) == before
 
 
 @settings(max_examples=30, deadline=None)

@@ -7,12 +7,16 @@ from deepspeed.moe.layer import MoE
 from torch import nn
 
 from moe_locality.errors import ConfigError
+from moe_locality.layer.fragments import Piece, pack, plain_state, slab_bytes, unpack
 from moe_locality.layer.optimizer_state import check_state_moves
 from moe_locality.layer.relabel import current_order, relabel
-from moe_locality.layer.relabel_weights import pack, unpack
 from moe_locality.placement import PlacementPlan
 
 EXPERTS, WIDTH = 4, 6
+
+
+def pieces_of(tensors):
+    return [Piece(name="", shape=tuple(t.shape), dtype=t.dtype, local=t) for t in tensors]
 
 
 def test_any_dtype_and_shape_survives_the_byte_buffer():
@@ -21,10 +25,11 @@ def test_any_dtype_and_shape_survives_the_byte_buffer():
     kinds = (torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.int64)
     values += [values[0].to(kind) for kind in (*kinds, torch.bool)]
     values.append(values[0].t())  # not contiguous
-    buffer = pack(values, torch.device("cpu"))
+    buffer = torch.empty(slab_bytes(pieces_of(values)), dtype=torch.uint8)
+    pack(pieces_of(values), buffer)
     copies = [torch.zeros_like(value) for value in values]
     copies[-1] = torch.zeros(3, 5).t()
-    unpack(buffer, copies)
+    unpack(buffer, pieces_of(copies))
     for value, copy in zip(values, copies, strict=True):
         assert copy.dtype == value.dtype
         assert torch.equal(
@@ -87,9 +92,9 @@ def stepped(optimizer_class, model, **options):
 
 def test_state_that_is_not_per_weight_is_refused():
     model = Model()
-    check_state_moves(model.moe, stepped(torch.optim.AdamW, model), "moe")
+    check_state_moves(model.moe, plain_state(stepped(torch.optim.AdamW, model)), "moe")
     with pytest.raises(ConfigError, match=r"'col_var' of shape \(1, 6\), expected \(4, 6\)"):
-        check_state_moves(model.moe, stepped(torch.optim.Adafactor, model), "moe")
+        check_state_moves(model.moe, plain_state(stepped(torch.optim.Adafactor, model)), "moe")
 
 
 def test_experts_with_unlike_state_are_refused():
@@ -97,7 +102,7 @@ def test_experts_with_unlike_state_are_refused():
     optimizer = stepped(torch.optim.AdamW, model)
     del optimizer.state[model.experts[1].weight]
     with pytest.raises(ConfigError, match="different tensors or optimizer states on one rank"):
-        check_state_moves(model.moe, optimizer, "moe")
+        check_state_moves(model.moe, plain_state(optimizer), "moe")
 
 
 def test_what_is_no_model_is_refused():
