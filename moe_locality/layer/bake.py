@@ -113,6 +113,8 @@ def _prepare(folder: Path, plan: PlacementPlan, trusted: bool, trust_order: bool
     if entry is not None and entry.get("optimizer_left_out"):
         left_out = "an earlier bake left it out"
     try:
+        if entry is not None and entry.get("replicas"):
+            raise NotBaked("it was made with replicas, and belongs to their slots")
         optimizer = read_optimizer_states(
             files, dense, names, trusted=trusted, trust_order=trust_order
         )

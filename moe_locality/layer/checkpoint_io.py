@@ -109,6 +109,7 @@ def make_entry(
     plan_digest: str | None,
     optimizer_names: list[list[str]] | None,
     optimizer_left_out: bool = False,
+    replicas: list[list[int]] | None = None,
 ) -> dict[str, Any]:
     """The value under ``"moe_locality"``, of plain types only.
 
@@ -117,14 +118,17 @@ def make_entry(
         optimizer_names: per parameter group, the names of the optimizer's parameters on a rank
             (experts by their number on that rank), or None where it does not step them itself.
         optimizer_left_out: the checkpoint has no optimizer state although training has some.
+        replicas: per MoE layer [P], the expert of each slot of the ranks that wrote the optimizer
+            state, where there were more slots than experts.
     """
-    return {
+    entry = {
         "format_version": FORMAT_VERSION,
         "slot_to_logical": [[int(expert) for expert in order] for order in orders],
         "plan_digest": plan_digest,
         "optimizer_names": optimizer_names,
         "optimizer_left_out": optimizer_left_out,
     }
+    return entry if replicas is None else {**entry, "replicas": replicas}
 
 
 def read_entry(state: dict[str, Any], path: Path) -> dict[str, Any] | None:
