@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 import moe_locality
 from moe_locality.config import DispatchConfig
@@ -92,9 +93,10 @@ def test_both_exchanges_agree_and_each_token_crosses_once_per_node(nodes):
 
 
 class Net(torch.nn.Module):
-    def __init__(self):
+    def __init__(self, checkpointed):
         super().__init__()
         torch.manual_seed(0)
+        self.checkpointed = checkpointed
         expert = torch.nn.Sequential(torch.nn.Linear(WIDTH, 24), torch.nn.Linear(24, WIDTH))
         self.moe = torch.nn.ModuleList(
             moe_locality.MoE(
@@ -106,32 +108,37 @@ class Net(torch.nn.Module):
 
     def forward(self, x):
         for layer in self.moe:
-            out, aux, _ = layer(x)
+            if self.checkpointed:
+                out, aux, _ = checkpoint(layer, x, use_reentrant=False)
+            else:
+                out, aux, _ = layer(x)
             x = x + out + 0.01 * aux
         return self.head(x).pow(2).mean()
 
 
-def losses_on_rank(rank, world_size, stage, dtype):
+def losses_on_rank(rank, world_size, stage, dtype, checkpointed):
     found = {}
-    for exchange in ("flat", "hierarchical"):
+    for exchange in ("flat", "hierarchical", "one by one"):
+        by_itself = {"exchange": "hierarchical", "reduce_at_node": False}
         section = {
-            "dispatch": {"exchange": exchange},
+            "dispatch": by_itself if exchange == "one by one" else {"exchange": exchange},
             "cluster": {"num_nodes": 2, "ranks_per_node": 2},
         }
         config = {
             "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": 2,
             "gradient_clipping": 0.0,
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
             "zero_optimization": {"stage": stage},
             "bf16": {"enabled": dtype == "bfloat16"},
             "moe_locality": section,
         }
-        net = Net()
+        net = Net(checkpointed)
         engine = moe_locality.initialize(
             model=net, model_parameters=list(net.parameters()), config=config
         )[0]
         losses = []
-        for number in range(4):
+        for number in range(6):
             generator = torch.Generator().manual_seed(10 * number + rank)
             x = torch.randn(2, 12, WIDTH, generator=generator).to(getattr(torch, dtype))
             loss = engine(x)
@@ -144,9 +151,14 @@ def losses_on_rank(rank, world_size, stage, dtype):
     return found
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (1, "float32"), (2, "bfloat16")])
-def test_training_is_the_same(stage, dtype):
-    for found in run_ranks(losses_on_rank, 4, stage, dtype, deepspeed=True):
+@pytest.mark.parametrize(
+    ("stage", "dtype", "checkpointed"),
+    [(0, "float32", False), (1, "float32", True), (2, "bfloat16", False)],
+)
+def test_training_is_the_same(stage, dtype, checkpointed):
+    """Under ZeRO, with gradient accumulation and with activation checkpointing."""
+    for found in run_ranks(losses_on_rank, 4, stage, dtype, checkpointed, deepspeed=True):
+        assert found["one by one"] == found["flat"]
         rtol, atol = LOSS[dtype]
         np.testing.assert_allclose(found["hierarchical"], found["flat"], rtol=rtol, atol=atol)
         assert found["flat"][0] != found["flat"][-1]
