@@ -49,8 +49,9 @@ def check_is_permutation(plan: PlacementPlan) -> None:
     if not plan.is_permutation:
         raise PlacementError(
             f"found a plan with {plan.num_redundant_experts} replicas, expected one slot per "
-            "expert: replicas need more slots than the model has experts, at run time, and that is "
-            "not available yet: make a plan with num_redundant_experts=0"
+            "expert: weights in files and in a running engine hold every expert once, replicas are "
+            "made at the start: give the plan and the checkpoint as it is to "
+            "moe_locality.initialize (or apply), or make a plan with num_redundant_experts=0"
         )
 
 

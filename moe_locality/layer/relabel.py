@@ -192,7 +192,13 @@ def plan_targets(
             "plan has the same experts in every layer; this model cannot be placed"
         )
     plan.check_fits(layer_count=len(layers), num_experts=sizes[0] if sizes else None)
-    for _, module in layers:
+    for name, module in layers:
+        if getattr(module.deepspeed_moe, "replicas", None) is not None:
+            raise PlacementError(
+                f"{name or 'the model'}: found a layer with replicas, expected one slot per "
+                "expert: replicas do not move; save a checkpoint, start anew with the other plan, "
+                "and load it"
+            )
         # with one rank per EP group every order is on that rank: the plan's ranks do not matter
         plan.check_fits(num_ranks=module.ep_size if module.ep_size > 1 else None)
     return [
