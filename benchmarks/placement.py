@@ -8,7 +8,7 @@ counts over recorded routing, not a run on a cluster: their kind is "simulated".
 measured on this machine. Parts:
 
     targets      the cells that have a target, over several solver seeds
-    peers        every method on every trace, 2, 4 and 8 nodes, 0, 12.5 and 25 % replicas
+    peers        every method on every trace, 2, 4 and 8 nodes; 4 nodes with 12.5 and 25 % replicas
     bounds       how far plans are from the certified lower bound
     partitioner  mt-KaHyPar at equal balance (where the package mtkahypar is installed)
     transfer     plans made on one family of domains, judged on another
@@ -22,6 +22,7 @@ import argparse
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from _results import append_rows
@@ -36,21 +37,24 @@ from placement_checks import (
 from placement_rows import Row, target_table
 
 PARTS = ("targets", "bounds", "partitioner", "transfer", "public", "scale", "peers")
-REPLICAS = (0.0, 0.125, 0.25)
+REPLICAS = (0.125, 0.25)
 
 
 def rows_of(part: str, options: argparse.Namespace) -> Iterator[Row]:
     """Yield the figures of one part."""
     folder = Path(options.data)
     if part == "targets":
-        for split_seed in range(options.splits):
-            for goal in GOALS:
-                yield from goal_rows(folder, goal, options.seeds, split_seed)
+        splits = range(options.splits)
+        work = [(goal_rows, folder, g, options.seeds, split) for split in splits for g in GOALS]
+        yield from side_by_side(work, options.processes)
     elif part == "peers":
-        for name in token_traces(folder):
-            for nodes in options.nodes:
-                for share in REPLICAS:
-                    yield from peer_rows(folder, name, nodes, share)
+        cases = [(nodes, 0.0) for nodes in options.nodes]
+        cases += [(4, share) for share in REPLICAS]
+        names = token_traces(folder)
+        yield from side_by_side(
+            [(peer_rows, folder, name, *case) for name in names for case in cases],
+            options.processes,
+        )
     elif part == "bounds":
         yield from bound_rows(folder)
     elif part == "partitioner":
@@ -63,12 +67,20 @@ def rows_of(part: str, options: argparse.Namespace) -> Iterator[Row]:
         yield from scale_rows(options.tokens)
 
 
+def side_by_side(work: list[tuple], processes: int) -> Iterator[Row]:
+    """Yield the rows of every call (function, *arguments) in order; calls run in parallel."""
+    with ProcessPoolExecutor(processes) as pool:
+        for result in [pool.submit(*call) for call in work]:
+            yield from result.result()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--nodes", type=int, nargs="+", default=[2, 4, 8], help="of peers")
     parser.add_argument("--seeds", type=int, default=5, help="solver seeds of targets")
     parser.add_argument("--splits", type=int, default=1, help="split seeds of targets")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="of targets, peers")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="of scale")
     parser.add_argument("--csv", type=Path, help="table to append the figures to")
     parser.add_argument("--data", type=Path, default=os.environ.get("MOE_LOCALITY_DATA"))
