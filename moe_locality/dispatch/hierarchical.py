@@ -24,7 +24,7 @@ from moe_locality.dispatch import node_plan
 from moe_locality.dispatch.codec import Codec
 from moe_locality.dispatch.exchange import Arriving, Link
 from moe_locality.dispatch.node_plan import HomePlan, NodePlan, TwoStagePlan
-from moe_locality.dispatch.permute import sort_routes
+from moe_locality.dispatch.permute import sort_routes, trim
 from moe_locality.dispatch.rails import Rails, find_rails
 from moe_locality.dispatch.timing import StageClock
 from moe_locality.dispatch.wire import WireFormat, wire_format
@@ -95,7 +95,12 @@ class HierarchicalTransport:
         if counts is not None:
             with self.clock("counts"):
                 _, sent, got = counts.read()
-            home = replace(home, input_splits=tuple(sent), output_splits=tuple(got))
+            home = replace(
+                home,
+                copies=trim(home.copies, sum(sent)),
+                input_splits=tuple(sent),
+                output_splits=tuple(got),
+            )
         way = self.across.start_rows(
             packed,
             home.input_splits,
@@ -127,6 +132,10 @@ class HierarchicalTransport:
                 counts = self.inside.start_counts(cells)
             else:
                 routes = plan.node.routes
+        if counts is not None and routes.padded:
+            # most rows of a map of fixed size are past the end: better to wait than to make them
+            plan = self._plan_inside(step.home, routes, counts)
+            routes = plan.node.routes
         with self.clock("permute"):
             rows = ops.permute(rows.contiguous(), routes, backend=self.kernels)
         if plan is None:
@@ -267,6 +276,7 @@ class HierarchicalTransport:
             if home.picks is not None:
                 per_node = home.picks.tokens_per_slot.view(self.across.size, -1).sum(dim=1)
                 splits = tuple(per_node.tolist())
+                home = replace(home, picks=trim(home.picks, sum(splits)))
         return TwoStagePlan(home=home, node=node, pick_splits=splits)
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

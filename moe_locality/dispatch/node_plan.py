@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_locality.dispatch.permute import block_order, inverse, sort_routes
+from moe_locality.dispatch.permute import block_order, inverse, sort_routes, trim
 from moe_locality.kernels import ops
 from moe_locality.kernels.ops import RowMap
 
@@ -189,7 +189,7 @@ def plan_node(
         splits = tuple(sum(sent[m::num_nodes]) for m in range(num_nodes))
         back = {"by_home": by_home, "from_home": inverse(by_home), "home_splits": splits}
     return NodePlan(
-        routes=routes,
+        routes=trim(routes, sum(sent)),
         input_splits=tuple(sum(sent[i : i + size]) for i in range(0, len(sent), size)),
         output_splits=tuple(sum(got[i : i + size]) for i in range(0, len(got), size)),
         tokens_per_local_expert=tuple(sum(cells[i::slots]) for i in range(slots)),

@@ -3,7 +3,7 @@
 Shapes: G ranks of the EP group, e local experts, P = G*e slots, R rows received.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,6 +54,18 @@ def _static(ids: Tensor) -> bool:
     return ids.is_cuda
 
 
+def trim(row_map: RowMap, num_rows: int) -> RowMap:
+    """Return the map without its rows past the end, now that their number is known."""
+    if not row_map.padded:
+        return row_map
+    return replace(
+        row_map,
+        row_route=row_map.row_route[:num_rows],
+        row_token=row_map.row_token[:num_rows],
+        padded=False,
+    )
+
+
 def block_order(lengths: Tensor, order: Tensor, num_rows: int) -> Tensor:
     """Return the rows of consecutive blocks of ``lengths [B]``, the blocks taken in another
     ``order [B]``: ``[num_rows] int64``.
@@ -99,7 +111,7 @@ def plan_step(
         by_expert = expert_major_order(received.view(num_ranks, size), sum(got))
         by_source = inverse(by_expert)
     return StepPlan(
-        row_map=row_map,
+        row_map=trim(row_map, sum(sent)),
         input_splits=tuple(sum(sent[i : i + size]) for i in starts),
         output_splits=output_splits,
         tokens_per_local_expert=per_expert,
