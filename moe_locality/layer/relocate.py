@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,10 @@ from moe_locality.layer.vote import LostRanks, vote
 NUM_SLABS = 3
 """Experts, with all their state, that a rank has room for beside the model during a move."""
 
-TIMEOUT_S = 300.0
+TIMEOUT_S = 120.0
+"""How long one exchange of a step may take. A step has at most two in a row, so who has not voted
+after three times as long is lost.
+"""
 
 
 class Undone(PlacementError):
@@ -105,7 +109,7 @@ class _Layer:
     def agree(self, digests: dict[str, str] | None = None) -> None:
         """Raise Undone on all ranks when any has an error or two digests of a thing differ."""
         errors, self.errors = self.errors, []
-        answers = vote((errors, digests or {}), self.name, self.timeout_s)
+        answers = vote((errors, digests or {}), self.name, 3 * self.timeout_s)
         found = {rank: answer[0] for rank, answer in enumerate(answers) if answer[0]}
         seen: dict[str, tuple[int, str]] = {}
         for rank, (_, mine) in enumerate(answers):
@@ -138,7 +142,7 @@ def relabel_layer(
         module: a ``deepspeed.moe.layer.MoE``.
         group: its EP group; None where ``ep_size`` is 1.
         state: what the optimizer keeps for a parameter.
-        timeout_s: how long a rank may keep the others waiting in one step.
+        timeout_s: see ``TIMEOUT_S``.
 
     Raises:
         Undone: a rank failed, and the layer is in ``current`` order again on all ranks.
@@ -256,7 +260,7 @@ def _travel(
             dist.P2POp(dist.irecv, incoming, ranks[source // layer.per_rank], group),
         ]
         for request in dist.batch_isend_irecv(operations):
-            request.wait()
+            request.wait(timedelta(seconds=layer.timeout_s))
         layer.report.sent_bytes += held[slot].numel()
     return {slot: incoming}
 
@@ -300,7 +304,9 @@ def _gather(layer: _Layer, pieces: list[Piece], buffer: Tensor) -> None:
         return
     parts = buffer[whole_bytes(pieces) :].view(torch.int32)
     with layer.guard():
-        dist.all_reduce(parts, group=group)
+        request = dist.all_reduce(parts, group=group, async_op=True)
+        assert request is not None
+        request.wait(timedelta(seconds=layer.timeout_s))
         layer.report.gathered_bytes += 4 * parts.numel()
 
 

@@ -42,7 +42,7 @@ def vote(value: Any, what: str, timeout_s: float) -> list[Any]:
         store.set(f"{key}/{me}", pickle.dumps(value))
         if me == 0:
             store.set(key, pickle.dumps(_collect(store, key, world, timeout_s)))
-        store.wait([key], timedelta(seconds=timeout_s * 1.5 + 5))
+        store.wait([key], timedelta(seconds=2 * timeout_s + 5))
         found = pickle.loads(store.get(key))
     except RuntimeError as error:  # DistStoreError is one: the store is gone, or rank 0 is late
         raise LostRanks(_message([0], what, timeout_s)) from error

@@ -1,0 +1,203 @@
+"""A relocation that is interrupted: finished or taken back on every rank, never mixed."""
+
+import multiprocessing as mp
+import os
+import re
+import signal
+import time
+
+import pytest
+import torch
+
+from moe_locality.errors import PlacementError
+from moe_locality.layer import relocate, vote
+from moe_locality.layer.checkpoint import wrap_checkpoints
+from moe_locality.layer.relabel import current_order, relabel
+from tests.distributed import relabel_nets as nets
+from tests.distributed.test_relocate import assert_same, everything
+from tests.launch import _rank_main, run_ranks
+
+A, B = 3, 7  # seeds of two plans
+
+
+class Fault:
+    """Stands in for a function of the move: does ``what`` at call number ``at``, on one rank."""
+
+    def __init__(self, name, what, at, only_once=True):
+        self.name, self.what, self.at, self.only_once = name, what, at, only_once
+        self.calls, self.function = 0, getattr(relocate, name)
+
+    def __call__(self, *args):
+        self.calls += 1
+        hit = self.calls == self.at or (self.calls > self.at and not self.only_once)
+        if hit and self.what == "raise":
+            raise MemoryError("no room")
+        if hit and self.what == "interrupt":
+            raise KeyboardInterrupt
+        if hit and self.what == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if hit and self.what == "hang":
+            time.sleep(60)
+        result = self.function(*args)
+        if hit and self.what == "corrupt":
+            args[-1][3] ^= 1  # a bit of the slab that was packed, after it was packed
+        return result
+
+    def __enter__(self):
+        setattr(relocate, self.name, self)
+        return self
+
+    def __exit__(self, *_):
+        setattr(relocate, self.name, self.function)
+
+
+def engine_at_a(rank, ep_size, zero, precision):
+    engine = nets.engine_of(nets.build("ours", ep_size, rank % ep_size), zero, precision)
+    relabel(engine, nets.plan_of(ep_size, A))
+    nets.train(engine, range(2), rank)
+    return engine
+
+
+def orders(engine):
+    return [current_order(m).tolist() for m in (engine.module.moe1, engine.module.moe2)]
+
+
+def rows(ep_size, seed):
+    return nets.plan_of(ep_size, seed).physical_to_logical_map.tolist()
+
+
+def interrupted(engine, ep_size, fault, here):
+    """Relabel to B with a fault on one rank; what was said, after checking what is left."""
+    with fault if here else Fault(fault.name, "count", 0), pytest.raises(PlacementError) as caught:
+        relabel(engine, nets.plan_of(ep_size, B), timeout_s=30)
+    for found, old, new in zip(orders(engine), rows(ep_size, A), rows(ep_size, B), strict=True):
+        assert found in (old, new)
+    return str(caught.value), orders(engine)
+
+
+def _interrupted(rank, world, ep_size, zero, precision, faults):
+    engine = engine_at_a(rank, ep_size, zero, precision)
+    before, logits = everything(engine), nets.logits_of(engine.module, rank)
+    seen = []
+    for name, what, at in faults:
+        message, found = interrupted(engine, ep_size, Fault(name, what, at), rank == 1)
+        torch.testing.assert_close(nets.logits_of(engine.module, rank), logits)
+        relabel(engine, nets.plan_of(ep_size, B))  # a second call finishes
+        assert orders(engine) == rows(ep_size, B)
+        relabel(engine, nets.plan_of(ep_size, A))
+        assert_same(everything(engine), before, (name, what, at))
+        seen.append((message, found))
+    return seen
+
+
+FAULTS = [  # the layers have about ten steps each; a step packs, packs again, writes
+    ("pack", "raise", 1),
+    ("pack", "raise", 2),
+    ("pack", "interrupt", 9),
+    ("pack", "corrupt", 2),
+    ("unpack", "raise", 1),
+    ("unpack", "raise", 3),
+    ("unpack", "interrupt", 12),
+    ("_digest", "raise", 4),
+    ("expert_pieces", "raise", 2),
+    ("gate_pieces", "raise", 2),
+]
+
+
+@pytest.mark.parametrize(
+    ("world", "ep_size", "zero", "precision", "faults"),
+    [(2, 2, 0, "fp32", FAULTS), (4, 2, 2, "bf16", FAULTS[1:7:2])],
+)
+def test_a_failure_leaves_whole_layers_and_a_second_call_finishes(
+    world, ep_size, zero, precision, faults
+):
+    per_rank = run_ranks(
+        _interrupted, world, ep_size, zero, precision, faults, deepspeed=True, timeout_s=110
+    )
+    first_undone, second_undone = 0, 0
+    for seen in zip(*per_rank, strict=True):
+        assert len({str(found) for _, found in seen}) == 1  # the same on every rank
+        for message, _ in seen:
+            assert re.search(r"ranks \[1\] failed|ranks \[.*1.*\] failed", message)
+            assert "in its old order again" in message
+        state = seen[0][1]
+        first_undone += state == rows(ep_size, A)
+        second_undone += state == [rows(ep_size, B)[0], rows(ep_size, A)[1]]
+    assert first_undone + second_undone == len(faults)
+    assert first_undone
+    assert second_undone or world == 4
+
+
+def _checkpoint(rank, world, folder):
+    """Saved while one layer is in the new order and the other in the old."""
+    engine = engine_at_a(rank, world, 1, "bf16")
+    wrap_checkpoints(engine)
+    _, found = interrupted(engine, world, Fault("gate_pieces", "raise", 2), rank == 1)
+    assert found == [rows(world, B)[0], rows(world, A)[1]]
+    engine.save_checkpoint(folder, tag="t")
+    again = nets.engine_of(nets.build("ours", world, rank), 1, "bf16")
+    relabel(again, nets.plan_of(world, 5))
+    wrap_checkpoints(again)
+    again.load_checkpoint(folder, tag="t")
+    assert orders(again) == rows(world, 5)
+    assert nets.train(again, range(2, 5), rank) == nets.train(engine, range(2, 5), rank)
+
+
+def test_a_checkpoint_between_two_orders_is_right(tmp_path):
+    run_ranks(_checkpoint, 2, str(tmp_path), deepspeed=True)
+
+
+def _twice(rank, world):
+    """Writing fails, and putting things back fails too: the message does not promise anything."""
+    engine = engine_at_a(rank, world, 0, "fp32")
+    fault = Fault("unpack", "raise" if rank else "count", 4, only_once=False)
+    with fault, pytest.raises(PlacementError, match=r"in no order\. End this job"):
+        relabel(engine, nets.plan_of(world, B), timeout_s=30)
+
+
+def test_a_failure_that_cannot_be_taken_back_says_so():
+    run_ranks(_twice, 2, deepspeed=True)
+
+
+def _lost(rank, world, ep_size, zero, what, at):
+    engine = engine_at_a(rank, ep_size, zero, "fp32")
+    started = time.monotonic()
+    fault = Fault("pack", what if rank == 1 else "count", at)
+    with fault, pytest.raises(vote.LostRanks) as caught:
+        relabel(engine, nets.plan_of(ep_size, B), timeout_s=2)
+    return str(caught.value), time.monotonic() - started
+
+
+@pytest.mark.parametrize(
+    ("world", "zero", "what", "at"),
+    # before anything was sent, and between two ranks that share an expert's parts
+    [(2, 0, "die", 1), (4, 2, "die", 3), (2, 0, "hang", 1), (4, 2, "hang", 2)],
+)
+def test_a_rank_that_is_lost_is_named_by_the_others(world, zero, what, at, tmp_path):
+    context = mp.get_context("fork")
+    answers, store = context.Queue(), str(tmp_path / "store")
+    args = (2, zero, what, at)
+    ranks = [
+        context.Process(
+            target=_rank_main, args=(_lost, rank, world, args, store, answers, True, 60)
+        )
+        for rank in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    try:
+        seen = set()
+        while len(seen) < world - 1:
+            rank, fine, value = answers.get(timeout=60)
+            if rank in seen:
+                continue  # the launcher's last barrier, without the lost rank
+            seen.add(rank)
+            assert fine, value
+            message, elapsed_s = value
+            assert "found no answer from ranks [1] within 6 s" in message
+            assert elapsed_s < 20
+        assert 1 not in seen
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
