@@ -98,6 +98,13 @@ def expert_parallel_group(name: str) -> Any:
     return groups._get_expert_parallel_group(name)
 
 
+def expert_data_parallel_group(name: str) -> Any:
+    """Return the expert-data-parallel group of this rank under ``name``, None without one."""
+    from deepspeed.utils import groups
+
+    return groups._get_expert_data_parallel_group_dict().get(name)
+
+
 def default_store() -> Any:
     """Return the key-value store of the default process group (it works before a device is set)."""
     from torch.distributed.distributed_c10d import _get_default_store

@@ -4,7 +4,8 @@ An identity stands between the parameters of replicated experts and the forward 
 runs after the experts' and before that of the dispatch, on every rank at the same place between the
 exchanges of the layer; the holders of an expert swap their gradients and each adds them up in slot
 order, in fp32. So all have the same bits, and DeepSpeed's hooks (reduction over data-parallel
-ranks, ZeRO, accumulation) see the gradient that an expert without replicas would have.
+ranks, ZeRO, accumulation) see the gradient that an expert without replicas would have; with three
+or more expert-data-parallel ranks each sees a part of their sum, and zeros.
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe_locality import compat
 from moe_locality.layer.experts import ExpertsMode, grouping_pays, run_experts
 from moe_locality.layer.grouped import recognize
 from moe_locality.layer.relabel_weights import pack, unpack
@@ -51,7 +53,8 @@ def run_with_summed_gradients(
         return run_experts(experts, rows, tokens_per_expert, mode)
     if mode == "grouped" or grouping_pays(rows):
         recognize(experts.deepspeed_experts)  # it copies an expert, so before others stand in
-    stand_ins = _SumOverReplicas.apply(shared, group, *parameters)
+    edp_group = compat.expert_data_parallel_group(getattr(parameters[0], "group_name", ""))
+    stand_ins = _SumOverReplicas.apply(shared, group, edp_group, *parameters)
     return torch.func.functional_call(
         _Runner(experts, mode),
         dict(zip(names, stand_ins, strict=True)),
@@ -96,9 +99,9 @@ class _SumOverReplicas(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, shared: list[SharedExpert], group: Any, *parameters: Tensor
+        ctx: Any, shared: list[SharedExpert], group: Any, edp_group: Any, *parameters: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.shared, ctx.group = shared, group
+        ctx.shared, ctx.group, ctx.edp_group = shared, group, edp_group
         return tuple(parameter.detach() for parameter in parameters)
 
     @staticmethod
@@ -107,8 +110,9 @@ class _SumOverReplicas(torch.autograd.Function):
         summed: list[Tensor] = []
         for expert in ctx.shared:  # one after the other: room for the copies of one expert
             mine = list(grads[len(summed) : len(summed) + expert.count])
-            summed += sum_in_order(_swap(mine, expert, ctx.group))
-        return None, None, *summed
+            total = sum_in_order(_swap(mine, expert, ctx.group))
+            summed += _own_part(total, ctx.edp_group)
+        return None, None, None, *summed
 
 
 def _swap(mine: list[Tensor], expert: SharedExpert, group: Any) -> list[list[Tensor]]:
@@ -130,6 +134,30 @@ def _swap(mine: list[Tensor], expert: SharedExpert, group: Any) -> list[list[Ten
             unpack(incoming[rank], theirs)
         found.append(theirs)
     return found
+
+
+def _own_part(grads: list[Tensor], edp_group: Any) -> list[Tensor]:
+    """Return the gradients summed over the expert-data-parallel ranks, a part per rank: zeros
+    elsewhere. Collective over ``edp_group``.
+
+    DeepSpeed adds these ranks up in an order that depends, from three ranks on, on where an element
+    lies in its buffers, which differs between replicas. So each rank adds up one part in rank
+    order, and what DeepSpeed adds to it are zeros: exact in every order.
+    """
+    size = 1 if edp_group is None else dist.get_world_size(edp_group)
+    if size < 3 or not grads:
+        return grads  # a + b is b + a
+    sizes = [grad.numel() for grad in grads]
+    flat = torch.cat([grad.reshape(-1) for grad in grads])
+    part = -(-flat.numel() // size)
+    outgoing = flat.new_zeros(size * part)
+    outgoing[: flat.numel()] = flat
+    incoming = torch.empty_like(outgoing)
+    dist.all_to_all_single(incoming, outgoing, group=edp_group)
+    parts = torch.zeros_like(outgoing).view(size, part)
+    parts[dist.get_rank(edp_group)] = sum_in_order([[p] for p in incoming.view(size, part)])[0]
+    found = parts.view(-1)[: flat.numel()].split(sizes)
+    return [new.view(old.shape).to(old.dtype) for new, old in zip(found, grads, strict=True)]
 
 
 def sum_in_order(replicas: list[list[Tensor]]) -> list[Tensor]:

@@ -175,3 +175,12 @@ def test_the_time_limit_of_the_default_group_is_read(tmp_path):
         assert compat.default_timeout() == limit
     finally:
         dist.destroy_process_group()
+
+
+def test_the_expert_data_parallel_group_is_found_by_name(monkeypatch):
+    from deepspeed.utils import groups
+
+    group = object()
+    monkeypatch.setitem(groups._EXPERT_DATA_PARALLEL_GROUP, "ep_size_7", group)
+    assert compat.expert_data_parallel_group("ep_size_7") is group
+    assert compat.expert_data_parallel_group("") is None
