@@ -13,14 +13,16 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import TraceError
+from moe_locality.placement.bounds import lower_bounds
 from moe_locality.placement.frame import make_frame
 from moe_locality.placement.homes import assign_homes
 from moe_locality.placement.interval import copies_of_blocks, ratio_interval, request_blocks
 from moe_locality.placement.objective import Costs, Homes, evaluate
 from moe_locality.placement.plan import PlacementPlan
+from moe_locality.placement.requests import default_prediction
 from moe_locality.placement.solve import solve
 from moe_locality.topology.cluster import ClusterTopology
-from moe_locality.trace.schema import PREFILL, RoutingTrace
+from moe_locality.trace.schema import RoutingTrace
 
 HELD_OUT = 0.3
 MIN_SAVING = 0.03
@@ -75,9 +77,12 @@ def potential(
     *,
     max_imbalance: float = 1.05,
     seed: int = 0,
+    bound_seconds: float = 5.0,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Potential:
     """Solve on 70 % of the requests, judge on the others, and say what each lever saves.
+
+    ``bound_seconds``: effort for the ceilings, see ``placement.bounds.lower_bounds``.
 
     Raises:
         TraceError: a trace of counts, or of a single request.
@@ -90,7 +95,13 @@ def potential(
         verdict = "Nothing crosses nodes here: a placement has nothing to save."
         return _potential(topology, train, test, base, (), False, verdict)
     blocks = request_blocks(test, seed)
-    judge = _Judge(test, topology, base, copies_of_blocks(test, linear, topology, None, blocks))
+    judge = _Judge(
+        test,
+        topology,
+        base,
+        copies_of_blocks(test, linear, topology, None, blocks),
+        float(lower_bounds(test, topology, seconds=bound_seconds).copies.mean()),
+    )
     extra = _replicas(trace.num_experts, topology.num_ranks)
     tried: list[tuple[str, dict[str, Any], bool]] = [
         ("placement", {}, False),
@@ -150,7 +161,7 @@ def grouping_ceiling(trace: RoutingTrace, plan: PlacementPlan, topology: Cluster
     touched = visits.sum() / (trace.num_tokens * trace.num_layers)
     nodes = topology.num_nodes
     anywhere = touched * (nodes - 1) / nodes
-    return 1 - max(touched - 1, 0.0) / anywhere if anywhere else 0.0
+    return float(1 - max(touched - 1, 0.0) / anywhere) if anywhere else 0.0
 
 
 def _parts(trace: RoutingTrace, seed: int) -> tuple[RoutingTrace, RoutingTrace]:
@@ -173,10 +184,6 @@ def _replicas(num_experts: int, num_ranks: int) -> int:
     return -(-slots // num_ranks) * num_ranks - num_experts
 
 
-def _predictor(trace: RoutingTrace) -> str:
-    return "prefill" if (trace.stage == PREFILL).any() else "first:32"
-
-
 @dataclass(frozen=True, slots=True)
 class _Judge:
     """Costs plans on the held-out requests against the linear layout."""
@@ -185,13 +192,16 @@ class _Judge:
     topology: ClusterTopology
     base: Costs
     base_blocks: np.ndarray | None
+    least_copies: float
 
     def lever(
         self, name: str, plan: PlacementPlan, blocks: np.ndarray | None, *, with_homes: bool
     ) -> Lever:
         homes: Homes = None
         if with_homes:
-            homes = assign_homes(self.test, plan, self.topology, predict=_predictor(self.test))
+            homes = assign_homes(
+                self.test, plan, self.topology, predict=default_prediction(self.test)
+            )
         costs = evaluate(self.test, plan, self.topology, homes)
         found = copies_of_blocks(self.test, plan, self.topology, homes, blocks)
         ratio = ratio_interval(self.base_blocks, found)
@@ -205,9 +215,16 @@ class _Judge:
         )
 
     def _ceiling(self, name: str, plan: PlacementPlan) -> float | None:
+        """What no plan of this kind can exceed on these requests; no bound knows replicas."""
         if name == "homes":
             return grouping_ceiling(self.test, plan, self.topology)
-        return None
+        least = self.least_copies
+        if name == "placement and homes":  # the best home of a token is one of the nodes it needs
+            nodes = self.topology.num_nodes
+            least = max(least * nodes / (nodes - 1) - 1, 0.0)
+        elif name != "placement":
+            return None
+        return 1 - least / self.base.copies
 
 
 def _verdict(levers: list[Lever]) -> tuple[bool, str]:

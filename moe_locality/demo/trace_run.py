@@ -12,10 +12,11 @@ from moe_locality.demo.options import DemoOptions
 from moe_locality.demo.progress import Progress
 from moe_locality.errors import TraceError
 from moe_locality.placement import assign_homes, solve
+from moe_locality.placement.requests import default_prediction
 from moe_locality.placement.solve import COMPARED
 from moe_locality.report import write_report
 from moe_locality.topology import ClusterTopology
-from moe_locality.trace import PREFILL, RoutingTrace, read_trace
+from moe_locality.trace import RoutingTrace, read_trace
 from moe_locality.tracking import start_tracking
 
 FIT_FRACTION = 0.7
@@ -98,7 +99,7 @@ def _candidates(
         joint = solve(
             fit, topology, homes="joint", max_imbalance=options.max_imbalance, seed=options.seed
         )
-        predict = "prefill" if (held_out.stage == PREFILL).any() else "first:32"
+        predict = default_prediction(held_out)
         homes = assign_homes(held_out, joint, topology, predict=predict)
         found.append(Candidate(name=f"joint, {predict}", plan=joint, homes=homes))
     return found
