@@ -4,6 +4,7 @@ Offline is the default: nothing leaves the machine until somebody runs ``wandb s
 project uses, all over the step metric ``tokens`` (tokens seen so far):
 
     traffic/cross_node_bytes, traffic/cross_node_frac     bytes that crossed nodes; share of all
+    traffic/cross_node_messages                           messages between nodes, all directions
     load/balancedness, load/node_imbalance                mean / max over ranks; max / mean of nodes
     quality/loss                                          nats per token
     time/step_us                                          wall time of a step, microseconds

@@ -192,6 +192,14 @@ def _traffic_rows(pair: tuple[Run, Run]) -> list[Row]:
         rows += _row("traffic/cross_node_frac", "share of all bytes", [*shares])
         dispatch = [link["dispatch"]["cross_node"] for link in links if link]
         rows += _row("traffic/dispatch_cross_node_bytes", "bytes, dispatch", [*dispatch])
+    messages = [run.traffic.get("messages_by_link") if run.traffic else None for run in pair]
+    if all(messages):
+        counts = [
+            sum(kind["cross_node"] for name, kind in by_kind.items() if name != "routing")
+            for by_kind in messages
+            if by_kind
+        ]
+        rows += _row("traffic/cross_node_messages", "messages, all directions", [*counts])
     received = [_received(run) for run in pair]
     if all(r is not None and r.sum() > 0 for r in received):
         balance = [float(r.mean() / r.max()) for r in received if r is not None]
