@@ -92,6 +92,24 @@ class DispatchConfig(_Section):
     )
 
 
+class OnlineConfig(_Section):
+    """Refresh the plan while training, and move experts where it pays. Absent: never."""
+
+    enabled: bool = True
+    every_n_steps: int = Field(default=500, ge=1, description="look at the routing so often")
+    pays_within_steps: int = Field(
+        default=2000, ge=1, description="the saving has to pay the move within so many steps"
+    )
+    move_budget: float = Field(
+        default=0.1, gt=0, le=1, description="most slots that may move at once, as a share"
+    )
+    max_imbalance: float = Field(default=1.05, ge=1)
+    sample_tokens: int = Field(default=8192, ge=1, description="latest tokens kept per rank")
+    half_life_tokens: float | None = Field(
+        default=100_000.0, gt=0, description="after so many newer tokens a sampled one counts half"
+    )
+
+
 class TrackingConfig(_Section):
     """wandb. ``mode="offline"`` needs no network and gives the same report."""
 
@@ -115,6 +133,7 @@ class MoeLocalityConfig(_Section):
     kernels: Literal["auto", "cuda", "triton", "reference"] = "auto"
     experts: Literal["auto", "loop", "grouped"] = "auto"
     tracking: TrackingConfig | None = None
+    online: OnlineConfig | None = None
 
 
 def read_config(

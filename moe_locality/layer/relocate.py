@@ -351,7 +351,7 @@ def _view(slab: Tensor, pieces: list[Piece]) -> Tensor:
 
 
 def _digest(slab: Tensor) -> str:
-    return hashlib.blake2b(slab.cpu().numpy(), digest_size=16).hexdigest()
+    return hashlib.blake2b(slab.cpu().numpy().data, digest_size=16).hexdigest()
 
 
 def _wire_device(group: dist.ProcessGroup | None, pieces: list[Piece]) -> torch.device:

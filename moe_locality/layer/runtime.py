@@ -20,7 +20,7 @@ class LocalityRuntime:
     """Configuration, placement, cluster and recorder of an engine.
 
     ``topology`` is None with AutoEP, whose layers count no traffic. ``recorder`` is None where the
-    section has no ``trace``.
+    section has no ``trace``, ``online`` where it has no ``online``.
     """
 
     model: nn.Module
@@ -28,6 +28,7 @@ class LocalityRuntime:
     plan: PlacementPlan | None = None
     topology: ClusterTopology | None = None
     recorder: Any = None
+    online: Any = None
 
     def traffic_report(self, group: Any = None) -> dict[str, Any]:
         """Gather what every rank sent; see ``moe_locality.dispatch.traffic_report``. Collective."""
@@ -41,6 +42,9 @@ class LocalityRuntime:
         """Write what the recorder still holds. Called by ``engine.destroy``; the recorder itself
         sees to the end of the process.
         """
+        online, self.online = self.online, None
+        if online is not None:
+            online.close()
         recorder, self.recorder = self.recorder, None
         if recorder is not None:
             recorder.close()
@@ -49,6 +53,12 @@ class LocalityRuntime:
 def attach_runtime(engine: Any, runtime: LocalityRuntime) -> None:
     """Hang ``runtime`` on the engine, start its recorder, and let the engine drive it."""
     engine.moe_locality = runtime
+    online = runtime.config.online
+    if online is not None and online.enabled:
+        from moe_locality.layer.online import attach_online
+
+        runtime.online = attach_online(engine, online, runtime.topology)
+        _close_with(engine, runtime)
     trace = runtime.config.trace
     if trace is None or not trace.enabled:
         return

@@ -1,0 +1,294 @@
+"""Online placement: sample the routing of training steps, refresh the plan, relocate where it pays.
+
+Off by default. Every ``every_n_steps`` optimizer steps the ranks' samples go to rank 0, which lets
+old counts decay, refreshes the plan by few exchanges of slots, and weighs the time of the move
+against the time that the saved copies take on the links between nodes. All ranks follow its
+decision. The experts' weights move with masters and moments; the model computes the same function.
+"""
+
+import functools
+import logging
+import pickle
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from moe_locality.analysis.similarity import jensen_shannon_bits
+from moe_locality.config import OnlineConfig
+from moe_locality.errors import ConfigError, MoeLocalityError, PlacementError
+from moe_locality.layer.fragments import expert_pieces, slab_bytes
+from moe_locality.layer.moe import MoE, moe_modules
+from moe_locality.layer.optimizer_state import state_source
+from moe_locality.layer.relabel import agree_on_failure, current_order, plan_of, relabel
+from moe_locality.layer.relocate import MoveReport, Undone
+from moe_locality.layer.replicas import has_replicas
+from moe_locality.placement.plan import PlacementPlan
+from moe_locality.placement.refresh import Refresh, refresh
+from moe_locality.placement.refresh_state import RefreshState
+from moe_locality.topology.cluster import ClusterTopology
+from moe_locality.topology.groups import exchange_objects
+from moe_locality.trace.recorder.routes import read_deepspeed_gate
+from moe_locality.trace.schema import TRAIN, RoutingTrace
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnlineDecision:
+    """What one look at the routing led to. ``report`` is None where nothing moved.
+
+    Args:
+        reason: in words, with the figures that were weighed.
+        drift: Jensen-Shannon divergence (bits) between the loads of this window and those of the
+            first, of the layer where it is largest; the first window has 0.
+        saved_us_per_step, move_us, break_even_steps: predicted; None where nothing would move.
+    """
+
+    step: int
+    relocated: bool
+    reason: str
+    num_tokens: int
+    drift: float
+    moved_slots: int = 0
+    saved_us_per_step: float | None = None
+    move_us: float | None = None
+    break_even_steps: float | None = None
+    report: MoveReport | None = None
+    elapsed_s: float = 0.0
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers for a tracker, keys as ``online/...``; what is not known is left out."""
+        found: dict[str, Any] = {
+            "online/relocated": int(self.relocated),
+            "online/drift": self.drift,
+            "online/moved_slots": self.moved_slots,
+            "online/saved_us_per_step": self.saved_us_per_step,
+            "online/move_us": self.move_us,
+            "online/elapsed_s": self.elapsed_s,
+            "online/sent_bytes": None if self.report is None else self.report.sent_bytes,
+        }
+        return {key: float(value) for key, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sample:
+    """``ids [T, L, K]`` of a rank, tokens of each micro-batch in it, and of all that it saw."""
+
+    ids: np.ndarray
+    batches: tuple[int, ...]
+    num_tokens: int
+
+
+class OnlinePlacement:
+    """Watches an engine; see :func:`attach_online`. ``decisions`` are those made so far."""
+
+    def __init__(
+        self, engine: Any, config: OnlineConfig, topology: ClusterTopology, layers: list[Any]
+    ) -> None:
+        self.engine, self.config, self.topology, self.layers = engine, config, topology, layers
+        self.decisions: list[OnlineDecision] = []
+        self.state: RefreshState | None = None
+        self._first_load: np.ndarray | None = None
+        self._steps = 0
+        self._tokens = 0  # since the last look, on this rank
+        self._sample: list[list[torch.Tensor]] = [[] for _ in layers]
+        self._hooks = [
+            layer.deepspeed_moe.gate.register_forward_hook(functools.partial(self._saw, number))
+            for number, layer in enumerate(layers)
+        ]
+
+    def close(self) -> None:
+        """Stop watching."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _saw(self, number: int, gate: Any, _inputs: Any, output: Any) -> None:
+        if not gate.training or (torch.is_grad_enabled() is False):
+            return  # evaluation; the first pass of a recomputed block
+        ids = read_deepspeed_gate(output, gate.k, False).ids.detach()
+        kept = self._sample[number]
+        kept.append(ids[: self.config.sample_tokens].to(torch.int16))  # stays on the device
+        while sum(map(len, kept)) - len(kept[0]) >= self.config.sample_tokens:
+            kept.pop(0)  # the latest are kept
+        self._tokens += len(ids) if number == 0 else 0
+
+    def step(self) -> OnlineDecision | None:
+        """Count an optimizer step, and look at the routing every ``every_n_steps``. Collective."""
+        self._steps += 1
+        if self._steps % self.config.every_n_steps:
+            return None
+        started = time.monotonic()
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.gather_object(self._taken(), gathered if dist.get_rank() == 0 else None)
+        decided: tuple[Any, ...] | None = None
+        failure: Exception | None = None
+        if dist.get_rank() == 0:
+            try:
+                decided = self._decide(gathered)
+            except MoeLocalityError as error:
+                failure = error
+        agree_on_failure(failure)
+        plan_text, facts = pickle.loads(exchange_objects(pickle.dumps(decided))[0])
+        report = None
+        if plan_text is not None:
+            try:
+                report = relabel(self.engine, PlacementPlan.from_dict(plan_text))
+            except PlacementError as error:
+                if not isinstance(error.__cause__, Undone):
+                    raise
+                facts["reason"] = str(error)  # on all ranks; the training can go on
+        decision = OnlineDecision(
+            step=self._steps,
+            relocated=report is not None,
+            report=report,
+            elapsed_s=time.monotonic() - started,
+            **facts,
+        )
+        self.decisions.append(decision)
+        if dist.get_rank() == 0:
+            logger.info(
+                "online placement, step %d: %s: %s",
+                self._steps,
+                "relocated" if decision.relocated else "nothing moved",
+                decision.reason,
+            )
+        return decision
+
+    def _taken(self) -> "_Sample":
+        """What this rank saw since the last look; it begins anew."""
+        sample, self._sample = self._sample, [[] for _ in self.layers]
+        tokens, self._tokens = self._tokens, 0
+        shapes = {tuple(map(len, parts)) for parts in sample}
+        if len(shapes) != 1 or not all(sample):  # a layer was skipped: nothing fits together
+            sample = [[torch.zeros(0, layer.deepspeed_moe.gate.k)] for layer in self.layers]
+        layers = [torch.cat(parts).to("cpu", torch.int16).numpy() for parts in sample]
+        return _Sample(
+            ids=np.stack(layers, axis=1), batches=tuple(map(len, sample[0])), num_tokens=tokens
+        )
+
+    def _decide(self, gathered: Sequence[_Sample]) -> tuple[dict[str, Any] | None, dict]:
+        """Rank 0: the new plan, or None, and the facts of the decision."""
+        plan = self._plan()
+        trace = _trace_of(gathered, plan)
+        if trace.num_tokens == 0:
+            return None, {"reason": "no tokens were seen", "num_tokens": 0, "drift": 0.0}
+        drift = self._absorb(trace)
+        assert self.state is not None
+        found = refresh(
+            plan,
+            self.state,
+            self.topology,
+            move_budget=self.config.move_budget,
+            max_imbalance=self.config.max_imbalance,
+            **self._prices(gathered),
+        )
+        facts = {
+            "reason": found.reason,
+            "num_tokens": trace.num_tokens,
+            "drift": drift,
+            "moved_slots": found.moved_slots,
+            "saved_us_per_step": found.saved_us_per_step,
+            "move_us": found.move_us,
+            "break_even_steps": found.break_even_steps,
+        }
+        return (found.plan.to_dict() if _pays(found) else None), facts
+
+    def _plan(self) -> PlacementPlan:
+        """The orders that the layers have now, as a plan of the watched cluster."""
+        followed = plan_of(self.engine)
+        return PlacementPlan(
+            model=followed.model if followed is not None else "",
+            layer_ids=tuple(range(len(self.layers))) if followed is None else followed.layer_ids,
+            num_experts=self.layers[0].num_experts,
+            num_nodes=self.topology.num_nodes,
+            ranks_per_node=self.topology.ranks_per_node,
+            physical_to_logical_map=np.stack([current_order(layer) for layer in self.layers]),
+        )
+
+    def _absorb(self, trace: RoutingTrace) -> float:
+        load = trace.load() / max(trace.num_tokens, 1)
+        if self.state is None:
+            self.state = RefreshState.from_trace(
+                trace, half_life_tokens=self.config.half_life_tokens
+            )
+            self._first_load = load
+        else:
+            self.state.absorb(trace)
+        assert self._first_load is not None
+        return float(jensen_shannon_bits(load, self._first_load).max())
+
+    def _prices(self, gathered: Sequence[_Sample]) -> dict[str, Any]:
+        """Bytes of an expert with its state, of a copy there and back, and tokens of a step."""
+        layer: Any = self.layers[0]
+        expert = layer.deepspeed_moe.experts.deepspeed_experts[0]
+        weight = layer.deepspeed_moe.gate.wg.weight
+        element = next(expert.parameters()).element_size()
+        return {
+            "expert_bytes": float(slab_bytes(expert_pieces(expert, state_source(self.engine)))),
+            # forward and backward, there and back
+            "copy_bytes": 4.0 * weight.shape[1] * element,
+            "tokens_per_step": sum(s.num_tokens for s in gathered) / self.config.every_n_steps,
+            "steps": float(self.config.pays_within_steps),
+        }
+
+
+def _pays(found: Refresh) -> bool:
+    return found.worth_it is True and found.moved_slots > 0
+
+
+def _trace_of(gathered: Sequence[_Sample], plan: PlacementPlan) -> RoutingTrace:
+    """The samples of all ranks; a micro-batch of a rank counts as a request."""
+    batches = [count for sample in gathered for count in sample.batches]
+    return RoutingTrace(
+        model=plan.model,
+        num_experts=plan.num_experts,
+        layer_ids=np.asarray(plan.layer_ids, np.int32),
+        expert_ids=np.concatenate([sample.ids for sample in gathered]),
+        request_id=np.repeat(np.arange(len(batches)), batches),
+        position=np.concatenate([np.arange(count) for count in batches]),
+        stage=np.full(sum(batches), TRAIN, np.uint8),
+    )
+
+
+def attach_online(
+    engine: Any, config: OnlineConfig, topology: ClusterTopology | None
+) -> OnlinePlacement:
+    """Let ``engine.step`` watch the routing and relocate experts where it pays.
+
+    Raises:
+        ConfigError: layers that are not ours (their ids are of slots), or expert-parallel groups
+            smaller than the world.
+    """
+    layers = [module for _, module in moe_modules(engine.module)]
+    ours = all(isinstance(layer, MoE) for layer in layers) and not has_replicas(engine.module)
+    if topology is None or not layers or not ours:
+        raise ConfigError(
+            "found layers that are not moe_locality.MoE, or that have replicas, expected ours "
+            "without replicas, from moe_locality.initialize: leave the section 'online' out"
+        )
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    if ranks == 1 or layers[0].ep_size != ranks:
+        raise ConfigError(
+            f"found experts spread over ep_size {layers[0].ep_size} of {ranks} ranks, expected all "
+            "of several ranks: online placement weighs one expert-parallel group on one cluster; "
+            "leave the section 'online' out, and relabel(engine, plan) with plans of your own"
+        )
+    online = OnlinePlacement(engine, config, topology, layers)
+    original = engine.step
+
+    @functools.wraps(original)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        last = engine.is_gradient_accumulation_boundary()
+        result = original(*args, **kwargs)
+        if last:
+            online.step()
+        return result
+
+    engine.step = step
+    return online
