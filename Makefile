@@ -6,7 +6,7 @@ PY      = $(VENV)/bin/python
 PIP     = $(PY) -m pip install -q --disable-pip-version-check -c constraints-dev.txt
 READY   = $(VENV)/.installed
 
-.PHONY: demo test check bench gpu clean
+.PHONY: demo test test-multinode check bench gpu clean
 
 # torch first and deepspeed without build isolation: its setup.py imports torch
 $(READY): pyproject.toml setup.py constraints-dev.txt
@@ -22,6 +22,9 @@ demo: $(READY) ## the main job: train, record, place, run again, compare; report
 
 test: $(READY) ## every test that needs no GPU
 	$(PY) -m pytest
+
+test-multinode: $(READY) ## tests on nodes made of network namespaces: root, iproute2, openssh-server, pdsh
+	$(PY) -m pytest -m multinode tests/multinode
 
 check: $(READY) ## style, types, and the compile check of csrc/ where nvcc is
 	$(VENV)/bin/ruff format --check .
