@@ -149,8 +149,10 @@ def _decide(engine: Any, arguments: dict[str, Any], plan: PlacementPlan | None) 
     path, entry = peeked
     file_orders = orders_of(entry, len(layers), layers[0][1].num_experts)
     replicas = has_replicas(engine.module)
-    placed = plan is not None and not replicas
-    targets = plan_targets(engine.module, plan) if placed else _as_targets(layers, file_orders)
+    if plan is not None and not replicas:
+        targets = plan_targets(engine.module, plan)
+    else:
+        targets = _as_targets(layers, file_orders)
     loads_optimizer = (
         engine.optimizer is not None
         and arguments["load_optimizer_states"]

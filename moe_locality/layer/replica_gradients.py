@@ -67,7 +67,8 @@ class _Runner(nn.Module):
 
     def __init__(self, experts: nn.Module, mode: ExpertsMode) -> None:
         super().__init__()
-        self.experts, self.mode = experts, mode
+        self.experts = experts
+        self.mode: ExpertsMode = mode
         self.training = experts.training
 
     def forward(self, rows: Tensor, tokens_per_expert: tuple[int, ...]) -> Tensor:
@@ -80,7 +81,7 @@ def _collect(
     """Names (below a :class:`_Runner`) and parameters to train of the experts that others hold."""
     names, parameters, shared = [], [], []
     ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
-    for local, holders in replicas.shared():
+    for local, holders in replicas.shared:
         found = [(n, p) for n, p in experts[local].named_parameters() if p.requires_grad]
         names += [f"experts.deepspeed_experts.{local}.{name}" for name, _ in found]
         parameters += [parameter for _, parameter in found]

@@ -5,11 +5,12 @@ logical expert of slot p. An expert in several slots (on as many ranks) has *rep
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class LayerReplicas:
     """The slots of one layer, seen from one rank of its EP group.
 
@@ -25,16 +26,12 @@ class LayerReplicas:
         return len(self.slot_to_logical) // self.num_ranks
 
     @property
-    def num_experts(self) -> int:
-        return int(self.slot_to_logical.max()) + 1
-
-    @property
     def local_experts(self) -> np.ndarray:
         """[P / G] the logical expert of each slot of this rank."""
         first = self.ep_rank * self.slots_per_rank
         return self.slot_to_logical[first : first + self.slots_per_rank]
 
-    @property
+    @cached_property
     def primary_slots(self) -> np.ndarray:
         """[E] the lowest slot of each expert: the one that is saved and counted."""
         return first_slots(self.slot_to_logical)
@@ -46,9 +43,10 @@ class LayerReplicas:
         first = self.ep_rank * self.slots_per_rank
         return [j for j, e in enumerate(self.local_experts) if primary[e] != first + j]
 
+    @cached_property
     def shared(self) -> list[tuple[int, list[int]]]:
-        """Return, by rising logical expert, the slots of this rank (from 0) whose experts are on
-        other ranks too, with the ranks of all holders in slot order.
+        """By rising logical expert, the slots of this rank (from 0) whose experts are on other
+        ranks too, with the ranks of all holders in slot order.
 
         The order is the same on all ranks, so exchanges between holders cannot cross.
         """

@@ -138,7 +138,8 @@ def _followers(model: nn.Module) -> dict[int, list[Tensor]]:
     for _, module in moe_modules(model):
         if replicas_of(module) is None:
             continue
-        experts = list(module.deepspeed_moe.experts.deepspeed_experts)
+        layer: Any = module.deepspeed_moe
+        experts = list(layer.experts.deepspeed_experts)
         earlier = module.num_experts // module.ep_size
         for name, parameter in experts[earlier - 1].named_parameters():
             found[id(parameter)] = [new.get_parameter(name) for new in experts[earlier:]]

@@ -90,7 +90,7 @@ def check_experts(layer, grad_experts, bounds):
                 assert np.array_equal(one, other)
 
 
-@pytest.mark.parametrize(("world", "nodes"), [(2, 1), (2, 2), (4, 1), (4, 2)])
+@pytest.mark.parametrize(("world", "nodes"), [(2, 1), (2, 2), (4, 2)])
 def test_outputs_and_gradients_are_those_of_one_process(world, nodes):
     both = ("float32", "bfloat16")
     run_ranks(equal_reference, world, nodes, both, (True, False), deepspeed=True)
@@ -116,7 +116,7 @@ def sends_what_is_predicted(rank, world, nodes):
     return report, everyone
 
 
-@pytest.mark.parametrize("nodes", [1, 2, 4])
+@pytest.mark.parametrize("nodes", [2])
 def test_rows_sent_are_those_that_evaluate_predicts(nodes):
     world = 4
     report, ids = run_ranks(sends_what_is_predicted, world, nodes, deepspeed=True)[0]
@@ -142,15 +142,14 @@ def test_rows_sent_are_those_that_evaluate_predicts(nodes):
         for kind in ("dispatch", "combine"):
             assert sent["rows_by_link"][kind]["cross_node"] == rows, (exchange, kind)
             assert sent["by_link"][kind]["cross_node"] == rows * nets.WIDTH * 4
-    if nodes > 1:
-        assert 0 < expected["hierarchical"] < expected["flat"]
+    assert 0 < expected["hierarchical"] < expected["flat"]
 
 
 def evaluates_bitwise(rank, world):
     topology = prepare(world, 1)
     plain = nets.layer_of(world, rank, torch.float32, nets.Scale()).eval()
     plain.set_deepspeed_parallelism()
-    for seed in range(3):
+    for seed in range(2):
         plan = nets.plan_of(world, layers=1, seed=seed, extra_per_rank=2)
         placed = placed_layer(
             rank, world, plan, topology, "flat", torch.float32, expert=nets.Scale()

@@ -24,9 +24,9 @@ def test_by_hand():
     assert first_slots(slots).tolist() == [1, 2, 0]
     views = [LayerReplicas(slot_to_logical=slots, ep_rank=r, num_ranks=3) for r in range(3)]
     assert [view.extra_local_slots for view in views] == [[], [1], [0, 1]]
-    assert views[0].shared() == [(1, [0, 2]), (0, [0, 1, 2])]  # experts 0, then 2
-    assert views[1].shared() == [(1, [0, 1, 2])]
-    assert views[2].shared() == [(0, [0, 2]), (1, [0, 1, 2])]
+    assert views[0].shared == [(1, [0, 2]), (0, [0, 1, 2])]  # experts 0, then 2
+    assert views[1].shared == [(1, [0, 1, 2])]
+    assert views[2].shared == [(0, [0, 2]), (1, [0, 1, 2])]
 
 
 @given(plans())
@@ -37,9 +37,9 @@ def test_holders_agree_and_every_expert_has_one_primary_slot(plan):
     assert extras == plan.num_redundant_experts
     meetings = {}
     for rank, view in enumerate(views):
-        order = [int(view.local_experts[local]) for local, _ in view.shared()]
+        order = [int(view.local_experts[local]) for local, _ in view.shared]
         assert order == sorted(order)  # all ranks meet in the same order
-        for local, holders in view.shared():
+        for local, holders in view.shared:
             assert rank in holders
             assert holders == sorted(holders)
             meetings.setdefault(int(view.local_experts[local]), []).append(holders)
