@@ -213,7 +213,13 @@ def _link_totals(by_link: dict[str, dict[str, int]]) -> dict[str, int]:
 
 
 def _received(run: Run) -> np.ndarray | None:
-    """[G] rows that each rank received for its experts, or None."""
+    """[G] rows that each rank's experts worked on, or None.
+
+    A report without them, of an older version, has the rows that each rank received: the same where
+    rows go straight to their experts.
+    """
+    if (run.traffic or {}).get("load"):
+        return np.asarray((run.traffic or {})["load"], dtype=np.float64)
     matrix = ((run.traffic or {}).get("rows") or {}).get("dispatch")
     return None if matrix is None else np.asarray(matrix, dtype=np.float64).sum(axis=0)
 

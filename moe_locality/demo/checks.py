@@ -106,10 +106,10 @@ def ranks_of_requests(run: Run) -> dict[int, int]:
 
 
 def counted_imbalance(run: Run, topology: ClusterTopology) -> dict[str, float]:
-    """Max / mean of the rows that nodes and ranks received for their experts, mean over layers."""
+    """Max / mean of the rows that the experts of nodes and ranks worked on, mean over layers."""
     nodes, ranks = [], []
     for layer in (run.traffic or {})["per_layer"]:
-        received = np.asarray(layer["rows"]["dispatch"]).sum(axis=0)
+        received = np.asarray(layer["load"])
         by_node = np.bincount(topology.rank_to_node, weights=received)
         nodes.append(by_node.max() / by_node.mean())
         ranks.append(received.max() / received.mean())
