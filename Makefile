@@ -6,7 +6,7 @@ PY      = $(VENV)/bin/python
 PIP     = $(PY) -m pip install -q --disable-pip-version-check -c constraints-dev.txt
 READY   = $(VENV)/.installed
 
-.PHONY: demo test test-multinode check bench gpu clean
+.PHONY: demo test test-multinode check bench bench-multinode gpu clean
 
 # torch first and deepspeed without build isolation: its setup.py imports torch
 $(READY): pyproject.toml setup.py constraints-dev.txt
@@ -38,6 +38,9 @@ bench: $(READY) ## benchmarks that run on a CPU; rows go to benchmarks/results.c
 	$(PY) benchmarks/recorder_overhead.py --model demo --csv benchmarks/results.csv
 	@if [ -n "$$MOE_LOCALITY_DATA" ]; then $(PY) benchmarks/placement.py --csv benchmarks/results.csv; \
 	else echo "benchmarks/placement.py was not run: MOE_LOCALITY_DATA names no directory of traces"; fi
+
+bench-multinode: $(READY) ## one MoE layer on four nodes with slow links (docs/multinode.md); needs MOE_LOCALITY_DATA
+	$(PY) benchmarks/multinode.py --csv benchmarks/results.csv
 
 # It may run where there is no internet: it takes the python that has the CUDA torch, and installs nothing.
 GPU_PYTHON ?= python3
