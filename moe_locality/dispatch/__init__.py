@@ -9,8 +9,11 @@
 Backward runs the same pipeline in reverse, with the splits reversed: gradients of rows travel, and
 the gate gets the dot product of each row and the gradient of its token.
 
-``dispatcher`` is the object a layer talks to, ``flat`` one way across the ranks, ``exchange`` its
-collectives, ``permute`` the pure arithmetic of a step, ``traffic`` the counters of what was sent.
+``dispatcher`` is the object a layer talks to and ``autograd`` its two functions. The ways across
+the ranks: ``flat`` (above), ``hierarchical`` (a token once per node) and ``deepep``; ``rails`` says
+where a rank stands among the nodes, ``exchange`` has the collectives. Pure arithmetic: ``permute``,
+``node_plan`` (the plan of a step), ``wire`` (packed rows), ``codec`` (low-bit rows). ``traffic``
+counts what was sent, ``timing`` what it took.
 """
 
 import importlib
