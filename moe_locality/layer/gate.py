@@ -67,10 +67,8 @@ class LocalityTopKGate(TopKGate):
 
     def slot_ids(self, logical_ids: Tensor) -> Tensor:
         """Map logical ids (-1 = dropped) to slots, the same shape and dtype."""
-        slots: Tensor | None = self._serving
-        if slots is not None:
-            if slots.device != logical_ids.device:
-                slots = self._serving = slots.to(logical_ids.device)
+        if self._serving is not None:
+            slots = self._serving = self._serving.to(logical_ids.device)  # itself where it is there
         elif self.is_identity:
             return logical_ids
         else:
