@@ -31,6 +31,13 @@ def rows(found: dict[str, Any]) -> list[dict[str, Any]]:
         ("node_imbalance placed", balance["placed"], "max/mean", "measured"),
         ("copies linear", copies["linear"], "per token per layer", "simulated"),
         ("copies placed", copies["placed"], "per token per layer", "simulated"),
+        ("max_loss_difference placed", found["placed_max_loss_difference"], "nats", "measured"),
+        (
+            "max_train_loss_difference placed",
+            found["placed_max_train_loss_difference"],
+            "nats",
+            "measured",
+        ),
         ("max_loss_difference", found["max_loss_difference"], "nats", "measured"),
         ("max_train_loss_difference", found["max_train_loss_difference"], "nats", "measured"),
         ("domain_js_bits", found["domain_js_bits"], "bits", "measured"),
