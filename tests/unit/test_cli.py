@@ -222,8 +222,9 @@ def test_control_c_ends_quickly_and_in_words(tmp_path):
     pipe = tmp_path / "homes.json"
     os.mkfifo(pipe)
     code = (
-        "import sys\n"
+        "import signal, sys\n"
         "from pathlib import Path\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it\n"
         "from moe_locality.commands.inputs import read_homes\n"
         "from moe_locality.commands.output import guard\n"
         "print('ready', file=sys.stderr, flush=True)\n"
