@@ -119,12 +119,6 @@ def within_budget(
     return found
 
 
-def place_layer(problem: Problem, layer: int) -> tuple[RankLists, dict[str, Any]]:
-    """The experts of each rank (ranks in node order), and what is worth a note in provenance."""
-    placed = place_layers(problem, [layer])
-    return placed.rows[0], placed.notes.get(0, {})
-
-
 def _seed(problem: Problem, layer: int) -> int:
     return (problem.seed * 1_000_003 + layer) & 0x7FFFFFFF
 
