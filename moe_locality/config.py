@@ -77,6 +77,28 @@ class ClusterConfig(_Section):
         return self
 
 
+class CapacityConfig(_Section):
+    """Buffers of a fixed size: ``rows`` that every rank has for every slot, or ``factor`` times
+    what a slot gets where routes are even, T K / P (T: most tokens of a rank in the first step).
+    """
+
+    rows: int | None = Field(default=None, ge=1)
+    factor: float | None = Field(default=None, gt=0)
+    on_overflow: Literal["error", "drop"] = Field(
+        default="error", description="routes that find no row: an error on all ranks, or dropped"
+    )
+
+    @model_validator(mode="after")
+    def _one_size(self) -> "CapacityConfig":
+        if (self.rows is None) == (self.factor is None):
+            raise ValueError("give one of rows and factor: how large the buffers are")
+        return self
+
+    def text(self) -> str:
+        """The size in words."""
+        return f"rows={self.rows}" if self.factor is None else f"factor={self.factor:g}"
+
+
 class DispatchConfig(_Section):
     """How tokens travel. A payload other than ``none`` is lossy and opt-in."""
 
@@ -86,6 +108,9 @@ class DispatchConfig(_Section):
     )
     payload: Literal["none", "fp8", "mxfp8", "mxfp4"] = "none"
     combine_payload: Literal["none", "fp8", "mxfp8", "mxfp4"] = "none"
+    capacity: CapacityConfig | None = Field(
+        default=None, description="buffers of a fixed size, for CUDA graphs; flat exchange only"
+    )
     timing: bool = Field(default=False, description="time the stages, for the traffic report")
     deepep_max_tokens_per_rank: int | None = Field(
         default=None, ge=1, description="deepep: the most tokens that a rank gives to a layer"

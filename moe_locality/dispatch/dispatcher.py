@@ -18,6 +18,7 @@ from moe_locality.dispatch import autograd
 from moe_locality.dispatch.codec import codec_of
 from moe_locality.dispatch.deepep import DeepEPPlan, DeepEPTransport
 from moe_locality.dispatch.exchange import Link
+from moe_locality.dispatch.fixed import FixedTransport
 from moe_locality.dispatch.flat import FlatTransport
 from moe_locality.dispatch.hierarchical import HierarchicalTransport, TwoStagePlan
 from moe_locality.dispatch.permute import StepPlan
@@ -248,6 +249,14 @@ def make_transport(
         "combine_payload": codec_of(config.combine_payload),
         "clock": traffic.clock,
     }
+    if config.capacity is not None:
+        if config.exchange not in ("auto", "flat"):
+            raise ConfigError(
+                f"found dispatch.capacity with exchange {config.exchange!r}, expected 'flat' or "
+                "'auto': only the flat exchange has buffers of a fixed size"
+            )
+        link = Link(group=group, size=size, comm=comm, counter=traffic)
+        return FixedTransport(link, capacity=config.capacity, **common)
     if config.exchange == "deepep" and size > 1:
         if (config.payload, config.combine_payload) != ("none", "none"):
             raise ConfigError(

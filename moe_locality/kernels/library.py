@@ -1,8 +1,8 @@
 """The kernels as operators of ``torch.library``, for ``torch.compile`` and export.
 
 Eager calls go straight to the backend: a Python operator costs microseconds that a decode step
-does not have. While a graph is traced they become ``torch.ops.moe_locality.*``, whose fake
-functions give the shapes. No operator has autograd; what wraps them has.
+does not have. While a graph is traced, and for tensors of other classes (those without data of
+``FakeTensorMode``), they become ``torch.ops.moe_locality.*``, whose fake functions give the shapes. No operator has autograd; what wraps them has.
 """
 
 from typing import Any
@@ -36,11 +36,12 @@ SCHEMAS = {
 """What an operator does not make (a weight that is not asked for) is an empty tensor."""
 
 _library = torch.library.Library("moe_locality", "FRAGMENT")
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def call(op: str, *args: Any) -> Any:
     """Run ``op``; the arguments are those of its schema, the last is the wanted backend."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(args[0]) not in _PLAIN:
         return getattr(torch.ops.moe_locality, op)(*args)
     return _RUN[op](*args)
 
