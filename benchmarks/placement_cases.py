@@ -11,7 +11,7 @@ from typing import Any
 from placement_rows import UNITS, Row, summary
 
 from moe_locality.placement import Costs, PlacementPlan, assign_homes, evaluate, solve
-from moe_locality.placement.baselines_seed import cluster_homes
+from moe_locality.placement.baselines.seed import cluster_homes
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace import PREFILL, RoutingTrace
 

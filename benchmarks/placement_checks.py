@@ -12,8 +12,8 @@ from placement_rows import Row
 
 from moe_locality.errors import BackendUnavailable
 from moe_locality.placement import evaluate, solve
-from moe_locality.placement.bounds import certify_plan
-from moe_locality.placement.peers import partition_mtkahypar
+from moe_locality.placement.baselines.others import partition_mtkahypar
+from moe_locality.placement.bounds.lower import certify_plan
 from moe_locality.placement.problem import Problem
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace import RoutingTrace

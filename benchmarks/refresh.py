@@ -22,8 +22,8 @@ from _results import append_rows
 
 from moe_locality.analysis.coactivation import count_coactivation
 from moe_locality.placement import evaluate, solve
-from moe_locality.placement.refresh import refresh
-from moe_locality.placement.refresh_state import RefreshState
+from moe_locality.placement.refresh.improve import refresh
+from moe_locality.placement.refresh.state import RefreshState
 from moe_locality.topology import ClusterTopology
 from moe_locality.trace import RoutingTrace, read_trace
 

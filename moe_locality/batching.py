@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from moe_locality.errors import ConfigError, PlacementError
-from moe_locality.placement.homes import domain_scores
+from moe_locality.placement.homes.assign import domain_scores
 from moe_locality.placement.plan import PlacementPlan
 
 
@@ -70,7 +70,7 @@ def domain_homes(
     Raises:
         PlacementError: the plan has no domain profiles.
     """
-    from moe_locality.placement.transport import Capacities, assign
+    from moe_locality.placement.homes.transport import Capacities, assign
 
     score, _ = domain_scores(plan, list(domains), {})
     tokens = np.ones(len(domains)) if group_tokens is None else np.asarray(group_tokens)

@@ -119,8 +119,8 @@ def compare_plan(
         TraceError: a trace has counts only. PlacementError: the plan does not fit the traces.
     """
     from moe_locality.placement import evaluate
-    from moe_locality.placement.refresh import refresh
-    from moe_locality.placement.refresh_state import RefreshState
+    from moe_locality.placement.refresh.improve import refresh
+    from moe_locality.placement.refresh.state import RefreshState
 
     _check(old, new)
     for trace in (old, new):

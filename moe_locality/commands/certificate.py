@@ -21,8 +21,8 @@ def certificate_of(
     plan with home profiles is certified for the homes that it gives the requests of the trace. With
     ``prove``, layers of small models are searched by branch and bound as well.
     """
-    from moe_locality.placement.bounds import certify_plan
-    from moe_locality.placement.homes import assign_homes
+    from moe_locality.placement.bounds.lower import certify_plan
+    from moe_locality.placement.homes.assign import assign_homes
 
     countable = trace.expert_ids is not None and topology.num_nodes > 1
     if not countable or not plan.is_permutation or seconds <= 0:

@@ -146,8 +146,8 @@ def _judge(
 
     A plan that was found together with homes gets homes there too, predicted as for new requests.
     """
-    from moe_locality.placement.homes import assign_homes
-    from moe_locality.placement.requests import default_prediction
+    from moe_locality.placement.homes.assign import assign_homes
+    from moe_locality.placement.homes.requests import default_prediction
 
     base = linear_plan(train, topology)
     trace = train if test is None else test
@@ -162,7 +162,7 @@ def _judge(
 
 def group(trace: Path, plan: Path, out: Path, predict: str, equal_requests: bool) -> Result:
     """Assign a home rank to every request and write them."""
-    from moe_locality.placement.homes import home_assignment
+    from moe_locality.placement.homes.assign import home_assignment
 
     check_writable(out, "homes")
     with progress(f"grouping {trace}"):

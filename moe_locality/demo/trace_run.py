@@ -12,7 +12,7 @@ from moe_locality.demo.options import DemoOptions
 from moe_locality.demo.progress import Progress
 from moe_locality.errors import TraceError
 from moe_locality.placement import assign_homes, solve
-from moe_locality.placement.requests import default_prediction
+from moe_locality.placement.homes.requests import default_prediction
 from moe_locality.placement.solve import COMPARED
 from moe_locality.report import write_report
 from moe_locality.topology import ClusterTopology

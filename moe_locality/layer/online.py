@@ -28,8 +28,8 @@ from moe_locality.layer.relabel import agree_on_failure, current_order, plan_of,
 from moe_locality.layer.relocate import MoveReport, Undone
 from moe_locality.layer.replicas import has_replicas
 from moe_locality.placement.plan import PlacementPlan
-from moe_locality.placement.refresh import Refresh, refresh
-from moe_locality.placement.refresh_state import RefreshState
+from moe_locality.placement.refresh.improve import Refresh, refresh
+from moe_locality.placement.refresh.state import RefreshState
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.topology.groups import exchange_objects
 from moe_locality.trace.recorder.routes import read_deepspeed_gate

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import PlacementError
-from moe_locality.placement.baselines import RankLists
+from moe_locality.placement.baselines.loads import RankLists
 from moe_locality.placement.objective import Homes
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.topology.cluster import ClusterTopology

@@ -9,7 +9,8 @@ from typing import Any
 
 import moe_locality
 from moe_locality.errors import PlacementError
-from moe_locality.placement import baselines, peers
+from moe_locality.placement.baselines import loads as baselines
+from moe_locality.placement.baselines import others as peers
 from moe_locality.placement.frame import resolve_homes
 from moe_locality.placement.objective import Homes, evaluate
 from moe_locality.placement.plan import PlacementPlan
@@ -105,7 +106,7 @@ def solve(
 
 def _run(problem, method, joint, start, move_budget) -> Solution:
     if start is not None:
-        from moe_locality.placement.refresh import solve_from
+        from moe_locality.placement.refresh.improve import solve_from
 
         return solve_from(problem, start, move_budget, method, joint)
     return _solve_joint(problem) if joint else METHODS[method].run(problem)
@@ -133,7 +134,7 @@ def _signed(
 
 def solve_coactivation(problem: Problem) -> Solution:
     """Fewest copies, with the nodes as level as allowed on unseen requests."""
-    from moe_locality.placement.spread import place_layers
+    from moe_locality.placement.search.spread import place_layers
 
     placed = place_layers(problem)
     found: dict[str, Any] = {}
@@ -154,7 +155,7 @@ def solve_coactivation(problem: Problem) -> Solution:
 
 
 def _solve_joint(problem: Problem) -> Solution:
-    from moe_locality.placement.joint import solve_joint
+    from moe_locality.placement.homes.joint import solve_joint
 
     return solve_joint(problem)
 

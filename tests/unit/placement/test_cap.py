@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_locality.placement import cap
-from moe_locality.placement.nodes import lightest_first
+from moe_locality.placement.search import cap
+from moe_locality.placement.search.nodes import lightest_first
 
 
 def drawn(rng, *, requests, experts=48, tokens=100, spread=2.0):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 
 from moe_locality.errors import PlacementError
 from moe_locality.placement import PlacementPlan, assign_homes, evaluate, solve
-from moe_locality.placement.homes import home_assignment
+from moe_locality.placement.homes.assign import home_assignment
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 from tests.unit.placement.cases import plans_with_traces, random_trace

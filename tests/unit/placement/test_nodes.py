@@ -2,8 +2,10 @@ import numpy as np
 import pytest
 
 from moe_locality.errors import PlacementError
-from moe_locality.placement import evaluate, nodes, search, solve, spread
+from moe_locality.placement import evaluate, solve
 from moe_locality.placement.problem import Problem
+from moe_locality.placement.search import nodes, spread
+from moe_locality.placement.search import swaps as search
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 from tests.unit.placement.cases import random_trace

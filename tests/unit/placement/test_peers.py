@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_locality.errors import BackendUnavailable, PlacementError
-from moe_locality.placement import baselines, evaluate, peers, solve
-from moe_locality.placement.baselines_seed import _place_by_use, cluster_homes
+from moe_locality.placement import evaluate, solve
+from moe_locality.placement.baselines import loads as baselines
+from moe_locality.placement.baselines import others as peers
+from moe_locality.placement.baselines.seed import _place_by_use, cluster_homes
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 from tests.unit.placement.cases import random_trace

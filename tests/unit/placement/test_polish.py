@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from moe_locality.placement import search
-from moe_locality.placement.polish import patterns, polish
+from moe_locality.placement.search import swaps as search
+from moe_locality.placement.search.polish import patterns, polish
 
 
 def made(rng, *, experts=12, nodes=3, tokens=300, picks=4, homes=False):

@@ -5,9 +5,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from moe_locality.placement import evaluate, replica_search, replicas, solve
+from moe_locality.placement import evaluate, solve
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.plan.serving import choose_serving_nodes
+from moe_locality.placement.search import replica_moves as replica_search
+from moe_locality.placement.search import replicas
 from moe_locality.topology import ClusterTopology
 from tests.unit.placement.cases import random_trace
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from moe_locality.placement.transport import Capacities, assign
+from moe_locality.placement.homes.transport import Capacities, assign
 
 
 def worth(score, tokens, rank_of):

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moe_locality.placement import cap, counting, search
-from moe_locality.placement.polish import patterns, polish
+from moe_locality.placement import counting
+from moe_locality.placement.search import cap
+from moe_locality.placement.search import swaps as search
+from moe_locality.placement.search.polish import patterns, polish
 from moe_locality.placement.threads import over_layers
 
 if TYPE_CHECKING:

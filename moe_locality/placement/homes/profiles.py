@@ -18,11 +18,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moe_locality.placement import predictor as prediction
 from moe_locality.placement.frame import Frame, make_frame
+from moe_locality.placement.homes import predictor as prediction
+from moe_locality.placement.homes.predictor import Basis, Predictor
+from moe_locality.placement.homes.requests import Requests, known_tokens
 from moe_locality.placement.plan import PlacementPlan
-from moe_locality.placement.predictor import Basis, Predictor
-from moe_locality.placement.requests import Requests, known_tokens
 from moe_locality.trace.schema import RoutingTrace
 
 RANK_SHARE = 0.01
@@ -44,7 +44,7 @@ class Serving:
 
     def costs(self, ids: np.ndarray, request: np.ndarray, num_requests: int) -> np.ndarray:
         """[R, M] cost of the tokens of each request at home on each node, per layer."""
-        from moe_locality.placement.request_costs import remote_by_home
+        from moe_locality.placement.homes.request_costs import remote_by_home
 
         total = remote_by_home(
             ids, request, num_requests, self.served_node, self.num_nodes, self.by_pick
@@ -53,7 +53,7 @@ class Serving:
 
     def own_share(self, ids: np.ndarray, request: np.ndarray, num_requests: int) -> np.ndarray:
         """[R, G] share of the picks of each request whose expert is on the rank."""
-        from moe_locality.placement.request_costs import picks_on_rank
+        from moe_locality.placement.homes.request_costs import picks_on_rank
 
         count = picks_on_rank(ids, request, num_requests, self.holders, len(self.node_of_rank))
         picks = np.bincount(request, weights=(ids >= 0).sum(axis=(1, 2)), minlength=num_requests)
@@ -98,7 +98,7 @@ class Known:
 
 def known_of(trace: RoutingTrace, requests: Requests, predict: str) -> Known:
     """What ``predict`` may look at in the requests that a plan is made from."""
-    from moe_locality.placement.request_costs import expert_counts
+    from moe_locality.placement.homes.request_costs import expert_counts
 
     rows, total = known_tokens(trace, requests, predict), len(requests.tokens)
     ids, request = np.ascontiguousarray(trace.expert_ids[rows]), requests.index[rows]  # type: ignore[index]
@@ -116,7 +116,7 @@ def fit(known: Known, serving: Serving, full: np.ndarray) -> tuple[Predictor, np
 
     ``full`` [R, M]: mean cost of all tokens of each request, per token and layer.
     """
-    from moe_locality.placement.request_costs import weighted_picks
+    from moe_locality.placement.homes.request_costs import weighted_picks
 
     total = len(known.count)
     cost = serving.costs(known.ids, known.request, total)

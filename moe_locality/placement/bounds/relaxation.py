@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
-from moe_locality.placement.partitions import Partitions, set_partitions
+from moe_locality.placement.bounds.partitions import Partitions, set_partitions
 
 _LONGEST_STEP = 400.0
 _DIAGONALS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)

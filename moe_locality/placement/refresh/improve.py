@@ -15,8 +15,8 @@ from moe_locality.errors import PlacementError
 from moe_locality.placement import counting
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.problem import Problem, Solution
-from moe_locality.placement.refresh_costs import moves, rank_imbalance, sampled_copies, verdict
-from moe_locality.placement.refresh_state import RefreshState
+from moe_locality.placement.refresh.costs import moves, rank_imbalance, sampled_copies, verdict
+from moe_locality.placement.refresh.state import RefreshState
 from moe_locality.topology.cluster import ClusterTopology
 
 IN_SAMPLE_SHARE = 0.6
@@ -103,7 +103,7 @@ def relevel(
 
     ``whole_nodes``: experts stay on their node (expert groups).
     """
-    from moe_locality.placement.refresh_moves import level_best
+    from moe_locality.placement.refresh.moves import level_best
 
     item = plan.physical_to_logical_map.astype(np.int64)
     shares = np.take_along_axis(load / plan.logical_replica_count, item, axis=1)
@@ -142,7 +142,7 @@ def _cluster(plan: PlacementPlan, topology: ClusterTopology | None) -> ClusterTo
 
 def _improve(plan, state, budget, max_imbalance, group_of, pin) -> np.ndarray:
     """[L, P] new physical_to_logical_map; slots that do not move keep their expert."""
-    from moe_locality.placement.refresh_moves import swap_best
+    from moe_locality.placement.refresh.moves import swap_best
 
     old = plan.physical_to_logical_map
     layers, nodes = len(old), plan.num_nodes
@@ -192,7 +192,7 @@ def _slot_weights(state: RefreshState, item: np.ndarray, share: np.ndarray, node
 
 def _improve_groups(plan, state, budget, max_imbalance, group_of, pin) -> np.ndarray:
     """Exchange whole groups between nodes, member for member."""
-    from moe_locality.placement.refresh_moves import swap_best
+    from moe_locality.placement.refresh.moves import swap_best
 
     old = plan.physical_to_logical_map
     if not plan.is_permutation:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import BackendUnavailable, PlacementError
-from moe_locality.placement import baselines
-from moe_locality.placement.baselines import RankLists
+from moe_locality.placement.baselines import loads as baselines
+from moe_locality.placement.baselines.loads import RankLists
 from moe_locality.placement.problem import Problem, Solution, make_plan
 
 PRESETS = {
@@ -50,7 +50,7 @@ def hottest_on(problem: Problem, node_of: np.ndarray) -> Solution:
 
 def solve_seed(problem: Problem) -> Solution:
     """Clusters of requests, then use per cluster: arXiv 2604.23150, see ``baselines_seed``."""
-    from moe_locality.placement import baselines_seed
+    from moe_locality.placement.baselines import seed as baselines_seed
 
     return baselines_seed.solve_seed(problem)
 
@@ -70,8 +70,8 @@ def partition_mtkahypar(problem: Problem, preset: str) -> Solution:
         BackendUnavailable: the package ``mtkahypar`` is not installed.
         PlacementError: replicas, or an unknown preset.
     """
-    from moe_locality.placement.layer_tokens import LayerTokens
-    from moe_locality.placement.search import count_pairs
+    from moe_locality.placement.bounds.layer_tokens import LayerTokens
+    from moe_locality.placement.search.swaps import count_pairs
 
     trace, nodes = problem.trace, problem.num_nodes
     if problem.num_slots != trace.num_experts:

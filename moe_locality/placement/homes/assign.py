@@ -16,16 +16,16 @@ import numpy as np
 
 from moe_locality.errors import PlacementError
 from moe_locality.placement.frame import check_topology, make_frame
-from moe_locality.placement.plan import PlacementPlan
-from moe_locality.placement.predictor import PRIOR_TOKENS, Predictor
-from moe_locality.placement.profiles import RANK_SHARE, Serving, serving_of
-from moe_locality.placement.requests import (
+from moe_locality.placement.homes.predictor import PRIOR_TOKENS, Predictor
+from moe_locality.placement.homes.profiles import RANK_SHARE, Serving, serving_of
+from moe_locality.placement.homes.requests import (
     FIRST_TOKENS,
     Requests,
     check_prediction,
     known_tokens,
     requests_of,
 )
+from moe_locality.placement.plan import PlacementPlan
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 
@@ -115,7 +115,7 @@ def home_assignment(
     Raises:
         PlacementError: an unknown ``predict``, a trace of counts, or a plan that does not fit.
     """
-    from moe_locality.placement.transport import Capacities, assign
+    from moe_locality.placement.homes.transport import Capacities, assign
 
     check_topology(plan, topology)
     if not max_imbalance >= 1:
@@ -189,7 +189,7 @@ def expected_costs(
     ``plan_rows`` [L]: row of the plan for each layer of ``ids``. Without a model, or where the
     trace lacks layers of the plan, short windows are drawn to the mean and nothing is corrected.
     """
-    from moe_locality.placement.request_costs import weighted_picks
+    from moe_locality.placement.homes.request_costs import weighted_picks
 
     if model is not None and len(plan_rows) == model.weights.shape[1]:
         weights = np.ascontiguousarray(model.weights[:, plan_rows])

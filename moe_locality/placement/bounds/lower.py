@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import PlacementError
+from moe_locality.placement.bounds.layer_tokens import LayerTokens, as_vertices
 from moe_locality.placement.frame import resolve_homes
-from moe_locality.placement.layer_tokens import LayerTokens, as_vertices
 from moe_locality.placement.objective import Homes, evaluate
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.threads import over_layers
@@ -142,7 +142,7 @@ def _proved_bounds(
     seconds: float,
 ) -> np.ndarray:
     """[L] copies from branch and bound; 0 where the model or the cluster is too large for it."""
-    from moe_locality.placement.exact import MOST_EXPERTS, MOST_NODES, prove_layer
+    from moe_locality.placement.bounds.exact import MOST_EXPERTS, MOST_NODES, prove_layer
 
     nodes, experts, layers = topology.num_nodes, trace.num_experts, trace.num_layers
     copies = np.zeros(layers)
@@ -234,8 +234,8 @@ def bound_layer(
 
     ids [T, K]; home_node [T] or None for uniform homes; budget in elementary steps.
     """
-    from moe_locality.placement.partitions import set_partitions
-    from moe_locality.placement.relaxation import certify, start_prices
+    from moe_locality.placement.bounds.partitions import set_partitions
+    from moe_locality.placement.bounds.relaxation import certify, start_prices
 
     shape = (num_experts, num_nodes, home_node)
     picks = ids.shape[1] + (home_node is not None)
@@ -257,7 +257,7 @@ def bound_layer(
 
 def cool(problem: Any, prices: Any, rounds: int, smoothing: float = _SMOOTHING) -> None:
     """Improve the prices for so many rounds while the smoothing falls."""
-    from moe_locality.placement.relaxation import improve
+    from moe_locality.placement.bounds.relaxation import improve
 
     done = 0
     while done < rounds:
@@ -280,8 +280,8 @@ def coarse_bound(
     With S co-located pairs per token on average at most, and blocks >= a_k(c) - c x pairs for every
     partition of k vertices, nodes touched >= mean a_k(c) - c S for every slope c.
     """
-    from moe_locality.placement.partitions import hull_slopes, partition_counts
-    from moe_locality.placement.relaxation import certify, start_prices
+    from moe_locality.placement.bounds.partitions import hull_slopes, partition_counts
+    from moe_locality.placement.bounds.relaxation import certify, start_prices
 
     picks, load = as_vertices(ids, num_experts, num_nodes, home_node)
     tokens = len(picks)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from moe_locality.placement.search import (
+from moe_locality.placement.search.swaps import (
     block_sums,
     change_of_excess,
     next_random,

@@ -17,11 +17,11 @@ from __future__ import annotations
 import numpy as np
 
 from moe_locality.errors import PlacementError
-from moe_locality.placement.baselines import RankLists, pack_node
+from moe_locality.placement.baselines.loads import RankLists, pack_node
 from moe_locality.placement.counting import picks_by_home
+from moe_locality.placement.homes.requests import known_tokens, requests_of
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.problem import Problem, Solution, make_plan
-from moe_locality.placement.requests import known_tokens, requests_of
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import DECODE, RoutingTrace
 

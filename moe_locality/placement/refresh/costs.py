@@ -71,7 +71,7 @@ def moves(old, new, topology, expert_bytes) -> tuple[int, float | None]:
 
 def sampled_copies(old, new, state) -> tuple[float, float, float]:
     """(copies before, after, standard error of the difference) per token and layer."""
-    from moe_locality.placement.refresh_moves import remote_nodes
+    from moe_locality.placement.refresh.moves import remote_nodes
 
     if not len(state.recent_ids):
         return np.nan, np.nan, np.nan

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from moe_locality.placement.bounds import cool
-from moe_locality.placement.layer_tokens import LayerTokens
-from moe_locality.placement.relaxation import Relaxation, certify, start_prices
+from moe_locality.placement.bounds.layer_tokens import LayerTokens
+from moe_locality.placement.bounds.lower import cool
+from moe_locality.placement.bounds.relaxation import Relaxation, certify, start_prices
 
 MOST_EXPERTS = 32
 MOST_NODES = 4

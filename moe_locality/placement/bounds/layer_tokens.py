@@ -92,7 +92,7 @@ class LayerTokens:
         cost: np.ndarray | None = None,
     ) -> Any:
         """The relaxation of this layer, see ``make_relaxation``."""
-        from moe_locality.placement.relaxation import make_relaxation
+        from moe_locality.placement.bounds.relaxation import make_relaxation
 
         return make_relaxation(
             self.members,

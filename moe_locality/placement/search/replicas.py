@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_locality.placement import counting, replica_search
+from moe_locality.placement import counting
+from moe_locality.placement.search import replica_moves as replica_search
 
 MAX_TOKENS = 1 << 14
 """Copies are counted on a sample of so many tokens, where there are more. Loads are exact."""

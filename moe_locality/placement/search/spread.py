@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_locality.placement import cap, nodes, replicas, search
-from moe_locality.placement.baselines import RankLists, pack_replicas, replicate
-from moe_locality.placement.nodes import lightest_first
+from moe_locality.placement.baselines.loads import RankLists, pack_replicas, replicate
 from moe_locality.placement.objective import BATCH_TOKENS
+from moe_locality.placement.search import cap, nodes, replicas
+from moe_locality.placement.search import swaps as search
+from moe_locality.placement.search.nodes import lightest_first
 from moe_locality.placement.threads import over_layers
 
 if TYPE_CHECKING:

@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moe_locality.placement import nodes, profiles, transport
 from moe_locality.placement.frame import make_frame
-from moe_locality.placement.homes import scores_of_known
+from moe_locality.placement.homes import profiles, transport
+from moe_locality.placement.homes.assign import scores_of_known
+from moe_locality.placement.homes.predictor import Predictor
+from moe_locality.placement.homes.requests import Requests, default_prediction, requests_of
 from moe_locality.placement.plan import PlacementPlan
-from moe_locality.placement.predictor import Predictor
 from moe_locality.placement.problem import Problem, Solution
-from moe_locality.placement.requests import Requests, default_prediction, requests_of
+from moe_locality.placement.search import nodes
 
 CLUSTER_STARTS = 3
 FIRST_ROUNDS = 3

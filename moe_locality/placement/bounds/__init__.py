@@ -1,0 +1,1 @@
+"""How few copies any placement can have: relaxations, certificates and proofs."""

@@ -1,0 +1,1 @@
+"""An existing plan and new traffic: which few experts to move, and whether that pays."""
