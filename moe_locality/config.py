@@ -116,6 +116,15 @@ class DispatchConfig(_Section):
         default=None, ge=1, description="deepep: the most tokens that a rank gives to a layer"
     )
 
+    @model_validator(mode="after")
+    def _capacity_is_flat(self) -> "DispatchConfig":
+        if self.capacity is not None and self.exchange not in ("auto", "flat"):
+            raise ValueError(
+                f"found capacity with exchange {self.exchange!r}, expected 'flat' or 'auto': only "
+                "the flat exchange has buffers of a fixed size"
+            )
+        return self
+
 
 class OnlineConfig(_Section):
     """Refresh the plan while training, and move experts where it pays. Absent: never."""

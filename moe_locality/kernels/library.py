@@ -2,7 +2,8 @@
 
 Eager calls go straight to the backend: a Python operator costs microseconds that a decode step
 does not have. While a graph is traced, and for tensors of other classes (those without data of
-``FakeTensorMode``), they become ``torch.ops.moe_locality.*``, whose fake functions give the shapes. No operator has autograd; what wraps them has.
+``FakeTensorMode``), they become ``torch.ops.moe_locality.*``, whose fake functions give the shapes.
+No operator has autograd; what wraps them has.
 """
 
 from typing import Any

@@ -80,9 +80,16 @@ def recognize(experts: nn.ModuleList) -> GroupedMLP | str:
 def run_grouped(
     mlp: GroupedMLP, experts: nn.ModuleList, rows: Tensor, tokens_per_expert: Sequence[int]
 ) -> Tensor:
-    """Run the experts on ``rows [R, D]``, R > 0 and ordered by expert, to ``[R, D]``."""
-    counts = torch.tensor(tokens_per_expert, device=rows.device)
-    linear = partial(_linear, experts=experts, counts=counts)
+    """Run the experts on ``rows [R, D]``, R > 0 and ordered by expert, to ``[R, D]``.
+
+    Equal numbers of rows, as a fixed capacity gives them, never wait for the device.
+    """
+    each = tokens_per_expert[0] if len(set(tokens_per_expert)) == 1 else None
+    if each is None:
+        counts = torch.tensor(tokens_per_expert, device=rows.device)
+    else:  # filled where it lives: a copy from the host cannot be captured in a CUDA graph
+        counts = torch.full((len(tokens_per_expert),), each, device=rows.device)
+    linear = partial(_linear, experts=experts, counts=counts, each=each)
     hidden = linear(rows, name=mlp.up)
     activation = ACTIVATIONS[mlp.activation]
     if mlp.gate is None:
@@ -92,29 +99,36 @@ def run_grouped(
     return linear(hidden, name=mlp.down)
 
 
-def _linear(x: Tensor, *, experts: nn.ModuleList, counts: Tensor, name: str) -> Tensor:
+def _linear(
+    x: Tensor, *, experts: nn.ModuleList, counts: Tensor, each: int | None, name: str
+) -> Tensor:
     layers: list[Any] = [getattr(expert, name) for expert in experts]
     biases = [layer.bias for layer in layers] if layers[0].bias is not None else []
-    return _GroupedLinear.apply(x, counts, *(layer.weight for layer in layers), *biases)
+    return _GroupedLinear.apply(x, counts, each, *(layer.weight for layer in layers), *biases)
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """``x @ weight[e].T + bias[e]`` for the rows of every expert e.
+    """``x @ weight[e].T + bias[e]`` for the rows of every expert e, ``each`` of them where all have
+    as many.
 
     Saves the parameters, not their stack, so the copy does not live until the backward pass. An
     expert without rows gets gradients of zero.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, counts: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, counts: Tensor, each: int | None, *parameters: Tensor
+    ) -> Tensor:
         num_experts = counts.shape[0]
+        ctx.each = each
         ctx.offsets = counts.cumsum(0).to(torch.int32)
         ctx.save_for_backward(x, counts, *parameters)
         weights = torch.stack(parameters[:num_experts])
         y = compat.grouped_mm()(x, weights.transpose(1, 2), offs=ctx.offsets)
         if len(parameters) > num_experts:
             biases = torch.stack(parameters[num_experts:])
-            y = y + biases.repeat_interleave(counts, dim=0, output_size=x.shape[0])
+            times = counts if each is None else each
+            y = y + biases.repeat_interleave(times, dim=0, output_size=x.shape[0])
         return y
 
     @staticmethod
@@ -128,12 +142,15 @@ class _GroupedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = grouped_mm(grad, torch.stack(parameters[:num_experts]), offs=ctx.offsets)
         grads: list[Tensor | None] = [None] * len(parameters)
-        if any(ctx.needs_input_grad[2 : 2 + num_experts]):
+        if any(ctx.needs_input_grad[3 : 3 + num_experts]):
             grads[:num_experts] = grouped_mm(grad.t(), x, offs=ctx.offsets).unbind(0)
         if len(parameters) > num_experts:
-            sums = torch.segment_reduce(grad.float(), "sum", lengths=counts, axis=0)
+            if ctx.each is None:
+                sums = torch.segment_reduce(grad.float(), "sum", lengths=counts, axis=0)
+            else:
+                sums = grad.float().view(num_experts, ctx.each, grad.shape[1]).sum(1)
             grads[num_experts:] = sums.to(grad.dtype).unbind(0)
-        return grad_x, None, *grads
+        return grad_x, None, None, *grads
 
 
 def _why_not_now(experts: nn.ModuleList) -> str | None:
