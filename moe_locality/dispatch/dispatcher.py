@@ -21,7 +21,9 @@ from moe_locality.dispatch.exchange import Link
 from moe_locality.dispatch.fixed import FixedTransport
 from moe_locality.dispatch.flat import FlatTransport
 from moe_locality.dispatch.hierarchical import HierarchicalTransport, TwoStagePlan
+from moe_locality.dispatch.notes import introduce
 from moe_locality.dispatch.permute import StepPlan
+from moe_locality.dispatch.place import Place
 from moe_locality.dispatch.rails import Rails
 from moe_locality.dispatch.timing import StageClock
 from moe_locality.dispatch.traffic import TrafficCounter
@@ -114,6 +116,8 @@ class TokenDispatcher:
         rails: where this rank stands among the nodes, for the hierarchical exchange. With
             ``exchange: auto`` they decide: two stages where they are given.
         kernels: backend of the local kernels.
+        place: which layer this is, told to the other ranks with the counts; layers without one are
+            numbered in the order of their first dispatch.
     """
 
     def __init__(
@@ -127,6 +131,7 @@ class TokenDispatcher:
         comm: Any = None,
         kernels: ops.Backend = "auto",
         rails: Rails | None = None,
+        place: Place | None = None,
     ) -> None:
         config = config or DispatchConfig()
         check_dispatch_config(config)
@@ -138,6 +143,7 @@ class TokenDispatcher:
                 "holds the same number of experts"
             )
         self.num_slots = num_slots
+        self.place = place or Place()
         clock = StageClock(config.timing)
         self.traffic = TrafficCounter(ranks=ranks, topology=topology, clock=clock)
         self.transport = make_transport(
@@ -149,7 +155,10 @@ class TokenDispatcher:
             comm=comm or torch.distributed,
             kernels=kernels,
             traffic=self.traffic,
+            place=self.place,
         )
+        if len(ranks) > 1:
+            introduce()
 
     def dispatch(
         self,
@@ -187,6 +196,7 @@ class TokenDispatcher:
                 f"found a plan for routes {plan.shape} and routes {tuple(slot_ids.shape)}, "
                 "expected the plan of the same routes: leave it out"
             )
+        self.place.enter(self.traffic.ranks)
         transport: Any = self.transport  # its plans are its own
         travelling = weights if transport.weights_travel else None
         with torch.no_grad():
@@ -234,6 +244,7 @@ def make_transport(
     comm: Any,
     kernels: ops.Backend,
     traffic: TrafficCounter,
+    place: Place,
 ) -> FlatTransport | HierarchicalTransport | DeepEPTransport:
     """Return the way across ``size`` ranks that ``config`` asks for; the arguments are those of
     :class:`TokenDispatcher`.
@@ -249,14 +260,7 @@ def make_transport(
         "combine_payload": codec_of(config.combine_payload),
         "clock": traffic.clock,
     }
-    if config.capacity is not None:
-        if config.exchange not in ("auto", "flat"):
-            raise ConfigError(
-                f"found dispatch.capacity with exchange {config.exchange!r}, expected 'flat' or "
-                "'auto': only the flat exchange has buffers of a fixed size"
-            )
-        link = Link(group=group, size=size, comm=comm, counter=traffic)
-        return FixedTransport(link, capacity=config.capacity, **common)
+    told: dict[str, Any] = {"comm": comm, "group_ranks": traffic.ranks, "place": place}
     if config.exchange == "deepep" and size > 1:
         if (config.payload, config.combine_payload) != ("none", "none"):
             raise ConfigError(
@@ -268,8 +272,11 @@ def make_transport(
         return DeepEPTransport(
             group=group, num_slots=num_slots, max_tokens=most, clock=traffic.clock
         )
-    if size == 1 or config.exchange == "flat" or (config.exchange == "auto" and rails is None):
-        link = Link(group=group, size=size, comm=comm, counter=traffic)
+    capacity, flat = config.capacity, config.exchange == "auto" and rails is None
+    if capacity or flat or size == 1 or config.exchange == "flat":
+        link = Link(group=group, size=size, counter=traffic, ranks=traffic.ranks, **told)
+        if capacity:
+            return FixedTransport(link, capacity=capacity, **common)
         return FlatTransport(link, **common)
     if rails is None:
         raise ConfigError(
@@ -277,8 +284,8 @@ def make_transport(
             "not made: start with moe_locality.initialize, or use 'flat'"
         )
     across, inside = (
-        Link(group=part, size=len(members), comm=comm, counter=traffic.among(members))
-        for part, members in (
+        Link(group=part, size=len(part_of), counter=traffic.among(part_of), ranks=part_of, **told)
+        for part, part_of in (
             (rails.inter_group, rails.inter_ranks),
             (rails.intra_group, rails.intra_ranks),
         )

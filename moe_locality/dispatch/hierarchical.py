@@ -25,6 +25,7 @@ from moe_locality.dispatch.codec import Codec
 from moe_locality.dispatch.exchange import Arriving, Link
 from moe_locality.dispatch.node_plan import HomePlan, NodePlan, TwoStagePlan
 from moe_locality.dispatch.permute import sort_routes, trim
+from moe_locality.dispatch.place import RanksApart
 from moe_locality.dispatch.rails import Rails, find_rails
 from moe_locality.dispatch.timing import StageClock
 from moe_locality.dispatch.wire import WireFormat, wire_format
@@ -75,7 +76,7 @@ class HierarchicalTransport:
 
     def start_dispatch(
         self, x: Tensor, slot_ids: Tensor, weights: Tensor | None, plan: TwoStagePlan | None
-    ) -> tuple[TwoStagePlan | None, _Started]:
+    ) -> tuple[TwoStagePlan | None, "_Started | RanksApart"]:
         """Send each token of ``x [T, D]`` to the nodes of its routes ``[T, K]``. Collective."""
         counts = None
         if plan is None:
@@ -93,8 +94,11 @@ class HierarchicalTransport:
             wire = wire_format(*parts)
             packed = wire.pack(parts)
         if counts is not None:
-            with self.clock("counts"):
-                _, sent, got = counts.read()
+            try:
+                with self.clock("counts"):
+                    _, sent, got = counts.read()
+            except RanksApart as apart:  # all of this rail know; the others of the node do not yet
+                return None, apart
             home = replace(
                 home,
                 copies=trim(home.copies, sum(sent)),
@@ -112,12 +116,17 @@ class HierarchicalTransport:
         return plan, _Started(home=home, plan=plan, way=way, wire=wire, top_k=top_k)
 
     def finish_dispatch(
-        self, started: tuple[TwoStagePlan | None, _Started], x: Tensor
+        self, started: tuple[TwoStagePlan | None, "_Started | RanksApart"], x: Tensor
     ) -> tuple[TwoStagePlan, Tensor, Tensor | None]:
         """Return the plan, the rows of the local experts ``[R, D]`` and, where they travel, the
         weights of the copies that arrived ``[R1, K]``. Collective.
         """
         plan, step = started
+        if isinstance(step, RanksApart):
+            cells = self.slots_of_node * self.across.size
+            told = torch.zeros(cells, dtype=torch.int64, device=x.device)
+            self.inside.start_counts(told, step).read()
+            raise step
         with self.clock("dispatch across"):
             parts = step.wire.unpack(step.way.wait())
         rows, weights = parts[0], parts[-1].contiguous() if self.weights_travel else None

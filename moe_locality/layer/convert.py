@@ -67,13 +67,16 @@ def apply(
         sizes = {module.num_experts for _, module in layers}
         plan.check_fits(layer_count=len(layers), num_experts=max(sizes))
     swapped = []
-    for name, module in layers:
+    for number, (name, module) in enumerate(layers):
         chosen: dict[str, Any] = {
             "dispatch_config": section.dispatch,
             "kernels": section.kernels,
             "experts": section.experts,
         }
-        if adopt(module, **chosen, topology=topology):
+        new = adopt(module, **chosen, topology=topology)
+        place: Any = module.deepspeed_moe.place
+        place.number, place.name = number, name
+        if new:
             swapped.append(name)
             continue
         # built as ours: what its constructor was given stays, unless the section says otherwise

@@ -30,6 +30,7 @@ from moe_locality.dispatch.dispatcher import (
     check_dispatch_config,
     group_ranks,
 )
+from moe_locality.dispatch.place import Place
 from moe_locality.dispatch.rails import Rails, find_rails, pays
 from moe_locality.dispatch.traffic import TrafficCounter
 from moe_locality.errors import ConfigError, PlacementError
@@ -75,6 +76,7 @@ class LocalityMOELayer(MOELayer):
     experts_mode: ExpertsMode
     topology: ClusterTopology | None
     dispatcher: TokenDispatcher | None
+    place: Place
     replicas: LayerReplicas | None
 
     @property
@@ -164,6 +166,7 @@ class LocalityMOELayer(MOELayer):
                 comm=deepspeed.comm,
                 kernels=self.kernels,
                 rails=self._rails(),
+                place=self.place,
             )
         return self.dispatcher
 
@@ -300,6 +303,7 @@ def adopt(
     layer.dispatch_config, layer.kernels, layer.topology = dispatch_config, kernels, topology
     layer.experts_mode = experts
     layer.dispatcher = layer.replicas = None
+    layer.place = Place()
     layer._said_padded = False
     set_slot_to_logical(module, np.arange(module.num_experts) if placed is None else placed)
     return True
