@@ -1,12 +1,11 @@
-"""Run on every rank by benchmarks/multinode.py: one MoE layer in several ways, in turns, timed.
+"""Run on every rank by benchmarks/multinode.py: MoE layers in several ways, in turns, measured.
 
-``_multinode_program.py CASES.json BATCHES.npz OUT.json``. Recorded routes are replayed without a
-changed gate: the first E columns of a token are scores of the experts, and the gate's weights are
-the identity, so any gate picks what was recorded.
+``_multinode_program.py CASES.json BATCHES.npz OUT.json``. Before anything is measured, output and
+gradient of every case are compared with those of one process.
 """
 
 import json
-import os
+import socket
 import sys
 import time
 from datetime import timedelta
@@ -17,63 +16,118 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from _multinode_layers import Layer, build, distance, loss_of, reference, tokens
+from torch import Tensor, nn
 
-import moe_locality
 from moe_locality.compat import avoid_cpu_jit
-from moe_locality.placement import PlacementPlan
-from moe_locality.topology import discover_topology, prepare_groups
+from moe_locality.dispatch.traffic import ALL_KINDS, counters
+from moe_locality.topology import ClusterTopology, discover_topology, prepare_groups
 
 
-class OneLayer(nn.Module):
-    def __init__(self, sizes: dict[str, int]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        width, hidden = sizes["width"], sizes["hidden"]
-        expert = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-        self.moe = deepspeed.moe.layer.MoE(
-            width,
-            expert,
-            num_experts=sizes["experts"],
-            ep_size=int(os.environ["WORLD_SIZE"]),
-            k=sizes["top_k"],
-            drop_tokens=False,
+class Meter:
+    """What this rank sees of a step: seconds, and what went over links.
+
+    A model that is watched stops all ranks before their first expert runs, so that the bytes of the
+    dispatch alone are known too: not for times.
+    """
+
+    def __init__(self, topology: ClusterTopology) -> None:
+        rank = dist.get_rank()
+        away = [topology.node_of(r) != topology.node_of(rank) for r in range(dist.get_world_size())]
+        self.away = np.array(away)
+        self._model: nn.Module | None = None
+
+    def measure(self, model: nn.Module, layer: Layer, x: Tensor) -> dict[str, Any]:
+        """Run forward and backward; return what it took. Collective."""
+        self._model = model
+        self._before = self._read_together()
+        self._at_experts: dict[str, list[int]] | None = None
+        start, cpu = time.perf_counter(), time.process_time()
+        loss_of(layer(x)).backward()
+        mine = time.perf_counter() - start
+        cpu = time.process_time() - cpu
+        seconds = torch.tensor(mine)
+        dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+        found: dict[str, Any] = {"seconds": float(seconds), "cpu_s": cpu}
+        found["step"] = since(self._before, self._read())
+        if self._at_experts is not None:
+            found["dispatch"] = self._at_experts
+        return found
+
+    def watch(self, model: nn.Module) -> None:
+        """Note what was sent when the experts begin."""
+        for module in model.modules():
+            if hasattr(module, "deepspeed_experts"):
+                module.deepspeed_experts[0].register_forward_pre_hook(self._note)
+
+    def _note(self, *_: Any) -> None:
+        self._at_experts = since(self._before, self._read_together())
+
+    def _read_together(self) -> dict[str, list[int]]:
+        """Read while no rank sends."""
+        dist.barrier()
+        found = self._read()
+        dist.barrier()
+        return found
+
+    def _read(self) -> dict[str, list[int]]:
+        """Link of this node: sent and received; our counters: rows and bytes to other nodes."""
+        assert self._model is not None
+        rows = size = 0
+        for _, counter in counters(self._model):
+            for kind in ALL_KINDS:
+                size += int(counter.bytes[kind][self.away].sum())
+                rows += int(counter.rows[kind][self.away].sum()) if kind != "routing" else 0
+        return {"link": link_bytes(), "counted": [rows, size]}
+
+
+def since(before: dict[str, list[int]], now: dict[str, list[int]]) -> dict[str, list[int]]:
+    return {key: [a - b for a, b in zip(now[key], before[key], strict=True)] for key in now}
+
+
+def link_bytes() -> list[int]:
+    """What this node's link has sent and received, as its kernel counted."""
+    for line in Path("/proc/self/net/dev").read_text().splitlines():
+        name, _, values = line.partition(":")
+        if name.strip() == "eth0":
+            return [int(values.split()[8]), int(values.split()[0])]
+    raise RuntimeError("found no eth0 on this node")
+
+
+def check(case: dict[str, Any], layer: Layer, ids: np.ndarray, sizes: dict[str, Any]) -> None:
+    """Raise on all ranks where the case does not compute what one process does. Collective."""
+    x = tokens(ids, sizes)
+    out = layer(x)
+    loss_of(out).backward()
+    assert x.grad is not None
+    wanted_out, wanted_grad = reference(x, ids, sizes)
+    off = torch.tensor([distance(out.detach(), wanted_out), distance(x.grad, wanted_grad)])
+    dist.all_reduce(off, op=dist.ReduceOp.MAX)
+    if not bool((off < case["tolerance"]).all()):  # also where it is not a number
+        raise RuntimeError(
+            f"{case['name']}: output and gradient are {off.tolist()} away from those of one "
+            f"process, expected less than {case['tolerance']}"
         )
-        gate: Any = self.moe.deepspeed_moe.gate
-        with torch.no_grad():
-            gate.wg.weight.copy_(torch.eye(sizes["experts"], width))
-
-    def forward(self, x):
-        return self.moe(x)[0]
 
 
-def build(case: dict[str, Any], sizes: dict[str, int], topology: Any) -> nn.Module:
-    model = OneLayer(sizes)
-    if case["exchange"] != "stock":
-        plan = PlacementPlan.read(case["plan"]) if case["plan"] else None
-        section = {"dispatch": {"exchange": case["exchange"]}}
-        moe_locality.apply(model, section, plan=plan, topology=topology)
-    model.moe.set_deepspeed_parallelism()
-    return model
-
-
-def tokens(ids: np.ndarray, sizes: dict[str, int]) -> torch.Tensor:
-    """[T, D] tokens whose gate picks ``ids [T, K]``, the first with the highest score."""
-    picked = torch.from_numpy(ids.astype(np.int64))
-    x = torch.randn(len(picked), sizes["width"]) * 0.1
-    x[:, : sizes["experts"]] = 0
-    x.scatter_(1, picked, torch.linspace(6, 3, picked.shape[1]).expand(picked.shape))
-    return x.requires_grad_()
-
-
-def timed(model: nn.Module, x: torch.Tensor) -> float:
-    """Seconds of a forward and backward until the slowest rank is done. Collective."""
-    dist.barrier()
-    start = time.perf_counter()
-    model(x).square().mean().backward()
-    seconds = torch.tensor(time.perf_counter() - start)
-    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-    return float(seconds)
+def run(given: dict[str, Any], batches: Any, topology: ClusterTopology) -> list[list[dict]]:
+    """Return what every step of every case took on this rank."""
+    sizes, cases, meter = given["sizes"], given["cases"], Meter(topology)
+    torch.manual_seed(dist.get_rank())
+    built = [build(case, sizes, topology) for case in cases]
+    found: list[list[dict[str, Any]]] = [[] for _ in cases]
+    for case, (model, layers) in zip(cases, built, strict=True):
+        ids = batches[case["batches"]][0, :, dist.get_rank()]
+        for layer, chosen in zip(layers, ids, strict=True):
+            check(case, layer, chosen, sizes)
+        if given["watch"]:
+            meter.watch(model)
+    for step in range(given["rounds"]):
+        for case, (model, layers), steps in zip(cases, built, found, strict=True):
+            index = step % len(layers)
+            ids = batches[case["batches"]][step // len(layers), index, dist.get_rank()]
+            steps.append(meter.measure(model, layers[index], tokens(ids, sizes)))
+    return found
 
 
 def main() -> None:
@@ -81,20 +135,14 @@ def main() -> None:
     deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=300))
     torch.set_num_threads(1)
     given = json.loads(Path(sys.argv[-3]).read_text())
-    batches, sizes = np.load(sys.argv[-2]), given["sizes"]
+    batches = dict(np.load(sys.argv[-2]))
     topology = discover_topology()
     prepare_groups(topology, [dist.get_world_size()])
-    models = [build(case, sizes, topology) for case in given["cases"]]
-    seconds: list[list[float]] = [[] for _ in models]
-    for step in range(given["warmup"] + given["rounds"]):
-        for case, model, found in zip(given["cases"], models, seconds, strict=True):
-            ids = batches[case["homes"]]
-            x = tokens(ids[step % len(ids), dist.get_rank()], sizes)
-            took = timed(model, x)
-            if step >= given["warmup"]:
-                found.append(took)
+    mine = {"node": socket.gethostname(), "cases": run(given, batches, topology)}
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
     if dist.get_rank() == 0:
-        Path(sys.argv[-1]).write_text(json.dumps(seconds))
+        Path(sys.argv[-1]).write_text(json.dumps(everyone))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -83,13 +83,24 @@ class Finished:
 class Nodes:
     """``with Nodes(4, mbit_per_s=200) as nodes:`` makes ``node0``, ... of ``slots`` ranks each.
 
-    ``mbit_per_s`` None leaves the links as fast as the machine. ``hostfile`` is DeepSpeed's.
+    ``mbit_per_s`` None leaves the links as fast as the machine. With ``frame_bytes``
+    every packet is an Ethernet frame with at most as much in it (the MTU), as a network card sends
+    and counts them; else the kernel passes up to 64 KB as one, with one header. ``hostfile`` is
+    DeepSpeed's.
     """
 
     _made = itertools.count()
 
-    def __init__(self, count: int = 2, *, slots: int = 2, mbit_per_s: float | None = None) -> None:
+    def __init__(
+        self,
+        count: int = 2,
+        *,
+        slots: int = 2,
+        mbit_per_s: float | None = None,
+        frame_bytes: int | None = None,
+    ) -> None:
         self.count, self.slots, self.mbit_per_s = count, slots, mbit_per_s
+        self.frame_bytes = frame_bytes
         base = f"{PREFIX}{os.getpid()}x{next(self._made)}n"
         self.switch = f"{base}sw"
         self.namespaces = [f"{base}{node}" for node in range(count)]
@@ -145,6 +156,9 @@ class Nodes:
         _run(*inside, "link", "set", "lo", "up")
         _run(*inside, "addr", "add", f"{self.addresses[node]}/24", "dev", "eth0")
         _run(*inside, "link", "set", "eth0", "up")
+        if self.frame_bytes is not None:
+            for end in ((*inside, "link", "set", "eth0"), (*switch, "link", "set", port)):
+                _run(*end, "mtu", str(self.frame_bytes), "gso_max_segs", "1")
         if self.mbit_per_s is not None:  # what leaves the node, and what comes to it
             _limit(name, "eth0", self.mbit_per_s)
             _limit(self.switch, port, self.mbit_per_s)
@@ -232,6 +246,7 @@ class Nodes:
         launcher += ["--ssh_port", str(SSH_PORT)]
         launcher += ["--master_addr", self.addresses[0], "--master_port", str(MASTER_PORT)]
         python = {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1"}
+        python["PYTHONFAULTHANDLER"] = "1"  # a rank that crashes says where
         return subprocess.Popen(
             [*self.enter(0), *launcher, str(script), *arguments],
             cwd=self.folder,

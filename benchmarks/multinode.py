@@ -1,24 +1,35 @@
-"""Forward and backward of one MoE layer on nodes with slow links: DeepSpeed's layer and ours.
+"""MoE layers on nodes with slow links: DeepSpeed's layer, its AutoEP and ours; bytes and times.
 
-The nodes are network namespaces of this machine, joined by links of a given rate
-(docs/multinode.md): the figures say what bytes cost where links decide, and nothing about a real
-network. Recorded routing of gpt-oss-20b (one layer, held-out requests) is replayed; all cases take
-turns in one run. ``random`` homes are drawn per request; ``predicted`` ones follow from the first
-tokens of the request and the plan, which was made from other requests.
+The nodes are network namespaces of this machine (docs/multinode.md). Parts:
 
-    MOE_LOCALITY_DATA=... python benchmarks/multinode.py [--nodes 4] [--csv benchmarks/results.csv]
+bytes    forward and backward with uniform routing, E = 256, k = 8, width 7168, bfloat16, 8 ranks on
+         2, 4 and 8 nodes: every pick by itself against once per node. Counted by our counters,
+         predicted by ``evaluate`` (must be equal), and seen by the kernel on the links, which here
+         carry jumbo frames of 9000 bytes, and count them as a network card would.
+payload  bytes of the dispatch in MXFP8 and MXFP4 against bfloat16, on 2 nodes, alike.
+steps    milliseconds of forward and backward on 4 nodes with links of 200 Mbit/s. Routing of
+         gpt-oss-20b is replayed: requests that neither plan nor homes were made from, one home for
+         all layers, all requests of a rank in step as when decoding, layers in turn. ``random``
+         homes are drawn per request, ``predicted`` ones follow from its first tokens and the plan;
+         those tokens are not replayed. All cases take turns in one run.
+page     write the tables of docs/multinode.md and its pictures from the newest rows of --csv.
+
+Every case computes the same function, which is checked in the run. The times say what bytes cost
+where links decide, and nothing about a real network.
+
+    MOE_LOCALITY_DATA=... python benchmarks/multinode.py [--parts ...] [--csv ... --page ...]
 """
 
 import argparse
 import json
 import os
-import statistics
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
+import _multinode_rows as rows_of
 import numpy as np
+from _multinode_page import write_page
 from _nodes import Nodes, why_not
 from _results import append_rows
 
@@ -27,111 +38,184 @@ from moe_locality.topology import ClusterTopology
 from moe_locality.trace import RoutingTrace
 
 PROGRAM = Path(__file__).with_name("_multinode_program.py")
-TRACE = "gpt_oss_20b_benchmarks"
-PREDICT = "first:32"
-STOCK = "DeepSpeed's layer"
-LINEAR, PLACED = "hierarchical, linear, random homes", "hierarchical, plan, predicted homes"
+PACKAGES = ("torch", "deepspeed", "transformers")
+TRACE, LAYERS = "gpt_oss_20b_benchmarks", (0, 6, 12, 18, 23)
+PREDICT = 32
+FRAME_BYTES = 9000
+STOCK, AUTO_EP, FLAT = "DeepSpeed MoE, dropless", "DeepSpeed AutoEP", "ours, every pick"
+LINEAR = "ours, once per node, linear plan, random homes"
+PLACED = "ours, once per node, our plan, predicted homes"
+COMPARED = (
+    (STOCK, LINEAR),
+    (STOCK, PLACED),
+    (AUTO_EP, LINEAR),
+    (AUTO_EP, PLACED),
+    (AUTO_EP, FLAT),
+    (LINEAR, PLACED),
+)
+UNIFORM = {"experts": 256, "top_k": 8, "width": 7168, "hidden": 16, "layers": 1}
+EXACT, LOSSY = {"float32": 1e-4, "bfloat16": 0.02}, {"mxfp8": 0.1, "mxfp4": 0.4}
+"""how far a case's output and gradient may be from those of one process"""
 
 
-def batches_of(
-    trace: RoutingTrace, homes: dict[int, int], ranks: int, tokens: int, steps: int
-) -> np.ndarray:
-    """[S, G, T, K] routes: rank g's requests one after another, and from the start again."""
-    assert trace.expert_ids is not None
-    assert trace.request_id is not None
-    home = np.array([homes[int(request)] for request in trace.request_id])
-    per_rank = []
-    for rank in range(ranks):
-        ids = trace.expert_ids[home == rank, 0]
-        per_rank.append(np.resize(ids, (steps, tokens, ids.shape[1])))
-    return np.stack(per_rank, axis=1)
+def ours(name: str, exchange: str, sizes: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """A case with our layer; ``more``: ``payload``, ``plan``, ``batches``."""
+    payload = more.pop("payload", "none")
+    return {
+        "name": name,
+        "layer": "ours",
+        "dispatch": {"exchange": exchange, "payload": payload},
+        "plan": None,
+        "batches": "uniform",
+        "tolerance": LOSSY.get(payload, EXACT[sizes["dtype"]]),
+        **more,
+    }
 
 
-def prepare(folder: Path, chosen: argparse.Namespace) -> list[dict[str, Any]]:
-    """Write plan, batches and cases; return the cases."""
+def launch(
+    nodes: Nodes, cases: list[dict], batches: dict[str, np.ndarray], **given: Any
+) -> list[dict[str, np.ndarray]]:
+    """Run the cases on all nodes; return what was measured of each."""
+    files = [str(nodes.folder / name) for name in ("cases.json", "batches.npz", "out.json")]
+    Path(files[0]).write_text(json.dumps({"cases": cases, **given}))
+    np.savez(files[1], **batches)  # pyright: ignore[reportArgumentType]
+    done = nodes.finish(nodes.start(PROGRAM, files), limit_s=1200)
+    if done.code != 0:
+        sys.exit(f"the ranks ended with {done.code}:\n{done.output[-6000:]}")
+    everyone = json.loads(Path(files[2]).read_text())
+    return [rows_of.gathered(everyone, index) for index in range(len(cases))]
+
+
+def uniform_part(num_nodes: int, tokens: int, payloads: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Bytes on ``num_nodes`` nodes of 8 ranks in all; with payloads, also those of a dispatch."""
+    sizes = {**UNIFORM, "dtype": "bfloat16"}
+    topology = ClusterTopology.uniform(num_nodes, 8 // num_nodes)
+    plan = PlacementPlan.linear(sizes["experts"], [0], num_nodes, 8 // num_nodes)
+    batches = rows_of.uniform_batches(8, tokens, sizes["experts"], sizes["top_k"])
+    cases = [ours(exchange, exchange, sizes) for exchange in ("flat", "hierarchical")]
+    cases += [ours(name, "hierarchical", sizes, payload=name) for name in payloads]
+    with Nodes(num_nodes, slots=8 // num_nodes, frame_bytes=FRAME_BYTES) as nodes:
+        measured = launch(
+            nodes, cases, {"uniform": batches}, sizes=sizes, rounds=1, watch=bool(payloads)
+        )
+    found = {case["name"]: each for case, each in zip(cases, measured, strict=True)}
+    predicted = rows_of.predicted_rows(batches, plan, topology)
+    for name, each in found.items():
+        rows = predicted["flat" if name == "flat" else "hierarchical"].ravel()
+        rows_of.check_rows(name, each["rows"], rows_of.DIRECTIONS * rows)
+    e, k = sizes["experts"], sizes["top_k"]
+    where = f"{num_nodes} nodes x {8 // num_nodes}, uniform, E={e} k={k} D={sizes['width']} bf16"
+    flat, once = (int(predicted[name].sum()) for name in ("flat", "hierarchical"))
+    note = (
+        f"forward and backward of {tokens} tokens a rank; counted rows equal evaluate's: {flat} "
+        f"and {once} per direction; frames of {FRAME_BYTES} bytes; emulated nodes, one machine"
+    )
+    made = rows_of.bytes_rows(where, found, rows_of.closed_form(e, k, num_nodes), note)
+    if payloads:
+        coded = {"none": found["hierarchical"], **{name: found[name] for name in payloads}}
+        made += rows_of.payload_rows(f"{where}, once per node", coded, note)
+    return made
+
+
+def step_cases(sizes: dict[str, Any], plan_path: str) -> list[dict[str, Any]]:
+    exact = {"tolerance": EXACT[sizes["dtype"]], "batches": "random"}
+    return [
+        {"name": STOCK, "layer": "deepspeed", **exact},
+        {"name": AUTO_EP, "layer": "autoep", "section": {}, **exact},
+        ours(FLAT, "flat", sizes, batches="random"),
+        ours(LINEAR, "hierarchical", sizes, batches="random"),
+        ours(PLACED, "hierarchical", sizes, batches="predicted", plan=plan_path),
+    ]
+
+
+def steps_part(chosen: argparse.Namespace) -> list[dict[str, Any]]:
+    """Times of all cases on nodes with slow links."""
     data = Path(os.environ["MOE_LOCALITY_DATA"])
-    trace = RoutingTrace.from_npz(data / f"{TRACE}.npz").select_layers([chosen.layer])
+    trace = RoutingTrace.from_npz(data / f"{TRACE}.npz").select_layers(LAYERS)
     train, test = trace.split(0.7, seed=0)
     topology = ClusterTopology.uniform(chosen.nodes, chosen.slots)
-    plan: PlacementPlan = solve(train, topology, homes="joint", seed=0)
-    plan.write(folder / "plan.json")
-    ranks = topology.num_ranks
-    rng = np.random.default_rng(0)
+    plan = solve(train, topology, homes="joint", seed=0)
+    ranks, rng = topology.num_ranks, np.random.default_rng(0)
     homes = {
         "random": {int(request): int(rng.integers(ranks)) for request in test.request_ids},
-        "predicted": assign_homes(test, plan, topology, predict=PREDICT),
+        "predicted": assign_homes(test, plan, topology, predict=f"first:{PREDICT}"),
     }
-    steps = chosen.warmup + chosen.rounds
-    made = {k: batches_of(test, h, ranks, chosen.tokens, steps) for k, h in homes.items()}
-    np.savez(folder / "batches.npz", **made)
-    cases = [
-        {"name": STOCK, "exchange": "stock", "plan": None, "homes": "random"},
-        {"name": "flat, linear, random homes", "exchange": "flat", "plan": None, "homes": "random"},
-        {"name": LINEAR, "exchange": "hierarchical", "plan": None, "homes": "random"},
-        {
-            "name": PLACED,
-            "exchange": "hierarchical",
-            "plan": str(folder / "plan.json"),
-            "homes": "predicted",
-        },
-    ]
-    top_k = made["random"].shape[-1]
-    sizes = {"experts": trace.num_experts, "top_k": top_k, "width": chosen.width, "hidden": 64}
-    given = {"cases": cases, "sizes": sizes, "warmup": chosen.warmup, "rounds": chosen.rounds}
-    (folder / "cases.json").write_text(json.dumps(given))
-    return cases
+    groups = -(-chosen.rounds // len(LAYERS))
+    cut = {"ranks": ranks, "tokens": chosen.tokens, "steps": groups, "skip": PREDICT}
+    batches = {name: rows_of.replayed_batches(test, home, **cut) for name, home in homes.items()}
+    sizes = {
+        "experts": trace.num_experts,
+        "top_k": batches["random"].shape[-1],
+        "width": chosen.width,
+        "hidden": chosen.hidden,
+        "layers": len(LAYERS),
+        "dtype": "float32",
+    }
+    with Nodes(chosen.nodes, slots=chosen.slots, mbit_per_s=chosen.mbit) as nodes:
+        plan.write(nodes.folder / "plan.json")
+        cases = step_cases(sizes, str(nodes.folder / "plan.json"))
+        measured = launch(nodes, cases, batches, sizes=sizes, rounds=chosen.rounds, watch=False)
+    linear = PlacementPlan.linear(sizes["experts"], LAYERS, chosen.nodes, chosen.slots)
+    for case, each in zip(cases, measured, strict=True):
+        if case["layer"] == "ours":
+            used = plan if case["plan"] else linear
+            rows = rows_of.predicted_rows(batches[case["batches"]], used, topology)
+            expected = rows[case["dispatch"]["exchange"]].ravel()[: chosen.rounds]
+            rows_of.check_rows(case["name"], each["rows"], rows_of.DIRECTIONS * expected)
+    found = {case["name"]: each for case, each in zip(cases, measured, strict=True)}
+    return rows_of.step_rows(steps_where(chosen), found, COMPARED, chosen.mbit * 1e6 / 8)
 
 
-def rows_of(cases: list[dict[str, Any]], seconds: list[list[float]], where: str) -> list[dict]:
-    found = dict(zip([case["name"] for case in cases], seconds, strict=True))
-    common = {"benchmark": "multinode", "kind": "measured", "note": "emulated links, one machine"}
-    rows = []
-    for name, took in found.items():
-        ms = [1000 * value for value in took]
-        row = {"case": f"{where}, {name}", "metric": "step, median", "unit": "ms"}
-        span = f"range {min(ms):.0f}-{max(ms):.0f} of {len(ms)} rounds in turns; {common['note']}"
-        rows.append({**common, **row, "value": round(statistics.median(ms), 1), "note": span})
-    for base, name in ((STOCK, LINEAR), (STOCK, PLACED), (LINEAR, PLACED)):
-        ratios = [a / b for a, b in zip(found[base], found[name], strict=True)]
-        row = {"case": f"{where}, {name}", "metric": "speed, median of rounds", "unit": "x"}
-        rows.append(
-            {**common, **row, "value": round(statistics.median(ratios), 2), "baseline": base}
-        )
-    return rows
+def steps_where(chosen: argparse.Namespace) -> str:
+    links = f"{chosen.nodes} nodes x {chosen.slots}, {chosen.mbit:g} Mbit/s"
+    return f"{links}, gpt-oss-20b, T={chosen.tokens} D={chosen.width} fp32"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--nodes", type=int, default=4)
-    parser.add_argument("--slots", type=int, default=1, help="ranks per node")
-    parser.add_argument("--mbit", type=float, default=200, help="rate of a node's link")
-    parser.add_argument("--tokens", type=int, default=256, help="tokens per rank and step")
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--layer", type=int, default=12)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--csv", type=Path)
-    chosen = parser.parse_args()
-    if "MOE_LOCALITY_DATA" not in os.environ:
-        sys.exit("MOE_LOCALITY_DATA is not set: it names the directory of real routing traces")
+    chosen = parse()
     reason = why_not()
-    if reason is not None:
+    if reason is not None and chosen.parts != ["page"]:
         sys.exit(f"no nodes on this machine: {reason}")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        cases = prepare(folder, chosen)
-        files = [str(folder / file) for file in ("cases.json", "batches.npz", "seconds.json")]
-        with Nodes(chosen.nodes, slots=chosen.slots, mbit_per_s=chosen.mbit) as nodes:
-            done = nodes.finish(nodes.start(PROGRAM, files), limit_s=1800)
-        if done.code != 0:
-            sys.exit(done.output[-6000:])
-        seconds = json.loads(Path(files[-1]).read_text())
-    where = f"{chosen.nodes} nodes x {chosen.slots}, {chosen.mbit:g} Mbit/s, gpt-oss layer"
-    rows = rows_of(cases, seconds, f"{where} {chosen.layer}, T={chosen.tokens} D={chosen.width}")
-    for row in rows:
-        print(f"{row['case']}: {row['metric']} {row['value']} {row['unit']} ({row['note']})")
+    made: list[dict[str, Any]] = []
+    for num_nodes in (2, 4, 8) if {"bytes", "payload"} & {*chosen.parts} else ():
+        payloads = ("mxfp8", "mxfp4") if num_nodes == 2 and "payload" in chosen.parts else ()
+        if payloads or "bytes" in chosen.parts:
+            made += uniform_part(num_nodes, chosen.uniform_tokens, payloads)
+    if "steps" in chosen.parts:
+        made += steps_part(chosen)
+    for each in made:
+        print(f"{each['case']}: {each['metric']} {each['value']} {each['unit']} ({each['note']})")
     if chosen.csv is not None:
-        append_rows(chosen.csv, rows, packages=("torch", "deepspeed"))
+        append_rows(chosen.csv, made, packages=PACKAGES)
+        if chosen.page is not None and "page" in chosen.parts:
+            write_page(chosen.page, chosen.csv, steps_where(chosen))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    add = parser.add_argument
+    parts = ("bytes", "payload", "steps", "page")
+    add("--parts", default=",".join(parts), help=f"any of {', '.join(parts)}")
+    add("--nodes", type=int, default=4)
+    add("--slots", type=int, default=1, help="ranks per node")
+    add("--mbit", type=float, default=200, help="rate of a node's link")
+    add("--tokens", type=int, default=256, help="tokens per rank and step")
+    add("--width", type=int, default=1440, help="float32: as wide as gpt-oss's 2880 in bfloat16")
+    add("--hidden", type=int, default=16, help="narrow experts: the links decide")
+    add("--rounds", type=int, default=15)
+    add("--uniform-tokens", type=int, default=128, help="tokens per rank of the parts about bytes")
+    add("--csv", type=Path)
+    add("--page", type=Path, help="page whose tables are written anew; pictures beside it")
+    chosen = parser.parse_args()
+    chosen.parts = chosen.parts.split(",")
+    unknown = {*chosen.parts} - {*parts}
+    if unknown:
+        parser.error(f"unknown parts {sorted(unknown)}, expected any of {', '.join(parts)}")
+    if "page" in chosen.parts and chosen.page is not None and chosen.csv is None:
+        parser.error("--page needs --csv, whose rows it shows")
+    if "steps" in chosen.parts and "MOE_LOCALITY_DATA" not in os.environ:
+        sys.exit("MOE_LOCALITY_DATA is not set: it names the directory of real routing traces")
+    return chosen
 
 
 if __name__ == "__main__":
