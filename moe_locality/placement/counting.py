@@ -1,14 +1,18 @@
 """Exact integer counts of a trace under a plan: node visits, picks by home, picks by batch.
 
-Plain numpy in chunks of tokens, so that memory stays bounded whatever the trace; no compiler,
-because a first ``evaluate`` should not wait for one. Shapes: T tokens, L layers, K picks, E
-experts, P slots, G ranks, M nodes.
+Plain numpy in chunks of tokens, so that memory stays bounded whatever the trace. A trace of
+``COMPILED_PICKS`` or more is counted by the same loops compiled, in threads: the first ``evaluate``
+of a small one should not wait for a compiler. Shapes: T tokens, L layers, K picks, E experts, P
+slots, G ranks, M nodes.
 """
 
 from collections.abc import Iterator
 
 import numpy as np
 
+from moe_locality.placement.threads import over_layers
+
+COMPILED_PICKS = 1 << 23
 _CHUNK_PICKS = 1 << 20
 _NODES_PER_BYTE = 8
 
@@ -58,6 +62,17 @@ def node_visits(
 def _count_patterns(ids, table, homes, home_node, nodes) -> np.ndarray:
     """[L, M, 256] int64: tokens by home node and by the or of their table bytes."""
     layers, columns = table.shape
+    if ids.size >= COMPILED_PICKS:
+        from moe_locality.placement.count_kernels import add_patterns
+
+        found = np.zeros((layers, nodes, 256), dtype=np.int64)
+        over_layers(
+            lambda first, last: add_patterns(
+                ids, first, last, table, home_node, columns // homes, found
+            ),
+            layers,
+        )
+        return found
     counts = np.zeros(layers * nodes * 256, dtype=np.int64)
     layer_of = np.arange(layers)[:, None, None]
     for rows, part in chunks(ids):
@@ -75,6 +90,12 @@ def picks_by_home(
 ) -> np.ndarray:
     """[L, H, E] int64: picks of expert e by tokens whose ``home`` [T] is h."""
     layers, columns = ids.shape[1], num_experts + 1
+    if ids.size >= COMPILED_PICKS:
+        from moe_locality.placement.count_kernels import add_picks
+
+        found = np.zeros((layers, num_homes, columns), dtype=np.int64)
+        over_layers(lambda first, last: add_picks(ids, first, last, home, found), layers)
+        return found[:, :, 1:]
     counts = np.zeros(layers * num_homes * columns, dtype=np.int64)
     layer_of = np.arange(layers)[:, None]
     for rows, part in chunks(ids):
@@ -113,3 +134,37 @@ def picks_by_batch(
         size = count * layers * (width + 1)
         counts = np.bincount(part.ravel(), minlength=size)
         yield counts.reshape(count, layers, width + 1)[:, :, 1:]
+
+
+def rank_batches(
+    ids: np.ndarray, batch_tokens: int, served_slot: np.ndarray, home: np.ndarray, shape
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield ([B, L, G] picks served by each rank, [B, L, G] slots of it that they use), int64, of
+    some consecutive batches; a rest that fills no batch is left out. Compiled.
+
+    Args:
+        served_slot: [L, H, E]; H = 1: the same for all homes. home: [T], below H.
+        shape: (G ranks, slots per rank).
+    """
+    from moe_locality.placement.count_kernels import add_batches
+
+    tokens, layers, _ = ids.shape
+    ranks, per_rank = shape
+    columns = served_slot.shape[2] + 1
+    table = np.zeros((layers, served_slot.shape[1], columns), dtype=np.int64)
+    table[:, :, 1:] = served_slot + 1
+    table = table.reshape(layers, -1)
+    size = min(batch_tokens, tokens)
+    group = max(_CHUNK_PICKS // (layers * ranks), 1)
+    for start in range(0, tokens // size, group):
+        count = min(group, tokens // size - start)
+        rows = slice(start * size, (start + count) * size)
+        loads = np.empty((count, layers, ranks), dtype=np.int64)
+        active = np.empty((count, layers, ranks), dtype=np.int64)
+
+        def fill(first, last, rows=rows, loads=loads, active=active):
+            part = (ids[rows], first, last, table, home[rows], columns, size)
+            add_batches(*part, loads, active, per_rank)
+
+        over_layers(fill, layers)
+        yield loads, active

@@ -80,7 +80,25 @@ class Frame:
             visits[:] = visits[:, :1].copy()
         return visits / nodes
 
-    def slot_batches(self, batch_tokens: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def rank_batches(self, batch_tokens: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield ([B, L, G] picks per rank, [B, L, G] slots of the rank that they use) of batches,
+        expected values where homes decide and are not given.
+        """
+        ranks, per_rank = self.num_ranks, self.num_slots // self.num_ranks
+        certain = self.home_rank is not None or not self.has_replicas
+        if certain and self.ids is not None and self.ids.size >= counting.COMPILED_PICKS:
+            served, home = self.served_slot, self.home_rank
+            if home is None or not self.has_replicas:
+                served, home = served[:, :1], np.zeros(len(self.ids), dtype=np.int64)
+            yield from counting.rank_batches(
+                self.ids, batch_tokens, served, home, (ranks, per_rank)
+            )
+            return
+        for picks, used in self._slot_batches(batch_tokens):
+            shape = (len(picks), self.num_layers, ranks, per_rank)
+            yield picks.reshape(shape).sum(axis=3), used.reshape(shape).sum(axis=3)
+
+    def _slot_batches(self, batch_tokens: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield ([B, L, P] picks per slot, [B, L, P] probability that the slot is used) of batches.
 
         With homes (or without replicas) both are certain. Else a pick of expert e reaches a slot

@@ -185,10 +185,9 @@ def _batch_costs(frame: Frame, batch_tokens: int) -> tuple[np.ndarray, np.ndarra
     """Straggler and distinct, [L] each; expected values where the home decides and is not given."""
     batches = 0
     straggler, distinct = np.zeros(frame.num_layers), np.zeros(frame.num_layers)
-    for loads, active in frame.slot_batches(batch_tokens):  # [B, L, P] each
-        shape = (len(loads), frame.num_layers, frame.num_ranks, -1)
-        straggler += imbalance(loads.reshape(shape).sum(axis=3)).sum(axis=0)
-        distinct += active.reshape(shape).sum(axis=3).mean(axis=2).sum(axis=0)
+    for loads, active in frame.rank_batches(batch_tokens):  # [B, L, G] each
+        straggler += imbalance(loads).sum(axis=0)
+        distinct += active.mean(axis=2).sum(axis=0)
         batches += len(loads)
     return straggler / batches, distinct / batches
 

@@ -55,11 +55,17 @@ class Solution:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-def make_plan(problem: Problem, rows: list[RankLists], *, by_node: bool = True) -> PlacementPlan:
+def make_plan(
+    problem: Problem,
+    rows: list[RankLists],
+    *,
+    by_node: bool = True,
+    load: np.ndarray | None = None,
+) -> PlacementPlan:
     """A plan from the experts of each rank, per layer.
 
     ``by_node``: the lists go through the ranks of node 0, then of node 1 and so on; else through
-    the ranks as they are numbered.
+    the ranks as they are numbered. ``load``: [L, E] of the trace, where known.
     """
     order = list(range(problem.num_ranks))
     if by_node:
@@ -74,7 +80,7 @@ def make_plan(problem: Problem, rows: list[RankLists], *, by_node: bool = True) 
         num_nodes=problem.num_nodes,
         ranks_per_node=problem.ranks_per_node,
         physical_to_logical_map=table.reshape(len(rows), -1),
-        expert_load=problem.trace.load(),
+        expert_load=problem.trace.load() if load is None else load,
         rank_to_node=problem.topology.rank_to_node,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 
 _log = logging.getLogger(__name__)
+_FEW_ROWS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,10 +118,12 @@ def _signed(
     problem: Problem, found: Solution, homes: Homes, method: str, origin: str
 ) -> PlacementPlan:
     """The plan with its costs on the trace, and where it is from."""
-    costs = evaluate(problem.trace, found.plan, problem.topology, homes).to_dict()
+    with ThreadPoolExecutor(1) as pool:  # hashing needs no interpreter lock
+        identity = pool.submit(problem.trace.content_hash)
+        costs = evaluate(problem.trace, found.plan, problem.topology, homes).to_dict()
     provenance = {
         "method": method,
-        "trace": problem.trace.content_hash(),
+        "trace": identity.result(),
         "seed": problem.seed,
         "max_imbalance": problem.max_imbalance,
         "num_redundant_experts": problem.num_slots - problem.trace.num_experts,
@@ -151,7 +155,7 @@ def solve_coactivation(problem: Problem) -> Solution:
             problem.max_imbalance,
             *next((key, note["reason"]) for key, note in found["layer_notes"].items()),
         )
-    return Solution(plan=make_plan(problem, placed.rows), notes=found)
+    return Solution(plan=make_plan(problem, placed.rows, load=placed.load), notes=found)
 
 
 def _solve_joint(problem: Problem) -> Solution:
@@ -206,7 +210,7 @@ COMPARED = ("linear", "round_robin", "eplb", "coactivation")
 def _check_arguments(trace, method, max_imbalance, homes, expert_groups) -> None:
     if method not in METHODS:
         raise PlacementError(f"method: found {method!r}, expected one of {', '.join(METHODS)}")
-    if trace.num_rows == 0 or trace.num_layers == 0 or not trace.load().any():
+    if trace.num_rows == 0 or trace.num_layers == 0 or not _has_picks(trace):
         raise PlacementError(
             "found an empty trace, expected picks in at least one layer: record again"
         )
@@ -233,6 +237,13 @@ def _check_arguments(trace, method, max_imbalance, homes, expert_groups) -> None
             f"expert_groups: found groups for method {method!r}, which cannot keep groups whole: "
             f"use {_quoted(able)}"
         )
+
+
+def _has_picks(trace: RoutingTrace) -> bool:
+    if trace.expert_ids is None:
+        return bool(trace.load().any())
+    steps = range(0, trace.num_rows, _FEW_ROWS)
+    return any((trace.expert_ids[row : row + _FEW_ROWS] >= 0).any() for row in steps)
 
 
 def _quoted(names: list[str]) -> str:

@@ -38,11 +38,13 @@ class Placed:
 
     expected: imbalance of the nodes to expect on unseen requests, before replicas, per layer.
     notes: by row of the layer, what is worth saying in provenance.
+    load: [L, E] of all layers of the trace.
     """
 
     rows: list[RankLists]
     expected: list[float]
     notes: dict[int, dict[str, Any]]
+    load: np.ndarray
 
 
 def place_layers(
@@ -102,7 +104,7 @@ def place_layers(
         for place, layer in enumerate(wanted)
         if allowed[place] > problem.max_imbalance or not tables.load[layer].any()
     }
-    return Placed(rows=rows, expected=expected, notes=notes)
+    return Placed(rows=rows, expected=expected, notes=notes, load=tables.load)
 
 
 def within_budget(

@@ -1,0 +1,69 @@
+"""Compiled twins of the loops in ``counting``; apart from it because they import numba.
+
+Shapes: T tokens, L layers, K picks, C columns of a table, B batches, G ranks. Every function counts
+the layers ``first`` to ``last``; threads may share the results when their layers differ.
+"""
+
+import numba
+import numpy as np
+
+_BLOCK_TOKENS = 2048  # rows of a block stay in the cache while its layers are counted
+
+
+@numba.njit(nogil=True, cache=True)
+def add_patterns(ids, first, last, table, home, columns, counts):
+    """Count into counts [L, M, 256] the or of table [L, C][layer, home * columns + id + 1]."""
+    tokens, picks = ids.shape[0], ids.shape[2]
+    several = table.shape[1] > columns
+    for start in range(0, tokens, _BLOCK_TOKENS):
+        stop = min(start + _BLOCK_TOKENS, tokens)
+        for layer in range(first, last):
+            bits = table[layer]
+            into = counts[layer]
+            for token in range(start, stop):
+                at = home[token] * columns + 1 if several else 1
+                found = np.uint8(0)
+                for pick in range(picks):
+                    found |= bits[np.uint64(at + ids[token, layer, pick])]
+                into[home[token], found] += 1
+
+
+@numba.njit(nogil=True, cache=True)
+def add_picks(ids, first, last, home, counts):
+    """Count into counts [L, H, E + 1] the picks (id + 1) of tokens with home [T]."""
+    tokens, picks = ids.shape[0], ids.shape[2]
+    for start in range(0, tokens, _BLOCK_TOKENS):
+        stop = min(start + _BLOCK_TOKENS, tokens)
+        for layer in range(first, last):
+            for token in range(start, stop):
+                into = counts[layer, home[token]]
+                for pick in range(picks):
+                    into[np.uint64(ids[token, layer, pick] + 1)] += 1
+
+
+@numba.njit(nogil=True, cache=True)
+def add_batches(ids, first, last, table, home, columns, size, loads, active, per_rank):
+    """Fill loads and active [B, L, G]: picks of each rank in each batch of ``size`` tokens, and how
+    many of its ``per_rank`` slots they use.
+
+    ``table`` [L, C] holds the slot + 1 of home * columns + id + 1, 0 for no pick.
+    """
+    picks = ids.shape[2]
+    batches, ranks = loads.shape[0], loads.shape[2]
+    several = table.shape[1] > columns
+    counts = np.zeros(ranks * per_rank + 1, np.int64)
+    for batch in range(batches):
+        for layer in range(first, last):
+            slots = table[layer]
+            counts[:] = 0
+            for token in range(batch * size, (batch + 1) * size):
+                at = home[token] * columns + 1 if several else 1
+                for pick in range(picks):
+                    counts[slots[np.uint64(at + ids[token, layer, pick])]] += 1
+            for rank in range(ranks):
+                load, used = 0, 0
+                for slot in range(rank * per_rank + 1, (rank + 1) * per_rank + 1):
+                    load += counts[slot]
+                    used += counts[slot] > 0
+                loads[batch, layer, rank] = load
+                active[batch, layer, rank] = used
