@@ -51,6 +51,9 @@ class TraceConfig(_Section):
     ring_tokens: int = Field(
         default=65_536, ge=1, description="tokens kept on the device per layer"
     )
+    graph_replays: int = Field(
+        default=0, ge=0, description="replays of a CUDA graph kept on the device between steps"
+    )
 
 
 class ClusterConfig(_Section):

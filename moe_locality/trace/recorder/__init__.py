@@ -7,8 +7,9 @@
 """
 
 from moe_locality.trace.recorder.annotation import annotate
-from moe_locality.trace.recorder.core import Handle, RecorderReport, RoutingRecorder
+from moe_locality.trace.recorder.core import RoutingRecorder
 from moe_locality.trace.recorder.front import NullRecorder, attach
+from moe_locality.trace.recorder.handle import Handle, RecorderReport
 
 __all__ = [
     "Handle",

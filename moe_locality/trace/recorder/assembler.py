@@ -21,6 +21,7 @@ from moe_locality.trace.recorder.annotation import GENERATE, Annotation, current
 from moe_locality.trace.recorder.block import Block, Entry, Progress, logical_lookup
 from moe_locality.trace.recorder.labels import PositionBook, continues, generates
 from moe_locality.trace.recorder.layout import Layout, check_fits, layout_of
+from moe_locality.trace.recorder.replay import HostPicks, Replayed, Replays, is_capturing
 from moe_locality.trace.recorder.ring import Ring, RingFull, ring_capacity
 from moe_locality.trace.recorder.routes import Routes
 from moe_locality.trace.recorder.writer import WriterThread
@@ -38,6 +39,7 @@ class AssemblerSettings:
     sequence_first: bool
     max_wait_s: float
     strict: bool
+    graph_replays: int
     first_request_id: int
 
 
@@ -51,6 +53,7 @@ class Assembler:
         self.explicit_steps = False
         self.dropped_tokens = 0
         self.skipped_blocks = 0
+        self.replays = Replays(settings.graph_replays, num_layers, settings.weights)
         self._settings = settings
         self._writer = writer
         self._num_layers = num_layers
@@ -80,24 +83,74 @@ class Assembler:
         if block is not None and (layer in block.layers_seen or block.annotation is not annotation):
             self.finish()
             block = None
-        if block is None:
-            routes = read(self._settings.weights)
-            if _not_real(routes.ids):
-                return
-            block = self._begin(len(routes.ids), annotation, shape, module.training)
-        elif block.recorded:
-            routes = read(self._settings.weights)
-        else:
+        if block is not None and not block.recorded:
             return
+        routes = read(self._settings.weights)
+        if routes.ids.is_meta:  # shape inference
+            return
+        if is_capturing(routes.ids):
+            self._capture(layer, module, routes, shape, annotation)
+            return
+        if block is None:
+            block = self._begin(len(routes.ids), annotation, shape, module.training)
         block.layers_seen.add(layer)
         if block.recorded:
             self._store(block, layer, module, routes)
 
     def finish(self) -> None:
         """End the block that is open and hand it over."""
+        self.replays.end()
         block, self._block = self._block, None
         if block is None:
             return
+        self._count(block)
+        if not block.recorded:
+            return
+        ring = self._ring
+        assert ring is not None
+        block.end = ring.head
+        block.arrived = ring.send(block.start, block.end)
+        self._hand_over(block, ring)
+        top_k = max((entry.top_k for entry in block.entries), default=0)
+        self.replays.prepare(block.num_tokens, top_k, ring.device)
+
+    def drain(self) -> None:
+        """Take over what the replays of captured graphs recorded. Waits for the device."""
+        if not self.replays.captured:
+            return
+        noted = self.replays.notes
+        found, tokens, overwritten = self.replays.drain()
+        ran = len(found) + overwritten
+        for replayed, annotation in found:
+            self._replayed(replayed, annotation)
+        if noted and noted != ran:
+            self.skip(
+                "notes",
+                f"found {noted} calls of replayed() for {ran} replays, expected one each or none: "
+                "their picks are kept without labels",
+                count=0,
+            )
+        if overwritten:
+            self.dropped_tokens += tokens
+            reason = (
+                f"found {overwritten} replays of a CUDA graph that later ones had overwritten, "
+                f"expected at most {self.replays.slots} between two calls of step() or drain(): "
+                "call them more often, or raise graph_replays"
+            )
+            self.skip("overwritten", reason, count=overwritten)
+
+    def discard(self, reason: str) -> None:
+        """Throw the open block away: its forward pass did not come to its end."""
+        self.replays.end()
+        block = self._block
+        if block is not None and block.recorded:
+            self._give_up(block, "unfinished", reason)
+        self._block = None
+
+    # -- one block --------------------------------------------------------------------------------
+
+    def _count(self, block: Block) -> None:
+        """Go on to the next forward pass: positions of its requests, step."""
         self._progress.forward_index += 1
         if generates(block.annotation) and len(block.request_ids):
             self._book.advance(
@@ -109,12 +162,8 @@ class Assembler:
             )
         if not self.explicit_steps:
             self.step += 1
-        if not block.recorded:
-            return
-        ring = self._ring
-        assert ring is not None
-        block.end = ring.head
-        block.arrived = ring.send(block.start, block.end)
+
+    def _hand_over(self, block: Block, ring: Ring | HostPicks) -> None:
         try:
             self._writer.put(block, ring, self._patience_s())
             self._stalled = False
@@ -123,14 +172,45 @@ class Assembler:
                 block.arrived.synchronize()  # its region is about to be written again
             self._give_up(block, "queue", self._too_slow())
 
-    def discard(self, reason: str) -> None:
-        """Throw the open block away: its forward pass did not come to its end."""
-        block = self._block
-        if block is not None and block.recorded:
-            self._give_up(block, "unfinished", reason)
-        self._block = None
+    def _capture(
+        self, layer: int, module: Any, routes: Routes, shape: Any, annotation: Annotation
+    ) -> None:
+        """Take the picks of one layer into the CUDA graph that is being captured."""
+        if self._block is not None:
+            self.discard("the capture of a CUDA graph began inside it")
+        ids, weights = routes
+        if self.replays.add(layer, module, ids, weights, shape, annotation):
+            return
+        if "capture" not in self._warned:
+            self.skip(
+                "capture",
+                f"found the capture of a CUDA graph with {len(ids)} tokens, expected graph_replays "
+                "above 0 and a forward pass of as many tokens before it: what this graph replays "
+                "is not recorded",
+            )
 
-    # -- one block --------------------------------------------------------------------------------
+    def _replayed(self, replayed: Replayed, annotation: Annotation) -> None:
+        """Hand over one replay of a captured forward pass."""
+        capture, tokens = replayed.capture, replayed.capture.ring.tokens
+        block = self._begin(tokens, annotation, capture.shape, capture.training)
+        self._block = None
+        self._count(block)
+        if not block.recorded:
+            return
+        widths = [top_k for _, top_k, _ in capture.layers]
+        offsets = np.cumsum([0, *widths]) * tokens
+        block.entries = [
+            Entry(layer, int(offset), top_k, self._lookup(module))
+            for (layer, top_k, module), offset in zip(capture.layers, offsets, strict=False)
+        ]
+        parts = [
+            None
+            if values is None
+            else np.concatenate([v[:, :k].reshape(-1) for v, k in zip(values, widths, strict=True)])
+            for values in (replayed.ids, replayed.weights)
+        ]
+        assert parts[0] is not None
+        self._hand_over(block, HostPicks(parts[0], parts[1]))
 
     def _begin(
         self,
@@ -248,9 +328,9 @@ class Assembler:
         self.dropped_tokens += block.num_tokens
         self.skip(kind, reason)
 
-    def skip(self, kind: str, reason: str) -> None:
-        """Count a block that is not recorded; say so once per kind, or raise where ``strict``."""
-        self.skipped_blocks += 1
+    def skip(self, kind: str, reason: str, count: int = 1) -> None:
+        """Count blocks that are not recorded; say so once per kind, or raise where ``strict``."""
+        self.skipped_blocks += count
         if self._settings.strict:
             raise TraceError(reason)
         if kind not in self._warned:
@@ -259,10 +339,3 @@ class Assembler:
                 "a forward pass is not recorded: %s. Later ones of this kind are only counted.",
                 reason,
             )
-
-
-def _not_real(ids: torch.Tensor) -> bool:
-    """Shape inference, or a CUDA graph being captured: its replays would not call the hooks."""
-    if ids.is_meta:
-        return True
-    return ids.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -7,19 +7,20 @@ import contextlib
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.module_tracker import ModuleTracker
 
 from moe_locality.errors import TraceError
+from moe_locality.trace.recorder.annotation import current_annotation
 from moe_locality.trace.recorder.assembler import Assembler, AssemblerSettings
 from moe_locality.trace.recorder.defaults import (
     check_writable,
     default_first_request_id,
     default_rank,
 )
+from moe_locality.trace.recorder.handle import Handle, RecorderReport
 from moe_locality.trace.recorder.hooks import Hook, MoeLayer, find_moe_layers, hook_layer
 from moe_locality.trace.recorder.writer import ShardSettings, WriterThread
 from moe_locality.trace.shards import make_directory
@@ -28,39 +29,6 @@ logger = logging.getLogger(__name__)
 
 _OPEN: set[RoutingRecorder] = set()
 _CLOSE_TIMEOUT_S = 120.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecorderReport:
-    """What became of the tokens."""
-
-    recorded_tokens: int
-    """Tokens (rows) in complete shards."""
-    dropped_tokens: int
-    """Tokens of sampled forward passes that are in no shard and will not be."""
-    skipped_forwards: int
-    """Forward passes that were given up (labels that do not fit, writer too slow, ...)."""
-    shards: int
-    failure: str | None
-    """Why recording stopped before its time, None: it did not."""
-
-
-class Handle:
-    """The hooks of one ``attach``; ``detach()`` removes them."""
-
-    def __init__(self, recorder: RoutingRecorder, hooks: list[Any], modules: set[int]) -> None:
-        self._recorder = recorder
-        self._hooks = hooks
-        self.modules = modules
-
-    def detach(self) -> None:
-        """Remove the hooks; the forward pass that is open is kept. Harmless when done before."""
-        if self._hooks:
-            self._recorder._finish()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        self.modules = set()
 
 
 class RoutingRecorder:
@@ -90,6 +58,9 @@ class RoutingRecorder:
         sequence_first: the model's hidden states are [S, B, D], not [B, S, D].
         max_wait_s: how long a forward pass may wait for a writer that is behind before its tokens
             are dropped (and counted); 0 = never wait.
+        graph_replays: replays of a CUDA graph whose picks the device keeps until the next ``step``,
+            ``drain`` or ``flush``, for every number of tokens that ran eagerly before: as many
+            times L * T * K * 2 bytes (4 with weights). 0: what graphs replay is not recorded.
         first_request_id: requests are numbered from here where ``annotate`` gives no ids; the
             default is different for every rank and every run. Stages of one pipeline need the same.
 
@@ -110,6 +81,7 @@ class RoutingRecorder:
         strict: bool = False,
         sequence_first: bool = False,
         max_wait_s: float = 30.0,
+        graph_replays: int = 0,
         first_request_id: int | None = None,
     ) -> None:
         for name, value in (
@@ -119,6 +91,8 @@ class RoutingRecorder:
         ):
             if value < 1:
                 raise TraceError(f"found {name}={value}, expected at least 1: correct it")
+        if graph_replays < 0:
+            raise TraceError(f"found graph_replays={graph_replays}, expected 0 or more: correct it")
         self.path = make_directory(path)
         check_writable(self.path)
         self.rank = default_rank() if rank is None else rank
@@ -131,6 +105,7 @@ class RoutingRecorder:
             sequence_first=sequence_first,
             max_wait_s=max_wait_s,
             strict=strict,
+            graph_replays=graph_replays,
             first_request_id=(
                 default_first_request_id(self.path, self.rank)
                 if first_request_id is None
@@ -281,16 +256,33 @@ class RoutingRecorder:
         if not self._running:
             self._records()
             return
-        self._finish()
+        self.drain()
         if self._assembler is None:
             self._step += 1
         else:
             self._assembler.explicit_steps = True
             self._assembler.step += 1
 
+    def replayed(self) -> None:
+        """Label the replay of a CUDA graph that was just launched by the ``annotate`` around it.
+
+        After every replay or after none: without it a replay has new requests, and its stage is
+        that of the capture.
+        """
+        if self._running and self._assembler is not None:
+            self._assembler.replays.note(current_annotation())
+
+    def drain(self) -> None:
+        """Take over what the replays of CUDA graphs recorded; waits for the device if there is one
+        such graph. ``step``, ``flush`` and ``close`` do it too.
+        """
+        self._finish()
+        if self._running and self._assembler is not None:
+            self._guarded(self._assembler.drain)
+
     def flush(self) -> None:
         """Write everything recorded so far into a shard, full or not, and wait for it."""
-        self._finish()
+        self.drain()
         if self._running and self._writer is not None and not self._writer.flush(_CLOSE_TIMEOUT_S):
             self._fail(TraceError(f"found the writer busy for {_CLOSE_TIMEOUT_S} s at flush()"))
 

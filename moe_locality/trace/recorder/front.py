@@ -9,13 +9,20 @@ from typing import Any
 import torch
 
 from moe_locality.config import TraceConfig
-from moe_locality.trace.recorder.core import RecorderReport, RoutingRecorder
+from moe_locality.trace.recorder.core import RoutingRecorder
+from moe_locality.trace.recorder.handle import RecorderReport
 
 
 class NullRecorder:
     """A recorder that records nothing, so that callers need not ask whether recording is on."""
 
     def step(self) -> None:
+        """Do nothing."""
+
+    def replayed(self) -> None:
+        """Do nothing."""
+
+    def drain(self) -> None:
         """Do nothing."""
 
     def flush(self) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from moe_locality.errors import TraceError
 from moe_locality.trace.recorder.block import Block
 from moe_locality.trace.recorder.labels import BlockLabels, spread
+from moe_locality.trace.recorder.replay import HostPicks
 from moe_locality.trace.recorder.ring import Ring
 from moe_locality.trace.shards import ShardWriter
 
@@ -75,7 +76,7 @@ class ShardBuffer:
         self.written_shards = 0
         self.masked_rows = 0
 
-    def add(self, block: Block, ring: Ring) -> None:
+    def add(self, block: Block, ring: Ring | HostPicks) -> None:
         """Append the rows of a block; write a shard each time the buffer is full.
 
         Raises:
@@ -99,7 +100,7 @@ class ShardBuffer:
             if self.num_rows == self._settings.shard_tokens:
                 self.write()
 
-    def _layer(self, entry, num_tokens: int, ring: Ring) -> tuple[int, np.ndarray, Any]:
+    def _layer(self, entry, num_tokens: int, ring: Ring | HostPicks) -> tuple[int, np.ndarray, Any]:
         if entry.top_k > self.top_k:
             raise TraceError(
                 f"found {entry.top_k} picks per token in layer {entry.layer}, expected at most "
@@ -196,7 +197,7 @@ class WriterThread:
     def shards(self) -> int:
         return self._buffer.written_shards if self._buffer else 0
 
-    def put(self, block: Block, ring: Ring, timeout_s: float) -> None:
+    def put(self, block: Block, ring: Ring | HostPicks, timeout_s: float) -> None:
         """Hand over a finished block; raises queue.Full without room within ``timeout_s``."""
         self._queue.put((block, ring), timeout=timeout_s)
 
@@ -229,7 +230,7 @@ class WriterThread:
             if item == "stop":
                 return
 
-    def _add(self, block: Block, ring: Ring) -> None:
+    def _add(self, block: Block, ring: Ring | HostPicks) -> None:
         if block.arrived is not None:
             block.arrived.synchronize()
         if self._buffer is None:
