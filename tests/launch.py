@@ -7,6 +7,8 @@ a ``file://`` store and calls ``fn(rank, world_size, *args)``. It returns the li
 return values (they must pickle; a tensor does not outlive its process: return arrays).
 """
 
+import contextlib
+import importlib
 import multiprocessing as mp
 import os
 import tempfile
@@ -61,6 +63,20 @@ def _init_deepspeed(limit):
     )
 
 
+def preload(deepspeed: bool) -> None:
+    """Import here, once, what every forked rank needs: ``torch._dynamo``, which comes with the
+    layer and with every optimizer, alone takes a rank more than two seconds.
+    """
+    ours = ["dispatch.dispatcher", "kernels.reference", "topology.groups"]
+    theirs = ["torch._dynamo"]
+    if deepspeed:
+        ours += [f"layer.{name}" for name in ("checkpoint", "convert", "relocate", "replicas")]
+        theirs += ["deepspeed.runtime.engine", "deepspeed.module_inject.auto_ep_layer"]
+    for name in (*(f"moe_locality.{name}" for name in ours), *theirs):
+        with contextlib.suppress(ImportError):  # another DeepSpeed may have other modules
+            importlib.import_module(name)
+
+
 def run_ranks(
     fn: Callable[..., Any],
     world_size: int,
@@ -75,8 +91,7 @@ def run_ranks(
         AssertionError: a rank failed (with its traceback) or did not answer within ``timeout_s``
         seconds.
     """
-    if deepspeed:
-        import deepspeed as _  # noqa: F401  imported once here, shared by the forked ranks
+    preload(deepspeed)
     context = mp.get_context("fork")
     queue = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
