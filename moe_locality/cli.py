@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-JSON_FLAG, DEBUG_FLAG = "--json", "--debug"
+from moe_locality.commands import options
 
 
 class _Commands(TyperGroup):
@@ -27,15 +27,15 @@ class _Commands(TyperGroup):
         args: Sequence[str] | None = None,
         *_: Any,
         standalone_mode: bool = True,
-        **options: Any,
+        **extra: Any,
     ) -> Any:
         from moe_locality.commands.output import guard
 
         words = list(sys.argv[1:] if args is None else args)
         code = guard(
-            lambda: super(_Commands, self).main(words, standalone_mode=False, **options),
-            as_json=JSON_FLAG in words,
-            debug=DEBUG_FLAG in words,
+            lambda: super(_Commands, self).main(words, standalone_mode=False, **extra),
+            as_json=options.JSON_FLAG in words,
+            debug=options.DEBUG_FLAG in words,
         )
         if standalone_mode:
             sys.exit(code)
@@ -52,25 +52,6 @@ app = typer.Typer(
     epilog="Words and formats: docs/design.md, docs/formats.md. Every command takes --json.",
 )
 
-Json = Annotated[bool, typer.Option(JSON_FLAG, help="Print one JSON object on stdout.")]
-Debug = Annotated[bool, typer.Option(DEBUG_FLAG, help="Log more; show tracebacks.")]
-Trace = Annotated[Path, typer.Argument(help="Trace: a Parquet directory or an .npz file.")]
-Plan = Annotated[Path, typer.Option("--plan", help="Placement plan (JSON).")]
-Nodes = Annotated[int | None, typer.Option("--nodes", min=1, help="Nodes of the cluster.")]
-RanksPerNode = Annotated[int | None, typer.Option("--ranks-per-node", min=1, help="Ranks on each.")]
-Cluster = Annotated[Path | None, typer.Option("--cluster", help="Cluster description (YAML).")]
-Hostfile = Annotated[Path | None, typer.Option("--hostfile", help="DeepSpeed hostfile.")]
-Homes = Annotated[Path | None, typer.Option("--homes", help="Home rank of each request (JSON).")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
-HeldOut = Annotated[
-    float, typer.Option("--held-out", help="Share of the requests that no plan is made from.")
-]
-Report = Annotated[Path | None, typer.Option("--report", help="Also write an HTML report.")]
-WandbMode = Annotated[str, typer.Option("--wandb-mode", help="offline, online or disabled.")]
-Wandb = Annotated[str | None, typer.Option("--wandb", help="Also log to this wandb project.")]
-WandbDir = Annotated[str | None, typer.Option("--wandb-dir", help="Where wandb keeps its files.")]
-Group = Annotated[str | None, typer.Option("--group", help="wandb group (the experiment).")]
-
 
 @app.callback(invoke_without_command=True)
 def _root(
@@ -86,11 +67,11 @@ def _root(
         typer.echo(context.get_help())
 
 
-def _run(name: str, options: dict[str, Any]) -> None:
+def _run(name: str, chosen: dict[str, Any]) -> None:
     """Run a command of :mod:`moe_locality.commands` with the options of its function here."""
     from moe_locality.commands import run
 
-    run(name, options)
+    run(name, chosen)
 
 
 @app.command("import")
@@ -113,8 +94,8 @@ def import_(
     top_k: Annotated[
         int | None, typer.Option("--top-k", min=1, help="Picks per token, where F does not say.")
     ] = None,
-    as_json: Json = False,
-    debug: Debug = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Turn another tool's routing record into a trace."""
     _run("import", locals())
@@ -129,8 +110,8 @@ def export(
         int | None,
         typer.Option("--num-hidden-layers", min=1, help="Transformer layers, for sglang."),
     ] = None,
-    as_json: Json = False,
-    debug: Debug = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Write a plan as the map of a serving engine or of DeepSpeed's AutoEP."""
     _run("export", locals())
@@ -138,12 +119,12 @@ def export(
 
 @app.command()
 def analyze(
-    trace: Trace,
-    report: Report = None,
-    nodes: Nodes = None,
-    ranks_per_node: RanksPerNode = None,
-    cluster: Cluster = None,
-    hostfile: Hostfile = None,
+    trace: options.Trace,
+    report: options.Report = None,
+    nodes: options.Nodes = None,
+    ranks_per_node: options.RanksPerNode = None,
+    cluster: options.Cluster = None,
+    hostfile: options.Hostfile = None,
     against: Annotated[
         Path | None, typer.Option("--against", help="Newer trace: say how far it drifted.")
     ] = None,
@@ -153,9 +134,9 @@ def analyze(
     plan: Annotated[
         Path | None, typer.Option("--plan", help="With drift: what this plan loses by it.")
     ] = None,
-    seed: Seed = 0,
-    as_json: Json = False,
-    debug: Debug = False,
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Show what a trace holds: balance, domains, co-activation; with a cluster, what it could
     save.
@@ -165,44 +146,36 @@ def analyze(
 
 @app.command()
 def place(
-    trace: Trace,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Plan to write (JSON).")],
-    nodes: Nodes = None,
-    ranks_per_node: RanksPerNode = None,
-    cluster: Cluster = None,
-    hostfile: Hostfile = None,
-    method: Annotated[
-        str, typer.Option("--method", help="coactivation, balance, or a peer: linear, eplb, seed …")
-    ] = "coactivation",
-    redundant_experts: Annotated[
-        int, typer.Option("--redundant-experts", min=0, help="Slots beyond the experts, per layer.")
-    ] = 0,
-    max_imbalance: Annotated[
-        float, typer.Option("--max-imbalance", help="Cap on max/mean load of the ranks.")
-    ] = 1.05,
-    homes: Annotated[
-        str | None, typer.Option("--homes", help="joint: place requests together with experts.")
-    ] = None,
-    held_out: HeldOut = 0.0,
-    bound_seconds: Annotated[
-        float,
-        typer.Option("--bound-seconds", min=0, help="Effort on the lower bound; 0: no bound."),
-    ] = 10.0,
-    prove: Annotated[
-        bool, typer.Option("--prove", help="Try to prove layers optimal: <= 32 experts, 4 nodes.")
-    ] = False,
-    seed: Seed = 0,
-    as_json: Json = False,
-    debug: Debug = False,
+    trace: options.Trace,
+    out: options.PlanOut,
+    nodes: options.Nodes = None,
+    ranks_per_node: options.RanksPerNode = None,
+    cluster: options.Cluster = None,
+    hostfile: options.Hostfile = None,
+    method: options.Method = "coactivation",
+    redundant_experts: options.RedundantExperts = 0,
+    max_imbalance: options.MaxImbalance = 1.05,
+    homes: options.JointHomes = None,
+    max_home_imbalance: options.MaxHomeImbalance = 1.05,
+    objective: options.Objective = "copies",
+    expert_groups: options.ExpertGroups = None,
+    start: options.Start = None,
+    move_budget: options.MoveBudget = None,
+    held_out: options.HeldOut = 0.0,
+    bound_seconds: options.BoundSeconds = 10.0,
+    prove: options.Prove = False,
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
-    """Compute where the experts should live."""
+    """Compute where the experts should live, or improve a plan with few moves."""
     _run("place", locals())
 
 
 @app.command()
 def group(
-    trace: Trace,
-    plan: Plan,
+    trace: options.Trace,
+    plan: options.Plan,
     out: Annotated[Path, typer.Option("-o", "--out", help="Homes to write (JSON).")],
     predict: Annotated[
         str, typer.Option("--predict", help="prefill, first:32, domain or oracle.")
@@ -210,8 +183,8 @@ def group(
     equal_requests: Annotated[
         bool, typer.Option("--equal-requests", help="As many requests on every rank, for training.")
     ] = False,
-    as_json: Json = False,
-    debug: Debug = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Give every request a home rank: request id to rank."""
     _run("group", locals())
@@ -219,19 +192,19 @@ def group(
 
 @app.command()
 def evaluate(
-    trace: Trace,
-    plan: Plan,
-    homes: Homes = None,
+    trace: options.Trace,
+    plan: options.Plan,
+    homes: options.Homes = None,
     baseline: Annotated[
         Path | None, typer.Option("--baseline", help="Plan to move from, for the cost of moving.")
     ] = None,
     row_bytes: Annotated[
         float | None, typer.Option("--row-bytes", help="Bytes of one token on the wire.")
     ] = None,
-    held_out: HeldOut = 0.0,
-    seed: Seed = 0,
-    as_json: Json = False,
-    debug: Debug = False,
+    held_out: options.HeldOut = 0.0,
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Predict what a plan costs on a trace."""
     _run("evaluate", locals())
@@ -239,10 +212,10 @@ def evaluate(
 
 @app.command()
 def simulate(
-    trace: Trace,
-    plan: Plan,
-    homes: Homes = None,
-    cluster: Cluster = None,
+    trace: options.Trace,
+    plan: options.Plan,
+    homes: options.Homes = None,
+    cluster: options.Cluster = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens per rank and step.")] = 512,
     hidden: Annotated[int, typer.Option(min=1, help="Width of a token.")] = 4096,
     ffn: Annotated[int | None, typer.Option(min=1, help="Width of an expert; as a token.")] = None,
@@ -254,10 +227,10 @@ def simulate(
     groups: Annotated[int | None, typer.Option(min=1, help="Expert-parallel groups.")] = None,
     sweep: Annotated[str | None, typer.Option(help="batch, bandwidth, k or nodes.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Figure of the sweep: .svg, .png.")] = None,
-    held_out: HeldOut = 0.0,
-    seed: Seed = 0,
-    as_json: Json = False,
-    debug: Debug = False,
+    held_out: options.HeldOut = 0.0,
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Simulate step times of a plan on a cluster."""
     _run("simulate", locals())
@@ -266,7 +239,7 @@ def simulate(
 @app.command()
 def bake(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
-    plan: Plan,
+    plan: options.Plan,
     out: Annotated[Path, typer.Option("--out", help="Directory of the new checkpoint.")],
     tag: Annotated[str | None, typer.Option("--tag", help="Default: what 'latest' names.")] = None,
     trust_checkpoint: Annotated[
@@ -275,8 +248,8 @@ def bake(
     trust_parameter_order: Annotated[
         bool, typer.Option("--trust-parameter-order", help="For stock optimizer state.")
     ] = False,
-    as_json: Json = False,
-    debug: Debug = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Write a checkpoint whose contiguous layout is the placement."""
     _run("bake", locals())
@@ -286,23 +259,21 @@ def bake(
 def compare(
     first: Annotated[Path, typer.Argument(help="Trace, or the directory of the baseline run.")],
     second: Annotated[Path | None, typer.Argument(help="Directory of the other run.")] = None,
-    plan: Annotated[
-        list[Path] | None, typer.Option("--plan", help="Plan; may be repeated.")
-    ] = None,
+    plan: options.Plans = None,
     baseline: Annotated[
         str, typer.Option("--baseline", help="linear, or a plan to compare with.")
     ] = "linear",
-    homes: Homes = None,
-    nodes: Nodes = None,
-    held_out: HeldOut = 0.0,
-    report: Report = None,
-    seed: Seed = 0,
-    wandb: Wandb = None,
-    wandb_mode: WandbMode = "offline",
-    wandb_dir: WandbDir = None,
-    group: Group = None,
-    as_json: Json = False,
-    debug: Debug = False,
+    homes: options.Homes = None,
+    nodes: options.Nodes = None,
+    held_out: options.HeldOut = 0.0,
+    report: options.Report = None,
+    seed: options.Seed = 0,
+    wandb: options.Wandb = None,
+    wandb_mode: options.WandbMode = "offline",
+    wandb_dir: options.WandbDir = None,
+    group: options.Group = None,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Compare two runs, or plans on a trace: baseline, ours, ratio."""
     _run("compare", locals())
@@ -310,19 +281,17 @@ def compare(
 
 @app.command()
 def report(
-    trace: Trace,
+    trace: options.Trace,
     out: Annotated[Path, typer.Option("-o", "--out", help="HTML file to write.")],
-    plan: Annotated[
-        list[Path] | None, typer.Option("--plan", help="Plan; may be repeated.")
-    ] = None,
+    plan: options.Plans = None,
     method: Annotated[
         list[str] | None, typer.Option("--method", help="Also solve with it; may be repeated.")
     ] = None,
-    homes: Homes = None,
-    held_out: HeldOut = 0.0,
-    seed: Seed = 0,
-    as_json: Json = False,
-    debug: Debug = False,
+    homes: options.Homes = None,
+    held_out: options.HeldOut = 0.0,
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Write one HTML file: the trace, and the plans on it."""
     _run("report", locals())
@@ -332,12 +301,12 @@ def report(
 def record(
     script: Annotated[str, typer.Argument(help="Training script.")] = "train.py",
     trace: Annotated[str, typer.Option("--trace", help="Directory of the trace.")] = "traces/run1",
-    hostfile: Hostfile = None,
+    hostfile: options.Hostfile = None,
     deepspeed_config: Annotated[
         Path | None, typer.Option("--deepspeed-config", help="ds_config to check.")
     ] = None,
-    as_json: Json = False,
-    debug: Debug = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Print the launch line and the configuration that record a run."""
     _run("record", locals())
@@ -345,24 +314,24 @@ def record(
 
 @app.command()
 def bench(
-    trace: Trace,
-    nodes: Nodes = None,
-    ranks_per_node: RanksPerNode = None,
+    trace: options.Trace,
+    nodes: options.Nodes = None,
+    ranks_per_node: options.RanksPerNode = None,
     method: Annotated[
         list[str] | None, typer.Option("--method", help="Method; may be repeated. Default: all.")
     ] = None,
-    max_imbalance: Annotated[float, typer.Option("--max-imbalance", help="Balance cap.")] = 1.05,
-    held_out: HeldOut = 0.3,
-    seed: Seed = 0,
-    as_json: Json = False,
-    debug: Debug = False,
+    max_imbalance: options.MaxImbalance = 1.05,
+    held_out: options.HeldOut = 0.3,
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Time the placement methods on a trace, and show their costs."""
     _run("bench", locals())
 
 
 @app.command()
-def doctor(as_json: Json = False, debug: Debug = False) -> None:
+def doctor(as_json: options.Json = False, debug: options.Debug = False) -> None:
     """Show what is installed here and what is missing for what."""
     _run("doctor", locals())
 
@@ -373,10 +342,10 @@ def demo(
     trace: Annotated[Path | None, typer.Option("--trace", help="Use this recorded trace.")] = None,
     nodes: Annotated[int, typer.Option("--nodes", min=1, help="Nodes of the cluster.")] = 2,
     ranks_per_node: Annotated[int, typer.Option("--ranks-per-node", min=1, help="On each.")] = 2,
-    wandb_mode: WandbMode = "offline",
-    seed: Seed = 0,
-    as_json: Json = False,
-    debug: Debug = False,
+    wandb_mode: options.WandbMode = "offline",
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Record, place, run again and compare, on this machine."""
     _run("demo", locals())

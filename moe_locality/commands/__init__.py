@@ -12,7 +12,7 @@ _HOME_OF = {
     "export": "interchange",
     "analyze": "traces",
     "record": "traces",
-    "place": "plans",
+    "place": "place",
     "group": "plans",
     "evaluate": "plans",
     "simulate": "simulate",

@@ -1,12 +1,10 @@
-"""Commands about plans: place, group, evaluate, bake, bench."""
+"""Commands about plans that exist: group, evaluate, bake; and bench, which compares methods."""
 
-import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_locality.commands.certificate import certificate_of, certificate_words
 from moe_locality.commands.inputs import (
     check_writable,
     read_cluster,
@@ -59,105 +57,6 @@ def costs_table(title: str, named: Mapping[str, dict[str, Any] | None]) -> Any:
         ratio = round(last / first, 3) if first and last and len(values) > 1 else None
         rows.append((metric, *values, ratio))
     return table(title, ("", *known, "ratio"), rows)
-
-
-def place(
-    trace: Path,
-    out: Path,
-    nodes: int | None,
-    ranks_per_node: int | None,
-    cluster: Path | None,
-    hostfile: Path | None,
-    method: str,
-    redundant_experts: int,
-    max_imbalance: float,
-    homes: str | None,
-    held_out: float,
-    bound_seconds: float,
-    prove: bool,
-    seed: int,
-) -> Result:
-    """Solve and write the plan; with ``held_out`` also evaluate it on requests not seen."""
-    from moe_locality.placement.solve import solve
-
-    if homes not in (None, "joint"):
-        raise PlacementError(f"--homes: found {homes!r}, expected 'joint', or leave the option out")
-    check_writable(out, "plan")
-    topology = read_cluster(nodes, ranks_per_node, cluster, hostfile)
-    with progress(f"placing {trace}"):
-        content = read_trace(trace)
-        train, test = split(content, held_out, seed)
-        start = time.perf_counter()
-        plan = solve(
-            train,
-            topology,
-            method=method,
-            num_redundant_experts=redundant_experts,
-            max_imbalance=max_imbalance,
-            homes=homes,
-            seed=seed,
-        )
-        seconds = time.perf_counter() - start
-        judged = _judge(plan, train, test, topology)
-        certificate = certificate_of(plan, train, topology, max_imbalance, bound_seconds, prove)
-    source = {} if test is None else {"drawn_from": content.content_hash(), "held_out": held_out}
-    if certificate is not None:
-        source["certificate"] = certificate
-    plan = dataclasses.replace(plan, provenance={**plan.provenance, **source})
-    plan.write(out)
-    payload = {
-        "command": "place",
-        "plan": out,
-        "digest": plan.digest(),
-        "method": method,
-        "cluster": topology.to_dict(),
-        "trace": train.content_hash(),
-        "seconds": seconds,
-        "costs": plan.costs,
-        "certificate": certificate,
-        **judged,
-    }
-
-    where = "on its own trace" if test is None else f"on {held_out:.0%} held-out requests"
-    head = f"{out}: {method}, {topology.describe()}, {seconds:.2f} s"
-    return Result(payload=payload, show=_shown(head, where, payload))
-
-
-def _shown(head: str, where: str, payload: dict[str, Any]) -> Callable[[Any], None]:
-    """Return what prints a new plan: its costs beside linear's, and its certificate."""
-    found = {
-        "linear": payload["linear"],
-        payload["method"]: payload["held_out"] or payload["costs"],
-    }
-
-    def show(console: Any) -> None:
-        console.print(head, soft_wrap=True)
-        console.print(costs_table(f"Predicted {where}", found))
-        if payload["certificate"] is not None:
-            console.print(certificate_words(payload["certificate"]), soft_wrap=True)
-
-    return show
-
-
-def _judge(
-    plan: PlacementPlan, train: RoutingTrace, test: RoutingTrace | None, topology: ClusterTopology
-) -> dict[str, Any]:
-    """Return the costs on held-out requests, and those of the linear layout on the same ones.
-
-    A plan that was found together with homes gets homes there too, predicted as for new requests.
-    """
-    from moe_locality.placement.homes.assign import assign_homes
-    from moe_locality.placement.homes.requests import default_prediction
-
-    base = linear_plan(train, topology)
-    trace = train if test is None else test
-    linear = None if base is None else brief(costs_of(trace, base, topology))
-    if test is None:
-        return {"held_out": None, "held_out_homes": None, "linear": linear}
-    predict = default_prediction(test) if plan.home_profiles is not None else None
-    homes = assign_homes(test, plan, predict=predict) if predict else None
-    costs = brief(costs_of(test, plan, topology, homes))
-    return {"held_out": costs, "held_out_homes": predict, "linear": linear}
 
 
 def group(trace: Path, plan: Path, out: Path, predict: str, equal_requests: bool) -> Result:

@@ -325,6 +325,7 @@ def test_an_unwritable_path_is_refused_before_the_work(made, tmp_path, command, 
 
     monkeypatch.setattr("moe_locality.commands.inputs.read_trace", fail)
     monkeypatch.setattr("moe_locality.commands.plans.read_trace", fail, raising=False)
+    monkeypatch.setattr("moe_locality.commands.place.read_trace", fail)
     monkeypatch.setattr("moe_locality.commands.traces.read_trace", fail, raising=False)
     error = refusal(*(folder / "trace.npz" if word == "TRACE" else word for word in words))
     assert error["type"] == "ConfigError"

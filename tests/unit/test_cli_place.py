@@ -1,0 +1,171 @@
+"""The command place: what it takes, what it refuses, and that a refusal leaves no plan behind."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from moe_locality.placement import PlacementPlan, evaluate, solve
+from moe_locality.topology import ClusterTopology
+from moe_locality.trace import read_trace, write_trace
+from tests.unit.made_trace import make_trace
+from tests.unit.test_cli_flow import CLUSTER, answer, refusal, run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A trace of two domains, one of the others, and a plan from the first."""
+    place = tmp_path_factory.mktemp("place")
+    trace = make_trace(num_requests=200, seed=3)
+    write_trace(trace.filter(domains=["code", "math"]), place / "old.npz")
+    write_trace(trace.filter(domains=["chat", "law"]), place / "new.npz")
+    solve(read_trace(place / "old.npz"), ClusterTopology.uniform(2, 2)).write(place / "plan.json")
+    return place
+
+
+def test_a_start_is_improved_with_few_moves_on_its_own_cluster(folder, tmp_path):
+    out = tmp_path / "p.json"
+    words = ("place", folder / "new.npz", "--start", folder / "plan.json", "-o", out)
+    found = answer(*words, "--move-budget", "0.25", "--max-imbalance", "1.5", "--held-out", "0.3")
+    old, new = PlacementPlan.read(folder / "plan.json"), PlacementPlan.read(out)
+    assert (new.num_nodes, new.ranks_per_node) == (2, 2)
+    start = found["start"]
+    assert start["digest"] == old.digest()
+    assert found["held_out"]["copies"] < start["costs"]["copies"]
+    assert 0 < start["moved_share"] <= 0.25
+    moved = round(start["moved_share"] * new.physical_to_logical_map.size)
+    assert start["moved_slots"] == moved == new.provenance["moved_slots"]
+    _, test = read_trace(folder / "new.npz").split(0.7, 0)
+    assert start["costs"]["copies"] == pytest.approx(evaluate(test, old).copies)
+    few = answer(*words, "--max-imbalance", "1.5")["start"]  # the default: 2 % of the slots
+    assert few["moved_slots"] <= 0.02 * new.physical_to_logical_map.size
+    told = run(*words, "--max-imbalance", "1.5")
+    assert "slots moved" in told.stderr + told.stdout
+
+
+def test_objective_home_cap_and_groups_reach_the_solver(folder, tmp_path):
+    trace, out = folder / "old.npz", tmp_path / "p.json"
+    words = ("place", trace, "--nodes", "2", "--ranks-per-node", "2", "-o", out)
+    for options, arguments in (
+        (("--homes", "joint", "--objective", "picks"), {"homes": "joint", "objective": "picks"}),
+        (
+            ("--homes", "joint", "--max-home-imbalance", "1.5"),
+            {"homes": "joint", "max_home_imbalance": 1.5},
+        ),
+        (("--expert-groups", "4"), {"expert_groups": 4}),
+    ):
+        answer(*words, *options, "--bound-seconds", "0")
+        plan = solve(read_trace(trace), ClusterTopology.uniform(2, 2), **arguments)
+        assert PlacementPlan.read(out).digest() == plan.digest(), options
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--move-budget", "0.1"), "found --move-budget without --start"),
+        (("--start", "PLAN", "--move-budget", "1.5"), "move_budget: found 1.5"),
+        (("--start", "PLAN", "--redundant-experts", "4"), "found 4 for a plan with 0"),
+        (("--start", "PLAN", "--homes", "joint"), "found start= with homes='joint'"),
+        (("--start", "PLAN", *CLUSTER), "refresh on the cluster of the plan"),
+        (("--start", "GONE"), "cannot read the plan"),
+        ((*CLUSTER, "--objective", "speed"), "objective: found 'speed'"),
+        ((*CLUSTER, "--objective", "picks"), "use homes='joint'"),
+        ((*CLUSTER, "--homes", "joint", "--max-home-imbalance", "0.9"), "max_home_imbalance"),
+        ((*CLUSTER, "--expert-groups", "3"), "expected a divisor of the 16 experts"),
+        ((*CLUSTER, "--redundant-experts", "3"), "= 19 slots, expected a multiple of the 8 ranks"),
+        ((*CLUSTER, "--redundant-experts", "120"), "found 17 slots per rank for 16 experts"),
+        (("--nodes", "17", "--ranks-per-node", "1"), "found 17 nodes for 16 experts"),
+        (("--nodes", "3", "--ranks-per-node", "1"), "expected a multiple of the 3 ranks"),
+        ((*CLUSTER, "--max-imbalance", "nan"), "max_imbalance: found nan"),
+    ],
+)
+def test_options_that_cannot_be_are_named_and_nothing_is_written(folder, tmp_path, words, message):
+    names = {"PLAN": folder / "plan.json", "GONE": tmp_path / "gone.json"}
+    words = [names.get(word, word) for word in words]
+    error = refusal("place", folder / "new.npz", *words, "-o", tmp_path / "p.json")
+    assert message in error["message"]
+    assert list(tmp_path.iterdir()) == []
+
+
+BAD_TRACES = {
+    "k > experts": (lambda a: a | {"num_experts": np.int32(1)}, "found 2 picks per token among 1"),
+    "an id too large": (lambda a: a | {"expert_ids": _with(a, 99)}, "found expert id 99"),
+    "an id that is -1 by overflow": (
+        lambda a: a | {"expert_ids": _with(a, -32768)},
+        "found expert id -32768",
+    ),
+    "ids that are NaN": (
+        lambda a: a | {"expert_ids": _with(a.copy(), np.nan, float)},
+        "dtype float64, expected integers",
+    ),
+    "an expert twice": (
+        lambda a: a | {"expert_ids": np.zeros_like(a["expert_ids"])},
+        "twice among the picks of token 0",
+    ),
+    "a layer missing": (
+        lambda a: a | {"expert_ids": a["expert_ids"][:, :2]},
+        "expected [T, L, K] with L = 3",
+    ),
+    "no tokens": (
+        lambda a: {k: v[:0] if k in PER_TOKEN else v for k, v in a.items()},
+        "empty trace",
+    ),
+    "no picks": (
+        lambda a: a | {"expert_ids": np.full(a["expert_ids"].shape, -1, np.int16)},
+        "found an empty trace",
+    ),
+}
+
+
+def _with(arrays, value, dtype=np.int32):
+    ids = arrays["expert_ids"].astype(dtype)
+    ids[5, 1, 1] = value
+    return ids
+
+
+PER_TOKEN: set[str] = set()
+
+
+@pytest.mark.parametrize("name", list(BAD_TRACES))
+def test_a_bad_trace_is_named_and_nothing_is_written(folder, tmp_path, name):
+    change, message = BAD_TRACES[name]
+    with np.load(folder / "new.npz") as file:
+        arrays = dict(file)
+    tokens = len(arrays["expert_ids"])
+    PER_TOKEN.update(k for k, v in arrays.items() if v.ndim and len(v) == tokens)
+    np.savez(tmp_path / "bad.npz", **change(arrays))
+    error = refusal("place", tmp_path / "bad.npz", *CLUSTER, "-o", tmp_path / "p.json")
+    assert message in error["message"]
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.npz"]
+
+
+def test_a_start_without_one_of_the_layers_is_refused(folder, tmp_path):
+    plan = PlacementPlan.read(folder / "plan.json")
+    part = dataclasses.replace(
+        plan,
+        layer_ids=plan.layer_ids[:2],
+        physical_to_logical_map=plan.physical_to_logical_map[:2],
+        expert_load=None,
+    )
+    part.write(tmp_path / "part.json")
+    words = ("place", folder / "new.npz", "--start", tmp_path / "part.json")
+    error = refusal(*words, "-o", tmp_path / "p.json")
+    assert "layer ids" in error["message"]
+    assert not (tmp_path / "p.json").exists()
+
+
+def test_a_plan_that_cannot_be_written_whole_leaves_the_old_one(folder, tmp_path, monkeypatch):
+    out = tmp_path / "p.json"
+    out.write_text("old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    words = ("place", folder / "old.npz", "--nodes", "2", "--ranks-per-node", "2", "-o", out)
+    found = run(*words, "--method", "linear", "--json")
+    assert found.exit_code == 1
+    assert "No space left" in json.loads(found.stdout)["error"]["message"]
+    assert [path.name for path in tmp_path.iterdir()] == ["p.json"]
+    assert out.read_text() == "old"
