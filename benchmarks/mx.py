@@ -1,14 +1,16 @@
 """Low-bit formats: signal to noise on made and real tensors, and perplexity of the example model.
 
-    python benchmarks/mx.py [--checkpoint model.pt] [--steps 300] [--csv benchmarks/results.csv]
+    python benchmarks/mx.py [--seeds 0 1 2] [--steps 300] [--csv benchmarks/results.csv]
 
-Trains the example model (preset ``demo``) in one process where the checkpoint does not exist, and
+Trains the example model (preset ``demo``), one per seed, where ``--checkpoints`` has none, and
 keeps it there. Signal to noise (QSNR, dB, 10 log10(sum x^2 / sum (x - x')^2) over a tensor) on
-Gaussian, Laplace and Student-t numbers, on the weights of the trained experts (mean of the dB of
-all matrices) and on the inputs of their linear layers (held-out text). Perplexity per byte on the
-held-out text with the expert MLPs rounded to the format: weights alone (W4A16), and weights and
-inputs of every linear layer (W4A4). Everything is computed, so all rows are measured; nothing here
-is a time. Training takes three minutes on a core, the rest about five.
+Gaussian, Laplace and Student-t numbers (the Gaussian also over an octave of scales), on the weights
+of the trained experts (mean of the dB of all matrices) and on the inputs of their linear layers
+(held-out text). Perplexity per byte on the held-out text with the expert MLPs rounded to the
+format: weights alone (W4A16), and weights and inputs of every linear layer (W4A4). The table is
+that of the first seed; the steps from format to format are compared request by request over the
+models of all seeds. Everything is computed, so all rows are measured; nothing here is a time. A
+model takes three minutes of a core to train, the rest about ten.
 """
 
 import argparse
@@ -40,6 +42,10 @@ STEPS = ["mxfp4", "mxfp4-16", "mxfp4-16-oas", "mxfp4-mbs-s", "mxfp4-mbs-h", "nvf
 WEIGHTS_ONLY = ("mxfp4-mbs-d",)
 """searched, so too slow for the inputs of a running model: MBS-H is what uses it"""
 STORED = ("mxfp4-mbs-h", "mxfp8")
+KINDS = {"W4A16": False, "W4A4": True}
+"""whether inputs are rounded, too"""
+OCTAVE = 8
+"""scales 2^(i/8) of the Gaussian numbers: where a block's maximum lands is no chance then"""
 
 
 def qsnr_db(x: Tensor, rounded: Tensor) -> float:
@@ -65,7 +71,9 @@ def start_one_rank() -> None:
     )
 
 
-def trained_model(checkpoint: Path, steps: int, seed: int) -> tuple[nn.Module, Any]:
+def trained_model(
+    checkpoint: Path, steps: int, seed: int, held_out_per_domain: int | None = None
+) -> tuple[nn.Module, Any]:
     """Return the example model and its held-out requests; train it where the file is absent."""
     from lm import data
     from lm.model import build_model, preset
@@ -78,7 +86,7 @@ def trained_model(checkpoint: Path, steps: int, seed: int) -> tuple[nn.Module, A
     train_set, held_out = data.build_requests(
         seq_len=config.max_seq_len,
         train_per_domain=sizes.train_per_domain,
-        held_out_per_domain=sizes.held_out_per_domain,
+        held_out_per_domain=held_out_per_domain or sizes.held_out_per_domain,
         seed=seed,
     )
     if checkpoint.exists():
@@ -161,9 +169,9 @@ def rounded_experts(model: nn.Module, name: str, *, inputs: bool) -> Iterator[No
             hook.remove()
 
 
-def rounded_losses(model: nn.Module, requests: Any, name: str) -> Tensor:
-    """Return the losses with weights and inputs of the experts rounded to a format (W4A4)."""
-    with rounded_experts(model, name, inputs=True):
+def rounded_losses(model: nn.Module, requests: Any, name: str, *, inputs: bool) -> Tensor:
+    """Return the losses with the weights of the experts rounded to a format, and their inputs."""
+    with rounded_experts(model, name, inputs=inputs):
         return request_losses(model, requests)
 
 
@@ -202,55 +210,98 @@ def made_tensors(seed: int) -> dict[str, Tensor]:
         "Gaussian": torch.randn(SAMPLE),
         "Laplace": torch.distributions.Laplace(0.0, 1.0).sample(SAMPLE),
         "Student-t, 4 degrees": torch.distributions.StudentT(4.0).sample(SAMPLE),
+        "Student-t, 3 degrees": torch.distributions.StudentT(3.0).sample(SAMPLE),
     }
 
 
-def table(
-    model: nn.Module, held_out: Any, seed: int
-) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
-    """Return ``{format: {column: value}}`` and the W4A4 losses ``{format: [N]}``.
+def kurtosis(x: Tensor) -> float:
+    """Return the fourth standardized moment: 3 for Gaussian numbers, more for heavier tails."""
+    x = x.double() - x.double().mean()
+    return float(x.pow(4).mean() / x.square().mean().square())
+
+
+def octave(x: Tensor) -> dict[str, dict[str, float]]:
+    """Return the signal to noise of each 4-bit format over an octave of scales of ``x``."""
+    found = {}
+    for name in STEPS:
+        if name == "mxfp4-mbs-h":  # S or D, and the search of D takes long
+            continue
+        scaled = [x * 2 ** (i / OCTAVE) for i in range(OCTAVE)]
+        values = [qsnr_db(y, fake_quantize(y, name, role="activation")) for y in scaled]
+        found[f"{name}, Gaussian, an octave of scales"] = {
+            "QSNR, mean": statistics.fmean(values),
+            "QSNR, least": min(values),
+            "QSNR, largest": max(values),
+        }
+    return found
+
+
+Losses = dict[tuple[str, str], Tensor]
+"""losses of every request by (W4A16 or W4A4, format)"""
+
+
+def table(model: nn.Module, held_out: Any, seed: int) -> tuple[dict[str, dict[str, float]], Losses]:
+    """Return ``{format: {column: value}}`` and the losses.
 
     The row ``float32`` has the unrounded perplexity.
     """
     made = made_tensors(seed)
     weights = [linear.weight.data for _, linear in expert_linears(model)]
     inputs = [x for x in expert_inputs(model, held_out) if len(x) and bool(x.any())]
-    losses = {"float32": request_losses(model, held_out)}
-    unrounded = perplexity(losses["float32"])
-    rows = {"float32": {"W4A16 perplexity": unrounded, "W4A4 perplexity": unrounded}}
+    real = {"weights": ("weight", weights), "activations": ("activation", inputs)}
+    unrounded = perplexity(request_losses(model, held_out))
+    rows = {"float32": {f"{kind} perplexity": unrounded for kind in KINDS}}
+    for kind, x in made.items():
+        rows["float32"][f"{kind} kurtosis"] = kurtosis(x)
+    for kind, (_, tensors) in real.items():
+        rows["float32"][f"{kind} kurtosis"] = statistics.fmean(map(kurtosis, tensors))
+    losses: Losses = {}
     for name in FORMATS:
         row = {
             f"{kind} QSNR": qsnr_db(x, fake_quantize(x, name, role="weight"))
             for kind, x in made.items()
         }
-        for kind, role, tensors in (
-            ("weights", "weight", weights),
-            ("activations", "activation", inputs),
-        ):
+        for kind, (role, tensors) in real.items():
             row[f"{kind} QSNR"] = statistics.fmean(
                 qsnr_db(x, fake_quantize(x, name, role=role)) for x in tensors
             )
-        with rounded_experts(model, name, inputs=False):
-            row["W4A16 perplexity"] = perplexity(request_losses(model, held_out))
-        if name not in WEIGHTS_ONLY:
-            losses[name] = rounded_losses(model, held_out, name)
-            row["W4A4 perplexity"] = perplexity(losses[name])
+        for kind, inputs_too in KINDS.items():
+            if inputs_too and name in WEIGHTS_ONLY:
+                continue
+            losses[kind, name] = rounded_losses(model, held_out, name, inputs=inputs_too)
+            row[f"{kind} perplexity"] = perplexity(losses[kind, name])
         rows[name] = row
         print(f"  {name}", flush=True)
     return rows, losses
 
 
-def steps_between(losses: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-    """Return the loss of each format over the one before, with its standard error over requests."""
-    found = {}
-    for before, name in itertools.pairwise(STEPS):
-        difference = losses[name] - losses[before]
-        found[f"{name} minus {before}"] = {
-            "W4A4 loss difference": float(difference.mean()),
-            "W4A4 loss difference, standard error": float(
-                difference.std() / len(difference) ** 0.5
-            ),
-        }
+def step_losses(model: nn.Module, held_out: Any) -> Losses:
+    """Return the losses of the formats of ``STEPS`` alone."""
+    return {
+        (kind, name): rounded_losses(model, held_out, name, inputs=inputs)
+        for kind, inputs in KINDS.items()
+        for name in STEPS
+    }
+
+
+def steps_between(of_seeds: dict[int, Losses]) -> dict[str, dict[str, float]]:
+    """Return the loss of each format over the one before, request by request over all seeds.
+
+    The half-width of the 95 % interval is 1.96 standard errors of the mean over all requests; the
+    means of the models are there too, since requests of one model are not independent of it.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for kind in KINDS:
+        for before, name in itertools.pairwise(STEPS):
+            parts = {s: all_[kind, name] - all_[kind, before] for s, all_ in of_seeds.items()}
+            pooled = torch.cat(list(parts.values()))
+            row = found.setdefault(f"{name} minus {before}", {})
+            row[f"{kind} loss difference"] = float(pooled.mean())
+            row[f"{kind} loss difference, half of the 95 % interval"] = float(
+                1.96 * pooled.std() / len(pooled) ** 0.5
+            )
+            for seed, part in parts.items():
+                row[f"{kind} loss difference, seed {seed}"] = float(part.mean())
     return found
 
 
@@ -271,7 +322,7 @@ def stored(model: nn.Module, held_out: Any) -> dict[str, dict[str, float]]:
 
 
 def print_table(rows: dict[str, dict[str, float]]) -> None:
-    columns = list(rows["mxfp4"])
+    columns = list(dict.fromkeys([*rows["mxfp4"], *rows["float32"]]))
     print("| format | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 1) + "|")
     for name, row in rows.items():
@@ -279,8 +330,11 @@ def print_table(rows: dict[str, dict[str, float]]) -> None:
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 
-def csv_rows(rows: dict[str, dict[str, float]], steps: int) -> list[dict[str, Any]]:
-    note = f"example model, preset demo, {steps} steps, one process; expert MLPs only"
+def csv_rows(rows: dict[str, dict[str, float]], options: Any, count: int) -> list[dict[str, Any]]:
+    note = (
+        f"example model, preset demo, {options.steps} steps, one process; expert MLPs only; seeds "
+        f"{' '.join(map(str, options.seeds))}, {count} held-out requests of each; table: first seed"
+    )
     return [
         {
             "benchmark": "mx",
@@ -298,26 +352,38 @@ def csv_rows(rows: dict[str, dict[str, float]], steps: int) -> list[dict[str, An
 
 
 def _unit(column: str) -> str:
-    known = {"QSNR": "dB", "loss": "nats per byte", "bytes": "bytes"}
+    known = {"QSNR": "dB", "loss": "nats per byte", "bytes": "bytes", "kurtosis": "none"}
     return next((unit for word, unit in known.items() if word in column), "per byte")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, default=Path("runs/mx/model.pt"))
+    parser.add_argument("--checkpoints", type=Path, default=Path("runs/mx"))
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--held-out", type=int, default=192, help="requests per domain")
     parser.add_argument("--csv", type=Path, default=RESULTS)
     options = parser.parse_args()
     start_one_rank()
-    model, held_out = trained_model(options.checkpoint, options.steps, options.seed)
-    rows, losses = table(model, held_out, options.seed)
-    print_table(rows)
-    more = {**steps_between(losses), **stored(model, held_out)}
+    losses: dict[int, Losses] = {}
+    rows: dict[str, dict[str, float]] = {}
+    more: dict[str, dict[str, float]] = {}
+    count = 0
+    for seed in options.seeds:
+        path = options.checkpoints / f"model{seed}.pt"
+        model, held_out = trained_model(path, options.steps, seed, options.held_out)
+        count = len(held_out)
+        if not rows:
+            rows, losses[seed] = table(model, held_out, seed)
+            print_table(rows)
+            more = {**octave(made_tensors(seed)["Gaussian"]), **stored(model, held_out)}
+        else:
+            losses[seed] = step_losses(model, held_out)
+    more |= steps_between(losses)
     for name, row in more.items():
         print(f"{name}: " + ", ".join(f"{column} {value:.6g}" for column, value in row.items()))
     rows |= more
-    append_rows(options.csv, csv_rows(rows, options.steps), packages=("torch", "deepspeed"))
+    append_rows(options.csv, csv_rows(rows, options, count), packages=("torch", "deepspeed"))
 
 
 if __name__ == "__main__":
