@@ -45,9 +45,12 @@ def patterns(
     for pick in range(ids.shape[1]):
         key *= base
         key += ordered[:, pick] + 1
-    _, first, count = np.unique(key, return_index=True, return_counts=True)
-    kept = home[first].astype(np.int64) if home.size else np.zeros(0, np.int64)
-    return np.ascontiguousarray(ordered[first]), kept, count.astype(np.float64)
+    key, count = np.unique(key, return_counts=True)
+    found = np.empty((len(key), ids.shape[1]), dtype=ids.dtype)
+    for pick in reversed(range(ids.shape[1])):  # the key read back digit by digit
+        found[:, pick] = key % base - 1
+        key //= base
+    return found, key if home.size else np.zeros(0, np.int64), count.astype(np.float64)
 
 
 def polish(

@@ -162,16 +162,33 @@ def _swap(weight, cov, load, block_of, near, near_cov, block_load, block_var, e,
 @numba.njit(nogil=True, cache=True)
 def change_of_excess(cov, load, cap, deviations, near_cov, block_load, block_var, a, b, e, f):
     """What swapping e of block a with f of block b adds to the load above the cap."""
+    new = _excess_after(
+        cov, load, cap, deviations, near_cov, block_load, block_var, a, b, e, f, np.inf
+    )
+    new -= over(block_load[a], block_var[a], deviations, cap) + over(
+        block_load[b], block_var[b], deviations, cap
+    )
+    return new if abs(new) > _SLACK else 0.0
+
+
+@numba.njit(nogil=True, cache=True)
+def _excess_after(cov, load, cap, deviations, near_cov, block_load, block_var, a, b, e, f, most):
+    """Load of the blocks a and b above the cap once e of a and f of b are swapped.
+
+    Infinite where the block that gets the heavier expert is above it by more than ``most`` already.
+    """
     shift = load[f] - load[e]
+    if shift < 0:
+        a, b, e, f, shift = b, a, f, e, -shift
     var_a, var_b = block_var[a], block_var[b]
-    old = over(block_load[a], var_a, deviations, cap) + over(block_load[b], var_b, deviations, cap)
     if deviations > 0:
         own = cov[e, e] + cov[f, f] - 2 * cov[e, f]
         var_a += own - 2 * (near_cov[e, a] - near_cov[f, a])
         var_b += own - 2 * (near_cov[f, b] - near_cov[e, b])
     new = over(block_load[a] + shift, var_a, deviations, cap)
-    new += over(block_load[b] - shift, var_b, deviations, cap)
-    return new - old if abs(new - old) > _SLACK else 0.0
+    if new > most:
+        return np.inf
+    return new + over(block_load[b] - shift, var_b, deviations, cap)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -181,29 +198,38 @@ def _descend(
     """Swap until no swap helps: first less load above the cap, then more weight inside blocks."""
     n = len(block_of)
     order = np.arange(n)
+    above = np.empty(len(block_load))  # load above the cap of each block
+    for b in range(len(block_load)):
+        above[b] = over(block_load[b], block_var[b], deviations, cap)
     for _ in range(_SWEEPS):
         improved = False
         shuffle(order, state)
         for e in order:
-            a = block_of[e]
+            a = np.uint64(block_of[e])  # unsigned: no test for an index from the end
             best_f, best_excess, best_gain = -1, 0.0, 0.0
-            full = over(block_load[a], block_var[a], deviations, cap) > 0
+            row, of_e = weight[e], near[e]
             for f in range(n):
-                b = block_of[f]
+                b = np.uint64(block_of[f])
                 if b == a:
                     continue
-                gain = near[e, b] - near[e, a] + near[f, a] - near[f, b] - 2 * weight[e, f]
-                if gain <= best_gain and not full:
-                    full_b = over(block_load[b], block_var[b], deviations, cap) > 0
-                    if not full_b:  # only weight can speak for a swap of blocks below the cap
-                        continue
-                excess = change_of_excess(
-                    cov, load, cap, deviations, near_cov, block_load, block_var, a, b, e, f
+                gain = of_e[b] - of_e[a] + near[f, a] - near[f, b] - 2 * row[f]
+                full = above[a] + above[b]
+                if gain <= best_gain and -full >= best_excess:
+                    continue  # a swap takes away no more than what is above the cap
+                most = full + (best_excess if best_excess < 0 else _SLACK)
+                excess = _excess_after(
+                    cov, load, cap, deviations, near_cov, block_load, block_var, a, b, e, f, most
                 )
+                excess -= full
+                if abs(excess) <= _SLACK:
+                    excess = 0.0
                 if excess < best_excess or (excess == best_excess and gain > best_gain):
                     best_f, best_excess, best_gain = f, excess, gain
             if best_f >= 0:
+                b = block_of[best_f]
                 _swap(weight, cov, load, block_of, near, near_cov, block_load, block_var, e, best_f)
+                above[a] = over(block_load[a], block_var[a], deviations, cap)
+                above[b] = over(block_load[b], block_var[b], deviations, cap)
                 improved = True
         if not improved:
             break
