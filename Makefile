@@ -39,14 +39,15 @@ bench: $(READY) ## benchmarks that run on a CPU; rows go to benchmarks/results.c
 	@if [ -n "$$MOE_LOCALITY_DATA" ]; then $(PY) benchmarks/placement.py --csv benchmarks/results.csv; \
 	else echo "benchmarks/placement.py was not run: MOE_LOCALITY_DATA names no directory of traces"; fi
 
-bench-multinode: $(READY) ## one MoE layer on four nodes with slow links (docs/multinode.md); needs MOE_LOCALITY_DATA
-	$(PY) benchmarks/multinode.py --csv benchmarks/results.csv
+bench-multinode: $(READY) ## bytes and times on nodes with slow links, tables and pictures of docs/multinode.md; needs root, MOE_LOCALITY_DATA
+	$(PY) benchmarks/multinode.py --csv benchmarks/results.csv --page docs/multinode.md
 
 # It may run where there is no internet: it takes the python that has the CUDA torch, and installs nothing.
 GPU_PYTHON ?= python3
-PART       ?= build,test,sanitize,ours,peers
-gpu: ## build, test and measure the kernels on an NVIDIA GPU; PART=ours does one part, DRY=1 goes through it without a GPU
-	PYTHONPATH=. $(GPU_PYTHON) benchmarks/kernels.py --part $(PART) $(if $(DRY),--dry,--csv benchmarks/results.csv)
+PART       ?= build,test,sanitize,ours,peers,quantize
+PEERS      ?=
+gpu: ## build, test and measure the kernels on an NVIDIA GPU; PART=ours does one part, DRY=1 needs no GPU, PEERS=DIR holds peers (docs/kernels.md)
+	PYTHONPATH=.$(if $(PEERS),:$(PEERS)) $(GPU_PYTHON) benchmarks/kernels.py --part $(PART) $(if $(DRY),--dry,--csv benchmarks/results.csv)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis runs

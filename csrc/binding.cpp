@@ -165,6 +165,51 @@ void combine_backward(Tensor grad, Maybe rows, Tensor positions, Tensor row_toke
   check(moe_locality::combine_backward(a, stream_of(grad)), "combine_backward");
 }
 
+moe_locality::RowFormat row_format(int64_t mantissa_bits, int64_t block, int64_t scale_rule, bool mbs, int64_t code_bytes,
+                                   int64_t scale_start, int64_t row_bytes) {
+  moe_locality::RowFormat f{};
+  f.mantissa_bits = narrow(mantissa_bits);
+  f.block = narrow(block);
+  f.scale_rule = narrow(scale_rule);
+  f.mbs = mbs;
+  f.code_bytes = narrow(code_bytes);
+  f.scale_start = narrow(scale_start);
+  f.row_bytes = narrow(row_bytes);
+  return f;
+}
+
+void encode(Tensor x, Maybe positions, Maybe row_token, Tensor rows, int64_t mantissa_bits, int64_t block,
+            int64_t scale_rule, bool mbs, int64_t code_bytes, int64_t scale_start) {
+  torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  moe_locality::EncodeArgs a{};
+  a.x = x.const_data_ptr();  // rows may lie apart
+  a.positions = pointer<int32_t>(positions);
+  a.row_token = pointer<int32_t>(row_token);
+  a.rows = pointer<uint8_t>(rows);
+  a.x_stride = x.stride(0);
+  a.num_tokens = x.size(0);
+  a.num_rows = rows.size(0);
+  a.width = x.size(1);
+  a.top_k = positions.has_value() ? narrow(positions->size(1)) : 1;
+  a.dtype = dtype_of(x);
+  a.format = row_format(mantissa_bits, block, scale_rule, mbs, code_bytes, scale_start, rows.size(1));
+  check(moe_locality::encode(a, stream_of(x)), "encode");
+}
+
+void decode(Tensor rows, Maybe index, Tensor out, int64_t mantissa_bits, int64_t block, int64_t scale_rule, bool mbs,
+            int64_t code_bytes, int64_t scale_start) {
+  torch::stable::accelerator::DeviceGuard guard(rows.get_device_index());
+  moe_locality::DecodeArgs a{};
+  a.rows = pointer<uint8_t>(rows);
+  a.index = pointer<int32_t>(index);
+  a.out = pointer<void>(out);
+  a.num_rows = out.size(0);
+  a.width = out.size(1);
+  a.dtype = dtype_of(out);
+  a.format = row_format(mantissa_bits, block, scale_rule, mbs, code_bytes, scale_start, rows.size(1));
+  check(moe_locality::decode(a, stream_of(rows)), "decode");
+}
+
 moe_locality::GateArgs gate_args(const Tensor& logits, const Tensor& ids, bool sigmoid, bool renormalize, double scale,
                                  double tiny) {
   moe_locality::GateArgs a{};
@@ -225,6 +270,12 @@ STABLE_TORCH_LIBRARY(moe_locality_cuda, m) {
       "combine_backward(Tensor grad, Tensor? rows, Tensor positions, Tensor row_token, Tensor? slot_offsets, "
       "Tensor weights, Tensor(a!)? grad_rows, Tensor(b!)? grad_weights) -> ()");
   m.def(
+      "encode(Tensor x, Tensor? positions, Tensor? row_token, Tensor(a!) rows, int mantissa_bits, int block, "
+      "int scale_rule, bool mbs, int code_bytes, int scale_start) -> ()");
+  m.def(
+      "decode(Tensor rows, Tensor? index, Tensor(a!) out, int mantissa_bits, int block, int scale_rule, bool mbs, "
+      "int code_bytes, int scale_start) -> ()");
+  m.def(
       "gate(Tensor logits, Tensor? bias, Tensor(a!) ids, Tensor(b!) weights, int num_groups, int top_groups, "
       "bool sigmoid, bool sum_two, bool by_logit, bool renormalize, float scale, float tiny) -> ()");
   m.def(
@@ -242,6 +293,8 @@ STABLE_TORCH_LIBRARY_IMPL(moe_locality_cuda, CUDA, m) {
   m.impl("permute", TORCH_BOX(&permute));
   m.impl("combine", TORCH_BOX(&combine));
   m.impl("combine_backward", TORCH_BOX(&combine_backward));
+  m.impl("encode", TORCH_BOX(&encode));
+  m.impl("decode", TORCH_BOX(&decode));
   m.impl("gate", TORCH_BOX(&gate));
   m.impl("gate_backward", TORCH_BOX(&gate_backward));
 }

@@ -81,6 +81,42 @@ struct CombineBackwardArgs {
 
 int combine_backward(const CombineBackwardArgs& args, void* stream);
 
+enum ScaleRule : int32_t { kFloorScale = 0, kOasScale = 1, kFloat32Scale = 2 };
+
+// An encoded row is [codes | factors | gap | scales | zeros]: see moe_locality/quantization/mx_formats.py.
+struct RowFormat {
+  int32_t mantissa_bits;  // 1: E2M1, two codes a byte; 3: E4M3; 2: E5M2
+  int32_t block;          // elements of a scale: 16, 32 or 128
+  int32_t scale_rule;     // ScaleRule
+  int32_t mbs;            // one factor for 128 elements
+  int32_t code_bytes, scale_start, row_bytes;
+};
+
+struct EncodeArgs {
+  const void* x;             // [T, D] of dtype, x_stride elements between tokens
+  const int32_t* positions;  // [T, K], null = a token is its row
+  const int32_t* row_token;  // [N], its rows without a token become zeros; null = there are none
+  uint8_t* rows;             // [N, row_bytes]
+  int64_t x_stride, num_tokens, num_rows, width;
+  int32_t top_k, dtype;
+  RowFormat format;
+};
+
+// rows[positions[t, k]] = encoded x[t]: each token is read and quantized once.
+int encode(const EncodeArgs& args, void* stream);
+
+struct DecodeArgs {
+  const uint8_t* rows;   // [R, row_bytes]
+  const int32_t* index;  // [N], null = row n; -1 gives zeros
+  void* out;             // [N, D] of dtype
+  int64_t num_rows, width;
+  int32_t dtype;
+  RowFormat format;
+};
+
+// out[n] = decoded rows[index[n]]
+int decode(const DecodeArgs& args, void* stream);
+
 struct GateArgs {
   const void* logits;         // [T, E] of dtype, stride between tokens below
   const float* bias;          // [E], null = none

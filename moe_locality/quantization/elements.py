@@ -16,6 +16,9 @@ EMAX = {"e2m1": 2, "e4m3": 8, "e5m2": 15}
 MAX = {"e2m1": 6.0, "e4m3": 448.0, "e5m2": 57344.0}
 """The largest finite number."""
 
+MANTISSA_BITS = {"e2m1": 1, "e4m3": 3, "e5m2": 2}
+EXPONENT_BIAS = {"e2m1": 1, "e4m3": 7, "e5m2": 15}
+
 _DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 _TINY_SHIFT = 24
 _SMALLEST_NORMAL = 2.0**-126

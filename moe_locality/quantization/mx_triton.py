@@ -17,12 +17,15 @@ from moe_locality.errors import ConfigError
 from moe_locality.quantization import elements as el
 from moe_locality.quantization import triton_codec
 from moe_locality.quantization.mx_formats import MACRO_BLOCK, Format, row_layout, section_bytes
-from moe_locality.quantization.rows import check_activations, check_buffer, check_row_format
+from moe_locality.quantization.rows import (
+    check_activations,
+    check_buffer,
+    check_row_format,
+    inverse_positions,
+)
 
 _kernels: Any = triton_codec  # a launch, kernel[grid](...), is beyond type checkers
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_MANTISSA_BITS = {"e2m1": 1, "e4m3": 3, "e5m2": 2}
-_EXPONENT_BIAS = {"e2m1": 1, "e4m3": 7, "e5m2": 15}
 _CHUNK = 1024
 _PADDING_ROWS = 32
 
@@ -57,30 +60,20 @@ def permute_encode(
     return out
 
 
-def inverse_positions(row_token: Tensor, num_tokens: int) -> Tensor:
-    """Return ``[T, K] int64``: the rows of each token in rising order, -1 where it has fewer than
-    K, the largest number of rows of a token.
-    """
-    rows = torch.arange(row_token.shape[0], device=row_token.device)
-    owned = row_token >= 0
-    token, order = torch.sort(row_token[owned].long(), stable=True)
-    counts = torch.bincount(token, minlength=num_tokens)
-    most = int(counts.max()) if counts.numel() else 0
-    nth = torch.arange(token.shape[0], device=token.device) - (counts.cumsum(0) - counts)[token]
-    positions = torch.full((num_tokens, most), -1, dtype=torch.int64, device=row_token.device)
-    positions[token, nth] = rows[owned][order]
-    return positions
-
-
-def decode_rows(buffer: Tensor, format: str, width: int, dtype: torch.dtype) -> Tensor:
+def decode_rows(
+    buffer: Tensor, format: str, width: int, dtype: torch.dtype, *, index: Tensor | None = None
+) -> Tensor:
     """Do what ``rows.decode_rows`` does; the same floats."""
     fmt = check_row_format(format)
     check_buffer(buffer, format, width)
-    out = torch.empty((buffer.shape[0], width), dtype=dtype, device=buffer.device)
+    count = buffer.shape[0] if index is None else index.shape[0]
+    out = torch.empty((count, width), dtype=dtype, device=buffer.device)
     if out.numel():
-        _kernels.decode_kernel[(buffer.shape[0],)](
+        _kernels.decode_kernel[(count,)](
             buffer.contiguous(),
+            buffer if index is None else index.contiguous(),
             out.view(torch.int16) if dtype == torch.bfloat16 else out,
+            IN_ORDER=index is not None,
             OUT=_FLOATS[dtype],
             LARGEST=torch.finfo(dtype).max,
             **_decode_constants(fmt, width),
@@ -126,8 +119,8 @@ def _decode_constants(fmt: Format, width: int) -> dict[str, Any]:
         "WIDTH": width,
         "CHUNK": min(_CHUNK, max(MACRO_BLOCK, 1 << (width - 1).bit_length())),
         "BLOCK": fmt.block,
-        "MBITS": _MANTISSA_BITS[fmt.element],
-        "EBIAS": _EXPONENT_BIAS[fmt.element],
+        "MBITS": el.MANTISSA_BITS[fmt.element],
+        "EBIAS": el.EXPONENT_BIAS[fmt.element],
         "MBS": fmt.factor_rule is not None,
         "FP32_SCALE": fmt.scale_rule == "fp32",
         "CODE_BYTES": section_bytes(fmt, width)[0],

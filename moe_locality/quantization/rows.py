@@ -75,14 +75,20 @@ def encode_rows(x: Tensor, format: str) -> Tensor:
     return buffer
 
 
-def decode_rows(buffer: Tensor, format: str, width: int, dtype: torch.dtype) -> Tensor:
+def decode_rows(
+    buffer: Tensor, format: str, width: int, dtype: torch.dtype, *, index: Tensor | None = None
+) -> Tensor:
     """Return the floats ``[N, width]`` of encoded rows ``[N, row_bytes(format, width)]``.
+
+    ``index [M]`` asks for these rows in this order, ``[M, width]``: zeros where it is -1.
 
     Raises:
         ConfigError: the buffer is not what rows of that format and width look like.
     """
     fmt = check_row_format(format)
     check_buffer(buffer, format, width)
+    if index is not None:
+        buffer = _rows_of(buffer, index)
     codes, factors, scales = (
         buffer[:, start:stop].contiguous() for start, stop in _sections(fmt, width)
     )
@@ -102,11 +108,30 @@ def permute_encode(x: Tensor, row_token: Tensor, format: str) -> Tensor:
     """Encode each token ``x [T, D]`` once and return the rows ``[R, row_bytes]`` of ``row_token
     [R]``; a row of token -1 (padding) is zeros, which decode to zeros.
     """
-    encoded = encode_rows(x, format)
-    if not row_token.numel() or not x.shape[0]:
-        return encoded.new_zeros((row_token.shape[0], encoded.shape[1]))
-    rows = encoded.index_select(0, row_token.clamp(min=0).long())
-    return rows.masked_fill_((row_token < 0)[:, None], 0)
+    return _rows_of(encode_rows(x, format), row_token)
+
+
+def inverse_positions(row_token: Tensor, num_tokens: int) -> Tensor:
+    """Return ``[T, K] int64``: the rows of each token in rising order, -1 where it has fewer than
+    K, the largest number of rows of a token.
+    """
+    rows = torch.arange(row_token.shape[0], device=row_token.device)
+    owned = row_token >= 0
+    token, order = torch.sort(row_token[owned].long(), stable=True)
+    counts = torch.bincount(token, minlength=num_tokens)
+    most = int(counts.max()) if counts.numel() else 0
+    nth = torch.arange(token.shape[0], device=token.device) - (counts.cumsum(0) - counts)[token]
+    positions = torch.full((num_tokens, most), -1, dtype=torch.int64, device=row_token.device)
+    positions[token, nth] = rows[owned][order]
+    return positions
+
+
+def _rows_of(encoded: Tensor, index: Tensor) -> Tensor:
+    """``encoded[index]``, zeros where it is -1: they decode to zeros."""
+    if not index.numel() or not encoded.shape[0]:
+        return encoded.new_zeros((index.shape[0], encoded.shape[1]))
+    rows = encoded.index_select(0, index.clamp(min=0).long())
+    return rows.masked_fill_((index < 0)[:, None], 0)
 
 
 def _as_float32(raw: Tensor) -> Tensor:

@@ -228,6 +228,7 @@ def _decode_elements(codes, MBITS: tl.constexpr, EBIAS: tl.constexpr):
 @triton.jit
 def decode_kernel(
     in_ptr,
+    index_ptr,
     out_ptr,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -241,26 +242,32 @@ def decode_kernel(
     ROW_BYTES: tl.constexpr,
     LARGEST: tl.constexpr,
     OUT: tl.constexpr,
+    IN_ORDER: tl.constexpr,
 ):
+    """Row n is the decoded row index[n]; of index -1 it is zeros, and nothing is read for it."""
     row = tl.program_id(0).to(tl.int64)
-    base = in_ptr + row * ROW_BYTES
+    source = row
+    if IN_ORDER:
+        source = tl.load(index_ptr + row).to(tl.int64)
+    base = in_ptr + source * ROW_BYTES
     for start in range(0, WIDTH, CHUNK):
         cols = start + tl.arange(0, CHUNK)
         inside = cols < WIDTH
+        known = inside & (source >= 0)
         if MBITS == 1:
-            byte = tl.load(base + cols // 2, mask=inside, other=0).to(tl.int32)
+            byte = tl.load(base + cols // 2, mask=known, other=0).to(tl.int32)
             codes = (byte >> ((cols % 2) * 4)) & 15
         else:
-            codes = tl.load(base + cols, mask=inside, other=0).to(tl.int32)
+            codes = tl.load(base + cols, mask=known, other=0).to(tl.int32)
         values = _decode_elements(codes, MBITS, EBIAS)
         if MBS:
-            m8 = tl.load(base + CODE_BYTES + cols // 128, mask=inside, other=0)
+            m8 = tl.load(base + CODE_BYTES + cols // 128, mask=known, other=0)
             values = tl.div_rn(values, 1.0 + m8.to(tl.float32) * 0.00390625)
         if FP32_SCALE:
             words = (base + SCALE_START).to(tl.pointer_type(tl.float32))
-            scale = tl.load(words + cols // BLOCK, mask=inside, other=0.0)
+            scale = tl.load(words + cols // BLOCK, mask=known, other=0.0)
         else:
-            e8m0 = tl.load(base + SCALE_START + cols // BLOCK, mask=inside, other=0).to(tl.int32)
+            e8m0 = tl.load(base + SCALE_START + cols // BLOCK, mask=known, other=0).to(tl.int32)
             bits = tl.where(e8m0 == 0, 0x00400000, e8m0 << 23)
             bits = tl.where(e8m0 == 255, 0x7FC00000, bits)
             scale = bits.to(tl.float32, bitcast=True)

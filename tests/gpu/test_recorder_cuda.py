@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("pyarrow")
+pytest.importorskip("pydantic")
+
 from moe_locality.trace import read_trace
 from moe_locality.trace.recorder import attach
 from moe_locality.trace.recorder.ring import Ring

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moe_locality.errors import BackendUnavailable, ConfigError
+from moe_locality.kernels import cuda_impl
 from moe_locality.quantization import codec, rows
 
 HERE = Path(__file__).parent
@@ -43,7 +44,8 @@ for name in ("fp8", "mxfp8", "mxfp4", "mxfp4-mbs-s"):
     pointers = {"x_ptr": "*i16", "positions_ptr": "*i32", "out_ptr": "*u8", "x_stride": "i32"}
     compile(kernels.encode_kernel, pointers, constants)
     constants = m._decode_constants(fmt, 2048) | {"OUT": 1, "LARGEST": 3.3895313892515355e38}
-    compile(kernels.decode_kernel, {"in_ptr": "*u8", "out_ptr": "*i16"}, constants)
+    pointers = {"in_ptr": "*u8", "index_ptr": "*i32", "out_ptr": "*i16"}
+    compile(kernels.decode_kernel, pointers, constants | {"IN_ORDER": True})
 pointers = {"row_token_ptr": "*i32", "out_ptr": "*u8", "num_rows": "i32"}
 compile(kernels.zero_padding_kernel, pointers, {"ROW_BYTES": 1168, "ROWS": 32})
 """
@@ -81,6 +83,9 @@ def test_the_codec_takes_the_reference_on_the_cpu():
     back = codec.decode_rows(encoded, "mxfp4-mbs-s", 70, torch.bfloat16)
     assert torch.equal(back, rows.decode_rows(encoded, "mxfp4-mbs-s", 70, torch.bfloat16))
     row_token = torch.tensor([4, -1, 0])
+    in_order = codec.decode_rows(encoded, "mxfp4-mbs-s", 70, torch.bfloat16, index=row_token)
+    assert torch.equal(in_order[[0, 2]], back[[4, 0]])
+    assert not in_order[1].any()
     assert torch.equal(
         codec.permute_encode(x, row_token, "fp8"), rows.permute_encode(x, row_token, "fp8")
     )
@@ -88,7 +93,10 @@ def test_the_codec_takes_the_reference_on_the_cpu():
 
 def test_the_codec_says_what_is_missing(monkeypatch):
     x = torch.zeros(1, 4)
-    with pytest.raises(ConfigError, match="expected auto, reference or triton"):
+    with pytest.raises(ConfigError, match="expected auto, reference, triton, cuda"):
+        codec.encode_rows(x, "fp8", backend="fast")  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(cuda_impl, "why_unavailable", lambda: "there is no extension")
+    with pytest.raises(BackendUnavailable, match=r"there is no extension.*MOE_LOCALITY_CUDA=1"):
         codec.encode_rows(x, "fp8", backend="cuda")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BackendUnavailable, match="pip install triton"):

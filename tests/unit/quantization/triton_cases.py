@@ -49,6 +49,17 @@ def test_encode_and_decode(name, dtype, width):
         assert same_bits(found, rows.decode_rows(encoded, name, width, out))
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_decode_in_any_order(name):
+    encoded = rows.encode_rows(rows_of_all_kinds(140, torch.bfloat16), name)
+    index = torch.tensor([7, -1, 0, 0, 3, -1, 6, 5, 1, 2], dtype=torch.int32)
+    found = mx_triton.decode_rows(encoded, name, 140, torch.bfloat16, index=index)
+    wanted = rows.decode_rows(encoded, name, 140, torch.bfloat16)
+    assert same_bits(found[index >= 0], wanted[index[index >= 0].long()])
+    assert not found[index < 0].any()
+    assert same_bits(rows.decode_rows(encoded, name, 140, torch.bfloat16, index=index), found)
+
+
 @pytest.mark.parametrize("name", ["fp8", "mxfp8", "mxfp4-mbs-s"])
 def test_several_chunks(name):
     x = rows_of_all_kinds(2100, torch.bfloat16)
