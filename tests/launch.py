@@ -35,7 +35,7 @@ def _rank_main(fn, rank, world_size, args, store, queue, deepspeed, timeout_s):
             "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=limit
         )
         if deepspeed:
-            _init_deepspeed(limit)
+            init_deepspeed(limit)
         result = fn(rank, world_size, *args)
         queue.put((rank, True, result))
         dist.barrier()
@@ -51,7 +51,7 @@ def _rank_main(fn, rank, world_size, args, store, queue, deepspeed, timeout_s):
     os._exit(0)
 
 
-def _init_deepspeed(limit):
+def init_deepspeed(limit):
     import deepspeed
     import deepspeed.ops
 

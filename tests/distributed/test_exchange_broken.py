@@ -1,54 +1,94 @@
-"""A rank that leaves in the middle of an exchange: the others are told what that means, soon."""
+"""A rank that leaves in the middle of an exchange: the others are told which, soon."""
 
 import multiprocessing
 import os
+import signal
+import socket
+import time
 import traceback
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from moe_locality.dispatch import TokenDispatcher
+from moe_locality.dispatch import TokenDispatcher, notes
 from moe_locality.errors import MoeLocalityError
+from tests.launch import preload
 
-LIMIT_S = 60
+WAIT_S = 6  # of the process group
+LIMIT_S = 60  # on a machine that does other things too
 
 
-def on_rank(rank, folder):
+def leaves(how):
+    if how == "hangs":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    os._exit(1)
+
+
+def on_rank(rank, folder, victim, how, store):
     try:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{folder}/store",
-            rank=rank,
-            world_size=2,
-            timeout=timedelta(seconds=LIMIT_S),
-        )
-        dispatcher = TokenDispatcher(num_slots=4, num_ranks=2)
-        x, slots = torch.randn(6, 8), torch.arange(6).reshape(6, 1) % 4
+        limit = timedelta(seconds=WAIT_S)
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=3, timeout=limit)
+        dispatcher = TokenDispatcher(num_slots=6, num_ranks=3)
+        x, slots = torch.randn(6, 8), torch.arange(6).reshape(6, 1) % 6
         dispatcher.dispatch(x, slots, torch.ones(6, 1))
-        if rank == 1:
-            os._exit(1)
+        if rank == victim:
+            leaves(how)
+        started = time.monotonic()
         try:
             for _ in range(3):
                 dispatcher.dispatch(x, slots, torch.ones(6, 1))
         except MoeLocalityError as error:
-            (folder / "message").write_text(str(error))
+            took = time.monotonic() - started
+            (folder / f"{how}-{rank}").write_text(f"{took:.1f} s: {error}")
+            time.sleep(1)  # rank 0 may hold the store
     except BaseException:
         traceback.print_exc()
     os._exit(0)
 
 
-def test_the_survivor_is_told_that_another_rank_is_gone(tmp_path):
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_the_survivors_are_told_which_rank_is_gone(tmp_path):
+    """It ends; it hangs; or it ends and takes the store with it."""
+    preload(deepspeed=False)
     context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=on_rank, args=(rank, tmp_path)) for rank in range(2)]
-    for process in ranks:
+    cases = {
+        "ends": (1, f"file://{tmp_path}/store1"),
+        "hangs": (2, f"file://{tmp_path}/store2"),
+        "took the store": (0, f"tcp://127.0.0.1:{free_port()}"),
+    }
+    ranks = [
+        (how, rank, context.Process(target=on_rank, args=(rank, tmp_path, victim, how, store)))
+        for how, (victim, store) in cases.items()
+        for rank in range(3)
+    ]
+    for _, _, process in ranks:
         process.start()
-    for process in ranks:
-        process.join(LIMIT_S / 2)
-    alive = [process for process in ranks if process.is_alive()]
-    for process in alive:
+    deadline = time.monotonic() + LIMIT_S
+    waited = [(how, rank) for how, rank, _ in ranks if rank != cases[how][0]]
+    for how, rank, process in ranks:
+        if (how, rank) in waited:
+            process.join(max(0.0, deadline - time.monotonic()))
+    alive = [(how, rank) for how, rank, process in ranks if process.is_alive()]
+    for _, _, process in ranks:
         process.kill()
-    assert not alive, "the survivor still waits"
-    message = (tmp_path / "message").read_text()
-    assert "another rank died or left before this one" in message
-    assert "The backend says: " in message
+        process.join()
+    assert set(alive) <= {("hangs", 2)}, "survivors still wait"
+    expected = {
+        "ends": "The processes of ranks [1] have ended",
+        "hangs": f"Ranks [2] gave no sign within {notes.WAIT_S:g} s",
+        "took the store": "rank 0 or the launcher, which holds it, has ended",
+    }
+    for how, rank in waited:
+        message = (tmp_path / f"{how}-{rank}").read_text()
+        assert expected[how] in message, (how, rank, message)
+        assert "another rank died or left before this one" in message
+        assert f"token counts of layer 0, call 2 with ranks [0, 1, 2] broke off on rank {rank}" in (
+            message
+        )
+        assert "The backend says: " in message

@@ -1,0 +1,135 @@
+"""Shared by the tests of faults: a small model in an engine, and ranks of which some die."""
+
+import faulthandler
+import json
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import moe_locality
+from tests.launch import init_deepspeed, preload
+
+WORLD, VICTIM = 4, 2
+EXPERTS, WIDTH, LAYERS = 8, 16, 2
+WAIT_S = 15  # of the process group: how long a rank waits for one that still lives
+END_S = 60  # all ranks have ended by then, on a machine that does other things too
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        expert = nn.Sequential(nn.Linear(WIDTH, 24), nn.GELU(), nn.Linear(24, WIDTH))
+        self.moe = nn.ModuleList(
+            moe_locality.MoE(
+                WIDTH, expert, num_experts=EXPERTS, ep_size=WORLD, k=3, drop_tokens=False
+            )
+            for _ in range(LAYERS)
+        )
+        self.skipped: tuple[int, ...] = ()
+
+    def forward(self, x):
+        for number, layer in enumerate(self.moe):
+            if number not in self.skipped:
+                x = x + layer(x)[0]
+        return x.square().mean()
+
+
+def start(exchange="hierarchical", trace=None):
+    section = {
+        "dispatch": {"exchange": exchange},
+        "cluster": {"num_nodes": 2, "ranks_per_node": 2},
+    }
+    if trace is not None:
+        section["trace"] = {"path": str(trace), "shard_tokens": 64}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+        "moe_locality": section,
+    }
+    net = Net()
+    return moe_locality.initialize(
+        model=net, model_parameters=list(net.parameters()), config=config
+    )[0]
+
+
+def batch(step, rank):
+    """Ranks have different numbers of tokens; one has none in some steps."""
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    return torch.randn((5 * rank * step) % 60, WIDTH, generator=generator)
+
+
+def train(engine, steps, rank):
+    losses = []
+    for step in steps:
+        loss = engine(batch(step, rank)).nan_to_num()
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss))
+    return losses
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_together(fault, folder: Path, *args, world: int = WORLD) -> tuple[dict[int, dict], float]:
+    """Run ``fault(rank, folder, *args)`` on all ranks, of which some die or fail.
+
+    Returns what each surviving rank said, and the seconds from the fault until all had ended.
+    """
+    preload(deepspeed=True)
+    context = multiprocessing.get_context("fork")
+    ranks = [
+        context.Process(target=one_rank, args=(fault, rank, world, folder, args), daemon=True)
+        for rank in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    wait_until = time.monotonic() + 120 + END_S
+    for process in ranks:
+        process.join(max(0.0, wait_until - time.monotonic()))
+    ended = time.time()
+    alive = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+    for process in ranks:
+        process.kill()
+        process.join()
+    assert not alive, f"ranks {alive} still wait"
+    said = {
+        rank: json.loads((folder / f"said-{rank}").read_text())
+        for rank in range(world)
+        if (folder / f"said-{rank}").exists()
+    }
+    return said, ended - (folder / "fault").stat().st_mtime
+
+
+def one_rank(fault, rank, world, folder, args):
+    said = {"error": None, "text": "", "result": None}
+    faulthandler.disable()  # the backend may end this process
+    try:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", LOCAL_SIZE=str(world))
+        torch.set_num_threads(1)
+        limit = timedelta(seconds=WAIT_S)
+        store = f"file://{folder}/store"
+        dist.init_process_group(
+            "gloo", init_method=store, rank=rank, world_size=world, timeout=limit
+        )
+        init_deepspeed(limit)
+        said["result"] = fault(rank, folder, *args)
+    except BaseException as error:
+        said.update(error=type(error).__name__, text=str(error), trace=traceback.format_exc())
+    (folder / f"said-{rank}").write_text(json.dumps(said))
+    os._exit(0)
+
+
+def note_fault(folder):
+    (folder / "fault").touch()

@@ -1,0 +1,97 @@
+"""A rank that leaves out an MoE layer: all ranks end with the same error, which names it."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moe_locality.dispatch.place import RanksApart
+from moe_locality.errors import MoeLocalityError
+from tests.distributed.fault_cases import (
+    END_S,
+    VICTIM,
+    WORLD,
+    batch,
+    end_together,
+    note_fault,
+    start,
+    train,
+)
+from tests.launch import run_ranks
+
+
+def forwards(engine, steps, rank):
+    with torch.no_grad():
+        for step in steps:
+            engine(batch(step, rank))
+
+
+def skips_in_many_ways(rank, world):
+    """What each exchange says where a rank skips the first layer, or the last one, and where a
+    rank runs a layer twice; between them, all is well.
+    """
+    said = {}
+    for exchange in ("flat", "hierarchical"):
+        engine = start(exchange)
+        train(engine, range(1, 3), rank)
+        layers = list(engine.module.moe)
+        for case, skipped, order in (
+            ("first", (0,), layers),
+            ("last", (1,), layers),
+            ("twice", (), [layers[0], *layers]),
+        ):
+            if rank == VICTIM:
+                engine.module.skipped = skipped
+                engine.module.moe = torch.nn.ModuleList(order)
+            with pytest.raises(MoeLocalityError) as caught:
+                (train if case == "first" else forwards)(engine, range(3, 6), rank)
+            said[exchange, case] = type(caught.value), str(caught.value)
+            engine.module.skipped, engine.module.moe = (), torch.nn.ModuleList(layers)
+            for layer in layers:  # as after a restart
+                layer.deepspeed_moe.place.calls = 0
+            forwards(engine, range(1, 3), rank)
+    return said
+
+
+STOOD = {  # layers of the other ranks and of the victim
+    "first": ("layer 0 (moe.0), call 3", "layer 1 (moe.1), call 3"),
+    "last": ("layer 1 (moe.1), call 3", "layer 0 (moe.0), call 4"),
+    "twice": ("layer 1 (moe.1), call 3", "layer 0 (moe.0), call 4"),
+}
+
+
+def test_a_rank_that_skips_or_repeats_a_layer_is_named_on_all_ranks():
+    per_rank = run_ranks(skips_in_many_ways, WORLD, deepspeed=True)
+    for (exchange, case), (others, victim) in (
+        ((exchange, case), STOOD[case]) for exchange in ("flat", "hierarchical") for case in STOOD
+    ):
+        said = [found[exchange, case] for found in per_rank]
+        assert all(kind is RanksApart for kind, _ in said), said
+        for rank, (_, message) in enumerate(said):
+            if case == "first":  # what was called before it differs from case to case
+                assert f"ranks [{VICTIM}] at {victim}" in message, (exchange, case, rank, message)
+                assert f"at {others}" in message, (exchange, case, rank, message)
+            assert f"what ranks [{VICTIM}] did differently" in message, (exchange, case, message)
+        if exchange == "flat":
+            assert len({message for _, message in said}) == 1
+
+
+def skips_the_last_in_training(rank, folder):
+    """Its backward pass then meets the counts of the others, where no header is expected."""
+    engine = start("hierarchical")
+    train(engine, range(1, 3), rank)
+    dist.barrier()
+    if rank == VICTIM:
+        note_fault(folder)
+        engine.module.skipped = (1,)
+    return train(engine, range(3, 6), rank)
+
+
+def test_nobody_waits_where_a_backward_pass_meets_the_counts_of_a_layer(tmp_path):
+    """The backend ends some ranks itself, by the sizes; the others say so. Nobody goes on."""
+    said, seconds = end_together(skips_the_last_in_training, tmp_path)
+    assert seconds < END_S
+    assert said
+    for words in said.values():
+        assert words["result"] is None
+        assert words["error"] in ("MoeLocalityError", "RanksApart"), words
+        assert "ranks [" in words["text"]
