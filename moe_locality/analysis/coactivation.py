@@ -107,11 +107,12 @@ def _count_layers(
 
     layers = ids.shape[1]
     pairs = np.zeros((layers, num_experts, num_experts), np.uint32)
-    load = np.zeros((layers, num_experts), np.int64)
+    load = np.zeros((layers, 1, num_experts), np.int64)
+    unit = np.zeros(len(ids), np.int64)
     over_layers(
-        lambda first, last: add_pairs(ids, first, last, pairs, load), layers, threads=threads
+        lambda first, last: add_pairs(ids, unit, first, last, pairs, load), layers, threads=threads
     )
-    return pairs, load
+    return pairs, load[:, 0]
 
 
 def pair_counts(trace: RoutingTrace) -> np.ndarray:

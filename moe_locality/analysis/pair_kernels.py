@@ -9,21 +9,22 @@ the last-level cache, large enough that the table of a layer pays for being fetc
 
 
 @numba.njit(nogil=True, cache=True)
-def add_pairs(ids, first, last, pairs, load):
-    """Count the layers ``first`` to ``last`` of ids [T, L, K] into pairs [L, E, E] and load [L, E].
+def add_pairs(ids, unit, first, last, pairs, load):
+    """Count the layers ``first`` to ``last`` of ids [T, L, K] into pairs [L, E, E] and, by unit
+    (request, say) [T] of the token, into load [L, U, E].
 
     A pair (e, f) is counted in pairs[e, f] or in pairs[f, e], whichever order the token has it in.
     Negative ids are no picks. Threads may share the tables when their layers differ.
     """
     tokens, picks = ids.shape[0], ids.shape[2]
-    num = np.uint64(load.shape[1])
+    num = np.uint64(load.shape[2])
     found = np.empty(picks, dtype=np.uint64)  # unsigned: no test for an index from the end
     for start in range(0, tokens, BLOCK_TOKENS):
         stop = min(start + BLOCK_TOKENS, tokens)
         for layer in range(first, last):
             table = pairs[layer].ravel()
-            row = load[layer]
             for token in range(start, stop):
+                row = load[layer, unit[token]]
                 count = 0
                 for pick in range(picks):
                     e = ids[token, layer, pick]
@@ -32,6 +33,6 @@ def add_pairs(ids, first, last, pairs, load):
                         count += 1
                 for i in range(count):
                     e = found[i]
-                    row[e] += 1
+                    row[e] += np.uint32(1)
                     for j in range(i):
                         table[e * num + found[j]] += np.uint32(1)

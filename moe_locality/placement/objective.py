@@ -105,8 +105,8 @@ def evaluate(
         rows["copies"], rows["picks"], rows["link"] = nothing, nothing, nothing
     else:
         totals = _traffic_costs(frame, by_rank, rows, row_bytes or 1)
-    rows["node_imbalance"] = imbalance(_by_node(served, frame.node_of_rank, axis=1))
-    rows["rank_imbalance"] = imbalance(served)
+    rows["node_imbalance"] = max_over_mean(_by_node(served, frame.node_of_rank, axis=1))
+    rows["rank_imbalance"] = max_over_mean(served)
     rows["straggler"], rows["distinct"] = _batch_costs(frame, batch_tokens)
     rows["move"] = _moved(frame, plan, baseline)
     if expert_bytes is not None:
@@ -140,7 +140,7 @@ def traffic_matrix(
     return matrix if per_layer else matrix.sum(axis=0)
 
 
-def imbalance(loads: np.ndarray) -> np.ndarray:
+def max_over_mean(loads: np.ndarray) -> np.ndarray:
     """max / mean along the last axis; 1 where nothing is loaded."""
     mean = loads.mean(axis=-1)
     return np.where(mean > 0, loads.max(axis=-1) / np.where(mean > 0, mean, 1), 1.0)
@@ -151,11 +151,12 @@ def _rank_traffic(frame: Frame) -> np.ndarray:
     layers, ranks = frame.num_layers, frame.num_ranks
     matrix = np.zeros((layers, ranks, ranks))
     shares = frame.picks_by_home()  # [L, G, E]; without homes one row, the same for every home
+    served_rank = frame.served_rank
     for layer in range(layers):
         for home in range(ranks):
             counts = shares[layer, home if frame.home_rank is not None else 0]
             matrix[layer, home] = np.bincount(
-                frame.served_rank[layer, home], weights=counts, minlength=ranks
+                served_rank[layer, home], weights=counts, minlength=ranks
             )
     return matrix if frame.home_rank is not None else matrix / ranks
 
@@ -186,7 +187,7 @@ def _batch_costs(frame: Frame, batch_tokens: int) -> tuple[np.ndarray, np.ndarra
     batches = 0
     straggler, distinct = np.zeros(frame.num_layers), np.zeros(frame.num_layers)
     for loads, active in frame.rank_batches(batch_tokens):  # [B, L, G] each
-        straggler += imbalance(loads).sum(axis=0)
+        straggler += max_over_mean(loads).sum(axis=0)
         distinct += active.mean(axis=2).sum(axis=0)
         batches += len(loads)
     return straggler / batches, distinct / batches

@@ -71,7 +71,7 @@ def partition_mtkahypar(problem: Problem, preset: str) -> Solution:
         PlacementError: replicas, or an unknown preset.
     """
     from moe_locality.placement.bounds.layer_tokens import LayerTokens
-    from moe_locality.placement.search.swaps import count_pairs
+    from moe_locality.placement.search.nodes import pairs_of_layer
 
     trace, nodes = problem.trace, problem.num_nodes
     if problem.num_slots != trace.num_experts:
@@ -92,8 +92,7 @@ def partition_mtkahypar(problem: Problem, preset: str) -> Solution:
             if nodes > 1
             else np.zeros(trace.num_experts, dtype=np.int64)
         )
-        weight, _ = count_pairs(ids, trace.num_experts)
-        block_of = equalize(block_of, weight, nodes)
+        block_of = equalize(block_of, pairs_of_layer(ids, trace.num_experts), nodes)
         held: RankLists = []
         for node in range(nodes):
             members = np.flatnonzero(block_of == node).tolist()

@@ -34,7 +34,6 @@ MIN_REQUESTS = 8
 
 _DRAWS = 1024
 _LARGEST = 2.0**20  # deviations are rounded to whole numbers below this: sums of squares stay exact
-_BLOCK_TOKENS = 2048  # rows of a block stay in the cache while its layers are counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,22 +59,6 @@ def units_of(request_id: np.ndarray) -> np.ndarray:
         return unit.astype(np.int64) % MAX_UNITS
     tokens = len(request_id)
     return np.arange(tokens) * min(64, max(tokens, 1)) // max(tokens, 1)
-
-
-@numba.njit(nogil=True, cache=True)
-def add_unit_loads(ids, unit, first, last, counts):
-    """Count the layers ``first`` to ``last`` of ids [T, L, K] into counts [L, U, E] by unit [T]."""
-    tokens, picks = ids.shape[0], ids.shape[2]
-    for start in range(0, tokens, _BLOCK_TOKENS):
-        stop = min(start + _BLOCK_TOKENS, tokens)
-        for layer in range(first, last):
-            table = counts[layer]
-            for token in range(start, stop):
-                row = unit[token]
-                for pick in range(picks):
-                    e = ids[token, layer, pick]
-                    if e >= 0:
-                        table[row, e] += np.uint32(1)
 
 
 def noise_of(unit_load: np.ndarray) -> Noise:

@@ -44,7 +44,7 @@ _EXACT_PICKS = 1 << 19
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tables:
-    """Counts of all layers of a trace, made in two passes over it.
+    """Counts of all layers of a trace, made in one pass over it.
 
     pairs: uint32 [L, E, E], tokens that picked both, in pairs[e, f] or pairs[f, e].
     unit_load: uint32 [L, U, E], picks by unit (request); load: int64 [L, E].
@@ -96,14 +96,12 @@ def count_tables(
     units = int(unit.max()) + 1 if len(unit) else 1
     pairs = np.zeros((layers, num_experts, num_experts), np.uint32)
     unit_load = np.zeros((layers, units, num_experts), np.uint32)
-    load = np.zeros((layers, num_experts), np.int64)
-
-    def fill(first: int, last: int) -> None:
-        add_pairs(ids, first, last, pairs, load)
-        cap.add_unit_loads(ids, unit, first, last, unit_load)
-
-    over_layers(fill, layers, threads=threads)
-    return Tables(pairs=pairs, unit_load=unit_load, load=load)
+    over_layers(
+        lambda first, last: add_pairs(ids, unit, first, last, pairs, unit_load),
+        layers,
+        threads=threads,
+    )
+    return Tables(pairs=pairs, unit_load=unit_load, load=unit_load.sum(axis=1, dtype=np.int64))
 
 
 def make_layer(problem: Problem, tables: Tables, layer: int) -> Layer:
@@ -127,7 +125,7 @@ def make_layer(problem: Problem, tables: Tables, layer: int) -> Layer:
     if problem.group_of is not None:
         onto = (problem.group_of == np.arange(problem.group_of.max() + 1)[:, None]).astype(float)
         ids = _group_ids(ids, problem.group_of)
-        weight, _ = search.count_pairs(ids, len(onto))
+        weight = pairs_of_layer(ids, len(onto))
         load, unit_load, pin = onto @ load, unit_load @ onto.T, onto @ pin
         experts = len(onto)
     if problem.objective == "picks":  # experts do not attract each other, only homes do
@@ -154,6 +152,13 @@ def pair_weight(pairs: np.ndarray) -> np.ndarray:
     weight += weight.T
     np.fill_diagonal(weight, 0)
     return weight
+
+
+def pairs_of_layer(ids: np.ndarray, num_experts: int) -> np.ndarray:
+    """[E, E] float64 tokens that pick both experts, symmetric with a zero diagonal, of ids
+    [T, K].
+    """
+    return pair_weight(count_tables(ids[:, None], np.zeros(len(ids)), num_experts).pairs[0])
 
 
 def _group_ids(ids: np.ndarray, group_of: np.ndarray) -> np.ndarray:

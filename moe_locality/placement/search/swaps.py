@@ -20,25 +20,6 @@ _NO_COVARIANCE = np.zeros((0, 0))
 
 
 @numba.njit(nogil=True, cache=True)
-def count_pairs(ids, num_experts):
-    """Return ([E, E] float64 tokens that pick both, zero diagonal; [E] picks) of ids [T, K]."""
-    pairs = np.zeros((num_experts, num_experts))
-    load = np.zeros(num_experts)
-    for token in range(ids.shape[0]):
-        for first in range(ids.shape[1]):
-            e = ids[token, first]
-            if e < 0:
-                continue
-            load[e] += 1
-            for second in range(first):
-                f = ids[token, second]
-                if f >= 0:
-                    pairs[e, f] += 1
-                    pairs[f, e] += 1
-    return pairs, load
-
-
-@numba.njit(nogil=True, cache=True)
 def count_visits(ids, block_of, home_block):
     """Blocks that the tokens visit besides their home, summed over tokens.
 

@@ -27,21 +27,6 @@ def test_units_are_requests_bundled_beyond_a_number_and_stretches_of_tokens_belo
     assert cap.units_of(np.zeros(2, dtype=np.int64)).max() <= 1
 
 
-def test_unit_loads_are_counted_layer_by_layer_without_dropped_picks():
-    rng = np.random.default_rng(0)
-    ids = rng.integers(-1, 6, (5000, 3, 2)).astype(np.int16)
-    unit = rng.integers(0, 9, 5000)
-    counts = np.zeros((3, 9, 6), np.uint32)
-    cap.add_unit_loads(ids, unit, 0, 2, counts)
-    cap.add_unit_loads(ids, unit, 2, 3, counts)
-    expected = np.zeros_like(counts)
-    for layer in range(3):
-        for pick in range(2):
-            kept = ids[:, layer, pick] >= 0
-            np.add.at(expected[layer], (unit[kept], ids[kept, layer, pick]), 1)
-    assert (counts == expected).all()
-
-
 @pytest.mark.parametrize("blocks", [2, 4])
 def test_the_expected_imbalance_is_what_unseen_requests_show(blocks):
     """Mean over many splits of one population, nodes leveled on the seen part; the loads of the

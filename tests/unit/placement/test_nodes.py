@@ -4,8 +4,7 @@ import pytest
 from moe_locality.errors import PlacementError
 from moe_locality.placement import evaluate, solve
 from moe_locality.placement.problem import Problem
-from moe_locality.placement.search import nodes, spread
-from moe_locality.placement.search import swaps as search
+from moe_locality.placement.search import cap, nodes, spread
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 from tests.unit.placement.cases import random_trace
@@ -53,17 +52,25 @@ def group_limited(rng, *, tokens=4000, groups=8, size=4, chosen=4, top_k=8, requ
 
 def test_tables_are_the_counts_of_the_trace_whatever_the_threads():
     rng = np.random.default_rng(0)
-    trace = random_trace(rng, tokens=300, layers=3, experts=10, top_k=3, requests=40)
+    trace = random_trace(rng, tokens=3000, layers=3, experts=10, top_k=3, requests=40)
     one, two = (
         nodes.count_tables(trace.expert_ids, trace.request_id, 10, threads=n) for n in (1, 2)
     )
     for name in ("pairs", "unit_load", "load"):
         assert (getattr(one, name) == getattr(two, name)).all()
     assert (one.load == trace.load()).all()
-    assert (one.unit_load.sum(axis=1) == trace.load()).all()
+    unit = cap.units_of(trace.request_id)
     for layer in range(3):
-        pairs, _ = search.count_pairs(np.ascontiguousarray(trace.expert_ids[:, layer]), 10)
-        assert (nodes.pair_weight(one.pairs[layer]) == pairs).all()
+        ids = trace.expert_ids[:, layer]
+        picked = np.zeros((len(ids), 11))
+        np.put_along_axis(picked, ids.astype(np.int64), 1, axis=1)  # -1 is the last column
+        together = picked[:, :10].T @ picked[:, :10]
+        np.fill_diagonal(together, 0)
+        assert (nodes.pair_weight(one.pairs[layer]) == together).all()
+        assert (nodes.pairs_of_layer(ids, 10) == together).all()
+        by_unit = np.zeros_like(one.unit_load[layer])
+        np.add.at(by_unit, unit, picked[:, :10].astype(np.uint32))
+        assert (one.unit_load[layer] == by_unit).all()
 
 
 def test_threads_change_nothing():

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from moe_locality.placement.search import swaps as search
+from moe_locality.placement.search.nodes import pairs_of_layer
 from moe_locality.placement.search.polish import patterns, polish
 
 
@@ -62,7 +63,7 @@ def test_exact_swaps_find_what_pairs_do_not_see():
     better = 0
     for seed in range(8):
         ids, home, load = made(rng, experts=10, nodes=2, picks=4, tokens=60)
-        pairs, _ = search.count_pairs(ids, 10)
+        pairs = pairs_of_layer(ids, 10)
         start = np.repeat([0, 1], 5)
         args = (load, np.inf)
         by_pairs = search.search(pairs, np.zeros((10, 2)), *args, start[None], 200, seed)[0][0]
@@ -78,7 +79,7 @@ def test_exact_swaps_find_what_pairs_do_not_see():
 def test_the_search_keeps_loads_with_their_noise_below_the_cap():
     rng = np.random.default_rng(3)
     ids, _, load = made(rng, experts=24, nodes=4, tokens=2000)
-    pairs, _ = search.count_pairs(ids, 24)
+    pairs = pairs_of_layer(ids, 24)
     root = rng.normal(size=(6, 24)) * load.mean() * 0.05
     cov = np.rint(root.T @ root)
     most = load.sum() / 4 * 1.1
