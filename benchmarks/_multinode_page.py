@@ -70,12 +70,12 @@ def bytes_table(rows: Rows) -> list[str]:
     for nodes, where in _uniform_cases(rows):
 
         def value(metric: str, where: str = where) -> str:
-            return rows[where, metric, ""]["value"]
+            return _plain(rows[where, metric, ""]["value"])
 
         sizes = [f"{value(f'counted, {n}')}, {value(f'on the wire, {n}')}" for n in (PICK, ONCE)]
-        over = " and ".join(f"+{value(f'wire over counted, {name}')} %" for name in (PICK, ONCE))
+        over = " and ".join(f"+{value(f'wire over counted, {n}')} %" for n in (PICK, ONCE))
         what = ("counted rows", "counted bytes", "on the wire", "closed form")
-        fewer = [f"{value(f'fewer, {each}')}x" for each in what]
+        fewer = [_times(rows[where, f"fewer, {each}", ""]) for each in what]
         cells = [f"{nodes} x {8 // nodes}", *sizes, over, *fewer, AIM_OF_NODES[nodes]]
         lines.append(_line(cells))
         used.append(rows[where, "fewer, on the wire", ""])
@@ -97,8 +97,8 @@ def payload_table(rows: Rows) -> list[str]:
         base = "payload none"
         fewer = [rows.get((case, f"dispatch fewer, {way}", base)) for way in ways]
         cells = ["bfloat16" if payload == "none" else payload.upper()]
-        cells += [row["value"] for row in sizes]
-        cells += [f"{row['value']}x" if row else "" for row in fewer]
+        cells += [_plain(row["value"]) for row in sizes]
+        cells += [_times(row) for row in fewer]
         lines.append(_line([*cells, AIM_OF_PAYLOAD.get(payload, "")]))
         used.append(sizes[0])
     return [*lines, "", _source(used)]
@@ -123,10 +123,10 @@ def steps_table(rows: Rows, where: str) -> list[str]:
         cells.append(value("CPU of all ranks"))
         for base in theirs:
             found = rows.get((case, "speed, median of rounds", base))
-            cells.append(f"{found['value']}x" if found else "")
+            cells.append(_times(found))
         lines.append(_line(cells))
     changes = [
-        f"{name}, against {base}: time {row['value']} % ({row['note']})."
+        f"**{name}**, against {base}: time {float(row['value']):+.0f} % ({row['note']})."
         for (case, metric, base), row in rows.items()
         if metric == "time, median of rounds"
         and case.startswith(f"{where}: ")
@@ -155,7 +155,12 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _plain(value: str) -> str:
-    return f"{float(value):,.0f}" if float(value) >= 100 else value
+    number = float(value)
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def _times(row: Mapping[str, str] | None) -> str:
+    return f"{float(row['value']):.2f}x" if row else ""
 
 
 def _source(rows: Sequence[Mapping[str, str]]) -> str:
@@ -203,8 +208,8 @@ def draw_bytes(rows: Rows, path: Path) -> None:
         ax.bar(at, heights, 0.38, color=color, label=name)
         for x, height in zip(at, heights, strict=True):
             ax.text(x, height, f"{height:.0f}", ha="center", va="bottom", color=TEXT)
-    fewer = [rows[where, "fewer, on the wire", ""]["value"] for _, where in cases]
-    labels = [f"{n} nodes\n{x}x fewer" for (n, _), x in zip(cases, fewer, strict=True)]
+    fewer = [_times(rows[where, "fewer, on the wire", ""]) for _, where in cases]
+    labels = [f"{n} nodes\n{times} fewer" for (n, _), times in zip(cases, fewer, strict=True)]
     ax.set_xticks(range(len(cases)), labels)
     ax.set_ylabel("MB on the wire, one step")
     ax.set_title("Bytes between nodes, uniform routing, k = 8 of 256", loc="left")

@@ -132,7 +132,7 @@ def check_rows(name: str, counted: np.ndarray, predicted: np.ndarray) -> None:
 
 def row(case: str, metric: str, value: float, unit: str, note: str, **more: str) -> dict[str, Any]:
     common = {"benchmark": "multinode", "case": case, "metric": metric, "kind": "measured"}
-    return {**common, "value": f"{value:.4g}", "unit": unit, "note": note, **more}
+    return {**common, "value": f"{value:.5g}", "unit": unit, "note": note, **more}
 
 
 def bytes_rows(
@@ -145,7 +145,9 @@ def bytes_rows(
     rows = []
     for exchange, name in (("flat", "every pick"), ("hierarchical", "once per node")):
         counted, wire = found[exchange]["counted"].mean(), found[exchange]["sent"].sum(1).mean()
+        per_direction = found[exchange]["rows"].mean() / DIRECTIONS
         rows += [
+            row(where, f"rows of a direction, {name}", per_direction, "rows", note),
             row(where, f"counted, {name}", counted / 1e6, "MB", note),
             row(where, f"on the wire, {name}", wire / 1e6, "MB", note),
             row(where, f"wire over counted, {name}", 100 * (wire / counted - 1), "%", note),
