@@ -11,6 +11,7 @@ from moe_locality.errors import PlacementError
 from moe_locality.placement import evaluate, solve
 from moe_locality.placement.bounds.lower import certify_plan, lower_bounds
 from moe_locality.placement.bounds.partitions import hull_slopes, partition_counts, set_partitions
+from moe_locality.placement.bounds.shared import bound_for_mean_imbalance
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace import RoutingTrace
@@ -172,3 +173,49 @@ def trace_of(ids: np.ndarray, experts: int) -> RoutingTrace:
         stage=np.zeros(tokens, dtype=np.uint8),
         domain_id=np.zeros(tokens, dtype=np.int32),
     )
+
+
+def copies_and_imbalance(trace, layer, block_of, nodes):
+    """Counted without the package: expected copies per token for uniform homes, max / mean load."""
+    picked = [ids[ids >= 0] for ids in trace.expert_ids[:, layer]]
+    touched = sum(len(set(block_of[ids].tolist())) for ids in picked)
+    load = np.bincount(block_of, weights=trace.load()[layer], minlength=nodes)
+    return touched / len(picked) * (nodes - 1) / nodes, load.max() / load.mean()
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.data())
+def test_no_pair_of_placements_is_below_the_bound_for_their_mean_imbalance(data):
+    experts, nodes = data.draw(st.sampled_from([(6, 2), (6, 3), (8, 2)]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    tokens = data.draw(st.integers(5, 40))
+    trace = random_trace(rng, tokens=tokens, layers=2, experts=experts, top_k=3)
+    if not trace.load().any(axis=1).all():
+        return
+    topology = ClusterTopology.uniform(nodes, 1)
+    all_of = [
+        [
+            copies_and_imbalance(trace, layer, block_of, nodes)
+            for block_of in placements(experts, nodes)
+        ]
+        for layer in range(2)
+    ]
+    most = data.draw(st.sampled_from([1.05, 1.2, 1.5, 3.0]))
+    sums = [a[0] + b[0] for a, b in itertools.product(*all_of) if a[1] + b[1] <= 2 * most + 1e-12]
+    found = bound_for_mean_imbalance(trace, topology, max_imbalance=most, seconds=0.04)
+    assert found <= min(sums, default=np.inf) / 2 + 1e-9
+
+
+def test_a_tighter_mean_imbalance_raises_the_bound_and_is_above_the_loose_one():
+    trace = random_trace(np.random.default_rng(3), tokens=60, layers=2, experts=6, top_k=2)
+    found = [
+        bound_for_mean_imbalance(
+            trace, ClusterTopology.uniform(2, 1), max_imbalance=most, seconds=0.3
+        )
+        for most in (1.0, 1.1, 2.0)
+    ]
+    assert found[0] > found[1] > found[2] - 1e-9
+    loose = lower_bounds(trace, ClusterTopology.uniform(2, 1), seconds=1.0).copies.mean()
+    assert found[2] == pytest.approx(loose, abs=0.02)
+    with pytest.raises(PlacementError, match="at least 1"):
+        bound_for_mean_imbalance(trace, ClusterTopology.uniform(2, 1), max_imbalance=0.9)
