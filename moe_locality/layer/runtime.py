@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from moe_locality.config import MoeLocalityConfig
+from moe_locality.dispatch.fixed import check_overflow
 from moe_locality.dispatch.traffic import reset_traffic, traffic_report
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.topology.cluster import ClusterTopology
@@ -38,6 +39,12 @@ class LocalityRuntime:
         """Count from zero again."""
         reset_traffic(self.model)
 
+    def check_overflow(self) -> None:
+        """Raise on all ranks where routes found no row in the buffers of ``dispatch.capacity``, for
+        what no step checks: the replays of a CUDA graph. Collective; waits for the device.
+        """
+        check_overflow(self.model)
+
     def close(self) -> None:
         """Write what the recorder still holds. Called by ``engine.destroy``; the recorder itself
         sees to the end of the process.
@@ -62,17 +69,9 @@ def attach_runtime(engine: Any, runtime: LocalityRuntime) -> None:
     trace = runtime.config.trace
     if trace is None or not trace.enabled:
         return
-    from moe_locality.trace.recorder import RoutingRecorder
+    from moe_locality.trace import recorder
 
-    runtime.recorder = RoutingRecorder(
-        trace.path,
-        model=type(runtime.model).__name__,
-        weights=trace.weights,
-        every_n_steps=trace.every_n_steps,
-        shard_tokens=trace.shard_tokens,
-        ring_tokens=trace.ring_tokens,
-    )
-    runtime.recorder.attach(runtime.model)
+    runtime.recorder = recorder.attach(runtime.model, trace, model=type(runtime.model).__name__)
     _after_each_step(engine, runtime)
     _close_with(engine, runtime)
 
