@@ -1,4 +1,4 @@
-"""What goes wrong in a real run, started by the real launcher: every rank ends, soon, with a
+"""What goes wrong in a real run, some started by the real launcher: every rank ends, soon, with a
 message that a stranger understands, and what was recorded so far stays readable.
 """
 
@@ -13,12 +13,16 @@ from pathlib import Path
 import psutil
 import pytest
 
+import moe_locality
+from examples.lm.model import build_model, preset
 from moe_locality.demo.launch import examples_folder, launch_command, launch_environment
+from moe_locality.errors import MoeLocalityError
 from moe_locality.placement import PlacementPlan
 from moe_locality.trace import read_trace
+from tests.launch import run_ranks
 
 NUM_RANKS = 2
-LIMIT_S = 90
+LIMIT_S = 180  # on a machine that does other things too
 NUM_EXPERTS, NUM_LAYERS = 8, 2  # of the preset "tiny"
 
 
@@ -59,13 +63,6 @@ def finish(process: subprocess.Popen[str], limit_s: float = LIMIT_S) -> str:
     return output
 
 
-def failing_run(tmp_path: Path, *arguments: str, section: dict | None = None) -> str:
-    process = start(tmp_path, *arguments, section=section)
-    output = finish(process)
-    assert process.returncode != 0, output[-4000:]
-    return output
-
-
 def linear_plan(**changes: object) -> PlacementPlan:
     sizes: dict = {
         "num_experts": NUM_EXPERTS,
@@ -76,53 +73,76 @@ def linear_plan(**changes: object) -> PlacementPlan:
     return PlacementPlan.linear(**{**sizes, **changes})
 
 
-def ranks_that_said(output: str, words: str) -> int:
-    return len(re.findall(words, output))
-
-
-def test_a_wrong_hostfile_stops_all_ranks(tmp_path):
-    hostfile = tmp_path / "hostfile"
-    hostfile.write_text("worker-0 slots=two\n")
-    section = {"cluster": {"hostfile": str(hostfile)}}
-    output = failing_run(tmp_path, "--layer", "locality", section=section)
-    assert ranks_that_said(output, r"TopologyError.*hostfile") == NUM_RANKS, output[-4000:]
-    assert "slots=two" in output
-    assert "line 1" in output
-
-
-def test_a_plan_of_another_model_stops_all_ranks(tmp_path):
-    plan = tmp_path / "plan.json"
-    linear_plan(num_experts=64).write(plan)
-    output = failing_run(tmp_path, "--layer", "locality", section={"plan": str(plan)})
-    assert ranks_that_said(output, r"PlacementError.*64.*8") == NUM_RANKS, output[-4000:]
-
-
-def test_a_plan_without_an_expert_stops_all_ranks(tmp_path):
-    plan = tmp_path / "plan.json"
+def plan_without_an_expert(folder: Path) -> Path:
+    plan = folder / "plan.json"
     linear_plan().write(plan)
     content = json.loads(plan.read_text())
     content["physical_to_logical_map"][1][3] = 2  # expert 3 of layer 1 is nowhere, expert 2 twice
     plan.write_text(json.dumps(content))
-    output = failing_run(tmp_path, "--layer", "locality", section={"plan": str(plan)})
-    assert ranks_that_said(output, r"PlacementError") == NUM_RANKS, output[-4000:]
-    assert "layer 1" in output
+    return plan
 
 
-def test_a_plan_for_other_nodes_stops_all_ranks(tmp_path):
-    plan = tmp_path / "plan.json"
-    linear_plan(num_nodes=2, ranks_per_node=1).write(plan)
-    section = {"plan": str(plan), "cluster": {"num_nodes": 1, "ranks_per_node": 2}}
-    output = failing_run(tmp_path, "--layer", "locality", section=section)
-    words = r"PlacementError: found a plan for expert groups on nodes \[0, 1\].*expected \[0, 0\]"
-    assert ranks_that_said(output, words) == NUM_RANKS, output[-4000:]
-
-
-def test_an_unwritable_trace_folder_stops_all_ranks_before_training(tmp_path):
-    (tmp_path / "file").write_text("not a directory")
-    section = {"trace": {"path": str(tmp_path / "file" / "trace")}}
-    output = failing_run(tmp_path, "--layer", "locality", section=section)
-    assert "TraceError" in output, output[-4000:]
+def test_a_plan_without_an_expert_stops_all_ranks_of_a_launch(tmp_path):
+    plan = plan_without_an_expert(tmp_path)
+    process = start(tmp_path, "--layer", "locality", section={"plan": str(plan)})
+    output = finish(process)
+    assert process.returncode != 0, output[-4000:]
+    assert len(re.findall("PlacementError.*layer 1", output)) == NUM_RANKS, output[-4000:]
     assert "progress 1 " not in output
+
+
+def sections(folder: Path) -> dict[str, tuple[dict, str]]:
+    """What is wrong with a section, and what every rank has to say about it."""
+    (folder / "hostfile").write_text("worker-0 slots=two\n")
+    (folder / "file").write_text("not a directory")
+    plans = {"experts": linear_plan(num_experts=64)}
+    plans["nodes"] = linear_plan(num_nodes=2, ranks_per_node=1)
+    for name, plan in plans.items():
+        plan.write(folder / f"{name}.json")
+    nodes = {"plan": str(folder / "nodes.json"), "cluster": {"num_nodes": 1, "ranks_per_node": 2}}
+    return {
+        "hostfile": (
+            {"cluster": {"hostfile": str(folder / "hostfile")}},
+            "TopologyError.*hostfile.*line 1.*slots=two",
+        ),
+        "plan of another model": (
+            {"plan": str(folder / "experts.json")},
+            "PlacementError.*64.*8",
+        ),
+        "plan for other nodes": (
+            nodes,
+            r"PlacementError: found a plan for expert groups on nodes \[0, 1\].*"
+            r"expected \[0, 0\]",
+        ),
+        "trace folder": (
+            {"trace": {"path": str(folder / "file" / "trace")}},
+            "TraceError.*file.*trace",
+        ),
+    }
+
+
+def refusals(rank, world, wrong):
+    said = {}
+    for name, (section, _) in wrong.items():
+        config = {
+            "train_micro_batch_size_per_gpu": 4,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+            "moe_locality": section,
+        }
+        model = build_model(preset("tiny"), moe_locality.MoE, ep_size=world, ep_rank=rank)
+        with pytest.raises(MoeLocalityError) as caught:
+            moe_locality.initialize(
+                model=model, model_parameters=list(model.parameters()), config=config
+            )
+        said[name] = f"{type(caught.value).__name__}: {caught.value}"
+    return said
+
+
+def test_what_is_wrong_with_a_section_stops_all_ranks_before_training(tmp_path):
+    wrong = sections(tmp_path)
+    for said in run_ranks(refusals, NUM_RANKS, wrong, deepspeed=True):
+        for name, (_, words) in wrong.items():
+            assert re.search(words, said[name], re.DOTALL), (name, said[name])
 
 
 def rank_process(launcher: psutil.Process, rank: int, limit_s: float = 60) -> psutil.Process:
