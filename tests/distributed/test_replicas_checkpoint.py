@@ -58,7 +58,7 @@ def crosses(rank, world, folder, path, other, permuted):
     for plan in (path, other, None, permuted):
         engine = nets.engine_of(rank, world, config, plan)
         if plan != path:
-            with pytest.raises(ConfigError, match="optimizer state with replicas"):
+            with pytest.raises(ConfigError, match=r"with replicas loads.*load_module_only=True"):
                 engine.load_checkpoint(folder, tag="replicas")
         blank(engine.module)
         engine.load_checkpoint(folder, tag="replicas", load_module_only=True)
@@ -77,10 +77,32 @@ def crosses(rank, world, folder, path, other, permuted):
     runs = []
     for plan in (path, permuted):  # a router in the order of slots, and its masters
         engine = nets.engine_of(rank, world, config, plan)
+        if plan == path:
+            with pytest.raises(ConfigError, match=r"with no replicas.*load_module_only=True"):
+                engine.load_checkpoint(folder, tag="permuted")
         engine.load_checkpoint(folder, tag="permuted", load_module_only=True)
         close(nets.loss_of(engine.module, rank), moved)
         runs.append(nets.train(engine, range(3), rank))
     np.testing.assert_allclose(*runs, *LOSS["float32"])
+
+
+def refused_by_stock(rank, world, folder, path):
+    """What a stock engine says to optimizer state of an engine with replicas, stage by stage."""
+    quiet()
+    for stage, dtype in ((0, "float32"), (1, "bfloat16"), (2, "float32")):
+        config = nets.config_of(stage, dtype)
+        saved = nets.engine_of(rank, world, config, path)
+        nets.train(saved, range(1), rank, dtype)
+        saved.save_checkpoint(folder, tag=f"{stage}")
+        stock = nets.stock_engine_of(rank, world, config)
+        with pytest.raises((ValueError, RuntimeError), match=r"parameter group|module-only"):
+            stock.load_checkpoint(folder, tag=f"{stage}")
+
+
+def test_stock_deepspeed_refuses_the_optimizer_state_of_replicas_at_every_stage(tmp_path):
+    path = str(tmp_path / "plan.json")
+    nets.plan_of(WORLD).write(path)
+    run_ranks(refused_by_stock, WORLD, str(tmp_path), path, deepspeed=True)
 
 
 def blank(model):
