@@ -9,34 +9,36 @@ of the trained experts (mean of the dB of all matrices) and on the inputs of the
 (held-out text). Perplexity per byte on the held-out text with the expert MLPs rounded to the
 format: weights alone (W4A16), and weights and inputs of every linear layer (W4A4). The table is
 that of the first seed; the steps from format to format are compared request by request over the
-models of all seeds. Everything is computed, so all rows are measured; nothing here is a time. A
-model takes three minutes of a core to train, the rest about ten.
+models of all seeds. What is computed is kept beside the checkpoints, so a run that was cut off goes
+on: delete the folder to begin anew. Everything is computed, so all rows are measured; nothing here
+is a time. A model takes three minutes of a core to train, the rest about ten.
 """
 
 import argparse
 import copy
 import itertools
-import math
 import os
 import statistics
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from _mx_model import (
+    expert_inputs,
+    expert_linears,
+    perplexity,
+    request_losses,
+    rounded_losses,
+    start_one_rank,
+    trained_model,
+)
 from _results import RESULTS, append_rows
 from torch import Tensor, nn
 
 from moe_locality.quantization import FORMATS, fake_quantize
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
 SAMPLE = (1024, 1024)
-ACTIVATION_ROWS = 512
-"""rows of inputs kept per expert and linear layer"""
 STEPS = ["mxfp4", "mxfp4-16", "mxfp4-16-oas", "mxfp4-mbs-s", "mxfp4-mbs-h", "nvfp4"]
 """the order of arXiv 2603.08713, table 2: each is compared with the one before, by request"""
 WEIGHTS_ONLY = ("mxfp4-mbs-d",)
@@ -52,153 +54,6 @@ def qsnr_db(x: Tensor, rounded: Tensor) -> float:
     """Return the signal-to-noise ratio of a rounded tensor."""
     noise = (x.double() - rounded.double()).square().sum()
     return float(10 * torch.log10(x.double().square().sum() / noise))
-
-
-# ---- the model ----------------------------------------------------------------------------------
-
-
-def start_one_rank() -> None:
-    """A process group of one: DeepSpeed's MoE layer asks for it."""
-    from moe_locality.compat import avoid_cpu_jit
-
-    avoid_cpu_jit()
-    import deepspeed
-
-    store = f"file://{tempfile.mkdtemp()}/store"
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-    deepspeed.init_distributed(
-        dist_backend="gloo", init_method=store, rank=0, world_size=1, verbose=False
-    )
-
-
-def trained_model(
-    checkpoint: Path, steps: int, seed: int, held_out_per_domain: int | None = None
-) -> tuple[nn.Module, Any]:
-    """Return the example model and its held-out requests; train it where the file is absent."""
-    from lm import data
-    from lm.model import build_model, preset
-    from lm.training import RUN_SIZES
-
-    import moe_locality
-
-    sizes, config = RUN_SIZES["demo"], preset("demo")
-    model = build_model(config, moe_locality.MoE, seed=seed)
-    train_set, held_out = data.build_requests(
-        seq_len=config.max_seq_len,
-        train_per_domain=sizes.train_per_domain,
-        held_out_per_domain=held_out_per_domain or sizes.held_out_per_domain,
-        seed=seed,
-    )
-    if checkpoint.exists():
-        model.load_state_dict(torch.load(checkpoint, weights_only=True))
-    else:
-        train(model, train_set, steps, sizes.lr, seed)
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), checkpoint)
-    return model.eval(), held_out
-
-
-def train(model: nn.Module, requests: Any, steps: int, lr: float, seed: int) -> None:
-    """AdamW with the demo's settings and its global batch of 16 requests."""
-    from lm import data
-    from lm.training import as_tensors
-
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
-    warm = max(1, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda s: min((s + 1) / warm, 0.1 + 0.45 * (1 + math.cos(math.pi * min(1, s / steps)))),
-    )
-    batches = data.train_batches(requests, rank=0, num_ranks=1, per_rank=16, steps=steps, seed=seed)
-    for step, batch in enumerate(batches, 1):
-        inputs, targets = as_tensors(batch, torch.device("cpu"))
-        output = model(inputs, targets)
-        optimizer.zero_grad()
-        output.loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step % 50 == 0:
-            print(f"  step {step} of {steps}: loss {output.lm_loss.item():.3f}", flush=True)
-
-
-@torch.no_grad()
-def request_losses(model: nn.Module, requests: Any) -> Tensor:
-    """Return the mean loss of every request, in nats per byte."""
-    from lm.training import as_tensors
-
-    losses = []
-    for first in range(0, len(requests), 32):
-        inputs, targets = as_tensors(requests.take(slice(first, first + 32)), torch.device("cpu"))
-        losses.append(model(inputs, targets).sequence_loss)
-    return torch.cat(losses).double()
-
-
-def perplexity(losses: Tensor) -> float:
-    """Per byte, over all held-out requests."""
-    return math.exp(float(losses.mean()))
-
-
-def expert_linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
-    """Return the linear layers of all experts."""
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and "deepspeed_experts" in name
-    ]
-
-
-# ---- rounding the experts -----------------------------------------------------------------------
-
-
-@contextmanager
-def rounded_experts(model: nn.Module, name: str, *, inputs: bool) -> Iterator[None]:
-    """Round the weights of all experts to a format, and their inputs too if asked for."""
-    linears = [linear for _, linear in expert_linears(model)]
-    kept = [linear.weight.data for linear in linears]
-    hooks = []
-    for linear in linears:
-        linear.weight.data = fake_quantize(linear.weight.data, name, role="weight")
-        if inputs:
-            hooks.append(linear.register_forward_pre_hook(_round_input(name)))
-    try:
-        yield
-    finally:
-        for linear, weight in zip(linears, kept, strict=True):
-            linear.weight.data = weight
-        for hook in hooks:
-            hook.remove()
-
-
-def rounded_losses(model: nn.Module, requests: Any, name: str, *, inputs: bool) -> Tensor:
-    """Return the losses with the weights of the experts rounded to a format, and their inputs."""
-    with rounded_experts(model, name, inputs=inputs):
-        return request_losses(model, requests)
-
-
-def _round_input(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        del module
-        return (fake_quantize(args[0], name, role="activation"), *args[1:])
-
-    return hook
-
-
-@torch.no_grad()
-def expert_inputs(model: nn.Module, requests: Any) -> list[Tensor]:
-    """Return the inputs of every linear layer of the experts on some held-out text."""
-    found: dict[str, list[Tensor]] = {}
-    hooks = [
-        linear.register_forward_pre_hook(
-            lambda module, args, name=name: found.setdefault(name, []).append(
-                args[0].flatten(0, -2)
-            )
-        )
-        for name, linear in expert_linears(model)
-    ]
-    request_losses(model, requests.take(slice(0, 96)))
-    for hook in hooks:
-        hook.remove()
-    return [torch.cat(parts)[:ACTIVATION_ROWS] for parts in found.values()]
 
 
 # ---- the table ----------------------------------------------------------------------------------
@@ -240,7 +95,40 @@ Losses = dict[tuple[str, str], Tensor]
 """losses of every request by (W4A16 or W4A4, format)"""
 
 
-def table(model: nn.Module, held_out: Any, seed: int) -> tuple[dict[str, dict[str, float]], Losses]:
+def kept(path: Path, compute: Callable[[], Any]) -> Any:
+    """Return what the file holds, or compute it and keep it there."""
+    if not path.exists():
+        value = compute()
+        partial = path.with_suffix(f".{os.getpid()}")
+        torch.save(value, partial)
+        partial.replace(path)
+    return torch.load(path, weights_only=True)
+
+
+def losses_of(model: nn.Module, held_out: Any, name: str, kind: str, folder: Path) -> Tensor:
+    """Return the losses with the experts rounded to a format, W4A16 or W4A4."""
+    return kept(
+        folder / f"{len(held_out)}-{kind}-{name}.pt",
+        lambda: rounded_losses(model, held_out, name, inputs=KINDS[kind]),
+    )
+
+
+def signal_to_noise(name: str, made: dict[str, Tensor], real: dict[str, Any]) -> dict[str, float]:
+    """Return the QSNR of a format on made tensors, and its mean over real ones."""
+    row = {
+        f"{kind} QSNR": qsnr_db(x, fake_quantize(x, name, role="weight"))
+        for kind, x in made.items()
+    }
+    for kind, (role, tensors) in real.items():
+        row[f"{kind} QSNR"] = statistics.fmean(
+            qsnr_db(x, fake_quantize(x, name, role=role)) for x in tensors
+        )
+    return row
+
+
+def table(
+    model: nn.Module, held_out: Any, seed: int, folder: Path
+) -> tuple[dict[str, dict[str, float]], Losses]:
     """Return ``{format: {column: value}}`` and the losses.
 
     The row ``float32`` has the unrounded perplexity.
@@ -257,29 +145,25 @@ def table(model: nn.Module, held_out: Any, seed: int) -> tuple[dict[str, dict[st
         rows["float32"][f"{kind} kurtosis"] = statistics.fmean(map(kurtosis, tensors))
     losses: Losses = {}
     for name in FORMATS:
-        row = {
-            f"{kind} QSNR": qsnr_db(x, fake_quantize(x, name, role="weight"))
-            for kind, x in made.items()
-        }
-        for kind, (role, tensors) in real.items():
-            row[f"{kind} QSNR"] = statistics.fmean(
-                qsnr_db(x, fake_quantize(x, name, role=role)) for x in tensors
-            )
+        row = kept(
+            folder / f"{len(held_out)}-QSNR-{name}.pt",
+            lambda name=name: signal_to_noise(name, made, real),
+        )
         for kind, inputs_too in KINDS.items():
             if inputs_too and name in WEIGHTS_ONLY:
                 continue
-            losses[kind, name] = rounded_losses(model, held_out, name, inputs=inputs_too)
+            losses[kind, name] = losses_of(model, held_out, name, kind, folder)
             row[f"{kind} perplexity"] = perplexity(losses[kind, name])
         rows[name] = row
         print(f"  {name}", flush=True)
     return rows, losses
 
 
-def step_losses(model: nn.Module, held_out: Any) -> Losses:
+def step_losses(model: nn.Module, held_out: Any, folder: Path) -> Losses:
     """Return the losses of the formats of ``STEPS`` alone."""
     return {
-        (kind, name): rounded_losses(model, held_out, name, inputs=inputs)
-        for kind, inputs in KINDS.items()
+        (kind, name): losses_of(model, held_out, name, kind, folder)
+        for kind in KINDS
         for name in STEPS
     }
 
@@ -370,15 +254,16 @@ def main() -> None:
     more: dict[str, dict[str, float]] = {}
     count = 0
     for seed in options.seeds:
-        path = options.checkpoints / f"model{seed}.pt"
+        folder = options.checkpoints / f"seed{seed}-steps{options.steps}"
+        path = folder / "model.pt"
         model, held_out = trained_model(path, options.steps, seed, options.held_out)
         count = len(held_out)
         if not rows:
-            rows, losses[seed] = table(model, held_out, seed)
+            rows, losses[seed] = table(model, held_out, seed, folder)
             print_table(rows)
             more = {**octave(made_tensors(seed)["Gaussian"]), **stored(model, held_out)}
         else:
-            losses[seed] = step_losses(model, held_out)
+            losses[seed] = step_losses(model, held_out, folder)
     more |= steps_between(losses)
     for name, row in more.items():
         print(f"{name}: " + ", ".join(f"{column} {value:.6g}" for column, value in row.items()))
