@@ -44,7 +44,7 @@ bench-multinode: $(READY) ## bytes and times on nodes with slow links, tables an
 
 # It may run where there is no internet: it takes the python that has the CUDA torch, and installs nothing.
 GPU_PYTHON ?= python3
-PART       ?= build,test,sanitize,ours,peers,quantize
+PART       ?= build,test,sanitize,ours,peers,quantize,layer
 PEERS      ?=
 gpu: ## build, test and measure the kernels on an NVIDIA GPU; PART=ours does one part, DRY=1 needs no GPU, PEERS=DIR holds peers (docs/kernels.md)
 	PYTHONPATH=.$(if $(PEERS),:$(PEERS)) $(GPU_PYTHON) benchmarks/kernels.py --part $(PART) $(if $(DRY),--dry,--csv benchmarks/results.csv)

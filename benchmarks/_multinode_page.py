@@ -17,6 +17,8 @@ TEXT, OTHERS, OURS = "#7a7a7a", "#9c9c9c", "#2f81c7"
 """read on white and on black alike"""
 AIM_OF_NODES = {2: "3.9x", 4: "2.15x", 8: "1.48x"}
 AIM_OF_PAYLOAD = {"mxfp8": "1.9x", "mxfp4": "3.7x"}
+AIM_OF_SPEED = {"DeepSpeed MoE, dropless": "2x", "DeepSpeed AutoEP": "1.5x"}
+AIM_OF_TIME = "-20 %"
 PICK, ONCE = "every pick", "once per node"
 
 
@@ -73,7 +75,8 @@ def bytes_table(rows: Rows) -> list[str]:
             return _plain(rows[where, metric, ""]["value"])
 
         sizes = [f"{value(f'counted, {n}')}, {value(f'on the wire, {n}')}" for n in (PICK, ONCE)]
-        over = " and ".join(f"+{value(f'wire over counted, {n}')} %" for n in (PICK, ONCE))
+        more = [float(rows[where, f"wire over counted, {n}", ""]["value"]) for n in (PICK, ONCE)]
+        over = " and ".join(f"+{percent:.1f} %" for percent in more)
         what = ("counted rows", "counted bytes", "on the wire", "closed form")
         fewer = [_times(rows[where, f"fewer, {each}", ""]) for each in what]
         cells = [f"{nodes} x {8 // nodes}", *sizes, over, *fewer, AIM_OF_NODES[nodes]]
@@ -109,7 +112,8 @@ def steps_table(rows: Rows, where: str) -> list[str]:
     names = _step_names(rows, where)
     theirs = [name for name in names if not name.startswith("ours")]
     head = ["layer", "step: median (range), ms", "sent by all nodes, MB", "busiest link, MB"]
-    head += ["CPU of all ranks, ms", *(f"against {name}" for name in theirs)]
+    head.append("CPU of all ranks, ms")
+    head += [f"against {name} (aim {AIM_OF_SPEED.get(name, 'none')})" for name in theirs]
     lines = [_line(head), _line(["---"] * len(head))]
     for name in names:
         case = f"{where}: {name}"
@@ -126,14 +130,16 @@ def steps_table(rows: Rows, where: str) -> list[str]:
             cells.append(_times(found))
         lines.append(_line(cells))
     changes = [
-        f"**{name}**, against {base}: time {float(row['value']):+.0f} % ({row['note']})."
+        f"**{name}**, against {base}: time {float(row['value']):+.0f} % (aim {AIM_OF_TIME})."
         for (case, metric, base), row in rows.items()
         if metric == "time, median of rounds"
+        and base.startswith("ours")
         and case.startswith(f"{where}: ")
         and (name := case.split(": ", 1)[1])
     ]
     last = rows[f"{where}: {names[0]}", "step, median", ""]
-    return [*lines, "", *changes, "", _source([last])]
+    source = _source([{**last, "case": f"{where}: LAYER"}])
+    return [*lines, "", *changes, "", source]
 
 
 def _uniform_cases(rows: Rows) -> list[tuple[int, str]]:
@@ -167,9 +173,8 @@ def _source(rows: Sequence[Mapping[str, str]]) -> str:
     cases = "; ".join(f"`{row['case']}`" for row in rows)
     last = rows[-1]
     return (
-        f"Rows of `benchmarks/results.csv`: `multinode`, {cases} (times: one case per layer, its "
-        f"name behind the colon). {last['note']}. {last['device']}, {last['versions']}, commit "
-        f"{last['commit']}, {last['date']}."
+        f"Rows `multinode` of `benchmarks/results.csv`, cases {cases}: {last['note']}. "
+        f"{last['device']}, {last['versions']}, commit {last['commit']}, {last['date']}."
     )
 
 
@@ -184,7 +189,6 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
         ax.spines[["top", "right"]].set_visible(False)
         ax.spines[["left", "bottom"]].set_color(TEXT)
         ax.tick_params(colors=TEXT, labelcolor=TEXT)
-        ax.title.set_color(TEXT)
         ax.xaxis.label.set_color(TEXT)
         ax.yaxis.label.set_color(TEXT)
     return figure, axes
@@ -211,8 +215,9 @@ def draw_bytes(rows: Rows, path: Path) -> None:
     fewer = [_times(rows[where, "fewer, on the wire", ""]) for _, where in cases]
     labels = [f"{n} nodes\n{times} fewer" for (n, _), times in zip(cases, fewer, strict=True)]
     ax.set_xticks(range(len(cases)), labels)
+    ax.margins(y=0.12)
     ax.set_ylabel("MB on the wire, one step")
-    ax.set_title("Bytes between nodes, uniform routing, k = 8 of 256", loc="left")
+    ax.set_title("Bytes between nodes, uniform routing, k = 8 of 256", loc="left", color=TEXT)
     ax.legend(frameon=False, labelcolor=TEXT)
     _save(figure, path)
 
@@ -234,15 +239,15 @@ def draw_steps(rows: Rows, where: str, path: Path) -> None:
     ]
     left.barh(places, median, 0.6, xerr=spread, color=colors, ecolor=TEXT, capsize=2)
     left.set_yticks(places, [name.replace(", ", ",\n", 1) for name in names])
-    left.set_xlabel("ms, forward and backward: median and range")
+    left.set_xlabel("ms per step: median and range")
     sent = values("sent by all nodes")
     right.barh(places, sent, 0.6, color=colors)
     right.set_yticks(places, [""] * len(names))
-    right.set_xlabel("MB sent by all nodes, one step")
+    right.set_xlabel("MB per step, sent by all nodes")
     for ax, shown in ((left, high), (right, sent)):
         bar = median if ax is left else sent
         for place, end, value in zip(places, shown, bar, strict=True):
             ax.text(end, place, f" {value:,.0f}", va="center", color=TEXT)
         ax.margins(x=0.15)
-    left.set_title("One layer, links of 200 Mbit/s", loc="left")
+    left.set_title("One layer, links of 200 Mbit/s", loc="left", color=TEXT)
     _save(figure, path)

@@ -172,14 +172,15 @@ def test_the_page_shows_the_newest_rows(results, tmp_path):
     page.write_page(path, results, "2 nodes, slow")
     text = path.read_text()
     assert (
-        "| 2 x 4 | 7.6, 8 | 1.9, 2 | +5.26 % and +5.26 % | 4.00x | 4.00x | 4.00x | 4.01x | 3.9x |"
+        "| 2 x 4 | 7.6, 8 | 1.9, 2 | +5.3 % and +5.3 % | 4.00x | 4.00x | 4.00x | 4.01x | 3.9x |"
         in text
     )
     assert "| MXFP8 | 0.45, " not in text
     assert "| MXFP8 | 0.45 | 0.5 | 2.00x | 2.00x | 1.9x |" in text
     assert "| DeepSpeed | 8,000 (4,000 to 12,000) | 8 | 4 | 500 |  |" in text
     assert "| ours, plan | 2,000 (1,000 to 3,000) | 2 | 1 | 500 | 4.00x |" in text
-    assert "**ours, plan**, against ours, linear: time -50 % (rounds from 2.00 to 2.00)." in text
+    assert "**ours, plan**, against ours, linear: time -50 % (aim -20 %)." in text
+    assert "cases `2 nodes, slow: LAYER`: 3 rounds in turns" in text
     assert "between" in text
     assert "old" not in text
     assert "99" not in text
