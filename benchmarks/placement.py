@@ -12,6 +12,7 @@ measured on this machine. Parts:
     bounds       how far plans are from the certified lower bound
     partitioner  mt-KaHyPar at equal balance (where the package mtkahypar is installed)
     transfer     plans made on one family of domains, judged on another
+    grouping     distinct experts of batches of requests, with and without predicted homes
     public       public implementations of EPLB that can be imported
     scale        seconds for 58 layers x 256 experts x 1M tokens
 
@@ -28,15 +29,17 @@ from pathlib import Path
 from _results import append_rows
 from placement_cases import GOALS, goal_rows, peer_rows, token_traces
 from placement_checks import (
+    BOUND_EFFORT,
     bound_rows,
     partitioner_or_nothing,
     public_rows,
     scale_rows,
     transfer_rows,
 )
+from placement_grouping import grouping_rows
 from placement_rows import Row, target_table
 
-PARTS = ("targets", "bounds", "partitioner", "transfer", "public", "scale", "peers")
+PARTS = ("targets", "bounds", "partitioner", "transfer", "grouping", "public", "scale", "peers")
 REPLICAS = (0.125, 0.25)
 
 
@@ -56,11 +59,14 @@ def rows_of(part: str, options: argparse.Namespace) -> Iterator[Row]:
             options.processes,
         )
     elif part == "bounds":
-        yield from bound_rows(folder)
+        work = [(bound_rows, folder, name) for name in BOUND_EFFORT]
+        yield from side_by_side(work, options.processes)
     elif part == "partitioner":
         yield from partitioner_or_nothing(folder)
     elif part == "transfer":
         yield from transfer_rows(folder)
+    elif part == "grouping":
+        yield from grouping_rows(folder)
     elif part == "public":
         yield from public_rows(folder)
     else:

@@ -18,7 +18,7 @@ from moe_locality.placement.problem import Problem
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace import RoutingTrace
 
-BOUND_EFFORT = {GPT: 25.0, CHAT: 250.0}
+BOUND_EFFORT = {GPT: 25.0, CHAT: 150.0}
 GAP_TARGET = {GPT: 12.0, CHAT: 18.0}
 CAPPED, LEVEL, ANY = (
     (1.05, "node loads up to 1.05 x mean"),
@@ -30,29 +30,31 @@ PARTITION_LAYERS = 6
 SOLVE_TARGET_S = 10.0
 
 
-def bound_rows(folder: Path) -> Iterator[Row]:
+def bound_rows(folder: Path, name: str) -> list[Row]:
     """Certified gaps on the requests that the plan was made from, 4 nodes, homes at random."""
-    for name in (GPT, CHAT):
-        data = parts(folder, name)
-        topology = ClusterTopology.uniform(4, 2)
-        plan = solve(data.train, topology)
-        for cap, against in CAPS_OF[name]:
-            start = time.perf_counter()
-            found = certify_plan(
-                data.train, plan, topology, max_imbalance=cap, seconds=BOUND_EFFORT[name]
-            )
-            seconds = time.perf_counter() - start
-            worst = found.to_dict()
-            yield Row(
-                case=f"certified gap: {name} 4 nodes, {against}",
-                metric="gap",
-                value=100 * found.gap,
-                unit="% of the copies found",
-                target=GAP_TARGET[name] if cap == 1.05 else None,
-                note=f"mean over {len(found.found)} layers; copies found {found.found.mean():.4f}, "
-                f"bound {found.bound.mean():.4f}; widest {100 * worst['worst_gap']:.1f} % (layer "
-                f"{worst['worst_layer']}); plan for max_imbalance 1.05; {seconds:.0f} s",
-            )
+    data = parts(folder, name)
+    topology = ClusterTopology.uniform(4, 2)
+    plan = solve(data.train, topology)
+    rows = []
+    for cap, against in CAPS_OF[name]:
+        start, busy = time.perf_counter(), time.process_time()
+        found = certify_plan(
+            data.train, plan, topology, max_imbalance=cap, seconds=BOUND_EFFORT[name]
+        )
+        seconds, busy = time.perf_counter() - start, time.process_time() - busy
+        worst = found.to_dict()
+        row = Row(
+            case=f"certified gap: {name} 4 nodes, {against}",
+            metric="gap",
+            value=100 * found.gap,
+            unit="% of the copies found",
+            target=GAP_TARGET[name] if cap == 1.05 else None,
+            note=f"mean over {len(found.found)} layers; copies found {found.found.mean():.4f}, "
+            f"bound {found.bound.mean():.4f}; widest {100 * worst['worst_gap']:.1f} % (layer "
+            f"{worst['worst_layer']}); plan for max_imbalance 1.05; {seconds:.0f} s, {busy:.0f} s of processor time",
+        )
+        rows.append(row)
+    return rows
 
 
 def partitioner_rows(folder: Path, preset: str = "quality") -> Iterator[Row]:

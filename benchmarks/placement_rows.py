@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from moe_locality.placement import Costs
+
 UNITS = {
     "copies": "per token per layer",
     "copies_vs_linear": "%",
@@ -13,13 +15,16 @@ UNITS = {
     "rank_imbalance": "max/mean",
     "straggler": "max/mean",
     "solve": "s",
+    "distinct": "experts per rank and batch",
 }
+PEER_COLUMNS = ("eplb", "eplb_global", "balance", "seed, predicted homes", "hottest", "mtkahypar")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """A figure. ``target``: what it should reach; ``above``: more is better; ``holds``: whether the
-    condition that the target names (a cap on imbalance, say) is kept.
+    condition that the target names (a cap on imbalance, say) is kept. ``cell``, ``method`` and
+    ``imbalance`` put methods side by side in ``target_table``.
     """
 
     case: str
@@ -32,6 +37,9 @@ class Row:
     target: float | None = None
     above: bool = False
     holds: bool = True
+    cell: tuple[str, int, float] | None = None  # (trace, nodes, replicas per expert)
+    method: str = ""
+    imbalance: float | None = None
 
     @property
     def met(self) -> bool | None:
@@ -69,6 +77,16 @@ class Row:
         }
 
 
+def against(costs: Costs, linear: Costs) -> dict[str, float]:
+    """The figures of a plan beside those of the linear layout with homes at random."""
+    return {
+        "copies_vs_linear": 100 * (costs.copies / linear.copies - 1),
+        "picks_vs_linear": 100 * (costs.picks / linear.picks - 1),
+        "node_imbalance": costs.node_imbalance,
+        "rank_imbalance": costs.rank_imbalance,
+    }
+
+
 def summary(values: Sequence[float]) -> tuple[float, str]:
     """(median, the range in words)."""
     low, high = min(values), max(values)
@@ -76,14 +94,28 @@ def summary(values: Sequence[float]) -> tuple[float, str]:
 
 
 def target_table(rows: Iterable[Row]) -> str:
-    """The rows that have a target, aligned."""
+    """The rows that have a target, aligned; beside them the peers of the same cell, with their
+    imbalance, where they were run.
+    """
+    rows = list(rows)
     held = [row for row in rows if row.target is not None]
     if not held:
         return ""
-    width = max(len(f"{row.case}: {row.metric}") for row in held)
-    lines = [f"{'figure':{width}}  {'target':>9}  {'found':>9}"]
+    peers = {
+        (row.cell, row.metric, row.method): f"{row.value:.1f} @ {row.imbalance:.3f}"
+        for row in rows
+        if row.target is None and row.cell is not None and row.imbalance is not None
+    }
+    named = [m for m in PEER_COLUMNS if any(key[2] == m for key in peers)]
+    lines = [("figure", "target", "found", "imbalance", "", *named)]
     for row in held:
         words = "met" if row.met else ("not met" if row.holds else "not met: balance")
-        name = f"{row.case}: {row.metric}"
-        lines.append(f"{name:{width}}  {row.target:>9g}  {row.value:>9.4g}  {words}")
-    return "\n".join(lines)
+        level = "" if row.imbalance is None else f"{row.imbalance:.4f}"
+        beside = [peers.get((row.cell, row.metric, m), "") for m in named]
+        figures = (f"{row.target:g}", f"{row.value:.4g}", level, words)
+        lines.append((f"{row.case}: {row.metric}", *figures, *beside))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
