@@ -38,8 +38,6 @@ from moe_locality.layer.moe import moe_modules, set_slot_to_logical
 from moe_locality.layer.optimizer_state import has_state, plain_optimizer, state_source
 from moe_locality.layer.relabel import (
     Target,
-    agree,
-    agree_on_failure,
     current_order,
     find_group,
     plan_of,
@@ -47,6 +45,7 @@ from moe_locality.layer.relabel import (
     relabel_to,
 )
 from moe_locality.layer.replicas import has_replicas
+from moe_locality.layer.vote import agree, agree_on_failure
 from moe_locality.placement.plan import PlacementPlan
 
 logger = logging.getLogger(__name__)

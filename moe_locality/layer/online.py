@@ -24,9 +24,10 @@ from moe_locality.errors import ConfigError, MoeLocalityError, PlacementError
 from moe_locality.layer.fragments import expert_pieces, slab_bytes
 from moe_locality.layer.moe import MoE, moe_modules
 from moe_locality.layer.optimizer_state import state_source
-from moe_locality.layer.relabel import agree_on_failure, current_order, plan_of, relabel
+from moe_locality.layer.relabel import current_order, plan_of, relabel
 from moe_locality.layer.relocate import MoveReport, Undone
 from moe_locality.layer.replicas import has_replicas
+from moe_locality.layer.vote import agree_on_failure
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.refresh.improve import Refresh, refresh
 from moe_locality.placement.refresh.state import RefreshState

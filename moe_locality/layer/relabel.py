@@ -10,7 +10,6 @@ Every check is done, and agreed between all ranks, before anything moves.
 
 import hashlib
 import logging
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from moe_locality import compat
-from moe_locality.errors import ConfigError, MoeLocalityError, PlacementError
+from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.layer.fragments import StateSource, no_state
 from moe_locality.layer.moe import moe_modules, set_slot_to_logical
 from moe_locality.layer.moves import check_is_permutation
@@ -32,8 +31,8 @@ from moe_locality.layer.optimizer_state import (
     state_source,
 )
 from moe_locality.layer.relocate import TIMEOUT_S, MoveReport, Undone, relabel_layer
+from moe_locality.layer.vote import agree, agree_on_failure
 from moe_locality.placement.plan import PlacementPlan
-from moe_locality.topology.groups import exchange_objects
 
 logger = logging.getLogger(__name__)
 
@@ -243,45 +242,6 @@ def find_group(module: Any, group: dist.ProcessGroup | None) -> dist.ProcessGrou
             f"ep_size {module.ep_size}: give the group of this rank's experts"
         )
     return found
-
-
-def agree_on_failure(failure: Exception | None) -> None:
-    """Raise the first rank's error on all ranks; do nothing where no rank has one. Collective."""
-    if not _is_distributed():
-        if failure is not None:
-            raise failure
-        return
-    found = exchange_objects(None if failure is None else (type(failure), str(failure)))
-    failed = [(rank, item) for rank, item in enumerate(found) if item is not None]
-    if not failed:
-        return
-    if failure is not None:
-        raise failure
-    rank, (kind, message) = failed[0]
-    ours = kind if issubclass(kind, MoeLocalityError) else PlacementError
-    raise ours(f"found by ranks {[r for r, _ in failed]}, as rank {rank} says: {message}")
-
-
-def agree(what: str, value: str) -> None:
-    """Raise PlacementError on all ranks unless ``value`` is the same on all of them. Collective."""
-    if not _is_distributed():
-        return
-    ranks_with: dict[str, list[int]] = defaultdict(list)
-    for rank, found in enumerate(exchange_objects(value)):
-        ranks_with[found].append(rank)
-    if len(ranks_with) == 1:
-        return
-    largest = max(ranks_with.values(), key=len)
-    parts = [f"{found[:12]} on ranks {ranks}" for found, ranks in ranks_with.items()]
-    others = sorted(rank for ranks in ranks_with.values() if ranks is not largest for rank in ranks)
-    raise PlacementError(
-        f"found different {what} on the ranks ({'; '.join(parts)}), expected one: ranks {others} "
-        f"differ from ranks {largest}; nothing was moved: give every rank the same"
-    )
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _check_bare(targets: list[Target], weights_only: bool) -> None:

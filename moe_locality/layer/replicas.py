@@ -26,13 +26,12 @@ from moe_locality.layer.moe import moe_modules, set_slot_to_logical
 from moe_locality.layer.optimizer_state import check_no_gradients, layout_of
 from moe_locality.layer.relabel import (
     Target,
-    agree,
-    agree_on_failure,
     current_order,
     find_group,
 )
 from moe_locality.layer.relabel_weights import expert_tensors, pack, permute_gate, unpack
 from moe_locality.layer.replica_map import LayerReplicas, source_slots
+from moe_locality.layer.vote import agree, agree_on_failure
 from moe_locality.placement.plan import PlacementPlan
 
 logger = logging.getLogger(__name__)
