@@ -51,7 +51,8 @@ def bound_rows(folder: Path, name: str) -> list[Row]:
             target=GAP_TARGET[name] if cap == 1.05 else None,
             note=f"mean over {len(found.found)} layers; copies found {found.found.mean():.4f}, "
             f"bound {found.bound.mean():.4f}; widest {100 * worst['worst_gap']:.1f} % (layer "
-            f"{worst['worst_layer']}); plan for max_imbalance 1.05; {seconds:.0f} s, {busy:.0f} s of processor time",
+            f"{worst['worst_layer']}); plan for max_imbalance 1.05; {seconds:.0f} s, "
+            f"{busy:.0f} s of processor time",
         )
         rows.append(row)
     return rows
