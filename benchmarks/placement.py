@@ -80,6 +80,12 @@ def side_by_side(work: list[tuple], processes: int) -> Iterator[Row]:
             yield from result.result()
 
 
+def processor_seconds() -> float:
+    """Of this process and of those that it started and that have ended."""
+    found = os.times()
+    return found.user + found.system + found.children_user + found.children_system
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
@@ -95,14 +101,15 @@ def main() -> None:
         parser.error("MOE_LOCALITY_DATA is not set: it names the directory of real routing traces")
     done: list[Row] = []
     for part in options.part:
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), processor_seconds()
         for row in rows_of(part, options):
             print(row.line(), flush=True)
             done.append(row)
             if options.csv:
                 packages = ("numpy", "scipy", "numba", "mtkahypar")
                 append_rows(options.csv, [row.to_csv()], packages=packages)
-        print(f"{part}: {time.perf_counter() - start:.0f} s", flush=True)
+        seconds, busy = time.perf_counter() - start, processor_seconds() - busy
+        print(f"{part}: {seconds:.0f} s, {busy:.0f} s of processor time", flush=True)
     print(target_table(done))
 
 
