@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 REPLICA_SHARE = 0.6
 """Share of the allowed imbalance that replicas may use on the trace itself: a cap met exactly there
-is broken by new requests."""
+is broken by new requests. Not the expectation of cap.py, which is about blocks that serve all picks
+of their experts: which replica serves whom changes with every step of the search. Nor shared among
+the layers as ``cap.allocate`` does: that takes several searches per layer."""
 
 RANK_KICKS = 25
 _SCALE = 2.0**36  # weights are rounded to integers below this: sums of E^2 of them stay exact
