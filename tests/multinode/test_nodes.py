@@ -31,14 +31,26 @@ def test_a_machine_without_the_tools_says_which(monkeypatch):
         assert "root" in _nodes.why_not()
 
 
-def test_the_links_count_what_passes_between_nodes(two_nodes):
-    before = two_nodes.link_bytes()
-    ssh = ["ssh", *two_nodes._ssh_options(), "-p", str(_nodes.SSH_PORT), "node1"]
-    command = [*two_nodes.enter(0), *ssh, "head -c 2000000 /dev/urandom"]
+def fetch(nodes: Nodes) -> list[dict[str, int]]:
+    """Bring 2 MB from node1 to node0; return what the links counted meanwhile."""
+    before = nodes.link_bytes()
+    ssh = ["ssh", *nodes._ssh_options(), "-p", str(_nodes.SSH_PORT), "node1"]
+    command = [*nodes.enter(0), *ssh, "head -c 2000000 /dev/urandom"]
     sent = subprocess.run(command, capture_output=True, check=True).stdout
     assert len(sent) == 2_000_000
-    after = two_nodes.link_bytes()
-    grown = [{key: a[key] - b[key] for key in a} for a, b in zip(after, before, strict=True)]
+    after = nodes.link_bytes()
+    return [{key: a[key] - b[key] for key in a} for a, b in zip(after, before, strict=True)]
+
+
+def test_frames_carry_their_headers(can_have_nodes):
+    with Nodes(2, slots=1, frame_bytes=1500) as nodes:
+        sent = fetch(nodes)[1]["sent"]
+    payload, frame = 1448, 1514  # TCP's share of 1500 bytes; with the Ethernet header
+    assert 2_000_000 * frame / payload < sent < 2_030_000 * frame / payload
+
+
+def test_the_links_count_what_passes_between_nodes(two_nodes):
+    grown = fetch(two_nodes)
     for there, here in ((1, 0), (0, 1)):  # what one sends the other receives, but for odd packets
         assert abs(grown[there]["sent"] - grown[here]["received"]) < 5_000
     assert 2_000_000 < grown[1]["sent"] < 2_200_000
