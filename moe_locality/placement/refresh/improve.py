@@ -21,8 +21,8 @@ from moe_locality.topology.cluster import ClusterTopology
 
 IN_SAMPLE_SHARE = 0.6
 """Share of the allowed imbalance of the nodes that a refresh uses on the counts it sees: unseen
-requests load nodes less evenly, so a cap met exactly here is broken there. A solve expects that from
-how the loads of single requests differ (search/cap.py); a refresh keeps decayed counts and no
+requests load nodes less evenly, so a cap met exactly here is broken there. A solve expects this
+from how the loads of single requests differ (search/cap.py); a refresh keeps decayed counts and no
 requests, so one share stands for it."""
 
 
