@@ -261,7 +261,13 @@ def main() -> None:
         if not rows:
             rows, losses[seed] = table(model, held_out, seed, folder)
             print_table(rows)
-            more = {**octave(made_tensors(seed)["Gaussian"]), **stored(model, held_out)}
+            more = kept(
+                folder / f"{count}-more.pt",
+                lambda model=model, held_out=held_out, seed=seed: {
+                    **octave(made_tensors(seed)["Gaussian"]),
+                    **stored(model, held_out),
+                },
+            )
         else:
             losses[seed] = step_losses(model, held_out, folder)
     more |= steps_between(losses)
