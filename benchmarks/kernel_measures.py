@@ -177,6 +177,37 @@ def measure_quantize(dry: bool) -> dict[str, Any]:
     return report
 
 
+def measure_layer(dry: bool) -> dict[str, Any]:
+    """A whole MoE layer, ours and DeepSpeed's, experts and router the same."""
+    import kernel_layer
+    from kernel_peers import prepare
+
+    best = usable_backends()[-1]
+    report: dict[str, Any] = {"shapes": {}, "best": best}
+    for name, shape in (kernel_layer.DRY_SHAPES if dry else kernel_layer.SHAPES).items():
+        layer = kernel_layer.make_layer(name, shape, "cpu" if dry else "cuda")
+        steps = {f"layer, ours, {best}": [kernel_layer.ours(layer, best)]}
+        steps[f"layer, ours, {best}, weights in the experts"] = [
+            kernel_layer.ours(layer, best, inside=True)
+        ]
+        wanted = kernel_layer.ours(layer, "reference")()
+        for label, (step,) in steps.items():
+            why = disagreement(step(), wanted)
+            if why:
+                raise AssertionError(f"{label} on {name}: {why}; nothing may be timed")
+        notes = {}
+        for peer in kernel_layer.peers():
+            made, notes[peer.name] = prepare(peer, [layer], wanted)
+            if made:
+                steps[peer.name] = made
+        found = run_once(steps) if dry else time_gpu(steps)
+        for label, facts in notes.items():
+            found[label] = found.get(label, {}) | facts
+        report["shapes"][name] = found
+        del layer, steps
+    return report
+
+
 def measure_cpu(dry: bool) -> dict[str, Any]:
     """Map, permute, combine and both backwards on the CPU, against index_select and index_add."""
     from kernel_peers_pytorch import index_add

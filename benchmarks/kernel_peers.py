@@ -31,7 +31,7 @@ class Peer:
     name: str
     distribution: str
     read_from: str
-    make: Callable[[Case], Step]
+    make: Callable[[Any], Step]
     forward_only: bool = False
     gpu_only: str = ""
     note: str = ""
@@ -45,7 +45,7 @@ class Peer:
 
 
 def prepare(
-    peer: Peer, cases: Sequence[Case], wanted: tuple[Tensor, ...]
+    peer: Peer, cases: Sequence[Any], wanted: tuple[Tensor, ...]
 ) -> tuple[list[Step], dict[str, str]]:
     """Return the steps of a peer that keeps the contract, or no steps and why.
 
@@ -57,7 +57,7 @@ def prepare(
         facts["installed"] = peer.installed
     if peer.note:
         facts["note"] = peer.note
-    if peer.gpu_only and cases[0].x.device.type == "cpu":
+    if peer.gpu_only and wanted[0].device.type == "cpu":
         return [], facts | {"left_out": f"not run on a CPU: {peer.gpu_only}"}
     try:
         steps = [peer.make(case) for case in cases]

@@ -1,6 +1,5 @@
 """What ``benchmarks/kernels.py`` says of its report: tables, ratios, and rows for results.csv."""
 
-import _statistics
 import json
 import math
 import statistics
@@ -8,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import _intervals
 from kernel_cases import AVERAGED
 
-PARTS = ("ours", "peers", "quantize", "cpu")
+PARTS = ("ours", "peers", "quantize", "layer", "cpu")
 
 
 def print_tables(report: dict[str, Any]) -> None:
@@ -26,7 +26,7 @@ def print_tables(report: dict[str, Any]) -> None:
             for label, facts in rows.items():
                 print(f"  {label:52s} {describe(facts)}")
     lines = [f"  {name:52s} {text(found)}" for name, found in averages(report)]
-    print("\n".join(["\ngeometric means of ratios over A to E", *lines]) if lines else "")
+    print("\n".join(["\nratios of medians; geometric means where there are shapes", *lines]))
 
 
 def describe(facts: dict[str, Any]) -> str:
@@ -47,21 +47,23 @@ def describe(facts: dict[str, Any]) -> str:
     return words + ("" if facts["captured"] else "  as launched, not captured") + ending
 
 
-def text(found: _statistics.Estimate) -> str:
+def text(found: _intervals.Estimate) -> str:
     return f"{found.value:6.2f}x [{found.low:.2f}, {found.high:.2f}]"
 
 
-def averages(report: dict[str, Any]) -> Iterator[tuple[str, _statistics.Estimate]]:
+def averages(report: dict[str, Any]) -> Iterator[tuple[str, _intervals.Estimate]]:
     """Yield what to call each ratio, and its geometric mean over the shapes that both ran on."""
     for above, below, part in pairs(report):
         shapes = report.get(part, {}).get("shapes", {})
         both = [
             comparable(rows[above], rows[below])
             for shape, rows in shapes.items()
-            if (shape in AVERAGED or part == "cpu") and timed(rows, above) and timed(rows, below)
+            if (shape in AVERAGED or part in ("cpu", "layer"))
+            and timed(rows, above)
+            and timed(rows, below)
         ]
         if both:
-            yield f"{above} over {below}", _statistics.geometric_mean_ratio(both)
+            yield f"{above} over {below}", _intervals.geometric_mean_ratio(both)
 
 
 def pairs(report: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -84,6 +86,10 @@ def pairs(report: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             yield f"permute, then quantize {format} | {backend}", fused, "quantize"
         whole = f"map, fused permute and quantize mxfp8 | {backend}"
         yield "map, fused permute and quantize mxfp8 | Megatron-core", whole, "quantize"
+    layer = report.get("layer", {})
+    for rows in list(layer.get("shapes", {}).values())[:1]:
+        for label in rows:
+            yield label, f"layer, ours, {layer['best']}", "layer"
     yield "index_add", "ours", "cpu"
 
 

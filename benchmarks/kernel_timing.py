@@ -1,10 +1,10 @@
 """Timings of the local kernels: candidates that take turns, as CUDA graphs and as launched."""
 
-import _statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import _intervals
 import torch
 
 ROUNDS, WARM_UP, BUFFERS = 15, 13, 4
@@ -39,14 +39,14 @@ def time_gpu(candidates: Mapping[str, Calls]) -> dict[str, dict[str, Any]]:
             samples[name].append(launched if play is None else _events_us(play) / len(calls))
     return {
         name: facts(samples[name], captured=plays[name] is not None)
-        | {"eager_us": _statistics.median(eager[name]).value, "eager_samples_us": eager[name]}
+        | {"eager_us": _intervals.median(eager[name]).value, "eager_samples_us": eager[name]}
         for name in candidates
     }
 
 
 def facts(samples_us: list[float], *, captured: bool = True) -> dict[str, Any]:
     """What the report holds of a candidate: median, interval, quartiles, every sample."""
-    found = {f"{name}_us": value for name, value in _statistics.summary(samples_us).items()}
+    found = {f"{name}_us": value for name, value in _intervals.summary(samples_us).items()}
     return {**found, "samples_us": samples_us, "captured": captured}
 
 
@@ -73,7 +73,7 @@ def time_cpu(candidates: Mapping[str, Callable[[], Any]]) -> dict[str, dict[str,
             wall[name].append(1e6 * (time.perf_counter() - start))
     return {
         name: facts(process[name])
-        | {"wall_us": _statistics.median(wall[name]).value, "wall_samples_us": wall[name]}
+        | {"wall_us": _intervals.median(wall[name]).value, "wall_samples_us": wall[name]}
         for name in candidates
     }
 

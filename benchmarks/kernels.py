@@ -1,6 +1,6 @@
 """The local kernels on a GPU: build, tests, memory checks, timings against peers. ``make gpu``.
 
-    python benchmarks/kernels.py [--part build,test,sanitize,ours,peers,quantize] [--dry]
+    python benchmarks/kernels.py [--part build,test,sanitize,ours,...] [--dry]
     python benchmarks/kernels.py --part cpu --csv benchmarks/results.csv
 
 Times are of CUDA graphs of the work (what cannot be captured is timed as launched, and says so),
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-PARTS = ("build", "test", "sanitize", "ours", "peers", "quantize")
+PARTS = ("build", "test", "sanitize", "ours", "peers", "quantize", "layer")
 
 
 def main() -> int:
@@ -62,6 +62,7 @@ def main() -> int:
         "ours": measures.measure_ours,
         "peers": measures.measure_peers,
         "quantize": measures.measure_quantize,
+        "layer": measures.measure_layer,
         "cpu": measures.measure_cpu,
     }
     on_cpu = args.dry or parts == ["cpu"]

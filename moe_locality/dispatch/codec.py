@@ -25,11 +25,21 @@ class Codec:
         """``[N, D]`` to what travels: the rows, or uint8 ``[N, row_bytes]``."""
         return rows if self.format is None else quantization.encode_rows(rows, self.format)
 
-    def decode(self, coded: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-        """The inverse of :meth:`encode`, with its rounding: ``[N, width]`` in ``dtype``."""
+    def decode(
+        self,
+        coded: Tensor,
+        width: int,
+        dtype: torch.dtype,
+        order: Tensor | None = None,
+        backend: ops.Backend = "auto",
+    ) -> Tensor:
+        """The inverse of :meth:`encode`, with its rounding: ``[N, width]`` in ``dtype``.
+
+        With ``order``, those rows in that order: decoded to where they belong, not moved first.
+        """
         if self.format is None:
-            return coded
-        return quantization.decode_rows(coded.contiguous(), self.format, width, dtype)
+            return coded if order is None else ops.permute(coded, order, backend=backend)
+        return quantization.decode_rows(coded.contiguous(), self.format, width, dtype, index=order)
 
     def permute(self, x: Tensor, row_map: RowMap, backend: ops.Backend) -> Tensor:
         """Return the coded row of every row of the map; a token is coded once."""

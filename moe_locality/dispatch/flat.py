@@ -69,8 +69,8 @@ class FlatTransport:
         with self.clock("dispatch"):
             rows = way.wait()
         with self.clock("reorder"):
-            rows = self._take(rows, plan.by_expert)
-            return plan, self.payload.decode(rows, x.shape[1], x.dtype), None
+            order = (plan.by_expert, self.kernels)
+            return plan, self.payload.decode(rows, x.shape[1], x.dtype, *order), None
 
     def dispatch_backward(
         self, grad_rows: Tensor, grad_weights: Tensor | None, plan: StepPlan

@@ -48,7 +48,11 @@ def on_gpu(options):
     return {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+# the most routes that one block maps, one token more, and more slots than routes
+MAP_SHAPES = [*SHAPES, (256, 8, 256, 0), (257, 8, 256, 0), (3, 2, 997, 0)]
+
+
+@pytest.mark.parametrize("shape", MAP_SHAPES)
 def test_maps_are_the_definition(shape, backend):
     tokens, top_k, experts, _ = shape
     ids = oracle.random_ids(tokens, top_k, experts, 1)
@@ -184,3 +188,27 @@ def test_rows_beyond_two_to_the_31_elements(backend):
     positions = torch.arange(count - tokens, count, dtype=torch.int32, device="cuda")[:, None]
     assert torch.equal(ops.combine(rows, positions, None, backend=backend), rows[-tokens:])
     assert torch.equal(ops.permute(rows, positions[:, 0], backend=backend), rows[-tokens:])
+
+
+def test_what_is_written_beyond_two_to_the_31_elements(backend):
+    """A permute and a backward whose last rows lie past it: K = 8 rows of every token."""
+    width, top_k, experts = 4096, 8, 8
+    tokens = 2**31 // width // top_k + 3
+    if torch.cuda.mem_get_info()[0] < 8 * 2**30:
+        pytest.skip("less than 8 GiB of GPU memory are free")
+    ids = torch.arange(experts, dtype=torch.int32, device="cuda").expand(tokens, top_k)
+    where = ops.row_map(ids, experts, num_rows=tokens * top_k, backend=backend)
+    assert torch.equal(
+        where.positions[:, -1],
+        where.row_token.new_tensor(range(tokens * (top_k - 1), tokens * top_k)),
+    )
+    x = torch.randn(tokens, width, device="cuda").bfloat16()
+    rows = ops.permute(x, where, backend=backend)
+    assert rows.numel() > 2**31
+    assert all(torch.equal(rows[k * tokens : (k + 1) * tokens], x) for k in (0, top_k - 1))
+    del rows
+    weights = torch.zeros(tokens, top_k, device="cuda")
+    weights[:, -1] = 1
+    grads, _ = ops.combine_backward(x, None, where, weights, backend=backend)
+    assert torch.equal(grads[-tokens:], x)
+    assert not grads[:tokens].any()

@@ -19,44 +19,44 @@ def module(monkeypatch):
 
 
 def test_a_median_lies_in_its_interval_and_the_interval_narrows(module):
-    statistics = module("_statistics")
+    intervals = module("_intervals")
     generator = np.random.default_rng(1)
-    few, many = (statistics.median(generator.normal(100, 5, n)) for n in (9, 900))
+    few, many = (intervals.median(generator.normal(100, 5, n)) for n in (9, 900))
     for found in (few, many):
         assert found.low <= found.value <= found.high
     assert many.high - many.low < few.high - few.low
-    same = statistics.median([3.0] * 7)
+    same = intervals.median([3.0] * 7)
     assert (same.low, same.value, same.high) == (3, 3, 3)
 
 
 def test_the_interval_holds_the_truth_about_95_times_in_a_hundred(module):
-    statistics = module("_statistics")
+    intervals = module("_intervals")
     generator = np.random.default_rng(2)
     trials = 200
-    found = [statistics.median(generator.normal(10, 1, 25), seed=n) for n in range(trials)]
+    found = [intervals.median(generator.normal(10, 1, 25), seed=n) for n in range(trials)]
     held = sum(estimate.low <= 10 <= estimate.high for estimate in found)
     assert 0.88 * trials <= held <= trials
 
 
 def test_a_ratio_keeps_rounds_together(module):
     """What slows both sides of a round is not noise of the ratio."""
-    statistics = module("_statistics")
+    intervals = module("_intervals")
     weather = np.random.default_rng(3).uniform(1, 9, 15)
-    together = statistics.ratio(2 * weather, weather)
+    together = intervals.ratio(2 * weather, weather)
     assert together.value == together.low == together.high == 2
-    apart = statistics.ratio(2 * weather, weather[::-1])
+    apart = intervals.ratio(2 * weather, weather[::-1])
     assert apart.high - apart.low > 0.5
     with pytest.raises(ValueError, match="one of each side per round"):
-        statistics.ratio([1, 2], [1])
+        intervals.ratio([1, 2], [1])
 
 
 def test_a_geometric_mean_of_ratios(module):
-    statistics = module("_statistics")
-    found = statistics.geometric_mean_ratio([([8.0] * 5, [1.0] * 5), ([2.0] * 5, [1.0] * 5)])
+    intervals = module("_intervals")
+    found = intervals.geometric_mean_ratio([([8.0] * 5, [1.0] * 5), ([2.0] * 5, [1.0] * 5)])
     assert found.value == pytest.approx(4)
     assert found.low == pytest.approx(found.high)
     with pytest.raises(ValueError, match="positive"):
-        statistics.geometric_mean_ratio([([0.0], [1.0])])
+        intervals.geometric_mean_ratio([([0.0], [1.0])])
 
 
 @pytest.mark.parametrize("change", ["value", "shape", "nan"])

@@ -26,13 +26,13 @@ def test_a_dry_run_goes_through_and_claims_nothing(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     planned = subprocess.run([*command, "-n"], cwd=ROOT, capture_output=True, text=True)
-    parts = "build,test,sanitize,ours,peers,quantize"
+    parts = "build,test,sanitize,ours,peers,quantize,layer"
     assert f"benchmarks/kernels.py --part {parts} --dry" in planned.stdout
     assert "PYTHONPATH=.:others" in planned.stdout
     report = json.loads((tmp_path / "kernels_dry.json").read_text())
     assert report["dry"] is True
     assert report["test"] == "ok"
-    for part in ("ours", "peers", "quantize"):
+    for part in ("ours", "peers", "quantize", "layer"):
         assert report[part]["shapes"]
         for rows in report[part]["shapes"].values():
             assert all("ran" in facts or "left_out" in facts for facts in rows.values()), rows
