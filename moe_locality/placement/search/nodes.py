@@ -20,11 +20,13 @@ from moe_locality.placement.threads import over_layers
 if TYPE_CHECKING:
     from moe_locality.placement.problem import Problem
 
-RUNGS = (3.0, 2.0, 1.5, 1.25, 1.0, 0.8, 0.6, 0.4)
-"""Caps to try, as multiples of the imbalance allowed, from loose to tight."""
+RUNGS = (3.0, 2.0, 1.6, 1.4, 1.3, 1.2, 1.1, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+"""Caps to try, as multiples of the imbalance allowed, from loose to tight. The finer they are, the
+better the layers can share what is allowed: 14 instead of 8 saved 0.1 to 0.2 points of the copies
+of gpt-oss-20b, and made its nodes more level, at half the kicks each."""
 
 RANDOM_STARTS = 2
-EFFORT = 2500
+EFFORT = 1250
 """Kicks of a search times experts: a search costs the same for every number of experts."""
 
 POLISH_EXPERTS = 64
@@ -194,7 +196,10 @@ def allowed_imbalance(layer: Layer, max_imbalance: float) -> float:
 
 
 def candidates(layer: Layer, allowed: float, seed: int) -> list[Candidate]:
-    """Placements with ever tighter caps, each found from the one before."""
+    """Placements with ever tighter caps, each found from the one before.
+
+    A cap that the last placement keeps anyway is passed over; one that no swap could keep ends it.
+    """
     experts, num_nodes = len(layer.load), len(layer.sizes)
     linear, packed = linear_nodes(layer.sizes), lightest_first(layer.load, layer.sizes)
     if num_nodes == 1 or not layer.load.any():
@@ -205,9 +210,13 @@ def candidates(layer: Layer, allowed: float, seed: int) -> list[Candidate]:
     found = [_candidate(layer, packed), _candidate(layer, linear)]
     for rung in RUNGS:
         most = mean * (1 + (allowed - 1) * rung)
+        if len(starts) == 1 and _level(layer, starts[0]) <= most:
+            continue
         node_of = place_on_nodes(layer, most, starts, max(EFFORT // experts, 1), seed)
         found.append(_candidate(layer, node_of))
         starts = [node_of]
+        if _level(layer, node_of) > most + search.SLACK:
+            break
     if layer.grouped:  # a group-limited router is made for its linear layout: never above that
         found = [some for some in found if some.copies <= found[1].copies]
     return found
@@ -218,20 +227,16 @@ def polished(layer: Layer, start: Candidate, seed: int) -> Candidate:
     experts, num_nodes = len(layer.load), len(layer.sizes)
     if experts > POLISH_EXPERTS or num_nodes == 1 or not layer.load.any() or layer.by_pick:
         return start
-    deviations = _deviations(layer)
-    noise = layer.noise.covariance
-    _, loads, variances = search.block_sums(noise, layer.load, start.node_of, num_nodes)
-    most = float((loads + deviations * np.sqrt(np.maximum(variances, 0))).max())
     node_of, _, _ = polish(
         layer.patterns,
         layer.load,
-        most,
+        _level(layer, start.node_of),
         start.node_of,
         num_nodes,
         POLISH_KICKS,
         seed,
-        noise,
-        deviations,
+        layer.noise.covariance,
+        _deviations(layer),
     )
     found = _candidate(layer, node_of)
     return found if found.copies < start.copies else start
@@ -258,6 +263,14 @@ def place_on_nodes(
 def _deviations(layer: Layer) -> float:
     """Roots of a node's covariance that the cap leaves room for."""
     return MARGIN_SHARE * cap.margin(len(layer.sizes)) * layer.noise.deviation
+
+
+def _level(layer: Layer, node_of: np.ndarray) -> float:
+    """The least cap that a placement keeps: the highest load of a node, with its margin."""
+    _, loads, variances = search.block_sums(
+        layer.noise.covariance, layer.load, node_of, len(layer.sizes)
+    )
+    return float((loads + _deviations(layer) * np.sqrt(np.maximum(variances, 0))).max())
 
 
 def _candidate(layer: Layer, node_of: np.ndarray) -> Candidate:

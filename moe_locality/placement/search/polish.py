@@ -23,6 +23,7 @@ from moe_locality.placement.search.swaps import (
 )
 
 _SWEEPS = 100
+_FEW_KEYS = 1 << 22  # up to here a table of counts is faster than sorting
 
 
 def patterns(
@@ -37,20 +38,41 @@ def patterns(
         ([N, K] picks in ascending order, [N] home, empty when ``home`` is, [N] float64 tokens of
         each).
     """
-    ordered = np.sort(ids, axis=1)
     base = num_experts + 1
-    if base ** ids.shape[1] * max(num_homes, 1) > 2**62:
-        return ordered, home.astype(np.int64), np.ones(len(ids))
-    key = home.astype(np.int64) if home.size else np.zeros(len(ids), np.int64)
-    for pick in range(ids.shape[1]):
-        key *= base
-        key += ordered[:, pick] + 1
-    key, count = np.unique(key, return_counts=True)
+    possible = base ** ids.shape[1] * max(num_homes, 1)
+    if possible > 2**62:
+        return np.sort(ids, axis=1), home.astype(np.int64), np.ones(len(ids))
+    key = _keys(ids, home.astype(np.int64), base)
+    if possible <= _FEW_KEYS:
+        count = np.bincount(key)
+        key = np.flatnonzero(count)
+        count = count[key]
+    else:
+        key, count = np.unique(key, return_counts=True)
     found = np.empty((len(key), ids.shape[1]), dtype=ids.dtype)
     for pick in reversed(range(ids.shape[1])):  # the key read back digit by digit
         found[:, pick] = key % base - 1
         key //= base
     return found, key if home.size else np.zeros(0, np.int64), count.astype(np.float64)
+
+
+@numba.njit(nogil=True, cache=True)
+def _keys(ids, home, base):
+    """[T] the home and the picks of each token in ascending order, as digits of one number."""
+    keys = np.empty(ids.shape[0], np.int64)
+    picks = np.empty(ids.shape[1], np.int64)
+    for token in range(ids.shape[0]):
+        key = home[token] if home.size else 0
+        for count in range(ids.shape[1]):
+            new, place = np.int64(ids[token, count]), count
+            while place > 0 and picks[place - 1] > new:
+                picks[place] = picks[place - 1]
+                place -= 1
+            picks[place] = new
+        for pick in picks:
+            key = key * base + pick + 1
+        keys[token] = key
+    return keys
 
 
 def polish(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-_SLACK = 1e-6
+SLACK = 1e-6
 """Picks: loads above a cap by less are not above it (roots of variances are rounded)."""
 
 _SWEEPS = 1000
@@ -115,7 +115,7 @@ def over(load, variance, deviations, cap):
     """Load above the cap, with so many standard deviations on top."""
     if deviations > 0:
         load += deviations * np.sqrt(max(variance, 0.0))
-    return load - cap if load - cap > _SLACK else 0.0
+    return load - cap if load - cap > SLACK else 0.0
 
 
 @numba.njit(nogil=True, cache=True)
@@ -149,7 +149,7 @@ def change_of_excess(cov, load, cap, deviations, near_cov, block_load, block_var
     new -= over(block_load[a], block_var[a], deviations, cap) + over(
         block_load[b], block_var[b], deviations, cap
     )
-    return new if abs(new) > _SLACK else 0.0
+    return new if abs(new) > SLACK else 0.0
 
 
 @numba.njit(nogil=True, cache=True)
@@ -197,12 +197,12 @@ def _descend(
                 full = above[a] + above[b]
                 if gain <= best_gain and -full >= best_excess:
                     continue  # a swap takes away no more than what is above the cap
-                most = full + (best_excess if best_excess < 0 else _SLACK)
+                most = full + (best_excess if best_excess < 0 else SLACK)
                 excess = _excess_after(
                     cov, load, cap, deviations, near_cov, block_load, block_var, a, b, e, f, most
                 )
                 excess -= full
-                if abs(excess) <= _SLACK:
+                if abs(excess) <= SLACK:
                     excess = 0.0
                 if excess < best_excess or (excess == best_excess and gain > best_gain):
                     best_f, best_excess, best_gain = f, excess, gain
