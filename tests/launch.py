@@ -71,7 +71,11 @@ def preload(deepspeed: bool) -> None:
     theirs = ["torch._dynamo"]
     if deepspeed:
         ours += [f"layer.{name}" for name in ("checkpoint", "convert", "relocate", "replicas")]
-        theirs += ["deepspeed.runtime.engine", "deepspeed.module_inject.auto_ep_layer"]
+        theirs += [
+            "deepspeed.ops",
+            "deepspeed.runtime.engine",
+            "deepspeed.module_inject.auto_ep_layer",
+        ]
     for name in (*(f"moe_locality.{name}" for name in ours), *theirs):
         with contextlib.suppress(ImportError):  # another DeepSpeed may have other modules
             importlib.import_module(name)
