@@ -230,7 +230,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--every", type=int, default=1, help="use every n-th layer")
     options = parser.parse_args()
-    rows = timings(options.tokens) if options.tokens else []
+    if options.tokens:
+        report(timings(options.tokens), options.csv)
     folder = os.environ.get("MOE_LOCALITY_DATA")
     for name, foreign in CASES.items() if folder else ():
         trace = read_trace(Path(folder or "") / f"{name}.npz")
@@ -239,13 +240,16 @@ def main() -> None:
             for seed in range(options.seeds):
                 case = f"{100 * share:g} % foreign, seed {seed}"
                 parts = parts_of(trace, foreign, share, seed)
-                rows += quality(name, trace, case, parts, options.nodes)
+                report(quality(name, trace, case, parts, options.nodes), options.csv)
+
+
+def report(rows: list[dict], csv: Path | None) -> None:
+    """Print the rows, and append them to the table."""
+    shown = ("case", "metric", "baseline", "value", "unit", "note")
     for found in rows:
-        print(
-            *(found[k] for k in ("case", "metric", "baseline", "value", "unit", "note")), sep="\t"
-        )
-    if options.csv is not None:
-        append_rows(options.csv, rows, packages=("numpy", "numba"))
+        print(*(found[name] for name in shown), sep="\t", flush=True)
+    if csv is not None:
+        append_rows(csv, rows, packages=("numpy", "numba"))
 
 
 if __name__ == "__main__":

@@ -1,43 +1,51 @@
 """The largest share of a re-solve's gain that any few swaps can bring, with hindsight.
 
-Both sides are pairs of experts of one token that share a node, counted on the judged tokens, at any
-balance: the best one or two swaps of every layer are found by trying all, a knapsack shares the
-budget among the layers, and the gain of moving everything is that of the best placement known. As
-that one is found by search, the true share is no larger than what is returned.
+Both sides are pairs of experts of one token that share a node, counted on the judged tokens. The
+best one or two swaps of every layer are found by trying all, whatever they do to the balance, and a
+knapsack shares the budget among the layers. The gain of moving everything is that of the best
+placement known that is no less level than the plan. The first is never too small and the second
+never too large, so the true share is no larger than what is returned.
 """
 
 import numpy as np
 
 from moe_locality.analysis.coactivation import count_coactivation
-from moe_locality.placement import PlacementPlan, solve
+from moe_locality.placement import PlacementPlan, evaluate, solve
 from moe_locality.placement.refresh.improve import refresh
 from moe_locality.placement.refresh.state import RefreshState
 from moe_locality.topology import ClusterTopology
 from moe_locality.trace import RoutingTrace
 
-NO_CAP = 1e3
+CAPS = (1.0, 1.05, 1.1, 1.15, 1.2)
+LEVEL_SLACK = 0.002
 
 
 def most_share(
     judged: RoutingTrace, plan: PlacementPlan, topology: ClusterTopology, budgets: tuple[float, ...]
 ) -> dict[float, float]:
-    """Share of the gain for every budget that pays for at most two swaps per layer on average.
+    """Share of the gain for every budget that pays for at most one swap per layer on average.
 
-    A layer may have two swaps at most, too; where a layer has more to gain that is left out.
+    A layer gets two swaps at most: third swaps, which gain less, are left out.
     """
     pairs = count_coactivation(judged).pairs.astype(np.float64)
     before = nodes_of(plan)
-    free = solve(judged, topology, max_imbalance=NO_CAP)
+    start = inside(pairs, before).sum()
     state = RefreshState.from_trace(judged)
-    swapped = refresh(plan, state, topology, move_budget=1.0, max_imbalance=NO_CAP).plan
-    start = inside(pairs, before)
-    whole = np.maximum(inside(pairs, nodes_of(free)), inside(pairs, nodes_of(swapped))) - start
+    most = evaluate(judged, plan).node_imbalance + LEVEL_SLACK
+    whole = 0.0
+    for cap in CAPS:
+        for other in (
+            refresh(plan, state, topology, move_budget=1.0, max_imbalance=cap).plan,
+            solve(judged, topology, max_imbalance=cap),
+        ):
+            if evaluate(judged, other).node_imbalance <= most:
+                whole = max(whole, float(inside(pairs, nodes_of(other)).sum() - start))
     gains = np.array([best_gains(p, b) for p, b in zip(pairs, before, strict=True)])
     found = {}
     for budget in budgets:
         swaps = int(budget * before.size + 1e-9) // 2
         if swaps <= len(gains):
-            found[budget] = knapsack(gains, swaps) / max(float(whole.sum()), 1e-300)
+            found[budget] = knapsack(gains, swaps) / max(whole, 1e-300)
     return found
 
 
