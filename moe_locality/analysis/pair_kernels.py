@@ -3,9 +3,9 @@
 import numba
 import numpy as np
 
-BLOCK_TOKENS = 2048
-"""Tokens counted for one layer before the next layer: small enough that the rows of a block stay in
-the last-level cache, large enough that the table of a layer pays for being fetched."""
+BLOCK_TOKENS = 8192
+"""Tokens counted for one layer before the next layer: enough that the table of a layer pays for
+being fetched, few enough that the block, copied layer by layer, stays in the last-level cache."""
 
 
 @numba.njit(nogil=True, cache=True)
@@ -18,16 +18,21 @@ def add_pairs(ids, unit, first, last, pairs, load):
     """
     tokens, picks = ids.shape[0], ids.shape[2]
     num = np.uint64(load.shape[2])
+    part = np.empty((last - first, min(BLOCK_TOKENS, tokens), picks), ids.dtype)
     found = np.empty(picks, dtype=np.uint64)  # unsigned: no test for an index from the end
     for start in range(0, tokens, BLOCK_TOKENS):
         stop = min(start + BLOCK_TOKENS, tokens)
+        for token in range(start, stop):  # rows of a layer lie far apart: one pass over all of them
+            for layer in range(first, last):
+                for pick in range(picks):
+                    part[layer - first, token - start, pick] = ids[token, layer, pick]
         for layer in range(first, last):
             table = pairs[layer].ravel()
             for token in range(start, stop):
                 row = load[layer, unit[token]]
                 count = 0
                 for pick in range(picks):
-                    e = ids[token, layer, pick]
+                    e = part[layer - first, token - start, pick]
                     if e >= 0:
                         found[count] = e
                         count += 1

@@ -52,7 +52,7 @@ def group_limited(rng, *, tokens=4000, groups=8, size=4, chosen=4, top_k=8, requ
 
 def test_tables_are_the_counts_of_the_trace_whatever_the_threads():
     rng = np.random.default_rng(0)
-    trace = random_trace(rng, tokens=3000, layers=3, experts=10, top_k=3, requests=40)
+    trace = random_trace(rng, tokens=9000, layers=3, experts=10, top_k=3, requests=40)
     one, two = (
         nodes.count_tables(trace.expert_ids, trace.request_id, 10, threads=n) for n in (1, 2)
     )
