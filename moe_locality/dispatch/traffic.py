@@ -2,8 +2,8 @@
 
 Rows are routed copies of tokens (or their gradients); bytes are their payload as it travels, after
 coding. A message is one rank's rows for another in one exchange; where there are none, there is
-none. The counts that precede each exchange (8 bytes per slot) are not included. A rank's rows to
-itself are counted too, as ``same_rank``: they cost a copy, not a link.
+none. The counts that precede an exchange (8 bytes per slot, and a header of 24 per rank) are not
+included. A rank's rows to itself are counted too, as ``same_rank``: they cost a copy, not a link.
 """
 
 import math
