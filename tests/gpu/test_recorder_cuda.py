@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("deepspeed")
 pytest.importorskip("pyarrow")
 pytest.importorskip("pydantic")
 
