@@ -126,6 +126,16 @@ def signal_to_noise(name: str, made: dict[str, Tensor], real: dict[str, Any]) ->
     return row
 
 
+def shrinkage(name: str, real: dict[str, Any]) -> dict[str, float]:
+    """Return by how much rounding shrinks real tensors: 1 - sum(x x') / sum(x^2), over all."""
+    row = {}
+    for kind, (role, tensors) in real.items():
+        pairs = [(x.double(), fake_quantize(x, name, role=role).double()) for x in tensors]
+        kept_share = sum(float((x * y).sum()) for x, y in pairs)
+        row[f"{kind} shrinkage"] = 1 - kept_share / sum(float((x * x).sum()) for x, _ in pairs)
+    return row
+
+
 def table(
     model: nn.Module, held_out: Any, seed: int, folder: Path
 ) -> tuple[dict[str, dict[str, float]], Losses]:
@@ -148,6 +158,10 @@ def table(
         row = kept(
             folder / f"{len(held_out)}-QSNR-{name}.pt",
             lambda name=name: signal_to_noise(name, made, real),
+        )
+        row |= kept(
+            folder / f"{len(held_out)}-shrinkage-{name}.pt",
+            lambda name=name: shrinkage(name, real),
         )
         for kind, inputs_too in KINDS.items():
             if inputs_too and name in WEIGHTS_ONLY:
@@ -210,7 +224,7 @@ def print_table(rows: dict[str, dict[str, float]]) -> None:
     print("| format | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 1) + "|")
     for name, row in rows.items():
-        cells = [f"{row[c]:.{4 if 'perpl' in c else 2}f}" if c in row else "" for c in columns]
+        cells = [f"{row[c]:.{2 if 'QSNR' in c else 4}f}" if c in row else "" for c in columns]
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 
@@ -236,7 +250,13 @@ def csv_rows(rows: dict[str, dict[str, float]], options: Any, count: int) -> lis
 
 
 def _unit(column: str) -> str:
-    known = {"QSNR": "dB", "loss": "nats per byte", "bytes": "bytes", "kurtosis": "none"}
+    known = {
+        "QSNR": "dB",
+        "loss": "nats per byte",
+        "bytes": "bytes",
+        "kurtosis": "none",
+        "shrinkage": "none",
+    }
     return next((unit for word, unit in known.items() if word in column), "per byte")
 
 
