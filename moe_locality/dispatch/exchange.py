@@ -154,8 +154,11 @@ class Link:
         sent = counts.new_empty(self.size, HEADER + counts.shape[1])
         sent[:, HEADER:] = counts
         header = (self.place.code(), *(NO_REPORT if apart is None else apart.report))
-        for column, value in enumerate(header):
-            sent[:, column] = value
+        if sent.is_cuda:  # fills: a copy of host memory would make this thread wait
+            for column, value in enumerate(header):
+                sent[:, column] = value
+        else:
+            sent[:, :HEADER] = torch.tensor(header)
         received = torch.empty_like(sent)
         with self.explained("token counts"):
             work = self.comm.all_to_all_single(received, sent, group=self.group, async_op=True)
