@@ -176,10 +176,11 @@ class FixedTransport(FlatTransport):
         return max(1, math.ceil(self.capacity.factor * routes / self.num_slots))
 
     def _count(self, overflow: Tensor, capturing: bool) -> None:
-        if self.lost is None or self.lost.device != overflow.device:
+        lost = self.lost
+        if lost is None or lost.device != overflow.device:
             _check_warm(capturing)  # what a graph allocates, its replays would begin anew
-            self.lost = torch.zeros(1, dtype=torch.int64, device=overflow.device)
-        self.lost.add_(overflow)
+            self.lost = lost = torch.zeros(1, dtype=torch.int64, device=overflow.device)
+        lost.add_(overflow)
 
     def _order(self, rows: int, size: int, device: torch.device) -> tuple[Any, Any]:
         ranks = self.link.size
