@@ -30,8 +30,10 @@ from _results import append_rows
 from placement_cases import GOALS, goal_rows, peer_rows, token_traces
 from placement_checks import (
     BOUND_EFFORT,
+    PARTITION_LAYERS,
+    PARTITION_NODES,
     bound_rows,
-    partitioner_or_nothing,
+    partitioner_rows,
     public_rows,
     scale_rows,
     transfer_rows,
@@ -62,7 +64,9 @@ def rows_of(part: str, options: argparse.Namespace) -> Iterator[Row]:
         work = [(bound_rows, folder, name) for name in BOUND_EFFORT]
         yield from side_by_side(work, options.processes)
     elif part == "partitioner":
-        yield from partitioner_or_nothing(folder)
+        cells = [(name, nodes) for name in PARTITION_LAYERS for nodes in PARTITION_NODES]
+        work = [(partitioner_rows, folder, *cell) for cell in cells]
+        yield from side_by_side(work, options.processes)
     elif part == "transfer":
         yield from transfer_rows(folder)
     elif part == "grouping":

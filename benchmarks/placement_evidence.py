@@ -12,6 +12,7 @@ from placement_rows import Row, against
 
 from moe_locality.placement import Costs, assign_homes, evaluate, solve
 from moe_locality.placement.bounds.shared import bound_for_mean_imbalance
+from moe_locality.placement.homes.assign import MAX_TOKEN_IMBALANCE
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace import RoutingTrace
 
@@ -67,7 +68,8 @@ def with_hindsight(trace: RoutingTrace, topology: ClusterTopology, **options: An
     plan = solve(trace, topology, **options)
     homes = None
     if options.get("homes") == "joint":
-        homes = assign_homes(trace, plan, topology, predict="oracle")
+        most = options.get("max_home_imbalance", MAX_TOKEN_IMBALANCE)
+        homes = assign_homes(trace, plan, topology, predict="oracle", max_imbalance=most)
     return evaluate(trace, plan, topology, homes)
 
 
