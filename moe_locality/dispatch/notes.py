@@ -7,8 +7,8 @@ none has ended, hangs, or is elsewhere. Nothing here may hang or raise: the stor
 
 import contextlib
 import hashlib
+import json
 import os
-import pickle
 import socket
 import threading
 import time
@@ -36,7 +36,7 @@ def introduce() -> None:
         store = compat.default_store()
         if id(store) not in _introduced:
             _introduced.add(id(store))
-            who = pickle.dumps((_machine(), os.getpid()))
+            who = json.dumps([_machine(), os.getpid()])
             store.set(f"moe_locality/process/{dist.get_rank()}", who)
 
 
@@ -69,7 +69,7 @@ def _ask(ranks: Collection[int], group_ranks: Sequence[int], text: str) -> str:
     scope = hashlib.sha256(repr(tuple(group_ranks)).encode()).hexdigest()[:16]
     key = f"moe_locality/broken/{scope}/{_asked[scope]}"
     _asked[scope] += 1
-    store.set(f"{key}/{me}", pickle.dumps((text, None)))
+    store.set(f"{key}/{me}", json.dumps([text, None]))
     missing = [rank for rank in ranks if rank != me]
     ended: list[int] = []
     deadline = time.monotonic() + WAIT_S
@@ -79,10 +79,10 @@ def _ask(ranks: Collection[int], group_ranks: Sequence[int], text: str) -> str:
         if len(ended) == len(missing):
             break
         time.sleep(_POLL_S)
-    store.set(f"{key}/{me}", pickle.dumps((text, missing)))
+    store.set(f"{key}/{me}", json.dumps([text, missing]))
     others = [rank for rank in group_ranks if rank != me]
     here = [rank for rank in others if store.check([f"{key}/{rank}"])]
-    notes = {rank: pickle.loads(store.get(f"{key}/{rank}")) for rank in here}
+    notes = {rank: tuple(json.loads(store.get(f"{key}/{rank}"))) for rank in here}
     return _told(missing, ended, {me: (text, missing), **notes})
 
 
@@ -129,7 +129,7 @@ def _has_ended(store: Any, rank: int) -> bool:
     key = f"moe_locality/process/{rank}"
     if not store.check([key]):
         return False
-    machine, pid = pickle.loads(store.get(key))
+    machine, pid = json.loads(store.get(key))
     if not machine or machine != _machine():
         return False
     try:
