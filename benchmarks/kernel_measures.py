@@ -123,6 +123,19 @@ def torch_gate(case: Case) -> Callable[[], Any]:
     return step
 
 
+def require_equal(steps: dict[str, list[Any]], wanted: Any, where: str = "") -> None:
+    """Raise where the first step of a candidate has another result than ``wanted``."""
+    for label, made in steps.items():
+        why = disagreement(made[0](), wanted)
+        if why:
+            raise AssertionError(f"{label}{where}: {why}; nothing may be timed")
+
+
+def with_notes(found: dict[str, Any], notes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What was measured of each candidate, with what is to be said of it."""
+    return found | {label: found.get(label, {}) | facts for label, facts in notes.items()}
+
+
 def measure_peers(dry: bool) -> dict[str, Any]:
     """Map, permute, combine and both backwards, ours and theirs, after their results agree."""
     from kernel_peers import all_peers, prepare
@@ -140,19 +153,14 @@ def measure_peers(dry: bool) -> dict[str, Any]:
         steps[f"ours, {best}, autograd"] = [ours_with_autograd(case, best) for case in cases]
         steps[f"ours, {best}, forward"] = [ours_forward(case, best) for case in cases]
         wanted = ours(cases[0], "reference")()
-        for label, made in steps.items():
-            why = disagreement(made[0](), wanted)
-            if why:
-                raise AssertionError(f"{label} on {name}: {why}; nothing may be timed")
+        require_equal(steps, wanted, f" on {name}")
         for peer in all_peers():
             made, notes[peer.name] = prepare(peer, cases, wanted)
             notes[peer.name]["forward_only"] = peer.forward_only
             if made:
                 steps[peer.name] = made
         found = run_once(steps) if dry else time_gpu(steps)
-        for label, facts in notes.items():
-            found[label] = found.get(label, {}) | facts
-        report["shapes"][name] = found
+        report["shapes"][name] = with_notes(found, notes)
         del cases, steps
     return report
 
@@ -170,9 +178,7 @@ def measure_quantize(dry: bool) -> dict[str, Any]:
         for label, facts in found.items():
             if copy and label in floors:
                 facts |= shares(facts, floors[label], copy, None)
-        for label, facts in notes.items():
-            found[label] = found.get(label, {}) | facts
-        report["shapes"][name] = found
+        report["shapes"][name] = with_notes(found, notes)
         del cases, steps
     return report
 
@@ -191,19 +197,14 @@ def measure_layer(dry: bool) -> dict[str, Any]:
             kernel_layer.ours(layer, best, inside=True)
         ]
         wanted = kernel_layer.ours(layer, "reference")()
-        for label, (step,) in steps.items():
-            why = disagreement(step(), wanted)
-            if why:
-                raise AssertionError(f"{label} on {name}: {why}; nothing may be timed")
+        require_equal(steps, wanted, f" on {name}")
         notes = {}
         for peer in kernel_layer.peers():
             made, notes[peer.name] = prepare(peer, [layer], wanted)
             if made:
                 steps[peer.name] = made
         found = run_once(steps) if dry else time_gpu(steps)
-        for label, facts in notes.items():
-            found[label] = found.get(label, {}) | facts
-        report["shapes"][name] = found
+        report["shapes"][name] = with_notes(found, notes)
         del layer, steps
     return report
 
@@ -216,10 +217,7 @@ def measure_cpu(dry: bool) -> dict[str, Any]:
     case = make_case("cpu", shape, 0, device="cpu")
     steps = {"ours": ours_with_autograd(case, "reference"), "index_add": index_add(case)}
     wanted = ours(case, "reference")()
-    for label, step in steps.items():
-        why = disagreement(step(), wanted)
-        if why:
-            raise AssertionError(f"{label}: {why}; nothing may be timed")
+    require_equal({label: [step] for label, step in steps.items()}, wanted)
     if dry:
         return {"shapes": {"cpu": run_once({label: [step] for label, step in steps.items()})}}
     tokens, width, experts, top_k = shape
