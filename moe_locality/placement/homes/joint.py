@@ -21,14 +21,13 @@ from moe_locality.placement.homes.predictor import Predictor
 from moe_locality.placement.homes.requests import Requests, default_prediction, requests_of
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.problem import Problem, Solution
-from moe_locality.placement.search import nodes
+from moe_locality.placement.search import nodes, spread
 
 CLUSTER_STARTS = 3
 FIRST_ROUNDS = 3
 MORE_ROUNDS = 6
 PATIENCE = 2
-EFFORT = 2000  # kicks of a search times experts
-RUNG = 1.1  # multiple of the imbalance allowed, as in nodes.RUNGS, while homes are looked for
+CHEAPER = 0.8  # share of the price of imbalance that is paid while homes are looked for
 _SLACK_SHARE = 0.9  # of the allowed imbalance of tokens that nodes use, so that ranks can meet it
 
 
@@ -44,7 +43,8 @@ class _Known:
     ids: np.ndarray  # [T, L, K]
     tables: nodes.Tables
     layers: list[nodes.Layer]
-    most: list[float]  # [L] cap on the load of a node while homes are looked for
+    price: float  # of imbalance, while homes are looked for
+    limit: list[float]  # [L] imbalance that no layer should exceed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,11 +83,8 @@ def _prepare(problem: Problem) -> _Known:
     assert trace.request_id is not None
     tables = nodes.count_tables(ids, trace.request_id, trace.num_experts)
     layers = [nodes.make_layer(problem, tables, layer) for layer in range(trace.num_layers)]
-    most = []
-    for layer in layers:
-        allowed = nodes.allowed_imbalance(layer, problem.max_imbalance)
-        mean = float(layer.load.sum()) / problem.num_nodes
-        most.append(mean * (1 + (allowed - 1) * RUNG))
+    seeds = [_seed(problem, 0, layer) for layer in range(len(layers))]
+    _, allowed, price = spread.place_on_nodes(layers, problem.max_imbalance, seeds)
     return _Known(
         problem=problem,
         objective=problem.objective,
@@ -97,7 +94,8 @@ def _prepare(problem: Problem) -> _Known:
         ids=ids,
         tables=tables,
         layers=layers,
-        most=most,
+        price=CHEAPER * price,
+        limit=[most + problem.max_imbalance - 1 for most in allowed],
     )
 
 
@@ -151,17 +149,19 @@ def _place_on_nodes(
     homes = None if home_node is None else home_node[data.requests.index]
     found = np.empty((len(data.layers), experts), dtype=np.int64)
     for row, layer in enumerate(data.layers):
-        seed = (problem.seed * 1_000_003 + number * 4099 + row) & 0x7FFFFFFF
-        linear = nodes.linear_nodes(layer.sizes)
         if homes is not None:
             pin = _pins(data.ids[:, row], homes, experts, problem.num_nodes)
-            layer = replace(layer, pin=_by_group(pin, problem.group_of))
-        starts = [np.random.default_rng(seed).permutation(linear)]
-        starts.append(linear if warm is None else _one_of_group(warm[row], problem.group_of))
-        kicks = max(EFFORT // len(layer.load), 1)
-        node_of = nodes.place_on_nodes(layer, data.most[row], starts, kicks, seed)
+            pin = _by_group(pin, problem.group_of)
+            layer = replace(layer, pin=pin, patterns=nodes.with_homes(layer.patterns, homes))
+        start = None if warm is None else _one_of_group(warm[row], problem.group_of)
+        seed = _seed(problem, number, row)
+        node_of = nodes.searched(layer, data.price, data.limit[row], seed, start).node_of
         found[row] = node_of if problem.group_of is None else node_of[problem.group_of]
     return found
+
+
+def _seed(problem: Problem, number: int, row: int) -> int:
+    return (problem.seed * 1_000_003 + number * 4099 + row) & 0x7FFFFFFF
 
 
 def _by_group(pin: np.ndarray, group_of: np.ndarray | None) -> np.ndarray:

@@ -33,6 +33,7 @@ MIN_REQUESTS = 8
 """With fewer requests, stretches of consecutive tokens stand for requests."""
 
 _DRAWS = 1024
+_FEW = 32
 _LARGEST = 2.0**20  # deviations are rounded to whole numbers below this: sums of squares stay exact
 
 
@@ -111,11 +112,14 @@ def _draws(blocks: int) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=64)
-def margin(blocks: int) -> float:
-    """Standard deviations by which the largest of ``blocks`` equal normal loads exceeds its
-    mean.
+def few_draws(blocks: int) -> np.ndarray:
+    """[M, S] draws for searches that ask at every step and take loads for independent.
+
+    The loads of blocks sum up to all picks, so they are negatively correlated and differ by more
+    than independent ones: by sqrt(M / (M - 1)) where they vary alike, as the draws are scaled.
     """
-    return float(_draws(blocks).max(axis=0).mean()) if blocks > 1 else 0.0
+    half = _draws(blocks)[:, : _FEW // 2]
+    return np.concatenate([half, -half], axis=1) * np.sqrt(blocks / max(blocks - 1, 1))
 
 
 def allocate(

@@ -12,33 +12,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe_locality.placement import counting
-from moe_locality.placement.search import cap
-from moe_locality.placement.search import swaps as search
+from moe_locality.placement.search import cap, kernels
+from moe_locality.placement.search.anneal import anneal
 from moe_locality.placement.search.polish import patterns, polish
 from moe_locality.placement.threads import over_layers
 
 if TYPE_CHECKING:
     from moe_locality.placement.problem import Problem
 
-RUNGS = (3.0, 2.0, 1.6, 1.4, 1.3, 1.2, 1.1, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
-"""Caps to try, as multiples of the imbalance allowed, from loose to tight. The finer they are, the
-better the layers can share what is allowed: 14 instead of 8 saved 0.1 to 0.2 points of the copies
-of gpt-oss-20b, and made its nodes more level, at half the kicks each."""
+STEPS, MOST_STEPS = 25, 80_000
+"""Swaps tried for a placement of a layer: per pair of its experts, and at most."""
 
-RANDOM_STARTS = 2
-EFFORT = 1250
-"""Kicks of a search times experts: a search costs the same for every number of experts."""
+POLISH_STEPS = 20
+"""Swaps tried on the exact copies, per pair of experts."""
 
 POLISH_EXPERTS = 64
 """Most experts for the exact search: with more, its sample of tokens is fitted, not the traffic."""
-
-POLISH_KICKS = 3
-
-MARGIN_SHARE = 0.7
-"""Share of the expected rise of the busiest of M equal nodes that the search holds back on every
-node. The expected imbalance decides in the end; on the traces tried (gpt-oss-20b, DeepSeek-V2-Lite;
-4 and 8 nodes) 0.7 saved most copies at a given one, 0.5 and 1.0 up to 0.3 points less, none
-(a cap on loads alone) could not reach 1.05 on gpt-oss-20b with 4 nodes."""
 
 _SAMPLE_PICKS = 1 << 18
 _EXACT_PICKS = 1 << 19
@@ -133,7 +122,7 @@ def make_layer(problem: Problem, tables: Tables, layer: int) -> Layer:
     if problem.objective == "picks":  # experts do not attract each other, only homes do
         weight = np.zeros_like(weight)
     if experts <= POLISH_EXPERTS:
-        rows = patterns(ids, experts, home, nodes)
+        rows = patterns(ids, experts, home)
     else:
         rows = (ids, home, np.ones(len(ids)))
     return Layer(
@@ -195,82 +184,75 @@ def allowed_imbalance(layer: Layer, max_imbalance: float) -> float:
     return max(max_imbalance, least)
 
 
-def candidates(layer: Layer, allowed: float, seed: int) -> list[Candidate]:
-    """Placements with ever tighter caps, each found from the one before.
+def fixed_candidates(layer: Layer) -> list[Candidate]:
+    """The linear layout, and experts packed by loads alone."""
+    linear = _candidate(layer, linear_nodes(layer.sizes))
+    if searchable(layer):
+        return [linear, _candidate(layer, lightest_first(layer.load, layer.sizes))]
+    return [linear]
 
-    A cap that the last placement keeps anyway is passed over; one that no swap could keep ends it.
+
+def searchable(layer: Layer) -> bool:
+    """Whether placements of the layer differ."""
+    return len(layer.sizes) > 1 and bool(layer.load.any())
+
+
+def searched(
+    layer: Layer,
+    linear: Candidate,
+    price: float,
+    limit: float,
+    seed: int,
+    start: np.ndarray | None = None,
+) -> Candidate:
+    """A placement with few copies plus ``price`` times the imbalance to expect.
+
+    Args:
+        linear: the linear layout of this layer.
+        price: copies per token (picks per pick) that an imbalance higher by one is worth.
+        limit: imbalance that the layer should not exceed.
+        start: [E] node of each expert; None: packed by loads alone.
     """
-    experts, num_nodes = len(layer.load), len(layer.sizes)
-    linear, packed = linear_nodes(layer.sizes), lightest_first(layer.load, layer.sizes)
-    if num_nodes == 1 or not layer.load.any():
-        return [_candidate(layer, linear)]
-    rng = np.random.default_rng(seed)
-    starts = [linear, packed] + [rng.permutation(linear) for _ in range(RANDOM_STARTS)]
-    mean = float(layer.load.sum()) / num_nodes
-    found = [_candidate(layer, packed), _candidate(layer, linear)]
-    for rung in RUNGS:
-        most = mean * (1 + (allowed - 1) * rung)
-        if len(starts) == 1 and _level(layer, starts[0]) <= most:
-            continue
-        node_of = place_on_nodes(layer, most, starts, max(EFFORT // experts, 1), seed)
-        found.append(_candidate(layer, node_of))
-        starts = [node_of]
-        if _level(layer, node_of) > most + search.SLACK:
-            break
-    if layer.grouped:  # a group-limited router is made for its linear layout: never above that
-        found = [some for some in found if some.copies <= found[1].copies]
-    return found
+    if start is None:
+        start = lightest_first(layer.load, layer.sizes)
+    worth = 1.0  # of a copy, or remote pick, in the search
+    if not layer.by_pick:  # pairs and copies are taken for shares of all pairs and of linear's
+        most = layer.weight.sum() / 2 + layer.pin.sum()
+        worth = most / max(linear.copies * layer.patterns[2].sum(), 1.0)
+    per_pick = _per_pick(layer, price) * worth
+    most = limit * layer.load.sum() / len(layer.sizes)
+    steps = min(STEPS * len(layer.load) * (len(layer.load) - 1) // 2, MOST_STEPS)
+    node_of = anneal(
+        layer.weight, layer.pin, layer.load, layer.noise, per_pick, most, start, steps, seed
+    )
+    return _candidate(layer, node_of)
 
 
-def polished(layer: Layer, start: Candidate, seed: int) -> Candidate:
-    """Lower the exact copies of ``start``, where its layer is small enough; never less level."""
+def _per_pick(layer: Layer, price: float) -> float:
+    """Copies (remote picks) in all that one pick on the busiest node is worth at a ``price``."""
+    units = layer.load.sum() if layer.by_pick else layer.patterns[2].sum()
+    return price * float(units) * len(layer.sizes) / max(float(layer.load.sum()), 1.0)
+
+
+def polished(
+    layer: Layer, start: Candidate, price: float, limit: float, seed: int
+) -> Candidate:
+    """``start`` searched on the exact copies, where its layer is small enough."""
     experts, num_nodes = len(layer.load), len(layer.sizes)
-    if experts > POLISH_EXPERTS or num_nodes == 1 or not layer.load.any() or layer.by_pick:
+    if experts > POLISH_EXPERTS or not searchable(layer) or layer.by_pick:
         return start
-    node_of, _, _ = polish(
+    node_of, _ = polish(
         layer.patterns,
         layer.load,
-        _level(layer, start.node_of),
+        layer.noise,
+        _per_pick(layer, price),
+        limit * layer.load.sum() / num_nodes,
         start.node_of,
         num_nodes,
-        POLISH_KICKS,
+        POLISH_STEPS * experts * (experts - 1) // 2,
         seed,
-        layer.noise.covariance,
-        _deviations(layer),
     )
-    found = _candidate(layer, node_of)
-    return found if found.copies < start.copies else start
-
-
-def place_on_nodes(
-    layer: Layer, most: float, starts: list[np.ndarray], kicks: int, seed: int
-) -> np.ndarray:
-    """[E] node of each expert: the best of several searches under one cap, by the pair form."""
-    found, excess, inside = search.search(
-        layer.weight,
-        layer.pin,
-        layer.load,
-        most,
-        np.array(starts, dtype=np.int64),
-        kicks,
-        seed,
-        layer.noise.covariance,
-        _deviations(layer),
-    )
-    return found[np.lexsort((-inside, excess))[0]]
-
-
-def _deviations(layer: Layer) -> float:
-    """Roots of a node's covariance that the cap leaves room for."""
-    return MARGIN_SHARE * cap.margin(len(layer.sizes)) * layer.noise.deviation
-
-
-def _level(layer: Layer, node_of: np.ndarray) -> float:
-    """The least cap that a placement keeps: the highest load of a node, with its margin."""
-    _, loads, variances = search.block_sums(
-        layer.noise.covariance, layer.load, node_of, len(layer.sizes)
-    )
-    return float((loads + _deviations(layer) * np.sqrt(np.maximum(variances, 0))).max())
+    return _candidate(layer, node_of)
 
 
 def _candidate(layer: Layer, node_of: np.ndarray) -> Candidate:
@@ -279,7 +261,7 @@ def _candidate(layer: Layer, node_of: np.ndarray) -> Candidate:
         copies = float(away) / max(float(layer.load.sum()), 1.0)
     else:
         ids, home, count = layer.patterns
-        visits = search.count_pattern_visits(ids, home, count, node_of, len(layer.sizes))
+        visits = kernels.count_pattern_visits(ids, home, count, node_of, len(layer.sizes))
         copies = visits / max(float(count.sum()), 1.0)
     return Candidate(
         node_of=node_of,

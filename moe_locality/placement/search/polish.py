@@ -1,6 +1,6 @@
-"""Pair swaps on the exact count of node visits, for layers whose token patterns are few enough.
+"""Swaps on the exact count of node visits, for layers whose token patterns are few enough.
 
-The pair form of ``search`` stands in for the true cost, the connectivity (km1) of the hypergraph of
+The pair form of ``anneal`` stands in for the true cost, the connectivity (km1) of the hypergraph of
 tokens. Here the cost itself is kept up to date: for every pattern of picks how many lie in each
 block, for every expert in how many tokens it is alone in its block (leaving saves them) and how
 many tokens have nothing in another block (joining costs them). So a swap is weighed in O(1) and
@@ -14,92 +14,113 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from moe_locality.placement.search.swaps import (
-    block_sums,
-    change_of_excess,
-    next_random,
-    shuffle,
-    total_excess,
-)
+from moe_locality.placement.search import kernels
+from moe_locality.placement.search.anneal import STEEP
+from moe_locality.placement.search.cap import Noise, few_draws
 
-_SWEEPS = 100
-_FEW_KEYS = 1 << 22  # up to here a table of counts is faster than sorting
+HOT, COLD = 0.03, 0.003
+"""First and last heat, in picks per expert: low, for the start has been annealed in pairs."""
+
+_CHUNK = 64  # steps of one heat
 
 
 def patterns(
-    ids: np.ndarray, num_experts: int, home: np.ndarray, num_homes: int
+    ids: np.ndarray, num_experts: int, home: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Join tokens with the same picks and the same home.
+    """Join tokens with the same picks and the same home (with up to 64 experts).
 
     Args:
-        ids: [T, K], -1 = no pick. home: [T] below ``num_homes``, or empty.
+        ids: [T, K], -1 = no pick. home: [T], or empty.
 
     Returns:
-        ([N, K] picks in ascending order, [N] home, empty when ``home`` is, [N] float64 tokens of
-        each).
+        ([N, K] picks as in the first such token, [N] home, empty when ``home`` is, [N] float64
+        tokens of each).
     """
-    base = num_experts + 1
-    possible = base ** ids.shape[1] * max(num_homes, 1)
-    if possible > 2**62:
-        return np.sort(ids, axis=1), home.astype(np.int64), np.ones(len(ids))
-    key = _keys(ids, home.astype(np.int64), base)
-    if possible <= _FEW_KEYS:
-        count = np.bincount(key)
-        key = np.flatnonzero(count)
-        count = count[key]
-    else:
-        key, count = np.unique(key, return_counts=True)
-    found = np.empty((len(key), ids.shape[1]), dtype=ids.dtype)
-    for pick in reversed(range(ids.shape[1])):  # the key read back digit by digit
-        found[:, pick] = key % base - 1
-        key //= base
-    return found, key if home.size else np.zeros(0, np.int64), count.astype(np.float64)
+    home = home.astype(np.int64)
+    if num_experts > 64:
+        return ids, home, np.ones(len(ids))
+    first, count = _join(ids, home)
+    return ids[first], home[first] if home.size else home, count
 
 
 @numba.njit(nogil=True, cache=True)
-def _keys(ids, home, base):
-    """[T] the home and the picks of each token in ascending order, as digits of one number."""
-    keys = np.empty(ids.shape[0], np.int64)
-    picks = np.empty(ids.shape[1], np.int64)
-    for token in range(ids.shape[0]):
-        key = home[token] if home.size else 0
-        for count in range(ids.shape[1]):
-            new, place = np.int64(ids[token, count]), count
-            while place > 0 and picks[place - 1] > new:
-                picks[place] = picks[place - 1]
-                place -= 1
-            picks[place] = new
-        for pick in picks:
-            key = key * base + pick + 1
-        keys[token] = key
-    return keys
+def _join(ids, home):
+    """([N] first token of each pattern, [N] tokens of it), by a table with open addresses."""
+    tokens = len(ids)
+    size = 1 << 12
+    table = np.full(size, -1, np.int32)  # patterns by place
+    keys = np.empty(tokens, np.uint64)  # the picks of each pattern as bits
+    first, count = np.empty(tokens, np.int64), np.zeros(tokens)
+    found = 0
+    for token in range(tokens):
+        key = np.uint64(0)
+        for pick in ids[token]:
+            if pick >= 0:
+                key |= np.uint64(1) << np.uint64(pick)
+        own = home[token] if home.size else 0
+        place = _place(key, own, size)
+        while True:
+            pattern = table[place]
+            if pattern < 0 or (
+                keys[pattern] == key and (not home.size or home[first[pattern]] == own)
+            ):
+                break
+            place = (place + 1) & (size - 1)
+        if pattern < 0:
+            pattern = table[place] = found
+            keys[found], first[found] = key, token
+            found += 1
+        count[pattern] += 1
+        if 2 * found > size:
+            size *= 4
+            table = np.full(size, -1, np.int32)
+            for pattern in range(found):
+                own = home[first[pattern]] if home.size else 0
+                place = _place(keys[pattern], own, size)
+                while table[place] >= 0:
+                    place = (place + 1) & (size - 1)
+                table[place] = pattern
+    return first[:found].copy(), count[:found].copy()
+
+
+@numba.njit(nogil=True, cache=True)
+def _place(key, home, size):
+    mixed = (key ^ (key >> np.uint64(32))) * np.uint64(0x9E3779B97F4A7C15)
+    mixed += np.uint64(home) * np.uint64(0xBF58476D1CE4E5B9)
+    return np.int64(mixed >> np.uint64(32)) & (size - 1)
 
 
 def polish(
     found: tuple[np.ndarray, np.ndarray, np.ndarray],
     load: np.ndarray,
-    cap: float,
+    noise: Noise | None,
+    price: float,
+    limit: float,
     start: np.ndarray,
     num_blocks: int,
-    kicks: int,
+    steps: int,
     seed: int,
-    covariance: np.ndarray,
-    deviations: float,
-) -> tuple[np.ndarray, float, float]:
-    """Improve ``start`` by swaps that lower the exact number of blocks visited; see ``search``.
+) -> tuple[np.ndarray, float]:
+    """Lower the exact number of blocks visited, and the load to expect of the busiest block.
 
     Args:
-        found: what ``patterns`` returns. The other arguments are those of ``search``.
+        found: what ``patterns`` returns.
+        price: visits that one pick less to expect on the busiest block is worth.
+        The other arguments are those of ``anneal``.
 
     Returns:
-        [E] blocks, load above the cap, blocks visited besides the home, summed over tokens.
+        [E] blocks; blocks visited besides the home, summed over tokens.
     """
     ids, home, count = found
-    covariance = covariance if deviations else np.zeros((0, 0))
+    if noise is None or noise.deviation == 0:
+        covariance, unit, draws = np.zeros((0, 0)), 0.0, np.zeros((num_blocks, 1))
+    else:
+        covariance, unit, draws = noise.covariance, noise.deviation, few_draws(num_blocks)
+    scale = count.sum() * ids.shape[1] / max(len(load), 1)
     start = np.ascontiguousarray(start, dtype=np.int64)
     return _polish(
-        ids, home, count, covariance, load, float(cap), float(deviations), start, num_blocks,
-        kicks, seed,
+        ids, home, count, load, covariance, unit, draws, float(price), float(limit), start, num_blocks, steps,
+        max(HOT * scale, 1e-9), max(COLD * scale, 1e-9), seed,
     )  # fmt: skip
 
 
@@ -221,61 +242,63 @@ def _exchange(ids, count, offset, holds, e, f, block_of, inside, alone, absent, 
 
 
 @numba.njit(nogil=True, cache=True)
-def _polish(ids, home, count, cov, load, cap, deviations, start, num_blocks, kicks, seed):
+def _polish(
+    ids, home, count, load, cov, unit, draws, price, limit, start, blocks, steps, hot, cold, seed
+):  # fmt: skip
     n = len(load)
     offset, holds = _patterns_of(ids, n)
-    block_of = start.copy()
-    inside, alone, absent, pair_alone, visits = _count(ids, home, count, block_of, num_blocks)
-    near_cov, block_load, block_var = block_sums(cov, load, block_of, num_blocks)
+    block_of, best = start.copy(), start.copy()
+    inside, alone, absent, pair_alone, visits = _count(ids, home, count, block_of, blocks)
+    near_cov, block_load, block_var = kernels.block_sums(cov, load, block_of, blocks)
+    deviation, mean = unit * np.sqrt(np.maximum(block_var, 0.0)), block_load.mean()
+    swapped_load, swapped_dev, room = block_load.copy(), deviation.copy(), np.empty(draws.shape[1])
+    level = kernels.expected_highest(block_load, deviation, draws, room)
+    if level > limit:
+        level += STEEP * (level - limit)
+    score, highest, best_visits = 0.0, 0.0, visits
     state = np.array([np.uint64(seed)])
-    order = np.arange(n)
-    best, best_visits, best_excess = start.copy(), np.inf, np.inf
-    for kick in range(kicks + 1):
-        if kick:
-            for _ in range(2 + next_random(state) % 2):
-                e, f = next_random(state) % n, next_random(state) % n
-                if block_of[e] != block_of[f]:
-                    visits -= _exchange(
-                        ids, count, offset, holds, e, f, block_of, inside, alone, absent, pair_alone
-                    )
-            near_cov, block_load, block_var = block_sums(cov, load, block_of, num_blocks)
-        for _ in range(_SWEEPS):
-            improved = False
-            shuffle(order, state)
-            for e in order:
-                a = block_of[e]
-                best_f, less, most = -1, 0.0, 0.0
-                for f in range(n):
-                    b = block_of[f]
-                    if a == b:
-                        continue
-                    gain = alone[e] - absent[e, b] + alone[f] - absent[f, a]
-                    gain -= pair_alone[e, f] + pair_alone[f, e]
-                    excess = change_of_excess(
-                        cov, load, cap, deviations, near_cov, block_load, block_var, a, b, e, f
-                    )
-                    if excess < less or (excess == less and gain > most):
-                        best_f, less, most = f, excess, gain
-                if best_f >= 0:
-                    visits -= _exchange(
-                        ids, count, offset, holds, e, best_f, block_of, inside, alone, absent,
-                        pair_alone,
-                    )  # fmt: skip
-                    near_cov, block_load, block_var = block_sums(cov, load, block_of, num_blocks)
-                    improved = True
-            if not improved:
-                break
-        excess = total_excess(block_load, block_var, deviations, cap)
-        if excess < best_excess or (excess == best_excess and visits <= best_visits):
-            best[:], best_visits, best_excess = block_of, visits, excess
-        elif kick < kicks:  # back to the best by swaps
-            for e in range(n):
-                f = e
-                while block_of[e] != best[e]:
-                    f += 1
-                    if block_of[f] == best[e] and best[f] != block_of[f]:
-                        visits -= _exchange(
-                            ids, count, offset, holds, e, f, block_of, inside, alone, absent,
-                            pair_alone,
-                        )  # fmt: skip
-    return best, best_excess, best_visits
+    heat, ratio = hot, (cold / hot) ** (_CHUNK / max(steps - _CHUNK, 1))
+    for step in range(steps):
+        if step % _CHUNK == 0 and step:
+            heat = max(heat * ratio, cold)
+        e, f = kernels.next_pair(state, n)
+        a, b = block_of[e], block_of[f]
+        if a == b:
+            continue
+        gain = alone[e] - absent[e, b] + alone[f] - absent[f, a]
+        gain -= pair_alone[e, f] + pair_alone[f, e]
+        if price > 0:
+            # the highest load to expect at which the step stays
+            most = level + (gain + heat * kernels.luck(state)) / price
+            if most < mean:
+                continue
+            load_a, load_b, var_a, var_b = kernels.loads_after(
+                load, cov, near_cov, block_load, block_var, a, b, e, f
+            )
+            if max(load_a, load_b) > most:
+                continue
+            swapped_load[:], swapped_dev[:] = block_load, deviation
+            swapped_load[a], swapped_load[b] = load_a, load_b
+            swapped_dev[a] = unit * np.sqrt(max(var_a, 0.0))
+            swapped_dev[b] = unit * np.sqrt(max(var_b, 0.0))
+            new = kernels.expected_highest(swapped_load, swapped_dev, draws, room)
+            if new > limit:
+                new += STEEP * (new - limit)
+            if new > most:
+                continue
+            gain -= price * (new - level)
+            level = new
+            block_load[:], deviation[:] = swapped_load, swapped_dev
+            block_var[a], block_var[b] = var_a, var_b
+            if len(cov):
+                kernels.swap_near(near_cov, cov, a, b, e, f)
+        elif gain + heat * kernels.luck(state) < 0:
+            continue
+        visits -= _exchange(
+            ids, count, offset, holds, e, f, block_of, inside, alone, absent, pair_alone
+        )
+        score += gain
+        if score > highest:
+            highest, best_visits = score, visits
+            best[:] = block_of
+    return best, best_visits

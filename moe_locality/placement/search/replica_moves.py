@@ -13,7 +13,7 @@ pick) pairs, W words per token, E experts, M nodes, H homes told apart (1: homes
 import numba
 import numpy as np
 
-from moe_locality.placement.search.swaps import next_random
+from moe_locality.placement.search.kernels import next_random
 
 _TWO_31 = 2147483648.0  # next_random draws 31 bits
 _PATIENCE = 48

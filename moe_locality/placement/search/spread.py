@@ -17,7 +17,7 @@ import numpy as np
 from moe_locality.placement.baselines.loads import RankLists, pack_replicas, replicate
 from moe_locality.placement.objective import BATCH_TOKENS
 from moe_locality.placement.search import cap, nodes, replicas
-from moe_locality.placement.search import swaps as search
+from moe_locality.placement.search.anneal import anneal
 from moe_locality.placement.search.nodes import lightest_first
 from moe_locality.placement.threads import over_layers
 
@@ -30,7 +30,19 @@ is broken by new requests. Not the expectation of cap.py, which is about blocks 
 of their experts: which replica serves whom changes with every step of the search. Nor shared among
 the layers as ``cap.allocate`` does: that takes several searches per layer."""
 
-RANK_KICKS = 25
+ROUNDS = 8
+"""Prices of imbalance that are tried. Several short searches around the right one beat a long one:
+the layers then differ in how far they go, and share what is allowed better.
+"""
+
+FIRST_PRICE = 2.0
+"""Copies per token that an imbalance higher by one is worth; ``STEP`` the factor to the next one
+while the price is not known to lie between two.
+"""
+STEP = 4.0
+
+LIMIT = 1.0
+RANK_STEPS = 20_000
 _SCALE = 2.0**36  # weights are rounded to integers below this: sums of E^2 of them stay exact
 
 
@@ -66,39 +78,22 @@ def place_layers(
     if tables is None:
         tables = nodes.count_tables(ids, request_id, problem.trace.num_experts, threads=threads)
     wanted = list(range(ids.shape[1])) if layers is None else list(layers)
-    seen: dict[int, nodes.Layer] = {}
-    tried: list[list[nodes.Candidate]] = [[] for _ in wanted]
-    allowed = [0.0] * len(wanted)
+    seeds = [_seed(problem, layer) for layer in wanted]
+    seen: list[nodes.Layer] = [None] * len(wanted)  # type: ignore[list-item]
 
     def look(first: int, last: int) -> None:
         for place in range(first, last):
-            layer = seen[place] = nodes.make_layer(problem, tables, wanted[place])
-            allowed[place] = nodes.allowed_imbalance(layer, problem.max_imbalance)
-            tried[place] = nodes.candidates(layer, allowed[place], _seed(problem, wanted[place]))
+            seen[place] = nodes.make_layer(problem, tables, wanted[place])
 
     over_layers(look, len(wanted), threads=threads)
-    chosen = cap.allocate(
-        [[c.copies for c in some] for some in tried],
-        [[c.imbalance for c in some] for some in tried],
-        sum(allowed),
-        [most + problem.max_imbalance - 1 for most in allowed],
-    )
-    plain = [some[place] for some, place in zip(tried, chosen, strict=True)]
-    fewer = list(plain)
+    found, allowed, _ = place_on_nodes(seen, problem.max_imbalance, seeds, threads=threads)
     rows: list[RankLists] = [[] for _ in wanted]
-
-    def polish(first: int, last: int) -> None:
-        for place in range(first, last):
-            seed = _seed(problem, wanted[place])
-            fewer[place] = nodes.polished(seen.pop(place), plain[place], seed)
 
     def finish(first: int, last: int) -> None:
         for place in range(first, last):
-            layer, seed = wanted[place], _seed(problem, wanted[place])
+            layer, seed = wanted[place], seeds[place]
             rows[place] = _finish(problem, tables, layer, found[place].node_of, seed)
 
-    over_layers(polish, len(wanted), threads=threads)
-    found = within_budget(plain, fewer, max(sum(allowed), sum(c.imbalance for c in plain)))
     over_layers(finish, len(wanted), threads=threads)
     expected = [some.imbalance for some in found]
     notes = {
@@ -109,19 +104,86 @@ def place_layers(
     return Placed(rows=rows, expected=expected, notes=notes, load=tables.load)
 
 
-def within_budget(
-    plain: Sequence[nodes.Candidate], fewer: Sequence[nodes.Candidate], budget: float
-) -> list[nodes.Candidate]:
-    """``fewer``, but the layers that grew most unlevel as in ``plain``, until the sum of the
-    imbalances is in the budget.
+def place_on_nodes(
+    layers: Sequence[nodes.Layer],
+    max_imbalance: float,
+    seeds: Sequence[int],
+    *,
+    threads: int | None = None,
+) -> tuple[list[nodes.Candidate], list[float], float]:
+    """Experts to nodes, level in the mean over the layers: the fewest copies that this allows.
+
+    The layers are searched under one price of imbalance, which is what makes them share the
+    allowed imbalance best (Everett, Operations Research 11, 1963); the price is found by trying.
+
+    Returns:
+        (placements, imbalance allowed in each layer, the last price).
     """
-    found = list(fewer)
-    growth = [new.imbalance - old.imbalance for old, new in zip(plain, fewer, strict=True)]
-    for place in sorted(range(len(found)), key=lambda i: (-growth[i], i)):
-        if sum(some.imbalance for some in found) <= budget or growth[place] <= 0:
-            break
-        found[place] = plain[place]
-    return found
+    allowed = [0.0] * len(layers)
+    tried: list[list[nodes.Candidate]] = [[] for _ in layers]
+    limit = [np.inf] * len(layers)
+    price, known = FIRST_PRICE, []
+
+    def begin(first: int, last: int) -> None:
+        for place in range(first, last):
+            allowed[place] = nodes.allowed_imbalance(layers[place], max_imbalance)
+            limit[place] = allowed[place] + LIMIT * (max_imbalance - 1)
+            tried[place] = nodes.fixed_candidates(layers[place])
+
+    def search(first: int, last: int) -> None:
+        for place in range(first, last):
+            layer = layers[place]
+            if nodes.searchable(layer):
+                seed = seeds[place] + len(known)
+                linear = tried[place][0]
+                tried[place].append(nodes.searched(layer, linear, price, limit[place], seed))
+
+    def polish(first: int, last: int) -> None:
+        for place in range(first, last):
+            start = tried[place][chosen[place]]
+            found = nodes.polished(layers[place], start, price, limit[place], seeds[place])
+            tried[place].append(found)
+
+    def choose() -> list[int]:
+        return cap.allocate(
+            [[c.copies for c in some] for some in tried],
+            [[c.imbalance for c in some] for some in tried],
+            sum(allowed),
+            limit,
+        )
+
+    over_layers(begin, len(layers), threads=threads)
+    for _ in range(ROUNDS):
+        over_layers(search, len(layers), threads=threads)
+        known.append((price, float(np.mean([some[-1].imbalance for some in tried])) - 1))
+        price = next_price(known, float(np.mean(allowed)) - 1)
+    for place, layer in enumerate(layers):
+        if layer.grouped:  # a group-limited router is made for its linear layout: never above it
+            tried[place] = [c for c in tried[place] if c.copies <= tried[place][0].copies]
+    chosen = choose()
+    over_layers(polish, len(layers), threads=threads)
+    chosen = choose()
+    return [some[i] for some, i in zip(tried, chosen, strict=True)], allowed, price
+
+
+def next_price(known: Sequence[tuple[float, float]], target: float) -> float:
+    """The price to try next for an imbalance of 1 + ``target``.
+
+    ``known``: (price, imbalance less one) so far; between two prices that the target lies between,
+    both are taken for powers of each other.
+    """
+    low = [(price, level) for price, level in known if level > target]
+    high = [(price, level) for price, level in known if level <= target]
+    if not low:
+        price, level = min(high)
+        return 0.0 if level * STEP < target else price / STEP
+    if not high:
+        return max(low)[0] * STEP
+    (p, x), (q, y) = max(low), min(high)
+    if p <= 0 or y <= 0 or target <= 0 or p >= q:
+        return (p + q) / 2
+    share = np.log(x / target) / np.log(x / y)
+    return float(p * (q / p) ** min(max(share, 0.1), 0.9))
 
 
 def _seed(problem: Problem, layer: int) -> int:
@@ -208,11 +270,11 @@ def place_on_ranks(
     np.fill_diagonal(together, 0)
     together = np.rint(together * (_SCALE / (together.max() or 1.0)))
     sizes = [len(local) // num_ranks] * num_ranks
-    starts = np.array([np.repeat(np.arange(num_ranks), sizes), lightest_first(loads, sizes)])
-    found, _, inside = search.search(
-        -together, np.zeros((len(local), num_ranks)), loads, np.inf, starts, RANK_KICKS, seed
+    start = lightest_first(loads, sizes)
+    apart = np.zeros((len(local), num_ranks))
+    rank_of = anneal(
+        -together, apart, loads, None, 0.0, np.inf, start, RANK_STEPS, seed
     )
-    rank_of = found[int(np.argmax(inside))]
     held = [local[rank_of == rank].tolist() for rank in range(num_ranks)]
     return sorted(held)  # ranks of a node are alike: the one with the lowest expert comes first
 

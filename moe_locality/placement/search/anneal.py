@@ -1,0 +1,123 @@
+"""Experts of one layer to blocks by annealing: experts picked together, blocks level in expectation.
+
+Counting how many nodes a token visits is the connectivity (km1) of a hypergraph whose vertices are
+experts and whose edges are tokens; this search uses its pair form, the co-activation matrix, and
+leaves the exact count to ``polish`` and to its caller. What it makes large is the weight inside
+blocks less a price on the load to expect of the busiest block (``cap``). A price asks for level
+where it is cheap; a cap on every block, the same promise, forbids a swap that fills one block while
+the others have room. Simulated annealing over swaps (Kirkpatrick, Gelatt, Vecchi 1983) with O(1)
+gains; block sizes stay as they are in the start.
+
+Shapes: E experts, B blocks (nodes, or ranks of one node), S samples.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from moe_locality.placement.search import kernels
+from moe_locality.placement.search.cap import Noise, few_draws
+
+HOT, COLD = 0.3, 0.012
+"""First and last heat, in weight per expert."""
+
+STEEP = 8.0
+
+_CHUNK = 64  # steps of one heat
+
+
+def anneal(
+    weight: np.ndarray,
+    pin: np.ndarray,
+    load: np.ndarray,
+    noise: Noise | None,
+    price: float,
+    limit: float,
+    start: np.ndarray,
+    steps: int,
+    seed: int,
+) -> np.ndarray:
+    """[E] blocks with much weight inside and little load to expect of the busiest one.
+
+    Args:
+        weight: [E, E] gain of having both experts in one block (symmetric, zero diagonal).
+        pin: [E, B] gain of having the expert in that block.
+        load: [E] picks.
+        noise: how loads vary (None: not at all).
+        price: gain that one pick less to expect on the busiest block is worth.
+        limit: picks to expect there from which on it is worth ``STEEP`` times as much on top.
+        start: [E] block of each expert; found as it is where nothing better is met.
+        steps: swaps tried.
+    """
+    scale = (np.abs(weight).sum() / 2 + pin.sum()) / max(len(load), 1)
+    if noise is None or noise.deviation == 0:
+        covariance, unit, draws = np.zeros((0, 0)), 0.0, np.zeros((pin.shape[1], 1))
+    else:
+        covariance, unit, draws = noise.covariance, noise.deviation, few_draws(pin.shape[1])
+    start = np.ascontiguousarray(start, dtype=np.int64)
+    return _anneal(
+        weight, pin, load, covariance, unit, draws, float(price), float(limit), start, steps,
+        max(HOT * scale, 1e-9), max(COLD * scale, 1e-9), seed,
+    )  # fmt: skip
+
+
+@numba.njit(nogil=True, cache=True)
+def _anneal(weight, pin, load, cov, unit, draws, price, limit, start, steps, hot, cold, seed):
+    n, blocks = len(start), pin.shape[1]
+    block_of, best = start.copy(), start.copy()
+    near = pin.copy()
+    for e in range(n):
+        for f in range(n):
+            near[e, block_of[f]] += weight[e, f]
+    near_cov, block_load, block_var = kernels.block_sums(cov, load, block_of, blocks)
+    deviation, mean = unit * np.sqrt(np.maximum(block_var, 0.0)), block_load.mean()
+    swapped_load, swapped_dev, room = block_load.copy(), deviation.copy(), np.empty(draws.shape[1])
+    level = kernels.expected_highest(block_load, deviation, draws, room)
+    if level > limit:
+        level += STEEP * (level - limit)
+    score, highest = 0.0, 0.0
+    state = np.array([np.uint64(seed)])
+    heat, ratio = hot, (cold / hot) ** (_CHUNK / max(steps - _CHUNK, 1))
+    for step in range(steps):
+        if step % _CHUNK == 0 and step:
+            heat = max(heat * ratio, cold)
+        e, f = kernels.next_pair(state, n)
+        a, b = block_of[e], block_of[f]
+        if a == b:
+            continue
+        gain = near[e, b] - near[e, a] + near[f, a] - near[f, b] - 2 * weight[e, f]
+        if price > 0:
+            # the highest load to expect at which the step stays
+            most = level + (gain + heat * kernels.luck(state)) / price
+            if most < mean:
+                continue
+            load_a, load_b, var_a, var_b = kernels.loads_after(
+                load, cov, near_cov, block_load, block_var, a, b, e, f
+            )
+            if max(load_a, load_b) > most:
+                continue
+            swapped_load[:], swapped_dev[:] = block_load, deviation
+            swapped_load[a], swapped_load[b] = load_a, load_b
+            swapped_dev[a] = unit * np.sqrt(max(var_a, 0.0))
+            swapped_dev[b] = unit * np.sqrt(max(var_b, 0.0))
+            new = kernels.expected_highest(swapped_load, swapped_dev, draws, room)
+            if new > limit:
+                new += STEEP * (new - limit)
+            if new > most:
+                continue
+            gain -= price * (new - level)
+            level = new
+            block_load[:], deviation[:] = swapped_load, swapped_dev
+            block_var[a], block_var[b] = var_a, var_b
+            if len(cov):
+                kernels.swap_near(near_cov, cov, a, b, e, f)
+        elif gain + heat * kernels.luck(state) < 0:
+            continue
+        kernels.swap_near(near, weight, a, b, e, f)
+        block_of[e], block_of[f] = b, a
+        score += gain
+        if score > highest:
+            highest = score
+            best[:] = block_of
+    return best

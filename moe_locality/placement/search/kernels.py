@@ -1,0 +1,138 @@
+"""What the searches of one layer share: visits of tokens, loads of blocks, random numbers.
+
+Counts are integers held in float64, so sums are exact and a seed gives the same result for any
+number of threads. Shapes: T tokens, N patterns, K picks, E experts, B blocks (nodes, or ranks of
+one node), S samples.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+_LUCK = -np.log((np.arange(1024) + 0.5) / 1024)
+
+
+@numba.njit(nogil=True, cache=True)
+def count_visits(ids, block_of, home_block):
+    """Blocks that the tokens visit besides their home, summed over tokens.
+
+    ``home_block`` [T], or empty: every block touched counts (then the expectation over uniform
+    homes is (M - 1) / M of it).
+    """
+    num_blocks = block_of.max() + 1
+    if home_block.size:
+        num_blocks = max(num_blocks, home_block.max() + 1)
+    seen = np.full(num_blocks, -1, dtype=np.int64)
+    total = 0
+    for token in range(ids.shape[0]):
+        if home_block.size:
+            seen[home_block[token]] = token
+        for pick in range(ids.shape[1]):
+            e = ids[token, pick]
+            if e >= 0 and seen[block_of[e]] != token:
+                seen[block_of[e]] = token
+                total += 1
+    return total
+
+
+@numba.njit(nogil=True, cache=True)
+def count_pattern_visits(ids, home_block, count, block_of, num_blocks):
+    """``count_visits`` over patterns of picks [N, K] that occur ``count`` [N] times; float64."""
+    seen = np.full(num_blocks + 1, -1, dtype=np.int64)
+    block = np.full(len(block_of) + 1, num_blocks, dtype=np.int64)  # the last: of no pick, -1
+    block[:-1] = block_of
+    total = 0.0
+    for row in range(ids.shape[0]):
+        seen[num_blocks] = row
+        if home_block.size:
+            seen[home_block[row]] = row
+        visits = 0
+        for pick in range(ids.shape[1]):
+            b = block[ids[row, pick]]
+            visits += seen[b] != row
+            seen[b] = row
+        total += visits * count[row]
+    return total
+
+
+@numba.njit(nogil=True, cache=True)
+def next_random(state):
+    """splitmix64 (Steele, Lea, Flood 2014): state [1] uint64 in, 31 random bits out."""
+    state[0] += np.uint64(0x9E3779B97F4A7C15)
+    z = state[0]
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.int64((z ^ (z >> np.uint64(31))) >> np.uint64(33))
+
+
+@numba.njit(nogil=True, cache=True)
+def next_pair(state, n):
+    """Two random numbers below ``n`` (< 2^31)."""
+    both = next_random(state), next_random(state)
+    return both[0] * n >> 31, both[1] * n >> 31
+
+
+@numba.njit(nogil=True, cache=True)
+def luck(state):
+    """-log of a uniform number: heat times this is the loss that a step of annealing may bring
+    (Metropolis et al. 1953).
+    """
+    return _LUCK[next_random(state) & 1023]
+
+
+@numba.njit(nogil=True, cache=True)
+def block_sums(cov, load, block_of, num_blocks):
+    """([E, B] covariance of an expert with a block, [B] loads, [B] covariances of the blocks)."""
+    near_cov = np.zeros((len(cov), num_blocks))
+    block_load, block_var = np.zeros(num_blocks), np.zeros(num_blocks)
+    for e in range(len(block_of)):
+        block_load[block_of[e]] += load[e]
+    if len(cov):
+        for e in range(len(block_of)):
+            for f in range(len(block_of)):
+                near_cov[e, block_of[f]] += cov[e, f]
+        for e in range(len(block_of)):
+            block_var[block_of[e]] += near_cov[e, block_of[e]]
+    return near_cov, block_load, block_var
+
+
+@numba.njit(nogil=True, cache=True)
+def expected_highest(load, deviation, draws, highest):
+    """Mean over the samples of the highest of the loads [B], each with so many of its standard
+    ``deviation`` [B] on top as ``draws`` [B, S] says; ``highest`` [S] is room to work in.
+    """
+    size = len(highest)
+    mean, spread, row = load[0], deviation[0], draws[0]
+    for s in range(size):
+        highest[s] = mean + spread * row[s]
+    for b in range(1, len(load)):
+        mean, spread, row = load[b], deviation[b], draws[b]
+        for s in range(size):  # the higher of two, in a form that becomes vector instructions
+            value = mean + spread * row[s]
+            highest[s] = (value + highest[s] + abs(value - highest[s])) * 0.5
+    total = 0.0
+    for s in range(size):
+        total += highest[s]
+    return total / size
+
+
+@numba.njit(nogil=True, cache=True)
+def loads_after(load, cov, near_cov, block_load, block_var, a, b, e, f):
+    """(loads of a and b, variances of a and b) once e of a and f of b are swapped."""
+    shift = load[f] - load[e]
+    var_a, var_b = block_var[a], block_var[b]
+    if len(cov):
+        own = cov[e, e] + cov[f, f] - 2 * cov[e, f]
+        var_a += own - 2 * (near_cov[e, a] - near_cov[f, a])
+        var_b += own - 2 * (near_cov[f, b] - near_cov[e, b])
+    return block_load[a] + shift, block_load[b] - shift, var_a, var_b
+
+
+@numba.njit(nogil=True, cache=True)
+def swap_near(near, table, a, b, e, f):
+    """Swap e of block a with f of block b in near [E, B], the sums of ``table`` [E, E] by block."""
+    for g in range(len(near)):
+        change = table[g, f] - table[g, e]
+        near[g, a] += change
+        near[g, b] -= change
