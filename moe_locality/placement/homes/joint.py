@@ -43,6 +43,7 @@ class _Known:
     ids: np.ndarray  # [T, L, K]
     tables: nodes.Tables
     layers: list[nodes.Layer]
+    linear: list[float]  # [L] copies of the linear layout
     price: float  # of imbalance, while homes are looked for
     limit: list[float]  # [L] imbalance that no layer should exceed
 
@@ -94,6 +95,7 @@ def _prepare(problem: Problem) -> _Known:
         ids=ids,
         tables=tables,
         layers=layers,
+        linear=[nodes.fixed_candidates(layer)[0].copies for layer in layers],
         price=CHEAPER * price,
         limit=[most + problem.max_imbalance - 1 for most in allowed],
     )
@@ -152,10 +154,13 @@ def _place_on_nodes(
         if homes is not None:
             pin = _pins(data.ids[:, row], homes, experts, problem.num_nodes)
             pin = _by_group(pin, problem.group_of)
-            layer = replace(layer, pin=pin, patterns=nodes.with_homes(layer.patterns, homes))
-        start = None if warm is None else _one_of_group(warm[row], problem.group_of)
+            layer = replace(layer, pin=pin)
+        if warm is None:
+            start = nodes.lightest_first(layer.load, layer.sizes)
+        else:
+            start = _one_of_group(warm[row], problem.group_of)
         seed = _seed(problem, number, row)
-        node_of = nodes.searched(layer, data.price, data.limit[row], seed, start).node_of
+        node_of = nodes.place(layer, data.linear[row], data.price, data.limit[row], seed, start)
         found[row] = node_of if problem.group_of is None else node_of[problem.group_of]
     return found
 

@@ -37,6 +37,7 @@ def anneal(
     start: np.ndarray,
     steps: int,
     seed: int,
+    hot: float = HOT,
 ) -> np.ndarray:
     """[E] blocks with much weight inside and little load to expect of the busiest one.
 
@@ -48,7 +49,7 @@ def anneal(
         price: gain that one pick less to expect on the busiest block is worth.
         limit: picks to expect there from which on it is worth ``STEEP`` times as much on top.
         start: [E] block of each expert; found as it is where nothing better is met.
-        steps: swaps tried.
+        steps: swaps tried. hot: the first heat; a low one keeps most of the start.
     """
     scale = (np.abs(weight).sum() / 2 + pin.sum()) / max(len(load), 1)
     if noise is None or noise.deviation == 0:
@@ -58,7 +59,7 @@ def anneal(
     start = np.ascontiguousarray(start, dtype=np.int64)
     return _anneal(
         weight, pin, load, covariance, unit, draws, float(price), float(limit), start, steps,
-        max(HOT * scale, 1e-9), max(COLD * scale, 1e-9), seed,
+        max(hot * scale, 1e-9), max(COLD * scale, 1e-9), seed,
     )  # fmt: skip
 
 

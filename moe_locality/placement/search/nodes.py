@@ -13,16 +13,17 @@ import numpy as np
 
 from moe_locality.placement import counting
 from moe_locality.placement.search import cap, kernels
-from moe_locality.placement.search.anneal import anneal
+from moe_locality.placement.search.anneal import HOT, anneal
 from moe_locality.placement.search.polish import patterns, polish
 from moe_locality.placement.threads import over_layers
 
 if TYPE_CHECKING:
     from moe_locality.placement.problem import Problem
 
-STEPS, MOST_STEPS = 25, 80_000
+STEPS, MOST_STEPS = 25, 100_000
 """Swaps tried for a placement of a layer: per pair of its experts, and at most."""
 
+AGAIN, AGAIN_HEAT = 5, 0.03
 POLISH_STEPS = 20
 """Swaps tried on the exact copies, per pair of experts."""
 
@@ -192,40 +193,61 @@ def fixed_candidates(layer: Layer) -> list[Candidate]:
     return [linear]
 
 
+def is_small(layer: Layer) -> bool:
+    """Whether exact copies are searched too."""
+    return len(layer.load) <= POLISH_EXPERTS
+
+
 def searchable(layer: Layer) -> bool:
     """Whether placements of the layer differ."""
     return len(layer.sizes) > 1 and bool(layer.load.any())
 
 
 def searched(
+    layer: Layer, found: list[Candidate], price: float, limit: float, seed: int
+) -> Candidate:
+    """What ``place`` finds for a layer after ``fixed_candidates`` and the others in ``found``.
+
+    A large layer goes on from the last one, a small one begins anew: so the layers differ in how
+    far they go, and share what is allowed better.
+    """
+    linear, packed, last = found[0].copies, found[1].node_of, found[-1].node_of
+    if len(found) == 2 or is_small(layer):
+        return _candidate(layer, place(layer, linear, price, limit, seed, packed))
+    return _candidate(layer, place(layer, linear, price, limit, seed, last, again=True))
+
+
+def place(
     layer: Layer,
-    linear: Candidate,
+    linear_copies: float,
     price: float,
     limit: float,
     seed: int,
-    start: np.ndarray | None = None,
-) -> Candidate:
-    """A placement with few copies plus ``price`` times the imbalance to expect.
+    start: np.ndarray,
+    *,
+    again: bool = False,
+) -> np.ndarray:
+    """[E] node of each expert, with few copies plus ``price`` times the imbalance to expect.
 
     Args:
-        linear: the linear layout of this layer.
+        linear_copies: of the linear layout of this layer.
         price: copies per token (picks per pick) that an imbalance higher by one is worth.
         limit: imbalance that the layer should not exceed.
-        start: [E] node of each expert; None: packed by loads alone.
+        start: [E] node of each expert; ``again``: it was found so, at another price.
     """
-    if start is None:
-        start = lightest_first(layer.load, layer.sizes)
     worth = 1.0  # of a copy, or remote pick, in the search
     if not layer.by_pick:  # pairs and copies are taken for shares of all pairs and of linear's
         most = layer.weight.sum() / 2 + layer.pin.sum()
-        worth = most / max(linear.copies * layer.patterns[2].sum(), 1.0)
+        worth = most / max(linear_copies * layer.patterns[2].sum(), 1.0)
     per_pick = _per_pick(layer, price) * worth
     most = limit * layer.load.sum() / len(layer.sizes)
     steps = min(STEPS * len(layer.load) * (len(layer.load) - 1) // 2, MOST_STEPS)
-    node_of = anneal(
-        layer.weight, layer.pin, layer.load, layer.noise, per_pick, most, start, steps, seed
+    heat = HOT
+    if again:
+        steps, heat = steps // AGAIN, HOT * AGAIN_HEAT
+    return anneal(
+        layer.weight, layer.pin, layer.load, layer.noise, per_pick, most, start, steps, seed, heat
     )
-    return _candidate(layer, node_of)
 
 
 def _per_pick(layer: Layer, price: float) -> float:
@@ -239,7 +261,7 @@ def polished(
 ) -> Candidate:
     """``start`` searched on the exact copies, where its layer is small enough."""
     experts, num_nodes = len(layer.load), len(layer.sizes)
-    if experts > POLISH_EXPERTS or not searchable(layer) or layer.by_pick:
+    if not is_small(layer) or not searchable(layer) or layer.by_pick:
         return start
     node_of, _ = polish(
         layer.patterns,

@@ -32,8 +32,10 @@ the layers as ``cap.allocate`` does: that takes several searches per layer."""
 
 ROUNDS = 8
 """Prices of imbalance that are tried. Several short searches around the right one beat a long one:
-the layers then differ in how far they go, and share what is allowed better.
+the layers then differ in how far they go, and share what is allowed better. ``FEW_ROUNDS`` where
+layers are large.
 """
+FEW_ROUNDS = 5
 
 FIRST_PRICE = 2.0
 """Copies per token that an imbalance higher by one is worth; ``STEP`` the factor to the next one
@@ -42,7 +44,9 @@ while the price is not known to lie between two.
 STEP = 4.0
 
 LIMIT = 1.0
-RANK_STEPS = 20_000
+RANK_STEPS = 15
+"""Swaps tried between the ranks of a node, per pair of its experts."""
+
 _SCALE = 2.0**36  # weights are rounded to integers below this: sums of E^2 of them stay exact
 
 
@@ -135,8 +139,7 @@ def place_on_nodes(
             layer = layers[place]
             if nodes.searchable(layer):
                 seed = seeds[place] + len(known)
-                linear = tried[place][0]
-                tried[place].append(nodes.searched(layer, linear, price, limit[place], seed))
+                tried[place].append(nodes.searched(layer, tried[place], price, limit[place], seed))
 
     def polish(first: int, last: int) -> None:
         for place in range(first, last):
@@ -153,7 +156,8 @@ def place_on_nodes(
         )
 
     over_layers(begin, len(layers), threads=threads)
-    for _ in range(ROUNDS):
+    small = all(nodes.is_small(layer) for layer in layers)
+    for _ in range(ROUNDS if small else FEW_ROUNDS):
         over_layers(search, len(layers), threads=threads)
         known.append((price, float(np.mean([some[-1].imbalance for some in tried])) - 1))
         price = next_price(known, float(np.mean(allowed)) - 1)
@@ -271,9 +275,10 @@ def place_on_ranks(
     together = np.rint(together * (_SCALE / (together.max() or 1.0)))
     sizes = [len(local) // num_ranks] * num_ranks
     start = lightest_first(loads, sizes)
+    steps = RANK_STEPS * len(local) * (len(local) - 1) // 2
     apart = np.zeros((len(local), num_ranks))
     rank_of = anneal(
-        -together, apart, loads, None, 0.0, np.inf, start, RANK_STEPS, seed
+        -together, apart, loads, None, 0.0, np.inf, start, steps, seed
     )
     held = [local[rank_of == rank].tolist() for rank in range(num_ranks)]
     return sorted(held)  # ranks of a node are alike: the one with the lowest expert comes first
