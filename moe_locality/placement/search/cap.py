@@ -18,6 +18,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numba
 import numpy as np
@@ -82,15 +83,25 @@ def expected_imbalance(block_of: np.ndarray, load: np.ndarray, noise: Noise, blo
     Args:
         block_of: [E] block of each expert. load: [E] picks.
     """
-    total = float(load.sum())
+    block_of = np.asarray(block_of, dtype=np.int64)
+    covariance = _block_covariance(noise.covariance, block_of, blocks)
+    return _expected(np.bincount(block_of, weights=load, minlength=blocks), covariance, noise)
+
+
+def expected_shared_imbalance(share: np.ndarray, load: np.ndarray, noise: Noise) -> float:
+    """``expected_imbalance`` where block b serves the share [B, E] of the picks of each expert."""
+    return _expected(share @ load, share @ noise.covariance @ share.T, noise)
+
+
+def _expected(block_load: np.ndarray, covariance: np.ndarray, noise: Noise) -> float:
+    """Of block loads [M] and the covariance [M, M] in the scale of the noise."""
+    blocks, total = len(block_load), float(block_load.sum())
     if total == 0 or blocks == 1:
         return 1.0
     unit = noise.deviation * blocks / total
-    values, vectors = np.linalg.eigh(
-        _block_covariance(noise.covariance, np.asarray(block_of, dtype=np.int64), blocks) * unit**2
-    )
+    values, vectors = np.linalg.eigh(covariance * unit**2)
     root = vectors * np.sqrt(np.maximum(values, 0))
-    share = np.bincount(block_of, weights=load, minlength=blocks) * (blocks / total)
+    share = block_load * (blocks / total)
     return float((share[:, None] + root @ _draws(blocks)).max(axis=0).mean())
 
 
@@ -122,26 +133,41 @@ def few_draws(blocks: int) -> np.ndarray:
     return np.concatenate([half, -half], axis=1) * np.sqrt(blocks / max(blocks - 1, 1))
 
 
+class Candidate(Protocol):
+    """A placement of one layer: what it costs, and the imbalance to expect."""
+
+    @property
+    def copies(self) -> float: ...
+    @property
+    def imbalance(self) -> float: ...
+
+
+def limit_of(allowed: float, max_imbalance: float) -> float:
+    """Most imbalance that one layer may have, where ``allowed`` is what it has in the mean."""
+    return allowed + max_imbalance - 1
+
+
 def allocate(
-    copies: Sequence[Sequence[float]],
-    imbalance: Sequence[Sequence[float]],
-    budget: float,
-    limit: Sequence[float],
+    tried: Sequence[Sequence[Candidate]], allowed: Sequence[float], max_imbalance: float
 ) -> list[int]:
-    """Choose one candidate per layer: fewest copies in all, with the mean imbalance in the budget.
+    """Choose one candidate per layer: fewest copies in all, with the mean imbalance as allowed.
 
     Steps of a call follow one another, so what imbalance costs adds up over the layers: it is
     spent where it saves most copies. A multiple-choice knapsack, solved greedily along the lower
     convex hulls of the layers (Sinha and Zoltners, Operations Research 27, 1979).
 
     Args:
-        copies, imbalance: of the candidates of each layer.
-        budget: sum of the imbalances allowed over all layers.
-        limit: most imbalance allowed in each layer; where no candidate keeps to it, the most level.
+        tried: candidates of each layer.
+        allowed: imbalance of each layer; only their sum counts, but no layer gets more than
+            ``limit_of``. Where no candidate keeps to that, the most level is taken.
 
     Returns:
         the index of the candidate chosen in each layer.
     """
+    copies = [[some.copies for some in layer] for layer in tried]
+    imbalance = [[some.imbalance for some in layer] for layer in tried]
+    limit = [limit_of(most, max_imbalance) for most in allowed]
+    budget = sum(allowed)
     hulls = [_hull(c, i, most) for c, i, most in zip(copies, imbalance, limit, strict=True)]
     chosen = [hull[0] for hull in hulls]
     spent = sum(imbalance[layer][place] for layer, place in enumerate(chosen))

@@ -13,9 +13,9 @@ pick) pairs, W words per token, E experts, M nodes, H homes told apart (1: homes
 import numba
 import numpy as np
 
-from moe_locality.placement.search.kernels import next_random
+from moe_locality.placement.search.anneal import STEEP
+from moe_locality.placement.search.kernels import expected_highest, luck, next_random
 
-_TWO_31 = 2147483648.0  # next_random draws 31 bits
 _PATIENCE = 48
 """Recounted candidates in a row without a better one: the bounds are loose with many nodes."""
 
@@ -215,27 +215,91 @@ def add_greedily(words, weight, first, bit, load, order, picks, cap, held, room)
 
 
 @numba.njit(nogil=True, cache=True)
+def _rerouted(served, target, part, changed, share):
+    """Fill changed [E] with the experts that are served otherwise in target, and share [M, E] with
+    what each node's share of their picks grows by, both from the left; return how many they are.
+    """
+    nodes, experts = served.shape
+    count = 0
+    for e in range(experts):
+        first = True
+        for home in range(nodes):
+            old, new = served[home, e], target[home, e]
+            if old == new:
+                continue
+            if first:
+                changed[count] = e
+                share[:, count] = 0.0
+                count += 1
+                first = False
+            if old >= 0:
+                share[old, count - 1] -= part[home, e]
+            share[new, count - 1] += part[home, e]
+    return count
+
+
+@numba.njit(nogil=True, cache=True)
+def _loads_after(cov, picks, near, node_load, variance, changed, share, count, new_load, new_var):
+    """Loads and variances of the nodes once the shares of some experts have changed."""
+    for n in range(len(node_load)):
+        load, var = node_load[n], variance[n]
+        for i in range(count):
+            e, grown = changed[i], share[n, i]
+            if grown == 0:
+                continue
+            load += grown * picks[e]
+            if len(cov):
+                inner = 2 * near[n, e]
+                for j in range(count):
+                    inner += share[n, j] * cov[e, changed[j]]
+                var += grown * inner
+        new_load[n], new_var[n] = load, var
+
+
+@numba.njit(nogil=True, cache=True)
+def _level(load, variance, unit, limit, draws, deviation, room):
+    """Load to expect of the busiest node, dearer above the limit."""
+    for n in range(len(load)):
+        deviation[n] = unit * np.sqrt(max(variance[n], 0.0))
+    level = expected_highest(load, deviation, draws, room)
+    return level + STEEP * max(level - limit, 0.0)
+
+
+@numba.njit(nogil=True, cache=True)
 def anneal(
-    words, weight, first, bit, load, order, picks, cap, held, served, sets,
-    steps, hot, cold, price, seed,
+    words, weight, first, bit, load, order, picks, held, served, sets,
+    steps, hot, cold, price, limit, cov, unit, draws, seed,
 ):  # fmt: skip
     """Simulated annealing over exchanges of experts between nodes and changes of replicas.
 
     A step puts expert f in the place of e on node a; where e would have no node left, or half of
-    the time, e takes the place of f on a node b. Cost = copies + price * load above the cap. The
-    state arguments are changed; a step that costs more than luck and heat (from ``hot`` down to
-    ``cold``, in copies) allow is undone.
+    the time, e takes the place of f on a node b. Cost = copies + price * load to expect of the
+    busiest node (``cov``, ``unit``, ``draws`` as in ``anneal`` of experts without replicas); load
+    above the ``limit`` is dearer by the factor ``STEEP``. The state arguments are changed; a step
+    that costs more than luck and heat (from ``hot`` down to ``cold``, in copies) allow is undone.
 
     Returns:
-        (held [M, E] of the best state met: least load above the cap, then fewest copies; its load
-        above the cap; its copies less those of the start).
+        (held [M, E] of the state met that costs least; its copies less those of the start).
     """
     nodes, experts = held.shape
     state = np.array([np.uint64(seed)])
     copies_of = held.sum(axis=0)
-    target, trial = served.copy(), sets.copy()
-    above, total = load_above(served, picks, cap), np.int64(0)
-    best, best_above, best_total = held.copy(), above, total
+    target, trial, room = served.copy(), sets.copy(), np.empty(draws.shape[1])
+    of_expert = picks.sum(axis=0)
+    part = picks / np.maximum(of_expert, 1e-9)
+    changed, share = np.empty(experts, np.int64), np.empty((nodes, experts))
+    near, none = np.zeros((nodes, len(cov))), np.zeros(nodes)
+    node_load, variance, deviation = np.zeros(nodes), np.zeros(nodes), np.zeros(nodes)
+    new_load, new_var = np.zeros(nodes), np.zeros(nodes)
+    target[:] = -1
+    count = _rerouted(target, served, part, changed, share)
+    _loads_after(
+        cov, of_expert, near, none, none, changed, share, count, node_load, variance
+    )
+    _follow(cov, near, changed, share, count)
+    level = _level(node_load, variance, unit, limit, draws, deviation, room)
+    total = np.int64(0)
+    best, least, best_total = held.copy(), price * level, total
     for step in range(steps):
         heat = hot * (cold / hot) ** (step / steps)
         a, e = next_random(state) % nodes, next_random(state) % experts
@@ -254,8 +318,12 @@ def anneal(
             held[b, f], held[b, e] = False, True
         held[a, e], held[a, f] = False, True
         serve(held, load, order, target)
-        now = load_above(target, picks, cap)
-        allowed = -heat * np.log((next_random(state) + 1) / _TWO_31) - price * (now - above)
+        count = _rerouted(served, target, part, changed, share)
+        _loads_after(
+            cov, of_expert, near, node_load, variance, changed, share, count, new_load, new_var
+        )
+        now = _level(new_load, new_var, unit, limit, draws, deviation, room)
+        allowed = heat * luck(state) - price * (now - level)
         change = np.int64(0)
         hopeful = allowed > -_HOPE * heat
         if hopeful:
@@ -263,15 +331,26 @@ def anneal(
             change = reroute(words, weight, first, bit, served, target, trial)
         if hopeful and change <= allowed:
             served[:], sets[:] = target, trial
-            total, above = total + change, now
+            node_load[:], variance[:] = new_load, new_var
+            _follow(cov, near, changed, share, count)
+            total, level = total + change, now
             if b < 0:
                 copies_of[e] -= 1
                 copies_of[f] += 1
-            if above < best_above or (above == best_above and total < best_total):
+            if total + price * level < least:
                 best[:] = held
-                best_above, best_total = above, total
+                least, best_total = total + price * level, total
         else:
             held[a, e], held[a, f] = True, False
             if b >= 0:
                 held[b, f], held[b, e] = True, False
-    return best, best_above, best_total
+    return best, best_total
+
+
+@numba.njit(nogil=True, cache=True)
+def _follow(cov, near, changed, share, count):
+    """Bring near [M, E], the covariance of each expert with each node, to the changed shares."""
+    for n in range(len(near)):
+        for i in range(count):
+            if len(cov) and share[n, i] != 0:
+                near[n] += share[n, i] * cov[changed[i]]

@@ -1,7 +1,7 @@
 """Which nodes hold which experts when there are more slots than experts, on the true copies.
 
 Starting from one node per expert, replicas are added greedily, then experts and replicas change
-places (``replica_search``). Both cost a placement by the copies and the loads that it has under the
+places (``replica_moves``). Both cost a placement by the copies and the loads that it has under the
 serving rule of ``PlacementPlan.serving_slot``.
 """
 
@@ -12,32 +12,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_locality.placement import counting
-from moe_locality.placement.search import replica_moves as replica_search
+from moe_locality.placement.search import replica_moves
+from moe_locality.placement.search.cap import Noise, expected_shared_imbalance, few_draws
 
 MAX_TOKENS = 1 << 14
 """Copies are counted on a sample of so many tokens, where there are more. Loads are exact."""
 
-MAX_STEPS = 40_000
-MAX_VISITS = 1 << 29
-"""Token visits that the steps of one layer may take, about."""
+STEPS = 50_000
+"""Changes tried for one placement of a layer, if they take no more than ``MAX_VISITS`` token visits,
+about.
+"""
+MAX_VISITS = 1 << 28
 
-HOT, COLD = 0.005, 3e-4
+HOT, COLD = 0.01, 0.001
 """First and last heat, as shares of the copies of the greedy placement."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodePlacement:
-    """The experts of each node of one layer, no expert twice on a node.
-
-    nodes: M lists of experts in rising order.
-    served_load: [M, E] picks of the trace that each node serves (expected, where homes are
-        uniform).
-    excess: picks above the cap, over all nodes.
-    """
-
-    nodes: list[list[int]]
-    served_load: np.ndarray
-    excess: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,16 +47,56 @@ class TokenIndex:
         return self.words, self.weight, self.first, self.bit
 
 
-def place_with_replicas(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """A layer with all slots filled greedily, to search from.
+
+    index: the tokens. load: [E] picks as in the serving rule; order: [E] by falling load.
+    picks: [M, E] of homes on each node (expected ones, where homes are uniform).
+    held: [M, E] which node holds which expert; served: [M, E] which node serves homes on each node;
+    sets: [M, M, W] the experts that each node serves for each home, bits.
+    copies: of the sample of tokens, summed over the homes told apart. tokens: in that sample, once
+    for each of those homes.
+    noise: of the loads of the experts. most: picks that a node should have.
+    """
+
+    index: TokenIndex
+    load: np.ndarray
+    order: np.ndarray
+    picks: np.ndarray
+    held: np.ndarray
+    served: np.ndarray
+    sets: np.ndarray
+    copies: int
+    tokens: int
+    noise: Noise
+    most: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """held: [M, E] which node holds which expert. served_load: [M, E] picks that each node serves.
+
+    copies: per token; imbalance: of the nodes, to expect on unseen requests.
+    """
+
+    held: np.ndarray
+    served_load: np.ndarray
+    copies: float
+    imbalance: float
+
+
+def begin(
     ids: np.ndarray,
     block_of: np.ndarray,
     load: np.ndarray,
     home_node: np.ndarray,
     slots_per_node: int,
-    cap: float,
+    noise: Noise,
+    limit: float,
     seed: int,
-) -> NodePlacement:
-    """Fill all slots of all nodes, starting from one node per expert.
+) -> Start:
+    """Fill all slots of all nodes greedily, starting from one node per expert.
 
     Args:
         ids: [T, K] picks of the layer, -1 = none.
@@ -76,7 +104,7 @@ def place_with_replicas(
         load: [E] picks of each expert in the trace, as in the plan.
         home_node: [T], or empty: uniform homes.
         slots_per_node: a node that could hold every expert holds every expert.
-        cap: most picks that a node should serve. What cannot be held below stays as low as found.
+        limit: most imbalance that the layer should have.
     """
     num_nodes, experts = int(block_of.max()) + 1, len(load)
     held = block_of == np.arange(num_nodes)[:, None]
@@ -88,47 +116,69 @@ def place_with_replicas(
         picks = counting.picks_by_home(ids[:, None], experts, home_node, num_nodes)[0].astype(float)
         homes = 1
     else:
-        picks, homes = np.tile(load.astype(float), (num_nodes, 1)), num_nodes
-    room = np.maximum(min(slots_per_node, experts) - held.sum(axis=1), 0)
-    if room.any():
-        held = _search(ids, home_node, held, room, whole, order, picks, cap * homes, seed)
-    served = np.empty((num_nodes, experts), dtype=np.int64)
-    replica_search.serve(held, whole, order, served)
-    served_load = np.zeros((num_nodes, experts))
-    for home in range(num_nodes):
-        served_load[served[home], np.arange(experts)] += picks[home] / homes
-    return NodePlacement(
-        nodes=[np.flatnonzero(row).tolist() for row in held],
-        served_load=served_load,
-        excess=float(replica_search.load_above(served, picks, cap * homes)) / homes,
-    )
-
-
-def _search(ids, home_node, held, room, load, order, picks, cap, seed) -> np.ndarray:
-    """held [M, E] with all room filled."""
-    num_nodes, experts = held.shape
+        picks, homes = np.tile(load / num_nodes, (num_nodes, 1)), num_nodes
     rows = np.arange(len(ids))
     if len(ids) > MAX_TOKENS:
         rows = np.random.default_rng(seed).choice(len(ids), MAX_TOKENS, replace=False)
         rows.sort()
     part = home_node[rows] if home_node.size else home_node
     index = index_tokens(ids[rows], part, experts, num_nodes)
-    share = len(rows) / max(len(ids), 1)
-    held = held.copy()
-    served, sets, _, copies = replica_search.add_greedily(
-        *index.arrays, load, order, picks, cap, held, room.copy()
+    most = limit * float(load.sum()) / num_nodes
+    room = np.maximum(min(slots_per_node, experts) - held.sum(axis=1), 0)
+    served, sets, _, copies = replica_moves.add_greedily(
+        *index.arrays, whole, order, picks, most, held, room
     )
+    return Start(
+        index=index,
+        load=whole,
+        order=order,
+        picks=picks,
+        held=held,
+        served=served,
+        sets=sets,
+        copies=int(copies),
+        tokens=len(rows) * homes,
+        noise=noise,
+        most=most,
+    )
+
+
+def candidate(start: Start, held: np.ndarray, change: int = 0) -> Candidate:
+    """A placement with what it costs; ``change``: its copies less those of the start."""
+    num_nodes, experts = held.shape
+    served = np.empty((num_nodes, experts), dtype=np.int64)
+    replica_moves.serve(held, start.load, start.order, served)
+    served_load = np.zeros((num_nodes, experts))
+    for home in range(num_nodes):
+        served_load[served[home], np.arange(experts)] += start.picks[home]
+    load = served_load.sum(axis=0)
+    share = served_load / np.maximum(load, 1e-9)
+    return Candidate(
+        held=held,
+        served_load=served_load,
+        copies=(start.copies + change) / max(start.tokens, 1),
+        imbalance=expected_shared_imbalance(share, load, start.noise),
+    )
+
+
+def searched(start: Start, price: float, seed: int) -> Candidate:
+    """Experts and replicas in places that cost few copies plus ``price`` times the imbalance to
+    expect; the price in copies per token.
+    """
+    num_nodes, experts = start.held.shape
+    index = start.index
     visits = 4 * num_nodes * index.words.size / (experts * index.first.shape[0])
-    steps = int(min(MAX_STEPS, MAX_VISITS / max(visits, 1)))
-    if copies == 0 or steps == 0:
-        return held
-    start = held.copy()
-    before = replica_search.load_above(served, picks, cap)
-    best, excess, change = replica_search.anneal(
-        *index.arrays, load, order, picks, cap, held, served, sets, steps,
-        HOT * copies, COLD * copies, share, seed,
+    steps = int(min(STEPS, MAX_VISITS / max(visits, 1)))
+    if start.copies == 0 or steps == 0 or start.held.all():
+        return candidate(start, start.held)
+    per_pick = price * start.tokens * num_nodes / max(float(start.picks.sum()), 1.0)
+    draws = few_draws(num_nodes)
+    held, change = replica_moves.anneal(
+        *index.arrays, start.load, start.order, start.picks, start.held.copy(),
+        start.served.copy(), start.sets.copy(), steps, HOT * start.copies, COLD * start.copies,
+        per_pick, start.most, start.noise.covariance, start.noise.deviation, draws, seed,
     )  # fmt: skip
-    return best if (excess, change) < (before, 0) else start
+    return candidate(start, held, int(change))
 
 
 def index_tokens(

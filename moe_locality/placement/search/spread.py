@@ -18,17 +18,13 @@ from moe_locality.placement.baselines.loads import RankLists, pack_replicas, rep
 from moe_locality.placement.objective import BATCH_TOKENS
 from moe_locality.placement.search import cap, nodes, replicas
 from moe_locality.placement.search.anneal import anneal
+from moe_locality.placement.search.cap import limit_of
 from moe_locality.placement.search.nodes import lightest_first
+from moe_locality.placement.search.price import under_one_price
 from moe_locality.placement.threads import over_layers
 
 if TYPE_CHECKING:
     from moe_locality.placement.problem import Problem
-
-REPLICA_SHARE = 0.6
-"""Share of the allowed imbalance that replicas may use on the trace itself: a cap met exactly there
-is broken by new requests. Not the expectation of cap.py, which is about blocks that serve all picks
-of their experts: which replica serves whom changes with every step of the search. Nor shared among
-the layers as ``cap.allocate`` does: that takes several searches per layer."""
 
 ROUNDS = 8
 """Prices of imbalance that are tried. Several short searches around the right one beat a long one:
@@ -37,13 +33,10 @@ layers are large.
 """
 FEW_ROUNDS = 5
 
-FIRST_PRICE = 2.0
-"""Copies per token that an imbalance higher by one is worth; ``STEP`` the factor to the next one
-while the price is not known to lie between two.
-"""
-STEP = 4.0
+REPLICA_ROUNDS = 4
+CHEAPER = 0.45
+"""What imbalance is worth with replicas, as a share of that without: about, to begin with."""
 
-LIMIT = 1.0
 RANK_STEPS = 15
 """Swaps tried between the ranks of a node, per pair of its experts."""
 
@@ -90,13 +83,23 @@ def place_layers(
             seen[place] = nodes.make_layer(problem, tables, wanted[place])
 
     over_layers(look, len(wanted), threads=threads)
-    found, allowed, _ = place_on_nodes(seen, problem.max_imbalance, seeds, threads=threads)
+    found, allowed, price = place_on_nodes(seen, problem.max_imbalance, seeds, threads=threads)
+    node_of = [_of_experts(problem, some.node_of) for some in found]
+    replicated: list[replicas.Candidate] = []
+    if problem.num_slots > problem.trace.num_experts and problem.group_of is None:
+        replicated = _replicate(problem, seen, node_of, allowed, seeds, price, wanted, threads)
     rows: list[RankLists] = [[] for _ in wanted]
 
     def finish(first: int, last: int) -> None:
         for place in range(first, last):
-            layer, seed = wanted[place], seeds[place]
-            rows[place] = _finish(problem, tables, layer, found[place].node_of, seed)
+            load = tables.load[wanted[place]].astype(np.float64)
+            members = [np.flatnonzero(node_of[place] == n) for n in range(problem.num_nodes)]
+            served = np.tile(load, (problem.num_nodes, 1))
+            if replicated:
+                members = [np.flatnonzero(held) for held in replicated[place].held]
+                served = replicated[place].served_load
+            weight = nodes.pair_weight(tables.pairs[wanted[place]])
+            rows[place] = _finish(problem, weight, served, members, seeds[place])
 
     over_layers(finish, len(wanted), threads=threads)
     expected = [some.imbalance for some in found]
@@ -117,77 +120,40 @@ def place_on_nodes(
 ) -> tuple[list[nodes.Candidate], list[float], float]:
     """Experts to nodes, level in the mean over the layers: the fewest copies that this allows.
 
-    The layers are searched under one price of imbalance, which is what makes them share the
-    allowed imbalance best (Everett, Operations Research 11, 1963); the price is found by trying.
-
     Returns:
-        (placements, imbalance allowed in each layer, the last price).
+        (placements, imbalance allowed in each layer, what an imbalance higher by one is worth).
     """
     allowed = [0.0] * len(layers)
     tried: list[list[nodes.Candidate]] = [[] for _ in layers]
-    limit = [np.inf] * len(layers)
-    price, known = FIRST_PRICE, []
 
     def begin(first: int, last: int) -> None:
         for place in range(first, last):
             allowed[place] = nodes.allowed_imbalance(layers[place], max_imbalance)
-            limit[place] = allowed[place] + LIMIT * (max_imbalance - 1)
             tried[place] = nodes.fixed_candidates(layers[place])
 
-    def search(first: int, last: int) -> None:
-        for place in range(first, last):
-            layer = layers[place]
-            if nodes.searchable(layer):
-                seed = seeds[place] + len(known)
-                tried[place].append(nodes.searched(layer, tried[place], price, limit[place], seed))
+    def search(place: int, price: float, turn: int) -> float:
+        layer, found = layers[place], tried[place]
+        if nodes.searchable(layer):
+            most, seed = limit_of(allowed[place], max_imbalance), seeds[place] + turn
+            found.append(nodes.searched(layer, found, price, most, seed))
+        return found[-1].imbalance
 
     def polish(first: int, last: int) -> None:
         for place in range(first, last):
-            start = tried[place][chosen[place]]
-            found = nodes.polished(layers[place], start, price, limit[place], seeds[place])
-            tried[place].append(found)
-
-    def choose() -> list[int]:
-        return cap.allocate(
-            [[c.copies for c in some] for some in tried],
-            [[c.imbalance for c in some] for some in tried],
-            sum(allowed),
-            limit,
-        )
+            layer, start = layers[place], tried[place][chosen[place]]
+            most = limit_of(allowed[place], max_imbalance)
+            tried[place].append(nodes.polished(layer, start, price, most, seeds[place]))
 
     over_layers(begin, len(layers), threads=threads)
     small = all(nodes.is_small(layer) for layer in layers)
-    for _ in range(ROUNDS if small else FEW_ROUNDS):
-        over_layers(search, len(layers), threads=threads)
-        known.append((price, float(np.mean([some[-1].imbalance for some in tried])) - 1))
-        price = next_price(known, float(np.mean(allowed)) - 1)
+    price = under_one_price(search, allowed, ROUNDS if small else FEW_ROUNDS, threads=threads)
     for place, layer in enumerate(layers):
         if layer.grouped:  # a group-limited router is made for its linear layout: never above it
             tried[place] = [c for c in tried[place] if c.copies <= tried[place][0].copies]
-    chosen = choose()
+    chosen = cap.allocate(tried, allowed, max_imbalance)
     over_layers(polish, len(layers), threads=threads)
-    chosen = choose()
+    chosen = cap.allocate(tried, allowed, max_imbalance)
     return [some[i] for some, i in zip(tried, chosen, strict=True)], allowed, price
-
-
-def next_price(known: Sequence[tuple[float, float]], target: float) -> float:
-    """The price to try next for an imbalance of 1 + ``target``.
-
-    ``known``: (price, imbalance less one) so far; between two prices that the target lies between,
-    both are taken for powers of each other.
-    """
-    low = [(price, level) for price, level in known if level > target]
-    high = [(price, level) for price, level in known if level <= target]
-    if not low:
-        price, level = min(high)
-        return 0.0 if level * STEP < target else price / STEP
-    if not high:
-        return max(low)[0] * STEP
-    (p, x), (q, y) = max(low), min(high)
-    if p <= 0 or y <= 0 or target <= 0 or p >= q:
-        return (p + q) / 2
-    share = np.log(x / target) / np.log(x / y)
-    return float(p * (q / p) ** min(max(share, 0.1), 0.9))
 
 
 def _seed(problem: Problem, layer: int) -> int:
@@ -204,45 +170,70 @@ def _note(load: np.ndarray, expected: float, allowed: float) -> dict[str, Any]:
     }
 
 
+def _of_experts(problem: Problem, node_of: np.ndarray) -> np.ndarray:
+    """[E] node of each expert, from the nodes of experts or of groups of them."""
+    return node_of if problem.group_of is None else node_of[problem.group_of]
+
+
 def _finish(
-    problem: Problem, tables: nodes.Tables, layer: int, node_of: np.ndarray, seed: int
+    problem: Problem,
+    weight: np.ndarray,
+    served: np.ndarray,
+    members: list[np.ndarray],
+    seed: int,
 ) -> RankLists:
-    """Replicas, names of the nodes, ranks."""
-    experts, num_nodes = problem.trace.num_experts, problem.num_nodes
-    if problem.group_of is not None:
-        node_of = node_of[problem.group_of]
-    load = tables.load[layer].astype(np.float64)
-    per_node = problem.num_slots // num_nodes
-    members = [np.flatnonzero(node_of == n).tolist() for n in range(num_nodes)]
-    served = np.tile(load, (num_nodes, 1))
-    if problem.num_slots > experts and problem.group_of is None:  # groups get replicas inside nodes
-        found = _replicate(problem, layer, load, node_of, seed)
-        members, served = found.nodes, found.served_load
-    order = range(num_nodes)
+    """Names of the nodes, and ranks; groups of experts get replicas inside their node."""
+    order = range(problem.num_nodes)
     if problem.home_rank is None:  # nodes are alike: name them so that few experts move
-        order = order_like_linear(members, experts / num_nodes)
-    weight = nodes.pair_weight(tables.pairs[layer])
+        lists = [some.tolist() for some in members]
+        order = order_like_linear(lists, problem.trace.num_experts / problem.num_nodes)
+    per_node = problem.num_slots // problem.num_nodes
     held: RankLists = []
     for node in order:
-        held += place_on_ranks(
-            weight, served[node], members[node], problem.ranks_per_node, per_node, seed
-        )
+        some = members[node].tolist()
+        held += place_on_ranks(weight, served[node], some, problem.ranks_per_node, per_node, seed)
     return held
 
 
 def _replicate(
-    problem: Problem, layer: int, load: np.ndarray, node_of: np.ndarray, seed: int
-) -> replicas.NodePlacement:
-    """The experts of each node, with replicas in all slots."""
-    ids = np.ascontiguousarray(problem.trace.expert_ids[:, layer])  # type: ignore[index]
-    home_node = np.zeros(0, dtype=np.int64)
+    problem: Problem,
+    layers: Sequence[nodes.Layer],
+    node_of: Sequence[np.ndarray],
+    allowed: Sequence[float],
+    seeds: Sequence[int],
+    price: float,
+    wanted: Sequence[int],
+    threads: int | None,
+) -> list[replicas.Candidate]:
+    """Which nodes hold which experts, with replicas in all slots; level in the mean over layers."""
+    ids, home_node = problem.trace.expert_ids, np.zeros(0, dtype=np.int64)
+    assert ids is not None
     if problem.home_rank is not None:
         node_of_rank = np.asarray(problem.topology.rank_to_node, dtype=np.int64)
         home_node = node_of_rank[problem.home_rank]
-    most = load.sum() / problem.num_nodes * (1 + (problem.max_imbalance - 1) * REPLICA_SHARE)
-    most = max(most, float(np.bincount(node_of, weights=load).max()))
     per_node = problem.num_slots // problem.num_nodes
-    return replicas.place_with_replicas(ids, node_of, load, home_node, per_node, most, seed)
+    tried: list[list[replicas.Candidate]] = [[] for _ in layers]
+    starts: list[replicas.Start] = [None] * len(layers)  # type: ignore[list-item]
+
+    def begin(first: int, last: int) -> None:
+        for place in range(first, last):
+            layer, most = layers[place], limit_of(allowed[place], problem.max_imbalance)
+            mine = np.ascontiguousarray(ids[:, wanted[place]])
+            starts[place] = replicas.begin(
+                mine, node_of[place], layer.load, home_node, per_node, layer.noise, most,
+                seeds[place],
+            )  # fmt: skip
+            tried[place].append(replicas.candidate(starts[place], starts[place].held))
+
+    def search(place: int, price: float, turn: int) -> float:
+        found = replicas.searched(starts[place], price, seeds[place] + turn)
+        tried[place].append(found)
+        return found.imbalance
+
+    over_layers(begin, len(layers), threads=threads)
+    under_one_price(search, allowed, REPLICA_ROUNDS, first=CHEAPER * price, threads=threads)
+    chosen = cap.allocate(tried, allowed, problem.max_imbalance)
+    return [some[i] for some, i in zip(tried, chosen, strict=True)]
 
 
 def place_on_ranks(
