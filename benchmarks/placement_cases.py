@@ -1,6 +1,5 @@
 """The cases of the placement benchmark on recorded traces: plans, their costs, their targets."""
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from moe_locality.trace import PREFILL, RoutingTrace
 GPT, CHAT, LLAMA = "gpt_oss_20b_benchmarks", "deepseek_v2_lite_chat_prompts", "llama4_maverick_mmlu"
 COLLAPSED = {LLAMA: 45}  # one expert takes 99.9 % of that layer's tokens
 RANKS = 8
-logging.getLogger("moe_locality").setLevel(logging.ERROR)  # caps are tried that cannot be kept
 SPLIT = 0.7
 PEERS = ("round_robin", "eplb", "eplb_global", "balance")
 
@@ -184,12 +182,12 @@ def _like_eplb(trace: str, nodes: int, target: float, caps: Sequence[float]) -> 
 
 
 GOALS = (
-    _like_eplb(GPT, 4, -22, (1.05, 1.058, 1.065)),
-    _like_eplb(CHAT, 4, -24, (1.04, 1.0445, 1.05)),
-    _like_eplb(GPT, 2, -21, (1.025, 1.03, 1.035)),
-    _like_eplb(GPT, 8, -18, (1.09, 1.1, 1.11)),
-    _like_eplb(CHAT, 2, -16, (1.025, 1.03, 1.035)),
-    _like_eplb(CHAT, 8, -25, (1.06, 1.07, 1.08)),
+    _like_eplb(GPT, 4, -22, (1.055, 1.0575, 1.06)),
+    _like_eplb(CHAT, 4, -24, (1.045, 1.0475, 1.05)),
+    _like_eplb(GPT, 2, -21, (1.03, 1.0325, 1.035)),
+    _like_eplb(GPT, 8, -18, (1.11, 1.1125, 1.115)),
+    _like_eplb(CHAT, 2, -16, (1.0225, 1.025, 1.0275)),
+    _like_eplb(CHAT, 8, -25, (1.065, 1.07, 1.075)),
     Goal(
         trace=GPT,
         nodes=4,
@@ -197,7 +195,7 @@ GOALS = (
         label="predicted homes",
         options=_JOINT,
         most=1.05,
-        caps=(1.06, 1.07, 1.08),
+        caps=(1.065, 1.07, 1.075),
     ),
     Goal(
         trace=GPT,
@@ -208,7 +206,7 @@ GOALS = (
         most=1.05,
         limit="rank_imbalance",
         replicas=0.125,
-        caps=(1.045, 1.06, 1.075),
+        caps=(1.065, 1.07, 1.075),
     ),
     Goal(
         trace=GPT,
@@ -219,7 +217,7 @@ GOALS = (
         most=1.05,
         limit="rank_imbalance",
         replicas=0.125,
-        caps=(1.035, 1.05, 1.065),
+        caps=(1.065, 1.07, 1.075),
     ),
     Goal(
         trace=LLAMA,
@@ -228,7 +226,7 @@ GOALS = (
         label="predicted homes (home tokens up to 1.1), as level as linear",
         options=_UNEVEN,
         most="linear",
-        caps=(1.2, 1.3, 1.4),
+        caps=(1.35, 1.4, 1.45),
     ),
     Goal(
         trace=GPT,
@@ -238,7 +236,7 @@ GOALS = (
         options={**_UNEVEN, "objective": "picks"},
         most=1.08,
         metric="picks_vs_linear",
-        caps=(1.09, 1.105, 1.12),
+        caps=(1.1, 1.105, 1.11),
     ),
 )
 

@@ -5,14 +5,16 @@ None of these rows is a result; their notes say so.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from placement_rows import Row, against
 
-from moe_locality.placement import Costs, assign_homes, evaluate, solve
+from moe_locality.placement import Costs, assign_homes, evaluate
 from moe_locality.placement.bounds.shared import bound_for_mean_imbalance
 from moe_locality.placement.homes.assign import MAX_TOKEN_IMBALANCE
+from moe_locality.placement.homes.joint import solve_joint
+from moe_locality.placement.problem import Problem
+from moe_locality.placement.solve import solve_coactivation
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace import RoutingTrace
 
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
 
 BOUND_SECONDS = {2: 30.0, 4: 60.0, 8: 60.0}
 NO_CAP = 1e3
-HALVINGS = 5
-LOOSEST = 1.5  # a cap at which every plan is above its limit on the judged requests
 
 
 def evidence_rows(
@@ -35,15 +35,12 @@ def evidence_rows(
     case: str,
 ) -> list[Row]:
     """The rows beside a missed target."""
-    options = {"num_redundant_experts": extra, **goal.options}
-
-    def costs_of(cap: float) -> Costs:
-        return with_hindsight(data.test, topology, max_imbalance=cap, **options)
-
-    cap, costs = loosest(costs_of, goal, most)
     found = [
-        ("made from the judged requests", costs, f"max_imbalance {cap:g}"),
-        ("made from the judged requests, any balance", costs_of(NO_CAP), "no cap"),
+        (words, with_hindsight(data.test, topology, goal, extra, cap), how)
+        for words, cap, how in (
+            ("made from the judged requests", most, f"max_imbalance {most:.4f} on them"),
+            ("made from the judged requests, any balance", NO_CAP, "no cap"),
+        )
     ]
     rows = [
         Row(
@@ -63,30 +60,29 @@ def evidence_rows(
     return rows
 
 
-def with_hindsight(trace: RoutingTrace, topology: ClusterTopology, **options: Any) -> Costs:
-    """The costs of a plan on the trace that it was made from."""
-    plan = solve(trace, topology, **options)
-    homes = None
-    if options.get("homes") == "joint":
-        most = options.get("max_home_imbalance", MAX_TOKEN_IMBALANCE)
-        homes = assign_homes(trace, plan, topology, predict="oracle", max_imbalance=most)
+def with_hindsight(
+    trace: RoutingTrace, topology: ClusterTopology, goal: Goal, extra: int, max_imbalance: float
+) -> Costs:
+    """The costs of a plan on the trace that it was made from, and made level for."""
+    problem = Problem(
+        trace=trace,
+        topology=topology,
+        num_slots=trace.num_experts + extra,
+        max_imbalance=max_imbalance,
+        home_rank=None,
+        group_of=None,
+        seed=0,
+        objective=goal.options.get("objective", "copies"),
+        max_home_imbalance=goal.options.get("max_home_imbalance", MAX_TOKEN_IMBALANCE),
+        unseen=False,
+    )
+    if goal.options.get("homes") != "joint":
+        return evaluate(trace, solve_coactivation(problem).plan, topology)
+    plan = solve_joint(problem).plan
+    homes = assign_homes(
+        trace, plan, topology, predict="oracle", max_imbalance=problem.max_home_imbalance
+    )
     return evaluate(trace, plan, topology, homes)
-
-
-def loosest(costs_of: Callable[[float], Costs], goal: Goal, most: float) -> tuple[float, Costs]:
-    """(cap, costs) of the loosest cap that keeps the limit, found by halving; the tightest where
-    none does.
-    """
-    low, high = 1.0, LOOSEST
-    best = (low, costs_of(low))
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        costs = costs_of(middle)
-        if getattr(costs, goal.limit) <= most:
-            low, best = middle, (middle, costs)
-        else:
-            high = middle
-    return best
 
 
 def bound_row(

@@ -17,7 +17,10 @@ from moe_locality.trace.schema import RoutingTrace
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """What a solver gets: the checked arguments of ``solve``."""
+    """What a solver gets: the checked arguments of ``solve``.
+
+    unseen: whether ``max_imbalance`` is meant on requests that are not in the trace.
+    """
 
     trace: RoutingTrace
     topology: ClusterTopology
@@ -28,6 +31,7 @@ class Problem:
     seed: int
     objective: str = "copies"
     max_home_imbalance: float = 1.05
+    unseen: bool = True
 
     @property
     def num_nodes(self) -> int:

@@ -1,4 +1,4 @@
-"""Experts of one layer to blocks by annealing: experts picked together, blocks level in expectation.
+"""Experts of one layer to blocks by annealing: picked together, placed together, blocks level.
 
 Counting how many nodes a token visits is the connectivity (km1) of a hypergraph whose vertices are
 experts and whose edges are tokens; this search uses its pair form, the co-activation matrix, and

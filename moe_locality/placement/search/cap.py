@@ -68,13 +68,18 @@ def noise_of(unit_load: np.ndarray) -> Noise:
     counts = unit_load[unit_load.sum(axis=1) > 0].astype(np.float64)
     experts = unit_load.shape[1]
     if len(counts) < 2:
-        return Noise(covariance=np.zeros((experts, experts)), deviation=0.0)
+        return no_noise(experts)
     load = counts.sum(axis=0)
     rest = counts - counts.sum(axis=1, keepdims=True) * (load / load.sum())
     scale = _LARGEST / max(float(np.abs(rest).max()), 1.0)
     whole = np.rint(rest * scale)
     spread = (1 + 1 / UNSEEN_SHARE) * len(counts) / (len(counts) - 1)
     return Noise(covariance=whole.T @ whole, deviation=float(np.sqrt(spread)) / scale)
+
+
+def no_noise(experts: int) -> Noise:
+    """For a plan that has to be level on the trace itself."""
+    return Noise(covariance=np.zeros((experts, experts)), deviation=0.0)
 
 
 def expected_imbalance(block_of: np.ndarray, load: np.ndarray, noise: Noise, blocks: int) -> float:

@@ -24,8 +24,11 @@ STEPS, MOST_STEPS = 25, 100_000
 """Swaps tried for a placement of a layer: per pair of its experts, and at most."""
 
 AGAIN, AGAIN_HEAT = 5, 0.03
-POLISH_STEPS = 20
-"""Swaps tried on the exact copies, per pair of experts."""
+"""A large layer that goes on from what was found at another price: with so many times fewer swaps,
+and this share of the first heat."""
+
+POLISH_STEPS = 0.3
+"""Swaps tried on the exact copies, per cube of the number of experts."""
 
 POLISH_EXPERTS = 64
 """Most experts for the exact search: with more, its sample of tokens is fitted, not the traffic."""
@@ -131,7 +134,7 @@ def make_layer(problem: Problem, tables: Tables, layer: int) -> Layer:
         weight=weight,
         load=load,
         pin=pin,
-        noise=cap.noise_of(unit_load),
+        noise=cap.noise_of(unit_load) if problem.unseen else cap.no_noise(experts),
         sizes=tuple(experts // nodes + (n < experts % nodes) for n in range(nodes)),
         grouped=problem.group_of is not None,
         by_pick=problem.objective == "picks",
@@ -256,9 +259,7 @@ def _per_pick(layer: Layer, price: float) -> float:
     return price * float(units) * len(layer.sizes) / max(float(layer.load.sum()), 1.0)
 
 
-def polished(
-    layer: Layer, start: Candidate, price: float, limit: float, seed: int
-) -> Candidate:
+def polished(layer: Layer, start: Candidate, price: float, limit: float, seed: int) -> Candidate:
     """``start`` searched on the exact copies, where its layer is small enough."""
     experts, num_nodes = len(layer.load), len(layer.sizes)
     if not is_small(layer) or not searchable(layer) or layer.by_pick:
@@ -271,7 +272,7 @@ def polished(
         limit * layer.load.sum() / num_nodes,
         start.node_of,
         num_nodes,
-        POLISH_STEPS * experts * (experts - 1) // 2,
+        int(POLISH_STEPS * experts**3),
         seed,
     )
     return _candidate(layer, node_of)

@@ -18,7 +18,7 @@ from moe_locality.placement.search import kernels
 from moe_locality.placement.search.anneal import STEEP
 from moe_locality.placement.search.cap import Noise, few_draws
 
-HOT, COLD = 0.03, 0.003
+HOT, COLD = 0.05, 0.003
 """First and last heat, in picks per expert: low, for the start has been annealed in pairs."""
 
 _CHUNK = 64  # steps of one heat
@@ -119,8 +119,8 @@ def polish(
     scale = count.sum() * ids.shape[1] / max(len(load), 1)
     start = np.ascontiguousarray(start, dtype=np.int64)
     return _polish(
-        ids, home, count, load, covariance, unit, draws, float(price), float(limit), start, num_blocks, steps,
-        max(HOT * scale, 1e-9), max(COLD * scale, 1e-9), seed,
+        ids, home, count, load, covariance, unit, draws, float(price), float(limit), start,
+        num_blocks, steps, max(HOT * scale, 1e-9), max(COLD * scale, 1e-9), seed,
     )  # fmt: skip
 
 

@@ -293,9 +293,7 @@ def anneal(
     new_load, new_var = np.zeros(nodes), np.zeros(nodes)
     target[:] = -1
     count = _rerouted(target, served, part, changed, share)
-    _loads_after(
-        cov, of_expert, near, none, none, changed, share, count, node_load, variance
-    )
+    _loads_after(cov, of_expert, near, none, none, changed, share, count, node_load, variance)
     _follow(cov, near, changed, share, count)
     level = _level(node_load, variance, unit, limit, draws, deviation, room)
     total = np.int64(0)

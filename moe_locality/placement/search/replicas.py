@@ -19,9 +19,8 @@ MAX_TOKENS = 1 << 14
 """Copies are counted on a sample of so many tokens, where there are more. Loads are exact."""
 
 STEPS = 50_000
-"""Changes tried for one placement of a layer, if they take no more than ``MAX_VISITS`` token visits,
-about.
-"""
+"""Changes tried for one placement of a layer, if they visit no more tokens than ``MAX_VISITS``."""
+
 MAX_VISITS = 1 << 28
 
 HOT, COLD = 0.01, 0.001

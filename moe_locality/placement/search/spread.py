@@ -268,9 +268,7 @@ def place_on_ranks(
     start = lightest_first(loads, sizes)
     steps = RANK_STEPS * len(local) * (len(local) - 1) // 2
     apart = np.zeros((len(local), num_ranks))
-    rank_of = anneal(
-        -together, apart, loads, None, 0.0, np.inf, start, steps, seed
-    )
+    rank_of = anneal(-together, apart, loads, None, 0.0, np.inf, start, steps, seed)
     held = [local[rank_of == rank].tolist() for rank in range(num_ranks)]
     return sorted(held)  # ranks of a node are alike: the one with the lowest expert comes first
 

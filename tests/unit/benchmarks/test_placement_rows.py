@@ -1,4 +1,4 @@
-"""The table of targets and the search for the loosest cap: pure parts of the placement figures."""
+"""The table of targets and the choice of a cap: pure parts of the placement figures."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
-from placement_evidence import HALVINGS, LOOSEST, loosest
+from placement_cases import best_cap
 from placement_rows import Row, target_table
 
 CELL = ("trace", 4, 0.0)
@@ -40,12 +40,11 @@ def test_the_table_holds_targets_with_their_verdict_and_the_peers_of_their_cell(
     assert target_table([row()]) == ""
 
 
-@pytest.mark.parametrize("edge", [1.0, 1.2, 1.47])
-def test_the_loosest_cap_that_keeps_the_limit_is_found(edge):
+@pytest.mark.parametrize(("edge", "expected"), [(1.0, 1.05), (1.05, 1.05), (1.07, 1.06), (2, 1.08)])
+def test_the_cap_with_the_fewest_copies_that_keeps_the_limit_is_chosen(edge, expected):
     def costs_of(cap):
-        return SimpleNamespace(node_imbalance=1.0 if cap <= edge else 1.1)
+        return SimpleNamespace(node_imbalance=1.04 if cap <= edge else 1.1, copies=2 - cap)
 
-    goal = SimpleNamespace(limit="node_imbalance")
-    cap, costs = loosest(costs_of, goal, 1.05)
-    assert costs.node_imbalance == 1.0
-    assert edge - (LOOSEST - 1) / 2**HALVINGS <= cap <= edge
+    goal = SimpleNamespace(limit="node_imbalance", metric="copies_vs_linear")
+    cap, _ = best_cap(costs_of, goal, (1.05, 1.06, 1.08), 1.05)
+    assert cap == expected

@@ -1,3 +1,5 @@
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -5,6 +7,11 @@ from hypothesis import strategies as st
 
 from moe_locality.placement.search import cap
 from moe_locality.placement.search.nodes import lightest_first
+
+
+class Some(NamedTuple):
+    copies: float
+    imbalance: float
 
 
 def drawn(rng, *, requests, experts=48, tokens=100, spread=2.0):
@@ -58,10 +65,22 @@ def test_no_noise_is_claimed_where_nothing_differs_or_nothing_can_be_known():
     assert cap.expected_imbalance(np.array([0, 1]), np.zeros(2), nothing, 2) == 1
 
 
-def test_the_margin_is_the_mean_of_the_largest_normal_draw():
-    assert cap.margin(1) == 0
-    assert cap.margin(2) == pytest.approx(1 / np.sqrt(np.pi), abs=0.05)
-    assert cap.margin(8) == pytest.approx(1.424, abs=0.05)
+def test_few_draws_make_equal_loads_differ_as_blocks_do():
+    for blocks, mean in ((2, 2**0.5 / np.sqrt(np.pi)), (8, 1.424 * np.sqrt(8 / 7))):
+        draws = cap.few_draws(blocks)
+        assert draws.max(axis=0).mean() == pytest.approx(mean, rel=0.12)
+        assert draws.sum() == pytest.approx(0, abs=1e-9)
+
+
+def test_shares_of_whole_experts_are_blocks():
+    counts = drawn(np.random.default_rng(1), requests=40, experts=12)
+    noise, load = cap.noise_of(counts), counts.sum(axis=0).astype(float)
+    block_of = np.arange(12) % 3
+    onto = (block_of == np.arange(3)[:, None]).astype(float)
+    blocks = cap.expected_imbalance(block_of, load, noise, 3)
+    assert cap.expected_shared_imbalance(onto, load, noise) == pytest.approx(blocks)
+    even = np.full((3, 12), 1 / 3)  # every block serves a third of all: nothing left to vary
+    assert cap.expected_shared_imbalance(even, load, noise) == pytest.approx(1)
 
 
 @settings(max_examples=60, deadline=None)
@@ -73,7 +92,12 @@ def test_allocate_keeps_the_budget_and_is_near_the_best(data):
     level = [rng.uniform(1, 1.2, 4).tolist() for _ in range(layers)]
     least = sum(min(some) for some in level)
     budget = least + data.draw(st.floats(0, 0.5))
-    chosen = cap.allocate(copies, level, budget, [1.15] * layers)
+    tried = [
+        [Some(copies=c, imbalance=x) for c, x in zip(*some, strict=True)]
+        for some in zip(copies, level, strict=True)
+    ]
+    mean = budget / layers
+    chosen = cap.allocate(tried, [mean] * layers, 2.15 - mean)  # so that no layer exceeds 1.15
     used = sum(some[i] for some, i in zip(level, chosen, strict=True))
     assert used <= budget + 1e-9
     for some, i in zip(level, chosen, strict=True):

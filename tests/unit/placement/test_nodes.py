@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 
@@ -82,21 +84,39 @@ def test_threads_change_nothing():
     assert placed[0].expected == placed[1].expected == placed[2].expected
 
 
-def test_candidates_go_from_level_to_few_copies_and_polish_costs_no_level():
+def test_a_higher_price_finds_level_placements_and_polish_pays():
     rng = np.random.default_rng(2)
     trace = random_trace(rng, tokens=4000, layers=1, experts=32, top_k=4, requests=200, skew=2)
     problem = problem_of(trace, ClusterTopology.uniform(4, 2))
     tables = nodes.count_tables(trace.expert_ids, trace.request_id, 32)
     layer = nodes.make_layer(problem, tables, 0)
-    found = nodes.candidates(layer, 1.1, 0)
-    ladder = found[2:]
-    assert ladder[0].copies <= ladder[-1].copies
-    assert ladder[0].imbalance >= ladder[-1].imbalance
-    for some in ladder:
-        better = nodes.polished(layer, some, 0)
-        assert better.copies <= some.copies
-        assert better.imbalance <= some.imbalance + 0.02
-        assert np.bincount(better.node_of).tolist() == [8] * 4
+    tried = nodes.fixed_candidates(layer)
+    found = [nodes.searched(layer, tried, price, 1.5, 0) for price in (0.1, 1.0, 10.0)]
+    assert [c.copies for c in found] == sorted(c.copies for c in found)
+    assert [c.imbalance for c in found] == sorted((c.imbalance for c in found), reverse=True)
+    better = nodes.polished(layer, found[1], 1.0, 1.5, 0)
+    assert np.bincount(better.node_of).tolist() == [8] * 4
+    cost, before = (c.copies + 1.0 * c.imbalance for c in (better, found[1]))
+    assert cost <= before + 2e-3  # the search draws fewer samples than the rating
+
+
+def test_layers_share_what_imbalance_is_allowed():
+    rng = np.random.default_rng(9)
+    trace = random_trace(rng, tokens=4000, layers=3, experts=16, top_k=4, requests=400)
+    problem = problem_of(trace, ClusterTopology.uniform(4, 1))
+    tables = nodes.count_tables(trace.expert_ids, trace.request_id, 16)
+    layers = [nodes.make_layer(problem, tables, layer) for layer in range(3)]
+    copies = []
+    for most in (1.02, 1.05, 1.1, 1.2):
+        found, allowed, _ = spread.place_on_nodes(layers, most, [0, 1, 2])
+        levels = [some.imbalance for some in found]
+        assert sum(levels) <= sum(allowed) + 1e-9
+        assert all(
+            x <= cap.limit_of(mean, most) + 1e-9 for x, mean in zip(levels, allowed, strict=True)
+        )
+        copies.append(sum(some.copies for some in found))
+    assert all(new < 1.005 * old for old, new in itertools.pairwise(copies))
+    assert copies[-1] < 0.98 * copies[0]
 
 
 @pytest.mark.parametrize("num_nodes", [2, 4])
@@ -192,14 +212,3 @@ def test_one_node_and_as_many_nodes_as_experts():
     assert sorted(spread_out.physical_to_logical_map[0].tolist()) == [0, 1, 2, 3]
     with pytest.raises(PlacementError, match="5 nodes for 4 experts"):
         solve(trace, ClusterTopology.uniform(5, 1))
-
-
-def test_polish_is_taken_back_where_it_cost_most_level_until_the_budget_holds():
-    def some(*levels):
-        return [nodes.Candidate(node_of=np.zeros(1, int), copies=1.0, imbalance=x) for x in levels]
-
-    plain, fewer = some(1.05, 1.05, 1.05), some(1.09, 1.04, 1.06)
-    levels = [c.imbalance for c in spread.within_budget(plain, fewer, 3.15)]
-    assert levels == [1.05, 1.04, 1.06]
-    assert spread.within_budget(plain, fewer, 3.2) == fewer
-    assert spread.within_budget(plain, fewer, 3.0)[1] is fewer[1]

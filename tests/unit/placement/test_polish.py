@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from moe_locality.placement.search import swaps as search
+from moe_locality.placement.search import cap, kernels
+from moe_locality.placement.search.anneal import anneal
 from moe_locality.placement.search.nodes import pairs_of_layer
 from moe_locality.placement.search.polish import patterns, polish
 
@@ -19,42 +20,60 @@ def made(rng, *, experts=12, nodes=3, tokens=300, picks=4, homes=False):
 @pytest.mark.parametrize("picks", [1, 4])
 def test_patterns_keep_every_token(homes, picks):
     ids, home, _ = made(np.random.default_rng(0), picks=picks, homes=homes)
-    rows, row_home, count = patterns(ids, 12, home, 3)
+    rows, row_home, count = patterns(ids, 12, home)
     assert count.sum() == 300
     assert len(rows) < 300 or picks > 1
     block_of = np.arange(12) % 3
     total = sum(
-        n * search.count_visits(row[None], block_of, row_home[i : i + 1])
+        n * kernels.count_visits(row[None], block_of, row_home[i : i + 1])
         for i, (row, n) in enumerate(zip(rows, count, strict=True))
     )
-    assert total == search.count_visits(ids, block_of, home)
+    assert total == kernels.count_visits(ids, block_of, home)
 
 
 def test_patterns_of_many_experts_are_the_tokens_themselves():
     ids = np.array([[300, 5, 7, 1, 2, 3, 4, 0]], dtype=np.int16)
-    rows, _, count = patterns(ids, 512, np.zeros(0, np.int64), 8)
+    rows, _, count = patterns(ids, 512, np.zeros(0, np.int64))
     assert sorted(rows[0].tolist()) == sorted(ids[0].tolist())
     assert count.tolist() == [1]
 
 
 @pytest.mark.parametrize("homes", [False, True])
-@pytest.mark.parametrize("deviations", [0.0, 0.5])
-def test_the_visits_kept_up_to_date_are_the_visits_counted(homes, deviations):
+def test_patterns_are_told_apart_by_picks_and_home_alone(homes):
+    rng = np.random.default_rng(4)
+    ids = np.argsort(rng.random((9000, 64)), axis=1)[:, :3].astype(np.int16)
+    ids[5000:] = ids[:4000, ::-1]  # the same picks in another order
+    home = rng.integers(0, 8, 9000) if homes else np.zeros(0, np.int64)
+    if homes:
+        home[5000:] = home[:4000]
+    rows, row_home, count = patterns(ids, 64, home)
+    counted = {}
+    for token, picks in enumerate(ids):
+        key = (frozenset(picks.tolist()), int(home[token]) if homes else 0)
+        counted[key] = counted.get(key, 0) + 1
+    found = {
+        (frozenset(row.tolist()), int(row_home[i]) if homes else 0): count[i]
+        for i, row in enumerate(rows)
+    }
+    assert found == counted
+
+
+@pytest.mark.parametrize("homes", [False, True])
+@pytest.mark.parametrize("price", [0.0, 0.5])
+def test_the_visits_kept_up_to_date_are_the_visits_counted(homes, price):
     rng = np.random.default_rng(1)
     for trial in range(10):
         ids, home, load = made(rng, homes=homes)
         start = rng.permutation(np.repeat(np.arange(3), 4))
-        most, cov = load.sum() / 3 * 1.03, np.diag(np.arange(12.0))
-        found, excess, visits = polish(
-            patterns(ids, 12, home, 3), load, most, start, 3, 5, trial, cov, deviations
-        )
-        assert visits == search.count_visits(ids, found, home)
+        noise = cap.noise_of(rng.poisson(load, (20, 12)))
+        rows = patterns(ids, 12, home)
+        most = load.sum() / 3 * 1.05
+        found, visits = polish(rows, load, noise, price, most, start, 3, 2000, trial)
+        assert visits == kernels.count_visits(ids, found, home)
         assert np.bincount(found).tolist() == [4, 4, 4]
-        loads = np.bincount(found, weights=load)
-        spread = deviations * np.sqrt(np.bincount(found, weights=np.diag(cov)))
-        assert excess == pytest.approx(np.maximum(loads + spread - most, 0).sum())
-        if excess == 0 and np.bincount(start, weights=load).max() <= most and not deviations:
-            assert visits <= search.count_visits(ids, start, home)
+        assert (found == polish(rows, load, noise, price, most, start, 3, 2000, trial)[0]).all()
+        if not price:
+            assert visits <= kernels.count_visits(ids, start, home)
 
 
 def test_exact_swaps_find_what_pairs_do_not_see():
@@ -63,34 +82,26 @@ def test_exact_swaps_find_what_pairs_do_not_see():
     better = 0
     for seed in range(8):
         ids, home, load = made(rng, experts=10, nodes=2, picks=4, tokens=60)
-        pairs = pairs_of_layer(ids, 10)
-        start = np.repeat([0, 1], 5)
-        args = (load, np.inf)
-        by_pairs = search.search(pairs, np.zeros((10, 2)), *args, start[None], 200, seed)[0][0]
-        exact = polish(
-            patterns(ids, 10, home, 2), *args, by_pairs, 2, 20, seed, np.zeros((10, 10)), 0.0
-        )
-        before = search.count_visits(ids, by_pairs, home)
-        assert exact[2] <= before
-        better += exact[2] < before
+        pairs, start = pairs_of_layer(ids, 10), np.repeat([0, 1], 5)
+        by_pairs = anneal(pairs, np.zeros((10, 2)), load, None, 0.0, np.inf, start, 20_000, seed)
+        rows = patterns(ids, 10, home)
+        _, visits = polish(rows, load, None, 0.0, np.inf, by_pairs, 2, 20_000, seed)
+        before = kernels.count_visits(ids, by_pairs, home)
+        assert visits <= before
+        better += visits < before
     assert better >= 1
 
 
-def test_the_search_keeps_loads_with_their_noise_below_the_cap():
+def test_a_price_on_imbalance_makes_blocks_more_level():
     rng = np.random.default_rng(3)
-    ids, _, load = made(rng, experts=24, nodes=4, tokens=2000)
-    pairs = pairs_of_layer(ids, 24)
-    root = rng.normal(size=(6, 24)) * load.mean() * 0.05
-    cov = np.rint(root.T @ root)
-    most = load.sum() / 4 * 1.1
-    starts = rng.permutation(np.repeat(np.arange(4), 6))[None]
-    found, excess, inside = search.search(
-        pairs, np.zeros((24, 4)), load, most, starts, 30, 0, cov, 1.0
-    )
-    for block in range(4):
-        own = np.flatnonzero(found[0] == block)
-        spread = np.sqrt(cov[np.ix_(own, own)].sum())
-        assert load[own].sum() + spread <= most + 1e-3
-    assert excess[0] == 0
-    same = found[0][:, None] == found[0]
-    assert inside[0] == (pairs * same).sum() / 2
+    ids, home, load = made(rng, experts=24, nodes=4, tokens=2000)
+    noise = cap.noise_of(rng.poisson(load / 20, (40, 24)))
+    start, rows = np.repeat(np.arange(4), 6), patterns(ids, 24, home)
+    levels, visits = [], []
+    for price in (0.0, 1.0, 30.0):
+        found, cost = polish(rows, load, noise, price, np.inf, start, 4, 20_000, 0)
+        levels.append(cap.expected_imbalance(found, load, noise, 4))
+        visits.append(cost)
+    assert levels == sorted(levels, reverse=True)
+    assert visits == sorted(visits)
+    assert levels[-1] < levels[0] - 0.02
