@@ -217,7 +217,7 @@ GOALS = (
         most=1.05,
         limit="rank_imbalance",
         replicas=0.125,
-        caps=(1.065, 1.07, 1.075),
+        caps=(1.0625, 1.0675),
     ),
     Goal(
         trace=LLAMA,
@@ -226,7 +226,7 @@ GOALS = (
         label="predicted homes (home tokens up to 1.1), as level as linear",
         options=_UNEVEN,
         most="linear",
-        caps=(1.35, 1.4, 1.45),
+        caps=(1.4, 1.45),
     ),
     Goal(
         trace=GPT,

@@ -21,7 +21,7 @@ from moe_locality.trace import RoutingTrace
 if TYPE_CHECKING:
     from placement_cases import Goal, Parts
 
-BOUND_SECONDS = {2: 30.0, 4: 60.0, 8: 60.0}
+BOUND_SECONDS = {2: 20.0, 4: 30.0, 8: 30.0}
 NO_CAP = 1e3
 
 

@@ -141,9 +141,9 @@ def solve_coactivation(problem: Problem) -> Solution:
     from moe_locality.placement.search.spread import place_layers
 
     placed = place_layers(problem)
-    found: dict[str, Any] = {}
-    if problem.num_slots == problem.trace.num_experts:
-        found["expected_imbalance"] = round(sum(placed.expected) / len(placed.expected), 6)
+    found: dict[str, Any] = {
+        "expected_imbalance": round(sum(placed.expected) / len(placed.expected), 6)
+    }
     if placed.notes:
         ids = problem.trace.layer_ids
         found["layer_notes"] = {str(int(ids[row])): note for row, note in placed.notes.items()}

@@ -160,7 +160,15 @@ def _place_on_nodes(
         else:
             start = _one_of_group(warm[row], problem.group_of)
         seed = _seed(problem, number, row)
-        node_of = nodes.place(layer, data.linear[row], data.price, data.limit[row], seed, start)
+        node_of = nodes.place(
+            layer,
+            data.linear[row],
+            data.price,
+            data.limit[row],
+            seed,
+            start,
+            again=warm is not None and not nodes.is_small(layer),
+        )
         found[row] = node_of if problem.group_of is None else node_of[problem.group_of]
     return found
 

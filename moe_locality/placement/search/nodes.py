@@ -27,7 +27,7 @@ AGAIN, AGAIN_HEAT = 5, 0.03
 """A large layer that goes on from what was found at another price: with so many times fewer swaps,
 and this share of the first heat."""
 
-POLISH_STEPS = 0.3
+POLISH_STEPS = 0.1
 """Swaps tried on the exact copies, per cube of the number of experts."""
 
 POLISH_EXPERTS = 64

@@ -18,6 +18,7 @@ FIRST_PRICE = 2.0
 while the price is not known to lie between two.
 """
 STEP = 4.0
+_LEAST = 0.01  # from where to go up after no price at all
 
 
 def under_one_price(
@@ -65,7 +66,7 @@ def next_price(known: Sequence[tuple[float, float]], target: float) -> float:
         price, level = min(high)
         return 0.0 if level * STEP < target else price / STEP
     if not high:
-        return max(low)[0] * STEP
+        return max(max(low)[0], _LEAST) * STEP
     (p, x), (q, y) = max(low), min(high)
     if p <= 0 or y <= 0 or target <= 0 or p >= q:
         return (p + q) / 2

@@ -47,7 +47,7 @@ _SCALE = 2.0**36  # weights are rounded to integers below this: sums of E^2 of t
 class Placed:
     """Layers placed: ``rows`` the experts of each rank (ranks in node order) per layer.
 
-    expected: imbalance of the nodes to expect on unseen requests, before replicas, per layer.
+    expected: imbalance of the nodes to expect on unseen requests, per layer.
     notes: by row of the layer, what is worth saying in provenance.
     load: [L, E] of all layers of the trace.
     """
@@ -102,7 +102,7 @@ def place_layers(
             rows[place] = _finish(problem, weight, served, members, seeds[place])
 
     over_layers(finish, len(wanted), threads=threads)
-    expected = [some.imbalance for some in found]
+    expected = [some.imbalance for some in replicated or found]
     notes = {
         place: _note(tables.load[layer], expected[place], allowed[place])
         for place, layer in enumerate(wanted)
@@ -144,15 +144,19 @@ def place_on_nodes(
             most = limit_of(allowed[place], max_imbalance)
             tried[place].append(nodes.polished(layer, start, price, most, seeds[place]))
 
+    def choose() -> list[int]:
+        for place, layer in enumerate(layers):
+            if layer.grouped:  # a group-limited router is made for its linear layout: never above
+                most = tried[place][0].copies
+                tried[place] = [c for c in tried[place] if c.copies <= most]
+        return cap.allocate(tried, allowed, max_imbalance)
+
     over_layers(begin, len(layers), threads=threads)
     small = all(nodes.is_small(layer) for layer in layers)
     price = under_one_price(search, allowed, ROUNDS if small else FEW_ROUNDS, threads=threads)
-    for place, layer in enumerate(layers):
-        if layer.grouped:  # a group-limited router is made for its linear layout: never above it
-            tried[place] = [c for c in tried[place] if c.copies <= tried[place][0].copies]
-    chosen = cap.allocate(tried, allowed, max_imbalance)
+    chosen = choose()
     over_layers(polish, len(layers), threads=threads)
-    chosen = cap.allocate(tried, allowed, max_imbalance)
+    chosen = choose()
     return [some[i] for some, i in zip(tried, chosen, strict=True)], allowed, price
 
 

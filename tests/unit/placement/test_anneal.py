@@ -122,5 +122,6 @@ def test_the_next_price():
     assert next_price([(2.0, 0.09)], 0.1) == 0.5
     assert next_price([(2.0, 0.01)], 0.1) == 0.0  # far too level: without a price
     assert next_price([(0.0, 0.5), (2.0, 0.01)], 0.1) == 1.0
+    assert next_price([(0.0, 0.5)], 0.1) > 0
     between = next_price([(1.0, 0.2), (4.0, 0.05)], 0.1)
     assert between == pytest.approx(2.0)
