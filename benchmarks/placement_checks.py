@@ -21,7 +21,7 @@ from moe_locality.placement.threads import processors
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace import RoutingTrace
 
-BOUND_EFFORT = {GPT: 25.0, CHAT: 90.0}
+BOUND_EFFORT = {GPT: 25.0, CHAT: 60.0}
 GAP_TARGET = {GPT: 12.0, CHAT: 18.0}
 CAPPED, LEVEL, ANY = (
     (1.05, "node loads up to 1.05 x mean"),

@@ -23,6 +23,7 @@ HOT, COLD = 0.3, 0.012
 """First and last heat, in weight per expert."""
 
 STEEP = 8.0
+"""How many times dearer, on top, imbalance is beyond the limit of a layer."""
 
 _CHUNK = 64  # steps of one heat
 

@@ -21,7 +21,7 @@ MAX_TOKENS = 1 << 14
 STEPS = 50_000
 """Changes tried for one placement of a layer, if they visit no more tokens than ``MAX_VISITS``."""
 
-MAX_VISITS = 1 << 28
+MAX_VISITS = 1 << 27
 
 HOT, COLD = 0.01, 0.001
 """First and last heat, as shares of the copies of the greedy placement."""
