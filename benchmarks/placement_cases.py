@@ -195,7 +195,7 @@ GOALS = (
         label="predicted homes",
         options=_JOINT,
         most=1.05,
-        caps=(1.065, 1.07, 1.075),
+        caps=(1.07, 1.075),
     ),
     Goal(
         trace=GPT,
@@ -206,7 +206,7 @@ GOALS = (
         most=1.05,
         limit="rank_imbalance",
         replicas=0.125,
-        caps=(1.065, 1.07, 1.075),
+        caps=(1.07, 1.075),
     ),
     Goal(
         trace=GPT,
@@ -217,7 +217,7 @@ GOALS = (
         most=1.05,
         limit="rank_imbalance",
         replicas=0.125,
-        caps=(1.0625, 1.0675),
+        caps=(1.065, 1.07),
     ),
     Goal(
         trace=LLAMA,
@@ -236,7 +236,7 @@ GOALS = (
         options={**_UNEVEN, "objective": "picks"},
         most=1.08,
         metric="picks_vs_linear",
-        caps=(1.1, 1.105, 1.11),
+        caps=(1.105, 1.11),
     ),
 )
 

@@ -21,14 +21,10 @@ from moe_locality.placement.threads import processors
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace import RoutingTrace
 
-BOUND_EFFORT = {GPT: 25.0, CHAT: 60.0}
+BOUND_EFFORT = {GPT: 12.0, CHAT: 140.0}
 GAP_TARGET = {GPT: 12.0, CHAT: 18.0}
-CAPPED, LEVEL, ANY = (
-    (1.05, "node loads up to 1.05 x mean"),
-    (1.0, "as level as the plan"),
-    (None, "any balance"),
-)
-CAPS_OF = {GPT: (CAPPED, LEVEL, ANY), CHAT: (CAPPED,)}
+CAPPED, ANY = (1.05, "node loads up to 1.05 x mean"), (None, "any balance")
+CAPS_OF = {GPT: (CAPPED, ANY), CHAT: (CAPPED,)}
 PARTITION_LAYERS, PARTITION_NODES, PARTITION_SPLITS = {GPT: 24, CHAT: 3}, (2, 4, 8), (0, 1)
 LEVEL_TRIES = 3
 SOLVE_TARGET_S = 10.0

@@ -20,8 +20,8 @@ from moe_locality.placement.threads import over_layers
 if TYPE_CHECKING:
     from moe_locality.placement.problem import Problem
 
-STEPS, MOST_STEPS = 25, 100_000
-"""Swaps tried for a placement of a layer: per pair of its experts, and at most."""
+STEPS, MOST_STEPS = 400, 80_000
+"""Swaps tried for a placement of a layer: per expert, and at most."""
 
 AGAIN, AGAIN_HEAT = 5, 0.03
 """A large layer that goes on from what was found at another price: with so many times fewer swaps,
@@ -244,7 +244,7 @@ def place(
         worth = most / max(linear_copies * layer.patterns[2].sum(), 1.0)
     per_pick = _per_pick(layer, price) * worth
     most = limit * layer.load.sum() / len(layer.sizes)
-    steps = min(STEPS * len(layer.load) * (len(layer.load) - 1) // 2, MOST_STEPS)
+    steps = min(STEPS * len(layer.load), MOST_STEPS)
     heat = HOT
     if again:
         steps, heat = steps // AGAIN, HOT * AGAIN_HEAT
