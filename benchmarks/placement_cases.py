@@ -20,6 +20,9 @@ GPT, CHAT, LLAMA = "gpt_oss_20b_benchmarks", "deepseek_v2_lite_chat_prompts", "l
 COLLAPSED = {LLAMA: 45}  # one expert takes 99.9 % of that layer's tokens
 RANKS = 8
 SPLIT = 0.7
+SEEDS_DIFFER = 2e-3
+"""In imbalance: room for other seeds when a cap is chosen with one."""
+
 PEERS = ("round_robin", "eplb", "eplb_global", "balance")
 
 
@@ -183,11 +186,11 @@ def _like_eplb(trace: str, nodes: int, target: float, caps: Sequence[float]) -> 
 
 GOALS = (
     _like_eplb(GPT, 4, -22, (1.055, 1.0575, 1.06)),
-    _like_eplb(CHAT, 4, -24, (1.045, 1.0475, 1.05)),
+    _like_eplb(CHAT, 4, -24, (1.0425, 1.045, 1.0475)),
     _like_eplb(GPT, 2, -21, (1.03, 1.0325, 1.035)),
     _like_eplb(GPT, 8, -18, (1.11, 1.1125, 1.115)),
     _like_eplb(CHAT, 2, -16, (1.0225, 1.025, 1.0275)),
-    _like_eplb(CHAT, 8, -25, (1.065, 1.07, 1.075)),
+    _like_eplb(CHAT, 8, -25, (1.065, 1.07)),
     Goal(
         trace=GPT,
         nodes=4,
@@ -287,7 +290,8 @@ def goal_rows(folder: Path, goal: Goal, seeds: int, split_seed: int = 0) -> list
 
     Two methods are compared fairly where they are equally level, so the cap that the solver is
     asked for is chosen on the judged requests (solver seed 0), as the loosest that keeps the limit
-    there; the requests that the plan is made from stay the others.
+    there with a little room for the other seeds; the requests that the plan is made from stay the
+    others.
     """
     data = parts(folder, goal.trace, split_seed)
     extra = round(data.train.num_experts * goal.replicas)
@@ -300,7 +304,7 @@ def goal_rows(folder: Path, goal: Goal, seeds: int, split_seed: int = 0) -> list
     def costs_of(cap: float, seed: int = 0) -> Costs:
         return made(data, topology, max_imbalance=cap, seed=seed, **options)[1]
 
-    cap, first = best_cap(costs_of, goal, goal.caps, most)
+    cap, first = best_cap(costs_of, goal, goal.caps, most - SEEDS_DIFFER)
     all_costs = [first, *(costs_of(cap, seed) for seed in range(1, seeds))]
     found = [against(costs, linear) for costs in all_costs]
     value, spread = summary([f[goal.metric] for f in found])

@@ -257,6 +257,19 @@ def _loads_after(cov, picks, near, node_load, variance, changed, share, count, n
 
 
 @numba.njit(nogil=True, cache=True)
+def _loads_of(cov, picks, served, part):
+    """([M, E] covariance of each expert with each node, [M] loads, [M] variances)."""
+    nodes, experts = served.shape
+    near, none = np.zeros((nodes, len(cov))), np.zeros(nodes)
+    load, var = np.zeros(nodes), np.zeros(nodes)
+    changed, share = np.empty(experts, np.int64), np.empty((nodes, experts))
+    count = _rerouted(np.full_like(served, -1), served, part, changed, share)
+    _loads_after(cov, picks, near, none, none, changed, share, count, load, var)
+    _follow(cov, near, changed, share, count)
+    return near, load, var
+
+
+@numba.njit(nogil=True, cache=True)
 def _level(load, variance, unit, limit, draws, deviation, room):
     """Load to expect of the busiest node, dearer above the limit."""
     for n in range(len(load)):
@@ -288,33 +301,17 @@ def anneal(
     of_expert = picks.sum(axis=0)
     part = picks / np.maximum(of_expert, 1e-9)
     changed, share = np.empty(experts, np.int64), np.empty((nodes, experts))
-    near, none = np.zeros((nodes, len(cov))), np.zeros(nodes)
-    node_load, variance, deviation = np.zeros(nodes), np.zeros(nodes), np.zeros(nodes)
-    new_load, new_var = np.zeros(nodes), np.zeros(nodes)
-    target[:] = -1
-    count = _rerouted(target, served, part, changed, share)
-    _loads_after(cov, of_expert, near, none, none, changed, share, count, node_load, variance)
-    _follow(cov, near, changed, share, count)
+    near, node_load, variance = _loads_of(cov, of_expert, served, part)
+    deviation, new_load, new_var = np.zeros(nodes), np.zeros(nodes), np.zeros(nodes)
     level = _level(node_load, variance, unit, limit, draws, deviation, room)
     total = np.int64(0)
     best, least, best_total = held.copy(), price * level, total
     for step in range(steps):
         heat = hot * (cold / hot) ** (step / steps)
-        a, e = next_random(state) % nodes, next_random(state) % experts
-        f = next_random(state) % experts
-        while not held[a, e]:
-            e = next_random(state) % experts
-        if held[a, f]:
+        a, e, b, f = _propose(held, copies_of, state)
+        if a < 0:
             continue
-        b = -1
-        if copies_of[e] == 1 or next_random(state) % 2 == 0:
-            b = next_random(state) % nodes
-            while not held[b, f]:
-                b = next_random(state) % nodes
-            if held[b, e]:
-                continue
-            held[b, f], held[b, e] = False, True
-        held[a, e], held[a, f] = False, True
+        _change(held, a, e, b, f)
         serve(held, load, order, target)
         count = _rerouted(served, target, part, changed, share)
         _loads_after(
@@ -339,10 +336,37 @@ def anneal(
                 best[:] = held
                 least, best_total = total + price * level, total
         else:
-            held[a, e], held[a, f] = True, False
-            if b >= 0:
-                held[b, f], held[b, e] = True, False
+            _change(held, a, f, b, e)
     return best, best_total
+
+
+@numba.njit(nogil=True, cache=True)
+def _propose(held, copies_of, state):
+    """(a, e, b, f): put expert f in the place of e on node a and, where b >= 0, e in the place of f
+    on node b; a is -1 where the draw is no change.
+    """
+    nodes, experts = held.shape
+    a, e = next_random(state) % nodes, next_random(state) % experts
+    f = next_random(state) % experts
+    while not held[a, e]:
+        e = next_random(state) % experts
+    if held[a, f]:
+        return -1, e, -1, f
+    b = -1
+    if copies_of[e] == 1 or next_random(state) % 2 == 0:
+        b = next_random(state) % nodes
+        while not held[b, f]:
+            b = next_random(state) % nodes
+        if held[b, e]:
+            return -1, e, -1, f
+    return a, e, b, f
+
+
+@numba.njit(nogil=True, cache=True)
+def _change(held, a, e, b, f):
+    held[a, e], held[a, f] = False, True
+    if b >= 0:
+        held[b, f], held[b, e] = False, True
 
 
 @numba.njit(nogil=True, cache=True)
