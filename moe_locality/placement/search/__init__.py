@@ -1,1 +1,1 @@
-"""Experts to nodes, then to ranks: pair swaps under a cap on the load, and replicas."""
+"""Experts to nodes under one price of imbalance, replicas, then experts to ranks."""
