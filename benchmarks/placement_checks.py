@@ -59,9 +59,9 @@ def partitioner_rows(folder: Path, name: str, nodes: int, preset: str = "quality
     """mt-KaHyPar beside ours at the held-out node imbalance that it has: some layers of a trace,
     means over several splits by request. Nothing where mt-KaHyPar is not installed.
     """
+    splits = PARTITION_SPLITS[name]
     try:
-        splits = PARTITION_SPLITS[name]
-    found = [_partitioned(folder, name, nodes, preset, split) for split in splits]
+        found = [_partitioned(folder, name, nodes, preset, split) for split in splits]
     except BackendUnavailable as error:
         print(f"left out: {error}", flush=True)
         return []
