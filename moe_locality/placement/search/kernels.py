@@ -57,6 +57,23 @@ def count_pattern_visits(ids, home_block, count, block_of, num_blocks):
 
 
 @numba.njit(nogil=True, cache=True)
+def pack(load, order, room):
+    """[E] block of each expert: in this order, into the lightest block with room; ``room`` [B] is
+    used up.
+    """
+    block_of, sums = np.zeros(len(load), np.int64), np.zeros(len(room))
+    for e in order:
+        best = -1
+        for b in range(len(room)):
+            if room[b] > 0 and (best < 0 or sums[b] < sums[best]):
+                best = b
+        block_of[e] = best
+        room[best] -= 1
+        sums[best] += load[e]
+    return block_of
+
+
+@numba.njit(nogil=True, cache=True)
 def next_random(state):
     """splitmix64 (Steele, Lea, Flood 2014): state [1] uint64 in, 31 random bits out."""
     state[0] += np.uint64(0x9E3779B97F4A7C15)

@@ -33,7 +33,7 @@ POLISH_STEPS = 0.1
 POLISH_EXPERTS = 64
 """Most experts for the exact search: with more, its sample of tokens is fitted, not the traffic."""
 
-_SAMPLE_PICKS = 1 << 18
+_SAMPLE_PICKS = 1 << 17
 _EXACT_PICKS = 1 << 19
 
 
@@ -171,21 +171,8 @@ def linear_nodes(sizes: tuple[int, ...]) -> np.ndarray:
 
 def lightest_first(load: np.ndarray, sizes: tuple[int, ...] | list[int]) -> np.ndarray:
     """[E] block of each expert: heaviest first, into the lightest block with room."""
-    block_of = np.zeros(len(load), dtype=np.int64)
-    room, sums = np.array(sizes), np.zeros(len(sizes))
-    for expert in np.argsort(-load, kind="stable"):
-        block = int(np.argmin(np.where(room > 0, sums, np.inf)))
-        block_of[expert] = block
-        room[block] -= 1
-        sums[block] += load[expert]
-    return block_of
-
-
-def allowed_imbalance(layer: Layer, max_imbalance: float) -> float:
-    """``max_imbalance``, or what packing by loads alone is expected to reach where that is more."""
-    packed = lightest_first(layer.load, layer.sizes)
-    least = cap.expected_imbalance(packed, layer.load, layer.noise, len(layer.sizes))
-    return max(max_imbalance, least)
+    order = np.argsort(-load, kind="stable")
+    return kernels.pack(load.astype(np.float64), order, np.array(sizes, dtype=np.int64))
 
 
 def fixed_candidates(layer: Layer) -> list[Candidate]:

@@ -128,8 +128,8 @@ def place_on_nodes(
 
     def begin(first: int, last: int) -> None:
         for place in range(first, last):
-            allowed[place] = nodes.allowed_imbalance(layers[place], max_imbalance)
             tried[place] = nodes.fixed_candidates(layers[place])
+            allowed[place] = max(max_imbalance, tried[place][-1].imbalance)
 
     def search(place: int, price: float, turn: int) -> float:
         layer, found = layers[place], tried[place]
