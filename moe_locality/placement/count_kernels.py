@@ -14,18 +14,16 @@ _BLOCK_TOKENS = 2048  # rows of a block stay in the cache while its layers are c
 def add_patterns(ids, first, last, table, home, columns, counts):
     """Count into counts [L, M, 256] the or of table [L, C][layer, home * columns + id + 1]."""
     tokens, picks = ids.shape[0], ids.shape[2]
-    several = table.shape[1] > columns
-    for start in range(0, tokens, _BLOCK_TOKENS):
-        stop = min(start + _BLOCK_TOKENS, tokens)
+    width, homes = table.shape[1], counts.shape[1]
+    flat, into = table.ravel(), counts.ravel()
+    for token in range(tokens):  # by token: the tables of all layers stay in the cache
+        at = home[token] * columns + 1 if width > columns else 1
         for layer in range(first, last):
-            bits = table[layer]
-            into = counts[layer]
-            for token in range(start, stop):
-                at = home[token] * columns + 1 if several else 1
-                found = np.uint8(0)
-                for pick in range(picks):
-                    found |= bits[np.uint64(at + ids[token, layer, pick])]
-                into[home[token], found] += 1
+            row = layer * width + at
+            found = np.uint8(0)
+            for pick in range(picks):
+                found |= flat[np.uint64(row + ids[token, layer, pick])]
+            into[np.uint64((layer * homes + home[token]) * 256 + found)] += 1
 
 
 @numba.njit(nogil=True, cache=True)

@@ -9,6 +9,9 @@ import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 
 def over_layers(
@@ -36,6 +39,19 @@ def over_layers(
         jobs = [pool.submit(fill, *edge) for edge in itertools.pairwise(edges)]
         for job in jobs:
             job.result()
+
+
+def map_layers(
+    one: Callable[[int], Result], num_layers: int, *, threads: int | None = None
+) -> list[Result]:
+    """``one(layer)`` of every layer, in order, computed in several threads as in ``over_layers``;
+    a thread that is done takes the next layer.
+    """
+    count = max(min(threads or processors(), num_layers), 1)
+    if count == 1:
+        return [one(layer) for layer in range(num_layers)]
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(num_layers)))
 
 
 def processors() -> int:

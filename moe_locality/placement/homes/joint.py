@@ -21,7 +21,7 @@ from moe_locality.placement.homes.predictor import Predictor
 from moe_locality.placement.homes.requests import Requests, default_prediction, requests_of
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.problem import Problem, Solution
-from moe_locality.placement.search import nodes, spread
+from moe_locality.placement.search import cap, nodes, spread
 
 CLUSTER_STARTS = 3
 FIRST_ROUNDS = 3
@@ -84,7 +84,7 @@ def _prepare(problem: Problem) -> _Known:
     assert trace.request_id is not None
     tables = nodes.count_tables(ids, trace.request_id, trace.num_experts)
     layers = [nodes.make_layer(problem, tables, layer) for layer in range(trace.num_layers)]
-    seeds = [_seed(problem, 0, layer) for layer in range(len(layers))]
+    seeds = [spread.seed_of(problem, layer) for layer in range(len(layers))]
     _, allowed, price = spread.place_on_nodes(layers, problem.max_imbalance, seeds)
     return _Known(
         problem=problem,
@@ -95,9 +95,9 @@ def _prepare(problem: Problem) -> _Known:
         ids=ids,
         tables=tables,
         layers=layers,
-        linear=[nodes.fixed_candidates(layer)[0].copies for layer in layers],
+        linear=[nodes.linear_layout(layer).copies for layer in layers],
         price=CHEAPER * price,
-        limit=[most + problem.max_imbalance - 1 for most in allowed],
+        limit=[cap.limit_of(most, problem.max_imbalance) for most in allowed],
     )
 
 
@@ -153,13 +153,12 @@ def _place_on_nodes(
     for row, layer in enumerate(data.layers):
         if homes is not None:
             pin = _pins(data.ids[:, row], homes, experts, problem.num_nodes)
-            pin = _by_group(pin, problem.group_of)
-            layer = replace(layer, pin=pin)
+            layer = replace(layer, pin=_by_group(pin, problem.group_of))
         if warm is None:
             start = nodes.lightest_first(layer.load, layer.sizes)
         else:
             start = _one_of_group(warm[row], problem.group_of)
-        seed = _seed(problem, number, row)
+        seed = spread.seed_of(problem, number * 4099 + row)
         node_of = nodes.place(
             layer,
             data.linear[row],
@@ -169,12 +168,8 @@ def _place_on_nodes(
             start,
             again=warm is not None and not nodes.is_small(layer),
         )
-        found[row] = node_of if problem.group_of is None else node_of[problem.group_of]
+        found[row] = spread.of_experts(problem, node_of)
     return found
-
-
-def _seed(problem: Problem, number: int, row: int) -> int:
-    return (problem.seed * 1_000_003 + number * 4099 + row) & 0x7FFFFFFF
 
 
 def _by_group(pin: np.ndarray, group_of: np.ndarray | None) -> np.ndarray:

@@ -17,15 +17,10 @@ import numba
 import numpy as np
 
 from moe_locality.placement.search import kernels
-from moe_locality.placement.search.cap import Noise, few_draws
+from moe_locality.placement.search.cap import Noise, samples_of
 
 HOT, COLD = 0.3, 0.012
 """First and last heat, in weight per expert."""
-
-STEEP = 8.0
-"""How many times dearer, on top, imbalance is beyond the limit of a layer."""
-
-_CHUNK = 64  # steps of one heat
 
 
 def anneal(
@@ -48,15 +43,12 @@ def anneal(
         load: [E] picks.
         noise: how loads vary (None: not at all).
         price: gain that one pick less to expect on the busiest block is worth.
-        limit: picks to expect there from which on it is worth ``STEEP`` times as much on top.
+        limit: picks to expect there beyond which it is ``kernels.STEEP`` times dearer, on top.
         start: [E] block of each expert; found as it is where nothing better is met.
         steps: swaps tried. hot: the first heat; a low one keeps most of the start.
     """
     scale = (np.abs(weight).sum() / 2 + pin.sum()) / max(len(load), 1)
-    if noise is None or noise.deviation == 0:
-        covariance, unit, draws = np.zeros((0, 0)), 0.0, np.zeros((pin.shape[1], 1))
-    else:
-        covariance, unit, draws = noise.covariance, noise.deviation, few_draws(pin.shape[1])
+    covariance, unit, draws = samples_of(noise, pin.shape[1])
     start = np.ascontiguousarray(start, dtype=np.int64)
     return _anneal(
         weight, pin, load, covariance, unit, draws, float(price), float(limit), start, steps,
@@ -66,55 +58,35 @@ def anneal(
 
 @numba.njit(nogil=True, cache=True)
 def _anneal(weight, pin, load, cov, unit, draws, price, limit, start, steps, hot, cold, seed):
-    n, blocks = len(start), pin.shape[1]
+    n = len(start)
     block_of, best = start.copy(), start.copy()
     near = pin.copy()
     for e in range(n):
         for f in range(n):
             near[e, block_of[f]] += weight[e, f]
-    near_cov, block_load, block_var = kernels.block_sums(cov, load, block_of, blocks)
-    deviation, mean = unit * np.sqrt(np.maximum(block_var, 0.0)), block_load.mean()
-    swapped_load, swapped_dev, room = block_load.copy(), deviation.copy(), np.empty(draws.shape[1])
-    level = kernels.expected_highest(block_load, deviation, draws, room)
-    if level > limit:
-        level += STEEP * (level - limit)
+    sums, level = kernels.start_levels(load, cov, unit, draws, limit, block_of)
+    mean = load.sum() / len(draws)
     score, highest = 0.0, 0.0
     state = np.array([np.uint64(seed)])
-    heat, ratio = hot, (cold / hot) ** (_CHUNK / max(steps - _CHUNK, 1))
+    heat, ratio = hot, kernels.cooling(hot, cold, steps)
     for step in range(steps):
-        if step % _CHUNK == 0 and step:
+        if step % kernels.CHUNK == 0 and step:
             heat = max(heat * ratio, cold)
         e, f = kernels.next_pair(state, n)
         a, b = block_of[e], block_of[f]
         if a == b:
             continue
         gain = near[e, b] - near[e, a] + near[f, a] - near[f, b] - 2 * weight[e, f]
+        allowed = gain + heat * kernels.luck(state)
         if price > 0:
-            # the highest load to expect at which the step stays
-            most = level + (gain + heat * kernels.luck(state)) / price
-            if most < mean:
-                continue
-            load_a, load_b, var_a, var_b = kernels.loads_after(
-                load, cov, near_cov, block_load, block_var, a, b, e, f
+            new = kernels.try_swap(
+                load, cov, unit, draws, limit, sums, mean, level + allowed / price, a, b, e, f
             )
-            if max(load_a, load_b) > most:
-                continue
-            swapped_load[:], swapped_dev[:] = block_load, deviation
-            swapped_load[a], swapped_load[b] = load_a, load_b
-            swapped_dev[a] = unit * np.sqrt(max(var_a, 0.0))
-            swapped_dev[b] = unit * np.sqrt(max(var_b, 0.0))
-            new = kernels.expected_highest(swapped_load, swapped_dev, draws, room)
-            if new > limit:
-                new += STEEP * (new - limit)
-            if new > most:
+            if new == np.inf:
                 continue
             gain -= price * (new - level)
             level = new
-            block_load[:], deviation[:] = swapped_load, swapped_dev
-            block_var[a], block_var[b] = var_a, var_b
-            if len(cov):
-                kernels.swap_near(near_cov, cov, a, b, e, f)
-        elif gain + heat * kernels.luck(state) < 0:
+        elif allowed < 0:
             continue
         kernels.swap_near(near, weight, a, b, e, f)
         block_of[e], block_of[f] = b, a

@@ -138,6 +138,15 @@ def few_draws(blocks: int) -> np.ndarray:
     return np.concatenate([half, -half], axis=1) * np.sqrt(blocks / max(blocks - 1, 1))
 
 
+def samples_of(noise: Noise | None, blocks: int) -> tuple[np.ndarray, float, np.ndarray]:
+    """(covariance, deviation, draws) for a search; with nothing to vary no covariance and one
+    draw.
+    """
+    if noise is None or noise.deviation == 0:
+        return np.zeros((0, 0)), 0.0, np.zeros((blocks, 1))
+    return noise.covariance, noise.deviation, few_draws(blocks)
+
+
 class Candidate(Protocol):
     """A placement of one layer: what it costs, and the imbalance to expect."""
 

@@ -10,6 +10,12 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+STEEP = 8.0
+"""How many times dearer, on top, imbalance is beyond the limit of a layer."""
+
+CHUNK = 64
+"""Steps of one heat."""
+
 _LUCK = -np.log((np.arange(1024) + 0.5) / 1024)
 
 
@@ -144,6 +150,56 @@ def loads_after(load, cov, near_cov, block_load, block_var, a, b, e, f):
         var_a += own - 2 * (near_cov[e, a] - near_cov[f, a])
         var_b += own - 2 * (near_cov[f, b] - near_cov[e, b])
     return block_load[a] + shift, block_load[b] - shift, var_a, var_b
+
+
+@numba.njit(nogil=True, cache=True)
+def priced(level, limit):
+    """A load to expect of the busiest block, dearer beyond the limit."""
+    return level + STEEP * max(level - limit, 0.0)
+
+
+@numba.njit(nogil=True, cache=True)
+def cooling(hot, cold, steps):
+    """Factor on the heat from one chunk of steps to the next."""
+    return (cold / hot) ** (CHUNK / max(steps - CHUNK, 1))
+
+
+@numba.njit(nogil=True, cache=True)
+def start_levels(load, cov, unit, draws, limit, block_of):
+    """([B] and [E, B] sums that ``try_swap`` keeps up to date, and its room; the priced level)."""
+    near_cov, block_load, block_var = block_sums(cov, load, block_of, len(draws))
+    deviation = unit * np.sqrt(np.maximum(block_var, 0.0))
+    room = np.empty(draws.shape[1])
+    level = priced(expected_highest(block_load, deviation, draws, room), limit)
+    sums = near_cov, block_load, block_var, deviation, block_load.copy(), deviation.copy(), room
+    return sums, level
+
+
+@numba.njit(nogil=True, cache=True)
+def try_swap(load, cov, unit, draws, limit, sums, mean, most, a, b, e, f):
+    """The priced level once e of a and f of b are swapped, and the sums brought up to date; if it
+    is above ``most``, infinity, and nothing has changed. ``mean``: of the block loads.
+    """
+    near_cov, block_load, block_var, deviation, new_load, new_deviation, room = sums
+    if most < mean:
+        return np.inf
+    load_a, load_b, var_a, var_b = loads_after(
+        load, cov, near_cov, block_load, block_var, a, b, e, f
+    )
+    if max(load_a, load_b) > most:  # what is to expect is never below the highest load
+        return np.inf
+    new_load[:], new_deviation[:] = block_load, deviation
+    new_load[a], new_load[b] = load_a, load_b
+    new_deviation[a] = unit * np.sqrt(max(var_a, 0.0))
+    new_deviation[b] = unit * np.sqrt(max(var_b, 0.0))
+    level = priced(expected_highest(new_load, new_deviation, draws, room), limit)
+    if level > most:
+        return np.inf
+    block_load[:], deviation[:] = new_load, new_deviation
+    block_var[a], block_var[b] = var_a, var_b
+    if len(cov):
+        swap_near(near_cov, cov, a, b, e, f)
+    return level
 
 
 @numba.njit(nogil=True, cache=True)

@@ -164,11 +164,6 @@ def _group_ids(ids: np.ndarray, group_of: np.ndarray) -> np.ndarray:
     return groups
 
 
-def linear_nodes(sizes: tuple[int, ...]) -> np.ndarray:
-    """[E] node of each expert in the linear layout."""
-    return np.repeat(np.arange(len(sizes)), sizes)
-
-
 def lightest_first(load: np.ndarray, sizes: tuple[int, ...] | list[int]) -> np.ndarray:
     """[E] block of each expert: heaviest first, into the lightest block with room."""
     order = np.argsort(-load, kind="stable")
@@ -177,10 +172,15 @@ def lightest_first(load: np.ndarray, sizes: tuple[int, ...] | list[int]) -> np.n
 
 def fixed_candidates(layer: Layer) -> list[Candidate]:
     """The linear layout, and experts packed by loads alone."""
-    linear = _candidate(layer, linear_nodes(layer.sizes))
+    found = [linear_layout(layer)]
     if searchable(layer):
-        return [linear, _candidate(layer, lightest_first(layer.load, layer.sizes))]
-    return [linear]
+        found.append(_candidate(layer, lightest_first(layer.load, layer.sizes)))
+    return found
+
+
+def linear_layout(layer: Layer) -> Candidate:
+    """Consecutive experts on each node."""
+    return _candidate(layer, np.repeat(np.arange(len(layer.sizes)), layer.sizes))
 
 
 def is_small(layer: Layer) -> bool:

@@ -15,13 +15,10 @@ import numba
 import numpy as np
 
 from moe_locality.placement.search import kernels
-from moe_locality.placement.search.anneal import STEEP
-from moe_locality.placement.search.cap import Noise, few_draws
+from moe_locality.placement.search.cap import Noise, samples_of
 
 HOT, COLD = 0.05, 0.003
 """First and last heat, in picks per expert: low, for the start has been annealed in pairs."""
-
-_CHUNK = 64  # steps of one heat
 
 
 def patterns(
@@ -112,10 +109,7 @@ def polish(
         [E] blocks; blocks visited besides the home, summed over tokens.
     """
     ids, home, count = found
-    if noise is None or noise.deviation == 0:
-        covariance, unit, draws = np.zeros((0, 0)), 0.0, np.zeros((num_blocks, 1))
-    else:
-        covariance, unit, draws = noise.covariance, noise.deviation, few_draws(num_blocks)
+    covariance, unit, draws = samples_of(noise, num_blocks)
     scale = count.sum() * ids.shape[1] / max(len(load), 1)
     start = np.ascontiguousarray(start, dtype=np.int64)
     return _polish(
@@ -249,17 +243,13 @@ def _polish(
     offset, holds = _patterns_of(ids, n)
     block_of, best = start.copy(), start.copy()
     inside, alone, absent, pair_alone, visits = _count(ids, home, count, block_of, blocks)
-    near_cov, block_load, block_var = kernels.block_sums(cov, load, block_of, blocks)
-    deviation, mean = unit * np.sqrt(np.maximum(block_var, 0.0)), block_load.mean()
-    swapped_load, swapped_dev, room = block_load.copy(), deviation.copy(), np.empty(draws.shape[1])
-    level = kernels.expected_highest(block_load, deviation, draws, room)
-    if level > limit:
-        level += STEEP * (level - limit)
+    sums, level = kernels.start_levels(load, cov, unit, draws, limit, block_of)
+    mean = load.sum() / len(draws)
     score, highest, best_visits = 0.0, 0.0, visits
     state = np.array([np.uint64(seed)])
-    heat, ratio = hot, (cold / hot) ** (_CHUNK / max(steps - _CHUNK, 1))
+    heat, ratio = hot, kernels.cooling(hot, cold, steps)
     for step in range(steps):
-        if step % _CHUNK == 0 and step:
+        if step % kernels.CHUNK == 0 and step:
             heat = max(heat * ratio, cold)
         e, f = kernels.next_pair(state, n)
         a, b = block_of[e], block_of[f]
@@ -267,32 +257,16 @@ def _polish(
             continue
         gain = alone[e] - absent[e, b] + alone[f] - absent[f, a]
         gain -= pair_alone[e, f] + pair_alone[f, e]
+        allowed = gain + heat * kernels.luck(state)
         if price > 0:
-            # the highest load to expect at which the step stays
-            most = level + (gain + heat * kernels.luck(state)) / price
-            if most < mean:
-                continue
-            load_a, load_b, var_a, var_b = kernels.loads_after(
-                load, cov, near_cov, block_load, block_var, a, b, e, f
+            new = kernels.try_swap(
+                load, cov, unit, draws, limit, sums, mean, level + allowed / price, a, b, e, f
             )
-            if max(load_a, load_b) > most:
-                continue
-            swapped_load[:], swapped_dev[:] = block_load, deviation
-            swapped_load[a], swapped_load[b] = load_a, load_b
-            swapped_dev[a] = unit * np.sqrt(max(var_a, 0.0))
-            swapped_dev[b] = unit * np.sqrt(max(var_b, 0.0))
-            new = kernels.expected_highest(swapped_load, swapped_dev, draws, room)
-            if new > limit:
-                new += STEEP * (new - limit)
-            if new > most:
+            if new == np.inf:
                 continue
             gain -= price * (new - level)
             level = new
-            block_load[:], deviation[:] = swapped_load, swapped_dev
-            block_var[a], block_var[b] = var_a, var_b
-            if len(cov):
-                kernels.swap_near(near_cov, cov, a, b, e, f)
-        elif gain + heat * kernels.luck(state) < 0:
+        elif allowed < 0:
             continue
         visits -= _exchange(
             ids, count, offset, holds, e, f, block_of, inside, alone, absent, pair_alone

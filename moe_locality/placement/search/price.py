@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from moe_locality.placement.threads import over_layers
+from moe_locality.placement.threads import map_layers
 
 FIRST_PRICE = 2.0
 """Copies per token that an imbalance higher by one is worth; ``STEP`` the factor to the next one
@@ -41,15 +41,13 @@ def under_one_price(
     """
     target, price = float(np.mean(allowed)) - 1, first
     known: list[tuple[float, float]] = []
-    levels = np.zeros(len(allowed))
 
-    def some(first: int, last: int) -> None:
-        for place in range(first, last):
-            levels[place] = search(place, price, len(known))
+    def one(place: int) -> float:
+        return search(place, price, len(known))
 
     for _ in range(rounds):
-        over_layers(some, len(levels), threads=threads)
-        known.append((price, float(levels.mean()) - 1))
+        levels = map_layers(one, len(allowed), threads=threads)
+        known.append((price, float(np.mean(levels)) - 1))
         price = next_price(known, target)
     return price
 

@@ -13,8 +13,7 @@ pick) pairs, W words per token, E experts, M nodes, H homes told apart (1: homes
 import numba
 import numpy as np
 
-from moe_locality.placement.search.anneal import STEEP
-from moe_locality.placement.search.kernels import expected_highest, luck, next_random
+from moe_locality.placement.search.kernels import expected_highest, luck, next_random, priced
 
 _PATIENCE = 48
 """Recounted candidates in a row without a better one: the bounds are loose with many nodes."""
@@ -274,8 +273,7 @@ def _level(load, variance, unit, limit, draws, deviation, room):
     """Load to expect of the busiest node, dearer above the limit."""
     for n in range(len(load)):
         deviation[n] = unit * np.sqrt(max(variance[n], 0.0))
-    level = expected_highest(load, deviation, draws, room)
-    return level + STEEP * max(level - limit, 0.0)
+    return priced(expected_highest(load, deviation, draws, room), limit)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -288,7 +286,7 @@ def anneal(
     A step puts expert f in the place of e on node a; where e would have no node left, or half of
     the time, e takes the place of f on a node b. Cost = copies + price * load to expect of the
     busiest node (``cov``, ``unit``, ``draws`` as in ``anneal`` of experts without replicas); load
-    above the ``limit`` is dearer by the factor ``STEEP``. The state arguments are changed; a step
+    above the ``limit`` is ``kernels.STEEP`` times dearer. The state arguments are changed; a step
     that costs more than luck and heat (from ``hot`` down to ``cold``, in copies) allow is undone.
 
     Returns:

@@ -21,7 +21,7 @@ from moe_locality.placement.search.anneal import anneal
 from moe_locality.placement.search.cap import limit_of
 from moe_locality.placement.search.nodes import lightest_first
 from moe_locality.placement.search.price import under_one_price
-from moe_locality.placement.threads import over_layers
+from moe_locality.placement.threads import map_layers
 
 if TYPE_CHECKING:
     from moe_locality.placement.problem import Problem
@@ -75,33 +75,29 @@ def place_layers(
     if tables is None:
         tables = nodes.count_tables(ids, request_id, problem.trace.num_experts, threads=threads)
     wanted = list(range(ids.shape[1])) if layers is None else list(layers)
-    seeds = [_seed(problem, layer) for layer in wanted]
-    seen: list[nodes.Layer] = [None] * len(wanted)  # type: ignore[list-item]
+    seeds = [seed_of(problem, layer) for layer in wanted]
 
-    def look(first: int, last: int) -> None:
-        for place in range(first, last):
-            seen[place] = nodes.make_layer(problem, tables, wanted[place])
+    def look(place: int) -> nodes.Layer:
+        return nodes.make_layer(problem, tables, wanted[place])
 
-    over_layers(look, len(wanted), threads=threads)
+    seen = map_layers(look, len(wanted), threads=threads)
     found, allowed, price = place_on_nodes(seen, problem.max_imbalance, seeds, threads=threads)
-    node_of = [_of_experts(problem, some.node_of) for some in found]
+    node_of = [of_experts(problem, some.node_of) for some in found]
     replicated: list[replicas.Candidate] = []
     if problem.num_slots > problem.trace.num_experts and problem.group_of is None:
         replicated = _replicate(problem, seen, node_of, allowed, seeds, price, wanted, threads)
-    rows: list[RankLists] = [[] for _ in wanted]
 
-    def finish(first: int, last: int) -> None:
-        for place in range(first, last):
-            load = tables.load[wanted[place]].astype(np.float64)
-            members = [np.flatnonzero(node_of[place] == n) for n in range(problem.num_nodes)]
-            served = np.tile(load, (problem.num_nodes, 1))
-            if replicated:
-                members = [np.flatnonzero(held) for held in replicated[place].held]
-                served = replicated[place].served_load
-            weight = nodes.pair_weight(tables.pairs[wanted[place]])
-            rows[place] = _finish(problem, weight, served, members, seeds[place])
+    def finish(place: int) -> RankLists:
+        load = tables.load[wanted[place]].astype(np.float64)
+        members = [np.flatnonzero(node_of[place] == n) for n in range(problem.num_nodes)]
+        served = np.tile(load, (problem.num_nodes, 1))
+        if replicated:
+            members = [np.flatnonzero(held) for held in replicated[place].held]
+            served = replicated[place].served_load
+        weight = nodes.pair_weight(tables.pairs[wanted[place]])
+        return _finish(problem, weight, served, members, seeds[place])
 
-    over_layers(finish, len(wanted), threads=threads)
+    rows = map_layers(finish, len(wanted), threads=threads)
     expected = [some.imbalance for some in replicated or found]
     notes = {
         place: _note(tables.load[layer], expected[place], allowed[place])
@@ -123,13 +119,12 @@ def place_on_nodes(
     Returns:
         (placements, imbalance allowed in each layer, what an imbalance higher by one is worth).
     """
-    allowed = [0.0] * len(layers)
-    tried: list[list[nodes.Candidate]] = [[] for _ in layers]
 
-    def begin(first: int, last: int) -> None:
-        for place in range(first, last):
-            tried[place] = nodes.fixed_candidates(layers[place])
-            allowed[place] = max(max_imbalance, tried[place][-1].imbalance)
+    def begin(place: int) -> list[nodes.Candidate]:
+        return nodes.fixed_candidates(layers[place])
+
+    tried = map_layers(begin, len(layers), threads=threads)
+    allowed = [max(max_imbalance, found[-1].imbalance) for found in tried]
 
     def search(place: int, price: float, turn: int) -> float:
         layer, found = layers[place], tried[place]
@@ -138,11 +133,10 @@ def place_on_nodes(
             found.append(nodes.searched(layer, found, price, most, seed))
         return found[-1].imbalance
 
-    def polish(first: int, last: int) -> None:
-        for place in range(first, last):
-            layer, start = layers[place], tried[place][chosen[place]]
-            most = limit_of(allowed[place], max_imbalance)
-            tried[place].append(nodes.polished(layer, start, price, most, seeds[place]))
+    def polish(place: int) -> None:
+        layer, start = layers[place], tried[place][chosen[place]]
+        most = limit_of(allowed[place], max_imbalance)
+        tried[place].append(nodes.polished(layer, start, price, most, seeds[place]))
 
     def choose() -> list[int]:
         for place, layer in enumerate(layers):
@@ -151,17 +145,17 @@ def place_on_nodes(
                 tried[place] = [c for c in tried[place] if c.copies <= most]
         return cap.allocate(tried, allowed, max_imbalance)
 
-    over_layers(begin, len(layers), threads=threads)
     small = all(nodes.is_small(layer) for layer in layers)
     price = under_one_price(search, allowed, ROUNDS if small else FEW_ROUNDS, threads=threads)
     chosen = choose()
-    over_layers(polish, len(layers), threads=threads)
+    map_layers(polish, len(layers), threads=threads)
     chosen = choose()
     return [some[i] for some, i in zip(tried, chosen, strict=True)], allowed, price
 
 
-def _seed(problem: Problem, layer: int) -> int:
-    return (problem.seed * 1_000_003 + layer) & 0x7FFFFFFF
+def seed_of(problem: Problem, number: int) -> int:
+    """The seed of a search of the problem, by number."""
+    return (problem.seed * 1_000_003 + number) & 0x7FFFFFFF
 
 
 def _note(load: np.ndarray, expected: float, allowed: float) -> dict[str, Any]:
@@ -174,7 +168,7 @@ def _note(load: np.ndarray, expected: float, allowed: float) -> dict[str, Any]:
     }
 
 
-def _of_experts(problem: Problem, node_of: np.ndarray) -> np.ndarray:
+def of_experts(problem: Problem, node_of: np.ndarray) -> np.ndarray:
     """[E] node of each expert, from the nodes of experts or of groups of them."""
     return node_of if problem.group_of is None else node_of[problem.group_of]
 
@@ -216,25 +210,22 @@ def _replicate(
         node_of_rank = np.asarray(problem.topology.rank_to_node, dtype=np.int64)
         home_node = node_of_rank[problem.home_rank]
     per_node = problem.num_slots // problem.num_nodes
-    tried: list[list[replicas.Candidate]] = [[] for _ in layers]
-    starts: list[replicas.Start] = [None] * len(layers)  # type: ignore[list-item]
 
-    def begin(first: int, last: int) -> None:
-        for place in range(first, last):
-            layer, most = layers[place], limit_of(allowed[place], problem.max_imbalance)
-            mine = np.ascontiguousarray(ids[:, wanted[place]])
-            starts[place] = replicas.begin(
-                mine, node_of[place], layer.load, home_node, per_node, layer.noise, most,
-                seeds[place],
-            )  # fmt: skip
-            tried[place].append(replicas.candidate(starts[place], starts[place].held))
+    def begin(place: int) -> replicas.Start:
+        layer, most = layers[place], limit_of(allowed[place], problem.max_imbalance)
+        mine = np.ascontiguousarray(ids[:, wanted[place]])
+        return replicas.begin(
+            mine, node_of[place], layer.load, home_node, per_node, layer.noise, most, seeds[place]
+        )
+
+    starts = map_layers(begin, len(layers), threads=threads)
+    tried = [[replicas.candidate(start, start.held)] for start in starts]
 
     def search(place: int, price: float, turn: int) -> float:
         found = replicas.searched(starts[place], price, seeds[place] + turn)
         tried[place].append(found)
         return found.imbalance
 
-    over_layers(begin, len(layers), threads=threads)
     under_one_price(search, allowed, REPLICA_ROUNDS, first=CHEAPER * price, threads=threads)
     chosen = cap.allocate(tried, allowed, problem.max_imbalance)
     return [some[i] for some, i in zip(tried, chosen, strict=True)]

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_locality.placement.search import cap, kernels
-from moe_locality.placement.search.anneal import STEEP, anneal
+from moe_locality.placement.search.anneal import anneal
+from moe_locality.placement.search.kernels import STEEP
 from moe_locality.placement.search.price import next_price, under_one_price
 
 
