@@ -79,9 +79,11 @@ def rows_of(part: str, options: argparse.Namespace) -> Iterator[Row]:
 
 
 def side_by_side(work: list[tuple], processes: int) -> Iterator[Row]:
-    """Yield the rows of every call (function, *arguments) in order; calls run in parallel."""
+    """Yield the rows of every call (function, *arguments) in order; calls run in parallel, and the
+    last ones, which are the longest, start first.
+    """
     with ProcessPoolExecutor(processes) as pool:
-        for result in [pool.submit(*call) for call in work]:
+        for result in reversed([pool.submit(*call) for call in reversed(work)]):
             yield from result.result()
 
 

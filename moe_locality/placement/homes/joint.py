@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from moe_locality.placement.count_kernels import add_picks
 from moe_locality.placement.frame import make_frame
 from moe_locality.placement.homes import profiles, transport
 from moe_locality.placement.homes.assign import scores_of_known
@@ -22,6 +23,7 @@ from moe_locality.placement.homes.requests import Requests, default_prediction, 
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.problem import Problem, Solution
 from moe_locality.placement.search import cap, nodes, spread
+from moe_locality.placement.threads import map_layers, over_layers
 
 CLUSTER_STARTS = 3
 FIRST_ROUNDS = 3
@@ -63,15 +65,8 @@ def solve_joint(problem: Problem) -> Solution:
     """
     data = _prepare(problem)
     best, history = _search(data)
-    found, homes, cost = None, None, np.inf
-    home_node = best.home_node
-    for _ in range(2):
-        attempt, attempt_homes, attempt_cost, home_node = _place(data, home_node)
-        history.append(attempt_cost)
-        if attempt_cost >= cost:
-            break
-        found, homes, cost = attempt, attempt_homes, attempt_cost
-    assert found is not None
+    found, homes, cost = _place(data, best.home_node)
+    history.append(cost)
     notes = {**found.notes, "objective": data.objective, "predict": data.predict}
     notes[f"joint_{data.objective}"] = [round(x) for x in history]
     return Solution(plan=found.plan, homes=homes, notes=notes)
@@ -147,29 +142,29 @@ def _place_on_nodes(
     data: _Known, home_node: np.ndarray | None, warm: np.ndarray | None, number: int
 ) -> np.ndarray:
     """[L, E] node of each expert, layer by layer, for given homes."""
-    problem, experts = data.problem, data.problem.trace.num_experts
-    homes = None if home_node is None else home_node[data.requests.index]
-    found = np.empty((len(data.layers), experts), dtype=np.int64)
-    for row, layer in enumerate(data.layers):
-        if homes is not None:
-            pin = _pins(data.ids[:, row], homes, experts, problem.num_nodes)
-            layer = replace(layer, pin=_by_group(pin, problem.group_of))
+    problem = data.problem
+    pins = None if home_node is None else _pins(data, home_node[data.requests.index])
+
+    def one(row: int) -> np.ndarray:
+        layer = data.layers[row]
+        if pins is not None:
+            layer = replace(layer, pin=_by_group(pins[row], problem.group_of))
         if warm is None:
             start = nodes.lightest_first(layer.load, layer.sizes)
         else:
             start = _one_of_group(warm[row], problem.group_of)
-        seed = spread.seed_of(problem, number * 4099 + row)
         node_of = nodes.place(
             layer,
             data.linear[row],
             data.price,
             data.limit[row],
-            seed,
+            spread.seed_of(problem, number * 4099 + row),
             start,
             again=warm is not None and not nodes.is_small(layer),
         )
-        found[row] = spread.of_experts(problem, node_of)
-    return found
+        return spread.of_experts(problem, node_of)
+
+    return np.stack(map_layers(one, len(data.layers)))
 
 
 def _by_group(pin: np.ndarray, group_of: np.ndarray | None) -> np.ndarray:
@@ -186,11 +181,16 @@ def _one_of_group(node_of: np.ndarray, group_of: np.ndarray | None) -> np.ndarra
     return node_of if group_of is None else node_of[np.unique(group_of, return_index=True)[1]]
 
 
-def _pins(ids: np.ndarray, homes: np.ndarray, experts: int, num_nodes: int) -> np.ndarray:
-    """[E, M] picks of each expert by the tokens at home on each node; ids [T, K]."""
-    key = (ids.astype(np.int64) + 1) * num_nodes + homes[:, None]
-    count = np.bincount(key.ravel(), minlength=(experts + 1) * num_nodes)
-    return count.reshape(-1, num_nodes)[1:]
+def _pins(data: _Known, homes: np.ndarray) -> np.ndarray:
+    """[L, E, M] picks of each expert by the tokens at home on each node, ``homes`` [T]."""
+    layers, experts, count = (
+        len(data.layers),
+        data.problem.trace.num_experts,
+        data.problem.num_nodes,
+    )
+    found = np.zeros((layers, count, experts + 1), dtype=np.int64)
+    over_layers(lambda first, last: add_picks(data.ids, first, last, homes, found), layers)
+    return found[:, :, 1:].transpose(0, 2, 1)
 
 
 def _serving(data: _Known, node_of: np.ndarray) -> profiles.Serving:
@@ -219,9 +219,7 @@ def _home_nodes(data: _Known, score: np.ndarray) -> np.ndarray:
     return transport.assign(score, tokens, np.arange(count), caps).rank_of
 
 
-def _place(
-    data: _Known, home_node: np.ndarray
-) -> tuple[Solution, dict[int, int], float, np.ndarray]:
+def _place(data: _Known, home_node: np.ndarray) -> tuple[Solution, dict[int, int], float]:
     """The full plan for these home nodes: ranks and replicas too; then its homes and their cost."""
     problem, requests = data.problem, data.requests
     found = _full_plan(problem, home_node, requests)
@@ -249,7 +247,7 @@ def _place(
         token_price=assigned.token_price,
     )
     plan: PlacementPlan = replace(found.plan, home_profiles=kept)
-    return replace(found, plan=plan), homes, cost, home_node
+    return replace(found, plan=plan), homes, cost
 
 
 def _full_plan(problem: Problem, home_node: np.ndarray, requests: Requests) -> Solution:
