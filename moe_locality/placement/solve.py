@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import moe_locality
 from moe_locality.errors import PlacementError
@@ -25,6 +25,9 @@ from moe_locality.placement.problem import (
 )
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
+
+if TYPE_CHECKING:
+    from moe_locality.placement.search.nodes import Tables
 
 _log = logging.getLogger(__name__)
 _FEW_ROWS = 4096
@@ -136,11 +139,13 @@ def _signed(
     return replace(found.plan, provenance=provenance, costs=costs)
 
 
-def solve_coactivation(problem: Problem) -> Solution:
-    """Fewest copies, with the nodes as level as allowed on unseen requests."""
+def solve_coactivation(problem: Problem, tables: Tables | None = None) -> Solution:
+    """Fewest copies, with the nodes as level as allowed on unseen requests. ``tables``: counts of
+    the trace, where known.
+    """
     from moe_locality.placement.search.spread import place_layers
 
-    placed = place_layers(problem)
+    placed = place_layers(problem, tables=tables)
     found: dict[str, Any] = {
         "expected_imbalance": round(sum(placed.expected) / len(placed.expected), 6)
     }

@@ -21,7 +21,7 @@ from moe_locality.placement.homes.assign import scores_of_known
 from moe_locality.placement.homes.predictor import Predictor
 from moe_locality.placement.homes.requests import Requests, default_prediction, requests_of
 from moe_locality.placement.plan import PlacementPlan
-from moe_locality.placement.problem import Problem, Solution
+from moe_locality.placement.problem import Problem, Solution, make_plan
 from moe_locality.placement.search import cap, nodes, spread
 from moe_locality.placement.threads import map_layers, over_layers
 
@@ -59,17 +59,49 @@ class _Pair:
     cost: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Homes:
+    """Home ranks and nodes of the requests [R], their exact cost in sum, and what new requests are
+    placed by.
+    """
+
+    rank: np.ndarray
+    node: np.ndarray
+    cost: float
+    predictor: Predictor
+    token_price: np.ndarray
+
+
 def solve_joint(problem: Problem) -> Solution:
     """A plan with ``home_profiles``, and the homes of the trace's requests as predicted for new
     ones.
     """
+    from moe_locality.placement.solve import solve_coactivation
+
     data = _prepare(problem)
     best, history = _search(data)
-    found, homes, cost = _place(data, best.home_node)
-    history.append(cost)
+    home_node = best.home_node
+    if problem.num_slots > problem.trace.num_experts:
+        # a quick plan: where replicas serve their own node, other homes are the best
+        placed = spread.place_layers(
+            _at_home(data, home_node), tables=data.tables, replica_rounds=1
+        )
+        home_node = _homes(data, make_plan(problem, placed.rows, load=placed.load)).node
+    found = solve_coactivation(_at_home(data, home_node), tables=data.tables)
+    chosen = _homes(data, found.plan)
+    pairs = zip(data.requests.request_ids, chosen.rank, strict=True)
+    homes = {int(q): int(r) for q, r in pairs}
+    kept = profiles.home_profiles(
+        problem.trace,
+        found.plan,
+        homes,
+        objective=data.objective,
+        predictors={data.predict: chosen.predictor},
+        token_price=chosen.token_price,
+    )
     notes = {**found.notes, "objective": data.objective, "predict": data.predict}
-    notes[f"joint_{data.objective}"] = [round(x) for x in history]
-    return Solution(plan=found.plan, homes=homes, notes=notes)
+    notes[f"joint_{data.objective}"] = [round(x) for x in (*history, chosen.cost)]
+    return Solution(plan=replace(found.plan, home_profiles=kept), homes=homes, notes=notes)
 
 
 def _prepare(problem: Problem) -> _Known:
@@ -219,43 +251,32 @@ def _home_nodes(data: _Known, score: np.ndarray) -> np.ndarray:
     return transport.assign(score, tokens, np.arange(count), caps).rank_of
 
 
-def _place(data: _Known, home_node: np.ndarray) -> tuple[Solution, dict[int, int], float]:
-    """The full plan for these home nodes: ranks and replicas too; then its homes and their cost."""
-    problem, requests = data.problem, data.requests
-    found = _full_plan(problem, home_node, requests)
-    serving = profiles.serving_of(
-        make_frame(problem.trace, found.plan, None, None), found.plan, data.objective
-    )
+def _at_home(data: _Known, home_node: np.ndarray) -> Problem:
+    """The problem with the requests at home on nodes [R]."""
+    problem = data.problem
+    rank_of_node = np.array([problem.topology.ranks_of(n)[0] for n in range(problem.num_nodes)])
+    return replace(problem, home_rank=rank_of_node[home_node[data.requests.index]])
+
+
+def _homes(data: _Known, plan: PlacementPlan) -> _Homes:
+    """The homes of the requests under a full plan, replicas too, and what they cost."""
+    problem, tokens = data.problem, data.requests.tokens
+    serving = profiles.serving_of(make_frame(problem.trace, plan, None, None), plan, data.objective)
     full, said, predictor = _costs(data, serving)
     score = scores_of_known(serving, said, data.known.ids, data.known.request)
     caps = transport.Capacities(
-        tokens=requests.tokens.sum() / problem.num_ranks * problem.max_home_imbalance
+        tokens=tokens.sum() / problem.num_ranks * problem.max_home_imbalance
     )
-    assigned = transport.assign(score, requests.tokens, serving.node_of_rank, caps)
-    home_node = serving.node_of_rank[assigned.rank_of]
-    cost = (
-        float((full[np.arange(len(full)), home_node] * requests.tokens).sum()) * data.ids.shape[1]
-    )
-    pairs = zip(requests.request_ids, assigned.rank_of, strict=True)
-    homes = {int(q): int(r) for q, r in pairs}
-    kept = profiles.home_profiles(
-        problem.trace,
-        found.plan,
-        homes,
-        objective=data.objective,
-        predictors={data.predict: predictor},
+    assigned = transport.assign(score, tokens, serving.node_of_rank, caps)
+    node = serving.node_of_rank[assigned.rank_of]
+    cost = float((full[np.arange(len(full)), node] * tokens).sum()) * data.ids.shape[1]
+    return _Homes(
+        rank=assigned.rank_of,
+        node=node,
+        cost=cost,
+        predictor=predictor,
         token_price=assigned.token_price,
     )
-    plan: PlacementPlan = replace(found.plan, home_profiles=kept)
-    return replace(found, plan=plan), homes, cost
-
-
-def _full_plan(problem: Problem, home_node: np.ndarray, requests: Requests) -> Solution:
-    rank_of_node = np.array([problem.topology.ranks_of(n)[0] for n in range(problem.num_nodes)])
-    home_rank = rank_of_node[home_node[requests.index]]
-    from moe_locality.placement.solve import solve_coactivation
-
-    return solve_coactivation(replace(problem, home_rank=home_rank))
 
 
 def _clusters(data: _Known, number: int) -> np.ndarray:

@@ -14,6 +14,13 @@ import numba
 import numpy as np
 
 from moe_locality.placement.search.kernels import expected_highest, luck, next_random, priced
+from moe_locality.placement.search.replica_serving import (
+    hold,
+    load_above,
+    serve,
+    serve_changed,
+    sure_loads,
+)
 
 _PATIENCE = 48
 """Recounted candidates in a row without a better one: the bounds are loose with many nodes."""
@@ -21,53 +28,6 @@ _PATIENCE = 48
 _HOPE = 6.0
 """Heats: a step that brings too much load is undone before its copies are counted, unless it would
 be kept for a saving of fewer copies than this."""
-
-
-@numba.njit(nogil=True, cache=True)
-def serve(held, load, order, served):
-    """Fill served [M, E] int64 from held [M, E] bool: the rule of choose_serving_nodes.
-
-    ``order`` [E]: experts by falling load, equal loads by number.
-    """
-    nodes, experts = held.shape
-    node_load = np.zeros(nodes, dtype=np.int64)
-    for e in range(experts):
-        copies, first = 0, -1
-        for n in range(nodes):
-            if held[n, e]:
-                copies += 1
-                if first < 0:
-                    first = n
-        for n in range(nodes):
-            if held[n, e]:
-                served[n, e] = n
-                node_load[n] += load[e] * (nodes if copies == 1 else 1)
-            else:
-                served[n, e] = first if copies == 1 else -1
-    for e in order:
-        for home in range(nodes):
-            if served[home, e] >= 0:
-                continue
-            best = -1
-            for n in range(nodes):
-                if held[n, e] and (best < 0 or node_load[n] < node_load[best]):
-                    best = n
-            served[home, e] = best
-            node_load[best] += load[e]
-
-
-@numba.njit(nogil=True, cache=True)
-def load_above(served, picks, cap):
-    """Picks above the cap, summed over the nodes; picks [M, E] are those of homes on each node."""
-    nodes, experts = served.shape
-    node_load = np.zeros(nodes)
-    for home in range(nodes):
-        for e in range(experts):
-            node_load[served[home, e]] += picks[home, e]
-    above = 0.0
-    for n in range(nodes):
-        above += max(node_load[n] - cap, 0.0)
-    return above
 
 
 @numba.njit(nogil=True, cache=True)
@@ -116,13 +76,14 @@ def _alone(words, weight, start, stop, others):
 
 
 @numba.njit(nogil=True, cache=True)
-def reroute(words, weight, first, bit, served, target, sets):
-    """Bring ``sets`` from served to target (both [M, E]); return the change of copies."""
-    nodes, experts = served.shape
+def reroute(words, weight, first, bit, served, target, sets, some):
+    """Bring ``sets`` from served to target (both [M, E]), which differ for experts among ``some``
+    at most; return the change of copies.
+    """
     size = words.shape[0]
     change = np.int64(0)
-    for e in range(experts):
-        for home in range(nodes):
+    for e in some:
+        for home in range(len(served)):
             old, new = served[home, e], target[home, e]
             if old == new:
                 continue
@@ -169,7 +130,8 @@ def add_greedily(words, weight, first, bit, load, order, picks, cap, held, room)
     target = served.copy()
     sets = np.zeros((nodes, nodes, words.shape[0]), dtype=words.dtype)
     serve(held, load, order, target)
-    start = reroute(words, weight, first, bit, served, target, sets)
+    everything = np.arange(experts)
+    start = reroute(words, weight, first, bit, served, target, sets, everything)
     served[:] = target
     copies, above = start, load_above(served, picks, cap)
     gain = np.zeros((nodes, experts), dtype=np.int64)
@@ -197,14 +159,14 @@ def add_greedily(words, weight, first, bit, load, order, picks, cap, held, room)
             if best >= 0 and more > best_above:
                 continue
             trial[:] = sets
-            change = reroute(words, weight, first, bit, served, target, trial)
+            change = reroute(words, weight, first, bit, served, target, trial, everything)
             if best < 0 or more < best_above or change < best_change:
                 best, best_above, best_change, idle = place, more, change, 0
         n, e = best // experts, best % experts
         held[n, e] = True
         room[n] -= 1
         serve(held, load, order, target)
-        copies += reroute(words, weight, first, bit, served, target, sets)
+        copies += reroute(words, weight, first, bit, served, target, sets, everything)
         for home in range(nodes):
             if (served[home] != target[home]).any():
                 served[home] = target[home]
@@ -214,15 +176,15 @@ def add_greedily(words, weight, first, bit, load, order, picks, cap, held, room)
 
 
 @numba.njit(nogil=True, cache=True)
-def _rerouted(served, target, part, changed, share):
-    """Fill changed [E] with the experts that are served otherwise in target, and share [M, E] with
-    what each node's share of their picks grows by, both from the left; return how many they are.
+def _rerouted(served, target, part, some, changed, share):
+    """Fill changed [E] with those of ``some`` experts that are served otherwise in target, and
+    share [M, E] with what each node's share of their picks grows by, both from the left; return how
+    many they are.
     """
-    nodes, experts = served.shape
     count = 0
-    for e in range(experts):
+    for e in some:
         first = True
-        for home in range(nodes):
+        for home in range(len(served)):
             old, new = served[home, e], target[home, e]
             if old == new:
                 continue
@@ -262,7 +224,7 @@ def _loads_of(cov, picks, served, part):
     near, none = np.zeros((nodes, len(cov))), np.zeros(nodes)
     load, var = np.zeros(nodes), np.zeros(nodes)
     changed, share = np.empty(experts, np.int64), np.empty((nodes, experts))
-    count = _rerouted(np.full_like(served, -1), served, part, changed, share)
+    count = _rerouted(np.full_like(served, -1), served, part, np.arange(experts), changed, share)
     _loads_after(cov, picks, near, none, none, changed, share, count, load, var)
     _follow(cov, near, changed, share, count)
     return near, load, var
@@ -302,6 +264,8 @@ def anneal(
     near, node_load, variance = _loads_of(cov, of_expert, served, part)
     deviation, new_load, new_var = np.zeros(nodes), np.zeros(nodes), np.zeros(nodes)
     level = _level(node_load, variance, unit, limit, draws, deviation, room)
+    base, whole = sure_loads(held, load, copies_of), np.empty(nodes, np.int64)
+    some = np.empty(experts, np.int64)
     total = np.int64(0)
     best, least, best_total = held.copy(), price * level, total
     for step in range(steps):
@@ -309,9 +273,9 @@ def anneal(
         a, e, b, f = _propose(held, copies_of, state)
         if a < 0:
             continue
-        _change(held, a, e, b, f)
-        serve(held, load, order, target)
-        count = _rerouted(served, target, part, changed, share)
+        _change(held, load, copies_of, base, a, e, b, f)
+        these = some[: serve_changed(held, load, order, copies_of, base, e, f, target, whole, some)]
+        count = _rerouted(served, target, part, these, changed, share)
         _loads_after(
             cov, of_expert, near, node_load, variance, changed, share, count, new_load, new_var
         )
@@ -321,21 +285,26 @@ def anneal(
         hopeful = allowed > -_HOPE * heat
         if hopeful:
             trial[:] = sets
-            change = reroute(words, weight, first, bit, served, target, trial)
+            change = reroute(words, weight, first, bit, served, target, trial, changed[:count])
         if hopeful and change <= allowed:
-            served[:], sets[:] = target, trial
+            _copy_columns(target, served, changed[:count])
+            sets[:] = trial
             node_load[:], variance[:] = new_load, new_var
             _follow(cov, near, changed, share, count)
             total, level = total + change, now
-            if b < 0:
-                copies_of[e] -= 1
-                copies_of[f] += 1
             if total + price * level < least:
                 best[:] = held
                 least, best_total = total + price * level, total
         else:
-            _change(held, a, f, b, e)
+            _change(held, load, copies_of, base, a, f, b, e)
+            _copy_columns(served, target, changed[:count])
     return best, best_total
+
+
+@numba.njit(nogil=True, cache=True)
+def _copy_columns(source, into, some):
+    for x in some:
+        into[:, x] = source[:, x]
 
 
 @numba.njit(nogil=True, cache=True)
@@ -361,10 +330,18 @@ def _propose(held, copies_of, state):
 
 
 @numba.njit(nogil=True, cache=True)
-def _change(held, a, e, b, f):
+def _change(held, load, copies_of, base, a, e, b, f):
+    """Put f in the place of e on node a and, where b >= 0, e in the place of f on node b."""
+    hold(held, load, copies_of, base, e, -1)
+    hold(held, load, copies_of, base, f, -1)
     held[a, e], held[a, f] = False, True
     if b >= 0:
         held[b, f], held[b, e] = False, True
+    else:
+        copies_of[e] -= 1
+        copies_of[f] += 1
+    hold(held, load, copies_of, base, e, 1)
+    hold(held, load, copies_of, base, f, 1)
 
 
 @numba.njit(nogil=True, cache=True)

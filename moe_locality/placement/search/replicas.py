@@ -14,6 +14,7 @@ import numpy as np
 from moe_locality.placement import counting
 from moe_locality.placement.search import replica_moves
 from moe_locality.placement.search.cap import Noise, expected_shared_imbalance, few_draws
+from moe_locality.placement.search.replica_serving import serve
 
 MAX_TOKENS = 1 << 14
 """Copies are counted on a sample of so many tokens, where there are more. Loads are exact."""
@@ -146,7 +147,7 @@ def candidate(start: Start, held: np.ndarray, change: int = 0) -> Candidate:
     """A placement with what it costs; ``change``: its copies less those of the start."""
     num_nodes, experts = held.shape
     served = np.empty((num_nodes, experts), dtype=np.int64)
-    replica_moves.serve(held, start.load, start.order, served)
+    serve(held, start.load, start.order, served)
     served_load = np.zeros((num_nodes, experts))
     for home in range(num_nodes):
         served_load[served[home], np.arange(experts)] += start.picks[home]

@@ -63,11 +63,13 @@ def place_layers(
     layers: Sequence[int] | None = None,
     *,
     tables: nodes.Tables | None = None,
+    replica_rounds: int = REPLICA_ROUNDS,
     threads: int | None = None,
 ) -> Placed:
     """Place the experts of these layers (None: all), level in the mean over them.
 
     The number of threads changes no result. ``tables``: counts of the trace, where known.
+    ``replica_rounds``: prices of imbalance that are tried with replicas.
     """
     ids, request_id = problem.trace.expert_ids, problem.trace.request_id
     assert ids is not None
@@ -85,7 +87,9 @@ def place_layers(
     node_of = [of_experts(problem, some.node_of) for some in found]
     replicated: list[replicas.Candidate] = []
     if problem.num_slots > problem.trace.num_experts and problem.group_of is None:
-        replicated = _replicate(problem, seen, node_of, allowed, seeds, price, wanted, threads)
+        replicated = _replicate(
+            problem, seen, node_of, allowed, seeds, price, wanted, replica_rounds, threads
+        )
 
     def finish(place: int) -> RankLists:
         load = tables.load[wanted[place]].astype(np.float64)
@@ -201,6 +205,7 @@ def _replicate(
     seeds: Sequence[int],
     price: float,
     wanted: Sequence[int],
+    rounds: int,
     threads: int | None,
 ) -> list[replicas.Candidate]:
     """Which nodes hold which experts, with replicas in all slots; level in the mean over layers."""
@@ -226,7 +231,7 @@ def _replicate(
         tried[place].append(found)
         return found.imbalance
 
-    under_one_price(search, allowed, REPLICA_ROUNDS, first=CHEAPER * price, threads=threads)
+    under_one_price(search, allowed, rounds, first=CHEAPER * price, threads=threads)
     chosen = cap.allocate(tried, allowed, problem.max_imbalance)
     return [some[i] for some, i in zip(tried, chosen, strict=True)]
 
