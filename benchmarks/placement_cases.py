@@ -190,7 +190,7 @@ GOALS = (
     _like_eplb(GPT, 2, -21, (1.03, 1.0325, 1.035)),
     _like_eplb(GPT, 8, -18, (1.11, 1.1125, 1.115)),
     _like_eplb(CHAT, 2, -16, (1.0225, 1.025, 1.0275)),
-    _like_eplb(CHAT, 8, -25, (1.065, 1.07)),
+    _like_eplb(CHAT, 8, -25, (1.065, 1.0675)),
     Goal(
         trace=GPT,
         nodes=4,
@@ -209,7 +209,7 @@ GOALS = (
         most=1.05,
         limit="rank_imbalance",
         replicas=0.125,
-        caps=(1.07, 1.075),
+        caps=(1.0725, 1.075),
     ),
     Goal(
         trace=GPT,
@@ -220,7 +220,7 @@ GOALS = (
         most=1.05,
         limit="rank_imbalance",
         replicas=0.125,
-        caps=(1.065, 1.07),
+        caps=(1.0675, 1.07),
     ),
     Goal(
         trace=LLAMA,

@@ -17,7 +17,7 @@ from moe_locality.placement.baselines.others import partition_mtkahypar
 from moe_locality.placement.bounds.lower import certify_plan
 from moe_locality.placement.problem import Problem, make_plan
 from moe_locality.placement.search.spread import place_layers
-from moe_locality.placement.threads import processors
+from moe_locality.placement.threads import map_layers, processors
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace import RoutingTrace
 
@@ -286,11 +286,12 @@ def correlated_trace(
     """Routing with topics: a token follows a template of its topic, with a quarter of its picks
     changed.
     """
-    rng = np.random.default_rng(seed)
     topics, templates = 16, 64
-    topic = rng.integers(0, topics, tokens)
+    topic = np.random.default_rng(seed).integers(0, topics, tokens)
     ids = np.empty((tokens, layers, top_k), dtype=np.int16)
-    for layer in range(layers):
+
+    def fill(layer: int) -> None:
+        rng = np.random.default_rng((seed, layer))
         liking = rng.gumbel(size=(topics, 1, experts)) * 1.5
         table = np.argsort(-(liking + rng.gumbel(size=(topics, templates, experts))), axis=2)
         picks = table[topic, rng.integers(0, templates, tokens), :top_k].astype(np.int16)
@@ -299,6 +300,8 @@ def correlated_trace(
             free = (picks != other[:, None]).all(axis=1)
             picks[free, column] = other[free]
         ids[:, layer] = picks
+
+    map_layers(fill, layers)
     return RoutingTrace(
         model="synthetic",
         num_experts=experts,
