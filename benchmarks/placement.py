@@ -11,7 +11,7 @@ measured on this machine. Parts:
     peers        every method on every trace, 2, 4 and 8 nodes; 4 nodes with 12.5 and 25 % replicas
     bounds       how far plans are from the certified lower bound
     partitioner  mt-KaHyPar at equal balance (where the package mtkahypar is installed)
-    transfer     plans made on one family of domains, judged on another
+    transfer     plans made on one family of domains (1000 tokens at least), judged on another
     grouping     distinct experts of batches of requests, with and without predicted homes
     public       public implementations of EPLB that can be imported
     scale        seconds for 58 layers x 256 experts x 1M tokens
