@@ -33,6 +33,13 @@ layers are large.
 """
 FEW_ROUNDS = 5
 
+FEW_LAYERS = 8
+"""Layers below which one price leaves much of the allowed imbalance unused: a layer's best
+placements by copies and imbalance need not lie on a convex line, and few layers cannot mix. Each is
+then searched at lower prices too, up to the imbalance that it is allowed itself.
+"""
+LOWER = (0.4, 0.1)
+
 REPLICA_ROUNDS = 4
 CHEAPER = 0.45
 """What imbalance is worth with replicas, as a share of that without: about, to begin with."""
@@ -131,11 +138,17 @@ def place_on_nodes(
     allowed = [max(max_imbalance, found[-1].imbalance) for found in tried]
 
     def search(place: int, price: float, turn: int) -> float:
+        return search_to(place, price, turn, limit_of(allowed[place], max_imbalance))
+
+    def search_to(place: int, price: float, turn: int, most: float) -> float:
         layer, found = layers[place], tried[place]
         if nodes.searchable(layer):
-            most, seed = limit_of(allowed[place], max_imbalance), seeds[place] + turn
-            found.append(nodes.searched(layer, found, price, most, seed))
+            found.append(nodes.searched(layer, found, price, most, seeds[place] + turn))
         return found[-1].imbalance
+
+    def search_lower(place: int) -> None:
+        for turn, share in enumerate(LOWER):
+            search_to(place, share * price, ROUNDS + turn, allowed[place])
 
     def polish(place: int) -> None:
         layer, start = layers[place], tried[place][chosen[place]]
@@ -151,6 +164,8 @@ def place_on_nodes(
 
     small = all(nodes.is_small(layer) for layer in layers)
     price = under_one_price(search, allowed, ROUNDS if small else FEW_ROUNDS, threads=threads)
+    if len(layers) < FEW_LAYERS:
+        map_layers(search_lower, len(layers), threads=threads)
     chosen = choose()
     map_layers(polish, len(layers), threads=threads)
     chosen = choose()
