@@ -89,19 +89,26 @@ def picks_by_home(
     ids: np.ndarray, num_experts: int, home: np.ndarray, num_homes: int
 ) -> np.ndarray:
     """[L, H, E] int64: picks of expert e by tokens whose ``home`` [T] is h."""
-    layers, columns = ids.shape[1], num_experts + 1
     if ids.size >= COMPILED_PICKS:
-        from moe_locality.placement.count_kernels import add_picks
-
-        found = np.zeros((layers, num_homes, columns), dtype=np.int64)
-        over_layers(lambda first, last: add_picks(ids, first, last, home, found), layers)
-        return found[:, :, 1:]
+        return compiled_picks_by_home(ids, num_experts, home, num_homes)
+    layers, columns = ids.shape[1], num_experts + 1
     counts = np.zeros(layers * num_homes * columns, dtype=np.int64)
     layer_of = np.arange(layers)[:, None]
     for rows, part in chunks(ids):
         part += ((layer_of * num_homes + home[rows]) * columns)[:, :, None]
         counts += np.bincount(part.ravel(), minlength=counts.size)
     return counts.reshape(layers, num_homes, columns)[:, :, 1:]
+
+
+def compiled_picks_by_home(
+    ids: np.ndarray, num_experts: int, home: np.ndarray, num_homes: int
+) -> np.ndarray:
+    """``picks_by_home`` compiled, whatever the size: for who counts again and again."""
+    from moe_locality.placement.count_kernels import add_picks
+
+    found = np.zeros((ids.shape[1], num_homes, num_experts + 1), dtype=np.int64)
+    over_layers(lambda first, last: add_picks(ids, first, last, home, found), ids.shape[1])
+    return found[:, :, 1:]
 
 
 def picks_by_batch(

@@ -17,7 +17,7 @@ from moe_locality.placement.bounds.layer_tokens import LayerTokens, as_vertices
 from moe_locality.placement.frame import resolve_homes
 from moe_locality.placement.objective import Homes, evaluate
 from moe_locality.placement.plan import PlacementPlan
-from moe_locality.placement.threads import over_layers
+from moe_locality.placement.threads import map_layers
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 
@@ -145,21 +145,18 @@ def _proved_bounds(
     from moe_locality.placement.bounds.exact import MOST_EXPERTS, MOST_NODES, prove_layer
 
     nodes, experts, layers = topology.num_nodes, trace.num_experts, trace.num_layers
-    copies = np.zeros(layers)
     if experts > MOST_EXPERTS or not 1 < nodes <= MOST_NODES:
-        return copies
+        return np.zeros(layers)
     home_node = _home_node(trace, topology, homes)
 
-    def fill(first: int, last: int) -> None:
-        for row in range(first, last):
-            layer = LayerTokens.of(trace.expert_ids[:, row], experts, nodes, home_node)  # type: ignore[index]
-            known = round(layer.blocks_of(float(found[row])) * layer.num_tokens)
-            budget = seconds * STEPS_PER_SECOND / layers
-            proof = prove_layer(layer, known, float(bounds.max_imbalance[row]), budget)
-            copies[row] = layer.as_copies(proof.bound / layer.num_tokens)
+    def prove(row: int) -> float:
+        layer = LayerTokens.of(trace.expert_ids[:, row], experts, nodes, home_node)  # type: ignore[index]
+        known = round(layer.blocks_of(float(found[row])) * layer.num_tokens)
+        budget = seconds * STEPS_PER_SECOND / layers
+        proof = prove_layer(layer, known, float(bounds.max_imbalance[row]), budget)
+        return layer.as_copies(proof.bound / layer.num_tokens)
 
-    over_layers(fill, layers)
-    return copies
+    return np.array(map_layers(prove, layers))
 
 
 def _home_node(trace: RoutingTrace, topology: ClusterTopology, homes: Homes) -> np.ndarray | None:
@@ -205,15 +202,14 @@ def lower_bounds(
     copies, rounds = np.zeros(layers), np.zeros(layers, dtype=np.int64)
     budget = seconds * STEPS_PER_SECOND / max(layers, 1)
 
-    def fill(first: int, last: int) -> None:
-        for layer in range(first, last):
-            ids = trace.expert_ids[:, layer]  # type: ignore[index]
-            copies[layer], rounds[layer] = bound_layer(
-                ids, experts, nodes, home_node, caps[layer], budget
-            )
+    def bound(layer: int) -> None:
+        ids = trace.expert_ids[:, layer]  # type: ignore[index]
+        copies[layer], rounds[layer] = bound_layer(
+            ids, experts, nodes, home_node, caps[layer], budget
+        )
 
     if nodes > 1:
-        over_layers(fill, layers)
+        map_layers(bound, layers)
     return Bounds(
         layer_ids=tuple(int(i) for i in trace.layer_ids),
         copies=copies,

@@ -24,7 +24,7 @@ from moe_locality.placement.bounds.lower import (
     cool,
 )
 from moe_locality.placement.bounds.relaxation import Prices, Relaxation, certify, start_prices
-from moe_locality.placement.threads import over_layers
+from moe_locality.placement.threads import map_layers
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 
@@ -62,14 +62,12 @@ def bound_for_mean_imbalance(
             "a multiple of the nodes and at least 1"
         )
     budget = seconds * STEPS_PER_SECOND / max(layers, 1)
-    lines: list[np.ndarray] = [np.zeros((0, 2))] * layers
 
-    def fill(first: int, last: int) -> None:
-        for row in range(first, last):
-            layer = LayerTokens.of(ids[:, row], experts, nodes, None)
-            lines[row] = lines_of(layer, max_imbalance, budget)
+    def one(row: int) -> np.ndarray:
+        layer = LayerTokens.of(ids[:, row], experts, nodes, None)
+        return lines_of(layer, max_imbalance, budget)
 
-    over_layers(fill, layers)
+    lines = map_layers(one, layers)
     return mean_bound(lines, max_imbalance, float(nodes))
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moe_locality.placement.count_kernels import add_picks
+from moe_locality.placement.counting import compiled_picks_by_home
 from moe_locality.placement.frame import make_frame
 from moe_locality.placement.homes import profiles, transport
 from moe_locality.placement.homes.assign import scores_of_known
@@ -23,7 +23,7 @@ from moe_locality.placement.homes.requests import Requests, default_prediction, 
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.problem import Problem, Solution, make_plan
 from moe_locality.placement.search import cap, nodes, spread
-from moe_locality.placement.threads import map_layers, over_layers
+from moe_locality.placement.threads import map_layers
 
 CLUSTER_STARTS = 3
 FIRST_ROUNDS = 3
@@ -110,7 +110,7 @@ def _prepare(problem: Problem) -> _Known:
     ids = np.ascontiguousarray(trace.expert_ids)
     assert trace.request_id is not None
     tables = nodes.count_tables(ids, trace.request_id, trace.num_experts)
-    layers = [nodes.make_layer(problem, tables, layer) for layer in range(trace.num_layers)]
+    layers = map_layers(lambda layer: nodes.make_layer(problem, tables, layer), trace.num_layers)
     seeds = [spread.seed_of(problem, layer) for layer in range(len(layers))]
     _, allowed, price = spread.place_on_nodes(layers, problem.max_imbalance, seeds)
     return _Known(
@@ -175,7 +175,12 @@ def _place_on_nodes(
 ) -> np.ndarray:
     """[L, E] node of each expert, layer by layer, for given homes."""
     problem = data.problem
-    pins = None if home_node is None else _pins(data, home_node[data.requests.index])
+    pins = None  # [L, E, M] picks of each expert by the tokens at home on each node
+    if home_node is not None:
+        homes = home_node[data.requests.index]
+        experts = problem.trace.num_experts
+        picks = compiled_picks_by_home(data.ids, experts, homes, problem.num_nodes)
+        pins = picks.transpose(0, 2, 1)
 
     def one(row: int) -> np.ndarray:
         layer = data.layers[row]
@@ -211,18 +216,6 @@ def _by_group(pin: np.ndarray, group_of: np.ndarray | None) -> np.ndarray:
 def _one_of_group(node_of: np.ndarray, group_of: np.ndarray | None) -> np.ndarray:
     """[groups] node of each group of experts, from the nodes of the experts."""
     return node_of if group_of is None else node_of[np.unique(group_of, return_index=True)[1]]
-
-
-def _pins(data: _Known, homes: np.ndarray) -> np.ndarray:
-    """[L, E, M] picks of each expert by the tokens at home on each node, ``homes`` [T]."""
-    layers, experts, count = (
-        len(data.layers),
-        data.problem.trace.num_experts,
-        data.problem.num_nodes,
-    )
-    found = np.zeros((layers, count, experts + 1), dtype=np.int64)
-    over_layers(lambda first, last: add_picks(data.ids, first, last, homes, found), layers)
-    return found[:, :, 1:].transpose(0, 2, 1)
 
 
 def _serving(data: _Known, node_of: np.ndarray) -> profiles.Serving:

@@ -136,9 +136,10 @@ def place_on_nodes(
 
     tried = map_layers(begin, len(layers), threads=threads)
     allowed = [max(max_imbalance, found[-1].imbalance) for found in tried]
+    limits = [limit_of(most, max_imbalance) for most in allowed]
 
     def search(place: int, price: float, turn: int) -> float:
-        return search_to(place, price, turn, limit_of(allowed[place], max_imbalance))
+        return search_to(place, price, turn, limits[place])
 
     def search_to(place: int, price: float, turn: int, most: float) -> float:
         layer, found = layers[place], tried[place]
@@ -152,8 +153,7 @@ def place_on_nodes(
 
     def polish(place: int) -> None:
         layer, start = layers[place], tried[place][chosen[place]]
-        most = limit_of(allowed[place], max_imbalance)
-        tried[place].append(nodes.polished(layer, start, price, most, seeds[place]))
+        tried[place].append(nodes.polished(layer, start, price, limits[place], seeds[place]))
 
     def choose() -> list[int]:
         for place, layer in enumerate(layers):
