@@ -69,7 +69,7 @@ WRITTEN_IN_TRITON = {
 }
 
 LIBRARIES_WITH_PRIVATE_NAMES = ("torch", "deepspeed", "transformers")
-MAX_LINES = 400
+MAX_LINES = 700
 MAX_FUNCTION_LINES = 60
 
 
