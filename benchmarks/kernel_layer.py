@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from moe_locality.kernels import local, ops
-from moe_locality.kernels.types import GateSpec
+from moe_locality.kernels.backends import GateSpec
 
 SHAPES = {  # T, D, E, K, width of an expert
     "Mixtral": (8192, 4096, 8, 2, 14336),

@@ -22,7 +22,7 @@ from kernel_timing import BUFFERS, copy_gbps, mix_gbps, run_once, time_cpu, time
 
 from moe_locality.errors import BackendUnavailable
 from moe_locality.kernels import ops
-from moe_locality.kernels.types import GateSpec
+from moe_locality.kernels.backends import GateSpec
 
 REPLICAS = 16
 

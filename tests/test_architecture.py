@@ -62,9 +62,7 @@ MODULE_LEVEL = {
 
 # The kernels themselves: a decorator needs Triton, and only the backend imports them, at a launch.
 WRITTEN_IN_TRITON = {
-    "moe_locality.kernels.triton_gate",
-    "moe_locality.kernels.triton_map",
-    "moe_locality.kernels.triton_move",
+    "moe_locality.kernels.triton_kernels",
     "moe_locality.quantization.triton_codec",
 }
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_locality import quantization
 from moe_locality.kernels import ops
-from moe_locality.kernels.types import RowMap
+from moe_locality.kernels.backends import RowMap
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from moe_locality.errors import ConfigError
-from moe_locality.kernels.reference_gate import TINY
-from moe_locality.kernels.types import GateSpec
+from moe_locality.kernels.backends import GateSpec
+from moe_locality.kernels.reference import TINY
 
 LIBRARY = "_C_cuda.abi3.so"
 NO_LIMIT = 2**31 - 1

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_locality.kernels import backends
-from moe_locality.kernels.types import GateSpec
+from moe_locality.kernels.backends import GateSpec
 
 _GATE = (
     "int top_k, str score, int num_groups, int top_groups, str group_score, bool renormalize, "

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_locality.kernels import ops
-from moe_locality.kernels.types import GateSpec, RowMap
+from moe_locality.kernels.backends import GateSpec, RowMap
 
 
 def topk_gate(

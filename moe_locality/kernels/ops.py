@@ -19,13 +19,15 @@ from moe_locality.kernels import backends, library
 from moe_locality.kernels.backends import (
     BACKENDS,
     ENVIRONMENT_VARIABLE,
+    MAX_NODES,
     Backend,
+    GateSpec,
+    RowMap,
     backend_counts,
     check_backend,
     reset_backend_counts,
     set_backend,
 )
-from moe_locality.kernels.types import MAX_NODES, GateSpec, RowMap
 
 __all__ = [
     "BACKENDS",

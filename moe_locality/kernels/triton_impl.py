@@ -1,6 +1,6 @@
-"""The Triton backend: tile sizes, allocation and launches of the kernels in ``triton_*.py``.
+"""The Triton backend: tile sizes, allocation and launches of the kernels in ``triton_kernels.py``.
 
-Those files import Triton, so they are imported at the first launch. With ``TRITON_INTERPRET=1`` in
+That file imports Triton, so it is imported at the first launch. With ``TRITON_INTERPRET=1`` in
 the environment before Triton is first imported, the kernels run on the CPU, slowly, for tests.
 No launch waits for the device, but that of a row map without static ``num_rows``.
 """
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from moe_locality.errors import ConfigError
-from moe_locality.kernels.reference_gate import TINY
-from moe_locality.kernels.types import GateSpec
+from moe_locality.kernels.backends import GateSpec
+from moe_locality.kernels.reference import TINY
 
 NO_LIMIT = 2**31 - 1
 ONE_BLOCK_ROUTES = 2048
@@ -65,7 +65,7 @@ def row_map(
     source = (expert_ids, *expert_ids.stride(), keep, slot_of_expert)
     sizes = (num_tokens, num_slots, experts)
     counts = expert_ids.new_empty((blocks, shape["P2"]), dtype=torch.int32)
-    kernels = _kernels("triton_map")
+    kernels = _kernels()
     if blocks > 1:
         count = {name: shape[name] for name in ("K", "K2", "TB", "P2")}
         kernels.count_kernel[(blocks,)](*source, counts, *sizes, **count, **flags, num_warps=8)
@@ -109,7 +109,7 @@ def _new_map(ids: Tensor, num_slots: int, num_rows: int, num_nodes: int) -> dict
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
-    kernels = _kernels("triton_move")
+    kernels = _kernels()
 
     x, index = x.contiguous(), index.contiguous()
     rows = x.new_empty(index.shape[0], x.shape[1])
@@ -129,7 +129,7 @@ def permute(
     weights: Tensor | None,
     slot_offsets: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    kernels = _kernels("triton_move")
+    kernels = _kernels()
 
     x = x.contiguous()
     num_rows, width = row_token.shape[0], x.shape[1]
@@ -159,7 +159,7 @@ def permute(
 def combine(
     rows: Tensor, positions: Tensor, weights: Tensor | None, row_values: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    kernels = _kernels("triton_move")
+    kernels = _kernels()
 
     rows = rows.contiguous()
     num_tokens, top_k = positions.shape
@@ -193,7 +193,7 @@ def combine_backward(
     need_rows: bool,
     slot_offsets: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    kernels = _kernels("triton_move")
+    kernels = _kernels()
 
     (num_tokens, top_k), width, num_rows = positions.shape, grad.shape[1], row_token.shape[0]
     grad_rows = grad.new_empty(num_rows, width) if need_rows else None
@@ -224,7 +224,7 @@ def combine_backward(
 
 
 def gate(logits: Tensor, bias: Tensor | None, spec: GateSpec) -> tuple[Tensor, Tensor]:
-    kernels = _kernels("triton_gate")
+    kernels = _kernels()
 
     logits = _check_logits(logits)
     num_tokens, num_experts = logits.shape
@@ -241,7 +241,7 @@ def gate(logits: Tensor, bias: Tensor | None, spec: GateSpec) -> tuple[Tensor, T
 
 
 def gate_backward(grad_weights: Tensor, logits: Tensor, ids: Tensor, spec: GateSpec) -> Tensor:
-    kernels = _kernels("triton_gate")
+    kernels = _kernels()
 
     logits = _check_logits(logits)
     num_tokens, num_experts = logits.shape
@@ -305,8 +305,8 @@ def gate_shape(num_experts: int, spec: GateSpec, has_bias: bool) -> dict[str, An
     }
 
 
-def _kernels(name: str) -> Any:
-    return importlib.import_module(f"moe_locality.kernels.{name}")
+def _kernels() -> Any:
+    return importlib.import_module("moe_locality.kernels.triton_kernels")
 
 
 def _gate_elements() -> int:

@@ -7,7 +7,7 @@ import torch
 
 from moe_locality.errors import BackendUnavailable
 from moe_locality.kernels import local, ops
-from moe_locality.kernels.types import GateSpec
+from moe_locality.kernels.backends import GateSpec
 from tests.tolerances import KERNEL_SUM
 from tests.unit.kernels import oracle
 from tests.unit.kernels.test_gate import SPECS

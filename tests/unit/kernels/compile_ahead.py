@@ -11,8 +11,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moe_locality.kernels import triton_gate, triton_impl, triton_map, triton_move
-from moe_locality.kernels.types import GateSpec
+from moe_locality.kernels import triton_impl, triton_kernels
+from moe_locality.kernels.backends import GateSpec
 
 POINTERS = {
     "rows": "*bf16", "x": "*bf16", "out": "*bf16", "grad": "*bf16", "grad_rows": "*bf16",
@@ -37,23 +37,23 @@ MOVES = {
 def cases():
     """Yield (name, kernel, constants)."""
     for name, constants in MOVES.items():
-        yield name, getattr(triton_move, name), constants
+        yield name, getattr(triton_kernels, name), constants
     flags = {"HAS_KEEP": True, "HAS_TABLE": True}
     for label, tokens in (("", 4096), (" of one block", 64)):
         shape = triton_impl.map_shape(tokens, 8, 256)
         one = shape.pop("blocks") == 1
         if not one:
             count = {k: shape[k] for k in ("K", "K2", "TB", "P2")}
-            yield "count_kernel", triton_map.count_kernel, count | flags
+            yield "count_kernel", triton_kernels.count_kernel, count | flags
         place = shape | flags | {"ALIGN": 16, "M": 8, "FILL": one, "ONE_BLOCK": one}
-        yield f"place_kernel{label}", triton_map.place_kernel, place
+        yield f"place_kernel{label}", triton_kernels.place_kernel, place
     groups = GateSpec(top_k=8, score="sigmoid", num_groups=8, top_groups=4, renormalize=True)
     for label, spec, bias in (("", GateSpec(top_k=8), False), (" in groups", groups, True)):
         shape = triton_impl.gate_shape(256, spec, bias)
-        yield f"gate_kernel{label}", triton_gate.gate_kernel, shape
+        yield f"gate_kernel{label}", triton_kernels.gate_kernel, shape
     back = {"E": 256, "E2": 256, "K": 8, "BT": 4, "TINY": 1e-20}
     back |= {"SIGMOID": False, "RENORMALIZE": True}
-    yield "gate_backward_kernel", triton_gate.gate_backward_kernel, back
+    yield "gate_backward_kernel", triton_kernels.gate_backward_kernel, back
 
 
 def type_of(name: str) -> str:

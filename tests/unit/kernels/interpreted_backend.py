@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_locality.kernels import ops, triton_impl
-from moe_locality.kernels.types import GateSpec
+from moe_locality.kernels.backends import GateSpec
 from tests.tolerances import KERNEL_SUM
 from tests.unit.kernels import oracle
 from tests.unit.kernels.test_gate import SPECS

@@ -5,7 +5,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from moe_locality.kernels.types import GateSpec, RowMap
+from moe_locality.kernels.backends import GateSpec, RowMap
 
 NUMERIC = ("row_route", "row_token", "positions", "tokens_per_slot", "slot_offsets")
 NUMERIC += ("routed_per_slot", "overflow", "node_mask", "tokens_per_node")

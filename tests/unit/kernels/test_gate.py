@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from moe_locality.errors import ConfigError
 from moe_locality.kernels import local, ops
-from moe_locality.kernels.types import GateSpec
+from moe_locality.kernels.backends import GateSpec
 from tests.unit.kernels import oracle
 
 SPECS = [

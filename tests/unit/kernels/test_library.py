@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_locality.kernels import library, local, ops
-from moe_locality.kernels.types import GateSpec
+from moe_locality.kernels.backends import GateSpec
 from tests.unit.kernels import oracle
 
 SPEC = (2, "softmax", 1, 1, "top2", True, 1.0, "reference")
