@@ -3,10 +3,11 @@
 Import only through ``triton_impl``. Values are cast to the accumulator right after each load, since
 Triton's interpreter computes on the raw bits of bfloat16.
 
-Row map: block histograms, then one pass that places every route. A block holds whole tokens, TB of them with K2 >= K places each. Inside a block the routes are
-sorted by (slot, route); the rank of a route in its slot is its place in that order, less the place
-where its slot begins, plus what earlier blocks have of the slot. No atomic decides an order, so the
-map is the same on every run. One block needs no first pass (decode).
+Row map: block histograms, then one pass that places every route. A block holds whole tokens, TB of
+them with K2 >= K places each. Inside a block the routes are sorted by (slot, route); the rank of a
+route in its slot is its place in that order, less the place where its slot begins, plus what
+earlier blocks have of the slot. No atomic decides an order, so the map is the same on every run.
+One block needs no first pass (decode).
 
 Moves: tiles are BT tokens x BD columns, offsets of rows are int64; a row that a position does not
 name is never read.

@@ -70,7 +70,7 @@ def partition_mtkahypar(problem: Problem, preset: str) -> Solution:
         BackendUnavailable: the package ``mtkahypar`` is not installed.
         PlacementError: replicas, or an unknown preset.
     """
-    from moe_locality.placement.bounds.layer_tokens import LayerTokens
+    from moe_locality.placement.bounds.lower import LayerTokens
     from moe_locality.placement.search.nodes import pairs_of_layer
 
     trace, nodes = problem.trace, problem.num_nodes

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_locality.placement.bounds.layer_tokens import LayerTokens
-from moe_locality.placement.bounds.lower import cool
+from moe_locality.placement.bounds.lower import LayerTokens, cool
 from moe_locality.placement.bounds.relaxation import Relaxation, certify, start_prices
 
 MOST_EXPERTS = 32

@@ -16,11 +16,11 @@ from __future__ import annotations
 import numpy as np
 
 from moe_locality.errors import PlacementError
-from moe_locality.placement.bounds.layer_tokens import LayerTokens
 from moe_locality.placement.bounds.lower import (
     FEWEST_ROUNDS,
     MOST_ROUNDS,
     STEPS_PER_SECOND,
+    LayerTokens,
     cool,
 )
 from moe_locality.placement.bounds.relaxation import Prices, Relaxation, certify, start_prices

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from moe_locality.errors import PlacementError
 from moe_locality.placement import evaluate, solve
 from moe_locality.placement.bounds.lower import certify_plan, lower_bounds
-from moe_locality.placement.bounds.partitions import hull_slopes, partition_counts, set_partitions
+from moe_locality.placement.bounds.relaxation import hull_slopes, partition_counts, set_partitions
 from moe_locality.placement.bounds.shared import bound_for_mean_imbalance
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.topology.cluster import ClusterTopology

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from moe_locality.errors import PlacementError
 from moe_locality.placement import PlacementPlan, evaluate
 from moe_locality.placement.balance import balance, rank_loads
-from moe_locality.placement.refresh.costs import sampled_copies
-from moe_locality.placement.refresh.improve import refresh, relevel
+from moe_locality.placement.refresh.improve import refresh, relevel, sampled_copies
 from moe_locality.placement.refresh.state import RefreshState
 from moe_locality.topology.cluster import ClusterTopology
 from tests.unit.placement.cases import plans_with_traces, random_plan, random_trace

@@ -11,10 +11,9 @@ from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.placement import PlacementPlan, evaluate
 from moe_locality.placement.frame import make_frame
 from moe_locality.placement.objective import traffic_matrix
-from moe_locality.simulator import StepModel, counting, row_bytes, simulate
-from moe_locality.simulator.counting import count_all, count_rows
-from moe_locality.simulator.model import expected_maximum
-from moe_locality.simulator.steps import draw_steps, random_homes
+from moe_locality.simulator import StepModel, model, row_bytes, simulate
+from moe_locality.simulator.model import count_all, count_rows, expected_maximum
+from moe_locality.simulator.simulate import draw_steps, random_homes
 from moe_locality.topology import ClusterTopology
 from moe_locality.trace import RoutingTrace
 from tests.unit.placement.cases import plans_with_traces
@@ -97,9 +96,9 @@ def test_many_ranks_are_counted_alike(case, exchange):
     frame = make_frame(trace, plan, None, "trace")
     pairs = count_all(frame, exchange)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(counting, "MATRIX_ENTRIES", 0)
+        patch.setattr(model, "MATRIX_ENTRIES", 0)
         alone = count_all(frame, exchange)
-    for name in counting.RowCounts.__slots__:
+    for name in model.RowCounts.__slots__:
         np.testing.assert_array_equal(getattr(pairs, name), getattr(alone, name))
 
 
