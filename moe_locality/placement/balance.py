@@ -6,19 +6,24 @@ then longest processing time first (Graham 1969) onto ranks of equal size. From 
 rank exchanges experts with other ranks while that lowers the larger load of the two. A swap never
 raises the busiest load, so no layer ends worse than EPLB's.
 
-Rank loads assume that the replicas of an expert share its load evenly, as EPLB does. Shapes: L
-layers, E experts, G ranks, S slots per rank, R ranks of one packing.
+Rank loads in ``balance`` assume that the replicas of an expert share its load evenly, as EPLB does.
+A plan serves a token from the nearest replica instead; ``most_level`` chooses by that rule. Shapes:
+L layers, E experts, G ranks, S slots per rank, R ranks of one packing.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numba
 import numpy as np
 
 from moe_locality.errors import PlacementError
+from moe_locality.placement.objective import max_over_mean, traffic_matrix
+from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.threads import over_layers
+from moe_locality.trace.schema import RoutingTrace
 
 _ENOUGH = 1.0 + 1e-9  # of the lower bound: nothing left that a swap could gain
 _MOST_SWAPS = 4096
@@ -86,6 +91,20 @@ def rank_loads(load: np.ndarray, table: np.ndarray) -> np.ndarray:
         counts = np.bincount(held.ravel(), minlength=load.shape[1])
         result[layer] = (load[layer] / np.maximum(counts, 1))[held].sum(axis=1)
     return result
+
+
+def most_level(trace: RoutingTrace, plan: PlacementPlan, other: PlacementPlan) -> PlacementPlan:
+    """``plan`` with the layers of ``other`` that have the lower ``rank_imbalance`` in ``evaluate``.
+
+    Both plans: the layers of the trace in its order, and the same ``expert_load``.
+    """
+    level, others = (
+        max_over_mean(traffic_matrix(trace, some, per_layer=True).sum(axis=1))
+        for some in (plan, other)
+    )
+    table = plan.physical_to_logical_map
+    better = np.where((others < level)[:, None], other.physical_to_logical_map, table)
+    return plan if (better == table).all() else replace(plan, physical_to_logical_map=better)
 
 
 @numba.njit(nogil=True, cache=True)

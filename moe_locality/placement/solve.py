@@ -189,10 +189,13 @@ def _same_rows(problem: Problem, make: Callable[[int, int, int], baselines.RankL
 
 
 def _balance(problem: Problem) -> Solution:
-    from moe_locality.placement.balance import balance
+    from moe_locality.placement.balance import balance, most_level
 
     shape = (problem.num_nodes, problem.ranks_per_node, problem.num_slots, problem.group_of)
-    return Solution(plan=make_plan(problem, list(balance(problem.trace.load(), *shape))))
+    plan = make_plan(problem, list(balance(problem.trace.load(), *shape)))
+    if not plan.is_permutation:  # replicas do not share evenly: tokens are served nearby
+        plan = most_level(problem.trace, plan, _eplb(problem).plan)
+    return Solution(plan=plan)
 
 
 METHODS: dict[str, Method] = {

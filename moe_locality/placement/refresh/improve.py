@@ -13,6 +13,7 @@ import numpy as np
 
 from moe_locality.errors import PlacementError
 from moe_locality.placement import counting
+from moe_locality.placement.balance import most_level
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.plan.serving import choose_serving_nodes
 from moe_locality.placement.problem import Problem, Solution
@@ -289,6 +290,8 @@ def solve_from(
     if method == "balance":
         whole = problem.group_of is not None
         plan = relevel(start, trace.load(), move_budget=move_budget, whole_nodes=whole)
+        unmoved = replace(plan, physical_to_logical_map=start.physical_to_logical_map)
+        plan = most_level(trace, unmoved, plan)
         moved = moves(start, plan, problem.topology, None)[0]
         return Solution(plan=plan, notes={**notes, "moved_slots": moved})
     pin = None

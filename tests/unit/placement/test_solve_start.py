@@ -4,12 +4,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moe_locality.errors import PlacementError
 from moe_locality.placement import evaluate, solve
 from moe_locality.placement.balance import rank_loads
 from moe_locality.topology.cluster import ClusterTopology
+from moe_locality.trace.schema import RoutingTrace
 from tests.unit.made_trace import make_trace
+from tests.unit.placement.cases import random_plan
 
 CLUSTER = ClusterTopology.uniform(2, 2)
 
@@ -82,3 +86,31 @@ def test_what_a_start_does_not_go_with():
         solve(new, ClusterTopology.uniform(4, 1), start=plan)
     with pytest.raises(PlacementError, match="layer ids"):
         solve(new, CLUSTER, start=replace(plan, layer_ids=(0, 2, 4)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2))
+def test_levelling_a_start_makes_no_layer_less_level(seed, nodes, per_node, extra):
+    """Replicas were taken to share evenly, which made layers worse as ``evaluate`` judges [D7]."""
+    rng = np.random.default_rng(seed)
+    experts = nodes * per_node * 3
+    load = np.rint(1e4 / rng.permuted(np.tile(np.arange(1, experts + 1), (3, 1)), axis=1))
+    trace = RoutingTrace(
+        model="",
+        num_experts=experts,
+        layer_ids=np.arange(3),
+        expert_load=load.astype(np.int64)[None],
+    )
+    start = random_plan(
+        rng,
+        layers=3,
+        experts=experts,
+        nodes=nodes,
+        ranks_per_node=per_node,
+        slots_per_rank=3 + min(extra, experts - 3),
+        expert_load=trace.load(),
+    )
+    cluster = ClusterTopology.uniform(nodes, per_node)
+    found = solve(trace, cluster, method="balance", start=start, move_budget=0.5)
+    before, after = (evaluate(trace, p).per_layer["rank_imbalance"] for p in (start, found))
+    assert (after <= before).all(), (before, after)
