@@ -124,7 +124,7 @@ def dispatched_on_rank(rank: int, world: int, nodes: int, tokens: int, width: in
     """Dispatch once; return the report of what was sent."""
     from moe_locality.config import DispatchConfig
     from moe_locality.dispatch import TokenDispatcher, traffic_report
-    from moe_locality.dispatch.rails import find_rails
+    from moe_locality.dispatch.hierarchical import find_rails
     from moe_locality.topology import ClusterTopology
     from moe_locality.topology.groups import build_groups, layout_groups
 

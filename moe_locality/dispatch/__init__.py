@@ -9,12 +9,9 @@
 Backward runs the same pipeline in reverse, with the splits reversed: gradients of rows travel, and
 the gate gets the dot product of each row and the gradient of its token.
 
-``dispatcher`` is the object a layer talks to and ``autograd`` its two functions. The ways across
-the ranks: ``flat`` (above), ``fixed`` (the same with buffers of a fixed size), ``hierarchical`` (a
-token once per node) and ``deepep``; ``rails`` says where a rank stands among the nodes,
-``exchange`` has the collectives. Pure arithmetic: ``permute``,
-``node_plan`` (the plan of a step), ``wire`` (packed rows), ``codec`` (low-bit rows). ``traffic``
-counts what was sent, ``timing`` what it took.
+``dispatcher`` is the object a layer talks to. The ways across the ranks: ``flat`` (above, also with
+buffers of a fixed size), ``hierarchical`` (a token once per node) and ``deepep``. ``exchange`` has
+the collectives, ``codec`` the low-bit rows. ``traffic`` counts what was sent and what it took.
 """
 
 import importlib
@@ -26,8 +23,8 @@ _HOME_OF = {
     "TrafficCounter": "moe_locality.dispatch.traffic",
     "traffic_report": "moe_locality.dispatch.traffic",
     "reset_traffic": "moe_locality.dispatch.traffic",
-    "check_overflow": "moe_locality.dispatch.fixed",
-    "lost_routes": "moe_locality.dispatch.fixed",
+    "check_overflow": "moe_locality.dispatch.flat",
+    "lost_routes": "moe_locality.dispatch.flat",
 }
 
 __all__ = list(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from moe_locality.dispatch.timing import StageClock
+from moe_locality.dispatch.traffic import StageClock
 from moe_locality.errors import BackendUnavailable, ConfigError
 
 

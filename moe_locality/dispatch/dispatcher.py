@@ -2,7 +2,8 @@
 
 What combine needs from dispatch travels in the handle, so several steps may be in flight. Each verb
 comes as a call and as a start (``dispatch_async``, ``combine_async``) whose ``wait()`` gives the
-result: what is computed between the two runs while rows travel.
+result: what is computed between the two runs while rows travel. The first half knows no autograd;
+the second is one autograd function for each direction, so the graph sees one node for each.
 """
 
 import logging
@@ -10,23 +11,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import torch
 import torch.distributed
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moe_locality.config import DispatchConfig
-from moe_locality.dispatch import autograd
 from moe_locality.dispatch.codec import codec_of
 from moe_locality.dispatch.deepep import DeepEPPlan, DeepEPTransport
 from moe_locality.dispatch.exchange import Link
-from moe_locality.dispatch.fixed import FixedTransport
-from moe_locality.dispatch.flat import FlatTransport
-from moe_locality.dispatch.hierarchical import HierarchicalTransport, TwoStagePlan
+from moe_locality.dispatch.flat import FixedTransport, FlatTransport, StepPlan
+from moe_locality.dispatch.hierarchical import HierarchicalTransport, Rails, TwoStagePlan
 from moe_locality.dispatch.notes import introduce
-from moe_locality.dispatch.permute import StepPlan
 from moe_locality.dispatch.place import Place
-from moe_locality.dispatch.rails import Rails
-from moe_locality.dispatch.timing import StageClock
-from moe_locality.dispatch.traffic import TrafficCounter
+from moe_locality.dispatch.traffic import StageClock, TrafficCounter
 from moe_locality.errors import ConfigError, TopologyError
 from moe_locality.kernels import ops
 from moe_locality.topology.cluster import ClusterTopology
@@ -203,7 +201,7 @@ class TokenDispatcher:
             started = transport.start_dispatch(x, slot_ids, travelling, plan)
 
         def finish() -> DispatchOutput:
-            made, rows, arrived = autograd.dispatch(x, travelling, transport, started)
+            made, rows, arrived = _finish_dispatch(x, travelling, transport, started)
             self.traffic.load += rows.shape[0]
             return DispatchOutput(
                 rows=rows,
@@ -231,7 +229,70 @@ class TokenDispatcher:
         plan, weights = handle.plan, handle.weights
         with torch.no_grad():
             started = transport.start_combine(expert_out, weights, plan)
-        return Pending(lambda: autograd.combine(expert_out, weights, transport, started, plan))
+        return Pending(lambda: _finish_combine(expert_out, weights, transport, started, plan))
+
+
+class _Dispatch(torch.autograd.Function):
+    """``(x [T, D], weights [T, K] or None)`` to the rows of the local experts ``[R, D]`` and the
+    weights where they are used (None where that is this rank).
+
+    Backward sends the gradients of both back in one exchange.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weights: Tensor | None, transport: Any, started: Any, keep: list
+    ) -> tuple[Tensor, Tensor | None]:
+        plan, rows, arrived = transport.finish_dispatch(started, x)
+        ctx.transport, ctx.plan = transport, plan
+        keep.append(plan)
+        return rows, arrived
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_rows: Tensor, grad_weights: Tensor | None) -> tuple:
+        if not ctx.needs_input_grad[1]:
+            grad_weights = None
+        grads = ctx.transport.dispatch_backward(grad_rows.contiguous(), grad_weights, ctx.plan)
+        return *grads, None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """``(expert_out [R, D], weights)`` to the weighted sums of the tokens ``[T, D]``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, expert_out: Tensor, weights: Tensor, transport: Any, started: Any, plan: Any
+    ) -> Tensor:
+        out, rows = transport.finish_combine(started, expert_out, weights, plan)
+        ctx.transport, ctx.plan = transport, plan
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weights)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        rows, weights = ctx.saved_tensors
+        grads = ctx.transport.combine_backward(
+            grad.contiguous(), rows, weights, ctx.plan, ctx.needs_input_grad[0]
+        )
+        return *grads, None, None, None
+
+
+def _finish_dispatch(x: Tensor, weights: Tensor | None, transport: Any, started: Any) -> tuple:
+    """Finish a dispatch; return (plan, rows, weights where they are used)."""
+    keep: list = []
+    apply: Any = _Dispatch.apply
+    rows, arrived = apply(x, weights, transport, started, keep)
+    return keep[0], rows, arrived
+
+
+def _finish_combine(
+    expert_out: Tensor, weights: Tensor, transport: Any, started: Any, plan: Any
+) -> Tensor:
+    """Finish a combine."""
+    apply: Any = _Combine.apply
+    return apply(expert_out, weights, transport, started, plan)
 
 
 def make_transport(

@@ -1,5 +1,5 @@
-"""The way in two stages: across nodes each token goes once to every node that it needs, inside the
-node its rows go on to the ranks that hold the experts.
+"""The exchange in two stages: across nodes each token goes once to every node that it needs, inside
+the node its rows go on to the ranks that hold the experts.
 
 Stage one runs between the ranks of equal local index on every node (*rails*), stage two between the
 ranks of a node. One packed row per copy crosses: the token, the slots it is for on that node, and
@@ -12,26 +12,354 @@ outputs and gradients are those of the flat exchange bit for bit.
 Backward mirrors it: the gradients of a token's rows are added up on the node and cross once, with
 those of the weights packed behind them.
 
-Shapes as in ``node_plan``; N2 rows of this rank's copies inside the node.
+In this order: where a rank stands among the nodes (:class:`Rails`), packed rows
+(:class:`WireFormat`), the arithmetic of a step, the transport.
+
+Shapes: M nodes of the EP group, g ranks of a node, e slots of a rank, Q = g*e slots of a node, N1
+(R1) copies sent (received) in stage one, N2 rows of this rank's copies inside the node, R rows of
+the local experts.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_locality.dispatch import node_plan
 from moe_locality.dispatch.codec import Codec
 from moe_locality.dispatch.exchange import Arriving, Link
-from moe_locality.dispatch.node_plan import HomePlan, NodePlan, TwoStagePlan
-from moe_locality.dispatch.permute import sort_routes, trim
+from moe_locality.dispatch.flat import block_order, inverse, sort_routes, trim
 from moe_locality.dispatch.place import RanksApart
-from moe_locality.dispatch.rails import Rails, find_rails
-from moe_locality.dispatch.timing import StageClock
-from moe_locality.dispatch.wire import WireFormat, wire_format
+from moe_locality.dispatch.traffic import StageClock
+from moe_locality.errors import ConfigError
 from moe_locality.kernels import ops
+from moe_locality.kernels.ops import RowMap
+from moe_locality.topology.cluster import ClusterTopology
 
-__all__ = ["HierarchicalTransport", "Rails", "TwoStagePlan", "find_rails"]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rails:
+    """Where this rank stands among the nodes of its EP group.
+
+    ``inter_group``, ``inter_ranks [M]``: the ranks of its local index, one on each node.
+    ``intra_group``, ``intra_ranks [g]``: the ranks of its node. ``rail_of_slot [P]``: position in
+    ``inter_ranks`` of the node of each slot. ``slot_in_node [P]``: each slot among those of its
+    node. ``members [M][g]``: position in the EP group of each rank of each node.
+    """
+
+    inter_group: Any
+    inter_ranks: tuple[int, ...]
+    intra_group: Any
+    intra_ranks: tuple[int, ...]
+    rail_of_slot: tuple[int, ...]
+    slot_in_node: tuple[int, ...]
+    members: tuple[tuple[int, ...], ...]
+
+
+def nodes_are_even(ranks: tuple[int, ...], topology: ClusterTopology) -> bool:
+    """Return whether every node of an EP group holds as many of its ranks."""
+    nodes = [topology.node_of(rank) for rank in ranks]
+    return len({nodes.count(node) for node in nodes}) == 1
+
+
+def pays(ranks: tuple[int, ...], topology: ClusterTopology, num_slots: int, top_k: int) -> bool:
+    """Return whether ``exchange: auto`` takes the two stages.
+
+    The group spans several nodes, evenly, and either some node has several of its ranks (fewer and
+    larger messages between nodes), or a token can have two picks on one remote node.
+    """
+    nodes = {topology.node_of(rank) for rank in ranks}
+    if len(nodes) == 1 or not nodes_are_even(ranks, topology):
+        return False
+    return len(ranks) > len(nodes) or (top_k > 1 and num_slots > len(nodes))
+
+
+def find_rails(groups: Any, topology: ClusterTopology, num_slots: int) -> Rails:
+    """Return the rails of this rank from the groups that were built for its cluster.
+
+    Args:
+        groups: ``moe_locality.topology.groups.ExpertParallelGroups``.
+
+    Raises:
+        ConfigError: the nodes of the EP group have different numbers of its ranks.
+    """
+    ranks: tuple[int, ...] = groups.ep_ranks
+    nodes = [topology.node_of(rank) for rank in ranks]
+    rails = {topology.node_of(rank): i for i, rank in enumerate(groups.inter_node_ranks)}
+    members = {node: [r for r in ranks if topology.node_of(r) == node] for node in set(nodes)}
+    if not nodes_are_even(ranks, topology) or set(rails) != set(nodes):
+        raise ConfigError(
+            f"found an expert group on nodes {nodes} with rails {groups.inter_node_ranks}, "
+            "expected as many of its ranks on every node: set dispatch.exchange to 'flat'"
+        )
+    slots_per_rank = num_slots // len(ranks)
+    first = {rank: members[node].index(rank) for rank, node in zip(ranks, nodes, strict=True)}
+    return Rails(
+        inter_group=groups.inter_node_group,
+        inter_ranks=tuple(groups.inter_node_ranks),
+        intra_group=groups.intra_node_group,
+        intra_ranks=tuple(groups.intra_node_ranks),
+        rail_of_slot=tuple(rails[nodes[p // slots_per_rank]] for p in range(num_slots)),
+        slot_in_node=tuple(
+            first[ranks[p // slots_per_rank]] * slots_per_rank + p % slots_per_rank
+            for p in range(num_slots)
+        ),
+        members=tuple(
+            tuple(ranks.index(rank) for rank in members[node])
+            for node in sorted(rails, key=lambda node: rails[node])
+        ),
+    )
+
+
+ALIGNMENT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class WireFormat:
+    """``parts``: (width, dtype) of each part of a row, in order."""
+
+    parts: tuple[tuple[int, torch.dtype], ...]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a packed row."""
+        return self._starts()[-1]
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes of a packed row beyond its first part: the other parts, and the padding."""
+        return self.row_bytes - self._sizes()[0]
+
+    def pack(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return uint8 ``[N, row_bytes]`` of parts ``[N, width]``; one part travels as it is."""
+        if len(self.parts) == 1:
+            return parts[0]
+        buffer = parts[0].new_empty(len(parts[0]), self.row_bytes, dtype=torch.uint8)
+        starts, sizes = self._starts(), self._sizes()
+        for part, start, size, stop in zip(parts, starts, sizes, starts[1:], strict=False):
+            buffer[:, start : start + size].view(part.dtype).copy_(part)
+            buffer[:, start + size : stop].zero_()
+        return buffer
+
+    def unpack(self, buffer: Tensor) -> list[Tensor]:
+        """Return views of the parts; the inverse of :meth:`pack`."""
+        if len(self.parts) == 1:
+            return [buffer]
+        found = zip(self.parts, self._starts(), self._sizes(), strict=False)
+        return [buffer[:, start : start + size].view(dtype) for (_, dtype), start, size in found]
+
+    def _sizes(self) -> list[int]:
+        return [width * dtype.itemsize for width, dtype in self.parts]
+
+    def _starts(self) -> list[int]:
+        if len(self.parts) == 1:
+            return [0, self._sizes()[0]]
+        starts = [0]
+        for size in self._sizes():
+            starts.append(starts[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
+        return starts
+
+
+def wire_format(*parts: Tensor | None) -> WireFormat:
+    """Return the format of rows with these parts ``[N, width]``, None for one that is not there."""
+    return WireFormat(tuple((part.shape[1], part.dtype) for part in parts if part is not None))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HomePlan:
+    """What happens to this rank's own tokens.
+
+    ``node_of_route [T, K]``: the node of each route, -1 where it is dropped. ``copies``: the map of
+    (token, node) pairs by node; its ``positions [T, M]`` are the copies of each token.
+    ``local_slots [N1, K]``: for each copy, the slot on its node of each route of the token, -1 for
+    routes to other nodes. ``picks``: the kept routes by (node, slot on it), where rows come back
+    one by one and not as sums. ``input_splits [M]``: copies to each node, ``output_splits``: from
+    each.
+    """
+
+    node_of_route: Tensor
+    copies: RowMap
+    local_slots: Tensor
+    picks: RowMap | None
+    input_splits: tuple[int, ...] = ()
+    output_splits: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodePlan:
+    """What happens to the copies that arrived on this node's rank.
+
+    ``routes``: their routes by slot. ``input_splits [g]``: rows to each rank of the node,
+    ``output_splits``: from each. ``by_expert [R]``: rows as they arrive, in the order of the
+    experts (expert, then home rank of the token in the EP group, then token: the order of the flat
+    exchange); ``by_source`` is its inverse. ``by_home``: rows sorted by slot, in the order (home
+    node, slot); ``from_home`` is its inverse; both only where rows go home one by one, as
+    ``home_splits [M]``.
+    """
+
+    routes: RowMap
+    input_splits: tuple[int, ...]
+    output_splits: tuple[int, ...]
+    tokens_per_local_expert: tuple[int, ...]
+    by_expert: Tensor
+    by_source: Tensor
+    by_home: Tensor | None = None
+    from_home: Tensor | None = None
+    home_splits: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TwoStagePlan:
+    """The plan of a step in two stages. It can be used again for the same routes.
+
+    ``pick_splits [M]``: this rank's kept routes by node, where rows come back one by one.
+    """
+
+    home: HomePlan
+    node: NodePlan
+    pick_splits: tuple[int, ...] = ()
+
+    @property
+    def tokens_per_local_expert(self) -> tuple[int, ...]:
+        return self.node.tokens_per_local_expert
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(T, K) of the routes."""
+        tokens, top_k = self.home.node_of_route.shape
+        return tokens, top_k
+
+    @property
+    def node_mask(self) -> Tensor:
+        """``[T] int64``: bit m is set where a kept route of the token goes to node m."""
+        hits = self.home.copies.positions >= 0
+        return (hits.long() << torch.arange(hits.shape[1], device=hits.device)).sum(dim=1)
+
+
+def plan_home(
+    slot_ids: Tensor,
+    rail_of_slot: Tensor,
+    slot_in_node: Tensor,
+    num_nodes: int,
+    *,
+    one_by_one: bool,
+    kernels: ops.Backend,
+) -> HomePlan:
+    """Return the plan of the tokens with routes ``[T, K]`` (-1: dropped), without splits."""
+    known = slot_ids.clamp_min(0).long()
+    dropped = slot_ids < 0
+    nodes = rail_of_slot[known].masked_fill_(dropped, -1)  # [T, K]
+    local = slot_in_node[known].masked_fill_(dropped, -1)
+    every = torch.arange(num_nodes, device=slot_ids.device)
+    needed = (nodes[:, :, None] == every).any(dim=1)  # [T, M]
+    copies = sort_routes(torch.where(needed, every, -1), num_nodes, kernels)
+    route = copies.row_route.long().clamp_min(0)  # t * M + node
+    token, node = route // num_nodes, route % num_nodes
+    per_node = len(rail_of_slot) // num_nodes
+    small = torch.int16 if per_node <= torch.iinfo(torch.int16).max else torch.int32
+    picks = None
+    if one_by_one:
+        picks = sort_routes(
+            torch.where(dropped, -1, nodes * per_node + local), len(rail_of_slot), kernels
+        )
+    return HomePlan(
+        node_of_route=nodes,
+        copies=copies,
+        local_slots=local[token].masked_fill_(nodes[token] != node[:, None], -1).to(small),
+        picks=picks,
+    )
+
+
+def counts_by_slot_and_home(
+    routes: RowMap, arrived_splits: tuple[int, ...], top_k: int, num_slots: int
+) -> Tensor:
+    """Return ``[Q * M] int64``: rows of each slot of the node by the node of the token's home.
+
+    ``arrived_splits [M]``: copies from each node, in order.
+    """
+    num_nodes = len(arrived_splits)
+    device = routes.row_route.device
+    ends = torch.tensor(arrived_splits, device=device).cumsum(0)
+    copy = torch.div(routes.row_route.long(), top_k, rounding_mode="floor")
+    home = torch.searchsorted(ends, copy, right=True)
+    slots = torch.searchsorted(
+        routes.slot_offsets[1:].long(), torch.arange(len(copy), device=device), right=True
+    )
+    used = slots < num_slots  # a static map has rows past the end
+    cells = torch.where(used, slots * num_nodes + home, num_slots * num_nodes)
+    return torch.bincount(cells, minlength=num_slots * num_nodes + 1)[:-1]
+
+
+def blocks_by_expert(members: tuple[tuple[int, ...], ...], slots_per_rank: int) -> Tensor:
+    """Return how blocks that arrive by (rank of the node, slot, home node) are taken in the order
+    (slot, home rank in the EP group): ``[g * e * M] int64``.
+
+    ``members [M][g]``: position in the EP group of each rank of each node.
+    """
+    num_nodes, per_node = len(members), len(members[0])
+    homes = sorted(
+        (members[node][local], local, node)
+        for node in range(num_nodes)
+        for local in range(per_node)
+    )
+    return torch.tensor(
+        [
+            (local * slots_per_rank + slot) * num_nodes + node
+            for slot in range(slots_per_rank)
+            for _, local, node in homes
+        ]
+    )
+
+
+def plan_node(
+    routes: RowMap,
+    order: Tensor,
+    received: Tensor,
+    sent: list[int],
+    got: list[int],
+    *,
+    num_nodes: int,
+    num_ranks: int,
+    one_by_one: bool,
+) -> NodePlan:
+    """Return the plan of a node's rank from the counts ``[Q * M]`` of both sides.
+
+    ``order``: of :func:`blocks_by_expert`. ``received [g * e * M]`` by (rank, slot, home node).
+    ``sent [Q * M]``, ``got``: both on the host.
+    """
+    size = len(got) // num_ranks  # cells of a rank
+    slots = size // num_nodes
+    by_expert = block_order(received, order, sum(got))
+    cells = [sum(got[i : i + num_nodes]) for i in range(0, len(got), num_nodes)]
+    back: dict = {}
+    if one_by_one:
+        ours = torch.tensor(sent, device=received.device)
+        homes = torch.arange(len(sent), device=received.device).view(-1, num_nodes).t().reshape(-1)
+        by_home = block_order(ours, homes, sum(sent))
+        splits = tuple(sum(sent[m::num_nodes]) for m in range(num_nodes))
+        back = {"by_home": by_home, "from_home": inverse(by_home), "home_splits": splits}
+    return NodePlan(
+        routes=trim(routes, sum(sent)),
+        input_splits=tuple(sum(sent[i : i + size]) for i in range(0, len(sent), size)),
+        output_splits=tuple(sum(got[i : i + size]) for i in range(0, len(got), size)),
+        tokens_per_local_expert=tuple(sum(cells[i::slots]) for i in range(slots)),
+        by_expert=by_expert,
+        by_source=inverse(by_expert),
+        **back,
+    )
+
+
+def gather_weight_grads(home: HomePlan, grads: Tensor) -> Tensor:
+    """Return the gradient of the weights ``[T, K]`` from those of the copies ``[N1, K]``.
+
+    The gradient of a route's weight comes from the copy on its node; a dropped route has zero.
+    """
+    nodes = home.node_of_route
+    if not len(grads):
+        return grads.new_zeros(nodes.shape)
+    copy = home.copies.positions.gather(1, nodes.clamp_min(0)).long().clamp_min(0)
+    return grads.gather(0, copy).masked_fill_(nodes < 0, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,9 +463,7 @@ class HierarchicalTransport:
             if plan is None:
                 routes = sort_routes(parts[1].int(), self.slots_of_node, self.kernels)
                 splits = step.home.output_splits
-                cells = node_plan.counts_by_slot_and_home(
-                    routes, splits, step.top_k, self.slots_of_node
-                )
+                cells = counts_by_slot_and_home(routes, splits, step.top_k, self.slots_of_node)
                 counts = self.inside.start_counts(cells)
             else:
                 routes = plan.node.routes
@@ -185,7 +511,7 @@ class HierarchicalTransport:
         rows, *rest = wire.unpack(arrived)
         rows = rows.contiguous()
         grad = ops.permute_backward(rows, home.copies.positions, backend=self.kernels)
-        return grad, node_plan.gather_weight_grads(home, rest[0]) if rest else None
+        return grad, gather_weight_grads(home, rest[0]) if rest else None
 
     def start_combine(self, expert_out: Tensor, weights: Tensor, plan: TwoStagePlan):
         """Bring the results ``[R, D]`` back to the rank that sent them on, and begin to send sums
@@ -258,7 +584,7 @@ class HierarchicalTransport:
 
     def _plan_home(self, slot_ids: Tensor) -> HomePlan:
         rail_of_slot, slot_in_node, _ = self._on(slot_ids.device)
-        return node_plan.plan_home(
+        return plan_home(
             slot_ids,
             rail_of_slot,
             slot_in_node,
@@ -271,7 +597,7 @@ class HierarchicalTransport:
         with self.clock("counts"):
             received, sent, got = counts.read()
         with self.clock("plan"):
-            node: NodePlan = node_plan.plan_node(
+            node: NodePlan = plan_node(
                 routes,
                 self._on(received.device)[2],
                 received,
@@ -291,7 +617,7 @@ class HierarchicalTransport:
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         if device not in self._tables:
             slots_of_rank = self.slots_of_node // self.inside.size
-            order = node_plan.blocks_by_expert(self.rails.members, slots_of_rank)
+            order = blocks_by_expert(self.rails.members, slots_of_rank)
             self._tables[device] = (
                 torch.tensor(self.rails.rail_of_slot, device=device),
                 torch.tensor(self.rails.slot_in_node, device=device),

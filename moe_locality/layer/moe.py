@@ -30,8 +30,8 @@ from moe_locality.dispatch.dispatcher import (
     check_dispatch_config,
     group_ranks,
 )
+from moe_locality.dispatch.hierarchical import Rails, find_rails, pays
 from moe_locality.dispatch.place import Place
-from moe_locality.dispatch.rails import Rails, find_rails, pays
 from moe_locality.dispatch.traffic import TrafficCounter
 from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.kernels import ops

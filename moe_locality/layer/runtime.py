@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from moe_locality.config import MoeLocalityConfig
-from moe_locality.dispatch.fixed import check_overflow
+from moe_locality.dispatch.flat import check_overflow
 from moe_locality.dispatch.traffic import reset_traffic, traffic_report
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.topology.cluster import ClusterTopology

@@ -10,7 +10,7 @@ import torch
 
 from moe_locality.config import DispatchConfig
 from moe_locality.dispatch import TokenDispatcher, traffic_report
-from moe_locality.dispatch.rails import find_rails
+from moe_locality.dispatch.hierarchical import find_rails
 from moe_locality.placement import evaluate
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.topology import ClusterTopology

@@ -8,7 +8,7 @@ from torch import nn
 
 from moe_locality.config import DispatchConfig
 from moe_locality.dispatch import TokenDispatcher
-from moe_locality.dispatch.fixed import check_overflow, lost_routes
+from moe_locality.dispatch.flat import check_overflow, lost_routes
 from moe_locality.errors import ConfigError
 from tests.distributed.exchange_cases import (
     SLOTS_PER_RANK,

@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 
 from moe_locality.config import DispatchConfig
-from moe_locality.dispatch import TokenDispatcher, permute, traffic_report
-from moe_locality.dispatch.hierarchical import HierarchicalTransport
-from moe_locality.dispatch.rails import find_rails, pays
+from moe_locality.dispatch import TokenDispatcher, flat, traffic_report
+from moe_locality.dispatch.hierarchical import HierarchicalTransport, find_rails, pays
 from moe_locality.quantization import fake_quantize, row_bytes
 from tests.distributed.exchange_cases import (
     SLOTS_PER_RANK,
@@ -136,7 +135,7 @@ def test_outputs_and_gradients_are_those_of_one_process():
 
 def static_maps(rank, world):
     """What a GPU gets, here: maps of fixed size, whose rows past the end are never sent."""
-    permute._static = lambda ids: True
+    flat._static = lambda ids: True
     matrix(rank, world, ((2, 4), (2, 2)))
     payloads(rank, world)
 

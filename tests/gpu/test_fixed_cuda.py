@@ -6,7 +6,7 @@ from torch import nn
 
 pytest.importorskip("deepspeed")
 
-from moe_locality.dispatch.fixed import check_overflow, fixed_rows, lost_routes
+from moe_locality.dispatch.flat import check_overflow, fixed_rows, lost_routes
 from moe_locality.errors import BackendUnavailable, ConfigError
 from moe_locality.kernels import ops
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_locality.config import CapacityConfig, DispatchConfig, read_config
-from moe_locality.dispatch import TokenDispatcher, fixed
+from moe_locality.dispatch import TokenDispatcher, flat
 from moe_locality.errors import ConfigError
 from moe_locality.kernels import library, ops
 
@@ -23,7 +23,7 @@ from moe_locality.kernels import library, ops
 def test_the_map_is_its_definition(seed, tokens, top_k, num_slots, capacity):
     generator = torch.Generator().manual_seed(seed)
     slots = torch.randint(-1, num_slots, (tokens, top_k), generator=generator)
-    made = fixed.fixed_rows(slots, num_slots, capacity, "reference")
+    made = flat.fixed_rows(slots, num_slots, capacity, "reference")
     routes = [[] for _ in range(num_slots)]
     for route, slot in enumerate(slots.flatten().tolist()):
         if slot >= 0:
@@ -79,7 +79,7 @@ def _refuse(*_args):
 def as_if_captured(monkeypatch):
     """As on a GPU inside a capture: every kernel is one operator, and nothing may wait."""
     monkeypatch.setattr(library, "_PLAIN", ())
-    monkeypatch.setattr(fixed, "is_capturing", lambda tensor: True)
+    monkeypatch.setattr(flat, "is_capturing", lambda tensor: True)
 
 
 def experts(rows, counts):
@@ -143,7 +143,7 @@ def test_a_whole_layer_never_waits(as_if_captured):
 
 
 def test_a_first_step_inside_a_capture_is_refused(monkeypatch):
-    monkeypatch.setattr(fixed, "is_capturing", lambda tensor: True)
+    monkeypatch.setattr(flat, "is_capturing", lambda tensor: True)
     with pytest.raises(ConfigError, match="run the model once, then capture"):
         make(rows=3).dispatch(torch.ones(2, 3), torch.zeros(2, 1).long(), torch.ones(2, 1))
 

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_locality.dispatch import node_plan
-from moe_locality.dispatch.permute import block_order, inverse, sort_routes
-from moe_locality.dispatch.rails import pays
+from moe_locality.dispatch import hierarchical
+from moe_locality.dispatch.flat import block_order, inverse, sort_routes
+from moe_locality.dispatch.hierarchical import pays
 from moe_locality.topology import ClusterTopology
 
 
@@ -33,7 +33,7 @@ def test_home_plan_sends_each_token_once_to_each_node_it_needs(nodes, per_node, 
     for node in range(nodes):
         in_node[rail_of_slot == node] = np.arange(per_node)
     slots = rng.integers(-1, num_slots, (tokens, 3))
-    home = node_plan.plan_home(
+    home = hierarchical.plan_home(
         torch.from_numpy(slots),
         torch.from_numpy(rail_of_slot),
         torch.from_numpy(in_node),
@@ -60,7 +60,7 @@ def test_home_plan_sends_each_token_once_to_each_node_it_needs(nodes, per_node, 
     keys = [rail_of_slot[s] * per_node + in_node[s] for s in slots.reshape(-1) if s >= 0]
     assert home.picks.tokens_per_slot.tolist() == np.bincount(keys, minlength=num_slots).tolist()
     splits = tuple(copies.tokens_per_slot.tolist())
-    node = node_plan.NodePlan(
+    node = hierarchical.NodePlan(
         routes=copies,
         input_splits=splits,
         output_splits=splits,
@@ -68,7 +68,7 @@ def test_home_plan_sends_each_token_once_to_each_node_it_needs(nodes, per_node, 
         by_expert=torch.empty(0),
         by_source=torch.empty(0),
     )
-    plan = node_plan.TwoStagePlan(home=home, node=node)
+    plan = hierarchical.TwoStagePlan(home=home, node=node)
     assert plan.shape == (tokens, 3)
     assert plan.node_mask.tolist() == [
         sum(1 << node for node in {int(rail_of_slot[s]) for s in row if s >= 0}) for row in slots
@@ -82,7 +82,7 @@ def test_rows_are_counted_by_slot_and_home(nodes, num_slots, seed):
     splits = tuple(int(n) for n in rng.integers(0, 4, nodes))
     slots = rng.integers(-1, num_slots, (sum(splits), 2))
     routes = sort_routes(torch.from_numpy(slots), num_slots, "reference")
-    found = node_plan.counts_by_slot_and_home(routes, splits, 2, num_slots)
+    found = hierarchical.counts_by_slot_and_home(routes, splits, 2, num_slots)
     homes = np.repeat(np.arange(nodes), splits)
     expected = np.zeros((num_slots, nodes), dtype=int)
     for home, row in zip(homes, slots, strict=True):
@@ -93,7 +93,7 @@ def test_rows_are_counted_by_slot_and_home(nodes, num_slots, seed):
 
 def test_blocks_of_a_slot_are_in_the_order_of_the_home_ranks():
     # two nodes of two ranks that alternate: ranks 0, 2 on node 0 and 1, 3 on node 1
-    order = node_plan.blocks_by_expert(((0, 2), (1, 3)), slots_per_rank=2)
+    order = hierarchical.blocks_by_expert(((0, 2), (1, 3)), slots_per_rank=2)
     arrived = [(local, slot, node) for local in range(2) for slot in range(2) for node in range(2)]
     ranks = [(slot, ((0, 2), (1, 3))[node][local]) for local, slot, node in arrived]
     assert [ranks[i] for i in order.tolist()] == [(s, r) for s in range(2) for r in range(4)]

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_locality.dispatch.permute import expert_major_order, plan_step
+from moe_locality.dispatch.flat import expert_major_order, plan_step
 from moe_locality.kernels import ops
 
 

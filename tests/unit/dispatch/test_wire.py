@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_locality.dispatch.wire import ALIGNMENT, wire_format
+from moe_locality.dispatch.hierarchical import ALIGNMENT, wire_format
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int16, torch.int32]
 
