@@ -27,6 +27,7 @@ from moe_locality.layer.optimizer_state import state_source
 from moe_locality.layer.relabel import current_order, plan_of, relabel
 from moe_locality.layer.relocate import MoveReport, Undone
 from moe_locality.layer.replicas import has_replicas
+from moe_locality.layer.runtime import after_each_step
 from moe_locality.layer.vote import agree_on_failure
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.refresh.improve import Refresh, refresh
@@ -122,7 +123,7 @@ class OnlinePlacement:
     def step(self) -> OnlineDecision | None:
         """Count an optimizer step, and look at the routing every ``every_n_steps``. Collective."""
         self._steps += 1
-        if self._steps % self.config.every_n_steps:
+        if self._steps % self.config.every_n_steps or not self._hooks:  # closed: it sees nothing
             return None
         started = time.monotonic()
         gathered: list[Any] = [None] * dist.get_world_size()
@@ -281,15 +282,5 @@ def attach_online(
             "leave the section 'online' out, and relabel(engine, plan) with plans of your own"
         )
     online = OnlinePlacement(engine, config, topology, layers)
-    original = engine.step
-
-    @functools.wraps(original)
-    def step(*args: Any, **kwargs: Any) -> Any:
-        last = engine.is_gradient_accumulation_boundary()
-        result = original(*args, **kwargs)
-        if last:
-            online.step()
-        return result
-
-    engine.step = step
+    after_each_step(engine, online.step)
     return online

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,27 +66,37 @@ def attach_runtime(engine: Any, runtime: LocalityRuntime) -> None:
         from moe_locality.layer.online import attach_online
 
         runtime.online = attach_online(engine, online, runtime.topology)
-        _close_with(engine, runtime)
     trace = runtime.config.trace
-    if trace is None or not trace.enabled:
+    if trace is not None and trace.enabled:
+        from moe_locality.trace import recorder
+
+        runtime.recorder = recorder.attach(runtime.model, trace, model=type(runtime.model).__name__)
+        after_each_step(engine, runtime.recorder.step)
+    if runtime.online is not None or runtime.recorder is not None:
+        _close_with(engine, runtime)
+
+
+def after_each_step(engine: Any, callback: Callable[[], object]) -> None:
+    """Call ``callback()`` after every optimizer step (the last micro-batch of an accumulation).
+
+    ``engine.step`` is wrapped once; the callbacks run in the order in which they were given.
+    """
+    callbacks = vars(engine).get("moe_locality_after_step")
+    if callbacks is not None:
+        callbacks.append(callback)
         return
-    from moe_locality.trace import recorder
-
-    runtime.recorder = recorder.attach(runtime.model, trace, model=type(runtime.model).__name__)
-    _after_each_step(engine, runtime)
-    _close_with(engine, runtime)
-
-
-def _after_each_step(engine: Any, runtime: LocalityRuntime) -> None:
-    """Tell the recorder about every optimizer step: the last micro-batch of an accumulation."""
+    callbacks = engine.moe_locality_after_step = [callback]
     original = engine.step
 
     @functools.wraps(original)
     def step(*args: Any, **kwargs: Any) -> Any:
-        last = engine.is_gradient_accumulation_boundary()
+        # counted, not asked for: with managed_gradient_accumulation=false the engine knows that a
+        # call ends an accumulation only while it runs
+        before = engine.global_steps
         result = original(*args, **kwargs)
-        if last and runtime.recorder is not None:
-            runtime.recorder.step()
+        if engine.global_steps > before:
+            for call in tuple(callbacks):
+                call()
         return result
 
     engine.step = step

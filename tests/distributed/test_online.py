@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 
 import moe_locality
 from moe_locality.errors import ConfigError
 from moe_locality.layer.relabel import current_order
+from moe_locality.layer.runtime import after_each_step
 from tests.distributed import relabel_nets as nets
 from tests.launch import run_ranks
 
@@ -111,3 +113,48 @@ def _refused(rank, world):
 
 def test_smaller_expert_parallel_groups_are_refused():
     run_ranks(_refused, WORLD, deepspeed=True)
+
+
+def _both(rank, world, folder, managed):
+    """Online and recorder on; micro-batches of two make a step."""
+    section = {
+        "cluster": {"num_nodes": 2, "ranks_per_node": WORLD // 2},
+        "online": {"every_n_steps": 2},
+        "trace": {"path": folder},
+    }
+    config = nets.config_of(
+        gradient_accumulation_steps=2,
+        managed_gradient_accumulation=managed,
+        moe_locality=section,
+    )
+    net = net_of(rank, WORLD)
+    stock_step, stock_destroy = DeepSpeedEngine.step, DeepSpeedEngine.destroy
+    engine, *_ = moe_locality.initialize(
+        model=net, model_parameters=list(net.parameters()), config=config
+    )
+    for wrapped, stock in ((engine.step, stock_step), (engine.destroy, stock_destroy)):
+        assert wrapped.__wrapped__.__func__ is stock  # one wrapper around DeepSpeed's own
+    online, recorder = engine.moe_locality.online, engine.moe_locality.recorder
+    calls = []
+    after_each_step(engine, lambda: calls.append((online._steps, recorder._assembler.step)))
+    if managed:
+        train(engine, range(8), rank, 0)
+    else:  # a call of step ends an accumulation
+        for step in range(4):
+            for part in (0, 1):
+                engine.backward(engine(nets.batch(2 * step + part, rank)[0]).square().mean())
+            engine.step()
+    assert [decision.step for decision in online.decisions] == [2, 4]
+    engine.destroy()
+    return calls
+
+
+@pytest.mark.parametrize("managed", [True, False])
+def test_online_and_recorder_share_one_wrapper_of_the_engine(tmp_path, managed):
+    """step and destroy were wrapped once for each of them; with the accumulation in the caller's
+    hands neither saw any step. One wrapper calls all, in order, once per optimizer step [B4].
+    """
+    per_rank = run_ranks(_both, WORLD, str(tmp_path), managed, deepspeed=True)
+    for calls in per_rank:
+        assert [online for online, _ in calls] == [1, 2, 3, 4]
+        assert np.diff([recorded for _, recorded in calls]).tolist() == [1, 1, 1]
