@@ -1,11 +1,13 @@
 """Commands about traces: analyze, record."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 from moe_locality.commands.inputs import check_writable, read_cluster
 from moe_locality.commands.output import Result, progress, table
 from moe_locality.config import read_config
+from moe_locality.topology.hostfile import read_hostfile, select_slots
 from moe_locality.trace import read_trace
 
 
@@ -82,7 +84,12 @@ def record(script: str, trace: str, hostfile: Path | None, deepspeed_config: Pat
         if found is not None:
             section["trace"] = found.model_dump()
     config_file = deepspeed_config or "ds_config.json"
-    hosts = f"--hostfile {hostfile} " if hostfile is not None else ""
+    hosts, where, slots = "", [], {}
+    if hostfile is not None:
+        # DeepSpeed trains on this machine alone, and says so in a warning, where it finds no file
+        slots = select_slots(read_hostfile(hostfile))
+        hosts = f"--hostfile {shlex.quote(str(hostfile))} "
+        where = _described_hosts(slots)
     launch = f"deepspeed {hosts}{script} --deepspeed_config {config_file}"
     text = [
         f"1. {config_file} " + ("records already:" if found else "needs this section:"),
@@ -92,6 +99,7 @@ def record(script: str, trace: str, hostfile: Path | None, deepspeed_config: Pat
         "   Label the tokens, so that domains and stages are known:",
         "     with moe_locality.annotate(request_ids=ids, domains=names, stage='train'): ...",
         f"3. Run: {launch}",
+        *where,
         f"4. Look: moe-locality analyze {section['trace']['path']} --report report.html",
     ]
     payload = {
@@ -99,5 +107,22 @@ def record(script: str, trace: str, hostfile: Path | None, deepspeed_config: Pat
         "launch": launch,
         "section": {"moe_locality": section},
         "records_already": found is not None,
+        "slots": {host: len(numbers) for host, numbers in slots.items()},
     }
     return Result(payload=payload, text=text)
+
+
+def _described_hosts(slots: dict[str, list[int]]) -> list[str]:
+    """Return lines about the hosts of a hostfile: ranks, idle hosts, uneven ones."""
+    counts = {host: len(numbers) for host, numbers in slots.items()}
+    ranks = ", ".join(f"{host} {count}" for host, count in counts.items() if count)
+    lines = [f"   on {sum(counts.values())} ranks: {ranks}"]
+    idle = [host for host, count in counts.items() if not count]
+    if idle:
+        lines.append(f"   {', '.join(idle)}: 0 slots, so no rank runs there")
+    if len({count for count in counts.values() if count}) > 1:
+        lines.append(
+            "   Hosts of different size: expert groups cannot follow the nodes, and no plan fits "
+            "them; deepspeed's --include takes as many slots of every host"
+        )
+    return lines

@@ -4,13 +4,10 @@ One host per line, ``name slots=N``. Slots are ranks here: one process per slot.
 in the order of the file, consecutive per host.
 """
 
-import logging
 import re
 from pathlib import Path
 
 from moe_locality.errors import TopologyError
-
-logger = logging.getLogger(__name__)
 
 _LINE = re.compile(r"^(\S+)\s+slots=(\d+)")  # the start of the line only, as in DeepSpeed
 
@@ -59,8 +56,9 @@ def select_slots(
     """Return the slots that ``deepspeed --include`` or ``--exclude`` leaves.
 
     ``include`` and ``exclude`` are DeepSpeed's strings: ``host:0,2@host2`` means slots 0 and 2 of
-    ``host`` and all of ``host2``. Hosts stay in the order of the hostfile; those without a slot
-    left are dropped.
+    ``host`` and all of ``host2``. Hosts stay in the order of the hostfile. As in DeepSpeed, a
+    filter drops the hosts without a slot left, and without a filter a host with ``slots=0`` stays:
+    the launcher starts there, and no rank.
 
     Raises:
         TopologyError: both are given, a host or a slot is unknown, or nothing is left.
@@ -82,11 +80,9 @@ def select_slots(
         }
     else:
         left = every
-    empty = [host for host, kept in left.items() if not kept]
-    if empty:
-        logger.info("hosts without a slot are left out: %s", ", ".join(empty))
-    left = {host: kept for host, kept in left.items() if kept}
-    if not left:
+    if include or exclude:
+        left = {host: kept for host, kept in left.items() if kept}
+    if not any(left.values()):
         chosen = f"include={include!r}, exclude={exclude!r}" if include or exclude else "slots=0"
         raise TopologyError(f"found no slot left after {chosen}, expected at least one")
     return left

@@ -36,9 +36,13 @@ def shape_of_names(names: Sequence[str]) -> Shape:
 
 
 def shape_of_hostfile(path: str | Path, include: str | None, exclude: str | None) -> Shape:
-    """Read a hostfile: ranks are consecutive per host, in the order of the file."""
-    slots = select_slots(read_hostfile(path), include, exclude)
-    return shape_of_counts(list(slots), [len(kept) for kept in slots.values()])
+    """Read a hostfile: ranks are consecutive per host, in the order of the file.
+
+    A host without a slot has no rank, so it is no node.
+    """
+    kept = select_slots(read_hostfile(path), include, exclude)
+    slots = {host: numbers for host, numbers in kept.items() if numbers}
+    return shape_of_counts(list(slots), [len(numbers) for numbers in slots.values()])
 
 
 # -- YAML ------------------------------------------------------------------------------------------

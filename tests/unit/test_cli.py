@@ -289,12 +289,14 @@ def test_doctor_compares_versions_by_number(installed, least, problem, monkeypat
 
 
 def test_record_prints_the_launch_line_and_the_section(tmp_path):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("a slots=2\nb slots=2\n")
     found = one_json_object(
-        run("record", "train.py", "--trace", "tr", "--hostfile", "hosts", "--json").stdout
+        run("record", "train.py", "--trace", "tr", "--hostfile", hosts, "--json").stdout
     )
-    assert (
-        found["launch"] == "deepspeed --hostfile hosts train.py --deepspeed_config ds_config.json"
-    )
+    expected = f"deepspeed --hostfile {hosts} train.py --deepspeed_config ds_config.json"
+    assert found["launch"] == expected
+    assert found["slots"] == {"a": 2, "b": 2}
     assert found["section"] == {"moe_locality": {"trace": {"path": "tr"}}}
     assert not found["records_already"]
     config = tmp_path / "ds.json"
@@ -306,6 +308,36 @@ def test_record_prints_the_launch_line_and_the_section(tmp_path):
     found = run("record", "--deepspeed-config", config)
     assert found.exit_code == 1
     assert "tracee" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        (None, "check the path"),
+        ("", "found no host"),
+        ("a slots=2\nb\n", "line 2"),
+        ("a slots=2\na slots=2\n", "each host once"),
+        ("a slots=0\n", "found no slot left"),
+    ],
+)
+def test_record_reads_the_hostfile_that_it_is_given(tmp_path, text, part):
+    """The file was never opened: DeepSpeed then trains on this machine alone [E3]."""
+    hosts = tmp_path / "hosts"
+    if text is not None:
+        hosts.write_text(text)
+    found = run("record", "--hostfile", hosts)
+    assert found.exit_code == 1
+    assert part in found.stderr
+
+
+def test_record_says_which_hosts_get_ranks(tmp_path):
+    """Hosts without a rank, and hosts of different size, are named [E3]."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("a slots=2\nb slots=0\nc slots=1\n")
+    found = run("record", "--hostfile", hosts).stdout
+    assert "on 3 ranks: a 2, c 1" in found
+    assert "b: 0 slots, so no rank runs there" in found
+    assert "Hosts of different size" in found
 
 
 def test_the_page_of_the_command_line_names_only_what_exists():

@@ -1,8 +1,8 @@
 """Our hostfile reader against DeepSpeed's own, over files and filters, valid and not."""
 
-from collections import OrderedDict
-
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moe_locality.errors import TopologyError
 from moe_locality.topology import ClusterTopology
@@ -47,8 +47,8 @@ def deepspeeds(path, include="", exclude=""):
         kept = runner.parse_inclusion_exclusion(pool, include, exclude)
     except ValueError:
         return "refused"
-    # a host without slots gets no process
-    return [(host, slots) for host, slots in OrderedDict(kept).items() if slots] or "refused"
+    # where no host has a slot, the launcher ends without a process and without a word
+    return list(kept.items()) if any(kept.values()) else "refused"
 
 
 @pytest.mark.parametrize("name", HOSTFILES)
@@ -88,6 +88,28 @@ FILTERS = [
 def test_include_and_exclude_are_those_of_deepspeed(tmp_path, include, exclude):
     path = tmp_path / "hostfile"
     path.write_text("a slots=4\nb slots=2\nc slots=2\n")
+    assert ours(path, include, exclude) == deepspeeds(path, include, exclude)
+
+
+LINES = st.sampled_from(
+    [
+        *("a slots=0", "a slots=2", "b slots=3", "b slots=0", "  c\tslots=1", "d slots=2 # x"),
+        *("", "# a slots=4", "a", "slots=2", "e slots=x", "f slots= 2"),
+    ]
+)
+NAMED = st.sampled_from(["", "a", "b:0", "b:0,2@d", "a@c", "d:1@b:1", "c:0@c", "e", "a:2", "b:1,1"])
+
+
+@given(lines=st.lists(LINES, max_size=6), include=NAMED, exclude=NAMED)
+def test_any_file_and_filter_give_the_hosts_and_slots_of_deepspeed(
+    tmp_path_factory, lines, include, exclude
+):
+    """A host with slots=0 was dropped where DeepSpeed keeps it; it stays now [E3].
+
+    The launcher starts on it (and counts it in CROSS_SIZE), no rank does.
+    """
+    path = tmp_path_factory.getbasetemp() / "any_hostfile"
+    path.write_text("\n".join(lines))
     assert ours(path, include, exclude) == deepspeeds(path, include, exclude)
 
 
