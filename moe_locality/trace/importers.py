@@ -7,8 +7,6 @@ described in docs/formats.md and in the module that reads it.
 from __future__ import annotations
 
 import json
-import shutil
-import uuid
 import zipfile
 from collections.abc import Iterator
 from os import PathLike
@@ -24,13 +22,7 @@ from moe_locality.trace.merge import concat
 from moe_locality.trace.npz import read_npz
 from moe_locality.trace.reading import ImportOptions, Report, whole_json
 from moe_locality.trace.schema import RoutingTrace
-from moe_locality.trace.shards import (
-    TMP_PREFIX,
-    make_directory,
-    shard_name,
-    shard_paths,
-    write_shard,
-)
+from moe_locality.trace.shards import make_directory, replace_shards, shard_paths
 
 FORMATS = {
     "npz": "arrays of this package",
@@ -112,31 +104,8 @@ def import_to(
         trace = concat(list(parts))
         write_trace(trace, place, overwrite=overwrite)
         return _Summary().add(trace).to_dict()
-    return _write_parts(parts, place)
-
-
-def _write_parts(parts: Iterator[RoutingTrace], place: Path) -> dict[str, Any]:
-    """Write the shards aside, then put them in the place of what is there."""
-    directory = make_directory(place)
-    waiting = directory / f"{TMP_PREFIX}{uuid.uuid4().hex}"
     summary = _Summary()
-    try:
-        waiting.mkdir()
-        written = [
-            write_shard(summary.add(part).last, waiting, None, number)[0]
-            for number, part in enumerate(parts)
-        ]
-        for old in shard_paths(directory):
-            old.unlink()
-        for number, shard in enumerate(written):
-            shard.rename(directory / shard_name(0, number))
-    except OSError as error:
-        raise TraceError(
-            f"found that the trace cannot be written to {directory} ({error.strerror or error}), "
-            "expected a writable directory with free space: free space, or give another path"
-        ) from error
-    finally:
-        shutil.rmtree(waiting, ignore_errors=True)
+    replace_shards(make_directory(place), (summary.add(part).last for part in parts))
     return summary.to_dict()
 
 

@@ -17,19 +17,23 @@ from moe_locality.trace.schema import RoutingTrace
 from moe_locality.trace.shards import (
     TMP_PREFIX,
     ShardWriter,
+    file_identity,
+    is_shard,
     make_directory,
     missing_sequences,
-    next_sequence,
     read_shard,
+    replace_shards,
+    replaced_since,
+    shard_files,
     shard_paths,
-    sync_directory,
-    write_shard,
 )
 
 __all__ = ["ShardWriter", "read_trace", "read_trace_report", "write_trace"]
 
 _log = logging.getLogger(__name__)
 _SHARD_TOKENS = 1_048_576
+_READINGS = 5
+"""How often a reading is begun again because another program replaced the trace meanwhile."""
 
 
 def read_trace(
@@ -63,7 +67,29 @@ def read_trace_report(
     if place.suffix == ".npz" and not place.is_dir():
         trace = read_npz(place)
         return (trace if layers is None else trace.filter(layers=layers)), []
-    shards, problems = _existing_shards(place)
+    for _ in range(_READINGS):
+        files, problems = _existing_shards(place)
+        try:
+            found = _read_shards(place, list(files), problems, strict, layers)
+        except TraceError:
+            if not replaced_since(files):
+                raise
+            continue
+        if not replaced_since(files):
+            return found
+    raise TraceError(
+        f"found that the trace in {place} was replaced {_READINGS} times while it was being read, "
+        "expected it to stay: read it when the program that writes it is done"
+    )
+
+
+def _read_shards(
+    place: Path,
+    shards: list[Path],
+    problems: list[str],
+    strict: bool,
+    layers: Collection[int] | None,
+) -> tuple[RoutingTrace, list[str]]:
     parts: dict[Path, RoutingTrace] = {}
     for shard in shards:
         try:
@@ -99,8 +125,8 @@ def write_trace(
     A directory that already holds the same content is left as it is.
 
     Args:
-        overwrite: replace a trace of other content; the old shards go only when all new ones are on
-            disk.
+        overwrite: replace a trace of other content. Wherever that is interrupted, and whoever reads
+            meanwhile, the old trace or the new one is found, never a mix.
         shard_tokens: rows per shard.
 
     Raises:
@@ -116,20 +142,13 @@ def write_trace(
     if shard_tokens < 1:
         raise TraceError(f"found shard_tokens {shard_tokens}, expected at least 1")
     directory = make_directory(place)
-    old = shard_paths(directory)
-    if old and not overwrite:
+    if not overwrite and shard_paths(directory):
         if _holds(directory, trace):
             return
         raise _occupied(directory)
-    sequence = next_sequence(directory, 0)
-    written: list[Path] = []
-    for start in range(0, max(trace.num_rows, 1), shard_tokens):
-        rows = np.arange(start, min(start + shard_tokens, trace.num_rows))
-        part = trace if len(rows) == trace.num_rows else trace.take(rows)
-        shard, sequence = write_shard(part, directory, None, sequence)
-        written.append(shard)
-    if old:
-        _replace(directory, old, written)
+    starts = range(0, max(trace.num_rows, 1), shard_tokens)
+    rows = (np.arange(start, min(start + shard_tokens, trace.num_rows)) for start in starts)
+    replace_shards(directory, (trace.take(r) if len(starts) > 1 else trace for r in rows))
 
 
 def _occupied(place: Path) -> TraceError:
@@ -139,22 +158,6 @@ def _occupied(place: Path) -> TraceError:
     )
 
 
-def _replace(directory: Path, old: list[Path], written: list[Path]) -> None:
-    """Remove the old shards, then number the new ones from 0."""
-    try:
-        for shard in old:
-            shard.unlink()
-        for number, shard in enumerate(written):
-            shard.rename(directory / f"part-00000-{number:05d}.parquet")
-        sync_directory(directory)
-    except OSError as error:
-        raise TraceError(
-            f"found that the old trace in {directory} cannot be replaced "
-            f"({error.strerror or error}), expected a writable directory: change its permissions "
-            "or give another path"
-        ) from error
-
-
 def _holds(directory: Path, trace: RoutingTrace) -> bool:
     try:
         return read_trace_report(directory, strict=True)[0].same_content(trace)
@@ -162,8 +165,9 @@ def _holds(directory: Path, trace: RoutingTrace) -> bool:
         return False
 
 
-def _existing_shards(place: Path) -> tuple[list[Path], list[str]]:
-    """Return the shards of a directory (or the one file named), and what is strange about them."""
+def _existing_shards(place: Path) -> tuple[dict[Path, tuple[int, ...]], list[str]]:
+    """Return the shards of a directory (or the one file named), and what is strange about them; see
+    ``shard_files``."""
     if not place.exists():
         raise TraceError(
             f"found nothing at {place}, expected a trace (a directory of part-*.parquet shards, or "
@@ -171,14 +175,18 @@ def _existing_shards(place: Path) -> tuple[list[Path], list[str]]:
         )
     if not place.is_dir():
         if place.suffix == ".parquet":
-            return [place], []
+            return {place: file_identity(place)}, []
         raise TraceError(
             f"found a file {place}, expected a directory of shards or a name that ends in .npz: "
             "convert other formats with `moe-locality import`"
         )
     try:
-        shards = shard_paths(place)
-        others = {p for p in place.glob("*.parquet") if not p.name.startswith(TMP_PREFIX)}
+        shards = shard_files(place)
+        strange = [
+            path
+            for path in sorted(place.glob("*.parquet"))
+            if not is_shard(path.name) and not path.name.startswith(TMP_PREFIX)
+        ]
     except OSError as error:
         raise TraceError(
             f"found that {place} cannot be listed ({error.strerror}), expected a readable "
@@ -191,11 +199,11 @@ def _existing_shards(place: Path) -> tuple[list[Path], list[str]]:
         )
     problems = [
         f"found no shard {name}, though a later one of this rank is there: its rows are missing"
-        for name in missing_sequences(shards)
+        for name in missing_sequences(list(shards))
     ]
     problems += [
         f"found {other.name}, expected names like part-00000-00000.parquet: it was not read"
-        for other in sorted(others - set(shards))
+        for other in strange
     ]
     return shards, problems
 

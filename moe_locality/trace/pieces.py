@@ -10,7 +10,12 @@ from moe_locality.errors import TraceError
 from moe_locality.trace.merge import settings
 from moe_locality.trace.npz import read_npz
 from moe_locality.trace.schema import RoutingTrace
-from moe_locality.trace.shards import missing_sequences, read_shard, shard_paths
+from moe_locality.trace.shards import (
+    missing_sequences,
+    read_shard,
+    replaced_since,
+    shard_files,
+)
 
 Progress = Callable[[int, int, str], None]
 
@@ -36,7 +41,8 @@ def read_pieces(
     if place.suffix == ".npz" and not place.is_dir():
         yield read_npz(place)
         return
-    shards = shard_paths(place) if place.is_dir() else []
+    files = shard_files(place) if place.is_dir() else {}
+    shards = list(files)
     if not shards:
         raise TraceError(
             f"found no part-*.parquet shard at {place}, expected a directory of shards or an .npz "
@@ -51,7 +57,13 @@ def read_pieces(
     for done, (shard, layers) in enumerate(work):
         if progress is not None:
             progress(done, len(work), shard.name)
-        yield read_shard(shard, layers)[0]
+        piece = read_shard(shard, layers)[0]
+        if replaced_since({shard: files[shard]}):
+            raise TraceError(
+                f"found that shard {shard} was replaced while the trace was being read, expected "
+                "it to stay: read it when the program that writes it is done"
+            )
+        yield piece
     if progress is not None:
         progress(len(work), len(work), "")
 

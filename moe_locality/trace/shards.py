@@ -2,26 +2,34 @@
 layer.
 
 The layout is described in docs/formats.md. A shard is complete or absent: it is written under a
-temporary name and takes its own name only when every byte is on disk.
+temporary name and takes its own name only when every byte is on disk. So is a trace of several
+shards that ``replace_shards`` writes: a manifest, put in place by one rename, says from that moment
+on which shards count; when all have their names it is removed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
+import shutil
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from moe_locality.errors import TraceError
+from moe_locality.files import replace_text
 from moe_locality.trace.layout import SCALARS, ShardMeta, from_file, to_table
 from moe_locality.trace.schema import RoutingTrace
 
 TMP_PREFIX = ".tmp-"
+MANIFEST = ".manifest.json"
+"""There only while a trace is being put in the place of another, or after that was interrupted."""
 
 _NAME = re.compile(r"part-(\d{5,})-(\d{5,})\.parquet")
 _WEIGHTS = "expert_weights"
@@ -122,7 +130,8 @@ class ShardWriter:
 
 
 def make_directory(directory: str | os.PathLike[str]) -> Path:
-    """Return the directory, made if absent and checked for write access."""
+    """Return the directory, made if absent and checked for write access; a replacement of its trace
+    that was interrupted is brought to its end."""
     path = Path(directory)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -136,13 +145,66 @@ def make_directory(directory: str | os.PathLike[str]) -> Path:
             f"found no permission to write to {path}, expected a writable directory: change its "
             "permissions (chmod u+wx) or give another path"
         )
+    try:
+        _finish(path)
+    except OSError as error:
+        raise _unwritable(path, error) from error
     return path
+
+
+def _unwritable(directory: Path, error: OSError) -> TraceError:
+    return TraceError(
+        f"found that the trace in {directory} cannot be written or replaced "
+        f"({error.strerror or error}), expected a writable directory with free space: free space, "
+        "change its permissions, or give another path"
+    )
 
 
 def shard_paths(directory: Path) -> list[Path]:
     """Shards of a directory in the order of rank and sequence; other files are not looked at."""
-    named = [(match, path) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for match, path in sorted(named, key=lambda x: (int(x[0][1]), int(x[0][2])))]
+    return list(shard_files(directory))
+
+
+def shard_files(directory: Path) -> dict[Path, tuple[int, ...]]:
+    """The same, each with what tells its file from a later one of that name."""
+    found = _shard_files(directory)
+    while found != (again := _shard_files(directory)):  # listed while a trace was being replaced
+        found = again
+    return found
+
+
+def _shard_files(directory: Path) -> dict[Path, tuple[int, ...]]:
+    manifest = _manifest(directory)
+    named = {path.name: path for path in directory.iterdir() if is_shard(path.name)}
+    if manifest is not None:
+        staging = directory / manifest["staging"]
+        for name in _replaced(directory, manifest):
+            named.pop(name, None)
+        for name in manifest["shards"]:
+            named[name] = staging / name if (staging / name).exists() else directory / name
+    numbers = {name: tuple(map(int, _NAME.fullmatch(name).groups())) for name in named}  # type: ignore[union-attr]
+    return {
+        named[name]: file_identity(named[name]) for name in sorted(named, key=numbers.__getitem__)
+    }
+
+
+def file_identity(path: Path) -> tuple[int, ...]:
+    """What tells a file from a later one of its name; empty where none is."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return ()
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def replaced_since(files: Mapping[Path, tuple[int, ...]]) -> list[Path]:
+    """Those of ``shard_files`` that are gone or have another file under their name now."""
+    return [path for path, identity in files.items() if file_identity(path) != identity]
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file has the name of a shard."""
+    return _NAME.fullmatch(name) is not None
 
 
 def missing_sequences(paths: Sequence[Path]) -> list[str]:
@@ -219,6 +281,75 @@ def _publish(temporary: Path, path: Path) -> bool:
             return False
         os.rename(temporary, path)
     return True
+
+
+def replace_shards(directory: Path, parts: Iterable[RoutingTrace]) -> None:
+    """Write a trace, one shard per part, in the place of all shards that are in a directory.
+
+    Whoever reads finds the old trace or the new one, whole, wherever the writing stops: the new
+    shards are written aside; the manifest that names them is put there by one rename; then they
+    take their names. The next ``make_directory`` ends what was interrupted after that rename.
+
+    Raises:
+        TraceError: the disk refuses. Whatever ``parts`` raises goes through.
+    """
+    staging = directory / f"{TMP_PREFIX}{uuid.uuid4().hex}"
+    try:
+        staging.mkdir()
+        shards = [write_shard(part, staging, None, n)[0].name for n, part in enumerate(parts)]
+        manifest = {
+            "format_version": 1,
+            "staging": staging.name,
+            "shards": shards,
+            "replaced": {p.name: identity for p, identity in shard_files(directory).items()},
+        }
+        sync_directory(directory)
+        replace_text(directory / MANIFEST, json.dumps(manifest))
+        sync_directory(directory)
+        _finish(directory)
+    except OSError as error:
+        raise _unwritable(directory, error) from error
+    finally:
+        if (_manifest(directory) or {}).get("staging") != staging.name:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _finish(directory: Path) -> None:
+    """Do what the manifest says, and remove it."""
+    manifest = _manifest(directory)
+    if manifest is None:
+        return
+    staging = directory / manifest["staging"]
+    for name in manifest["shards"]:
+        with contextlib.suppress(FileNotFoundError):  # it has its name already
+            os.replace(staging / name, directory / name)
+    for name in _replaced(directory, manifest) - set(manifest["shards"]):
+        (directory / name).unlink(missing_ok=True)
+    sync_directory(directory)
+    (directory / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def _replaced(directory: Path, manifest: dict[str, Any]) -> set[str]:
+    """Names that still stand for the old trace; another rank may have recorded under one since."""
+    items = manifest["replaced"].items()
+    return {name for name, old in items if file_identity(directory / name) == tuple(old)}
+
+
+def _manifest(directory: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads((directory / MANIFEST).read_bytes())
+        names = [*content["shards"], *dict(content["replaced"])]
+        if not all(map(is_shard, names)) or not re.fullmatch(r"\.tmp-\w+", content["staging"]):
+            raise ValueError("names that are none of shards")
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        raise TraceError(
+            f"found a damaged {directory / MANIFEST} ({error!r}), expected the names of the shards "
+            "that count: restore it, or write the trace again to another directory"
+        ) from error
+    return content
 
 
 def sync_directory(directory: Path) -> None:
