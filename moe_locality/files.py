@@ -2,23 +2,30 @@
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 
 def replace_text(path: str | os.PathLike[str], text: str) -> Path:
-    """Write a text file whole or not at all: a new file in the same folder, fsync, rename.
+    """Write a text file like ``replace_file``; the folder is made if absent."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return replace_file(path, lambda file: file.write(text.encode("utf-8")))
 
-    The folder is made if absent; what stood there before stays where anything fails.
+
+def replace_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> Path:
+    """Write a file whole or not at all: a new file in the same folder, fsync, rename.
+
+    What stood there before stays where anything fails.
 
     Raises:
-        OSError: the folder cannot be made or written.
+        OSError: the folder is absent or cannot be written. Whatever ``write`` raises goes through.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         mask = os.umask(0)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import TraceError
+from moe_locality.files import replace_file
 from moe_locality.trace.schema import RoutingTrace
 
 FORMAT_VERSION = 1
@@ -63,7 +64,7 @@ def _check_directory(path: Path, archive: zipfile.ZipFile | None) -> None:
 
 
 def write_npz(trace: RoutingTrace, path: str | PathLike[str]) -> None:
-    """Write a trace as one compressed .npz file (the name must end in .npz)."""
+    """Write a trace as one compressed .npz file (so must its name end), whole or not at all."""
     if Path(path).suffix != ".npz":
         raise TraceError(f"found {path}, expected a file name that ends in .npz")
     arrays: dict[str, Any] = {
@@ -93,7 +94,7 @@ def write_npz(trace: RoutingTrace, path: str | PathLike[str]) -> None:
     if trace.step is not None:
         arrays["step" if trace.kind == "tokens" else "step_id"] = trace.step
     try:
-        np.savez_compressed(path, **arrays)
+        replace_file(path, lambda file: np.savez_compressed(file, **arrays))
     except OSError as error:
         raise TraceError(
             f"found that {path} cannot be written ({error.strerror or error}), expected a writable "

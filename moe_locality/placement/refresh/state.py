@@ -17,6 +17,7 @@ import numba
 import numpy as np
 
 from moe_locality.errors import PlacementError
+from moe_locality.files import replace_file
 from moe_locality.trace.schema import RoutingTrace
 
 SAMPLE_TOKENS = 8192
@@ -121,7 +122,6 @@ class RefreshState:
     def write(self, path: str | os.PathLike[str]) -> Path:
         """Write the state as .npz, whole or not at all."""
         place = Path(path)
-        temporary = place.with_name(f".tmp-{os.getpid()}-{place.name}")
         scalars = {
             "format": np.array(_FORMAT),
             "model": np.array(self.model),
@@ -129,19 +129,14 @@ class RefreshState:
             "tokens": np.array(self.tokens),
             "half_life_tokens": np.array(self.half_life_tokens or np.nan),
         }
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
         try:
-            with open(temporary, "wb") as file:
-                np.savez(file, **scalars, **{name: getattr(self, name) for name in _ARRAYS})
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, place)
+            replace_file(place, lambda file: np.savez(file, **scalars, **arrays))
         except OSError as error:
             raise PlacementError(
                 f"cannot write the refresh state {place}: {error.strerror or error}: give a path "
                 "in a directory that you may write"
             ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
         return place
 
     @classmethod

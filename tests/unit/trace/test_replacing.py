@@ -293,3 +293,26 @@ def test_a_damaged_manifest_is_named(tmp_path):
         (tmp_path / shards.MANIFEST).write_text(content)
         with pytest.raises(TraceError, match=r"damaged .*\.manifest\.json"):
             read_trace(tmp_path)
+
+
+def test_an_npz_file_is_replaced_whole(tmp_path):
+    """An interrupted overwrite of an .npz file destroyed the old one. [B2]"""
+    path, step = tmp_path / "trace.npz", 0
+    while True:
+        step += 1
+        write_trace(OLD, path, overwrite=True)
+
+        def fail(number, step=step):
+            if number == step:
+                raise OSError(28, "No space left on device")
+
+        with before_each_step(tmp_path, fail) as count:
+            try:
+                write_trace(NEW, path, overwrite=True)
+            except TraceError as error:
+                assert "No space left" in str(error)  # noqa: PT017  most steps fail, not all
+        trace = read_trace(path)
+        assert trace.same_content(OLD) or trace.same_content(NEW)
+        if count() < step:
+            break
+    assert step > 4
