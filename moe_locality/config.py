@@ -148,16 +148,21 @@ class OnlineConfig(_Section):
 
 
 class TrackingConfig(_Section):
-    """wandb. ``mode="offline"`` needs no network and gives the same report."""
+    """Lines about a training: to wandb (``mode="offline"`` needs no network), and to a directory
+    that ``moe-locality compare`` reads.
+    """
 
     enabled: bool = True
     project: str = "moe_locality"
-    group: str | None = None
+    group: str | None = Field(default=None, description="default: the name of the model's class")
     name: str | None = None
     job_type: str = "train"
     mode: Literal["offline", "online", "disabled"] = "offline"
-    dir: str | None = None
-    every_n_steps: int = Field(default=10, ge=1)
+    dir: str | None = Field(default=None, description="where wandb keeps its files")
+    run_dir: str | None = Field(
+        default=None, description="run directory for `moe-locality compare`, with any mode"
+    )
+    every_n_steps: int = Field(default=10, ge=1, description="one line per n optimizer steps")
 
 
 class MoeLocalityConfig(_Section):

@@ -1,7 +1,9 @@
 """wandb, thinly: one tracker for a run, and a twin that does nothing where tracking is off.
 
-Offline is the default: nothing leaves the machine until somebody runs ``wandb sync``. Keys that the
-project uses, all over the step metric ``tokens`` (tokens seen so far):
+Offline is the default: nothing leaves the machine until somebody runs ``wandb sync``. An online run
+that finds no network, or no key, goes on offline with a warning. Keys that the project uses, over
+the step metric ``tokens`` (tokens seen so far) or, for a training, ``step`` (optimizer steps); a
+training's are described in docs/config.md:
 
     traffic/cross_node_bytes, traffic/cross_node_frac     bytes that crossed nodes; share of all
     traffic/cross_node_messages                           messages between nodes, all directions
@@ -28,7 +30,9 @@ from moe_locality.errors import BackendUnavailable, ConfigError
 logger = logging.getLogger(__name__)
 
 STEP_METRIC = "tokens"
-METRIC_FAMILIES = ("traffic/*", "load/*", "quality/*", "time/*")
+METRIC_FAMILIES = ("traffic/*", "load/*", "quality/*", "time/*", "trace/*", "online/*")
+ONLINE_WAIT_S = 15.0
+"""How long an online run may look for its server; wandb's own WANDB_INIT_TIMEOUT goes before."""
 PACKAGES = (
     "moe-locality",
     "numpy",
@@ -67,8 +71,10 @@ class NullTracker:
     active = False
     directory: Path | None = None
 
-    def log(self, values: Mapping[str, float], *, tokens: int) -> None:
-        """Record scalars; ``tokens`` is the number of tokens seen so far."""
+    def log(
+        self, values: Mapping[str, float], *, tokens: int | None = None, step: int | None = None
+    ) -> None:
+        """Record scalars at a number of tokens seen, or of optimizer steps done, so far."""
 
     def log_summary(self, values: Mapping[str, Any]) -> None:
         """Record final values of the run."""
@@ -88,6 +94,16 @@ class NullTracker:
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
         """Record files (or the files of a directory) as a versioned artifact."""
+
+    def log_reference(
+        self,
+        name: str,
+        kind: str,
+        path: str | os.PathLike[str],
+        *,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Record where the files of a directory are, as an artifact that holds no copy of them."""
 
     def finish(self, exit_code: int = 0) -> None:
         """Write what is left and close the run."""
@@ -109,15 +125,18 @@ class Tracker(NullTracker):
 
     active = True
 
-    def __init__(self, run: Any) -> None:
+    def __init__(self, run: Any, step_metric: str = STEP_METRIC) -> None:
         self._run = run
         self.directory = Path(run.dir).parent
-        run.define_metric(STEP_METRIC)
+        run.define_metric(step_metric)
         for family in METRIC_FAMILIES:
-            run.define_metric(family, step_metric=STEP_METRIC)
+            run.define_metric(family, step_metric=step_metric)
 
-    def log(self, values: Mapping[str, float], *, tokens: int) -> None:
-        self._run.log({**values, STEP_METRIC: tokens})
+    def log(
+        self, values: Mapping[str, float], *, tokens: int | None = None, step: int | None = None
+    ) -> None:
+        axes = {STEP_METRIC: tokens, "step": step}
+        self._run.log({**values, **{key: at for key, at in axes.items() if at is not None}})
 
     def log_summary(self, values: Mapping[str, Any]) -> None:
         self._run.summary.update(dict(values))
@@ -160,6 +179,20 @@ class Tracker(NullTracker):
                 )
         self._run.log_artifact(artifact)
 
+    def log_reference(
+        self,
+        name: str,
+        kind: str,
+        path: str | os.PathLike[str],
+        *,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(name, type=kind, metadata=dict(metadata or {}))
+        artifact.add_reference(Path(path).resolve().as_uri(), checksum=False)
+        self._run.log_artifact(artifact)
+
     def finish(self, exit_code: int = 0) -> None:
         self._run.finish(exit_code=exit_code)
 
@@ -170,11 +203,13 @@ def start_tracking(
     run_config: Mapping[str, Any] | None = None,
     rank: int = 0,
     tags: Sequence[str] = (),
+    step_metric: str = STEP_METRIC,
 ) -> NullTracker:
     """Start a run as the section "tracking" says; other ranks than 0 get the tracker that does
     nothing.
 
-    ``run_config`` is the resolved configuration; versions and the git commit are added to it.
+    ``run_config`` is the resolved configuration; versions, and the commit of the current folder
+    where it names none, are added to it.
 
     Raises:
         BackendUnavailable: wandb is not installed.
@@ -190,37 +225,62 @@ def start_tracking(
         raise _not_installed("wandb") from error
     if config.dir is not None:
         _make_directory(config.dir)
-    quiet = wandb.Settings(
+    given = dict(run_config or {})
+    if "commit" not in given:
+        given["commit"] = git_commit()
+    options: dict[str, Any] = {
+        "project": config.project,
+        "group": config.group,
+        "name": config.name,
+        "job_type": config.job_type,
+        "dir": config.dir,
+        "config": {"versions": package_versions(), **given},
+        "tags": list(tags) or None,
+        "reinit": "create_new",
+    }
+    try:
+        if config.mode == "online":
+            run = _online_run(wandb, options)
+        else:
+            run = wandb.init(mode=config.mode, settings=_settings(wandb), **options)
+    except wandb.Error as error:
+        raise ConfigError(
+            f"wandb could not start a run in mode {config.mode!r}: {error}: correct the tracking "
+            'section, or set its mode to "offline"'
+        ) from error
+    return Tracker(run, step_metric)
+
+
+def _online_run(wandb: Any, options: dict[str, Any]) -> Any:
+    """Start an online run, or an offline one where the server is not reached in time."""
+    waits = {"login_timeout": ONLINE_WAIT_S, "finish_timeout": 2 * ONLINE_WAIT_S}
+    if "WANDB_INIT_TIMEOUT" not in os.environ:
+        waits["init_timeout"] = ONLINE_WAIT_S
+    try:
+        return wandb.init(mode="online", settings=_settings(wandb, **waits), **options)
+    except wandb.Error as error:
+        run = wandb.init(mode="offline", settings=_settings(wandb), **options)
+        logger.warning(
+            "wandb could not start an online run (%s): this one is offline; `wandb sync %s` "
+            "publishes it later",
+            " ".join(str(error).split()),
+            Path(run.dir).parent,
+        )
+        return run
+
+
+def _settings(wandb: Any, **waits: float) -> Any:
+    """Quiet, and about this project alone; waits that an older wandb does not know are left out."""
+    known = {key: value for key, value in waits.items() if key in wandb.Settings.model_fields}
+    return wandb.Settings(
         silent=True,
         console="off",
         disable_git=True,
         disable_code=True,
         x_disable_stats=True,
         x_disable_meta=True,
+        **known,
     )
-    try:
-        run = wandb.init(
-            project=config.project,
-            group=config.group,
-            name=config.name,
-            job_type=config.job_type,
-            dir=config.dir,
-            mode=config.mode,
-            config={
-                **(run_config or {}),
-                "versions": package_versions(),
-                "commit": git_commit(),
-            },
-            tags=list(tags) or None,
-            settings=quiet,
-            reinit="create_new",
-        )
-    except wandb.Error as error:
-        raise ConfigError(
-            f"wandb could not start a run in mode {config.mode!r}: {error}: correct the tracking "
-            'section, or set its mode to "offline"'
-        ) from error
-    return Tracker(run)
 
 
 def _make_directory(path: str) -> None:

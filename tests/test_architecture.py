@@ -36,7 +36,7 @@ FLOORS = {
     "moe_locality.dispatch": 4,
     "moe_locality.layer": 5,
     "moe_locality.serving": 5,
-    "moe_locality.tracking": 6,
+    "moe_locality.tracking": 1,
     "moe_locality.report": 6,
     "moe_locality.figures": 6,
     "moe_locality.compare": 6,

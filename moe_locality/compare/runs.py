@@ -2,7 +2,8 @@
 
 A run directory holds any of: ``metrics.jsonl`` (one object per step: "step", "loss", "step_s"),
 ``summary.json``, ``traffic.json`` (a traffic report), ``evaluation.npz`` (rows per request),
-``plan.json`` and ``trace/``. What is missing is left out of the comparison, and said.
+``plan.json`` and ``trace/``; docs/formats.md has the keys. What is missing is left out of the
+comparison, and said.
 """
 
 import dataclasses
@@ -184,22 +185,26 @@ def _loss_rows(pair: tuple[Run, Run]) -> list[Row]:
 def _traffic_rows(pair: tuple[Run, Run]) -> list[Row]:
     rows: list[Row] = []
     links = [run.traffic.get("by_link") if run.traffic else None for run in pair]
+    steps = [(run.traffic or {}).get("steps") for run in pair]
+    counted = [step for step in steps if step]
+    per, of = (" per step", counted) if len(counted) == 2 else ("", [1, 1])
     if all(links):
         totals = [_link_totals(link) for link in links if link]
-        crossing = [total["cross_node"] for total in totals]
-        rows += _row("traffic/cross_node_bytes", "bytes, all directions", [*crossing])
+        crossing = [total["cross_node"] / n for total, n in zip(totals, of, strict=True)]
+        rows += _row("traffic/cross_node_bytes", f"bytes{per}, all directions", [*crossing])
         shares = [total["cross_node"] / max(sum(total.values()), 1) for total in totals]
         rows += _row("traffic/cross_node_frac", "share of all bytes", [*shares])
         dispatch = [link["dispatch"]["cross_node"] for link in links if link]
-        rows += _row("traffic/dispatch_cross_node_bytes", "bytes, dispatch", [*dispatch])
+        dispatch = [count / n for count, n in zip(dispatch, of, strict=True)]
+        rows += _row("traffic/dispatch_cross_node_bytes", f"bytes{per}, dispatch", dispatch)
     messages = [run.traffic.get("messages_by_link") if run.traffic else None for run in pair]
     if all(messages):
         counts = [
-            sum(kind["cross_node"] for name, kind in by_kind.items() if name != "routing")
-            for by_kind in messages
+            sum(kind["cross_node"] for name, kind in by_kind.items() if name != "routing") / n
+            for by_kind, n in zip(messages, of, strict=True)
             if by_kind
         ]
-        rows += _row("traffic/cross_node_messages", "messages, all directions", [*counts])
+        rows += _row("traffic/cross_node_messages", f"messages{per}, all directions", [*counts])
     received = [_received(run) for run in pair]
     if all(r is not None and r.sum() > 0 for r in received):
         balance = [float(r.mean() / r.max()) for r in received if r is not None]
@@ -227,7 +232,11 @@ def _received(run: Run) -> np.ndarray | None:
 def _time_rows(pair: tuple[Run, Run]) -> list[Row]:
     steps = []
     for run in pair:
-        times = [s["step_s"] for s in run.steps if "step_s" in s][WARM_UP_STEPS:]
+        times, warm = [], 0
+        for line in run.steps:  # a line may stand for several steps
+            if "step_s" in line:
+                times += [line["step_s"]] if warm >= WARM_UP_STEPS else []
+                warm += line.get("steps", 1)
         steps.append(statistics.median(times) * 1e6 if times else None)
     rows = _row("time/step_us", f"µs, median after {WARM_UP_STEPS} steps", steps)
     seconds = [run.summary.get("eval_s") for run in pair]

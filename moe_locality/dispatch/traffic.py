@@ -80,7 +80,8 @@ LINKS = ("same_rank", "same_node", "cross_node")
 
 class TrafficCounter:
     """``rows[kind][i]``, ``bytes[kind][i]`` and ``messages[kind][i]`` (int64): sent by this rank to
-    ``ranks[i]``; ``load``: rows that this rank's experts worked on; ``clock``: times of the stages.
+    ``ranks[i]``; ``load``: rows that this rank's experts worked on; ``clock``: times of the stages;
+    ``resets``: how often counting began anew.
 
     ``ranks``: global ranks of the EP group, in its order.
     """
@@ -95,10 +96,12 @@ class TrafficCounter:
         self.ranks = tuple(ranks)
         self.topology = topology
         self.clock = clock or StageClock()
+        self.resets = -1
         self.reset()
 
     def reset(self) -> None:
         """Set all counts to zero."""
+        self.resets += 1
         self.load = 0
         self.rows, self.bytes, self.messages = (
             {kind: np.zeros(len(self.ranks), dtype=np.int64) for kind in ALL_KINDS}
@@ -280,3 +283,67 @@ def link_classes(ranks: Sequence[int], topology: ClusterTopology) -> np.ndarray:
     classes = np.where(nodes[:, None] == nodes[None, :], 1, 2)
     np.fill_diagonal(classes, 0)
     return classes
+
+
+def local_traffic(model: nn.Module, topology: ClusterTopology | None) -> dict[str, Any]:
+    """What this rank counted, small enough to be gathered from many ranks every few steps: sums
+    over the layers, by link; see :func:`joined_traffic`.
+    """
+    found: dict[str, Any] = {"layers": {}, "stage_us": {}, "resets": 0, "sent": {}}
+    me = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    for name, counter in counters(model):
+        where = topology or counter.topology
+        found["layers"][name] = counter.load
+        found["resets"] += counter.resets
+        for stage, us in counter.clock.stage_us().items():
+            found["stage_us"][stage] = found["stage_us"].get(stage, 0.0) + us
+        links = None
+        if where is not None:
+            nodes = np.array([where.node_of(rank) for rank in counter.ranks])
+            links = np.where(nodes == where.node_of(me), 1, 2)
+            links[counter.ranks.index(me)] = 0
+        for what, key in _MATRICES.items():
+            for kind, counts in getattr(counter, what).items():
+                if kind == "dispatch" and what != "messages":
+                    row = found.setdefault(what, {})
+                    for rank, count in zip(counter.ranks, counts.tolist(), strict=True):
+                        row[rank] = row.get(rank, 0) + count
+                if links is not None:
+                    by_link = np.bincount(links, weights=counts, minlength=3).astype(np.int64)
+                    sums = found["sent"].setdefault(key, {}).setdefault(kind, [0, 0, 0])
+                    sums[:] = [a + b for a, b in zip(sums, by_link.tolist(), strict=True)]
+    return found
+
+
+def joined_traffic(everyone: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Join what :func:`local_traffic` gave on every rank: the keys of :func:`traffic_report`, with
+    the matrices of the dispatch alone and, per layer, the load and the ``ranks`` that have it.
+    """
+    ranks = range(len(everyone))
+    names = dict.fromkeys(name for mine in everyone for name in mine["layers"])
+    stages = dict.fromkeys(stage for mine in everyone for stage in mine["stage_us"])
+    report: dict[str, Any] = {"ranks": list(ranks)}
+    for what, key in _MATRICES.items():
+        if what != "messages":
+            rows = [mine.get(what, {}) for mine in everyone]
+            report[what] = {"dispatch": [[row.get(rank, 0) for rank in ranks] for row in rows]}
+        sent = [mine["sent"][key] for mine in everyone if key in mine["sent"]]
+        report[key] = {
+            kind: dict(zip(LINKS, np.sum([s[kind] for s in sent], axis=0).tolist(), strict=True))
+            for kind in (sent[0] if sent else ())
+        } or None
+    layers = [
+        {
+            "name": name,
+            "load": [mine["layers"].get(name, 0) for mine in everyone],
+            "ranks": [rank for rank in ranks if name in everyone[rank]["layers"]],
+        }
+        for name in names
+    ]
+    report["load"] = np.sum([layer["load"] for layer in layers], axis=0).tolist() if layers else []
+    report["per_layer"] = layers
+    report["stage_us"] = {
+        stage: [mine["stage_us"].get(stage, 0.0) for mine in everyone] for stage in stages
+    }
+    report["resets"] = sum(mine["resets"] for mine in everyone)
+    return report

@@ -123,7 +123,7 @@ def initialize(*args: Any, **kwargs: Any) -> Any:
     result = deepspeed.initialize(*args, **kwargs)
     module: Any = result[0].module
     runtime = LocalityRuntime(model=module, config=section, plan=plan, topology=topology)
-    attach_runtime(result[0], runtime)
+    attach_runtime(result[0], runtime, ds_config)
     if topology is not None and moe_modules(module):
         from moe_locality.layer.checkpoint import wrap_checkpoints
 
@@ -210,7 +210,8 @@ def _agree_on_inputs(
         failure = error
     facts = {
         "error": failure and (type(failure), str(failure)),
-        "section": section.model_dump_json(exclude={"tracking"}),  # one rank may track
+        "section": section.model_dump_json(exclude={"tracking"}),  # rank 0's counts
+        "tracking": section.tracking,
         "plan": plan.digest() if plan is not None else None,
     }
     everyone = exchange_objects(facts) if torch.distributed.is_initialized() else [facts]
@@ -220,7 +221,14 @@ def _agree_on_inputs(
             raise error[0](f"on ranks {ranks} of {len(everyone)}: {error[1]}")
     _same_on_all(everyone, "section", ConfigError, f"the {SECTION} section", "ds_config")
     _same_on_all(everyone, "plan", PlacementError, f"the plan {section.plan}", "plan file")
-    return section, ds_config, plan
+    tracking = everyone[0]["tracking"]
+    others = [rank for rank, fact in enumerate(everyone) if fact["tracking"] is not None]
+    if tracking is None and others:
+        raise ConfigError(
+            f"found the section tracking on ranks {others} and not on rank 0, which writes the "
+            "run, expected it there: give rank 0 the section"
+        )
+    return section.model_copy(update={"tracking": tracking}), ds_config, plan
 
 
 def _same_on_all(

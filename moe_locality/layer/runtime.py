@@ -1,16 +1,22 @@
 """What moe_locality keeps beside a running DeepSpeed engine: ``engine.moe_locality``."""
 
+import atexit
 import functools
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import nn
 
 from moe_locality.config import MoeLocalityConfig
 from moe_locality.dispatch.flat import check_overflow
 from moe_locality.dispatch.traffic import reset_traffic, traffic_report
+from moe_locality.errors import MoeLocalityError
+from moe_locality.layer.vote import agree_on_failure
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.topology.cluster import ClusterTopology
 
@@ -22,7 +28,7 @@ class LocalityRuntime:
     """Configuration, placement, cluster and recorder of an engine.
 
     ``topology`` is None with AutoEP, whose layers count no traffic. ``recorder`` is None where the
-    section has no ``trace``, ``online`` where it has no ``online``.
+    section has no ``trace``, ``online`` where it has no ``online``, ``log`` where no ``tracking``.
     """
 
     model: nn.Module
@@ -31,6 +37,7 @@ class LocalityRuntime:
     topology: ClusterTopology | None = None
     recorder: Any = None
     online: Any = None
+    log: Any = None
 
     def traffic_report(self, group: Any = None) -> dict[str, Any]:
         """Gather what every rank sent; see ``moe_locality.dispatch.traffic_report``. Collective."""
@@ -39,6 +46,8 @@ class LocalityRuntime:
     def reset_traffic(self) -> None:
         """Count from zero again."""
         reset_traffic(self.model)
+        if self.log is not None:
+            self.log.reset_traffic()
 
     def check_overflow(self) -> None:
         """Raise on all ranks where routes found no row in the buffers of ``dispatch.capacity``, for
@@ -47,18 +56,25 @@ class LocalityRuntime:
         check_overflow(self.model)
 
     def close(self) -> None:
-        """Write what the recorder still holds. Called by ``engine.destroy``; the recorder itself
-        sees to the end of the process.
+        """Write what recorder and tracking still hold. Called by ``engine.destroy`` and at the end
+        of the process; not collective.
         """
         online, self.online = self.online, None
         if online is not None:
             online.close()
         recorder, self.recorder = self.recorder, None
-        if recorder is not None:
-            recorder.close()
+        report = None if recorder is None else recorder.close()
+        log, self.log = self.log, None
+        if log is not None:
+            atexit.unregister(self.close)
+            failed = sys.exc_info()[0] is not None or getattr(sys, "last_value", None) is not None
+            trace = self.config.trace
+            log.close(None if trace is None else trace.path, report, failed=failed)
 
 
-def attach_runtime(engine: Any, runtime: LocalityRuntime) -> None:
+def attach_runtime(
+    engine: Any, runtime: LocalityRuntime, ds_config: dict[str, Any] | None = None
+) -> None:
     """Hang ``runtime`` on the engine, start its recorder, and let the engine drive it."""
     engine.moe_locality = runtime
     online = runtime.config.online
@@ -72,21 +88,68 @@ def attach_runtime(engine: Any, runtime: LocalityRuntime) -> None:
 
         runtime.recorder = recorder.attach(runtime.model, trace, model=type(runtime.model).__name__)
         after_each_step(engine, runtime.recorder.step)
-    if runtime.online is not None or runtime.recorder is not None:
+    if runtime.config.tracking is not None and runtime.config.tracking.enabled:
+        _attach_log(engine, runtime, ds_config)
+    if (runtime.online, runtime.recorder, runtime.log) != (None, None, None):
         _close_with(engine, runtime)
+
+
+def _attach_log(engine: Any, runtime: LocalityRuntime, ds_config: dict[str, Any] | None) -> None:
+    """Start the log of a training. Collective: what rank 0 cannot start is an error on all."""
+    from moe_locality.layer.run_log import RunLog
+
+    config, topology = runtime.config, runtime.topology
+    failure: MoeLocalityError | None = None
+    try:
+        runtime.log = RunLog(
+            engine,
+            config.tracking,  # pyright: ignore[reportArgumentType]  asked for, so it is there
+            facts={
+                "model": type(runtime.model).__name__,
+                "ds_config": ds_config,
+                "cluster": None if topology is None else topology.describe(),
+                "num_ranks": dist.get_world_size() if dist.is_initialized() else 1,
+            },
+            plan=runtime.plan,
+            plan_file=config.plan,
+            topology=topology,
+        )
+    except MoeLocalityError as error:
+        failure = error
+    agree_on_failure(failure)
+    log = runtime.log
+    atexit.register(runtime.close)
+
+    def after_step() -> None:
+        if runtime.log is not None:
+            log.step(runtime.recorder, runtime.online)
+
+    after_each_step(engine, after_step)
+    if isinstance(engine, PipelineEngine):
+        return  # its train_batch has the loss
+    original = engine.backward
+
+    @functools.wraps(original)
+    def backward(loss: Any, *args: Any, **kwargs: Any) -> Any:
+        log.saw_loss(loss)
+        return original(loss, *args, **kwargs)
+
+    engine.backward = backward
 
 
 def after_each_step(engine: Any, callback: Callable[[], object]) -> None:
     """Call ``callback()`` after every optimizer step (the last micro-batch of an accumulation).
 
-    ``engine.step`` is wrapped once; the callbacks run in the order in which they were given.
+    ``engine.step`` (``train_batch`` of a pipeline) is wrapped once; the callbacks run in the order
+    in which they were given.
     """
     callbacks = vars(engine).get("moe_locality_after_step")
     if callbacks is not None:
         callbacks.append(callback)
         return
     callbacks = engine.moe_locality_after_step = [callback]
-    original = engine.step
+    name = "train_batch" if isinstance(engine, PipelineEngine) else "step"
+    original = getattr(engine, name)
 
     @functools.wraps(original)
     def step(*args: Any, **kwargs: Any) -> Any:
@@ -99,7 +162,7 @@ def after_each_step(engine: Any, callback: Callable[[], object]) -> None:
                 call()
         return result
 
-    engine.step = step
+    setattr(engine, name, step)
 
 
 def _close_with(engine: Any, runtime: LocalityRuntime) -> None:

@@ -1,0 +1,389 @@
+"""What a training says of itself while it runs: lines for wandb and for ``moe-locality compare``.
+
+Every ``tracking.every_n_steps`` optimizer steps all ranks give what they counted to rank 0, which
+writes one line: sums and means over all ranks. Nothing else is collective, so a run may end
+anywhere, on any rank. A line that cannot be written is a warning, once; the training goes on.
+"""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from moe_locality.config import TrackingConfig
+from moe_locality.dispatch.dispatcher import group_ranks
+from moe_locality.dispatch.flat import lost_routes
+from moe_locality.dispatch.traffic import joined_traffic, local_traffic
+from moe_locality.errors import ConfigError
+from moe_locality.files import replace_text
+from moe_locality.layer.gate import LocalityTopKGate
+from moe_locality.layer.moe import moe_modules
+from moe_locality.placement.plan import PlacementPlan
+from moe_locality.topology.cluster import ClusterTopology
+from moe_locality.trace.recorder.routes import read_deepspeed_gate
+from moe_locality.tracking import git_commit, package_versions, start_tracking
+
+logger = logging.getLogger(__name__)
+METRICS, TRAFFIC, SUMMARY, PLAN = "metrics.jsonl", "traffic.json", "summary.json", "plan.json"
+
+
+class RunLog:
+    """Lines about the training of an engine. Rank 0 holds the wandb run and the run directory.
+
+    Args:
+        facts: what the run is (model, ds_config, cluster ...), for wandb's config and the summary.
+
+    Raises:
+        BackendUnavailable, ConfigError: on rank 0, where a run cannot be started.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        config: TrackingConfig,
+        *,
+        facts: dict[str, Any],
+        plan: PlacementPlan | None,
+        plan_file: str | None,
+        topology: ClusterTopology | None,
+    ) -> None:
+        self.engine, self.config, self.topology = engine, config, topology
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        script = Path(getattr(sys.modules.get("__main__"), "__file__", None) or ".")
+        self.facts = {
+            **facts,
+            "plan": None if plan is None else plan.digest(),
+            "commit": git_commit(script.resolve().parent if script.is_file() else "."),
+        }
+        self._seen = self._counted_from = 0  # optimizer steps since the start; where counts began
+        self._losses: list[torch.Tensor] = []
+        self._routing: dict[str, dict[str, Any]] = {}
+        self._last: dict[str, Any] = {}
+        self._clock: tuple[int, float] | None = None
+        self._decisions = 0
+        self._failed = self._wrote = False
+        if self.rank == 0 and config.run_dir is not None:
+            self._open_directory(Path(config.run_dir), plan)
+        self.tracker = start_tracking(
+            config.model_copy(update={"group": config.group or facts["model"]}),
+            run_config=self.facts,
+            rank=self.rank,
+            step_metric="step",
+        )
+        if plan is not None and plan_file is not None:
+            what = {"digest": plan.digest()}
+            self._guarded(self.tracker.log_artifact, "plan", "plan", [plan_file], metadata=what)
+        self._hooks = [
+            module.deepspeed_moe.gate.register_forward_hook(_Watch(self, name, module))
+            for name, module in moe_modules(engine.module)
+            if isinstance(module.deepspeed_moe.gate, LocalityTopKGate)
+        ]
+
+    # -- while a step runs ------------------------------------------------------------------------
+
+    def wanted(self) -> bool:
+        """Whether the step that runs now will have a line."""
+        return (self.engine.global_steps + 1) % self.config.every_n_steps == 0
+
+    def saw_loss(self, loss: Any) -> None:
+        """Take the loss of a micro-batch, as it was given to ``engine.backward``."""
+        if isinstance(loss, torch.Tensor) and loss.numel() == 1 and self.wanted():
+            self._losses.append(loss.detach())
+
+    def saw_routes(self, name: str, module: Any, slots: torch.Tensor) -> None:
+        """Take the slots ``[T, K]`` (-1: dropped) of a layer's picks. Waits for no device."""
+        layer = module.deepspeed_moe
+        ranks = group_ranks(layer.ep_group, layer.ep_size)
+        num_slots = layer.ep_size * layer.num_local_experts
+        kept = slots >= 0
+        counts = torch.bincount(torch.where(kept, slots, num_slots).flatten().long())
+        found = {
+            "ranks": ranks,
+            "tokens": slots.shape[0],
+            "picks": slots.numel(),
+            "dropped": (~kept).sum(),
+            "slots": torch.nn.functional.pad(counts, (0, num_slots + 1 - len(counts)))[:num_slots],
+        }
+        topology = self.topology or layer.topology
+        if topology is not None:
+            nodes = torch.tensor([topology.node_of(rank) for rank in ranks], device=slots.device)
+            per_rank = num_slots // len(ranks)
+            where = nodes[slots.clamp_min(0).long() // per_rank]
+            none = topology.num_nodes
+            hit = torch.zeros(len(slots), none + 1, dtype=torch.bool, device=slots.device)
+            hit.scatter_(1, torch.where(kept, where, none), True)
+            hit[:, [none, topology.node_of(self.rank)]] = False
+            found["copies"] = hit.sum()
+        before = self._routing.get(name)
+        if before is not None:  # micro-batches
+            found = {
+                key: value if key == "ranks" else value + before[key]
+                for key, value in found.items()
+            }
+        self._routing[name] = found
+
+    # -- after a step -----------------------------------------------------------------------------
+
+    def step(self, recorder: Any, online: Any) -> None:
+        """Count an optimizer step and write a line where one is due. Collective there."""
+        done = self.engine.global_steps
+        self._seen += 1
+        losses, self._losses = self._losses, []
+        routing, self._routing = self._routing, {}
+        if done % self.config.every_n_steps:
+            self._clock = self._clock or (self._seen, time.perf_counter())
+            return
+        agg = getattr(self.engine, "agg_train_loss", None)  # a pipeline's, the same on all stages
+        if agg is not None:
+            losses = [torch.as_tensor(agg)]
+        mine = {
+            "loss": float(torch.stack([x.float().reshape(()) for x in losses]).mean())
+            if losses
+            else None,
+            "traffic": local_traffic(self.engine.module, self.topology),
+            "routing": {name: _on_host(found) for name, found in routing.items()},
+            "lost": lost_routes(self.engine.module),
+            "recorder": None if recorder is None else recorder.report(),
+        }
+        everyone: list[Any] = [mine]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            everyone = [None] * dist.get_world_size()
+            dist.gather_object(mine, everyone if self.rank == 0 else None)
+        if self.rank == 0:
+            self._guarded(self._write_line, done, everyone, online)
+        self._clock = (self._seen, time.perf_counter())
+
+    def _write_line(self, done: int, everyone: Sequence[dict[str, Any]], online: Any) -> None:
+        report = joined_traffic([mine["traffic"] for mine in everyone])
+        if report["resets"] != self._last.get("resets"):
+            self._last = {}
+        steps = self._seen - self._last.get("seen", self._counted_from)
+        values = {
+            **_loss(everyone),
+            **_traffic(_minus(report, self._last), max(steps, 1), self.topology),
+            **_routing([mine["routing"] for mine in everyone]),
+            **_recorded([mine["recorder"] for mine in everyone]),
+        }
+        if any(mine["lost"] for mine in everyone):
+            values["load/overflow_routes"] = float(sum(mine["lost"] for mine in everyone))
+        if self._clock is not None and self._seen > self._clock[0]:
+            seconds = time.perf_counter() - self._clock[1]
+            values["time/step_us"] = 1e6 * seconds / (self._seen - self._clock[0])
+        if online is not None and len(online.decisions) > self._decisions:
+            self._decisions = len(online.decisions)
+            values |= online.decisions[-1].metrics()
+        self._last = {**report, "seen": self._seen}
+        self.tracker.log(values, step=done)
+        if self.config.run_dir is not None:
+            counted = {**report, "steps": self._seen - self._counted_from}
+            self._to_directory(Path(self.config.run_dir), done, steps, values, counted)
+
+    def reset_traffic(self) -> None:
+        """Note that the layers count from zero again."""
+        self._counted_from = self._seen
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    def close(self, trace: str | None, report: Any, *, failed: bool) -> None:
+        """Write what is left and close the wandb run."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if trace is not None and report is not None and report.recorded_tokens:
+            what = {"path": str(Path(trace).resolve()), "tokens_of_rank_0": report.recorded_tokens}
+            self._guarded(self.tracker.log_reference, "trace", "trace", trace, metadata=what)
+        summary: dict[str, Any] = {"steps": self.engine.global_steps}
+        for kind, links in (self._last.get("by_link") or {}).items():
+            summary |= {f"total/{kind}/{link}_bytes": count for link, count in links.items()}
+        self._guarded(self.tracker.log_summary, summary)
+        self._guarded(self.tracker.finish, 1 if failed else 0)
+
+    def _guarded(self, action: Any, *args: Any, **options: Any) -> None:
+        """A training does not end because nobody could write about it."""
+        try:
+            action(*args, **options)
+        except Exception as error:  # noqa: BLE001  whatever wandb or the disk say
+            log = logger.debug if self._failed else logger.warning
+            self._failed = True
+            log("moe_locality: tracking failed, the training goes on: %s", error, exc_info=error)
+
+    # -- the run directory ------------------------------------------------------------------------
+
+    def _open_directory(self, folder: Path, plan: PlacementPlan | None) -> None:
+        there = folder / PLAN
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if there.is_file() and (
+                plan is None or PlacementPlan.read(there).digest() != plan.digest()
+            ):
+                raise ConfigError(
+                    f"found {there} of another run, expected "
+                    f"{'none' if plan is None else 'the plan of this run'}: give an empty "
+                    "directory as tracking.run_dir"
+                )
+            if plan is not None:
+                plan.write(there)
+            self._write_summary(folder, 0)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write the run directory {folder}: {error.strerror}: give another one as "
+                "tracking.run_dir"
+            ) from error
+
+    def _to_directory(
+        self,
+        folder: Path,
+        done: int,
+        steps: int,
+        values: dict[str, float],
+        counted: dict[str, Any],
+    ) -> None:
+        file = folder / METRICS
+        if not self._wrote and file.is_file():
+            _keep_before(file, done)
+        self._wrote = True
+        line: dict[str, Any] = {"step": done, "steps": steps}
+        names = {"quality/loss": ("loss", 1.0), "time/step_us": ("step_s", 1e-6)}
+        for key, value in values.items():
+            name, factor = names.get(key, (key, 1.0))
+            line[name] = value * factor
+        with file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(line) + "\n")
+        replace_text(folder / TRAFFIC, json.dumps(counted) + "\n")
+        self._write_summary(folder, done)
+
+    def _write_summary(self, folder: Path, steps: int) -> None:
+        content = {**self.facts, "versions": package_versions(), "steps": steps}
+        replace_text(folder / SUMMARY, json.dumps(content, indent=1, default=str) + "\n")
+
+
+class _Watch:
+    """The hook of one gate."""
+
+    def __init__(self, log: RunLog, name: str, module: Any) -> None:
+        self.log, self.name, self.module = log, name, module
+
+    def __call__(self, gate: Any, _inputs: Any, output: Any) -> None:
+        if gate.training and torch.is_grad_enabled() and self.log.wanted():
+            ids = read_deepspeed_gate(output, gate.k, False).ids.detach()
+            self.log.saw_routes(self.name, self.module, gate.slot_ids(ids))
+
+
+def _on_host(found: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value.tolist() if isinstance(value, torch.Tensor) else value
+        for key, value in found.items()
+    }
+
+
+def _keep_before(file: Path, step: int) -> None:
+    """Go on with the lines of an earlier run from before ``step``; one with later lines is kept."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    earlier = [line for line in lines if line.strip() and json.loads(line).get("step", 0) < step]
+    if len(earlier) == len(lines):
+        return
+    number = 1
+    while (kept := file.with_name(f"metrics.{number}.jsonl")).exists():
+        number += 1
+    file.rename(kept)
+    replace_text(file, "".join(line + "\n" for line in earlier))
+    logger.warning("moe_locality: found lines from step %d on in %s: see %s", step, file, kept)
+
+
+# -- the numbers of a line -------------------------------------------------------------------------
+
+
+def _loss(everyone: Sequence[dict[str, Any]]) -> dict[str, float]:
+    losses = [mine["loss"] for mine in everyone if mine["loss"] is not None]
+    return {"quality/loss": float(np.mean(losses))} if losses else {}
+
+
+def _traffic(
+    counted: dict[str, Any], steps: int, topology: ClusterTopology | None
+) -> dict[str, float]:
+    """Bytes, messages and times per step; imbalances as means over the layers."""
+    values: dict[str, float] = {}
+    if counted["by_link"]:
+        totals = {
+            link: sum(kind[link] for kind in counted["by_link"].values())
+            for link in ("same_rank", "same_node", "cross_node")
+        }
+        values = {f"traffic/{link}_bytes": count / steps for link, count in totals.items()}
+        values["traffic/cross_node_frac"] = totals["cross_node"] / max(sum(totals.values()), 1)
+        messages = (
+            kind["cross_node"]
+            for name, kind in counted["messages_by_link"].items()
+            if name != "routing"
+        )
+        values["traffic/cross_node_messages"] = sum(messages) / steps
+    by_rank, by_node = [], []
+    for layer in counted["per_layer"]:
+        load = np.array([layer["load"][rank] for rank in layer["ranks"]], np.float64)
+        if not load.sum():
+            continue
+        by_rank.append(load.max() / load.mean())
+        if topology is not None:
+            nodes = np.bincount([topology.node_of(r) for r in layer["ranks"]], weights=load)
+            by_node.append(nodes.max() / nodes.mean())
+    if by_rank:
+        values["load/rank_imbalance"] = float(np.mean(by_rank))
+        values["load/balancedness"] = float(np.mean(1 / np.array(by_rank)))
+    if by_node:
+        values["load/node_imbalance"] = float(np.mean(by_node))
+    for stage, us in counted["stage_us"].items():
+        values[f"time/{stage.replace(' ', '_')}_us"] = float(np.mean(us)) / steps
+    return values
+
+
+def _routing(everyone: Sequence[dict[str, dict[str, Any]]]) -> dict[str, float]:
+    """What the picks of one step say, as ``moe_locality.placement.evaluate`` counts it."""
+    found = [layer for mine in everyone for layer in mine.values()]
+    if not found:
+        return {}
+    tokens = max(sum(layer["tokens"] for layer in found), 1)
+    values = {
+        "load/dropped_frac": sum(f["dropped"] for f in found)
+        / max(sum(f["picks"] for f in found), 1)
+    }
+    if all("copies" in layer for layer in found):
+        values["traffic/copies"] = sum(layer["copies"] for layer in found) / tokens
+    slots: dict[Any, np.ndarray] = {}
+    for mine in everyone:
+        for name, layer in mine.items():
+            key = (name, layer["ranks"])
+            slots[key] = slots.get(key, 0) + np.array(layer["slots"])
+    used = [(count.reshape(len(key[1]), -1) > 0).sum(axis=1) for key, count in slots.items()]
+    values["load/distinct"] = float(np.mean(np.concatenate(used)))
+    return values
+
+
+def _recorded(reports: Sequence[Any]) -> dict[str, float]:
+    reports = [report for report in reports if report is not None]
+    if not reports:
+        return {}
+    return {
+        "trace/recorded_tokens": float(sum(report.recorded_tokens for report in reports)),
+        "trace/dropped_tokens": float(sum(report.dropped_tokens for report in reports)),
+        "trace/skipped_forwards": float(sum(report.skipped_forwards for report in reports)),
+    }
+
+
+def _minus(now: Any, before: Any) -> Any:
+    """Subtract counts that grow: numbers, in lists and dicts; what is new stays as it is."""
+    if isinstance(now, dict) and isinstance(before, dict):
+        return {
+            key: value if key == "ranks" else _minus(value, before.get(key))
+            for key, value in now.items()
+        }
+    if isinstance(now, list) and isinstance(before, list) and len(now) == len(before):
+        return [_minus(a, b) for a, b in zip(now, before, strict=True)]
+    if isinstance(now, (int, float)) and isinstance(before, (int, float)):
+        return now - before
+    return now
