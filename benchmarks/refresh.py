@@ -25,8 +25,8 @@ import numpy as np
 from _results import append_rows
 from refresh_ceiling import most_share
 
-from moe_locality.analysis.coactivation import count_coactivation
 from moe_locality.placement import evaluate, solve
+from moe_locality.placement.counting import count_coactivation
 from moe_locality.placement.refresh.improve import refresh
 from moe_locality.placement.refresh.state import RefreshState
 from moe_locality.topology import ClusterTopology

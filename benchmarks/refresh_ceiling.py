@@ -9,8 +9,8 @@ never too large, so the true share is no larger than what is returned.
 
 import numpy as np
 
-from moe_locality.analysis.coactivation import count_coactivation
 from moe_locality.placement import PlacementPlan, evaluate, solve
+from moe_locality.placement.counting import count_coactivation
 from moe_locality.placement.refresh.improve import refresh
 from moe_locality.placement.refresh.state import RefreshState
 from moe_locality.topology import ClusterTopology

@@ -1,4 +1,5 @@
-"""Exact integer counts of a trace under a plan: node visits, picks by home, picks by batch.
+"""Exact integer counts of a trace: picks and pairs of picks; under a plan node visits, picks by
+home, picks by batch.
 
 Plain numpy in chunks of tokens, so that memory stays bounded whatever the trace. A trace of
 ``COMPILED_PICKS`` or more is counted by the same loops compiled, in threads: the first ``evaluate``
@@ -6,11 +7,17 @@ of a small one should not wait for a compiler. Shapes: T tokens, L layers, K pic
 slots, G ranks, M nodes.
 """
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
 from moe_locality.placement.threads import over_layers
+from moe_locality.trace.pieces import read_pieces
+from moe_locality.trace.schema import RoutingTrace
 
 COMPILED_PICKS = 1 << 23
 _CHUNK_PICKS = 1 << 20
@@ -175,3 +182,102 @@ def rank_batches(
 
         over_layers(fill, layers)
         yield loads, active
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coactivation:
+    """What a placement needs to know of a trace: how often experts are picked, alone and together.
+
+    pairs: int64 [L, E, E], tokens that picked both experts; symmetric, zero on the diagonal.
+    load: int64 [L, E], tokens that picked the expert.
+    layer_ids: transformer layer index of each row. num_tokens: rows counted (a token whose layers
+    lie in the shards of several pipeline stages counts once per shard). model: of the trace.
+    """
+
+    pairs: np.ndarray
+    load: np.ndarray
+    layer_ids: tuple[int, ...]
+    num_tokens: int
+    model: str = ""
+
+    @property
+    def num_experts(self) -> int:
+        return int(self.load.shape[1])
+
+
+def count_coactivation(
+    trace: RoutingTrace | str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    max_bytes: int = 128 << 20,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Coactivation:
+    """Count picks and pairs of picks of every layer in one pass.
+
+    The result does not depend on the number of threads, nor on how a trace is cut into shards.
+
+    Args:
+        trace: a trace in memory, or the path of one. A directory of Parquet shards is read piece by
+            piece and may be larger than memory; an .npz file is read whole.
+        threads: None: one per processor that this process may use.
+        max_bytes: about what the expert ids of a piece of a shard may take, read and decoded.
+        progress: called with (pieces done, pieces in all, text) when reading a directory.
+
+    Raises:
+        TraceError: the trace has counts only, or its files are damaged or do not fit each other.
+    """
+    if not isinstance(trace, RoutingTrace):
+        pieces = read_pieces(trace, max_bytes=max_bytes, progress=progress)
+        return _sum_parts(pieces, threads, sort=True)
+    return _sum_parts(iter([trace]), threads, sort=False)
+
+
+def _sum_parts(parts: Iterator[RoutingTrace], threads: int | None, *, sort: bool) -> Coactivation:
+    """Add up parts of one trace, of whatever rows and layers; layers by number, or as they come."""
+    rows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    seen: dict[int, int] = {}
+    model = ""
+    num = 0
+    for part in parts:
+        ids = part.tokens_only("count_coactivation").expert_ids
+        model, num = part.model, part.num_experts
+        pairs, load = _count_pairs(ids, num, threads)
+        for place, layer in enumerate(int(i) for i in part.layer_ids):
+            seen[layer] = seen.get(layer, 0) + len(ids)
+            if layer not in rows:
+                rows[layer] = (np.zeros((num, num), np.int64), np.zeros(num, np.int64))
+            both, alone = rows[layer]
+            both += pairs[place]
+            both += pairs[place].T
+            alone += load[place]
+    layers = sorted(rows) if sort else list(rows)
+    result = Coactivation(
+        pairs=np.zeros((len(layers), num, num), np.int64),
+        load=np.zeros((len(layers), num), np.int64),
+        layer_ids=tuple(layers),
+        num_tokens=max(seen.values(), default=0),
+        model=model,
+    )
+    for place, layer in enumerate(layers):
+        result.pairs[place], result.load[place] = rows.pop(layer)
+        np.fill_diagonal(result.pairs[place], 0)
+    return result
+
+
+def _count_pairs(
+    ids: np.ndarray, num_experts: int, threads: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(uint32 [L, E, E] pairs in the order of the picks, int64 [L, E] picks) of ids [T, L, K].
+
+    Threads take different layers, so they share nothing that is written.
+    """
+    from moe_locality.placement.count_kernels import add_pairs
+
+    layers = ids.shape[1]
+    pairs = np.zeros((layers, num_experts, num_experts), np.uint32)
+    load = np.zeros((layers, 1, num_experts), np.int64)
+    unit = np.zeros(len(ids), np.int64)
+    over_layers(
+        lambda first, last: add_pairs(ids, unit, first, last, pairs, load), layers, threads=threads
+    )
+    return pairs, load[:, 0]

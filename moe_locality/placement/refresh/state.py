@@ -18,6 +18,7 @@ import numpy as np
 
 from moe_locality.errors import PlacementError
 from moe_locality.files import replace_file
+from moe_locality.placement.counting import count_coactivation
 from moe_locality.trace.schema import RoutingTrace
 
 SAMPLE_TOKENS = 8192
@@ -62,8 +63,6 @@ class RefreshState:
         Raises:
             TraceError: the trace has counts only. PlacementError: the half-life is not above 0.
         """
-        from moe_locality.analysis.coactivation import count_coactivation
-
         if half_life_tokens is not None and not half_life_tokens > 0:
             raise PlacementError(
                 f"half_life_tokens: found {half_life_tokens}, expected a number of tokens above 0, "
@@ -90,8 +89,6 @@ class RefreshState:
         Raises:
             PlacementError: the trace is of another model, or has other layers, experts or top_k.
         """
-        from moe_locality.analysis.coactivation import count_coactivation
-
         ids = trace.tokens_only("absorb").expert_ids
         found = (trace.model, trace.num_experts, trace.layer_ids.tolist(), ids.shape[2])
         top_k = self.recent_ids.shape[2]

@@ -84,7 +84,7 @@ def count_tables(
     ids: np.ndarray, request_id: np.ndarray, num_experts: int, *, threads: int | None = None
 ) -> Tables:
     """Count pairs, loads and loads by request of ids [T, L, K]."""
-    from moe_locality.analysis.pair_kernels import add_pairs
+    from moe_locality.placement.count_kernels import add_pairs
 
     layers = ids.shape[1]
     unit = cap.units_of(request_id)
