@@ -1,6 +1,7 @@
 """The files of a DeepSpeed MoE checkpoint: found, checked for gaps, and rewritten one by one."""
 
 import copy
+import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_locality.errors import ConfigError
+from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.layer.checkpoint_io import (
     EXPERT_STATES,
     MODEL_STATES,
@@ -124,14 +125,45 @@ def _prefix_of(path: Path) -> str:
 def write_experts(
     files: CheckpointFiles, sources: Sequence[np.ndarray], folder: Path, *, trusted: bool
 ) -> None:
-    """Write every expert under its new slot's number, one file in memory at a time."""
+    """Write every expert under its new slot's number, one file in memory at a time.
+
+    Raises:
+        PlacementError: layers of other orders have the same expert tensors.
+    """
+    seen: dict[str, tuple[int, str]] = {}
     for layer, slot, mp in files.experts:
         old = int(sources[layer][slot])
         states = read_file(files.experts[layer, old, mp], trusted=trusted)
+        check_not_tied(states, layer, sources, seen)
         write_file(
             {_renumbered(key, slot): value for key, value in states.items()},
             folder / files.experts[layer, slot, mp].name,
         )
+
+
+def check_not_tied(
+    states: dict[str, Any],
+    layer: int,
+    sources: Sequence[np.ndarray],
+    seen: dict[str, tuple[int, str]],
+) -> None:
+    """Refuse tensors that an earlier layer with another order has too; ``seen`` by digest.
+
+    A file does not say what is tied. Tensors of one value (fresh biases, norms) do not count.
+    """
+    for name, value in states.items():
+        if not torch.is_tensor(value) or value.numel() < 2 or (value == value.flatten()[0]).all():
+            continue
+        raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest = hashlib.blake2b(raw.numpy().data, digest_size=16).hexdigest()
+        other, other_name = seen.setdefault(digest, (layer, name))
+        if not np.array_equal(sources[other], sources[layer]):
+            raise PlacementError(
+                f"found the same values in {name} (MoE layer {layer}) and {other_name} (MoE layer "
+                f"{other}), and a plan that moves these layers in different ways, expected experts "
+                "and router of each layer to be its own: where the model ties them, one order "
+                "would be wrong for the other layer. Give both layers the same order in the plan"
+            )
 
 
 def _renumbered(key: str, slot: int) -> str:
@@ -164,6 +196,10 @@ def bake_dense(
             f"{path}: found frozen experts among ZeRO's fragments, expected none: DeepSpeed keeps "
             "those of one rank only; save with ZeRO stage 0"
         )
+    seen: dict[str, tuple[int, str]] = {}
+    for layer, prefix in enumerate(files.prefixes):
+        keys = (GATE_KEY.format(prefix, name) for name in GATE_ROWS)
+        check_not_tied({key: module[key] for key in keys if key in module}, layer, sources, seen)
     permute_gates(module, files.prefixes, sources)
     if fragments:
         baked["frozen_param_fragments"] = copy.copy(fragments)

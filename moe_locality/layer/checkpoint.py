@@ -38,6 +38,7 @@ from moe_locality.layer.moe import moe_modules, set_slot_to_logical
 from moe_locality.layer.optimizer_state import has_state, plain_optimizer, state_source
 from moe_locality.layer.relabel import (
     Target,
+    check_tied_stay,
     current_order,
     find_group,
     plan_of,
@@ -150,6 +151,7 @@ def _decide(engine: Any, arguments: dict[str, Any], plan: PlacementPlan | None) 
     replicas = has_replicas(engine.module)
     if plan is not None and not replicas:
         targets = plan_targets(engine.module, plan)
+        check_tied_stay(engine.module, targets, file_orders)
     else:
         targets = _as_targets(layers, file_orders)
     loads_optimizer = (

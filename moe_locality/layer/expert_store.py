@@ -153,12 +153,21 @@ def store_experts(model: nn.Module, format: str = "mxfp4-mbs-h") -> StoreReport:
             f"found no experts in {type(model).__name__}, expected DeepSpeed MoE layers: swap "
             "them in first"
         )
-    before = after = count = 0
     for experts in lists:
         _check_storable(experts)
+    before = after = count = 0
+    known: dict[tuple[Any, ...], StoredExpert] = {}  # experts of the same tensors are stored once
+    for experts in lists:
         skeleton = copy.deepcopy(experts[0]).to("meta")
         for index, expert in enumerate(experts):
+            tensors = tuple(
+                (name, tensor.data_ptr() or id(tensor)) for name, tensor in _tensors(expert)
+            )
+            if tensors and tensors in known:
+                experts[index] = known[tensors]
+                continue
             stored = StoredExpert(expert, format, skeleton)
+            known[tensors] = stored
             before += _num_bytes(tensor for _, tensor in _tensors(expert))
             after += _num_bytes(stored.buffers())
             experts[index] = stored
@@ -169,7 +178,8 @@ def store_experts(model: nn.Module, format: str = "mxfp4-mbs-h") -> StoreReport:
 def _expert_lists(model: nn.Module) -> list[nn.ModuleList]:
     from deepspeed.moe.experts import Experts
 
-    return [m.deepspeed_experts for m in model.modules() if isinstance(m, Experts)]
+    found = [m.deepspeed_experts for m in model.modules() if isinstance(m, Experts)]
+    return list({id(experts): experts for experts in found}.values())  # layers may share one
 
 
 def _check_storable(experts: nn.ModuleList) -> None:

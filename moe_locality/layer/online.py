@@ -24,7 +24,7 @@ from moe_locality.errors import ConfigError, MoeLocalityError, PlacementError
 from moe_locality.layer.fragments import expert_pieces, slab_bytes
 from moe_locality.layer.moe import MoE, moe_modules
 from moe_locality.layer.optimizer_state import state_source
-from moe_locality.layer.relabel import current_order, plan_of, relabel
+from moe_locality.layer.relabel import current_order, plan_of, relabel, tied_layers
 from moe_locality.layer.relocate import MoveReport, Undone
 from moe_locality.layer.replicas import has_replicas
 from moe_locality.layer.runtime import after_each_step
@@ -273,6 +273,12 @@ def attach_online(
         raise ConfigError(
             "found layers that are not moe_locality.MoE, or that have replicas, expected ours "
             "without replicas, from moe_locality.initialize: leave the section 'online' out"
+        )
+    for place, tied in tied_layers(engine.module).items():
+        raise ConfigError(
+            f"{place}: found tensors that several places share ({tied}), expected experts and "
+            "router of each layer to be its own: tied experts do not move; untie them, or leave "
+            "the section 'online' out"
         )
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     if ranks == 1 or layers[0].ep_size != ranks:

@@ -10,6 +10,7 @@ Every check is done, and agreed between all ranks, before anything moves.
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ from moe_locality.layer.optimizer_state import (
     layout_of,
     state_source,
 )
+from moe_locality.layer.relabel_weights import expert_tensors, gate_rows
 from moe_locality.layer.relocate import TIMEOUT_S, MoveReport, Undone, relabel_layer
 from moe_locality.layer.vote import agree, agree_on_failure
 from moe_locality.placement.plan import PlacementPlan
@@ -200,7 +202,7 @@ def plan_targets(
             )
         # with one rank per EP group every order is on that rank: the plan's ranks do not matter
         plan.check_fits(num_ranks=module.ep_size if module.ep_size > 1 else None)
-    return [
+    targets = [
         Target(
             name=name or "the model",
             module=module,
@@ -209,6 +211,57 @@ def plan_targets(
         )
         for row, (name, module) in enumerate(layers)
     ]
+    check_tied_stay(model, targets, [current_order(target.module) for target in targets])
+    return targets
+
+
+def tied_layers(model: torch.nn.Module) -> dict[str, str]:
+    """Return, for each MoE layer whose router or experts are tied to another place, both in words.
+
+    A tied tensor belongs to several places, and moving it for one of them moves it for all.
+    """
+    owners: dict[int, dict[str, str]] = {}  # of a tensor: place -> name of its MoE layer
+    inside: set[int] = set()
+    for name, module in moe_modules(model):
+        layer, inner = name or "the model", module.deepspeed_moe
+        places = {f"the router of {layer}": gate_rows(inner.gate)}
+        for number, expert in enumerate(inner.experts.deepspeed_experts):
+            places[f"expert {number} of {layer}"] = expert_tensors(expert, None)
+        for place, tensors in places.items():
+            for tensor in tensors:
+                owners.setdefault(_memory_of(tensor), {})[place] = layer
+        inside.update(map(id, inner.gate.modules()), map(id, inner.experts.modules()))
+    for name, module in model.named_modules():
+        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for leaf, tensor in tensors if id(module) not in inside else ():
+            if _memory_of(tensor) in owners:
+                owners[_memory_of(tensor)].setdefault(f"{name}.{leaf}", "")
+    found: dict[str, str] = {}
+    for places in owners.values():
+        for layer in places.values() if len(places) > 1 else ():
+            found.setdefault(layer, " = ".join(places))
+    found.pop("", None)
+    return found
+
+
+def _memory_of(tensor: torch.Tensor) -> int:
+    """A number that tensors of the same memory share (parts of ZeRO-3 and meta have none)."""
+    return tensor.data_ptr() or id(tensor)
+
+
+def check_tied_stay(
+    model: torch.nn.Module, targets: list[Target], current: Sequence[np.ndarray]
+) -> None:
+    """Raise PlacementError where a layer that shares tensors would get another order than now."""
+    tied = tied_layers(model)
+    for target, order in zip(targets, current, strict=True):
+        if target.name in tied and (target.slot_to_logical != order).any():
+            raise PlacementError(
+                f"{target.name}: found tensors that several places share ({tied[target.name]}), "
+                "and a plan that moves them, expected experts and router of each layer to be its "
+                "own: moved for one place they would be wrong for the other. Untie them (a copy "
+                "for each layer), or give a plan that leaves this layer in the order it has"
+            )
 
 
 def find_group(module: Any, group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:

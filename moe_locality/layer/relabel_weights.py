@@ -39,14 +39,16 @@ def state_tensors(
     yield from ((key, state[key]) for key in sorted(state) if isinstance(state[key], Tensor))
 
 
+def gate_rows(gate: nn.Module) -> list[Tensor]:
+    """Return the tensors of a gate that have a row per expert."""
+    return [tensor for tensor in (_find(gate, name) for name in GATE_ROWS) if tensor is not None]
+
+
 def permute_gate(
     gate: nn.Module, source: np.ndarray, optimizer: torch.optim.Optimizer | None
 ) -> None:
     """Row s of every per-expert tensor of the gate, moments too, takes row ``source[s]``."""
-    for name in GATE_ROWS:
-        tensor = _find(gate, name)
-        if tensor is None:
-            continue
+    for tensor in gate_rows(gate):
         for rows in (tensor, *(state for _, state in state_tensors(optimizer, tensor))):
             if rows.shape == tensor.shape:  # a step counter stays
                 rows.data.copy_(rows.data[torch.from_numpy(source).to(rows.device)])

@@ -28,6 +28,7 @@ from moe_locality.layer.relabel import (
     Target,
     current_order,
     find_group,
+    tied_layers,
 )
 from moe_locality.layer.relabel_weights import expert_tensors, pack, permute_gate, unpack
 from moe_locality.layer.replica_map import LayerReplicas, source_slots
@@ -161,6 +162,12 @@ def _targets(
     layers = moe_modules(model)
     plan.check_fits(layer_count=len(layers))
     targets = []
+    for place, tied in tied_layers(model).items():
+        raise PlacementError(
+            f"{place}: found tensors that several places share ({tied}) and a plan with replicas, "
+            "expected experts and router of each layer to be its own: untie them (a copy for each "
+            "layer), or run this model without replicas"
+        )
     for row, (name, module) in enumerate(layers):
         plan.check_fits(num_experts=module.num_experts, num_ranks=module.ep_size)
         wanted = plan.physical_to_logical_map[row].astype(np.int64)

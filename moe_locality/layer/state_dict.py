@@ -86,6 +86,7 @@ def relabel_state_dict(
         check_groups(plan, num_expert_groups)
     _check_experts(found, layers, plan.num_experts)
     places = {**routers, **found}
+    _check_tied(state, places, sources)
     relabelled: dict[str, Any] = {}
     for name in state:
         layer, expert = places.get(name, (None, None))
@@ -96,6 +97,28 @@ def relabel_state_dict(
         else:
             relabelled[name] = state[_renamed(name, experts, int(sources[layer][expert]))]
     return relabelled
+
+
+def _check_tied(
+    state: Mapping[str, Any],
+    places: Mapping[str, tuple[int, int | None]],
+    sources: Mapping[int, np.ndarray],
+) -> None:
+    """Raise PlacementError where one tensor has two names that the plan moves in two ways."""
+    stays = np.arange(len(next(iter(sources.values()))))
+    first: dict[int, tuple[str, Any]] = {}
+    for name, value in state.items():
+        layer, expert = places.get(name, (None, None))
+        way = None if layer is None else sources[layer]
+        way = None if way is None or (way == stays).all() else (way.tolist(), expert)
+        memory = value.data_ptr() if torch.is_tensor(value) else value.ctypes.data
+        other, its_way = first.setdefault(memory or id(value), (name, way))
+        if way != its_way:
+            raise PlacementError(
+                f"found one tensor under the names {other} and {name}, and a plan that moves them "
+                "in different ways, expected experts and router of each layer to be its own: give "
+                "both layers the same order in the plan, or untie them (clone one of them)"
+            )
 
 
 def check_groups(plan: PlacementPlan, num_groups: int) -> None:

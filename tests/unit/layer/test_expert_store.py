@@ -191,3 +191,32 @@ def test_stored_experts_can_be_relabelled():
         found = layer(tokens())
     torch.testing.assert_close(found[0], wanted[0], rtol=LAYER["float32"][0], atol=1e-6)
     assert torch.equal(found[2], wanted[2])
+
+
+@pytest.mark.parametrize("shared", ["experts", "list", "modules", "parameters"])
+def test_experts_of_two_layers_are_stored_once(shared):
+    """Experts that layers share were stored twice, or the store stopped halfway; now once [D1]"""
+    net = nn.ModuleList([make(), make(seed=1)])
+    one, two = (layer.deepspeed_moe.experts for layer in net)
+    if shared == "experts":
+        net[1].deepspeed_moe.experts = one
+    elif shared == "list":
+        two.deepspeed_experts = one.deepspeed_experts
+    for index, expert in enumerate(one.deepspeed_experts):
+        if shared == "modules":
+            two.deepspeed_experts[index] = expert
+        if shared == "parameters":
+            for name, _ in list(expert.named_parameters()):
+                path, _, leaf = name.rpartition(".")
+                setattr(
+                    two.deepspeed_experts[index].get_submodule(path),
+                    leaf,
+                    expert.get_parameter(name),
+                )
+            two.deepspeed_experts[index].gain = expert.gain
+    expected = [rounded(layer, "mxfp8")(tokens())[0] for layer in net]
+    alone = store_experts(nn.ModuleList([make()]), "mxfp8")
+    assert store_experts(net, "mxfp8") == alone
+    for layer, wanted in zip(net, expected, strict=True):
+        with torch.no_grad():
+            torch.testing.assert_close(layer(tokens())[0], wanted)

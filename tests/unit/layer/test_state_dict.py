@@ -131,3 +131,23 @@ def test_what_the_patterns_miss_is_refused():
     few = hub_state() | {"model.layers.0.block_sparse_moe.gate.weight": np.ones((4, 2))}
     with pytest.raises(PlacementError, match=r"found the shape \(4, 2\), expected 8 rows"):
         relabel_state_dict(few, random_plan(1), preset="mixtral")
+
+
+@pytest.mark.parametrize("what", ["gate.weight", "experts.3.w1.weight"])
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_what_two_layers_share_gets_one_order(what, kind):
+    """A shared tensor was put into two orders, of which a loaded model keeps one; now a plan that
+    gives the layers two orders is refused, and one order gives both names the same values [D1]
+    """
+    state = {k: torch.from_numpy(v) if kind == "torch" else v for k, v in hub_state().items()}
+    one, two = (f"model.layers.{layer}.block_sparse_moe.{what}" for layer in range(LAYERS))
+    state[two] = state[one]
+    for rows in ([range(8)[::-1], range(8)], random_plan(1).physical_to_logical_map):
+        with pytest.raises(PlacementError, match=r"one tensor under the names model\.layers\.0"):
+            relabel_state_dict(state, plan_of(rows), preset="mixtral")
+    placed = relabel_state_dict(state, plan_of([range(8)[::-1]] * 2), preset="mixtral")
+    at = [name.replace("experts.3", "experts.4") for name in (one, two)]
+    assert (placed[at[0]] == placed[at[1]]).all()
+    outside = state | {"model.shared.weight": state[one]}
+    with pytest.raises(PlacementError, match=r"names .* and model\.shared\.weight"):
+        relabel_state_dict(outside, plan_of([range(8)[::-1]] * 2), preset="mixtral")
