@@ -27,6 +27,8 @@ import torch.distributed as dist
 from lm import data, evaluation, training
 from lm.model import build_model, preset
 
+from moe_locality.tracking import git_commit
+
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; DeepSpeed's launcher adds ``--local_rank``."""
@@ -112,6 +114,9 @@ def main(arguments: list[str] | None = None) -> None:
         engine.save_checkpoint(args.save_checkpoint, client_state={"steps_done": target})
     summary = {
         **{name: getattr(args, name) for name in ("layer", "preset", "seed", "plan", "homes")},
+        "model": training.MODEL_NAME,
+        "ds_config": config,
+        "commit": git_commit(Path(__file__).parent),
         "num_ranks": num_ranks,
         "global_batch": num_ranks * dealt["per_rank"],
         "steps_done": target,
@@ -124,6 +129,9 @@ def main(arguments: list[str] | None = None) -> None:
     summary |= {"time_s": time.perf_counter() - metrics.start, "cpu_s": total_cpu_seconds()}
     if rank == 0:
         write_json(Path(args.out, "summary.json"), summary)
+        if args.plan:
+            plan = Path(args.plan).read_text(encoding="utf-8")
+            Path(args.out, "plan.json").write_text(plan, encoding="utf-8")
     metrics.close()
 
 

@@ -197,6 +197,21 @@ class Tracker(NullTracker):
         self._run.finish(exit_code=exit_code)
 
 
+def require_wandb() -> Any:
+    """Return the module wandb.
+
+    Raises:
+        BackendUnavailable: it is not installed.
+    """
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read when wandb is imported
+    os.environ.setdefault("WANDB_SILENT", "true")  # artifacts print past the settings of a run
+    try:
+        import wandb
+    except ImportError as error:
+        raise _not_installed("wandb") from error
+    return wandb
+
+
 def start_tracking(
     config: TrackingConfig | None,
     *,
@@ -217,12 +232,7 @@ def start_tracking(
     """
     if config is None or not config.enabled or config.mode == "disabled" or rank != 0:
         return NullTracker()
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read when wandb is imported
-    os.environ.setdefault("WANDB_SILENT", "true")  # artifacts print past the settings below
-    try:
-        import wandb
-    except ImportError as error:
-        raise _not_installed("wandb") from error
+    wandb = require_wandb()
     if config.dir is not None:
         _make_directory(config.dir)
     given = dict(run_config or {})

@@ -23,11 +23,16 @@ STDOUT, STDERR = 1, 2
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """``payload``: the JSON object. ``show`` prints it for people; None: the lines of ``text``."""
+    """``payload``: the JSON object. ``show`` prints it for people; None: the lines of ``text``.
+
+    ``publish`` sends the result elsewhere when it is printed (or ready to be, as JSON) and returns
+    more of the payload; that it fails is a warning.
+    """
 
     payload: dict[str, Any]
     text: Sequence[str] = ()
     show: "Callable[[Console], None] | None" = None
+    publish: Callable[[], dict[str, Any]] | None = None
 
 
 def guard(body: Callable[[], Any], *, as_json: bool, debug: bool) -> int:
@@ -93,7 +98,7 @@ def _report(kind: str, message: str, code: int, as_json: bool) -> int:
 def present(result: Result, *, as_json: bool) -> None:
     """Print a result on stdout."""
     if as_json:
-        write_json(result.payload)
+        write_json({**result.payload, **_published(result)})
         return
     if result.text:
         sys.stdout.write("\n".join(result.text) + "\n")
@@ -104,6 +109,20 @@ def present(result: Result, *, as_json: bool) -> None:
         width = None if sys.stdout.isatty() else PIPE_COLUMNS
         result.show(Console(file=sys.stdout, highlight=False, width=width))
     sys.stdout.flush()
+    for name, value in _published(result).items():
+        sys.stdout.write(f"{name}: {value}\n")
+
+
+def _published(result: Result) -> dict[str, Any]:
+    if result.publish is None:
+        return {}
+    try:
+        with quiet_stdout():
+            return result.publish()
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  the result is not to be lost
+        words = _words(error) if isinstance(error, Exception) else "interrupted"
+        sys.stderr.write(f"moe-locality: warning: the result could not be published: {words}\n")
+        return {}
 
 
 def write_json(payload: dict[str, Any]) -> None:

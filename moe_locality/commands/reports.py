@@ -25,7 +25,7 @@ from moe_locality.config import TrackingConfig
 from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.report import write_report
 from moe_locality.trace import RoutingTrace
-from moe_locality.tracking import start_tracking
+from moe_locality.tracking import require_wandb, start_tracking
 
 
 def compare(
@@ -64,14 +64,18 @@ def compare(
             page = comparison_report(found, command=f"moe-locality compare {first} {words}")
         if report is not None:
             write_report(page, report)
-        run_directory = _track(settings, found, [*(plan or []), *([report] if report else [])])
     payload = {
         "command": "compare",
         **found.to_dict(),
         "report": report,
-        "wandb": run_directory,
+        "wandb": None,
     }
-    return Result(payload=payload, show=lambda console: _show(console, found, report))
+    files = [*(plan or []), *([report] if report else [])]
+    return Result(
+        payload=payload,
+        show=lambda console: _show(console, found, report),
+        publish=None if settings is None else lambda: {"wandb": _track(settings, found, files)},
+    )
 
 
 def tracking_settings(
@@ -81,11 +85,13 @@ def tracking_settings(
 
     Raises:
         ConfigError: the mode is unknown.
+        BackendUnavailable: wandb is not installed.
     """
     if mode not in ("offline", "online", "disabled"):
         raise ConfigError(f"--wandb-mode: found {mode!r}, expected offline, online or disabled")
     if project is None:
         return None
+    require_wandb()  # now, not when the work is done
     return TrackingConfig(
         project=project,
         group=group,
@@ -96,7 +102,13 @@ def tracking_settings(
 
 
 def _track(settings: TrackingConfig | None, found: Comparison, files: list[Path]) -> Path | None:
-    with start_tracking(settings, run_config={"comparison": dict(found.facts)}) as tracker:
+    commits = {name: source.get("commit") for name, source in found.sources.items()}
+    config = {
+        "comparison": dict(found.facts),
+        "compared": found.sources,
+        "commit": {name: commit for name, commit in commits.items() if commit} or None,
+    }
+    with start_tracking(settings, run_config=config) as tracker:
         track_comparison(tracker, found, files=files)
         return tracker.directory
 

@@ -1,6 +1,7 @@
 """Plans on one trace: predicted costs, an interval for their ratio, figures."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -107,7 +108,12 @@ def compare_plans(
         tables=(_layer_table(candidates, costs),),
         notes=_notes(trace, candidates),
         synthetic=is_synthetic(trace),
+        sources={c.label: _source(c.plan) for c in candidates},
     )
+
+
+def _source(plan: PlacementPlan) -> dict[str, Any]:
+    return {"model": plan.model, "plan": plan.digest(), **plan.provenance}
 
 
 def _notes(trace: RoutingTrace, candidates: list[Candidate]) -> tuple[str, ...]:

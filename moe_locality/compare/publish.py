@@ -12,7 +12,8 @@ from moe_locality.tracking import NullTracker
 def track_comparison(
     tracker: NullTracker, comparison: Comparison, *, files: Iterable[str | Path] = ()
 ) -> None:
-    """Log a comparison: its rows and tables, its figures as images, ``files`` as artifacts.
+    """Log a comparison: its rows and tables, each value as a scalar, its figures as images,
+    ``files`` as artifacts.
 
     Plans (``*.json``) become artifacts of kind "plan", pages of kind "report", the rest "data".
     """
@@ -28,12 +29,12 @@ def track_comparison(
             png_bytes(draw(figure)),
             caption=figure.basis.sentence(),
         )
-    summary = {}
+    scalars = {}
     for row in comparison.rows:
-        summary[f"comparison/{row.metric}/baseline"] = row.values[0]
-        summary[f"comparison/{row.metric}/ours"] = row.values[-1]
-        summary[f"comparison/{row.metric}/ratio"] = row.ratios[-1]
-    tracker.log_summary({key: value for key, value in summary.items() if value is not None})
+        scalars[f"comparison/{row.metric}/baseline"] = row.values[0]
+        scalars[f"comparison/{row.metric}/ours"] = row.values[-1]
+        scalars[f"comparison/{row.metric}/ratio"] = row.ratios[-1]
+    tracker.log({key: value for key, value in scalars.items() if value is not None})
     kinds = {".json": "plan", ".html": "report"}
     for path in map(Path, files):
         tracker.log_artifact(_key(path.stem), kinds.get(path.suffix, "data"), [path])

@@ -52,6 +52,8 @@ class Comparison:
 
     ``tables`` are further tables (per layer and plan, per domain); ``notes`` are sentences that a
     reader must know, for example that a plan was made from the very trace it is judged on.
+    ``sources``: by name, what each candidate is (model, plan digest, ds_config, commit ...), for
+    those who look at it later.
     """
 
     names: tuple[str, ...]
@@ -61,6 +63,7 @@ class Comparison:
     tables: tuple[Table, ...] = ()
     notes: tuple[str, ...] = ()
     synthetic: bool = False
+    sources: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def row(self, metric: str) -> Row | None:
         """Return the row of a metric, or None."""

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 EVALUATION_NAMES = ("evaluation.npz", "eval.npz")
 WARM_UP_STEPS = 5
+SOURCES = ("model", "ds_config", "commit", "versions", "cluster", "num_ranks", "steps", "seed")
+"""What of a run's summary says what it is."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +162,13 @@ def compare_runs(
         figures=tuple(_figures(pair, names, nodes)),
         tables=tuple(_domain_tables(pair, names)),
         notes=notes,
+        sources={name: _source(run) for name, run in zip(names, pair, strict=True)},
     )
+
+
+def _source(run: Run) -> dict[str, Any]:
+    found = {key: run.summary[key] for key in SOURCES if key in run.summary}
+    return found if run.plan is None else {**found, "plan": run.plan.digest()}
 
 
 def _row(metric: str, unit: str, values: list[float | None], better: Any = "lower") -> list[Row]:

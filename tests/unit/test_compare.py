@@ -1,10 +1,16 @@
 """Comparisons: plans on a trace, run directories, the report of both, and the run in wandb."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from moe_locality.commands.output import Result, present
+from moe_locality.commands.reports import _track
 from moe_locality.commands.reports import compare as compare_command
 from moe_locality.compare import (
     Candidate,
@@ -327,7 +333,7 @@ def test_a_comparison_in_wandb_is_read_back(offline, tmp_path, found, trace):  #
     assert len(by_head["plan", "layer"]["data"]) == 3 * 3
     assert len(list((folder / "files").rglob("*.png"))) == len(found.figures)
     assert [a.type for a in back.of("artifact") if a.type == "plan"] == ["plan"]
-    summary = back.summary()
+    (summary,) = [line for line in back.history() if "comparison/copies/ratio" in line]
     assert summary["comparison/copies/ratio"] == pytest.approx(found.row("copies").ratios[2])
 
 
@@ -358,9 +364,84 @@ def test_the_command_compares_runs_with_report_and_wandb(offline, tmp_path):  # 
     )
     assert result.payload["names"] == ["a", "b"]
     assert "Dispatched bytes between ranks" in (tmp_path / "r.html").read_text()
-    back = ReadBack(result.payload["wandb"])
+    back = ReadBack(result.publish()["wandb"])
     assert {a.type for a in back.of("artifact")} >= {"report"}
     assert isinstance(offline, TrackingConfig)
+
+
+def test_a_comparison_says_what_was_compared(offline, tmp_path, trace):  # noqa: F811
+    """wandb got no scalars, no ds_config, no plan and no model of what was compared, and the commit
+    of whatever folder the command was started in [F10].
+    """
+    made = plans(trace)[1]
+    for name in "ab":
+        path = write_run(tmp_path / name)
+        facts = {"model": "lm", "ds_config": {"zero_optimization": {"stage": 1}}, "commit": name}
+        (path / "summary.json").write_text(json.dumps(facts))
+    made.write(tmp_path / "b" / "plan.json")
+    found = compare_runs(read_run(tmp_path / "a"), read_run(tmp_path / "b"))
+    folder = _track(offline, found, [])
+    back = ReadBack(folder)
+    config = back.config()
+    assert config["commit"] == {"a": "a", "b": "b"}
+    assert config["compared"]["b"] == {**facts, "plan": made.digest()}
+    assert "plan" not in config["compared"]["a"]
+    (line,) = [h for h in back.history() if "comparison/traffic/cross_node_bytes/ours" in h]
+    row = found.row("traffic/cross_node_bytes")
+    assert line["comparison/traffic/cross_node_bytes/ours"] == row.values[1]
+    plan_pair = [Candidate(name="linear", plan=plans(trace)[0]), Candidate(name="p", plan=made)]
+    sources = compare_plans(trace, plan_pair).sources
+    assert (sources["p"]["plan"], sources["p"]["model"]) == (made.digest(), made.model)
+    back = ReadBack(_track(offline, compare_plans(trace, plan_pair), []))
+    assert back.config()["commit"] is None
+
+
+def test_without_network_the_comparison_is_printed_and_the_run_is_offline(tmp_path):
+    """With a key and without network the command failed after 90 s and printed nothing. Now it
+    prints first, publishes after, and what cannot be published is a warning [F10].
+    """
+    pair = [str(write_run(tmp_path / name)) for name in "ab"]
+    environment = {
+        **os.environ,
+        **{f"WANDB_{name}_DIR": str(tmp_path / "home") for name in ("CACHE", "DATA", "CONFIG")},
+        "WANDB_API_KEY": "0" * 40,
+        "WANDB_BASE_URL": "http://127.0.0.1:9",  # the discard port: refused
+        "WANDB_INIT_TIMEOUT": "2",
+    }
+    options = ["--wandb", "p", "--wandb-mode", "online", "--wandb-dir", str(tmp_path / "w")]
+    for form in ([], ["--json"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "moe_locality.cli", "compare", *pair, *options, *form],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "wandb could not start an online run" in done.stderr
+        if form:
+            folder = json.loads(done.stdout)["wandb"]
+        else:
+            table, _, folder = done.stdout.rpartition("wandb: ")
+            assert "traffic/cross_node_bytes" in table
+        assert list(Path(folder.strip()).glob("run-*.wandb"))
+
+
+def test_what_cannot_be_published_is_a_warning_after_the_result(capfd):
+    """[F10] Whatever goes wrong while publishing, the result was printed before, and is JSON."""
+    for error in (RuntimeError("no room"), KeyboardInterrupt()):
+
+        def publish(error=error):
+            raise error
+
+        shown = []
+        result = Result(payload={"rows": [1], "wandb": None}, show=shown.append, publish=publish)
+        present(result, as_json=False)
+        assert len(shown) == 1
+        present(result, as_json=True)
+        out, err = capfd.readouterr()
+        assert json.loads(out) == {"rows": [1], "wandb": None}
+        assert err.count("warning: the result could not be published") == 2
 
 
 def test_nodes_must_divide_the_ranks_of_the_runs(tmp_path):

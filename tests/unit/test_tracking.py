@@ -2,12 +2,14 @@
 
 import io
 import json
+import socket
 import struct
 import subprocess
 import sys
 
 import pytest
 
+from moe_locality import tracking
 from moe_locality.config import TrackingConfig
 from moe_locality.errors import BackendUnavailable, ConfigError
 from moe_locality.tracking import NullTracker, Tracker, package_versions, start_tracking
@@ -132,6 +134,27 @@ def test_an_offline_run_holds_what_was_logged(offline, tmp_path):
     (artifact,) = [a for a in back.of("artifact") if a.type == "plan"]
     assert [entry.path for entry in artifact.manifest.contents] == ["plan.json"]
     assert json.loads(artifact.metadata) == {"digest": "abc"}
+
+
+def test_an_online_run_without_network_goes_on_offline(offline, monkeypatch, caplog):
+    """An online run whose server is not there stopped for 90 s and then raised. It waits for a
+    short time, says so, and is offline [C1].
+    """
+    with socket.socket() as silent:  # takes connections and never answers
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setattr(tracking, "ONLINE_WAIT_S", 2.0)
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        wandb.teardown()
+        config = offline.model_copy(update={"mode": "online"})
+        with start_tracking(config, step_metric="step") as tracker:
+            tracker.log({"quality/loss": 1.0}, step=7)
+    assert tracker.directory.name.startswith("offline-run-")
+    assert f"`wandb sync {tracker.directory}` publishes it later" in caplog.text
+    back = ReadBack(tracker.directory)
+    assert [(h["step"], h["quality/loss"]) for h in back.history()] == [(7, 1.0)]
+    assert {m.glob_name: m.step_metric for m in back.of("metric")}["quality/*"] == "step"
 
 
 def test_two_runs_of_one_process_stay_apart(offline):
