@@ -1,10 +1,19 @@
 #!/usr/bin/env bash
-# Train with moe_locality's layer; give the placement with --plan FILE.
-#   launch/train.sh [--hostfile FILE | --ranks N] [--dry-run] [arguments of examples/train_lm.py]
+# Train with moe_locality's layer, and with --plan FILE under a placement: the example, or a script
+# of yours that calls moe_locality.initialize.
+#   launch/train.sh [--hostfile FILE | --ranks N] [--plan FILE] [--dry-run] [--] [arguments]
+#   See common.sh; results go to runs/placed by default.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-show_and_run "${launcher[@]}" examples/train_lm.py \
-  --deepspeed_config "${CONFIG:-configs/ds_zero1_moe_locality.json}" \
-  --layer locality --out runs/placed "${pass[@]}"
+[[ -n $dry_run || -z $plan || -f $plan ]] || fail "there is no plan $plan: make one with place.sh"
+if ((${#script[@]} == 0)); then
+  show_and_run "${launcher[@]}" "$example" \
+    --deepspeed_config "${CONFIG:-$root/configs/ds_zero1_moe_locality.json}" \
+    --layer locality ${plan:+--plan "$plan"} --out "${out:-runs/placed}" "${pass[@]}"
+elif [[ -n $plan ]]; then
+  run_script "${out:-runs/placed}" "plan=$plan"
+else
+  show_and_run "${launcher[@]}" "${script[@]}"
+fi

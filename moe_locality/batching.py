@@ -7,7 +7,9 @@ the protocol of a ``torch.utils.data.DataLoader`` batch sampler.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,12 +19,13 @@ from moe_locality.placement.plan import PlacementPlan
 
 
 def make_bundles(
-    homes: Mapping[int, int] | Sequence[int] | np.ndarray, num_ranks: int
+    homes: Mapping[Any, int] | Sequence[int] | np.ndarray, num_ranks: int
 ) -> list[list[int]]:
     """The sequences of each rank: equal counts, as many as possible on their home rank.
 
     Args:
-        homes: sequence id → home rank (``assign_homes``), or the home rank of sequence 0, 1, ...
+        homes: sequence id → home rank (``assign_homes``, or the JSON of ``moe-locality group``,
+            whose ids are text), or the home rank of sequence 0, 1, ...
 
     Returns:
         one list of sequence ids per rank, rising. Counts differ by at most one; the surplus of a
@@ -84,7 +87,8 @@ class LocalityBatchSampler:
     Every rank makes the same bundles from the same ``homes`` and seed, shuffles its own in each
     epoch, and yields as many batches of the same size as every other rank. What does not fill a
     batch on all ranks is left out of that epoch; another epoch leaves out others. Call
-    ``set_epoch`` as with ``torch.utils.data.DistributedSampler``.
+    ``set_epoch`` as with ``torch.utils.data.DistributedSampler``; ``state_dict`` and
+    ``load_state_dict`` resume in the middle of an epoch.
 
     Args:
         homes: as in ``make_bundles``; the ids are indices of the data set.
@@ -96,7 +100,7 @@ class LocalityBatchSampler:
 
     def __init__(
         self,
-        homes: Mapping[int, int] | Sequence[int] | np.ndarray,
+        homes: Mapping[Any, int] | Sequence[int] | np.ndarray,
         *,
         batch_size: int,
         rank: int,
@@ -118,11 +122,39 @@ class LocalityBatchSampler:
                 f"least {batch_size} for each: use a smaller batch or more data"
             )
         self._batch_size, self._rank, self._seed = batch_size, rank, seed
-        self._shuffle, self._epoch = shuffle, 0
+        self._shuffle, self._epoch, self._first = shuffle, 0, 0
+        told = (batch_size, seed, bool(shuffle), [len(bundle) for bundle in bundles])
+        digest = hashlib.sha256(repr(told).encode())
+        digest.update(np.array([s for bundle in bundles for s in bundle], dtype=np.int64))
+        self._digest = digest.hexdigest()
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the shuffle of the next epoch."""
-        self._epoch = int(epoch)
+        """Choose the shuffle of the next epoch; another one than the state's starts at its top."""
+        if int(epoch) != self._epoch:
+            self._epoch, self._first = int(epoch), 0
+
+    def state_dict(self, batches: int) -> dict[str, Any]:
+        """Return where a training stands, the same on every rank; for a checkpoint.
+
+        Args:
+            batches: those of this epoch that were trained on. Count them in the loop: workers of a
+                ``DataLoader`` have asked for more.
+        """
+        return {"epoch": self._epoch, "batches": batches, "digest": self._digest}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken: the next pass yields the rest of that epoch.
+
+        Raises:
+            ConfigError: it was taken with other homes, batch size, seed or number of ranks.
+        """
+        if state["digest"] != self._digest or not 0 <= state["batches"] <= self._batches:
+            raise ConfigError(
+                "found the state of a sampler with other homes, batch_size, seed, shuffle or "
+                "num_ranks, expected the same: make this one alike, or start its next epoch with "
+                f"set_epoch({int(state['epoch']) + 1})"
+            )
+        self._epoch, self._first = int(state["epoch"]), int(state["batches"])
 
     def __len__(self) -> int:
         return self._batches
@@ -132,5 +164,7 @@ class LocalityBatchSampler:
         if self._shuffle:
             rng = np.random.default_rng((self._seed, self._epoch, self._rank))
             order = rng.permutation(order)
-        for start in range(0, self._batches * self._batch_size, self._batch_size):
+        first, self._first = self._first, 0
+        for batch in range(first, self._batches):
+            start = batch * self._batch_size
             yield order[start : start + self._batch_size].tolist()

@@ -1,3 +1,7 @@
+import json
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -56,6 +60,80 @@ def test_sampler_in_a_dataloader():
     loader = data.DataLoader(list(range(16)), batch_sampler=sampler)
     assert [batch.tolist() for batch in loader] == [[1, 5], [9, 13]]
     assert len(loader) == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sampler_resumes_in_the_middle_of_an_epoch(workers):
+    """A training on homes could not go on where it stopped; every rank's sampler can now [F5]."""
+    data = pytest.importorskip("torch.utils.data")
+    homes = np.random.default_rng(1).integers(0, 4, 48)
+
+    def train(sampler, until=None, done=0, first_epoch=0):
+        """Train as the README says; return the batches and what the checkpoint holds."""
+        loader = data.DataLoader(
+            list(range(48)),
+            batch_sampler=sampler,
+            num_workers=workers,
+            multiprocessing_context="fork" if workers else None,
+        )
+        seen = []
+        for epoch in range(first_epoch, 2):
+            sampler.set_epoch(epoch)
+            for batch in loader:
+                seen.append(batch.tolist())
+                done += 1
+                if (epoch, done) == until:
+                    return seen, sampler.state_dict(done)
+            done = 0
+        return seen, None
+
+    states = []
+    for stop in (1, 6):  # in the middle, and when an epoch is through
+        for rank in range(4) if not workers else [1]:
+            options = {"batch_size": 2, "rank": rank, "num_ranks": 4, "seed": 5}
+            whole, _ = train(LocalityBatchSampler(homes, **options))
+            before, state = train(LocalityBatchSampler(homes, **options), (0, stop))
+            again = LocalityBatchSampler(homes, **options)
+            again.load_state_dict(state)
+            after, _ = train(again, done=state["batches"], first_epoch=state["epoch"])
+            assert before + after == whole
+            assert len(whole) == 12
+            states.append(state)
+    assert workers or states[:4] == [states[0]] * 4  # rank 0's serves all ranks
+
+
+def test_the_readme_deals_out_requests_with_these_lines(tmp_path, monkeypatch):
+    """The steps ended before the DataLoader, where homes pay; its lines are there, and run [F5]."""
+    data = pytest.importorskip("torch.utils.data")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert "--homes" not in readme[readme.index("| step |") : readme.index("In code, with")]
+    (block,) = re.findall(r"```python\n(homes = .*?)```", readme, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "homes.json").write_text(json.dumps({str(q): q % 2 for q in range(48)}))
+    names = {"json": json, "LocalityBatchSampler": LocalityBatchSampler, "rank": 1, "num_ranks": 2}
+    sampler = LocalityBatchSampler([q % 2 for q in range(48)], batch_size=8, rank=1, num_ranks=2)
+    names |= {"DataLoader": data.DataLoader, "dataset": range(48), "state": sampler.state_dict(2)}
+    exec(block, names)
+    (batch,) = names["loader"]
+    assert batch.tolist() == list(sampler)[2]
+
+
+def test_sampler_refuses_the_state_of_another():
+    """A state is good for the same bundles and batches only [F5]."""
+    homes = [q % 4 for q in range(48)]
+    options = {"batch_size": 2, "rank": 1, "num_ranks": 4, "seed": 5}
+    state = LocalityBatchSampler(homes, **options).state_dict(3)
+    for change in ({"batch_size": 3}, {"seed": 6}, {"num_ranks": 5}, {"shuffle": False}):
+        with pytest.raises(ConfigError, match=r"set_epoch\(1\)"):
+            LocalityBatchSampler(homes, **{**options, **change}).load_state_dict(state)
+    with pytest.raises(ConfigError):
+        LocalityBatchSampler(homes[::-1], **options).load_state_dict(state)
+    sampler = LocalityBatchSampler(homes, **options)
+    with pytest.raises(ConfigError):
+        sampler.load_state_dict({**state, "batches": 7})
+    sampler.load_state_dict(state)
+    sampler.set_epoch(1)  # another epoch starts at its top
+    assert len(list(sampler)) == len(sampler) == 6
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
-"""launch/*.sh: the command line that each prints, and that place.sh does what it prints."""
+"""launch/*.sh: the command line that each prints, and that it does what it prints."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -9,32 +10,36 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moe_locality.demo.launch import free_port
 from moe_locality.placement.plan import PlacementPlan
 
 ROOT = Path(__file__).parents[2]
+PASSED_ON = ("PYTHONPATH", "DS_ACCELERATOR", "OMP_NUM_THREADS", "WANDB_MODE", "WANDB_SILENT")
 SCRIPTS = ("record", "place", "train", "compare")
-TRAIN = "examples/train_lm.py"
+TRAIN = str(ROOT / "examples/train_lm.py")
 
 
 def run(script, *arguments, cwd=ROOT, **variables):
     """Run a script with a PATH on which there is no nvidia-smi; return the finished process."""
     bin_folder = str(Path(sys.executable).parent)
     environ = {"PATH": f"{bin_folder}:/usr/bin:/bin", "HOME": os.environ.get("HOME", "/")}
+    environ |= {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     return subprocess.run(
         ["bash", str(ROOT / "launch" / f"{script}.sh"), *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         cwd=cwd,
         env={**environ, **variables},
     )
 
 
-def printed(script, *arguments, **variables):
-    """Return the commands that a dry run prints, split into words."""
-    done = run(script, "--dry-run", *arguments, **variables)
+def printed(script, *arguments, cwd=ROOT, **variables):
+    """Return the commands that a dry run prints, split into words; comments are left out."""
+    done = run(script, "--dry-run", *arguments, cwd=cwd, **variables)
     assert done.returncode == 0, done.stderr
-    return [shlex.split(line) for line in done.stdout.splitlines()]
+    lines = done.stdout.splitlines()
+    return [shlex.split(line) for line in lines if not line.startswith("#")]
 
 
 def option(words, name):
@@ -67,14 +72,25 @@ def test_what_each_script_runs():
     assert option(train, "--plan") == "my plan.json"
     (place,) = printed("place", "--nodes", "2", TRACE="t", PLAN="p.json")
     assert place == ["moe-locality", "place", "t", "-o", "p.json", "--nodes", "2"]
-    stock, placed, compare = printed("compare", "--steps", "9", OUT="runs/x")
-    assert option(stock, "--layer") == "stock"
-    assert option(placed, "--layer") == "locality"
+    (place,) = printed("place", "--nodes", "2", "--trace", "t", "--plan", "p.json")
+    assert place == ["moe-locality", "place", "t", "-o", "p.json", "--nodes", "2"]
+
+
+def test_compare_runs_the_usual_order_under_our_layer():
+    """It ran DeepSpeed's layer, which counts no bytes, against the plan [F4]."""
+    linear, placed, compare = printed("compare", "--steps", "9", OUT="runs/x")
+    assert option(linear, "--layer") == option(placed, "--layer") == "locality"
+    assert option(linear, "--deepspeed_config") == option(placed, "--deepspeed_config")
     assert option(placed, "--plan") == "plan.json"
-    assert option(stock, "--steps") == option(placed, "--steps") == "9"
-    folders = ["runs/x/stock", "runs/x/placed"]
-    assert [option(stock, "--out"), option(placed, "--out")] == folders
+    assert "--plan" not in linear
+    assert option(linear, "--steps") == option(placed, "--steps") == "9"
+    folders = ["runs/x/linear", "runs/x/placed"]
+    assert [option(linear, "--out"), option(placed, "--out")] == folders
     assert compare == ["moe-locality", "compare", *folders]
+    stock, *same, second = printed("compare", "--steps", "9", "--stock", OUT="runs/x")
+    assert same == [linear, placed, compare]
+    assert option(stock, "--layer") == "stock"
+    assert second == ["moe-locality", "compare", "runs/x/stock", "runs/x/placed"]
 
 
 def test_arguments_of_the_user_win_and_pass_unchanged():
@@ -89,9 +105,9 @@ def test_arguments_of_the_user_win_and_pass_unchanged():
 
 @pytest.mark.parametrize("script", ["record", "train", "compare"])
 def test_the_files_and_flags_of_the_command_exist(script):
-    source = (ROOT / TRAIN).read_text(encoding="utf-8")
+    source = Path(TRAIN).read_text(encoding="utf-8")
     for words in printed(script, "--ranks", "2")[:2]:
-        assert (ROOT / option(words, "--deepspeed_config")).is_file()
+        assert Path(option(words, "--deepspeed_config")).is_file()
         flags = [word for word in words[words.index(TRAIN) :] if word.startswith("--")]
         for flag in flags:
             assert flag == "--deepspeed_config" or f'"{flag}"' in source, flag
@@ -104,10 +120,143 @@ def test_mistakes_stop_before_anything_runs(tmp_path):
     done = run("compare", PLAN=str(tmp_path / "none.json"))
     assert (done.returncode, done.stdout) == (2, "")
     assert "make one with launch/place.sh" in done.stderr
-    done = run("record", "--dry-run", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "from the top directory of moe_locality" in done.stderr
     assert "--hostfile needs a file" in run("train", "--hostfile").stderr
+    for arguments, why in (
+        (["--"], "found no script after --"),
+        (["--lr", "1", "--", "my.py"], "found --lr 1 before --"),
+        (["--plan", "none.json", "--", "my.py"], "there is no plan none.json"),
+        (["--hostfile", "none", "--", "my.py"], "there is no hostfile none"),
+    ):
+        done = run("train", *arguments, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert why in done.stderr
+    for arguments, why in (
+        (["my.py", "--lr", "1"], "found no --deepspeed_config FILE"),
+        (["my.py", "--deepspeed_config"], "found no --deepspeed_config FILE"),
+        (["my.py", "--deepspeed_config", "none.json"], "there is no ds_config none.json"),
+    ):
+        done = run("record", "--", *arguments, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert why in done.stderr
+    assert "expected no script" in run("place", "--", "my.py").stderr
+
+
+def test_they_run_from_any_directory(tmp_path):
+    """They refused every directory but the top one of this package [F4]."""
+    for script in ("record", "train", "compare"):
+        for words in printed(script, "--ranks", "2", cwd=tmp_path):
+            if words[0] == "deepspeed":
+                assert words[3] == TRAIN
+                assert Path(option(words, "--deepspeed_config")).is_file()
+    (words,) = printed("place", "--nodes", "2", cwd=tmp_path)
+    assert words[:2] == ["moe-locality", "place"]
+
+
+def test_a_users_script_gets_its_arguments_unchanged(tmp_path):
+    """They ran the example only; what follows ``--`` is a script and its arguments now [F4]."""
+    (tmp_path / "ds.json").write_text("{}")
+    mine = ["my_train.py", "--lr", "1e-3", "--out", "there", "a b", "$HOME", "--", "--plan"]
+    (words,) = printed("train", "--ranks", "2", "--", *mine, cwd=tmp_path)
+    assert words == ["deepspeed", "--num_accelerators", "2", *mine]
+    for given, expected in (
+        (["--deepspeed_config", "ds.json"], ["--deepspeed_config", "o/ds_config.json"]),
+        (["--deepspeed_config=ds.json"], ["--deepspeed_config=o/ds_config.json"]),
+        (["--deepspeed", "ds.json"], ["--deepspeed", "o/ds_config.json"]),
+        (
+            ["--deepspeed", "--deepspeed_config", "ds.json"],
+            ["--deepspeed", "--deepspeed_config", "o/ds_config.json"],
+        ),
+    ):
+        (words,) = printed("train", "--plan", "p", "--out", "o", "--", *mine, *given, cwd=tmp_path)
+        assert words[3:] == [*mine, *expected]
+
+
+OWN_SCRIPT = """
+import argparse, json, os
+import deepspeed, torch
+from deepspeed.moe.layer import MoE
+import moe_locality
+from moe_locality.compat import avoid_cpu_jit
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--steps", type=int)
+parser.add_argument("--local_rank", type=int)
+deepspeed.add_config_arguments(parser)
+args = parser.parse_args()
+avoid_cpu_jit()
+deepspeed.init_distributed(verbose=False)
+torch.manual_seed(0)
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        expert = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 8))
+        self.moe = MoE(8, expert, num_experts=4, ep_size=2, k=2, capacity_factor=2.0)
+
+    def forward(self, x):
+        output, aux, _ = self.moe(x)
+        return output.square().mean() + 0.01 * aux
+
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
+model = Net()
+engine, *_ = moe_locality.initialize(
+    args=args, model=model,
+    model_parameters=split({"params": list(model.parameters()), "name": "parameters"}),
+)
+for step in range(args.steps):
+    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))
+    engine.backward(engine(x.view(4, 4, 8)))
+    engine.step()
+if engine.global_rank == 0:
+    placed = engine.moe_locality.plan is not None
+    print("MY OWN:", json.dumps({"steps": args.steps, "placed": placed}), flush=True)
+engine.destroy()
+"""
+
+
+def test_a_users_script_records_is_placed_and_trained(tmp_path):
+    """The four steps of the README with a script and a directory that are not ours [F4]."""
+    (tmp_path / "mine.py").write_text(OWN_SCRIPT)
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
+        "moe_locality": {
+            "cluster": {"num_nodes": 2, "ranks_per_node": 1},
+            "trace": {"enabled": False, "path": "never", "weights": True},
+        },
+    }
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    own = ["--", "mine.py", "--steps", "2", "--deepspeed_config", "ds.json"]
+    port = {"DEEPSPEED_ARGS": f"--master_port {free_port()}"}
+
+    done = run("record", "--ranks", "2", "--trace", "t", *own, cwd=tmp_path, **port)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert 'MY OWN: {"steps": 2, "placed": false}' in done.stdout
+    written = json.loads((tmp_path / "runs/baseline/ds_config.json").read_text())
+    assert written["moe_locality"]["trace"] == {"enabled": True, "path": "t", "weights": True}
+    assert written["optimizer"] == config["optimizer"]
+
+    arguments = ["--trace", "t", "--nodes", "2", "--ranks-per-node", "1", "--method", "linear"]
+    done = run("place", *arguments, "--plan", "p.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = run("train", "--ranks", "2", "--plan", "p.json", *own, cwd=tmp_path, **port)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert 'MY OWN: {"steps": 2, "placed": true}' in done.stdout
+    assert json.loads((tmp_path / "ds.json").read_text()) == config
+
+
+def test_record_says_when_a_script_records_nothing(tmp_path):
+    """A script that does not call initialize leaves no trace; that is said [F4]."""
+    (tmp_path / "mine.py").write_text("print('hello')")
+    (tmp_path / "ds.json").write_text("{}")
+    arguments = ["--ranks", "1", "--", "mine.py", "--deepspeed_config", "ds.json"]
+    done = run("record", *arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "found nothing new in traces/baseline" in done.stderr
+    (tmp_path / "ds.json").write_text("{")
+    done = run("record", *arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "ds.json is not valid JSON" in done.stderr
 
 
 def test_place_runs_the_line_that_it_prints(tmp_path):
