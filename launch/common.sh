@@ -1,7 +1,8 @@
 # shellcheck shell=bash disable=SC2034
 # Shared by the scripts beside it. They take
 #   --hostfile FILE | --ranks N   where to run (default: the accelerators of this machine, else 4)
-#   --plan FILE, --trace DIR, --out DIR   (or PLAN, TRACE, OUT in the environment)
+#   --plan FILE, --trace DIR, --out DIR, --stock   those of the variable `takes`; also PLAN, TRACE
+#                                 and OUT in the environment
 #   --dry-run                     print the command lines only
 #   -- SCRIPT [ARGUMENTS]         your own training script instead of the example
 # What else they are given goes to the example. DEEPSPEED_ARGS holds further arguments of the
@@ -14,6 +15,8 @@ hostfile="" ranks="" dry_run="" stock="" pass=() script=()
 plan=${PLAN:-} trace=${TRACE:-} out=${OUT:-}
 while (($#)); do
   case $1 in
+    --plan | --trace | --out | --stock)
+      [[ " $takes " == *" $1 "* ]] || { pass+=("$1") && shift && continue; } ;;&
     --hostfile) hostfile=${2:?--hostfile needs a file} && shift 2 ;;
     --ranks) ranks=${2:?--ranks needs a number} && shift 2 ;;
     --plan) plan=${2:?--plan needs a file} && shift 2 ;;
@@ -48,9 +51,11 @@ show_and_run() {
 }
 
 # run_script DIR [KEY=TEXT | KEY:=JSON]...: run the user's script with DIR/ds_config.json in the
-# place of its ds_config: a copy in which these keys of the "moe_locality" section are set.
+# place of its ds_config: a copy in which these keys of the "moe_locality" section are set, and
+# which writes the run directory DIR.
 run_script() {
   local words=("${script[@]}") at="" flag="" i config=$1/ds_config.json
+  set -- "$@" "tracking.run_dir=$1"
   for i in "${!script[@]}"; do
     case ${script[i]} in
       --deepspeed_config=* | --deepspeed=*.json) at=$i flag=${script[i]%%=*}= ;;
@@ -73,10 +78,13 @@ try:
     content = json.loads(pathlib.Path(base).read_text(encoding="utf-8"))
 except ValueError as error:
     sys.exit(f"the ds_config {base} is not valid JSON: {error}: correct it")
+our = content.setdefault("moe_locality", {})
+if not our.get("tracking"):
+    our["tracking"] = {"mode": "disabled"}  # a run directory, and no wandb unless it is asked for
 for setting in settings:
     name, value = setting.split("=", 1)
-    *groups, last = ("moe_locality." + name.removesuffix(":")).split(".")
-    section = content
+    *groups, last = name.removesuffix(":").split(".")
+    section = our
     for group in groups:
         if not isinstance(section.get(group), dict):
             section[group] = {}

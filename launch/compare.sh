@@ -5,22 +5,28 @@
 #                     [--] [arguments]
 #   See common.sh; the plan is plan.json by default, and the runs go to runs/compare.
 set -euo pipefail
+takes="--plan --out --stock"
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 out=${out:-runs/compare} plan=${plan:-plan.json}
-((${#script[@]} == 0)) || fail "compare.sh runs the example only: train your script twice with" \
-  "launch/train.sh, without --plan and with it"
 [[ -n $dry_run || -f $plan ]] || fail "there is no plan $plan: make one with launch/place.sh"
 
-train() { # NAME CONFIG [ARGUMENTS]: the example
-  show_and_run "${launcher[@]}" "$example" \
-    --deepspeed_config "$2" "${@:3}" "${pass[@]}" --out "$out/$1"
-}
-ours=${CONFIG:-$root/configs/ds_zero1_moe_locality.json}
-[[ -z $stock ]] ||
-  train stock "${STOCK_CONFIG:-$root/configs/ds_zero1_stock.json}" --layer stock
-train linear "$ours" --layer locality
-train placed "$ours" --layer locality --plan "$plan"
+runs=(linear placed)
+[[ -z $stock ]] || runs=(stock linear placed)
+for run in "${runs[@]}"; do
+  layer=locality config=${CONFIG:-$root/configs/ds_zero1_moe_locality.json} placed=()
+  [[ $run != stock ]] || layer=stock config=${STOCK_CONFIG:-$root/configs/ds_zero1_stock.json}
+  if ((${#script[@]} == 0)); then
+    [[ $run != placed ]] || placed=(--plan "$plan")
+    show_and_run "${launcher[@]}" "$example" --deepspeed_config "$config" --layer "$layer" \
+      "${placed[@]}" "${pass[@]}" --out "$out/$run"
+  else
+    placed=(plan:=null)
+    [[ $run != placed ]] || placed=("plan=$plan")
+    [[ $run != stock ]] || placed+=(enabled:=false online:=null)
+    run_script "$out/$run" trace:=null "${placed[@]}"
+  fi
+done
 show_and_run moe-locality compare "$out/linear" "$out/placed"
 [[ -z $stock ]] || show_and_run moe-locality compare "$out/stock" "$out/placed"

@@ -5,6 +5,7 @@
 #   `moe-locality place`]
 #   The trace and the plan to write are traces/baseline and plan.json by default.
 set -euo pipefail
+takes="--trace --plan"
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -12,4 +13,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 cluster=()
 [[ -z $hostfile ]] || cluster=(--hostfile "$hostfile")
 show_and_run moe-locality place "${trace:-traces/baseline}" "${cluster[@]}" \
-  -o "${out:-${plan:-plan.json}}" "${pass[@]}"
+  -o "${plan:-plan.json}" "${pass[@]}"

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Train and record which experts the tokens use: the example with DeepSpeed's own MoE layer, or a
 # script of yours that calls moe_locality.initialize.
-#   launch/record.sh [--hostfile FILE | --ranks N] [--trace DIR] [--dry-run] [--] [arguments]
-#   See common.sh; the trace is traces/baseline by default, and results go to runs/baseline.
+#   launch/record.sh [--hostfile FILE | --ranks N] [--trace DIR] [--out DIR] [--dry-run] [--] [arguments]
+#   See common.sh; traces/baseline and the run directory runs/baseline by default.
 set -euo pipefail
+takes="--trace --out"
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 

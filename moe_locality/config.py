@@ -168,6 +168,9 @@ class TrackingConfig(_Section):
 class MoeLocalityConfig(_Section):
     """The whole section. Everything is optional: an empty section only swaps the layers."""
 
+    enabled: bool = Field(
+        default=True, description="false: DeepSpeed's own layers; trace and tracking go on"
+    )
     trace: TraceConfig | None = None
     plan: str | None = Field(default=None, description="placement plan (JSON)")
     cluster: ClusterConfig | None = None
@@ -176,6 +179,16 @@ class MoeLocalityConfig(_Section):
     experts: Literal["auto", "loop", "grouped"] = "auto"
     tracking: TrackingConfig | None = None
     online: OnlineConfig | None = None
+
+    @model_validator(mode="after")
+    def _places_only_our_layers(self) -> "MoeLocalityConfig":
+        online = self.online is not None and self.online.enabled
+        if not self.enabled and (self.plan is not None or online):
+            raise ValueError(
+                "found enabled=false with plan or online, expected neither: DeepSpeed's own layers "
+                "know no placement"
+            )
+        return self
 
 
 def read_config(

@@ -104,6 +104,8 @@ def initialize(*args: Any, **kwargs: Any) -> Any:
     With the ``expert_parallel`` section (DeepSpeed's AutoEP, which builds its own layers), only the
     recorder is attached. With a model-parallel unit or a pipeline, DeepSpeed makes the groups.
 
+    With ``"enabled": false`` DeepSpeed's layers stay; the recorder and the log are attached.
+
     Raises:
         ConfigError, PlacementError, TopologyError: on all ranks, also where one rank only found it.
     """
@@ -116,7 +118,7 @@ def initialize(*args: Any, **kwargs: Any) -> Any:
     _init_distributed(bound)
     section, ds_config, plan = _agree_on_inputs(bound)
     topology = None
-    if not _auto_ep(ds_config):
+    if section.enabled and not _auto_ep(ds_config):
         topology = _prepare_model(model, section, ds_config, plan, bound.get("mpu"))
         if plan is not None and not plan.is_permutation:
             args, kwargs = (), _with_replicas(bound)

@@ -180,3 +180,13 @@ def test_numbers_are_numbers(value):
 def test_a_ds_config_without_the_section_gives_the_defaults():
     assert read_config({"train_batch_size": 8}) == MoeLocalityConfig()
     assert read_config({"train_batch_size": 8, "moe_locality": "auto"}) == MoeLocalityConfig()
+
+
+def test_deepspeeds_own_layers_know_no_placement():
+    """``enabled: false`` keeps DeepSpeed's layers, so a plan would be ignored: refused [F4]."""
+    assert read_config({"moe_locality": {"enabled": False, "trace": {"path": "t"}}}).plan is None
+    for key, value in (("plan", "p.json"), ("online", {})):
+        with pytest.raises(ConfigError, match="know no placement"):
+            read_config({"moe_locality": {"enabled": False, key: value}})
+    section = {"enabled": False, "online": {"enabled": False}}
+    assert read_config({"moe_locality": section}).online is not None

@@ -28,7 +28,7 @@ def run(script, *arguments, cwd=ROOT, **variables):
         ["bash", str(ROOT / "launch" / f"{script}.sh"), *arguments],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         cwd=cwd,
         env={**environ, **variables},
     )
@@ -141,6 +141,23 @@ def test_mistakes_stop_before_anything_runs(tmp_path):
     assert "expected no script" in run("place", "--", "my.py").stderr
 
 
+def test_compare_gives_a_users_script_one_configuration_per_run(tmp_path):
+    """The script runs in the usual order, with the plan and, asked for, DeepSpeed's layer [F4]."""
+    (tmp_path / "ds.json").write_text("{}")
+    arguments = ["--plan", "p", "--", "mine.py", "--deepspeed_config", "ds.json"]
+    first, second, table = printed("compare", *arguments, OUT="o", cwd=tmp_path)
+    assert first[3:] == ["mine.py", "--deepspeed_config", "o/linear/ds_config.json"]
+    assert second[3:] == ["mine.py", "--deepspeed_config", "o/placed/ds_config.json"]
+    assert table == ["moe-locality", "compare", "o/linear", "o/placed"]
+    stock, *_, last = printed("compare", "--stock", *arguments, OUT="o", cwd=tmp_path)
+    assert stock[3:] == ["mine.py", "--deepspeed_config", "o/stock/ds_config.json"]
+    assert last == ["moe-locality", "compare", "o/stock", "o/placed"]
+    # an option that a script has no use for is not taken without a word
+    done = run("train", "--stock", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "found --stock before --" in done.stderr
+
+
 def test_they_run_from_any_directory(tmp_path):
     """They refused every directory but the top one of this package [F4]."""
     for script in ("record", "train", "compare"):
@@ -239,9 +256,12 @@ def test_a_users_script_records_is_placed_and_trained(tmp_path):
     arguments = ["--trace", "t", "--nodes", "2", "--ranks-per-node", "1", "--method", "linear"]
     done = run("place", *arguments, "--plan", "p.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    done = run("train", "--ranks", "2", "--plan", "p.json", *own, cwd=tmp_path, **port)
+    done = run("compare", "--ranks", "2", "--plan", "p.json", *own, cwd=tmp_path, **port)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert 'MY OWN: {"steps": 2, "placed": true}' in done.stdout
+    ours = [line for line in done.stdout.splitlines() if line.startswith("MY OWN")]
+    assert ours == [f'MY OWN: {{"steps": 2, "placed": {placed}}}' for placed in ("false", "true")]
+    # the run directories are read by compare, with the bytes of both
+    assert "traffic/cross_node_bytes" in done.stdout
     assert json.loads((tmp_path / "ds.json").read_text()) == config
 
 
