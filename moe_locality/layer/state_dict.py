@@ -1,10 +1,12 @@
 """Bake a placement into a state dict with the names of Hugging Face models: a pure function.
 
-Routers are ``[E, D]`` (and a bias ``[E]``). Experts are either stacked, ``[E, …]`` (transformers
-5), or one by one, ``experts.{e}.…`` (files on the hub). A pattern is a regular expression for the
-whole name with the group ``layer`` and, where experts come one by one, the group ``expert``.
+Routers are ``[E, D]`` (and biases ``[E]`` or ``[1, E]``). Experts are either stacked, ``[E, …]``
+(transformers 5), or one by one, ``experts.{e}.…`` (files on the hub). A pattern is a regular
+expression for the whole name with the group ``layer`` and, where experts come one by one, the group
+``expert``.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,34 +19,54 @@ from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.layer.moves import check_is_permutation, source_slots
 from moe_locality.placement.plan import PlacementPlan
 
-_MLP = r".*layers\.(?P<layer>\d+)\.mlp\."
-_MIXTRAL = r".*layers\.(?P<layer>\d+)\.(?:mlp|block_sparse_moe)\."
-_STACKED = r"experts\.(?:gate_up_proj|down_proj)"
+_LAYER = r".*layers\.(?P<layer>\d+)\."
+_MLP = _LAYER + r"mlp\."
+_MIXTRAL = _LAYER + r"(?:mlp|block_sparse_moe)\."
+_STACKED = r"experts\.(?:gate_up_proj|up_proj|down_proj)"
 _ONE_BY_ONE = r"experts\.(?P<expert>\d+)\..+"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Names:
-    """Patterns of a family of models: its routers, and the tensors of its experts."""
+    """Patterns of a family of models: its routers with their biases, the tensors of its experts.
+
+    ``grouped``: the router may pick groups of experts first, which no tensor says.
+    """
 
     router: str
     experts: tuple[str, ...]
+    grouped: bool = False
 
+
+def _family(block: str, router: str = r"gate\.weight", grouped: bool = False) -> Names:
+    return Names(
+        router=block + router, experts=(block + _STACKED, block + _ONE_BY_ONE), grouped=grouped
+    )
+
+
+_BIASED = r"(?:gate\.weight|(?:gate\.)?(?:moe_statics\.)?e_score_correction_bias)"
+_GROUPED = ("deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "dots1")
+_GROUPED += ("exaone_moe", "solar_open", "mimo_v2_flash", "kimi_linear")
+_UNGROUPED = ("ernie4_5_moe", "minimax_m2", "hy_v3", "laguna")
 
 PRESETS = {
-    "mixtral": Names(
-        router=_MIXTRAL + r"gate\.weight", experts=(_MIXTRAL + _STACKED, _MIXTRAL + _ONE_BY_ONE)
-    ),
-    "qwen3_moe": Names(
-        router=_MLP + r"gate\.weight", experts=(_MLP + _STACKED, _MLP + _ONE_BY_ONE)
-    ),
-    "olmoe": Names(router=_MLP + r"gate\.weight", experts=(_MLP + _STACKED, _MLP + _ONE_BY_ONE)),
+    "mixtral": _family(_MIXTRAL),
+    "qwen3_moe": _family(_MLP),
+    "olmoe": _family(_MLP),
     "gpt_oss": Names(
         router=_MLP + r"router\.(?:weight|bias)",
         experts=(_MLP + _STACKED + r"(?:_bias|_blocks|_scales)?",),
     ),
+    **dict.fromkeys(_GROUPED, _family(_MIXTRAL, _BIASED, grouped=True)),
+    **dict.fromkeys(_UNGROUPED, _family(_MIXTRAL, _BIASED)),
+    "nemotron_h": _family(_LAYER + r"mixer\.", _BIASED, grouped=True),
+    "lfm2_moe": _family(_LAYER + r"feed_forward\.", r"(?:gate\.weight|expert_bias)"),
+    "afmoe": _family(_MLP, r"(?:router\.gate\.weight|expert_bias)"),
 }
 """Names of transformers 5, and of the files on the hub that it reads."""
+
+_SHARED = re.compile(r"shared_(?:experts?|mlp)(?:_gate)?\.")
+"""In the name of what serves every token: no axis of it belongs to experts."""
 
 
 def relabel_state_dict(
@@ -54,6 +76,7 @@ def relabel_state_dict(
     preset: str | None = None,
     router_pattern: str | None = None,
     expert_patterns: Sequence[str] | None = None,
+    keep_patterns: Sequence[str] = (),
     current: PlacementPlan | None = None,
     num_expert_groups: int | None = None,
 ) -> dict[str, Any]:
@@ -61,10 +84,14 @@ def relabel_state_dict(
 
     Args:
         state: name to tensor (torch or numpy).
-        preset: one of ``PRESETS``; or give both patterns.
+        preset: one of ``PRESETS``; or give both patterns. ``router_pattern`` has to cover what
+            else has a value per expert, such as ``e_score_correction_bias``.
+        keep_patterns: names of tensors in MoE blocks that belong to no expert, though an axis is as
+            long as there are experts (or they hold integers, or are called experts): they stay.
         current: the plan that ``state`` follows already; None: logical order.
         num_expert_groups: groups of a group-limited router (DeepSeek-V3, arXiv 2412.19437). It
-            picks groups first, so a permutation must map whole groups onto groups.
+            picks groups first, so a permutation must map whole groups onto groups. 1: it does not.
+            Presets of families with such routers ask for it (``n_group`` of the config).
 
     Raises:
         ConfigError: unknown preset, or names that the patterns do not cover.
@@ -80,12 +107,17 @@ def relabel_state_dict(
             f"layer: choose another preset ({', '.join(PRESETS)}) or give router_pattern"
         )
     found = _match(state, experts)
-    _check_all_covered(state, found)
+    places = {**routers, **found}
+    _check_all_covered(state, places, plan.num_experts, keep_patterns)
+    if preset is not None and PRESETS[preset].grouped and num_expert_groups is None:
+        raise ConfigError(
+            f"found the preset {preset!r} and no num_expert_groups, expected it: routers of this "
+            "family may pick groups of experts first; give n_group of the model's config (1: none)"
+        )
     sources = _sources(plan, current, layers)
     if num_expert_groups:
         check_groups(plan, num_expert_groups)
     _check_experts(found, layers, plan.num_experts)
-    places = {**routers, **found}
     _check_tied(state, places, sources)
     relabelled: dict[str, Any] = {}
     for name in state:
@@ -167,12 +199,39 @@ def _match(state: Mapping[str, Any], patterns: list[str]) -> dict[str, tuple[int
     return found
 
 
-def _check_all_covered(state: Mapping[str, Any], found: dict[str, Any]) -> None:
-    missed = [name for name in state if ".experts." in name and name not in found]
+def _check_all_covered(
+    state: Mapping[str, Any],
+    places: Mapping[str, tuple[int, int | None]],
+    num_experts: int,
+    keep_patterns: Sequence[str],
+) -> None:
+    """Refuse what looks like a tensor of experts and would stay with the wrong ones."""
+    names: dict[int, list[str]] = {}
+    for name, (layer, _) in places.items():
+        names.setdefault(layer, []).append(name)
+    # paths of modules, which os.path understands with its own separator
+    paths = ([name.replace(".", os.sep) for name in found] for found in names.values())
+    blocks = tuple(os.path.commonpath(found).replace(os.sep, ".") + "." for found in paths)
+    missed = [
+        name
+        for name, value in state.items()
+        if name not in places
+        and not any(re.fullmatch(pattern, name) for pattern in keep_patterns)
+        and (
+            ".experts." in name
+            or (
+                name.startswith(blocks)
+                and not _SHARED.search(name)
+                and (num_experts in value.shape or "int" in str(value.dtype))
+            )
+        )
+    ]
     if missed:
         raise ConfigError(
-            f"found {len(missed)} expert tensors that no pattern covers, the first {missed[0]!r}, "
-            "expected all: they would stay with the wrong experts; give expert_patterns"
+            f"found {len(missed)} expert tensors that no pattern covers, the first {missed[0]!r} "
+            f"of shape {tuple(state[missed[0]].shape)}, expected all: they would stay with the "
+            "wrong experts; choose another preset, cover them with router_pattern (one value per "
+            "expert) or expert_patterns, or name in keep_patterns what belongs to no expert"
         )
 
 
@@ -196,6 +255,12 @@ def _sources(
 def _check_experts(
     found: dict[str, tuple[int, int | None]], layers: list[int], experts: int
 ) -> None:
+    alone = {layer for layer, _ in found.values()} - set(layers)
+    if alone:
+        raise ConfigError(
+            f"layers {sorted(alone)}: found experts and no router, expected both: give the whole "
+            "state dict of the layer, and a router_pattern that covers its router"
+        )
     for layer in layers:
         numbers = {expert for at, expert in found.values() if at == layer}
         if not numbers:
@@ -212,12 +277,15 @@ def _check_experts(
 
 
 def _rows(name: str, value: Any, source: np.ndarray) -> Any:
-    if value.ndim == 0 or value.shape[0] != len(source):
-        raise PlacementError(
-            f"{name}: found the shape {tuple(value.shape)}, expected {len(source)} rows, one per "
-            "expert of the plan: make a plan for this model"
-        )
-    return value[torch.from_numpy(source) if torch.is_tensor(value) else source]
+    rows = torch.from_numpy(source) if torch.is_tensor(value) else source
+    if value.ndim and value.shape[0] == len(source):
+        return value[rows]
+    if tuple(value.shape) == (1, len(source)):
+        return value[:, rows]
+    raise PlacementError(
+        f"{name}: found the shape {tuple(value.shape)}, expected {len(source)} rows, one per "
+        "expert of the plan: make a plan for this model"
+    )
 
 
 def _renamed(name: str, patterns: list[str], expert: int) -> str:

@@ -1,5 +1,8 @@
 """A relabelled Hugging Face state dict: the same logits, under all presets and both layouts."""
 
+import dataclasses
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -27,54 +30,156 @@ def random_plan(seed, **options):
     return plan_of([rng.permutation(EXPERTS) for _ in range(LAYERS)], **options)
 
 
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "v_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "index_head_dim": 8,
+    "index_n_heads": 2,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 1,
+    "num_experts_per_tok": 2,
+    **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts"), EXPERTS),
+    "moe_num_experts": EXPERTS,
+    "moe_k": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 0,
+    "num_dense_layers": 0,
+    "moe_layer_start_index": 0,
+}
+OTHER_SIZES = {
+    "gpt_oss": {"layer_types": ["full_attention"] * LAYERS},
+    "lfm2_moe": {"layer_types": ["full_attention"] * LAYERS},
+    "nemotron_h": {"layers_block_type": ["moe", "attention"]},
+    "mimo_v2_flash": {
+        "layer_types": ["full_attention"] * LAYERS,
+        "mlp_layer_types": ["sparse"] * LAYERS,
+    },
+}
+
+
 def tiny_model(preset):
+    """A model of the family ``preset`` with random values everywhere but in its norms: a fresh
+    one has biases of zero, which any order suits.
+    """
     import transformers as tf
 
-    sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": LAYERS, "head_dim": 8}
-    sizes |= {"intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
-    sizes |= {"pad_token_id": 0, "eos_token_id": 1}
-    if preset == "mixtral":
-        return tf.MixtralForCausalLM(tf.MixtralConfig(**sizes, num_local_experts=EXPERTS))
-    if preset == "qwen3_moe":
-        options = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-        return tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**sizes, **options))
-    if preset == "olmoe":
-        return tf.OlmoeForCausalLM(tf.OlmoeConfig(**sizes, num_experts=EXPERTS))
-    kinds = ["full_attention"] * LAYERS
-    return tf.GptOssForCausalLM(
-        tf.GptOssConfig(**sizes, num_local_experts=EXPERTS, layer_types=kinds)
-    )
+    kind = type(tf.AutoConfig.for_model(preset))
+    known = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
+    sizes = {key: value for key, value in SIZES.items() if key in known}
+    torch.manual_seed(0)
+    config = kind(**sizes | OTHER_SIZES.get(preset, {}))
+    model = tf.AutoModelForCausalLM.from_config(config).eval()
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and "norm" not in name:
+            value.copy_(torch.randn(value.shape) * 0.5)
+    return model
+
+
+def grouped_plan(seed, layers):
+    """Two groups of experts that stay whole, in random order."""
+    rng = np.random.default_rng(seed)
+    halves = [[half + rng.permutation(4) for half in rng.permutation([0, 4])] for _ in layers]
+    return plan_of([np.concatenate(row) for row in halves], layers)
+
+
+BIASED = [
+    preset for preset, names in PRESETS.items() if preset != "gpt_oss" and "bias" in names.router
+]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_logits_stay(preset):
-    torch.manual_seed(0)
-    model = tiny_model(preset).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # GPT-OSS leaves biases at zero, gates near it
-            parameter.copy_(torch.randn_like(parameter) * 0.2)
-    tokens = torch.randint(64, (3, 11))
+    """Families whose router has a bias per expert had no preset, and that of another family left
+    the bias behind; with random biases the logits now stay [F1]
+    """
+    model = tiny_model(preset)
+    tokens = torch.randint(2, 64, (3, 11))
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    first, second = random_plan(1), random_plan(2)
+    layers = range(sum(name.endswith(".experts.down_proj") for name in state))
+    first, second = grouped_plan(1, layers), grouped_plan(2, layers)
+    options = {"preset": preset, "num_expert_groups": 2}
     with torch.no_grad():
-        expected = model(tokens).logits
-        placed = relabel_state_dict(state, first, preset=preset)
+        expected = model(tokens, use_cache=False).logits
+        placed = relabel_state_dict(state, first, **options)
         model.load_state_dict(placed)
         rtol, atol = tolerances.LOGITS["float32"]
-        torch.testing.assert_close(model(tokens).logits, expected, rtol=rtol, atol=atol)
+        found = model(tokens, use_cache=False).logits
+        torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
+        if preset in BIASED:  # the test sees a bias that is left behind
+            model.load_state_dict({k: state[k] if "bias" in k else v for k, v in placed.items()})
+            assert (model(tokens, use_cache=False).logits - expected).abs().max() > 0.1
     changed = [name for name in state if not torch.equal(state[name], placed[name])]
-    assert sum("router" in n or ".gate." in n for n in changed) == LAYERS * (
-        2 if preset == "gpt_oss" else 1
+    tensors = 2 if preset in [*BIASED, "gpt_oss"] else 1  # of a router
+    assert sum(".experts." not in name for name in changed) == tensors * len(layers)
+    moved = relabel_state_dict(placed, second, **options, current=first)
+    direct = relabel_state_dict(state, second, **options)
+    back = relabel_state_dict(
+        moved, plan_of([range(8)] * len(layers), layers), **options, current=second
     )
-    moved = relabel_state_dict(placed, second, preset=preset, current=first)
-    direct = relabel_state_dict(state, second, preset=preset)
-    back = relabel_state_dict(moved, linear(), preset=preset, current=second)
     assert all(torch.equal(moved[name], direct[name]) for name in state)
     assert all(torch.equal(back[name], state[name]) for name in state)
 
 
-def linear():
-    return plan_of([range(EXPERTS)] * LAYERS)
+@pytest.mark.parametrize("preset", BIASED)
+def test_a_bias_that_no_pattern_covers_is_named(preset):
+    """The weights of routers and experts moved, and biases per expert silently stayed; now the
+    tensor is named, and keep_patterns says what shall stay [F1]
+    """
+    state = tiny_model(preset).state_dict()
+    layers = range(sum(name.endswith(".experts.down_proj") for name in state))
+    bias = next(name for name in state if name.endswith(("correction_bias", "expert_bias")))
+    patterns = {
+        "router_pattern": r".*layers\.(?P<layer>\d+)\..*gate\.weight",
+        "expert_patterns": [r".*layers\.(?P<layer>\d+)\..*\.experts\.(?:gate_|)(?:up|down)_proj"],
+    }
+    plan = grouped_plan(1, layers)
+    for options in ({"preset": "mixtral"}, patterns):
+        if options is patterns or preset not in ("afmoe", "lfm2_moe", "nemotron_h"):
+            with pytest.raises(
+                ConfigError, match=f"no pattern covers, the first '{re.escape(bias)}'"
+            ):
+                relabel_state_dict(state, plan, **options)
+    kept = relabel_state_dict(state, plan, **patterns, keep_patterns=[r".*bias"])
+    assert torch.equal(kept[bias], state[bias])
+    if PRESETS[preset].grouped:
+        with pytest.raises(ConfigError, match="no num_expert_groups, expected it"):
+            relabel_state_dict(state, plan, preset=preset)
+
+
+def test_only_tensors_of_experts_have_to_be_covered():
+    """A shared expert as wide as there are experts, and what lies beside the MoE block, are left
+    alone; integers in the block may be numbers of experts, and are named [F1]
+    """
+    head = "model.layers.0."
+    beside = hub_state() | {
+        head + "block_sparse_moe.shared_expert.up_proj.weight": np.ones((EXPERTS, 2)),
+        head + "block_sparse_moe.shared_expert_gate.weight": np.ones((1, EXPERTS)),
+        head + "self_attn.k_norm.weight": np.ones(EXPERTS),
+    }
+    relabel_state_dict(beside, random_plan(1), preset="mixtral")
+    for extra in (np.ones((2, EXPERTS)), np.zeros(3, np.int64)):
+        state = beside | {head + "block_sparse_moe.extra": extra}
+        with pytest.raises(
+            ConfigError, match=r"the first 'model\.layers\.0\.block_sparse_moe\.extra'"
+        ):
+            relabel_state_dict(state, random_plan(1), preset="mixtral")
+        relabel_state_dict(state, random_plan(1), preset="mixtral", keep_patterns=[r".*\.extra"])
+    alone = {k: v for k, v in hub_state().items() if k != head + "block_sparse_moe.gate.weight"}
+    with pytest.raises(ConfigError, match=r"layers \[0\]: found experts and no router"):
+        relabel_state_dict(alone, plan_of([range(8)], [1]), preset="mixtral")
 
 
 def hub_state(prefix="model.layers.{}.block_sparse_moe."):
