@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent
 SOURCES = ROOT / "csrc"
 ARCHITECTURES = "8.0;9.0a;10.0a"
 STABLE_ABI = "0x020a000000000000"  # LibTorch 2.10: one library for this and later versions
-LIMITED_API = "0x030A0000"  # CPython 3.10
+LIMITED_API = "0x030B0000"  # CPython 3.11
 LIBRARY = "moe_locality._C_cuda"
 MODES = ("auto", "0", "1", "check")
 
@@ -184,5 +184,5 @@ setup(
     package_dir={"moe_locality.examples": "examples"},
     ext_modules=BUILT,
     cmdclass={"build_ext": BuildKernels},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if BUILT else {},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if BUILT else {},
 )

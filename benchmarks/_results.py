@@ -44,7 +44,7 @@ def append_rows(
         "device": device(),
         "versions": _versions(packages),
         "commit": commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
     new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:

@@ -34,7 +34,7 @@ def usable_backends() -> list[Any]:
         try:
             ops.check_backend(name)  # pyright: ignore[reportArgumentType]
             found.append(name)
-        except BackendUnavailable as error:  # noqa: PERF203
+        except BackendUnavailable as error:
             print(f"{name}: {error}")
     return found
 

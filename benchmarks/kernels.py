@@ -99,7 +99,7 @@ def machine(on_cpu: bool) -> dict[str, str]:
     for name in sorted({"triton"} | {peer.distribution for peer in all_peers()} - {"torch"}):
         try:
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # noqa: PERF203
+        except metadata.PackageNotFoundError:
             found[name] = "absent"
     return found
 

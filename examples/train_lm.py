@@ -6,8 +6,9 @@ r"""Train the example language model with DeepSpeed, stock or with moe_locality,
         --eval-only --load-checkpoint runs/checkpoint --plan plan.json --homes homes.json \
         --out runs/placed
 
-Rank 0 writes into ``--out``: ``evaluation.npz`` (see lm/evaluation.py), ``summary.json`` and, with
-moe_locality's layer, ``traffic.json``: rows and bytes between ranks during the evaluation.
+Rank 0 writes into ``--out``: ``evaluation.npz`` (see lm/evaluation.py), ``summary.json``, with
+``--continue-steps`` the same rows of those steps as ``continued.npz``, and, with moe_locality's
+layer, ``traffic.json``: rows and bytes between ranks during the evaluation.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 from lm import data, evaluation, training
@@ -43,6 +45,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--trace", metavar="DIR", help="record the routing of training and evaluation")
     add("--trace-from", type=int, metavar="STEP", help="first recorded step (default: last sixth)")
+    add(
+        "--record-again",
+        action="store_true",
+        help="record the requests of the recorded steps once more, with the trained weights",
+    )
     add("--plan", metavar="FILE", help="placement plan (layer locality)")
     add("--homes", metavar="FILE", help="JSON: request id -> rank")
     add("--exchange", choices=["flat", "hierarchical"], help="how tokens travel (layer locality)")
@@ -91,15 +98,16 @@ def main(arguments: list[str] | None = None) -> None:
     held_out_batches = list(data.eval_batches(held_out, **dealt))
     target = done if args.eval_only else max(done, steps)
     last = target + args.continue_steps
+    first_recorded = steps * 5 // 6 + 1 if args.trace_from is None else args.trace_from
+    recorded_steps = range(first_recorded, target + 1) if args.record_again else range(0)
     metrics = training.Metrics(
         args.metrics or str(Path(args.out, "metrics.jsonl")),
-        total=last - done + len(held_out_batches),
+        total=last - done + len(held_out_batches) + len(recorded_steps),
         append=done > 0 and not args.eval_only,
     )
     recorder = Recorder(engine, args.trace)
-    first_recorded = steps * 5 // 6 + 1 if args.trace_from is None else args.trace_from
 
-    def train(first: int, until: int) -> None:
+    def train(first: int, until: int, after_step: Any = lambda *_: None) -> None:
         batches = data.train_batches(train_set, steps=until, seed=args.seed, **dealt)
         training.train(
             engine,
@@ -107,6 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
             first_step=first,
             recorder_of=lambda step: recorder.get() if step >= first_recorded else None,
             metrics=metrics,
+            after_step=after_step,
         )
 
     train(done, target)
@@ -123,9 +132,18 @@ def main(arguments: list[str] | None = None) -> None:
         "continued_steps": args.continue_steps,
         "parameters": num_parameters(engine.module, num_ranks),
     }
+    if recorded_steps:
+        batches = data.train_batches(train_set, steps=target, seed=args.seed, **dealt)
+        evaluation.evaluate_requests(
+            engine,
+            itertools.islice(batches, first_recorded - 1, None),
+            recorder=recorder.get(),
+            after_batch=lambda: metrics.advance("recording"),
+        )
     summary |= evaluate(args, engine, held_out_batches, held_out.domains, recorder.get(), metrics)
     recorder.close()
-    train(target, last)
+    if last > target:
+        continue_training(args, engine, held_out.domains, lambda done: train(target, last, done))
     summary |= {"time_s": time.perf_counter() - metrics.start, "cpu_s": total_cpu_seconds()}
     if rank == 0:
         write_json(Path(args.out, "summary.json"), summary)
@@ -246,6 +264,27 @@ def evaluate(
     metrics.write(kind="eval", **summary)
     print(f"evaluation loss {summary['eval_loss']:.4f} of {len(rows['loss'])} requests", flush=True)
     return summary
+
+
+def continue_training(
+    args: argparse.Namespace, engine: Any, domains: tuple[str, ...], train: Any
+) -> None:
+    """Train on; rank 0 writes the rows of the steps' requests as ``continued.npz``.
+
+    ``train`` takes what is to be called after each step.
+    """
+    rows: list[dict[str, Any]] = []
+    with evaluation.watched_gates(engine) as routing:
+
+        def keep(step: int, batch: data.Requests, targets: torch.Tensor, output: Any) -> None:
+            found = evaluation.rows_of(batch, targets, output, routing)
+            rows.append({**found, "step": np.full(len(batch), step)})
+            routing.clear()
+
+        train(keep)
+    joined = evaluation.gathered(rows)
+    if joined is not None:
+        evaluation.write_evaluation(joined, domains, Path(args.out, "continued.npz"))
 
 
 def num_parameters(model: torch.nn.Module, num_ranks: int) -> int:

@@ -1,17 +1,23 @@
 """Settings every test shares: one thread per process, no compiler at run time, wandb offline and
-silent.
+silent, property tests with the same examples everywhere.
 """
 
 import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Everyone tests the same examples; `make test-random` draws others and prints how to repeat one.
+settings.register_profile("same", derandomize=True, print_blob=True)
+settings.register_profile("random", derandomize=False, database=None, print_blob=True)
+settings.load_profile(os.environ.get("MOE_LOCALITY_HYPOTHESIS", "same"))
 
 
 @pytest.fixture(scope="session")

@@ -1,26 +1,29 @@
-"""Loss and logits of every held-out request, so that two runs can be compared request by request.
+"""Loss, logits and routing of every request, so that two runs can be compared request by request.
 
 The file is an .npz with one row per request, sorted by ``request_id``: ``request_id`` int64 [N],
 ``domain_id`` int32 [N], ``rank`` int32 [N] (the one that computed it), ``loss`` float32 [N] (mean
-over the tokens), ``last_logits`` float32 [N, V], ``logits_digest`` (BLAKE2b of all the request's
-logits, 16 hex digits) and ``domains``. Dropless routing without sampling makes the logits of a
-request independent of its batch, up to the order of sums inside matrix products.
+over the tokens), ``token_loss`` float32 [N, S], ``last_logits`` float32 [N, V], ``logits_digest``
+(BLAKE2b of all the request's logits, 16 hex digits), ``domains``, ``picks`` int16 [N, S, L, K] (the
+experts of each token, ascending) and ``gap`` float32 [N, S, L] (by how much the router's logit of
+the last pick exceeds that of the best expert that was not picked). Dropless routing without
+sampling makes the logits of a request independent of its batch, up to the order of sums inside
+matrix products; that order decides picks only where ``gap`` is at the level of rounding.
 """
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from .data import Requests
 from .training import annotated, as_tensors, rank_and_size
-
-ROWS = ("request_id", "domain_id", "rank", "loss", "last_logits", "logits_digest")
 
 
 def evaluate_requests(
@@ -40,30 +43,80 @@ def evaluate_requests(
     with torch.no_grad():
         for batch in batches:
             inputs, targets = as_tensors(batch, engine.device)
-            with annotated(batch, stage):
+            with annotated(batch, stage), watched_gates(engine) as routing:
                 output = engine(inputs, targets)
             if recorder is not None:
                 recorder.step()
-            rows.append(_rows(batch, output))
+            rows.append(rows_of(batch, targets, output, routing))
             after_batch()
     engine.train()
-    return _gathered(rows)
+    return gathered(rows)
 
 
-def _rows(batch: Requests, output: Any) -> dict[str, np.ndarray]:
-    logits = output.logits.float().cpu().numpy()
+@contextmanager
+def watched_gates(model: torch.nn.Module) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Collect (picks [T, K], gaps [T]) of every DeepSpeed gate, layer by layer, of a forward."""
+    from deepspeed.moe.sharded_moe import TopKGate
+
+    from moe_locality.trace.recorder.routes import read_deepspeed_gate
+
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def look(gate: Any, inputs: tuple, output: Any) -> None:
+        ids = read_deepspeed_gate(output, gate.k, False).ids.detach()
+        with torch.no_grad():
+            logits = F.linear(inputs[0].float(), gate.wg.weight.float())  # in any order of experts
+        best = F.pad(logits, (0, 1), value=-torch.inf).topk(gate.k + 1).values
+        found.append((ids.sort(dim=1).values, best[:, -2] - best[:, -1]))
+
+    gates = [module for module in model.modules() if isinstance(module, TopKGate)]
+    hooks = [gate.register_forward_hook(look) for gate in gates]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def rows_of(
+    batch: Requests,
+    targets: torch.Tensor,
+    output: Any,
+    routing: list[tuple[torch.Tensor, torch.Tensor]],
+) -> dict[str, np.ndarray]:
+    """Return the rows of this rank's batch: ``output`` of the model for ``targets`` [B, S]."""
+    logits = output.logits.detach().float()
+    token_loss = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    logits = logits.cpu().numpy()
     digests = [hashlib.blake2b(row.tobytes(), digest_size=8).hexdigest() for row in logits]
+    shape = tuple(targets.shape)
+    picks = [ids.reshape(*shape, -1).to(torch.int16) for ids, _ in routing]
+    gaps = [gap.reshape(shape) for _, gap in routing]
     return {
         "request_id": batch.request_id,
         "domain_id": batch.domain_id,
         "rank": np.full(len(batch), rank_and_size()[0], dtype=np.int32),
         "loss": output.sequence_loss.float().cpu().numpy(),
+        "token_loss": token_loss.cpu().numpy(),
         "last_logits": logits[:, -1].copy(),
         "logits_digest": np.array(digests),
+        "picks": _stacked(picks, (*shape, 0, 0), np.int16),
+        "gap": _stacked(gaps, (*shape, 0), np.float32),
     }
 
 
-def _gathered(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray] | None:
+def _stacked(layers: list[torch.Tensor], empty: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Layers behind one another on the third axis; ``empty`` for a dense model."""
+    if not layers:
+        return np.zeros(empty, dtype=dtype)
+    return torch.stack(layers, dim=2).cpu().numpy().astype(dtype)
+
+
+def gathered(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray] | None:
+    """Join the rows of all ranks on rank 0, sorted by ``step`` (where they have it) and request.
+
+    Collective over the default group; every rank has at least one batch.
+    """
     rank, size = rank_and_size()
     parts: list[Any] = [rows]
     if dist.is_initialized():
@@ -72,8 +125,9 @@ def _gathered(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray] | None
     if rank != 0:
         return None
     flat = [row for part in parts for row in part]
-    order = np.argsort(np.concatenate([row["request_id"] for row in flat]), kind="stable")
-    return {name: np.concatenate([row[name] for row in flat])[order] for name in ROWS}
+    joined = {name: np.concatenate([row[name] for row in flat]) for name in flat[0]}
+    order = np.lexsort((joined["request_id"], joined.get("step", joined["request_id"])))
+    return {name: values[order] for name, values in joined.items()}
 
 
 def write_evaluation(rows: dict[str, np.ndarray], domains: tuple[str, ...], path: Path) -> None:

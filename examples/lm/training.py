@@ -118,8 +118,12 @@ def train(
     first_step: int,
     recorder_of: Callable[[int], Any],
     metrics: "Metrics",
+    after_step: Callable[[int, Requests, torch.Tensor, Any], None] = lambda *_: None,
 ) -> None:
-    """Train on the batches after ``first_step``; ``recorder_of(step)`` is its recorder or None."""
+    """Train on the batches after ``first_step``; ``recorder_of(step)`` is its recorder or None.
+
+    ``after_step`` is called with (step, batch, targets, output) of every step.
+    """
     for step, batch in enumerate(batches, first_step + 1):
         start = time.perf_counter()
         recorder = recorder_of(step)
@@ -131,7 +135,14 @@ def train(
         if recorder is not None:
             recorder.step()
         loss, aux = all_reduced_mean([output.lm_loss, output.aux_loss])
-        metrics.step(step, loss=loss, aux_loss=aux, step_s=time.perf_counter() - start)
+        metrics.step(
+            step,
+            loss=loss,
+            aux_loss=aux,
+            tokens=targets.numel() * rank_and_size()[1],
+            step_s=time.perf_counter() - start,
+        )
+        after_step(step, batch, targets, output)
 
 
 def all_reduced_mean(values: list[torch.Tensor]) -> list[float]:

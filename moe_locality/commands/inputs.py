@@ -122,19 +122,21 @@ def write_homes(homes: Mapping[int, int], path: Path) -> None:
     write_text_atomically(path, f"{{\n{lines}\n}}\n", what="homes")
 
 
-def check_writable(path: Path, what: str) -> None:
+def check_writable(path: Path, what: str, *inputs: Path | None) -> None:
     """Refuse an output path early, before minutes of work: its directory must be writable.
 
     Directories that are missing are made when the file is written; here the nearest existing one is
-    looked at.
+    looked at. ``inputs``: files that the command reads and must not replace.
 
     Raises:
-        ConfigError: the path is a directory, or nothing can be made there.
+        ConfigError: the path is a directory or an input, or nothing can be made there.
     """
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    if path.is_dir():
+    if path.resolve() in [given.resolve() for given in inputs if given is not None]:
+        reason = "it is also an input, which would be lost"
+    elif path.is_dir():
         reason = "it is a directory"
     elif not parent.is_dir():
         reason = f"{parent} is a file"

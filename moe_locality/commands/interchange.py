@@ -43,7 +43,7 @@ def import_(
 
 def export(plan: Path, to: str, out: Path, num_hidden_layers: int | None) -> Result:
     """Write a plan in the format of a serving engine or of DeepSpeed."""
-    check_writable(out, "map")
+    check_writable(out, "map", plan)
     placed = PlacementPlan.read(plan)
     write_export(placed, out, to, num_hidden_layers)
     payload = {

@@ -44,7 +44,7 @@ def place(
     from moe_locality.placement.solve import solve
 
     _check_options(homes, start, move_budget)
-    check_writable(out, "plan")
+    check_writable(out, "plan", trace)
     old, topology = _start_on(start, (nodes, ranks_per_node, cluster, hostfile))
     options: dict[str, Any] = {
         "method": method,

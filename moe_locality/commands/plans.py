@@ -63,7 +63,7 @@ def group(trace: Path, plan: Path, out: Path, predict: str, equal_requests: bool
     """Assign a home rank to every request and write them."""
     from moe_locality.placement.homes.assign import home_assignment
 
-    check_writable(out, "homes")
+    check_writable(out, "homes", trace, plan)
     with progress(f"grouping {trace}"):
         content = read_trace(trace)
         placed = read_fitting_plan(plan, content)

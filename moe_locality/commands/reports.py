@@ -45,7 +45,7 @@ def compare(
 ) -> Result:
     """Compare two run directories, or plans on a trace."""
     if report is not None:
-        check_writable(report, "report")
+        check_writable(report, "report", first, *(plan or []), homes)
     if (second is None) == (not plan):
         raise ConfigError(
             "found "
@@ -172,7 +172,7 @@ def report(
     seed: int,
 ) -> Result:
     """Write the page of a trace, and of the plans on it."""
-    check_writable(out, "report")
+    check_writable(out, "report", trace, *(plan or []), homes)
     with progress(f"reporting {trace}"):
         content = read_judged(trace, held_out, seed)
         found = None

@@ -43,7 +43,7 @@ def simulate(
     if figure is not None:
         if sweep is None:
             raise PlacementError("found --figure without --sweep, expected both: name a sweep")
-        check_writable(figure, "figure")
+        check_writable(figure, "figure", trace, plan)
     with progress(f"simulating {plan}"):
         train, test = split(read_trace(trace), held_out, seed)
         content = train if test is None else test

@@ -33,7 +33,7 @@ def analyze(
     from moe_locality.report import write_report
 
     if report is not None:
-        check_writable(report, "report")
+        check_writable(report, "report", trace, plan)
     named = (nodes, ranks_per_node, cluster, hostfile)
     topology = read_cluster(*named) if any(value is not None for value in named) else None
     found_potential, points = None, []

@@ -106,7 +106,7 @@ def compare_plans(
         facts=facts,
         figures=tuple(_figures(trace, candidates, costs, topology, seed)),
         tables=(_layer_table(candidates, costs),),
-        notes=_notes(trace, candidates),
+        notes=(*_notes(trace, candidates), *_above_the_cap(candidates, costs)),
         synthetic=is_synthetic(trace),
         sources={c.label: _source(c.plan) for c in candidates},
     )
@@ -125,6 +125,22 @@ def _notes(trace: RoutingTrace, candidates: list[Candidate]) -> tuple[str, ...]:
         "it on requests that its solver did not see (--held-out)."
     )
     return (note,)
+
+
+def _above_the_cap(candidates: list[Candidate], costs: list[Costs]) -> list[str]:
+    """A sentence for each plan that is less level here than its solver was told to expect."""
+    found = []
+    for candidate, cost in zip(candidates, costs, strict=True):
+        made = candidate.plan.provenance
+        expected, cap = made.get("expected_imbalance"), made.get("max_imbalance")
+        if expected is not None and cost.node_imbalance > max(expected, cap):
+            found.append(
+                f"{candidate.label} is above its cap: the busiest node has "
+                f"{cost.node_imbalance:.3f} of the mean load on these requests; the cap is "
+                f"{cap:g}, {expected:.3f} was expected, {candidates[0].label} has "
+                f"{costs[0].node_imbalance:.3f}."
+            )
+    return found
 
 
 def _in_sample(trace: RoutingTrace, candidates: list[Candidate]) -> list[str]:

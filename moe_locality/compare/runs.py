@@ -71,7 +71,7 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
         steps=_read_steps(folder / "metrics.jsonl"),
         summary=_read_object(folder / "summary.json") or {},
         traffic=_read_object(folder / "traffic.json"),
-        evaluation=None if evaluation is None else _read_arrays(evaluation),
+        evaluation=None if evaluation is None else read_arrays(evaluation),
         plan=PlacementPlan.read(plan) if plan.is_file() else None,
         trace=folder / "trace" if (folder / "trace").is_dir() else None,
     )
@@ -116,7 +116,12 @@ def _read_steps(path: Path) -> tuple[dict[str, Any], ...]:
     return tuple(steps)
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read an .npz file.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     try:
         with np.load(path, allow_pickle=False) as content:
             return {name: content[name] for name in content.files}

@@ -1,20 +1,23 @@
 """The main job from end to end: record, place, run again, compare. See :func:`run_demo`."""
 
-import shutil
+import contextlib
+import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from moe_locality.demo.options import DemoOptions, WandbMode
 from moe_locality.demo.progress import Progress
 from moe_locality.errors import ConfigError
+from moe_locality.files import replace_text
 
 __all__ = ["DemoOptions", "run_demo"]
 
-OWN = (
-    *("record", "linear", "placed", "once_per_node", "wandb"),
-    *("plan.json", "homes.json", "report.html"),
-)
+MARKER = ".moe_locality_demo.json"
+"""In the directory of a demo: {"made": the files and folders that it has made there}."""
+
+OWN = ("record", "linear", "placed", "once_per_node", "plan.json", "homes.json", "report.html")
 
 
 def run_demo(
@@ -32,10 +35,11 @@ def run_demo(
     """Run the demo and return what it found as plain data; files go below ``out``.
 
     Without ``trace`` the example model is trained, on ``num_nodes * ranks_per_node`` local ranks.
-    With it, that trace is analyzed and placed, and nothing is run. What an earlier demo wrote into
-    ``out`` is replaced.
+    With it, that trace is analyzed and placed, and nothing is run. ``out`` is new, empty, or the
+    directory of an earlier demo, whose files are replaced; other files there stay.
 
     Raises:
+        ConfigError: ``out`` holds files of others; nothing was changed.
         MoeLocalityError: a stage failed; the message says which and why.
     """
     options = DemoOptions(
@@ -50,9 +54,8 @@ def run_demo(
     )
     if trace is not None and not Path(trace).exists():
         raise ConfigError(f"found no trace at {trace}, expected a directory or an .npz file")
-    _clear(options.out)
     start = time.monotonic()
-    with Progress(quiet=quiet) as progress:
+    with _own_directory(options.out, trace), Progress(quiet=quiet) as progress:
         if trace is not None:
             from moe_locality.demo.trace_run import run_trace
 
@@ -66,12 +69,64 @@ def run_demo(
     return {**found, "seconds": round(time.monotonic() - start, 1)}
 
 
-def _clear(out: Path) -> None:
-    """Remove what an earlier demo left: old shards would be read as part of the new trace."""
+@contextlib.contextmanager
+def _own_directory(out: Path, trace: Path | None) -> Iterator[None]:
+    """Remove what earlier demos made in ``out``, and note what this one makes, however it ends.
+
+    Old shards would be read as part of the new trace, so nothing of that kind may stay.
+    """
+    for path in sorted(_made_before(out, trace), reverse=True):  # a folder after what is in it
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+        elif path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
     out.mkdir(parents=True, exist_ok=True)
-    for name in OWN:
-        path = out / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    others = _content(out)
+    _note(out, [])
+    try:
+        yield
+    finally:
+        _note(out, [str(path.relative_to(out)) for path in sorted(_content(out) - others)])
+
+
+def _made_before(out: Path, trace: Path | None) -> list[Path]:
+    """What an earlier demo made in ``out``.
+
+    Raises:
+        ConfigError: there are files of others in the way, or the trace is one of the files.
+    """
+    if not out.is_dir() or not any(out.iterdir()):
+        if out.exists() and not out.is_dir():
+            raise ConfigError(f"--out: found the file {out}, expected a directory: give another")
+        return []
+    try:
+        made = [out / name for name in json.loads((out / MARKER).read_text("utf-8"))["made"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"--out: found files in {out} and no {MARKER} that lists what a demo made there, "
+            "expected a new or empty directory: give another; nothing was changed"
+        ) from error
+    input_path = None if trace is None else Path(trace).resolve()
+    for path in map(Path.resolve, made):
+        if input_path is not None and (path == input_path or input_path in path.parents):
+            raise ConfigError(
+                f"--trace: found {trace} among what the demo replaces in {out}, expected it "
+                "elsewhere: give another --out; nothing was changed"
+            )
+    others = _content(out) - set(made)
+    foreign = sorted(str(path) for path in others if path.relative_to(out).parts[0] in OWN)
+    if foreign:
+        raise ConfigError(
+            f"--out: found {foreign[0]}, which no demo noted as its own (one that was killed notes "
+            f"nothing), expected only its files in {', '.join(OWN)}: remove it, or give another "
+            "directory; nothing was changed"
+        )
+    return made
+
+
+def _content(out: Path) -> set[Path]:
+    return {path for path in out.rglob("*") if path.name != MARKER}
+
+
+def _note(out: Path, made: list[str]) -> None:
+    replace_text(out / MARKER, json.dumps({"made": made}, indent=1) + "\n")

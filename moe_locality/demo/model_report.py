@@ -1,5 +1,6 @@
 """What came of the demo on the example model: lines on the screen, report.html, wandb runs."""
 
+from dataclasses import asdict
 from typing import Any
 
 from moe_locality.compare import trace_figures, track_comparison
@@ -9,6 +10,7 @@ from moe_locality.demo.checks import counted_imbalance
 from moe_locality.demo.model_run import ModelDemo
 from moe_locality.demo.options import DemoOptions
 from moe_locality.demo.progress import Progress
+from moe_locality.errors import MoeLocalityError
 from moe_locality.report import Headline, ReportData, write_report
 from moe_locality.tracking import NullTracker, package_versions, start_tracking
 
@@ -24,6 +26,11 @@ def publish(options: DemoOptions, found: ModelDemo, progress: Progress) -> dict[
     with progress.stage("write report and wandb runs"):
         write_report(report_data(options, found, facts), report)
         directory = _track(options, found, facts)
+    if not facts["balance"]["kept"]:
+        raise MoeLocalityError(
+            f"{balance_line(facts)}: expected at most the cap, or what the usual order has; the "
+            f"plan is less level than promised. Everything else held, see {report}"
+        )
     return {**facts, "report": str(report), "wandb": directory}
 
 
@@ -35,10 +42,15 @@ def outcome(options: DemoOptions, found: ModelDemo) -> dict[str, Any]:
         run.name: counted_imbalance(run, found.topology) for run in (found.linear, found.placed)
     }
     copies = found.predicted.row("copies")
+    placed = found.agreements["placed"]
+
+    def worst(name: str) -> float:
+        return max(getattr(found.agreements[run], name) for run in ("placed", "once_per_node"))
+
     return {
         "kind": "model",
         "cluster": f"{options.num_nodes} nodes x {options.ranks_per_node} ranks (emulated)",
-        "held_out_requests": found.agreement.requests,
+        "held_out_requests": placed.requests,
         "held_out_tokens": found.held_out.num_tokens,
         "domain_js_bits": domains["mean_js_bits"] if domains else None,
         "domain_noise_floor_bits": domains["mean_noise_floor_bits"] if domains else None,
@@ -50,12 +62,21 @@ def outcome(options: DemoOptions, found: ModelDemo) -> dict[str, Any]:
         "node_imbalance": {name: found["node"] for name, found in balance.items()},
         "rank_imbalance": {name: found["rank"] for name, found in balance.items()},
         "predicted_copies": dict(zip(balance, copies.values, strict=True)) if copies else {},
-        "max_loss_difference": found.agreement.max_loss_difference,
-        "max_logit_difference": found.agreement.max_logit_difference,
-        "max_train_loss_difference": found.agreement.max_train_loss_difference,
-        "placed_max_loss_difference": found.placed_agreement.max_loss_difference,
-        "placed_max_train_loss_difference": found.placed_agreement.max_train_loss_difference,
-        "train_steps_compared": found.agreement.train_steps,
+        "balance": {
+            "cap": options.max_imbalance,
+            "expected": found.plan.provenance["expected_imbalance"],
+            "counted": balance["placed"]["node"],
+            "usual_order": balance["linear"]["node"],
+            "kept": balance["placed"]["node"]
+            <= max(options.max_imbalance, balance["linear"]["node"]),
+        },
+        "max_loss_difference": worst("max_loss_difference"),
+        "max_logit_difference": worst("max_logit_difference"),
+        "max_train_loss_difference": worst("max_train_loss_difference"),
+        "placed_max_loss_difference": placed.max_loss_difference,
+        "placed_max_train_loss_difference": placed.max_train_loss_difference,
+        "train_steps_compared": placed.train_steps,
+        "flips": {name: asdict(some) for name, some in found.agreements.items()},
         "plan_digest": found.plan.digest(),
     }
 
@@ -63,7 +84,7 @@ def outcome(options: DemoOptions, found: ModelDemo) -> dict[str, Any]:
 def outcome_lines(facts: dict[str, Any]) -> list[str]:
     """Return the outcome in a few lines."""
     sizes, check = facts["cross_node_dispatch_bytes"], facts["prediction_check"]
-    saved, balance = facts["cross_node_dispatch_saved"], facts["node_imbalance"]
+    saved = facts["cross_node_dispatch_saved"]
     return [
         f"held-out requests: {facts['held_out_requests']} ({facts['held_out_tokens']:,} tokens), "
         f"on {facts['cluster']}",
@@ -72,15 +93,52 @@ def outcome_lines(facts: dict[str, Any]) -> list[str]:
         f"placed and each token sent once per node ({saved['once_per_node']:.1%} saved)",
         "rows across nodes, predicted from the trace = counted: "
         + ", ".join(f"{c['predicted_rows']:,} = {c['counted_rows']:,}" for c in check.values()),
-        f"busiest node / mean (counted): {balance['linear']:.3f} linear, "
-        f"{balance['placed']:.3f} placed",
+        balance_line(facts),
         "largest difference of a request's loss from linear: "
         f"{facts['placed_max_loss_difference']:.1e} placed, "
         f"{facts['max_loss_difference']:.1e} once per node; of "
         f"{facts['train_steps_compared']} further training losses: "
         f"{facts['placed_max_train_loss_difference']:.1e} placed, "
         f"{facts['max_train_loss_difference']:.1e} once per node",
+        flips_line(facts["flips"]),
     ]
+
+
+def balance_line(facts: dict[str, Any]) -> str:
+    """Return how level the nodes were, and whether the cap was kept."""
+    found = facts["balance"]
+    said = f"within the cap of {found['cap']:g}"
+    if found["counted"] > found["cap"]:
+        said = f"ABOVE the cap of {found['cap']:g}"
+    return (
+        f"busiest node / mean (counted): {found['usual_order']:.3f} linear, "
+        f"{found['counted']:.3f} placed, {said} ({found['expected']:.3f} was expected)"
+    )
+
+
+def flips_line(flips: dict[str, dict[str, Any]]) -> str:
+    """Return how many picks rounding has flipped, and what came of it."""
+    if not any(found["flips"] for found in flips.values()):
+        pairs = max(found["pairs"] for found in flips.values())
+        return f"picks that differ between the runs: none of {pairs:,} (token, layer) pairs"
+    parts = []
+    for name, found in flips.items():
+        if not found["flips"]:
+            continue
+        part = (
+            f"{name.replace('_', ' ')}: {found['flips']} of {found['pairs']:,} (token, layer) "
+            f"pairs, {found['near_ties']} of them near-ties that rounding flipped (gap of router "
+            f"logits at most {found['max_gap']:.1e}), the others follow from those; largest "
+            f"difference of a loss of the {found['flipped_requests']} requests concerned: "
+            f"{found['max_loss_difference_after_flips']:.1e}"
+        )
+        if found["train_steps_after_flips"]:
+            part += (
+                f"; of the {found['train_steps_after_flips']} training losses from a flip on: "
+                f"{found['max_train_loss_difference_after_flips']:.1e}"
+            )
+        parts.append(part)
+    return "picks that differ from the usual order: " + "; ".join(parts)
 
 
 def report_data(options: DemoOptions, found: ModelDemo, facts: dict[str, Any]) -> ReportData:
@@ -90,11 +148,13 @@ def report_data(options: DemoOptions, found: ModelDemo, facts: dict[str, Any]) -
         title="moe_locality demo: the same batches with and without placement",
         summary=(
             "A small mixture-of-experts language model was trained by DeepSpeed on text of "
-            f"{len(trace.domain)} domains and its routing recorded. Experts and requests were then "
-            "placed, and the same held-out requests and further training steps run three times "
+            f"{len(trace.domain)} domains and its routing recorded, with the trained weights: a "
+            "router that still trains moves. Experts and requests were then placed, and the same "
+            "held-out requests and further training steps run three times "
             "through moe_locality's layer: in the usual order, with the placement, and with the "
             "placement through the exchange that sends each token once per node.",
             *(f"{line[0].upper()}{line[1:]}." for line in outcome_lines(facts)),
+            *found.predicted.notes,
             *trace_words(trace, found.analysis),
         ),
         facts=(
@@ -125,8 +185,11 @@ def report_data(options: DemoOptions, found: ModelDemo, facts: dict[str, Any]) -
 
 def _headlines(facts: dict[str, Any]) -> tuple[Headline, ...]:
     """The figures in large type."""
-    sizes, balance = facts["cross_node_dispatch_bytes"], facts["node_imbalance"]
+    sizes, balance = facts["cross_node_dispatch_bytes"], facts["balance"]
     saved = facts["cross_node_dispatch_saved"]
+    flipped = any(found["flips"] for found in facts["flips"].values())
+    checks = facts["prediction_check"].values()
+    off = any(check["predicted_rows"] != check["counted_rows"] for check in checks)
     return (
         Headline(
             label="bytes across nodes (measured, dispatch)",
@@ -140,16 +203,22 @@ def _headlines(facts: dict[str, Any]) -> tuple[Headline, ...]:
         ),
         Headline(
             label="busiest node / mean (measured)",
-            value=f"{balance['placed']:.3f}",
-            context=f"linear {balance['linear']:.3f}",
+            value=f"{balance['counted']:.3f}",
+            context=f"{'ABOVE' if balance['counted'] > balance['cap'] else 'within'} the cap of "
+            f"{balance['cap']:g}; linear {balance['usual_order']:.3f}",
         ),
         Headline(
             label="largest difference of a request's loss",
             value=f"{facts['placed_max_loss_difference']:.1e}",
             context="nats per token, placed against linear; once per node: "
-            f"{facts['max_loss_difference']:.1e}",
+            f"{facts['max_loss_difference']:.1e}"
+            + ("; without requests with a flip" if flipped else ""),
         ),
-        Headline(label="predicted rows = counted rows", value="exact", context="all three runs"),
+        Headline(
+            label="predicted rows = counted rows",
+            value="exact",
+            context="all three runs" + (", but for the picks that rounding flipped" if off else ""),
+        ),
     )
 
 

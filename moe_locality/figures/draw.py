@@ -289,8 +289,9 @@ def _draw_tradeoff(data: TradeoffData) -> "Figure":
         axes.scatter(
             point.imbalance, point.copies, s=64, c=color, marker=marker, ec="white", zorder=3
         )
+        above = data.cap is not None and point.imbalance > data.cap and not point.is_baseline
         axes.annotate(
-            point.name,
+            f"{point.name}: above the cap" if above else point.name,
             (point.imbalance, point.copies),
             xytext=(8, 5),
             textcoords="offset points",

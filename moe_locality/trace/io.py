@@ -94,7 +94,7 @@ def _read_shards(
     for shard in shards:
         try:
             parts[shard] = read_shard(shard, layers)[0]
-        except TraceError as error:  # noqa: PERF203  one damaged shard must not hide the others
+        except TraceError as error:
             if strict:
                 raise
             problems.append(str(error))

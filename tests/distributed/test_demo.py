@@ -7,14 +7,17 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import wandb
 
 from moe_locality.compare import read_run
 from moe_locality.demo import run_demo
 from moe_locality.demo.checks import check_agreement, check_prediction
+from moe_locality.demo.model_run import read_recorded
 from moe_locality.errors import MoeLocalityError
 from moe_locality.placement import PlacementPlan, evaluate
 from moe_locality.topology import ClusterTopology
 from moe_locality.trace import PREFILL, TRAIN, read_trace
+from tests.unit.test_tracking import ReadBack
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ def test_bytes_are_predicted_exactly_and_fewer(demo):
 
 def test_counted_balance_is_the_predicted_one(demo):
     out, found = demo
-    held_out = read_trace(out / "record" / "trace").filter(stages=[PREFILL])
+    _, held_out = read_recorded(out / "record")
     homes = {int(k): v for k, v in json.loads((out / "homes.json").read_text()).items()}
     plan, cluster = PlacementPlan.read(out / "plan.json"), ClusterTopology.uniform(2, 2)
     costs = evaluate(held_out, plan, cluster, homes)
@@ -49,6 +52,25 @@ def test_placement_changes_nothing_that_is_computed(demo):
     assert found["max_train_loss_difference"] < 1e-4
     plan = PlacementPlan.read(out / "plan.json")
     assert (plan.physical_to_logical_map != np.arange(plan.num_experts)).any()
+    for compared in found["flips"].values():
+        assert compared["near_ties"] <= compared["flips"] <= 0.01 * compared["pairs"]
+    assert found["flips"]["placed"]["train_steps"] == 6
+    assert found["flips"]["placed"]["pairs"] == (64 + 6 * 16) * 64 * 2  # token, layer
+
+
+def test_the_cap_is_kept_by_a_plan_of_the_trained_router(demo):
+    """The plan was made from steps in which the router still moved, and broke its cap. [A2]"""
+    out, found = demo
+    seen, held_out = read_recorded(out / "record")
+    trace = read_trace(out / "record" / "trace")
+    assert set(seen.request_ids) == set(trace.filter(stages=[TRAIN]).request_ids)
+    assert not set(seen.request_ids) & set(held_out.request_ids)
+    plan = PlacementPlan.read(out / "plan.json")
+    assert plan.provenance["trace"] == seen.content_hash()
+    balance = found["balance"]
+    assert balance["counted"] == found["node_imbalance"]["placed"]
+    assert balance["kept"]
+    assert balance["counted"] <= max(balance["cap"], balance["usual_order"])
 
 
 def test_everything_is_written(demo):
@@ -63,11 +85,24 @@ def test_everything_is_written(demo):
     json.dumps(found)
 
 
+def test_curves_in_wandb_run_over_the_tokens(demo):
+    """Every step was logged at 0 tokens, the x axis: curves were one vertical line. [F10]"""
+    out, _ = demo
+    wandb.teardown()
+    tokens = {}
+    for path in out.glob("wandb/offline-run-*"):
+        found = ReadBack(path)
+        steps = [line["tokens"] for line in found.history() if "quality/loss" in line]
+        tokens[found.of("run")[0].display_name] = steps
+    for name in ("linear", "placed", "once_per_node"):
+        assert tokens[name] == [16 * 64 * step for step in range(1, 7)]
+
+
 def test_a_wrong_counter_and_a_different_model_are_seen(demo):
     out, _ = demo
     linear, placed = read_run(out / "linear"), read_run(out / "placed")
     plan = PlacementPlan.read(out / "plan.json")
-    held_out = read_trace(out / "record" / "trace").filter(stages=[PREFILL])
+    _, held_out = read_recorded(out / "record")
     cluster = ClusterTopology.uniform(2, 2)
     placed.traffic["rows_by_link"]["dispatch"]["cross_node"] += 1
     with pytest.raises(MoeLocalityError, match="the prediction from the recorded trace is"):
