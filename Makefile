@@ -3,19 +3,26 @@ VENV   ?= .venv
 PYTHON ?= python3
 OUT    ?= runs/demo
 PY      = $(VENV)/bin/python
-PIP     = $(PY) -m pip install -q --disable-pip-version-check -c constraints-dev.txt
+# one line for each step, and errors: pip's warnings (run as root, no cache, ...) are nobody's business
+PIP     = @$(PY) -m pip install -qq --disable-pip-version-check -c constraints-dev.txt
 READY   = $(VENV)/.installed
 
-.PHONY: demo test test-multinode check bench bench-multinode gpu clean
+.PHONY: demo test test-random test-multinode check bench bench-multinode gpu clean
 
 # torch first and deepspeed without build isolation: its setup.py imports torch
 $(READY): pyproject.toml setup.py constraints-dev.txt
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "found Python %d.%d, expected 3.11 or newer: make PYTHON=python3.11 ..." % sys.version_info[:2])'
+	@echo "1/5 make the environment $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "2/5 install pip, setuptools, wheel, ninja"
 	$(PIP) --upgrade pip setuptools wheel ninja
+	@echo "3/5 install torch"
 	$(PIP) torch numpy py-cpuinfo
+	@echo "4/5 build and install deepspeed"
 	$(PIP) --no-build-isolation deepspeed
+	@echo "5/5 install moe-locality and what its tests need"
 	$(PIP) --no-build-isolation -e ".[deepspeed,hf,wandb,report,mpi,serve,dev]"
-	touch $@
+	@touch $@
 
 demo: $(READY) ## the main job: train, record, place, run again, compare; report in runs/demo/report.html
 	$(VENV)/bin/moe-locality demo --out $(OUT)
@@ -23,13 +30,16 @@ demo: $(READY) ## the main job: train, record, place, run again, compare; report
 test: $(READY) ## every test that needs no GPU
 	$(PY) -m pytest
 
+test-random: $(READY) ## the property tests with other examples each time; SEED=N repeats a run
+	MOE_LOCALITY_HYPOTHESIS=random $(PY) -m pytest -m "hypothesis and not gpu and not multinode" $(if $(SEED),--hypothesis-seed=$(SEED))
+
 test-multinode: $(READY) ## tests on nodes made of network namespaces: root, iproute2, openssh-server, pdsh
 	$(PY) -m pytest -m multinode tests/multinode
 
 check: $(READY) ## style, types, and the compile check of csrc/ where nvcc is
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/pyright
+	$(VENV)/bin/pyright --pythonpath $(PY)
 	@if command -v nvcc >/dev/null; then MOE_LOCALITY_CUDA=check $(PY) setup.py -q build_ext; \
 	else echo "csrc/ was not compiled: nvcc is not on PATH"; fi
 

@@ -2,15 +2,20 @@
 of the kernels.
 """
 
+import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parents[1]
 
@@ -122,3 +127,85 @@ def test_version_is_said_once():
     text = (ROOT / "pyproject.toml").read_text()
     assert 'dynamic = ["version"]' in text
     assert moe_locality.__version__.count(".") == 2
+
+
+def test_one_python_version_is_the_oldest_everywhere():
+    """The README said 3.11, pyproject.toml 3.10, for which numpy and others are too new. [A4]"""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    (oldest,) = re.fullmatch(r">=(3\.\d+)", project["project"]["requires-python"]).groups()
+    short = oldest.replace(".", "")
+    assert f"Python {oldest} or newer" in (ROOT / "README.md").read_text()
+    assert f"Python ≥ {oldest}" in (ROOT / "docs" / "design.md").read_text()
+    assert project["tool"]["ruff"]["target-version"] == f"py{short}"
+    assert project["tool"]["pyright"]["pythonVersion"] == oldest
+    setup = (ROOT / "setup.py").read_text()
+    assert f'"cp{short}"' in setup
+    assert f'"0x03{int(short[1:]):02X}0000"' in setup
+    assert f"sys.version_info < (3, {short[1:]})" in (ROOT / "Makefile").read_text()
+    pinned = re.findall(r"^([\w-]+)==", (ROOT / "constraints-dev.txt").read_text(), re.MULTILINE)
+    for name in pinned:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            needed = SpecifierSet(metadata.metadata(name).get("Requires-Python", ""))
+            assert f"{oldest}.99" in needed, f"{name} as pinned needs Python {needed}"
+
+
+def test_installing_prints_one_line_for_each_step(tmp_path):
+    """pip printed 60 lines of warnings on some machines. [A4]"""
+    log = tmp_path / "calls"
+    python = tmp_path / "python"
+    program(
+        python,
+        "#!/bin/sh\n"
+        f'echo "$@" >> {log}\n'
+        'if [ "$2" = venv ]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; fi\n'
+        'case "$*" in *"pip install"*) case "$*" in *-qq*) ;; *) echo WARNING >&2;; esac;; esac\n',
+    )
+    line = [
+        "make",
+        f"VENV={tmp_path / 'venv'}",
+        f"PYTHON={python}",
+        str(tmp_path / "venv/.installed"),
+    ]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert [row[:3] for row in done.stdout.splitlines()] == [f"{i}/5" for i in range(1, 6)]
+    assert len([row for row in log.read_text().splitlines() if "pip install -qq" in row]) == 4
+
+
+def test_types_are_checked_against_the_environment_and_examples_drawn_on_request():
+    """pyright saw none of the packages: 202 warnings. [A1, A4]"""
+    made = subprocess.run(
+        ["make", "-n", "-o", "some/.installed", "VENV=some", "check", "test-random"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    ).stdout  # fmt: skip
+    assert "some/bin/pyright --pythonpath some/bin/python" in made
+    assert "MOE_LOCALITY_HYPOTHESIS=random some/bin/python -m pytest" in made
+
+
+def test_everyone_tests_the_same_examples_unless_others_are_asked_for(tmp_path):
+    """Whether `make test` passed hung on what hypothesis drew. [A1]"""
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    (tmp_path / "test_drawn.py").write_text(
+        "from hypothesis import given, strategies as st\n"
+        "@given(st.integers(0, 10**9))\n"
+        "def test_drawn(number):\n"
+        "    with open('drawn', 'a') as file:\n"
+        "        file.write(f'{number} ')\n"
+        "    assert number < 10**8\n"
+    )
+
+    def drawn(**environment):
+        (tmp_path / "drawn").unlink(missing_ok=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_drawn.py"],
+            cwd=tmp_path, capture_output=True, text=True, timeout=120,
+            env={**os.environ, "MOE_LOCALITY_HYPOTHESIS": "same", **environment},
+        )  # fmt: skip
+        assert done.returncode == 1
+        return (tmp_path / "drawn").read_text(), done.stdout
+
+    assert drawn()[0] == drawn()[0]
+    other, output = drawn(MOE_LOCALITY_HYPOTHESIS="random")
+    assert other != drawn()[0]
+    assert "@reproduce_failure(" in output

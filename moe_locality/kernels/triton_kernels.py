@@ -16,6 +16,8 @@ Gate: scores, group limits and top-k in one pass, and the derivative. Experts ar
 int64: the bits of the key, made to sort like the number, above the reversed id. So ties go to the
 lower id, nothing is picked twice, and NaN cannot lead outside.
 """
+# kernels are Triton, not Python: constexpr is a number there, static_range a loop
+# pyright: reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
