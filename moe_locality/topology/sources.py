@@ -181,11 +181,11 @@ def read_env(environ: Mapping[str, str]) -> Shape:
             "call discover_topology(), which asks all ranks"
         )
     if "CROSS_SIZE" in environ and "LOCAL_SIZE" in environ:
-        return _even(environ, "LOCAL_SIZE", "CROSS_SIZE")
+        return _even(environ, "LOCAL_SIZE", "CROSS_SIZE", "CROSS_RANK")
     if "LOCAL_WORLD_SIZE" in environ:
-        return _even(environ, "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
+        return _even(environ, "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "GROUP_RANK")
     if "OMPI_COMM_WORLD_LOCAL_SIZE" in environ:
-        return _even(environ, "OMPI_COMM_WORLD_LOCAL_SIZE")
+        return _open_mpi(environ)
     for variable in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"):
         if variable in environ:
             return _slurm(environ, variable)
@@ -215,7 +215,28 @@ def _world_size(environ: Mapping[str, str]) -> tuple[str, int]:
     )
 
 
-def _even(environ: Mapping[str, str], per_node: str, nodes: str | None = None) -> Shape:
+def _open_mpi(environ: Mapping[str, str]) -> Shape:
+    """One node is certain. Of several, a process is told its own alone: by slot, by node and uneven
+    placement set the same variables.
+    """
+    size, per_node = "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"
+    if size not in environ:
+        raise TopologyError(f"found {per_node} without {size}, expected both: start with mpirun")
+    world, local = _number(environ, size), _number(environ, per_node)
+    if world == local:
+        return shape_of_counts(["node0"], [world])
+    raise TopologyError(
+        f"found {size}={world}, {per_node}={local}, expected one node: Open MPI does not tell a "
+        "process on which nodes the others are; call ClusterTopology.from_mpi() or "
+        "discover_topology() on all ranks, give a hostfile or a cluster file, or, where nodes are "
+        f"even and ranks consecutive (--map-by slot), set {RANKS_PER_NODE_VARIABLE}={local}"
+    )
+
+
+def _even(
+    environ: Mapping[str, str], per_node: str, nodes: str | None = None, node: str | None = None
+) -> Shape:
+    """Consecutive ranks on nodes of one size; this rank's own place, where told, has to agree."""
     world_name, world = _world_size(environ)
     size = _number(environ, per_node)
     found = f"{world_name}={world}, {per_node}={size}"
@@ -224,6 +245,10 @@ def _even(environ: Mapping[str, str], per_node: str, nodes: str | None = None) -
     if nodes is not None and nodes in environ:
         found += f", {nodes}={environ[nodes]}"
         uneven = uneven or _number(environ, nodes) != num_nodes
+    rank, here = environ.get("RANK", ""), environ.get(node or "", "")
+    if rank.isdecimal() and here.isdecimal():
+        found += f", RANK={rank}, {node}={here}"
+        uneven = uneven or int(rank) // size != int(here)
     if uneven:
         raise TopologyError(
             f"found {found}, expected the same number of ranks on every node: for uneven nodes "

