@@ -76,15 +76,18 @@ def _run(name: str, chosen: dict[str, Any]) -> None:
 
 @app.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(help="Routing record of another tool.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(help="Routing record of another tool, several, or a directory of them."),
+    ],
     out: Annotated[Path, typer.Option("--out", help="Directory of the trace.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another trace.")] = False,
     format: Annotated[
         str | None,
         typer.Option(
             "--format",
-            help="npz, json, csv, megatron, vllm, sglang, sglang-dump or llamacpp. Default: found "
-            "from the content.",
+            help="npz, json, csv, megatron, vllm, sglang, sglang-dump, slime or llamacpp. "
+            "Default: found from the content.",
         ),
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="Name, where F has none.")] = None,
@@ -93,6 +96,20 @@ def import_(
     ] = None,
     top_k: Annotated[
         int | None, typer.Option("--top-k", min=1, help="Picks per token, where F does not say.")
+    ] = None,
+    num_layers: Annotated[
+        int | None,
+        typer.Option(
+            "--num-layers", min=1, help="Transformer layers of the model, where F does not say."
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option("--layers", help="Layers to take, as 1,3,5-9. Default: all that hold picks."),
+    ] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option("--table", help="CSV or JSON: name of a request, its request_id and domain."),
     ] = None,
     as_json: options.Json = False,
     debug: options.Debug = False,

@@ -4,30 +4,38 @@ from pathlib import Path
 
 from moe_locality.commands.inputs import check_writable
 from moe_locality.commands.output import Result, progress
+from moe_locality.errors import TraceError
 from moe_locality.placement import PlacementPlan
 from moe_locality.placement.export import write_export
 from moe_locality.trace.importers import find_format, import_to
 
 
 def import_(
-    file: Path,
+    files: list[Path],
     out: Path,
     overwrite: bool,
     format: str | None,
     model: str | None,
     num_experts: int | None,
     top_k: int | None,
+    num_layers: int | None,
+    layers: str | None,
+    table: Path | None,
 ) -> Result:
     """Read another tool's record and write it as a trace."""
-    with progress(f"importing {file}") as update:
-        found = find_format(file) if format is None else format
+    given = files[0] if len(files) == 1 else files
+    with progress(f"importing {files[0]}") as update:
+        found = find_format(given) if format is None else format
         summary = import_to(
-            file,
+            given,
             out,
-            format=found,
+            format=format,
             model=model,
             num_experts=num_experts,
             top_k=top_k,
+            num_layers=num_layers,
+            layers=None if layers is None else _layer_numbers(layers),
+            table=table,
             overwrite=overwrite,
             report=lambda done, total: update(done, total, ""),
         )
@@ -38,7 +46,24 @@ def import_(
         f"top {summary['top_k']}, {len(summary['domains'])} domains; "
         f"model {summary['model'] or 'not named'}"
     )
+    left_out = len(summary["left_out"])
+    if left_out:
+        words += f"; {left_out} of the requests or files left out, see the warnings"
     return Result(payload=payload, text=(words,))
+
+
+def _layer_numbers(text: str) -> list[int]:
+    """The numbers that "1,3,5-9" names."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not (last.isdecimal() and int(first) <= int(last))):
+            raise TraceError(
+                f"found --layers {text!r}, expected numbers and ranges such as 1,3,5-9: number the "
+                "transformer layers from 0"
+            )
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
 
 
 def export(plan: Path, to: str, out: Path, num_hidden_layers: int | None) -> Result:

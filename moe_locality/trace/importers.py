@@ -6,9 +6,11 @@ described in docs/formats.md and in the module that reads it.
 
 from __future__ import annotations
 
+import csv
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,13 @@ from moe_locality.trace import generic, llamacpp, megatron, routed, sglang, tabl
 from moe_locality.trace.io import write_trace
 from moe_locality.trace.merge import concat
 from moe_locality.trace.npz import read_npz
-from moe_locality.trace.reading import ImportOptions, Report, whole_json
+from moe_locality.trace.reading import (
+    ImportOptions,
+    Report,
+    is_count,
+    text_lines,
+    whole_json,
+)
 from moe_locality.trace.schema import RoutingTrace
 from moe_locality.trace.shards import make_directory, replace_shards, shard_paths
 
@@ -31,7 +39,9 @@ FORMATS = {
     "megatron": "Megatron-LM router_trace_rank*.jsonl, a file or the directory",
     "vllm": "vLLM routed experts: .npy, .npz, or responses in JSON",
     "sglang": "SGLang responses with routed_experts in JSON",
-    "sglang-dump": "SGLang expert_distribution_recorder_*.pt, a file or the directory",
+    "sglang-dump": "SGLang expert_distribution_recorder_*.pt, a file or the directory; or its "
+    "logical_count in JSON",
+    "slime": "slime rollouts with routed experts (.pt)",
     "llamacpp": "llama.cpp moe-trace CSV",
 }
 """Name of each format and what it is."""
@@ -46,48 +56,72 @@ _BY_SUFFIX = {
 }
 
 
+Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
+
+
 def import_trace(
-    path: str | PathLike[str],
+    path: Paths,
     *,
     format: str | None = None,
     model: str | None = None,
     num_experts: int | None = None,
     top_k: int | None = None,
+    num_layers: int | None = None,
+    layers: Collection[int] | None = None,
+    table: str | PathLike[str] | None = None,
     report: Report | None = None,
 ) -> RoutingTrace:
     """Read a foreign trace into memory.
 
     Args:
+        path: a file, several, or a directory of them: one trace. Request ids are the numbers that
+            the files are called by where all are, domains the folders in the directory.
         format: a name in ``FORMATS``; None: found from the content.
-        model, num_experts, top_k: what the file does not say. Without ``num_experts`` there, the
-            highest id seen plus one is taken, with a warning, for experts that were never picked
-            leave no mark.
+        model, num_experts, top_k, num_layers: what the file does not say. Without ``num_experts``
+            there, the highest id seen plus one is taken, with a warning, for experts that were
+            never picked leave no mark.
+        layers: transformer layers to take; None: all that hold picks.
+        table: CSV with the columns name and request_id or domain, or JSON {name: {"request_id",
+            "domain"} or domain}; the names are those of files, arrays or responses.
         report: called now and then with (bytes read, bytes in all).
 
     Raises:
         TraceError: the format is unknown, or the content does not fit it; the message names file
-        and line.
+        and line. A request among others that is damaged is left out, with a warning.
     """
-    options = ImportOptions(model=model, num_experts=num_experts, top_k=top_k, report=report)
-    return concat(list(_parts(Path(path), format, options)))
+    options = _options(locals())
+    return concat(list(_parts(path, format, options)))
+
+
+def _options(given: dict[str, Any]) -> ImportOptions:
+    names = ("model", "num_experts", "top_k", "num_layers", "report")
+    layers, table = given["layers"], given["table"]
+    return ImportOptions(
+        **{name: given[name] for name in names},
+        layers=None if layers is None else tuple(layers),
+        table=None if table is None else _read_table(Path(table)),
+    )
 
 
 def import_to(
-    path: str | PathLike[str],
+    path: Paths,
     out: str | PathLike[str],
     *,
     format: str | None = None,
     model: str | None = None,
     num_experts: int | None = None,
     top_k: int | None = None,
+    num_layers: int | None = None,
+    layers: Collection[int] | None = None,
+    table: str | PathLike[str] | None = None,
     report: Report | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Import a foreign trace into a directory of shards (or an .npz file) without holding it whole.
 
     Returns what was imported as plain data: ``model``, ``kind``, ``tokens``, ``requests``,
-    ``layers``, ``num_experts``, ``top_k``, ``domains``, ``parts``, and ``content_hash`` (None where
-    there were several parts: it needs the whole trace).
+    ``layers``, ``num_experts``, ``top_k``, ``domains``, ``parts``, ``content_hash`` (None where
+    there were several parts: it needs the whole trace) and ``left_out``, what could not be read.
 
     Line formats and sorted CSV take memory for one part of about two million picks at a time;
     arrays, dumps and single JSON objects are read whole. Nothing appears in ``out`` before the last
@@ -96,17 +130,17 @@ def import_to(
     Raises:
         TraceError: as ``import_trace``; or ``out`` holds another trace and ``overwrite`` is False.
     """
-    options = ImportOptions(model=model, num_experts=num_experts, top_k=top_k, report=report)
+    options = _options(locals())
     place = Path(out)
-    parts = _parts(Path(path), format, options)
+    parts = _parts(path, format, options)
     single = place.suffix == ".npz" and not place.is_dir()
     if single or (place.is_dir() and shard_paths(place) and not overwrite):
         trace = concat(list(parts))
         write_trace(trace, place, overwrite=overwrite)
-        return _Summary().add(trace).to_dict()
+        return {**_Summary().add(trace).to_dict(), "left_out": options.left_out}
     summary = _Summary()
     replace_shards(make_directory(place), (summary.add(part).last for part in parts))
-    return summary.to_dict()
+    return {**summary.to_dict(), "left_out": options.left_out}
 
 
 class _Summary:
@@ -140,24 +174,14 @@ class _Summary:
         }
 
 
-def find_format(path: str | PathLike[str]) -> str:
-    """Return the name in ``FORMATS`` that the content of a file or directory fits.
+def find_format(path: Paths) -> str:
+    """Return the name in ``FORMATS`` that the content of a file, or of the first of a directory or
+    of several, fits.
 
     Raises:
         TraceError: nothing is there, or it fits none.
     """
-    place = Path(path)
-    if not place.exists():
-        raise TraceError(f"found nothing at {place}, expected a trace to import: check the path")
-    if place.is_dir():
-        for pattern, name in (("router_trace_rank*.jsonl", "megatron"), ("*.pt", "sglang-dump")):
-            if any(place.glob(pattern)):
-                return name
-        raise TraceError(
-            f"found a directory {place} without router_trace_rank*.jsonl or .pt files, expected a "
-            "file or a directory that Megatron-LM or SGLang wrote; a directory of part-*.parquet "
-            "shards is a trace already"
-        )
+    place = _listed(path)[0][0]
     found, strange = _content_format(place)
     found = found or _BY_SUFFIX.get(place.suffix.lower())  # its reader says best what is wrong
     if found is None:
@@ -195,12 +219,22 @@ def _zip_format(path: Path) -> tuple[str | None, str]:
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         return None, f"a damaged archive ({error})"
     if any(name.endswith("data.pkl") for name in names):
-        return "sglang-dump", ""
+        return ("slime" if _names_samples(path) else "sglang-dump"), ""
     if {"kind.npy", "format_version.npy", "expert_ids.npy", "expert_load.npy"} & set(names):
         return "npz", ""
     if names and all(name.endswith(".npy") for name in names):
         return "vllm", ""
     return None, f"an archive of {names[:4]}"
+
+
+def _names_samples(path: Path) -> bool:
+    """Whether a torch file speaks of slime's samples; nothing of it is unpickled."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+            return b"rollout_routed_experts" in archive.read(name)
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, EOFError):
+        return False
 
 
 def _json_format(path: Path, line: str) -> tuple[str | None, str]:
@@ -217,11 +251,18 @@ def _json_format(path: Path, line: str) -> tuple[str | None, str]:
         return (_responses_format(entry) if isinstance(entry, dict) else None) or "json", ""
     if "top_indices" in first:
         return "megatron", ""
+    if "logical_count" in first:
+        return "sglang-dump", ""
     return _responses_format(first) or "json", ""
 
 
 def _responses_format(response: dict) -> str | None:
-    if isinstance(response.get("meta_info"), dict):
+    choices = response.get("choices")
+    spots = [response, *(choices if isinstance(choices, list) else [])]
+    marks = ("meta_info", "sglext", "sgl_ext")
+    if any(
+        isinstance(spot, dict) and isinstance(spot.get(m), dict) for spot in spots for m in marks
+    ):
         return "sglang"
     if "choices" in response or "routed_experts" in response:
         return "vllm"
@@ -232,14 +273,76 @@ def _cells(line: str) -> list[str]:
     return [cell.strip().strip('"') for cell in line.strip().lstrip("\ufeff").split(",")]
 
 
-def _parts(path: Path, format: str | None, options: ImportOptions) -> Iterator[RoutingTrace]:
-    found = find_format(path) if format is None else format
-    if found not in FORMATS:
+_REQUESTS = {
+    "vllm": routed.vllm_responses,
+    "sglang": routed.sglang_responses,
+    "slime": routed.slime_samples,
+}
+"""Formats of requests with their picks: files of these are read as one."""
+_SUFFIXES = (".npz", ".npy", ".json", ".jsonl", ".csv", ".pt")
+
+
+def _listed(path: Paths) -> list[tuple[Path, str, str | None]]:
+    """(file, name, domain) of every file that is named, or in a directory that is named: the folder
+    inside it is the domain."""
+    given = [path] if isinstance(path, (str, PathLike)) else list(path)
+    listed: list[tuple[Path, str, str | None]] = []
+    for place in map(Path, given):
+        if not place.exists():
+            raise TraceError(
+                f"found nothing at {place}, expected a trace to import: check the path"
+            )
+        if not place.is_dir():
+            listed.append((place, place.stem, None))
+            continue
+        inside = [p for p in sorted(place.rglob("*")) if p.suffix.lower() in _SUFFIXES]
+        ranks = [p for p in inside if p.match("router_trace_rank*.jsonl")]
+        for file in ranks or inside:
+            folder = file.relative_to(place).parent
+            name = (folder / file.stem).as_posix()
+            listed.append((file, name, folder.as_posix() if folder.parts else None))
+        if not inside:
+            raise TraceError(
+                f"found a directory {place} without router_trace_rank*.jsonl, .pt, .npy, .npz, "
+                ".json or .csv files, expected some of one format; a directory of part-*.parquet "
+                "shards is a trace already"
+            )
+    if not listed:
+        raise TraceError("found no file to import, expected at least one: name it")
+    return listed
+
+
+def _parts(path: Paths, format: str | None, options: ImportOptions) -> Iterator[RoutingTrace]:
+    if format is not None and format not in FORMATS:
         raise TraceError(f"found format {format!r}, expected one of: {', '.join(FORMATS)}")
-    if not path.exists():
-        raise TraceError(f"found nothing at {path}, expected a trace to import: check the path")
-    if path.is_dir() and found not in ("megatron", "sglang-dump"):
-        raise TraceError(f"found a directory {path}, expected a file of format {found}")
+    files = _listed(path)
+    folder = Path(path) if isinstance(path, (str, PathLike)) and Path(path).is_dir() else None
+    if format == "megatron" and folder and not any(folder.rglob("router_trace_rank*.jsonl")):
+        raise TraceError(f"found no router_trace_rank*.jsonl in {folder}, expected at least one")
+    formats = [find_format(file) if format is None else format for file, _, _ in files]
+    if set(formats) <= set(_REQUESTS):
+        sources = [
+            routed.Source(
+                path=file,
+                read=routed.array_file if _is_binary(file) and f == "vllm" else _REQUESTS[f],
+                name=name,
+                domain=domain,
+            )
+            for (file, name, domain), f in zip(files, formats, strict=True)
+        ]
+        return routed.parts(sources, options)
+    if len(set(formats)) > 1:
+        raise TraceError(
+            f"found files of the formats {', '.join(sorted(set(formats)))}, expected one: import "
+            "them apart, or name the format"
+        )
+    if (len(files) == 1 and not folder) or formats[0] in ("megatron", "sglang-dump"):
+        return _taken(_of_format([file for file, _, _ in files], formats[0], options), options)
+    return _taken(_joined(files, formats[0], options, folder), options)
+
+
+def _of_format(paths: list[Path], found: str, options: ImportOptions) -> Iterator[RoutingTrace]:
+    path = paths[0]
     if found == "npz":
         return iter([_read_npz(path, options)])
     if found == "json":
@@ -247,23 +350,100 @@ def _parts(path: Path, format: str | None, options: ImportOptions) -> Iterator[R
     if found == "csv":
         return tables.parts(path, _columns(path), options)
     if found == "megatron":
-        return megatron.parts(_files(path, "router_trace_rank*.jsonl"), options)
+        return megatron.parts(paths, options)
     if found == "llamacpp":
         return llamacpp.parts(path, options)
-    if found == "sglang-dump":
-        return sglang.parts(_files(path, "*.pt"), options)
-    if found == "sglang":
-        return routed.parts(path, options, routed.sglang_responses)
-    return routed.parts(
-        path, options, routed.array_file if _is_binary(path) else routed.vllm_responses
-    )
+    return sglang.parts(paths, options)
 
 
-def _files(path: Path, pattern: str) -> list[Path]:
-    files = sorted(path.glob(pattern)) if path.is_dir() else [path]
-    if not files:
-        raise TraceError(f"found no {pattern} in {path}, expected at least one: check the path")
-    return files
+def _taken(parts: Iterator[RoutingTrace], options: ImportOptions) -> Iterator[RoutingTrace]:
+    """The layers that are asked for."""
+    for part in parts:
+        yield part if options.layers is None else part.filter(layers=options.layers)
+
+
+def _joined(
+    files: list[tuple[Path, str, str | None]],
+    found: str,
+    options: ImportOptions,
+    folder: Path | None,
+) -> Iterator[RoutingTrace]:
+    """Yield several files of one format as one trace: requests are numbered on, or by the table."""
+    traces: list[tuple[RoutingTrace, str, str | None]] = []
+    alone = replace(options, report=None, left_out=options.left_out)
+    errors = []
+    for place, (file, name, domain) in enumerate(files):
+        if options.report is not None:
+            options.report(place, len(files))
+        try:
+            traces.append((concat(list(_of_format([file], found, alone))), name, domain))
+        except TraceError as error:
+            errors.append(error)
+    if not traces:
+        where = f"found a directory {folder} without a file of format {found}: " if folder else ""
+        raise TraceError(f"{where}{errors[0]}") from errors[0]
+    for error in errors:
+        options.leave_out(error)
+    experts = max(trace.num_experts for trace, _, _ in traces)
+    first = 0
+    for trace, name, domain in traces:
+        known = (options.table or {}).get(name, (None, None))
+        part = trace.evolve(num_experts=experts) if trace.num_experts < experts else trace
+        if part.kind == "tokens":
+            rows = part.tokens_only("import").request_id
+            ids, requests = np.unique(rows, return_inverse=True)
+            if known[0] is not None:
+                if len(ids) > 1:
+                    raise TraceError(
+                        f"found {len(ids)} requests in {name}, expected one, for the table gives "
+                        f"it request id {known[0]}: leave that out"
+                    )
+                part = part.evolve(request_id=np.full(part.num_rows, known[0], np.int64))
+            else:
+                part = part.evolve(request_id=first + requests.astype(np.int64))
+                first += len(ids)
+        label = known[1] or domain
+        if label is not None and not part.domain:
+            part = part.evolve(domain=(label,), domain_id=np.zeros(part.num_rows, np.int32))
+        yield part
+
+
+def _read_table(path: Path) -> dict[str, tuple[int | None, str | None]]:
+    """Name → (request id, domain) of a CSV or JSON table."""
+    if path.suffix.lower() == ".json":
+        content = whole_json(path)
+        rows = content.items() if isinstance(content, dict) else ()
+    else:
+        columns = ("name", "request_id", "domain")
+        lines = [text for _, text in text_lines(path, ImportOptions())]
+        reader = csv.DictReader(lines)
+        if "name" not in (reader.fieldnames or ()) or not set(reader.fieldnames or ()) & {
+            *columns[1:]
+        }:
+            raise TraceError(
+                f"found the columns {reader.fieldnames} in {path}, expected name and request_id or "
+                "domain: see docs/formats.md"
+            )
+        rows = [(row["name"], row) for row in reader]
+    table: dict[str, tuple[int | None, str | None]] = {}
+    for name, row in rows:
+        row = {"domain": row} if isinstance(row, str) else row
+        request = row.get("request_id") if isinstance(row, dict) else ""
+        if isinstance(request, str) and request.strip().isdecimal():
+            request = int(request)
+        if (
+            not isinstance(row, dict)
+            or name in table
+            or not (request in (None, "") or is_count(request))
+        ):
+            raise TraceError(
+                f"found {row!r} for {name!r} in {path}, expected one entry per name, with a whole "
+                "number as request_id or a text as domain: correct it"
+            )
+        table[name] = (request if is_count(request) else None, row.get("domain") or None)
+    if not table:
+        raise TraceError(f"found no entry in the table {path}, expected names and their labels")
+    return table
 
 
 def _first_line(path: Path) -> bytes:

@@ -10,7 +10,8 @@ K picks of a token in the order of the router. What the format does not say, and
   the same tokens but the last, where llama.cpp computes only the tokens whose output is asked for:
   its picks belong to the last tokens, the others have none;
 * stages: the trailing micro-batches of one token are decode, the others prefill;
-* one file is one request.
+* requests: logs that were put into one file are told apart by their headers, and where several
+  tokens follow a single one: a prompt after a continuation.
 
 The prefill rows of early versions are wrong: they read the strided view of the picks as contiguous,
 so that tokens show experts twice, and the import fails. A log with the columns position (or token),
@@ -37,14 +38,15 @@ def parts(path: Path, options: ImportOptions) -> Iterator[RoutingTrace]:
     Raises:
         TraceError: the rows are no such log, or do not fit a K.
     """
-    rows = _read(path, options)
+    rows, headers = _read(path, options)
     layer_ids = np.unique(rows[:, 0])
     starts = np.flatnonzero(np.r_[True, rows[1:, 0] != rows[:-1, 0]])
+    starts = np.union1d(starts, np.array(headers, np.int64))
     lengths = np.diff(np.r_[starts, len(rows)])
     top_k = _picks_per_token(path, lengths, len(layer_ids), options)
     tokens = lengths // top_k
     layer = rows[starts, 0]
-    begins = np.r_[True, layer[1:] <= layer[:-1]]
+    begins = np.r_[True, layer[1:] <= layer[:-1]] | np.isin(starts, headers)
     batch = np.cumsum(begins) - 1
     size = np.zeros(batch[-1] + 1, np.int64)
     np.maximum.at(size, batch, tokens)
@@ -63,7 +65,11 @@ def parts(path: Path, options: ImportOptions) -> Iterator[RoutingTrace]:
     for run in range(len(starts)):
         picks = rows[starts[run] : starts[run] + lengths[run], 1].reshape(-1, top_k)
         ids[last[run] - tokens[run] : last[run], column[run]] = picks
-    stage = np.repeat(_stages(size), size)
+    begins_log = np.isin(starts[begins], headers) | np.r_[True, (size[1:] > 1) & (size[:-1] == 1)]
+    firsts = np.flatnonzero(begins_log)
+    stage = np.repeat(np.concatenate([_stages(s) for s in np.split(size, firsts[1:])]), size)
+    request = np.repeat(np.cumsum(begins_log) - 1, size)
+    position = np.arange(len(ids)) - np.searchsorted(request, request)
     step = max(PART_PICKS // max(len(layer_ids) * top_k, 1), 1)
     for first in range(0, len(ids), step):
         part = slice(first, first + step)
@@ -73,21 +79,23 @@ def parts(path: Path, options: ImportOptions) -> Iterator[RoutingTrace]:
                 num_experts=num_experts,
                 layer_ids=layer_ids,
                 expert_ids=ids[part],
-                request_id=np.zeros(len(ids[part]), np.int64),
-                position=np.arange(len(ids))[part],
+                request_id=request[part],
+                position=position[part],
                 stage=stage[part],
             )
         except TraceError as error:
             raise TraceError(f"{path}: {error} (read with top_k = {top_k})") from error
 
 
-def _read(path: Path, options: ImportOptions) -> np.ndarray:
-    """int32 [picks, 2]: layer and expert."""
+def _read(path: Path, options: ImportOptions) -> tuple[np.ndarray, list[int]]:
+    """int32 [picks, 2]: layer and expert; and the picks before which a header stands."""
     numbers: list[np.ndarray] = []
+    headers: list[int] = []
     block: list[tuple[int, int]] = []
     for line, text in text_lines(path, options):
         cells = text.strip().split(",")
-        if line == 1 and [cell.strip().lower() for cell in cells] == HEADER:
+        if [cell.strip().lower() for cell in cells] == HEADER:
+            headers.append(sum(map(len, numbers)) + len(block))
             continue
         try:
             layer, expert = (int(cell) for cell in cells)
@@ -108,7 +116,8 @@ def _read(path: Path, options: ImportOptions) -> np.ndarray:
         numbers.append(np.array(block, np.int32))
     if not numbers:
         raise TraceError(f"found no pick in {path}, expected rows of layer and expert")
-    return np.concatenate(numbers)
+    picks = np.concatenate(numbers)
+    return picks, sorted({header for header in headers if header < len(picks)})
 
 
 def _picks_per_token(

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -32,14 +32,26 @@ Report = Callable[[int, int], None]
 class ImportOptions:
     """What a file does not say, and whom to tell how far the reading is.
 
-    model, num_experts, top_k: None: from the file, or guessed with a warning.
+    model, num_experts, top_k, num_layers: None: from the file, or guessed with a warning.
+    layers: the transformer layers to take; None: all that hold picks.
+    table: name of a request or file → its request id and domain (None: not said).
     report: called with (bytes done, bytes in all).
+    left_out: filled with a sentence for every request or file that was left out.
     """
 
     model: str | None = None
     num_experts: int | None = None
     top_k: int | None = None
+    num_layers: int | None = None
+    layers: tuple[int, ...] | None = None
+    table: Mapping[str, tuple[int | None, str | None]] | None = None
     report: Report | None = None
+    left_out: list[str] = field(default_factory=list)
+
+    def leave_out(self, sentence: object) -> None:
+        """Warn that a request or file is left out, and keep it for the caller."""
+        self.left_out.append(str(sentence))
+        _log.warning("left out: %s", sentence)
 
 
 def text_lines(path: Path, options: ImportOptions, share: tuple[int, int] = (0, 1)):
@@ -79,18 +91,27 @@ def json_lines(
     for line, text in text_lines(path, options, share):
         if not text.strip():
             continue
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise TraceError(
-                f"{path}, line {line}: found no JSON ({error}), expected one object per line: "
-                "correct or remove the line"
-            ) from error
-        if not isinstance(record, dict):
-            raise TraceError(
-                f"{path}, line {line}: found a {type(record).__name__}, expected an object"
-            )
-        yield line, record
+        yield line, json_line(path, line, text)
+
+
+def json_line(path: Path, line: int, text: str) -> dict[str, Any]:
+    """Return the JSON object of a line.
+
+    Raises:
+        TraceError: it is none.
+    """
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise TraceError(
+            f"{path}, line {line}: found no JSON ({error}), expected one object per line: correct "
+            "or remove the line"
+        ) from error
+    if not isinstance(record, dict):
+        raise TraceError(
+            f"{path}, line {line}: found a {type(record).__name__}, expected an object"
+        )
+    return record
 
 
 def whole_json(path: Path) -> Any:
@@ -161,12 +182,10 @@ def id_block(where: str, value: Any) -> np.ndarray:
     return array.astype(np.int64)
 
 
-def dense_layers(ids: np.ndarray) -> np.ndarray:
-    """bool [L]: layers where every pick of every token [T, L, K] is 0.
+def empty_layers(ids: np.ndarray) -> np.ndarray:
+    """bool [L]: layers where every pick of every token [T, L, K] is 0, or every one is "no pick".
 
     Engines keep a row for every transformer layer and leave those of dense layers at zero. With two
     or more picks that is no routing, for the picks of a token differ.
     """
-    if ids.shape[2] < 2 or not len(ids):
-        return np.zeros(ids.shape[1], bool)
-    return (ids == 0).all(axis=(0, 2))
+    return (ids == 0).all(axis=(0, 2)) | (ids == -1).all(axis=(0, 2))

@@ -13,24 +13,33 @@ Return"): an array [tokens, layers, K] per completion, as
   "int16"}``;
 * a JSON list of arrays as nested lists, [tokens][layers][K] each, or one such array.
 
-SGLang, ``return_routed_experts`` (sgl-project/sglang PR 12162): ``meta_info.routed_experts`` of a
-response of ``/generate`` is base64 of little-endian int32 [prompt + answer - 1, layers, K], flat.
-The response has no K: pass ``top_k``. Responses are one JSON object, a JSON list, or a line each.
+SGLang, ``return_routed_experts`` (sgl-project/sglang PR 12162, 17434; srt/entrypoints of 0.5.23):
+base64 of little-endian int32 [tokens, layers, K], flat, in ``meta_info.routed_experts`` of a
+response of ``/generate``, in ``sglext`` (of the response) or ``sgl_ext`` (of a choice) of
+``/v1/completions`` and ``/v1/chat/completions``, or in ``meta_info`` of a choice. The tokens are
+[routed_experts_start_len, prompt + answer - 1). The response says neither K nor, mostly, where it
+starts: pass ``top_k``, and ``num_layers`` where requests asked for a later start.
 
-Every completion is a request, in the order of the file. Layers that are zero throughout (dense
-ones, for which both engines keep a row) are left out. The ids are logical. Model and number of
-experts are arguments.
+slime, ``--save-debug-rollout-data`` (THUDM/slime, slime/observability/rollout_data_utils.py): a
+torch file ``{"samples": [{"tokens", "response_length", "rollout_routed_experts", ...}]}``.
+
+Responses are one JSON object, a JSON list, or a line each. Every completion is a request, in the
+order of the files, under its place or the number that its file or a table gives it. One that is
+damaged is left out with a warning. Layers that are zero throughout (dense ones, for which engines
+keep a row) are left out. The ids are logical. Model and number of experts are arguments.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import logging
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -38,33 +47,56 @@ from moe_locality.errors import TraceError
 from moe_locality.trace.reading import (
     PART_PICKS,
     ImportOptions,
-    dense_layers,
+    empty_layers,
     guess_num_experts,
     id_block,
     is_count,
-    json_lines,
+    json_line,
+    text_lines,
     whole_json,
 )
 from moe_locality.trace.schema import DECODE, PREFILL, UNKNOWN, RoutingTrace
+from moe_locality.trace.torchfile import read_torch_file
+from moe_locality.trace.validate import MAX_EXPERTS, check_ids
 
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 _DTYPES = ("uint8", "int8", "uint16", "int16", "int32", "int64")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sequence:
     """The picks [tokens, layers, K] of one request; ``prompt``: how many tokens of it are prompt
-    (None: unknown), ``start``: position of the first."""
+    (None: unknown), ``start``: position of the first, ``names``: what a table may call it,
+    ``derived``: the number of layers follows from that of the picks."""
 
     where: str
     ids: np.ndarray
     prompt: int | None = None
     start: int = 0
+    names: tuple[str, ...] = ()
+    domain: str | None = None
+    derived: bool = False
+
+
+Item = Sequence | TraceError
+"""A request, or what is wrong with one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One file, its reader, and what its place in a directory says: a name and a domain."""
+
+    path: Path
+    read: Callable[[Path, ImportOptions, int], Iterator[Item]]
+    name: str
+    domain: str | None = None
 
 
 # -- what a file holds --
 
 
-def array_file(path: Path, options: ImportOptions, number: int = 0) -> Iterator[Sequence]:
+def array_file(path: Path, options: ImportOptions, number: int = 0) -> Iterator[Item]:
     """Yield the arrays of a .npy or .npz file; nothing in it is ever unpickled.
 
     Raises:
@@ -75,13 +107,25 @@ def array_file(path: Path, options: ImportOptions, number: int = 0) -> Iterator[
         names = content.files if isinstance(content, np.lib.npyio.NpzFile) else [""]
         for name in names:
             where = f"{path}, array {name}" if name else str(path)
-            yield Sequence(where=where, ids=id_block(where, content[name] if name else content))
+            array = content[name] if name else content
+            yield _attempt(_named_array, where, array, (name,) if name else ())
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, SyntaxError) as error:
         if isinstance(error, TraceError):
             raise
         raise _unreadable(path, error) from error
     except Exception as error:  # a hostile header raises whatever its parser meets
         raise _unreadable(path, error) from error
+
+
+def _named_array(where: str, array: Any, names: tuple[str, ...]) -> Sequence:
+    return Sequence(where=where, ids=id_block(where, array), names=names)
+
+
+def _attempt(decode: Callable[..., _T], *args: Any) -> _T | TraceError:
+    try:
+        return decode(*args)
+    except TraceError as error:
+        return error
 
 
 def _unreadable(path: Path, error: Exception) -> TraceError:
@@ -93,10 +137,12 @@ def _unreadable(path: Path, error: Exception) -> TraceError:
 
 
 def responses(path: Path, options: ImportOptions, number: int) -> Iterator[tuple[str, Any]]:
-    """Yield (place, response) of a JSON file: one object per line, or one object or list."""
+    """Yield (place, response, or what is wrong with it) of a JSON file: one object per line, or one
+    object or list."""
     if _has_lines(path):
-        for line, record in json_lines(path, options, (number, 2)):
-            yield f"{path}, line {line}", record
+        for line, text in text_lines(path, options, (number, 2)):
+            if text.strip():
+                yield f"{path}, line {line}", _attempt(json_line, path, line, text)
         return
     content = whole_json(path)
     if isinstance(content, list) and all(isinstance(entry, dict) for entry in content):
@@ -107,57 +153,71 @@ def responses(path: Path, options: ImportOptions, number: int) -> Iterator[tuple
 
 
 def _has_lines(path: Path) -> bool:
-    """Whether the first line is a JSON object by itself."""
-    try:
-        first = next(json_lines(path, ImportOptions()), None)
-    except TraceError:
-        return False
-    return first is not None
+    """Whether the first line is a JSON object by itself, or the name says so."""
+    line, text = next(text_lines(path, ImportOptions()), (1, ""))
+    first = _attempt(json_line, path, line, text or "null")
+    return not isinstance(first, TraceError) or path.suffix.lower() == ".jsonl"
 
 
-def vllm_responses(path: Path, options: ImportOptions, number: int) -> Iterator[Sequence]:
+def vllm_responses(path: Path, options: ImportOptions, number: int) -> Iterator[Item]:
     """Yield the completions of responses of vLLM, see the head of this file."""
     for where, response in responses(path, options, number):
-        if isinstance(response, list):
+        if isinstance(response, TraceError):
+            yield response
+        elif isinstance(response, list):
             yield from _nested(where, response)
-            continue
-        if not isinstance(response, dict):
-            raise TraceError(f"{where}: found a {type(response).__name__}, expected a response")
-        choices = response.get("choices", [response])
-        if not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
-            raise TraceError(f"{where}: found no list of objects in choices, expected a response")
-        prompt = response.get("prompt_routed_experts")
-        for place, choice in enumerate(choices):
-            spot = f"{where}, choice {place}"
-            found = choice.get("routed_experts")
-            if found is None:
-                raise TraceError(
-                    f"{spot}: found no routed_experts, expected them: start vLLM with "
-                    "--enable-return-routed-experts"
-                )
-            answer = _decoded(spot, found)
-            if prompt is None:
-                yield _with_usage(spot, answer, response)
-                continue
-            head = _decoded(spot, prompt)
-            if head.shape[1:] != answer.shape[1:] and len(answer):
-                raise TraceError(
-                    f"{spot}: found {head.shape[1:]} layers and picks in the prompt and "
-                    f"{answer.shape[1:]} in the answer, expected the same"
-                )
-            both = np.concatenate([head, answer]) if len(answer) else head
-            yield Sequence(where=spot, ids=both, prompt=len(head))
+        else:
+            yield from _attempt_each(_vllm_choice, where, response)
 
 
-def _nested(where: str, content: list[Any]) -> Iterator[Sequence]:
+def _attempt_each(decode: Callable[..., Sequence], where: str, response: Any, *args: Any):
+    """Yield what ``decode(place, response, choice, ...)`` makes of each choice of a response."""
+    try:
+        choices = _choices(where, response)
+    except TraceError as error:
+        yield error
+        return
+    for place, choice in enumerate(choices):
+        yield _attempt(decode, f"{where}, choice {place}", response, choice, *args)
+
+
+def _choices(where: str, response: Any) -> list[dict[str, Any]]:
+    if not isinstance(response, dict):
+        raise TraceError(f"{where}: found a {type(response).__name__}, expected a response")
+    choices = response.get("choices", [response])
+    if not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
+        raise TraceError(f"{where}: found no list of objects in choices, expected a response")
+    return choices
+
+
+def _vllm_choice(where: str, response: dict[str, Any], choice: dict[str, Any]) -> Sequence:
+    found, prompt = choice.get("routed_experts"), response.get("prompt_routed_experts")
+    names = (response["id"],) if isinstance(response.get("id"), str) else ()
+    if found is None:
+        raise TraceError(
+            f"{where}: found no routed_experts, expected them: start vLLM with "
+            "--enable-return-routed-experts"
+        )
+    answer = _decoded(where, found)
+    if prompt is None:
+        return replace(_with_usage(where, answer, response), names=names)
+    head = _decoded(where, prompt)
+    if head.shape[1:] != answer.shape[1:] and len(answer):
+        raise TraceError(
+            f"{where}: found {head.shape[1:]} layers and picks in the prompt and "
+            f"{answer.shape[1:]} in the answer, expected the same"
+        )
+    both = np.concatenate([head, answer]) if len(answer) else head
+    return Sequence(where=where, ids=both, prompt=len(head), names=names)
+
+
+def _nested(where: str, content: list[Any]) -> Iterator[Item]:
     """Arrays as nested lists: [tokens][layers][K], or a list of such."""
     depth, probe = 0, content
     while isinstance(probe, list) and probe and depth < 5:
         depth, probe = depth + 1, probe[0]
     for place, entry in enumerate(content if depth == 4 else [content]):
-        yield Sequence(
-            where=f"{where}, request {place}", ids=id_block(f"{where}, request {place}", entry)
-        )
+        yield _attempt(_named_array, f"{where}, request {place}", entry, (str(place),))
 
 
 def _decoded(where: str, value: Any) -> np.ndarray:
@@ -207,111 +267,429 @@ def _with_usage(where: str, ids: np.ndarray, response: dict[str, Any]) -> Sequen
     return Sequence(where=where, ids=ids, prompt=max(prompt - start, 0), start=start)
 
 
-def sglang_responses(path: Path, options: ImportOptions, number: int) -> Iterator[Sequence]:
-    """Yield the completions of responses of SGLang's ``/generate``."""
+def sglang_responses(path: Path, options: ImportOptions, number: int) -> Iterator[Item]:
+    """Yield the completions of responses of SGLang, see the head of this file."""
     if options.top_k is None:
         raise TraceError(
             f"found SGLang responses in {path}, which do not say how many experts a token picks: "
-            "pass top_k"
+            "pass top_k (--top-k)"
         )
     for where, response in responses(path, options, number):
-        meta = response.get("meta_info") if isinstance(response, dict) else None
-        if not isinstance(meta, dict) or "routed_experts" not in meta:
-            raise TraceError(
-                f"{where}: found no meta_info.routed_experts, expected a response to a request "
-                "with return_routed_experts"
-            )
-        prompt, answer = meta.get("prompt_tokens"), meta.get("completion_tokens")
+        if isinstance(response, TraceError):
+            yield response
+        elif isinstance(response, dict) and "choices" in response:
+            yield from _attempt_each(_sglang_choice, where, response, options)
+        else:
+            yield _attempt(_sglang_generated, where, response, options)
+
+
+def _sglang_generated(where: str, response: Any, options: ImportOptions) -> Sequence:
+    meta = response.get("meta_info") if isinstance(response, dict) else None
+    if not isinstance(meta, dict) or "routed_experts" not in meta:
+        raise TraceError(
+            f"{where}: found no meta_info.routed_experts, expected a response to a request with "
+            "return_routed_experts"
+        )
+    return _sglang_picks(where, meta, meta, options)
+
+
+def _sglang_choice(
+    where: str, response: dict[str, Any], choice: dict[str, Any], options: ImportOptions
+) -> Sequence:
+    """A choice of an OpenAI-compatible response; what stands at the response is of its first."""
+    first = response["choices"][0] is choice
+    spots = [choice.get("sgl_ext"), choice.get("sglext"), choice.get("meta_info"), choice]
+    spots += [response.get("sglext"), response.get("sgl_ext")] if first else []
+    for spot in spots:
+        if isinstance(spot, dict) and spot.get("routed_experts") is not None:
+            usage = choice.get("meta_info") or {}
+            if len(response["choices"]) == 1 and not usage:
+                usage = response.get("usage")
+            names = {"id": response.get("id")}
+            return _sglang_picks(where, {**names, **spot}, usage, options)
+    raise TraceError(
+        f"{where}: found no routed_experts in sgl_ext, sglext or meta_info, expected a response to "
+        "a request with return_routed_experts (SGLang returns those of the first choice only)"
+    )
+
+
+def _sglang_picks(where: str, spot: dict[str, Any], usage: Any, options: ImportOptions) -> Sequence:
+    """``spot`` has the picks, ``usage`` the numbers of tokens, of which several choices share one
+    (None)."""
+    flat = np.frombuffer(_base64(where, spot["routed_experts"], 4), "<i4")
+    usage = usage if isinstance(usage, dict) else {}
+    prompt, answer = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    said = spot.get("routed_experts_start_len", usage.get("routed_experts_start_len"))
+    if said is not None and not is_count(said):
+        raise TraceError(f"{where}: found routed_experts_start_len {said!r}, expected a position")
+    top_k, layers = options.top_k or 1, options.num_layers
+    tokens = None
+    if usage or layers is None:
         if not is_count(prompt) or not is_count(answer) or not 1 < prompt + answer < 2**31:
             raise TraceError(
                 f"{where}: found prompt_tokens {prompt!r} and completion_tokens {answer!r}, "
-                "expected whole numbers that are 2 together at least"
+                "expected whole numbers that are 2 together at least (several choices share one "
+                "usage: give num_layers, --num-layers)"
             )
-        flat = np.frombuffer(_base64(where, meta["routed_experts"], 4), "<i4")
         tokens = prompt + answer - 1
-        if flat.size == 0 or flat.size % (tokens * options.top_k):
+    if layers is None:
+        assert tokens is not None
+        rows, text = tokens - (said or 0), f"{tokens} tokens"
+        text += f" from {said} on" if said else ""
+        if rows < 1 or flat.size == 0 or flat.size % (rows * top_k):
             raise TraceError(
-                f"{where}: found {flat.size} picks for {tokens} tokens and top_k = "
-                f"{options.top_k}, expected tokens x layers x top_k: give the right top_k"
+                f"{where}: found {flat.size} picks for {text} and top_k = {top_k}, expected "
+                "tokens x layers x top_k: give the right top_k, or num_layers where the request "
+                "had a routed_experts_start_len"
             )
-        ids = id_block(where, flat.reshape(tokens, -1, options.top_k))
-        yield Sequence(where=where, ids=ids, prompt=prompt)
+        layers = flat.size // (rows * top_k)
+    rows, rest = divmod(flat.size, layers * top_k)
+    start = said or 0
+    if tokens is not None:
+        start = tokens - rows if said is None else said
+    if rest or start < 0 or (tokens is not None and start + rows != tokens):
+        raise TraceError(
+            f"{where}: found {flat.size} picks, which are {rows} tokens of {layers} layers and "
+            f"top_k = {top_k} and {rest} more, expected {tokens} tokens less those before "
+            f"routed_experts_start_len ({said}): give the right top_k and num_layers (--top-k, "
+            "--num-layers)"
+        )
+    return Sequence(
+        where=where,
+        ids=id_block(where, flat.reshape(rows, layers, top_k)),
+        prompt=max(prompt - start, 0) if tokens is not None and prompt is not None else None,
+        start=start,
+        names=(spot["id"],) if isinstance(spot.get("id"), str) else (),
+        derived=options.num_layers is None and said is None,
+    )
+
+
+def slime_samples(path: Path, options: ImportOptions, number: int) -> Iterator[Item]:
+    """Yield the samples of a rollout that slime saved, see the head of this file."""
+    content = read_torch_file(path)
+    samples = content.get("samples") if isinstance(content, dict) else None
+    if not isinstance(samples, list):
+        raise TraceError(
+            f"{path}: found no list of samples, expected what slime's --save-debug-rollout-data "
+            "writes"
+        )
+    for place, sample in enumerate(samples):
+        yield _attempt(_slime_sample, f"{path}, sample {place}", sample)
+
+
+def _slime_sample(where: str, sample: Any) -> Sequence:
+    if not isinstance(sample, dict) or sample.get("rollout_routed_experts") is None:
+        raise TraceError(
+            f"{where}: found no rollout_routed_experts, expected them: run slime with "
+            "--use-rollout-routing-replay"
+        )
+    ids = id_block(where, sample["rollout_routed_experts"])
+    tokens, answer = sample.get("tokens"), sample.get("response_length")
+    if not isinstance(tokens, list) or not is_count(answer) or not len(ids) < len(tokens) + 1:
+        raise TraceError(
+            f"{where}: found picks of {len(ids)} tokens and response_length {answer!r}, expected "
+            "at most as many as there are tokens"
+        )
+    names = (str(sample["index"]),) if is_count(sample.get("index")) else ()
+    return Sequence(where=where, ids=ids, prompt=max(len(tokens) - answer, 0), names=names)
 
 
 # -- what becomes of it --
 
 
-def parts(
-    path: Path,
-    options: ImportOptions,
-    source: Callable[[Path, ImportOptions, int], Iterable[Sequence]],
-) -> Iterator[RoutingTrace]:
-    """Yield the trace of a file in parts; ``source`` is one of the readers above.
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What the first reading learns of a request."""
+
+    where: str
+    shape: tuple[int, ...]
+    empty: np.ndarray
+    highest: int
+    names: tuple[str, ...]
+    domain: str | None
+    derived: bool
+
+
+def parts(sources: list[Source], options: ImportOptions) -> Iterator[RoutingTrace]:
+    """Yield the trace of the requests of all sources, in parts.
 
     Raises:
-        TraceError: the file is damaged, or its requests differ in layers or picks.
+        TraceError: no request can be read, or they differ in layers or picks so that it is open
+        which of them are right.
     """
-    shape: tuple[int, int] | None = None
-    dense = np.zeros(0, bool)
-    highest = -1
-    for sequence in source(path, options, 0):
-        if not len(sequence.ids):
+    facts = _survey(sources, options)
+    where = sources[0].path if len(sources) == 1 else sources[0].path.parent
+    layer_ids = _routed_layers(where, facts, options)
+    highest = max(one.highest for one in facts.values())
+    shape = next(iter(facts.values())).shape
+    num_experts = options.num_experts or guess_num_experts(where, highest, shape[1])
+    requests, domains = _labels(facts, sources, options)
+    table = tuple(sorted({name for name in domains.values() if name is not None}))
+    block: list[tuple[Sequence, int, int]] = []
+    size = 0
+    for number, item in enumerate(_items(sources, options, 1)):
+        if number not in facts or isinstance(item, TraceError):
             continue
-        if shape is None:
-            shape = sequence.ids.shape[1:]
-            dense = np.ones(shape[0], bool)
-        if sequence.ids.shape[1:] != shape:
-            raise TraceError(
-                f"{sequence.where}: found {sequence.ids.shape[1:]} layers and picks, expected "
-                f"{shape} as in the first request: import one model at a time"
-            )
-        dense &= dense_layers(sequence.ids)
-        highest = max(highest, int(sequence.ids.max()))
-    if shape is None or dense.all():
-        raise TraceError(f"found no routed token in {path}, expected picks of at least one")
-    layer_ids = np.flatnonzero(~dense)
-    num_experts = options.num_experts or guess_num_experts(path, highest, shape[1])
-    block: list[Sequence] = []
-    size, first = 0, 0
-    for sequence in source(path, options, 1):
-        block.append(sequence)
-        size += sequence.ids.size
+        domain = domains[number]
+        block.append((item, requests[number], -1 if domain is None else table.index(domain)))
+        size += item.ids.size
         if size > PART_PICKS:
-            yield _to_trace(path, block, first, layer_ids, num_experts, options)
-            block, size, first = [], 0, first + len(block)
+            yield _to_trace(block, layer_ids, num_experts, table, options)
+            block, size = [], 0
     if block:
-        yield _to_trace(path, block, first, layer_ids, num_experts, options)
+        yield _to_trace(block, layer_ids, num_experts, table, options)
+
+
+def _items(sources: list[Source], options: ImportOptions, number: int) -> Iterator[Item]:
+    """Yield the requests of all sources under all their names."""
+    alone = replace(options, report=None) if len(sources) > 1 else options
+    for place, source in enumerate(sources):
+        if options.report is not None and len(sources) > 1:
+            options.report(number * len(sources) + place, 2 * len(sources))
+        try:
+            for item in source.read(source.path, alone, number):
+                if isinstance(item, TraceError):
+                    yield item
+                    continue
+                own = [name for one in item.names for name in (f"{source.name}/{one}", one)]
+                yield replace(item, names=(*own, source.name), domain=source.domain)
+        except TraceError as error:
+            yield error
+
+
+def _survey(sources: list[Source], options: ImportOptions) -> dict[int, _Facts]:
+    """What is known of each request that is taken, by its place; the others are warned of."""
+    facts: dict[int, _Facts] = {}
+    broken: list[TraceError] = []
+    doubt = _Doubt(options)
+    empty = 0
+    for number, item in enumerate(_items(sources, options, 0)):
+        if isinstance(item, TraceError):
+            broken.append(item)
+        elif not len(item.ids):
+            empty += 1
+        elif isinstance(found := _attempt(_facts, item, options), TraceError):
+            broken.append(found)
+        else:
+            facts[number] = found
+            doubt.look(item, found.empty)
+    _same_shape(facts, broken)
+    if facts and not options.layers:
+        _same_layers(facts, broken)
+    if not facts:
+        if broken:
+            raise broken[0]
+        raise TraceError(
+            f"found no routed token in {sources[0].path}, expected picks of at least one"
+        )
+    doubt.decide()
+    for error in broken:
+        options.leave_out(error)
+    if any(one.derived for one in facts.values()):
+        first = next(iter(facts.values()))
+        _log.warning(
+            "%s does not say at which token it begins: taken as the first, which makes %d layers; "
+            "pass num_layers (--num-layers) to be sure",
+            first.where,
+            first.shape[0],
+        )
+    return facts
+
+
+def _facts(item: Sequence, options: ImportOptions) -> _Facts:
+    empty = empty_layers(item.ids)
+    if empty.all() and item.ids.shape[2] > 1:
+        raise _all_zero(item.where)
+    try:
+        check_ids(item.ids[:, ~empty], options.num_experts or MAX_EXPERTS)
+    except TraceError as error:
+        hint = f" (read with top_k = {options.top_k}: is that right?)" if item.derived else ""
+        raise TraceError(f"{item.where}: {error}{hint}") from error
+    highest = int(item.ids.max())
+    shape = item.ids.shape[1:]
+    return _Facts(item.where, shape, empty, highest, item.names, item.domain, item.derived)
+
+
+def _all_zero(where: object) -> TraceError:
+    return TraceError(
+        f"{where}: found no routed token: every pick is 0 (or none), as in a buffer that the "
+        "engine never filled; expected expert numbers: record it again"
+    )
+
+
+def _same_shape(facts: dict[int, _Facts], broken: list[TraceError]) -> None:
+    """Take out the requests with other layers or picks than most have."""
+    shapes = Counter(one.shape for one in facts.values())
+    if len(shapes) < 2:
+        return
+    first = next(iter(facts.values()))
+    (common, count), *_ = shapes.most_common()
+    other = next(one for one in facts.values() if one.shape != first.shape)
+    if any(one.derived for one in facts.values()):
+        raise TraceError(
+            f"{other.where}: found {other.shape[0]} layers, and {first.shape[0]} in {first.where}, "
+            "where the responses do not say at which token they begin: give num_layers "
+            "(--num-layers)"
+        )
+    if 2 * count <= len(facts):
+        raise TraceError(
+            f"{other.where}: found {other.shape} layers and picks, expected {first.shape} as in "
+            "the first request: import one model at a time"
+        )
+    for number in [number for number, one in facts.items() if one.shape != common]:
+        one = facts.pop(number)
+        broken.append(
+            TraceError(
+                f"{one.where}: found {one.shape} layers and picks, expected {common} as in most "
+                "requests: import one model at a time"
+            )
+        )
+
+
+def _same_layers(facts: dict[int, _Facts], broken: list[TraceError]) -> None:
+    """Take out the requests in which other layers are empty than in most. With one pick per token,
+    a layer of zeros may be a short request's routing."""
+    if next(iter(facts.values())).shape[1] == 1:
+        return
+    dense = 2 * np.sum([one.empty for one in facts.values()], axis=0) > len(facts)
+    for number in [number for number, one in facts.items() if (one.empty != dense).any()]:
+        one = facts.pop(number)
+        layer = int(np.flatnonzero(one.empty != dense)[0])
+        here, there = ("no", "some") if one.empty[layer] else ("some", "no")
+        broken.append(
+            TraceError(
+                f"{one.where}: found {here} routing in layer {layer}, expected {there} as in most "
+                "requests: record it again"
+            )
+        )
+
+
+class _Doubt:
+    """Whether two "layers" are one: with too small a top_k the picks of a token are cut into layers
+    that never share an expert, as layers of a model do by chance."""
+
+    FACTORS, ENOUGH = (2, 3, 5, 7), 30
+
+    def __init__(self, options: ImportOptions) -> None:
+        self.top_k = options.top_k or 1
+        self.shared = dict.fromkeys(self.FACTORS, 0)
+        self.expected = dict.fromkeys(self.FACTORS, 0.0)
+
+    def look(self, item: Sequence, empty: np.ndarray) -> None:
+        tokens, layers, top_k = item.ids.shape
+        for factor in self.FACTORS if item.derived else ():
+            if layers % factor:
+                continue
+            full = ~empty.reshape(-1, factor).any(axis=1)
+            groups = np.sort(item.ids.reshape(tokens, -1, factor * top_k)[:, full], axis=2)
+            self.shared[factor] += int((groups[..., 1:] == groups[..., :-1]).sum())
+            experts = int(item.ids.max()) + 1
+            pairs = factor * (factor - 1) / 2 * top_k * top_k
+            self.expected[factor] += groups.shape[0] * groups.shape[1] * pairs / experts
+
+    def decide(self) -> None:
+        for factor in self.FACTORS:
+            if not self.shared[factor] and self.expected[factor] > self.ENOUGH:
+                raise TraceError(
+                    f"found no expert twice in any {factor} successive layers of a token, expected "
+                    f"about {self.expected[factor]:.0f} cases, for they are layers of their own: "
+                    f"top_k = {self.top_k} is too small (is it {self.top_k * factor}?); give the "
+                    "right one, or num_layers if it is"
+                )
+
+
+def _routed_layers(where: Path, facts: dict[int, _Facts], options: ImportOptions) -> np.ndarray:
+    """Transformer layers that are taken; says which are not, and which may be none."""
+    shape = next(iter(facts.values())).shape
+    empty = np.all([one.empty for one in facts.values()], axis=0)
+    if options.layers is not None:
+        absent = [layer for layer in options.layers if not 0 <= layer < shape[0]]
+        if absent:
+            raise TraceError(
+                f"found {shape[0]} layers in {where}, expected one numbered {absent[0]} as asked: "
+                "number them from 0, dense ones counted"
+            )
+        return np.array(sorted(set(options.layers)))
+    if empty.all():
+        raise _all_zero(where)
+    names = ", ".join(map(str, np.flatnonzero(empty)))
+    if not empty.any():
+        return np.arange(shape[0])
+    if shape[1] == 1:
+        _log.warning(
+            "%s: in layers %s every token picks expert 0, as engines write for dense layers; with "
+            "one pick per token that cannot be told from routing: they are kept; pass layers "
+            "(--layers, the MoE layers) to leave them out",
+            where,
+            names,
+        )
+        return np.arange(shape[0])
+    _log.warning("%s: left out layers %s, which hold no picks (dense layers)", where, names)
+    return np.flatnonzero(~empty)
+
+
+def _labels(
+    facts: dict[int, _Facts], sources: list[Source], options: ImportOptions
+) -> tuple[dict[int, int], dict[int, str | None]]:
+    """Request id and domain of each request: from the table, else from the files, else its place
+    and none."""
+    known: Mapping[str, tuple[int | None, str | None]] = options.table or {}
+    files = Counter(one.names[-1] for one in facts.values())
+    numbered = len(sources) > 1 and all(
+        count == 1 and name.rsplit("/", 1)[-1].isdecimal() for name, count in files.items()
+    )
+    requests: dict[int, int | None] = {}
+    domains: dict[int, str | None] = {}
+    unknown = []
+    for number, one in facts.items():
+        name = next((name for name in one.names if name in known), None)
+        if name is None and options.table is not None:
+            unknown.append(one.names[0])
+        request, domain = known[name] if name is not None else (None, None)
+        if request is None and numbered:
+            request = int(one.names[-1].rsplit("/", 1)[-1])
+        requests[number] = request
+        domains[number] = domain if domain is not None else one.domain
+    if unknown:
+        _log.warning("%d requests are not in the table: %s", len(unknown), ", ".join(unknown[:8]))
+    given = [request for request in requests.values() if request is not None]
+    if (len(set(given)) < len(given) and not numbered) or max(given, default=0) >= 2**62:
+        twice = next((r for r, count in Counter(given).items() if count > 1), max(given))
+        raise TraceError(
+            f"found request id {twice} for two requests, or above 2**62, expected a number of its "
+            "own for each: correct the table"
+        )
+    if len(set(given)) < len(given):  # math/0.npy and law/0.npy
+        given, requests = [], dict.fromkeys(requests)
+    first = max(given, default=-1) + 1
+    return {n: first + n if r is None else r for n, r in requests.items()}, domains
 
 
 def _to_trace(
-    path: Path,
-    block: list[Sequence],
-    first: int,
+    block: list[tuple[Sequence, int, int]],
     layer_ids: np.ndarray,
     num_experts: int,
+    domain: tuple[str, ...],
     options: ImportOptions,
 ) -> RoutingTrace:
-    filled = [(first + i, one) for i, one in enumerate(block) if len(one.ids)]
-    lengths = [len(one.ids) for _, one in filled]
+    lengths = [len(one.ids) for one, _, _ in block]
     stages = [
         np.full(len(one.ids), UNKNOWN)
         if one.prompt is None
         else np.where(np.arange(len(one.ids)) < one.prompt, PREFILL, DECODE)
-        for _, one in filled
+        for one, _, _ in block
     ]
-    ids = [one.ids[:, layer_ids] for _, one in filled]
-    empty = np.zeros((0, len(layer_ids), block[0].ids.shape[2]), np.int64)
     try:
         return RoutingTrace(
             model=options.model or "",
             num_experts=num_experts,
             layer_ids=layer_ids,
-            expert_ids=np.concatenate([*ids, empty]),
-            request_id=np.repeat([number for number, _ in filled], lengths).astype(np.int64),
-            position=np.concatenate(
-                [one.start + np.arange(len(one.ids)) for _, one in filled] or [np.zeros(0, int)]
-            ),
-            stage=np.concatenate(stages or [np.zeros(0, int)]),
+            expert_ids=np.concatenate([one.ids[:, layer_ids] for one, _, _ in block]),
+            request_id=np.repeat([request for _, request, _ in block], lengths).astype(np.int64),
+            position=np.concatenate([one.start + np.arange(len(one.ids)) for one, _, _ in block]),
+            stage=np.concatenate(stages),
+            domain=domain,
+            domain_id=np.repeat([place for _, _, place in block], lengths).astype(np.int32),
         )
     except TraceError as error:
-        raise TraceError(f"{path}: {error}") from error
+        raise TraceError(f"{block[0][0].where}: {error}") from error

@@ -9,13 +9,17 @@ sglang, python/sglang/srt/eplb/expert_distribution.py), one file or a directory 
 * ``per_pass``: ``{"records": [{"forward_pass_id", "rank", "global_physical_count" [layers, P]}],
   "last_physical_to_logical_map" [layers, P]}``: a trace of counts, the ranks of a pass added up.
 * ``per_token``: the records also hold ``topk_ids_of_layer [layers, tokens, 8]`` (-1 beyond K),
-  ``positions``, ``extend_seq_lens`` and ``forward_mode`` (1 prefill, 2 decode): a trace of tokens.
+  ``positions``, ``extend_seq_lens`` and ``forward_mode`` (1 prefill, 2 decode, 5 verification of
+  draft tokens): a trace of tokens. Passes without tokens (idle ranks) are skipped.
 
 The dumps hold *physical* ids; they become logical by ``last_physical_to_logical_map``, the map at
 the end of the recording, so switch rebalancing off while you record. Request ids are not recorded:
 in prefill ``extend_seq_lens`` cuts a pass into requests, and a piece (or a decoded token) belongs
 to the request of its rank that its first position continues, the oldest where several do: a guess,
-which confuses requests of equal length. Layers without any pick are dense ones and are left out.
+which confuses requests of equal length. With speculative decoding each request has the same number
+of draft tokens in a pass; those at or behind the position where its next pass begins were rejected
+and are left out, as are those of its last pass but the first and those of a position that a tree of
+drafts has twice. Layers without any pick are dense ones and are left out.
 Ranks of tensor parallelism without attention data parallelism record the same tokens: such a copy
 is left out, with a warning.
 """
@@ -30,12 +34,13 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import TraceError
-from moe_locality.trace.reading import ImportOptions, is_count
+from moe_locality.trace.reading import ImportOptions, is_count, whole_json
 from moe_locality.trace.schema import DECODE, PREFILL, UNKNOWN, RoutingTrace
 from moe_locality.trace.torchfile import read_torch_file
 
 _log = logging.getLogger(__name__)
-_STAGES = {1: PREFILL, 2: DECODE}
+_VERIFY = 5
+_STAGES = {1: PREFILL, 2: DECODE, _VERIFY: DECODE}
 
 
 def parts(paths: Sequence[Path], options: ImportOptions) -> Iterator[RoutingTrace]:
@@ -49,7 +54,7 @@ def parts(paths: Sequence[Path], options: ImportOptions) -> Iterator[RoutingTrac
     for number, path in enumerate(paths):
         if options.report is not None:
             options.report(sum(p.stat().st_size for p in paths[:number]), total)
-        content = read_torch_file(path)
+        content = whole_json(path) if _is_json(path) else read_torch_file(path)
         if not isinstance(content, dict):
             raise _strange(path, f"a {type(content).__name__}")
         dumps.append((path, content))
@@ -60,12 +65,17 @@ def parts(paths: Sequence[Path], options: ImportOptions) -> Iterator[RoutingTrac
         records = [record for path, content in dumps for record in _records(path, content)]
         if not records:
             raise _strange(paths[0], "no record of a forward pass")
-        per_token = "topk_ids_of_layer" in records[0][1]
+        per_token = any("topk_ids_of_layer" in record for _, record, _ in records)
         yield (_from_tokens if per_token else _from_passes)(paths[0], records, options)
     except (TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
         if isinstance(error, TraceError):
             raise
         raise _strange(paths[0], f"{type(error).__name__} {error}") from error
+
+
+def _is_json(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(64).lstrip().startswith(b"{")
 
 
 def _records(path: Path, content: dict[str, Any]) -> list[tuple[Path, dict[str, Any], np.ndarray]]:
@@ -80,6 +90,8 @@ def _records(path: Path, content: dict[str, Any]) -> list[tuple[Path, dict[str, 
 
 def _whole(path: Path, name: str, value: Any, ndim: int) -> np.ndarray:
     array = np.asarray(value)
+    if array.size == 0 and array.ndim == ndim:  # an empty list has no type of its own
+        array = array.astype(np.int64)
     if array.dtype.kind not in "iu" or array.ndim != ndim:
         raise TraceError(
             f"{path}: found {name} as {array.dtype} of shape {array.shape}, expected whole numbers "
@@ -99,7 +111,12 @@ def _strange(path: Path, found: str) -> TraceError:
 
 
 def _from_counts(dumps: list[tuple[Path, dict[str, Any]]], options: ImportOptions) -> RoutingTrace:
-    counts = [_whole(path, "logical_count", c["logical_count"], 3) for path, c in dumps]
+    counts = []
+    for path, content in dumps:
+        table = content["logical_count"]
+        if isinstance(table, list) and np.ndim(table) == 2:  # JSON: of one step
+            table = [table]
+        counts.append(_whole(path, "logical_count", table, 3))
     if len({count.shape[1:] for count in counts}) > 1:
         raise _strange(dumps[0][0], "dumps with different layers or experts")
     return _load_trace(dumps[0][0], np.concatenate(counts), None, options)
@@ -163,31 +180,41 @@ def _number(path: Path, record: dict[str, Any], name: str) -> int:
 def _from_tokens(
     path: Path, records: list[tuple[Path, dict[str, Any], np.ndarray]], options: ImportOptions
 ) -> RoutingTrace:
-    blocks, positions, stages, requests, ranks, steps = [], [], [], [], [], []
-    open_requests: dict[int, dict[int, list[int]]] = {}
-    experts, next_request = 0, [0]
+    blocks: list[np.ndarray] = []
+    rows: list[dict[str, np.ndarray]] = []
+    open_requests: dict[int, _Requests] = {}
+    experts, next_request, num_rows = 0, [0], 0
     seen: dict[Any, int] = {}
     copies: set[int] = set()
+    drafts = _draft_tokens(records)
     for file, record, table in records:
         ids = _logical(file, record, table)
         rank, step = _number(file, record, "rank"), _number(file, record, "forward_pass_id")
         position = _whole(file, "positions", record.get("positions"), 1)
         if len(position) != len(ids) or (len(position) and position.min() < 0):
             raise _strange(file, f"{len(position)} positions for {len(ids)} tokens")
+        if not len(ids):
+            continue
         key = (step, ids.tobytes(), position.tobytes())
         if seen.setdefault(key, rank) != rank:
             copies.add(rank)
             continue
         experts = max(experts, int(table.max()) + 1)
-        stage = _STAGES.get(record.get("forward_mode"), UNKNOWN)  # type: ignore[arg-type]
-        lengths = _pieces(file, record, len(ids))
-        waiting = open_requests.setdefault(rank, {})
-        requests.append(_assign(position, lengths, waiting, next_request))
+        mode = record.get("forward_mode")
+        verify = mode == _VERIFY
+        lengths = _pieces(file, record, len(ids), drafts if verify else 1)
+        held = open_requests.setdefault(rank, _Requests(next_request))
+        labels = {"stage": _STAGES.get(mode, UNKNOWN), "rank": rank, "step": step}  # type: ignore[arg-type]
+        columns = {name: np.full(len(ids), value) for name, value in labels.items()}
+        request = held.assign(position, lengths, num_rows, verify)
+        rows.append({**columns, "position": position, "request_id": request})
         blocks.append(ids)
-        positions.append(position)
-        stages.append(np.full(len(ids), stage))
-        ranks.append(np.full(len(ids), rank))
-        steps.append(np.full(len(ids), step))
+        num_rows += len(ids)
+    if not blocks:
+        raise _strange(path, "no token in any forward pass")
+    kept = np.ones(num_rows, bool)
+    for held in open_requests.values():
+        kept[held.rejected()] = False
     if copies:
         _log.warning("%s: left out tokens of ranks %s, copies of another's", path, sorted(copies))
     if len({block.shape[1] for block in blocks}) > 1:
@@ -196,7 +223,7 @@ def _from_tokens(
     blocks = [
         np.pad(b, ((0, 0), (0, 0), (0, width - b.shape[2])), constant_values=-1) for b in blocks
     ]
-    ids = np.concatenate(blocks)
+    ids = np.concatenate(blocks)[kept]
     layers, columns = (ids >= 0).any(axis=(0, 2)), (ids >= 0).any(axis=(0, 1))
     if not layers.any():
         raise _strange(path, "no pick in any layer")
@@ -205,11 +232,7 @@ def _from_tokens(
         num_experts=options.num_experts or experts,
         layer_ids=np.flatnonzero(layers),
         expert_ids=ids[:, layers][:, :, columns],
-        request_id=np.concatenate(requests),
-        position=np.concatenate(positions),
-        stage=np.concatenate(stages),
-        rank=np.concatenate(ranks),
-        step=np.concatenate(steps),
+        **{name: np.concatenate([row[name] for row in rows])[kept] for name in rows[0]},
     )
 
 
@@ -224,38 +247,93 @@ def _logical(path: Path, record: dict[str, Any], table: np.ndarray) -> np.ndarra
     return np.where(ids < 0, -1, logical).transpose(1, 0, 2)
 
 
-def _pieces(path: Path, record: dict[str, Any], num_tokens: int) -> list[int]:
-    """Lengths of the pieces of requests in a pass; decode has one token of each."""
+def _draft_tokens(records: list[tuple[Path, dict[str, Any], np.ndarray]]) -> int:
+    """Tokens of a request in a pass that verifies drafts: the largest number that cuts all such
+    passes into pieces of a least position, first, and those that follow it without a gap."""
+    passes = [
+        _whole(file, "positions", record.get("positions"), 1)
+        for file, record, _ in records
+        if record.get("forward_mode") == _VERIFY and record.get("extend_seq_lens") is None
+    ]
+    passes = [position for position in passes if len(position)]
+    most = int(np.gcd.reduce([len(position) for position in passes])) if passes else 1
+    for number in range(most, 1, -1):
+        if most % number:
+            continue
+        pieces = np.concatenate([position.reshape(-1, number) for position in passes])
+        steps = np.diff(np.sort(pieces, axis=1), axis=1)
+        if (steps <= 1).all() and (pieces[:, 1:] > pieces[:, :1]).all():
+            return number
+    return 1
+
+
+def _pieces(path: Path, record: dict[str, Any], num_tokens: int, size: int) -> list[int]:
+    """Lengths of the pieces of requests in a pass; decode has one token of each, a verification
+    ``size``."""
     lengths = record.get("extend_seq_lens")
     if lengths is None:
-        return [1] * num_tokens
+        return [size] * (num_tokens // size) + [1] * (num_tokens % size)
     lengths = _whole(path, "extend_seq_lens", lengths, 1).tolist()
     if sum(lengths) > num_tokens or any(n < 0 for n in lengths):
         raise _strange(path, f"pieces of {sum(lengths)} tokens in a pass of {num_tokens}")
     return [*lengths, *[1] * (num_tokens - sum(lengths))]  # what is left is padding or decode
 
 
-def _assign(
-    position: np.ndarray,
-    lengths: list[int],
-    waiting: dict[int, list[int]],
-    next_request: list[int],
-) -> np.ndarray:
-    """Request of each token; ``waiting``: next position → requests that are there."""
-    requests, first = [], 0
-    left: list[tuple[int, int]] = []
-    for length in lengths:
-        if not length:
-            continue
-        start = int(position[first])
-        if start and waiting.get(start):
-            request = waiting[start].pop(0)
-        else:
-            request = next_request[0]
-            next_request[0] += 1
-        requests.append(np.full(length, request, np.int64))
-        first += length
-        left.append((int(position[first - 1]) + 1, request))
-    for place, request in left:  # only now: a pass holds each request once
-        waiting.setdefault(place, []).append(request)
-    return np.concatenate(requests) if requests else np.zeros(0, np.int64)
+class _Requests:
+    """The requests of a rank that go on.
+
+    ``waiting``: position → requests that may begin their next piece there, the oldest first;
+    ``places``: request → these positions; ``drafts``: request → (row, positions) of its last piece
+    where that was one of drafts.
+    """
+
+    def __init__(self, next_request: list[int]) -> None:
+        self.next_request = next_request
+        self.waiting: dict[int, list[int]] = {}
+        self.places: dict[int, list[int]] = {}
+        self.drafts: dict[int, tuple[int, np.ndarray]] = {}
+        self.dropped: list[np.ndarray] = []
+
+    def assign(
+        self, position: np.ndarray, lengths: list[int], first_row: int, verify: bool
+    ) -> np.ndarray:
+        """Request of each token of a pass; ``first_row``: number of its first token."""
+        requests, first = [], 0
+        left: list[tuple[int, list[int]]] = []
+        for length in filter(None, lengths):
+            piece = position[first : first + length]
+            request = self._of(int(piece[0]))
+            requests.append(np.full(length, request, np.int64))
+            if verify:
+                self.drafts[request] = (first_row + first, piece)
+                left.append((request, list(range(int(piece[0]) + 1, int(piece.max()) + 2))))
+            else:
+                left.append((request, [int(piece[-1]) + 1]))
+            first += length
+        for request, places in left:  # only now: a pass holds each request once
+            self.places[request] = places
+            for place in places:
+                self.waiting.setdefault(place, []).append(request)
+        return np.concatenate(requests) if requests else np.zeros(0, np.int64)
+
+    def _of(self, start: int) -> int:
+        if not start or not self.waiting.get(start):
+            self.next_request[0] += 1
+            return self.next_request[0] - 1
+        request = self.waiting[start][0]
+        for place in self.places.pop(request):
+            self.waiting[place].remove(request)
+        self._drop(request, start)
+        return request
+
+    def _drop(self, request: int, next_start: int) -> None:
+        row, piece = self.drafts.pop(request, (0, np.zeros(0, np.int64)))
+        found, place, count = np.unique(piece, return_inverse=True, return_counts=True)
+        unsure = (count[place] > 1) if len(found) else np.zeros(0, bool)
+        self.dropped.append(row + np.flatnonzero((piece >= next_start) | unsure))
+
+    def rejected(self) -> np.ndarray:
+        """Rows of draft tokens that were rejected, or of which that cannot be told."""
+        for request, (_, piece) in list(self.drafts.items()):
+            self._drop(request, int(piece[0]) + 1)
+        return np.concatenate([np.zeros(0, np.int64), *self.dropped]).astype(np.int64)

@@ -188,7 +188,7 @@ def _token_fields(trace: RoutingTrace, num_experts: int, num_layers: int) -> dic
             f"found {ids.shape[2]} picks per token among {num_experts} experts, expected "
             f"1..{num_experts}"
         )
-    _check_ids(ids, num_experts)
+    check_ids(ids, num_experts)
     fields: dict[str, Any] = {"expert_ids": ids.astype(np.int16, copy=False)}
     if trace.expert_weights is not None:
         weights = np.asarray(trace.expert_weights)
@@ -201,7 +201,7 @@ def _token_fields(trace: RoutingTrace, num_experts: int, num_layers: int) -> dic
     return fields
 
 
-def _check_ids(ids: np.ndarray, num_experts: int) -> None:
+def check_ids(ids: np.ndarray, num_experts: int) -> None:
     """Range and repeats, in chunks of rows so that the extra memory stays small."""
     per_row = max(ids.shape[1] * ids.shape[2], 1)
     rows = max(_CHUNK_ELEMENTS // per_row, 1)

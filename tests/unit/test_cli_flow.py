@@ -439,6 +439,28 @@ def test_import_of_an_engines_record_names_its_format(tmp_path):
     assert error["type"] == "TraceError"
 
 
+def test_import_of_a_directory_with_a_table(tmp_path):
+    """One file alone could be imported, and no layers be chosen. [E4]"""
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        array = [[[0, 0], [3, 1], [0, 7], [number, 4]]] * (number + 1)
+        np.save(tmp_path / "in" / f"r{number}.npy", np.array(array, np.int16))
+    np.save(tmp_path / "in" / "zeros.npy", np.zeros((2, 4, 2), np.int16))
+    (tmp_path / "t.csv").write_text("name,request_id,domain\nr0,7,law\nr1,8,law\nr2,9,math\n")
+    words = ("import", tmp_path / "in", "--out", tmp_path / "trace", "--num-experts", 8)
+    done = answer(*words, "--table", tmp_path / "t.csv", "--layers", "1,3", "--num-layers", 4)
+    assert (done["tokens"], done["requests"], done["layers"]) == (6, 3, 2)
+    assert done["domains"] == ["law", "math"]
+    assert ["zeros.npy" in text for text in done["left_out"]] == [True]
+    trace = read_trace(tmp_path / "trace")
+    assert trace.layer_ids.tolist() == [1, 3]
+    assert trace.request_id.tolist() == [7, 8, 8, 9, 9, 9]
+    files = sorted((tmp_path / "in").glob("r*.npy"))
+    done = answer("import", *files, *words[2:], "--overwrite")
+    assert (done["requests"], done["layers"]) == (3, 3)
+    assert "--layers '3-1'" in refusal(*words, "--layers", "3-1")["message"]
+
+
 def test_simulate_counts_what_evaluate_counts_and_says_simulated(made, tmp_path):
     folder, _ = made
     words = (folder / "trace.npz", "--plan", folder / "plan.json")

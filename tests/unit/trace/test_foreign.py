@@ -234,6 +234,29 @@ def test_wrong_llamacpp_files_are_named(tmp_path, text, options, message):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("header", [[], ["layer,expert"]])
+def test_llamacpp_logs_in_one_file_are_requests_of_their_own(tmp_path, header):
+    """Two logs put together were one request, or an error at the second header. [D6]"""
+    rows, expected = llamacpp_rows()
+    path = tmp_path / "moe_trace.csv"
+    path.write_text("\n".join([*header, *rows, *header, *rows, ""]))
+    trace = import_trace(path, num_experts=8)
+    assert trace.expert_ids.tolist() == expected * 2
+    assert trace.request_id.tolist() == [0] * 5 + [1] * 5
+    assert trace.position.tolist() == [0, 1, 2, 3, 4] * 2
+    assert trace.stage.tolist() == ([PREFILL] * 3 + [DECODE] * 2) * 2
+
+
+def test_llamacpp_logs_of_one_token_are_told_apart_by_their_headers(tmp_path):
+    """[D6] Without a continuation before it, only its header says that a prompt begins."""
+    rows, _ = llamacpp_rows()
+    path = tmp_path / "moe_trace.csv"
+    path.write_text("\n".join(["layer,expert", *rows[-6:], "layer,expert", *rows[-6:], ""]))
+    trace = import_trace(path, num_experts=8)
+    assert trace.request_id.tolist() == [0, 1]
+    assert trace.stage.tolist() == [PREFILL] * 2
+
+
 # -- CSV with a row per pick --
 
 LONG = """request_id,position,layer,k,expert,weight,stage,domain

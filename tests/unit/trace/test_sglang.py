@@ -160,7 +160,7 @@ def test_passes_of_several_ranks_add_up(tmp_path):
 def token_record(number, physical, positions, lengths, mode, rank=0):
     """``physical`` [tokens][layers][K]; SGLang keeps 8 columns."""
     picks = torch.full((2, len(physical), 8), -1, dtype=torch.int32)
-    picks[:, :, :2] = torch.tensor(physical, dtype=torch.int32).transpose(0, 1)
+    picks[:, :, :2] = torch.tensor(physical, dtype=torch.int32).reshape(-1, 2, 2).transpose(0, 1)
     return {
         "forward_pass_id": number,
         "rank": rank,
@@ -289,3 +289,65 @@ def test_damaged_dumps_end_in_a_trace_error(tmp_path_factory, data):
         pass
     finally:
         logging.disable(logging.NOTSET)
+
+
+# -- idle passes, speculative decoding --
+
+
+def test_idle_passes_are_skipped(tmp_path):
+    """A pass without tokens, as ranks of attention data parallelism have them, refused the whole
+    recording: "found positions as float64 of shape (0,)". [E1]"""
+    plain = import_trace(token_dump(tmp_path / "t.pt"))
+    records = torch.load(tmp_path / "t.pt")["records"]
+    idle = [token_record(n, [], [], lengths, 4) for n, lengths in ((2, None), (9, []))]
+    content = {"records": [idle[0], *records, idle[1]], "last_physical_to_logical_map": MAP}
+    assert import_trace(save(tmp_path / "idle.pt", content)).same_content(plain)
+    for rank in range(2):
+        idle[0]["rank"] = rank
+        save(tmp_path / f"{rank}.pt", {**content, "records": [dict(idle[0])]})
+    with pytest.raises(TraceError, match="no token in any forward pass"):
+        import_trace(tmp_path / "0.pt")
+
+
+def verify_record(number, roots, drafts):
+    """A pass that verifies ``drafts`` tokens of each request, the first at its root."""
+    positions = [root + i for root in roots for i in range(drafts)]
+    physical = [[[p % 4, (p + 1) % 4]] * 2 for p in positions]
+    return token_record(number, physical, positions, None, 5)
+
+
+def test_speculative_decoding_keeps_requests_whole(tmp_path):
+    """Each draft token became a request of its own; now a request goes on from pass to pass, and
+    draft tokens that were rejected are no tokens of it. [D6]"""
+    prompt = [[[p % 4, (p + 1) % 4]] * 2 for p in (0, 1, 2, 0, 1)]
+    records = [
+        token_record(1, prompt, [0, 1, 2, 0, 1], [3, 2], 1),
+        verify_record(2, [3, 2], 4),
+        verify_record(3, [5, 6], 4),  # 2 and 4 accepted
+        verify_record(4, [9, 7], 4),  # 4 and 1
+    ]
+    path = save(tmp_path / "t.pt", {"records": records, "last_physical_to_logical_map": MAP})
+    trace = import_trace(path)
+    assert sorted(set(trace.request_id.tolist())) == [0, 1]
+    for request, last in ((0, 9), (1, 7)):
+        rows = trace.request_id == request
+        assert trace.position[rows].tolist() == list(range(last + 1))
+        slots = [[p % 4, (p + 1) % 4] for p in range(last + 1)]
+        assert trace.expert_ids[rows, 1].tolist() == slots  # layer 1: slot = expert below 4
+        assert trace.stage[rows].tolist() == [PREFILL] * (3 - request) + [DECODE] * (
+            last - 2 + request
+        )
+
+
+def test_trees_of_drafts_keep_what_is_sure(tmp_path):
+    """[D6] Of two drafts for one position, a dump does not say which was accepted."""
+    tree = [3, 4, 4, 5]
+    records = [
+        token_record(1, [[[0, 1], [0, 1]]] * 3, [0, 1, 2], [3], 1),
+        token_record(2, [[[0, 1], [0, 1]]] * 4, tree, None, 5),
+        token_record(3, [[[0, 1], [0, 1]]] * 4, [p + 3 for p in tree], None, 5),
+    ]
+    path = save(tmp_path / "t.pt", {"records": records, "last_physical_to_logical_map": MAP})
+    trace = import_trace(path)
+    assert set(trace.request_id.tolist()) == {0}
+    assert trace.position.tolist() == [0, 1, 2, 3, 5, 6]
