@@ -21,7 +21,7 @@ $(READY): pyproject.toml setup.py constraints-dev.txt
 	@echo "4/5 build and install deepspeed"
 	$(PIP) --no-build-isolation deepspeed
 	@echo "5/5 install moe-locality and what its tests need"
-	$(PIP) --no-build-isolation -e ".[deepspeed,hf,wandb,report,mpi,serve,dev]"
+	$(PIP) --no-build-isolation -e ".[deepspeed,hf,wandb,report,mpi,dev]"
 	@touch $@
 
 demo: $(READY) ## the main job: train, record, place, run again, compare; report in runs/demo/report.html

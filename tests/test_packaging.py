@@ -2,6 +2,7 @@
 of the kernels.
 """
 
+import ast
 import contextlib
 import os
 import re
@@ -209,3 +210,38 @@ def test_everyone_tests_the_same_examples_unless_others_are_asked_for(tmp_path):
     other, output = drawn(MOE_LOCALITY_HYPOTHESIS="random")
     assert other != drawn()[0]
     assert "@reproduce_failure(" in output
+
+
+MODULES = {"pillow": "PIL", "pyyaml": "yaml"}
+
+
+def imported() -> set[str]:
+    """Top modules that the package and the examples import, in functions too."""
+    found = set()
+    for folder in ("moe_locality", "examples"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Import):
+                    found |= {alias.name.partition(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.module:
+                    found.add(node.module.partition(".")[0])
+    return found
+
+
+def test_what_is_installed_and_looked_for_is_imported_by_some_code():
+    """The extras named prometheus-client and safetensors, and doctor asked for them, though no code
+    imported either [C2].
+    """
+    from moe_locality.commands.doctor import WANTED
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = {**project["optional-dependencies"], "dependencies": project["dependencies"]}
+    del named["dev"]
+    used, lists = imported(), {**named, "doctor": [wanted[0] for wanted in WANTED]}
+    for name, packages in lists.items():
+        for entry in packages:
+            package = re.match(r"[\w-]+", entry)[0]
+            module = MODULES.get(package, package.replace("-", "_"))
+            assert module in used, f"{name} names {package}, which nothing imports"
+    extras = {wanted[3] for wanted in WANTED} - {None}
+    assert extras <= project["optional-dependencies"].keys()

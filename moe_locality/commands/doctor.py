@@ -20,11 +20,9 @@ WANTED = (
     ("torch", "2.10", "recording and running", "deepspeed"),
     ("deepspeed", "0.19.4", "running", "deepspeed"),
     ("transformers", "5.0", "Hugging Face models", "hf"),
-    ("safetensors", "0.4", "Hugging Face checkpoints", "hf"),
     ("matplotlib", "3.8", "reports", "report"),
     ("wandb", "0.20", "tracking", "wandb"),
     ("mpi4py", "4", "clusters under MPI", "mpi"),
-    ("prometheus-client", "0.20", "serving counters", "serve"),
     ("mtkahypar", "1.7", "the hypergraph baseline", "solver"),
     ("triton", "3", "kernels on a GPU", None),
 )

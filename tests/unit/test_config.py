@@ -1,9 +1,15 @@
 """The "moe_locality" section: what it takes, what it refuses, and where it is read from."""
 
+import ast
+import functools
 import json
+import re
+from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
+from moe_locality import config as config_module
 from moe_locality.config import SECTION, ClusterConfig, MoeLocalityConfig, read_config
 from moe_locality.errors import ConfigError, MoeLocalityError
 
@@ -190,3 +196,134 @@ def test_deepspeeds_own_layers_know_no_placement():
             read_config({"moe_locality": {"enabled": False, key: value}})
     section = {"enabled": False, "online": {"enabled": False}}
     assert read_config({"moe_locality": section}).online is not None
+
+
+# -- every key is read -----------------------------------------------------------------------------
+
+PACKAGE = Path(config_module.__file__).parent
+SECTIONS = {
+    name: kind
+    for name, kind in vars(config_module).items()
+    if isinstance(kind, type) and issubclass(kind, BaseModel) and not name.startswith("_")
+}
+KEYS = {
+    field: name
+    for kind in SECTIONS.values()
+    for field, info in kind.model_fields.items()
+    for name in SECTIONS
+    if name in str(info.annotation)
+}
+"""The keys that hold a section: "tracking" -> "TrackingConfig"."""
+
+
+class Reads(ast.NodeVisitor):
+    """The keys of sections that a module reads, as (section, key).
+
+    Known to be a section: an argument or attribute annotated as one, what ``read_config`` returns,
+    a section's own sections, and names that are assigned from these. ``model_dump()`` reads all but
+    what it excludes.
+    """
+
+    def __init__(self, tree):
+        self.found, self.names = set(), {}
+        while True:  # a method may be above the one that assigns what it reads
+            before = len(self.names), len(self.found)
+            self.visit(tree)
+            if before == (len(self.names), len(self.found)):
+                return
+
+    def section(self, node):
+        if isinstance(node, ast.Name):
+            return self.names.get(node.id)
+        if isinstance(node, ast.Attribute):
+            if self.section(node.value) is not None and node.attr in KEYS:
+                return KEYS[node.attr]
+            return self.names.get("." + node.attr)
+        if isinstance(node, ast.BoolOp):
+            return next(filter(None, map(self.section, node.values)), None)
+        if isinstance(node, ast.IfExp):
+            return self.section(node.body) or self.section(node.orelse)
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func).rpartition(".")[2]
+            if name in ("read_config", "MoeLocalityConfig"):
+                return "MoeLocalityConfig"
+            return name if name in SECTIONS else None
+        return None
+
+    def know(self, target, section):
+        if section is not None and isinstance(target, ast.Name):
+            self.names[target.id] = section
+        elif section is not None and isinstance(target, ast.Attribute):
+            self.names["." + target.attr] = section
+
+    def annotated(self, target, annotation):
+        text = "" if annotation is None else ast.unparse(annotation)
+        named = [name for name in SECTIONS if re.search(rf"\b{name}\b", text)]
+        if len(named) == 1:
+            self.know(target, named[0])
+
+    def visit_FunctionDef(self, node):
+        for argument in (*node.args.args, *node.args.kwonlyargs, *node.args.posonlyargs):
+            self.names.pop(argument.arg, None)  # another function's
+            self.annotated(ast.Name(argument.arg), argument.annotation)
+        self.generic_visit(node)
+
+    def visit_AnnAssign(self, node):
+        self.annotated(node.target, node.annotation)
+        if isinstance(node.target, ast.Name):
+            self.annotated(ast.Attribute(attr=node.target.id), node.annotation)
+        self.generic_visit(node)
+
+    def visit_Assign(self, node):
+        for target in node.targets:
+            pairs = [(target, node.value)]
+            if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                pairs = zip(target.elts, node.value.elts, strict=True)
+            for one, value in pairs:
+                self.know(one, self.section(value))
+        self.generic_visit(node)
+
+    def visit_Attribute(self, node):
+        section = self.section(node.value)
+        if section is not None and isinstance(node.ctx, ast.Load):
+            self.found.add((section, node.attr))
+        self.generic_visit(node)
+
+    def visit_Call(self, node):
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "model_dump":
+            section = self.section(node.func.value)
+            left_out = {n.value for k in node.keywords for n in ast.walk(k) if hasattr(n, "value")}
+            for key in SECTIONS[section].model_fields if section else ():
+                if key not in left_out:
+                    self.found.add((section, key))
+        self.generic_visit(node)
+
+
+@functools.cache
+def read_by(path):
+    return frozenset(Reads(ast.parse(path.read_text(encoding="utf-8"))).found)
+
+
+def unread(sources, extra=()):
+    """Keys of all sections (and ``extra`` ones) that none of the sources reads."""
+    found = set().union(*map(read_by, sources))
+    keys = {(name, key) for name, kind in SECTIONS.items() for key in kind.model_fields}
+    return (keys | set(extra)) - found
+
+
+def readers():
+    return [path for path in PACKAGE.rglob("*.py") if path.name != "config.py"]
+
+
+def test_every_key_of_the_configuration_is_read_by_some_code():
+    """The section "tracking" was accepted and ignored. A key that no code reads fails here [C2]."""
+    assert unread(readers()) == set()
+
+
+def test_a_key_that_nothing_reads_is_found():
+    """A key is not taken for read because something else has an attribute of that name [C2]."""
+    made_up = {("TrackingConfig", "made_up"), ("TrackingConfig", "shape"), ("OnlineConfig", "path")}
+    assert unread(readers(), made_up) == made_up
+    without = [path for path in readers() if path.name != "run_log.py"]
+    lost = {("TrackingConfig", "every_n_steps"), ("TrackingConfig", "run_dir")}
+    assert unread(without) == lost
