@@ -104,7 +104,7 @@ def _made_before(out: Path, trace: Path | None) -> list[Path]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"--out: found files in {out} and no {MARKER} that lists what a demo made there, "
-            "expected a new or empty directory: give another; nothing was changed"
+            "expected a new or empty directory: remove it or give another; nothing was changed"
         ) from error
     input_path = None if trace is None else Path(trace).resolve()
     for path in map(Path.resolve, made):

@@ -67,6 +67,8 @@ def run_trace(options: DemoOptions, progress: Progress) -> dict[str, Any]:
         shown = "  ".join(f"{v:9.4f}" if v is not None else "        -" for v in row.values)
         progress.say(f"{row.metric:<15} {shown}  ({row.how})")
     progress.say(f"columns: {', '.join(found.names)}")
+    for note in found.notes:
+        progress.say(note)
     return {
         "kind": "trace",
         "model": trace.model,

@@ -188,6 +188,35 @@ def test_bench_times_the_methods(made):
     assert found["judged_tokens"] == 24 * 12
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("place", "trace.npz", *CLUSTER, "-o", "trace.npz"),
+        ("group", "trace.npz", "--plan", "plan.json", "-o", "plan.json"),
+        ("export", "plan.json", "--to", "vllm", "-o", "plan.json"),
+        ("report", "trace.npz", "--out", "trace.npz"),
+        ("analyze", "trace.npz", "--report", "trace.npz"),
+        ("compare", "trace.npz", "--plan", "plan.json", "--report", "plan.json"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_an_output_never_replaces_an_input(made, words, monkeypatch):
+    """A plan, homes, a map or a report was written over the file it was made from. [B1]"""
+    folder, _ = made
+    monkeypatch.chdir(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert "it is also an input" in refusal(*words)["message"]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_the_demo_refuses_a_directory_of_others(made):
+    folder, _ = made
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    found = refusal("demo", "--out", folder)
+    assert found["message"].startswith("--out: found files in")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_the_demo_on_a_trace_writes_its_report_and_answers_in_json(made, tmp_path, monkeypatch):
     folder, _ = made
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
