@@ -20,11 +20,13 @@ from moe_locality.placement.homes.requests import default_prediction
 from moe_locality.placement.interval import copies_of_blocks, ratio_interval, request_blocks
 from moe_locality.placement.objective import Costs, Homes, evaluate
 from moe_locality.placement.plan import PlacementPlan
+from moe_locality.placement.problem import telling_once
 from moe_locality.placement.solve import solve
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 
 HELD_OUT = 0.3
+MAX_IMBALANCE = 1.05  # the default of place
 MIN_SAVING = 0.03
 """Below this share of the copies a placement is called not worth it: a plan has to be kept, loaded
 and moved to, and the exchange is only part of a step."""
@@ -38,6 +40,8 @@ class Lever:
 
     ``saving``: share of the copies that it saves; ``interval``: its 95 % interval over requests
     (None: too few). ``ceiling``: no plan of this kind saves more (None: no bound is known).
+    ``extra_expert_weights``: share of the expert weights that its replicas add. ``command``: what
+    makes such a plan (and then the homes).
     """
 
     name: str
@@ -46,6 +50,8 @@ class Lever:
     node_imbalance: float
     rank_imbalance: float
     ceiling: float | None
+    extra_expert_weights: float
+    command: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,18 +77,21 @@ class Potential:
         return asdict(self)
 
 
+@telling_once()
 def potential(
     trace: RoutingTrace,
     topology: ClusterTopology,
     *,
-    max_imbalance: float = 1.05,
+    max_imbalance: float = MAX_IMBALANCE,
     seed: int = 0,
     bound_seconds: float = 5.0,
+    trace_name: str = "TRACE",
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Potential:
     """Solve on 70 % of the requests, judge on the others, and say what each lever saves.
 
-    ``bound_seconds``: effort for the ceilings, see ``placement.bounds.lower_bounds``.
+    ``bound_seconds``: effort for the ceilings, see ``placement.bounds.lower_bounds``;
+    ``trace_name``: what commands call the trace.
 
     Raises:
         TraceError: a trace of counts, or of a single request.
@@ -101,6 +110,7 @@ def potential(
         base,
         copies_of_blocks(test, linear, topology, None, blocks),
         float(lower_bounds(test, topology, seconds=bound_seconds).copies.mean()),
+        trace_name,
     )
     extra = _replicas(trace.num_experts, topology.num_ranks)
     tried: list[tuple[str, dict[str, Any], bool]] = [
@@ -122,6 +132,7 @@ def potential(
     return _potential(topology, train, test, base, tuple(levers), worth_it, verdict)
 
 
+@telling_once()
 def tradeoff(
     trace: RoutingTrace,
     topology: ClusterTopology,
@@ -193,6 +204,7 @@ class _Judge:
     base: Costs
     base_blocks: np.ndarray | None
     least_copies: float
+    trace_name: str
 
     def lever(
         self, name: str, plan: PlacementPlan, blocks: np.ndarray | None, *, with_homes: bool
@@ -212,7 +224,31 @@ class _Judge:
             node_imbalance=costs.node_imbalance,
             rank_imbalance=costs.rank_imbalance,
             ceiling=self._ceiling(name, plan),
+            extra_expert_weights=plan.num_redundant_experts / plan.num_experts,
+            command=self._command(plan, with_homes),
         )
+
+    def _command(self, plan: PlacementPlan, with_homes: bool) -> str:
+        """The command line for such a plan from the whole trace, and for its homes."""
+        cluster = self.topology
+        even = ClusterTopology.uniform(cluster.num_nodes, cluster.ranks_per_node)
+        words = ["moe-locality place", self.trace_name]
+        if even.rank_to_node == cluster.rank_to_node:
+            words += [f"--nodes {cluster.num_nodes} --ranks-per-node {cluster.ranks_per_node}"]
+        else:
+            words += ["--cluster CLUSTER.yaml"]
+        if plan.provenance["method"] == "linear":
+            words += ["--method linear"]
+        elif with_homes:
+            words += ["--homes joint"]
+        if plan.provenance["max_imbalance"] != MAX_IMBALANCE:
+            words += [f"--max-imbalance {plan.provenance['max_imbalance']:g}"]
+        if plan.num_redundant_experts:
+            words += [f"--redundant-experts {plan.num_redundant_experts}"]
+        words += ["-o plan.json"]
+        if with_homes:
+            words += [f"&& moe-locality group {self.trace_name} --plan plan.json -o homes.json"]
+        return " ".join(words)
 
     def _ceiling(self, name: str, plan: PlacementPlan) -> float | None:
         """What no plan of this kind can exceed on these requests; no bound knows replicas."""
@@ -240,7 +276,11 @@ def _verdict(levers: list[Lever]) -> tuple[bool, str]:
         f"at a node imbalance of {best.node_imbalance:.3f}"
     )
     if sure >= MIN_SAVING:
-        return True, f"Worth it: {found}, on requests that the solver has not seen."
+        more = ""
+        if best.extra_expert_weights:
+            more = f" It takes {100 * best.extra_expert_weights:+.1f} % memory for expert weights."
+        words = f"Worth it: {found}, on requests that the solver has not seen.{more}"
+        return True, f"{words} Make it: {best.command}"
     return False, f"Not worth it here: at best, {found}, on requests that the solver has not seen."
 
 

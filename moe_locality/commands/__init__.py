@@ -7,6 +7,8 @@ people.
 import importlib
 from typing import Any
 
+import typer
+
 _HOME_OF = {
     "import": "interchange",
     "export": "interchange",
@@ -34,6 +36,14 @@ def run(name: str, options: dict[str, Any]) -> None:
     set_up_logging(debug=debug)
     module = importlib.import_module(f"moe_locality.commands.{_HOME_OF[name]}")
     body = getattr(module, f"{name}_" if name == "import" else name)
-    with quiet_stdout():
-        result = body(**settings)
+    try:
+        with quiet_stdout():
+            result = body(**settings)
+        if result.then is not None:
+            if not as_json:
+                present(result, as_json=False)
+            with quiet_stdout():
+                result = result.then()
+    except KeyboardInterrupt as stop:  # typer would end without a word, and without the JSON
+        raise typer.Abort(str(stop)) from stop
     present(result, as_json=as_json)

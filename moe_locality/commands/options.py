@@ -61,9 +61,14 @@ MoveBudget = Annotated[
     float | None,
     typer.Option("--move-budget", help="With --start: share of the slots that may move; 0.02."),
 ]
+Bound = Annotated[
+    bool, typer.Option("--bound", help="Then say what no plan can go below; Ctrl-C keeps the plan.")
+]
 BoundSeconds = Annotated[
-    float, typer.Option("--bound-seconds", min=0, help="Effort on the lower bound; 0: no bound.")
+    float | None,
+    typer.Option("--bound-seconds", min=0, help="Effort on the bound; 10. 0: no bound."),
 ]
 Prove = Annotated[
-    bool, typer.Option("--prove", help="Try to prove layers optimal: <= 32 experts, 4 nodes.")
+    bool,
+    typer.Option("--prove", help="With the bound, prove layers optimal: <= 32 experts, 4 nodes."),
 ]

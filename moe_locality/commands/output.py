@@ -26,13 +26,15 @@ class Result:
     """``payload``: the JSON object. ``show`` prints it for people; None: the lines of ``text``.
 
     ``publish`` sends the result elsewhere when it is printed (or ready to be, as JSON) and returns
-    more of the payload; that it fails is a warning.
+    more of the payload; that it fails is a warning. ``then`` does what comes after the result is
+    safe and shown: its result has the whole payload, and shows only what is new.
     """
 
     payload: dict[str, Any]
     text: Sequence[str] = ()
     show: "Callable[[Console], None] | None" = None
     publish: Callable[[], dict[str, Any]] | None = None
+    then: "Callable[[], Result] | None" = None
 
 
 def guard(body: Callable[[], Any], *, as_json: bool, debug: bool) -> int:
@@ -71,7 +73,7 @@ def _kind(error: BaseException) -> str:
 
 def _words(error: BaseException) -> str:
     if _is_abort(error):
-        return "interrupted"
+        return str(error) or "interrupted"
     if _is_usage(error):
         return error.format_message()  # type: ignore[attr-defined]
     text = str(error) or type(error).__name__

@@ -1,22 +1,33 @@
-"""The command place: a plan from a trace, or from a plan and a newer trace."""
+"""The command place: a plan from a trace, or from a plan and a newer trace.
+
+The plan is judged on requests that it was not made from: with --held-out on those; else a second
+plan is made from part of the requests and judged on the others, and the plan that is written is
+made from all. Where nothing is gained the usual order of the experts is written instead.
+"""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moe_locality.commands.certificate import certificate_of, certificate_words
 from moe_locality.commands.inputs import check_writable, read_cluster, split
 from moe_locality.commands.output import Result, progress
 from moe_locality.commands.plans import brief, costs_table, linear_plan, topology_of
 from moe_locality.errors import PlacementError
 from moe_locality.placement import Costs, PlacementPlan
 from moe_locality.placement import evaluate as costs_of
+from moe_locality.placement.problem import telling_once
 from moe_locality.topology import ClusterTopology
 from moe_locality.trace import RoutingTrace, read_trace
 
 MOVE_BUDGET = 0.02
+BOUND_SECONDS = 10.0
+LEVELLERS = ("balance", "eplb", "eplb_global")
+"""Methods for level ranks; the others are for fewer copies."""
+OURS = ("coactivation", "balance")
+"""Methods for which the usual order is kept where they gain nothing; a peer is written as asked."""
 
 
 def place(
@@ -36,29 +47,23 @@ def place(
     start: Path | None,
     move_budget: float | None,
     held_out: float,
-    bound_seconds: float,
+    bound: bool,
+    bound_seconds: float | None,
     prove: bool,
     seed: int,
 ) -> Result:
-    """Solve and write the plan; with ``held_out`` also evaluate it on requests not seen."""
+    """Solve, judge on requests not seen and write the plan; then bound it, where asked."""
     from moe_locality.placement.solve import solve
 
     _check_options(homes, start, move_budget)
     check_writable(out, "plan", trace)
     old, topology = _start_on(start, (nodes, ranks_per_node, cluster, hostfile))
-    options: dict[str, Any] = {
-        "method": method,
-        "num_redundant_experts": redundant_experts,
-        "max_imbalance": max_imbalance,
-        "homes": homes,
-        "max_home_imbalance": max_home_imbalance,
-        "objective": objective,
-        "expert_groups": expert_groups,
-        "seed": seed,
-        "start": old,
-        "move_budget": MOVE_BUDGET if move_budget is None else move_budget,
-    }
-    with progress(f"placing {trace}"):
+    options: dict[str, Any] = {"method": method, "num_redundant_experts": redundant_experts}
+    options |= {"max_imbalance": max_imbalance, "max_home_imbalance": max_home_imbalance}
+    options |= {"homes": homes, "objective": objective, "expert_groups": expert_groups}
+    options |= {"move_budget": MOVE_BUDGET if move_budget is None else move_budget}
+    options |= {"seed": seed, "start": old}
+    with progress(f"placing {trace}"), telling_once():
         content = read_trace(trace)
         train, test = split(content, held_out, seed)
         if old is not None:
@@ -66,15 +71,24 @@ def place(
         begun = time.perf_counter()
         plan = solve(train, topology, **options)
         seconds = time.perf_counter() - begun
-        judged = _judge(plan, train, test, topology, old)
-        found = certificate_of(plan, train, topology, max_imbalance, bound_seconds, prove)
-    plan = _signed(plan, content, held_out, found)
+        judged = _judged(plan, train, test, topology, options)
+        if judged["kept"] == "linear":
+            plan = _usual_order(train, topology, redundant_experts)
+        shown = _costs(plan, train, test, topology, old)
+    plan = _signed(plan, content, held_out, judged)
     plan.write(out)
     payload = {"command": "place", "plan": out, "method": method, "seconds": seconds}
     payload |= {"digest": plan.digest(), "cluster": topology.to_dict()}
-    payload |= {"trace": train.content_hash(), "costs": plan.costs, "certificate": found}
-    payload |= judged
-    return Result(payload=payload, show=_shown(topology.describe(), held_out, payload))
+    payload |= {"trace": train.content_hash(), "costs": plan.costs, "certificate": None}
+    payload |= {"extra_expert_weights": plan.num_redundant_experts / plan.num_experts}
+    payload |= {"judged": judged, **shown}
+    result = Result(payload=payload, show=_shown(topology.describe(), held_out, payload))
+    effort = BOUND_SECONDS if bound_seconds is None else bound_seconds
+    if not (bound or prove or bound_seconds) or not effort:
+        return result
+    options = {"max_imbalance": max_imbalance, "seconds": effort, "prove": prove}
+    then = functools.partial(_bounded, plan, out, train, topology, payload, options)
+    return dataclasses.replace(result, then=then)
 
 
 def _check_options(homes: str | None, start: Path | None, move_budget: float | None) -> None:
@@ -115,41 +129,107 @@ def _check_start(
         )
 
 
-def _signed(
-    plan: PlacementPlan, trace: RoutingTrace, held_out: float, certificate: dict[str, Any] | None
+def _usual_order(
+    trace: RoutingTrace, topology: ClusterTopology, redundant_experts: int
 ) -> PlacementPlan:
-    """Return the plan with what it was drawn from and its certificate in the provenance."""
+    """Return the plan that engines assume without one; without replicas where that is possible."""
+    from moe_locality.placement.solve import solve
+
+    extra = redundant_experts if trace.num_experts % topology.num_ranks else 0
+    return solve(trace, topology, method="linear", num_redundant_experts=extra)
+
+
+def _judged(
+    plan: PlacementPlan,
+    train: RoutingTrace,
+    test: RoutingTrace | None,
+    topology: ClusterTopology,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Return what to expect of the plan on new requests, and what to write: ``kept``.
+
+    ``gained`` None: it cannot be said, for the ``reason``; then the plan is written as it is.
+    """
+    from moe_locality.analysis.potential import HELD_OUT
+    from moe_locality.placement.homes.assign import assign_homes
+    from moe_locality.placement.homes.requests import default_prediction
+    from moe_locality.placement.interval import NUM_BLOCKS, expected_change, request_blocks
+    from moe_locality.placement.solve import solve
+
+    seed, old, method = options["seed"], options["start"], options["method"]
+    found: dict[str, Any] = {"gained": None, "kept": "plan", "against": "linear"}
+    if old is not None:
+        found["against"] = "start"
+    if method == "linear":
+        return {**found, "reason": "the usual order was asked for"}
+    if train.kind != "tokens":
+        return {**found, "reason": "a trace of counts does not tell requests apart"}
+    fit, unseen = train, test
+    if unseen is None and len(train.request_ids) > 1:
+        fit, unseen = train.split(1 - HELD_OUT, seed)
+    blocks = None if unseen is None else request_blocks(unseen, seed)
+    if unseen is None or blocks is None:
+        count = 0 if unseen is None else len(unseen.request_ids)
+        reason = f"found {count} requests to judge on, expected at least {NUM_BLOCKS[0]}: the plan "
+        return {**found, "reason": f"{reason}may gain nothing; record more requests"}
+    trial = plan if test is not None else solve(fit, topology, **options)
+    base = old
+    if base is None:
+        base = linear_plan(train, topology) or _usual_order(
+            train, topology, options["num_redundant_experts"]
+        )
+    homes = None
+    if trial.home_profiles is not None:
+        found["homes"] = default_prediction(unseen)
+        homes = assign_homes(unseen, trial, topology, predict=found["homes"])
+    change = expected_change(unseen, base, trial, topology, homes, blocks)
+    before = costs_of(unseen, base, topology)
+    goal = "rank_imbalance" if method in LEVELLERS else options["objective"]
+    gained = _gains(change, goal, before.node_imbalance > options["max_imbalance"])
+    keep = "plan" if gained or old is not None or method not in OURS else "linear"
+    found |= {"gained": gained, "kept": keep, "goal": goal, "reason": None}
+    found |= {"requests": len(unseen.request_ids), "fit_requests": len(fit.request_ids)}
+    parts = {name: None if x is None else [round(y, 6) for y in x] for name, x in change.items()}
+    found["change"] = {name: x and x[0] for name, x in parts.items()}
+    found["interval"] = {name: x and x[1:] for name, x in parts.items()}
+    found["before"], found["after"] = brief(before), brief(costs_of(unseen, trial, topology, homes))
+    return found
+
+
+def _gains(
+    change: dict[str, tuple[float, float, float] | None], goal: str, above_cap: bool
+) -> bool:
+    """Return whether a plan is surely (95 % interval) better at its goal, or more level and not
+    surely worse.
+
+    ``above_cap``: the order before is less level than allowed; more level nodes are a gain then,
+    whatever they cost.
+    """
+    surely_less = {name for name, part in change.items() if part is not None and part[2] < 0}
+    if goal in surely_less or goal == "rank_imbalance":
+        return goal in surely_less
+    part = change[goal]
+    if part is not None and part[1] > 0:  # surely worse
+        return above_cap and "node_imbalance" in surely_less
+    return bool(surely_less & {"node_imbalance", "rank_imbalance"})
+
+
+def _signed(
+    plan: PlacementPlan, trace: RoutingTrace, held_out: float, judged: dict[str, Any]
+) -> PlacementPlan:
+    """Return the plan with what it was drawn from and how it was judged in the provenance."""
     source: dict[str, Any] = {}
     if held_out:
         source = {"drawn_from": trace.content_hash(), "held_out": held_out}
-    if certificate is not None:
-        source["certificate"] = certificate
+    source["judged"] = {
+        name: part
+        for name, part in judged.items()
+        if name not in ("before", "after") and part is not None
+    }
     return dataclasses.replace(plan, provenance={**plan.provenance, **source})
 
 
-def _shown(cluster: str, held_out: float, payload: dict[str, Any]) -> Callable[[Any], None]:
-    """Return what prints a new plan: its costs beside linear's, and its certificate."""
-    where = f"on {held_out:.0%} held-out requests" if held_out else "on its own trace"
-    head = f"{payload['plan']}: {payload['method']}, {cluster}, {payload['seconds']:.2f} s"
-    found = {"linear": payload["linear"]}
-    start = payload["start"]
-    if start is not None:
-        found["start"] = start["costs"]
-    found[payload["method"]] = payload["held_out"] or payload["costs"]
-
-    def show(console: Any) -> None:
-        console.print(head, soft_wrap=True)
-        if start is not None:
-            words = f"{start['moved_slots']} slots moved, {start['moved_share']:.1%} of all"
-            console.print(words)
-        console.print(costs_table(f"Predicted {where}", found))
-        if payload["certificate"] is not None:
-            console.print(certificate_words(payload["certificate"]), soft_wrap=True)
-
-    return show
-
-
-def _judge(
+def _costs(
     plan: PlacementPlan,
     train: RoutingTrace,
     test: RoutingTrace | None,
@@ -185,3 +265,110 @@ def _judge(
             "moved_share": after.move or 0.0,
         }
     return judged
+
+
+def _shown(cluster: str, held_out: float, payload: dict[str, Any]) -> Callable[[Any], None]:
+    """Return what prints a new plan: its costs beside those before, and what to expect of it."""
+    head = f"{payload['plan']}: {payload['method']}, {cluster}, {payload['seconds']:.2f} s"
+    if payload["extra_expert_weights"]:
+        head += f"; replicas: {payload['extra_expert_weights']:+.1%} of the expert weights"
+    start, judged, method = payload["start"], payload["judged"], payload["method"]
+    if "after" in judged and not held_out:
+        where = f"on {judged['requests']} requests not seen"
+        found = {judged["against"]: judged["before"], method: judged["after"]}
+    else:
+        where = f"on {held_out:.0%} held-out requests" if held_out else "on its own trace"
+        found = {"linear": payload["linear"]}
+        if start is not None:
+            found["start"] = start["costs"]
+        found[method] = judged.get("after") or payload["held_out"] or payload["costs"]
+
+    def show(console: Any) -> None:
+        console.print(head, soft_wrap=True)
+        if start is not None:
+            words = f"{start['moved_slots']} slots moved, {start['moved_share']:.1%} of all"
+            console.print(words)
+        console.print(costs_table(f"Predicted {where}", found))
+        for line in _judged_words(judged):
+            console.print(line, soft_wrap=True)
+
+    return show
+
+
+def _judged_words(judged: dict[str, Any]) -> list[str]:
+    """Return what is to be expected of new requests, in sentences."""
+    if judged["gained"] is None:
+        return [f"not judged on new requests: {judged['reason']}"]
+    usual = "the usual order" if judged["against"] == "linear" else "the plan to improve"
+    words = []
+    for name in dict.fromkeys((judged["goal"], "copies", "node_imbalance", "rank_imbalance")):
+        part = judged["change"][name]
+        if part is not None:
+            low, high = judged["interval"][name]
+            words.append(f"{name} {part:+.1%} ({low:+.1%} to {high:+.1%})")
+    at = f", with homes by {judged['homes']}" if "homes" in judged else ""
+    lines = [
+        f"expected on new requests{at}, against {usual}: {', '.join(words) or 'no change'} (95 % "
+        f"interval; a plan from {judged['fit_requests']} requests, judged on "
+        f"{judged['requests']} others)"
+    ]
+    if judged["kept"] == "linear":
+        lines.append("nothing is gained for sure: wrote the usual order instead of the plan found")
+    elif not judged["gained"]:
+        lines.append(f"nothing is gained for sure: {usual} may be as good")
+    return lines
+
+
+def _bounded(
+    plan: PlacementPlan,
+    out: Path,
+    trace: RoutingTrace,
+    topology: ClusterTopology,
+    payload: dict[str, Any],
+    options: dict[str, Any],
+) -> Result:
+    """Write the plan once more with its certificate; interrupted, the plan stays as it is."""
+    try:
+        with progress("bounding layers") as update:
+            found = _certificate(plan, trace, topology, {**options, "progress": update})
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"interrupted: {out} is written, without a bound") from stop
+    if found is None:
+        text = "no bound: there is none for replicas, for a trace of counts and for one node"
+        return Result(payload=payload, text=[text])
+    dataclasses.replace(plan, provenance={**plan.provenance, "certificate": found}).write(out)
+    return Result(payload=payload | {"certificate": found}, text=[_certificate_words(found)])
+
+
+def _certificate(
+    plan: PlacementPlan,
+    trace: RoutingTrace,
+    topology: ClusterTopology,
+    options: dict[str, Any],
+) -> dict[str, Any] | None:
+    """Return what the plan costs, the bound and the gap; None where there is no bound.
+
+    ``options``: of ``certify_plan``. A plan with home profiles is certified for the homes that it
+    gives the requests of the trace.
+    """
+    from moe_locality.placement.bounds.lower import certify_plan
+    from moe_locality.placement.homes.assign import assign_homes
+
+    if trace.expert_ids is None or topology.num_nodes == 1 or not plan.is_permutation:
+        return None
+    homes = None
+    if plan.home_profiles is not None:
+        homes = assign_homes(trace, plan, predict="oracle")
+    found = certify_plan(trace, plan, topology, homes, **options)
+    return {**found.to_dict(), "homes": "uniform" if homes is None else "given"}
+
+
+def _certificate_words(found: dict[str, Any]) -> str:
+    cap, proved = found["max_imbalance"], found["proved_layers"]
+    best = f"; {proved} of {found['layers']} layers are proved to be best" if proved else ""
+    return (
+        f"copies {found['found']:.4f} on the trace it was made from; no placement without replicas "
+        f"has fewer than {found['bound']:.4f} (node loads up to {cap:.3f} x mean): gap "
+        f"{found['gap']:.1%}, at most {found['worst_gap']:.1%} (layer {found['worst_layer']})"
+        f"{best}"
+    )

@@ -7,10 +7,12 @@ from typing import Any
 from moe_locality.commands.inputs import check_writable, read_cluster
 from moe_locality.commands.output import Result, progress, table
 from moe_locality.config import read_config
+from moe_locality.placement.problem import telling_once
 from moe_locality.topology.hostfile import read_hostfile, select_slots
 from moe_locality.trace import read_trace
 
 
+@telling_once()
 def analyze(
     trace: Path,
     report: Path | None,
@@ -41,10 +43,10 @@ def analyze(
         content = read_trace(trace)
         summary = describe(content, seed)
         payload: dict[str, Any] = {"command": "analyze", "path": trace, **summary}
-        drift = drift_payload(content, against, windows, plan, seed)
-        payload |= drift
+        payload |= (drift := drift_payload(content, against, windows, plan, seed))
         if topology is not None:
-            found_potential = potential(content, topology, seed=seed, progress=update)
+            names: Any = {"trace_name": str(trace), "progress": update}
+            found_potential = potential(content, topology, seed=seed, **names)
             points = tradeoff(content, topology, seed=seed)
             payload["potential"] = {**found_potential.to_dict(), "tradeoff": points}
         if report is not None:
@@ -66,7 +68,7 @@ def analyze(
         if found_potential is not None:
             levers = potential_table(found_potential)
             console.print(table(levers.title, levers.columns, levers.rows))
-            console.print(found_potential.verdict)
+            console.print(found_potential.verdict, soft_wrap=True)
         if report is not None:
             console.print(f"report: {report}", soft_wrap=True)
 

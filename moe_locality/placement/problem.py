@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +17,27 @@ from moe_locality.placement.objective import Homes
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
+
+_told: ContextVar[set[str] | None] = ContextVar("_told", default=None)
+
+
+@contextlib.contextmanager
+def telling_once() -> Iterator[None]:
+    """Within it, warnings that differ in figures alone are logged once, for who solves often."""
+    token = _told.set(set() if _told.get() is None else _told.get())
+    try:
+        yield
+    finally:
+        _told.reset(token)
+
+
+def tell(log: logging.Logger, text: str, *figures: object) -> None:
+    """Log a warning, see ``telling_once``."""
+    told = _told.get()
+    if told is None or text not in told:
+        log.warning(text, *figures)
+    if told is not None:
+        told.add(text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ from moe_locality.placement.problem import (
     check_objective,
     check_slots,
     make_plan,
+    tell,
 )
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
@@ -152,7 +153,8 @@ def solve_coactivation(problem: Problem, tables: Tables | None = None) -> Soluti
     if placed.notes:
         ids = problem.trace.layer_ids
         found["layer_notes"] = {str(int(ids[row])): note for row, note in placed.notes.items()}
-        _log.warning(
+        tell(
+            _log,
             "%d of %d layers cannot be as level as max_imbalance = %g on unseen requests, see "
             "layer_notes in the plan's provenance; first: layer %s: %s",
             len(placed.notes),

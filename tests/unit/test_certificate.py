@@ -1,12 +1,15 @@
 """The certificate of ``moe-locality place``: printed, in --json, and in the plan's provenance."""
 
 import json
+import signal
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from moe_locality.cli import app
+from moe_locality.placement import PlacementPlan
+from moe_locality.placement.bounds import lower
 from moe_locality.trace import write_trace
 from tests.unit.placement.cases import random_trace
 
@@ -18,10 +21,10 @@ def trace(tmp_path):
     return tmp_path / "trace"
 
 
-def place(trace, out, *words):
+def place(trace, out, *words, code=0):
     line = ["place", str(trace), "--nodes", "2", "--ranks-per-node", "2", "-o", str(out), *words]
     result = CliRunner().invoke(app, line)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == code, result.output
     return result
 
 
@@ -40,10 +43,39 @@ def test_place_says_how_far_the_plan_is_from_the_bound(trace, tmp_path):
     assert again.read_bytes() == out.read_bytes()
 
 
-@pytest.mark.parametrize("words", [("--bound-seconds", "0"), ("--redundant-experts", "4")])
+@pytest.mark.parametrize(
+    "words", [(), ("--bound-seconds", "0"), ("--redundant-experts", "4", "--bound")]
+)
 def test_no_certificate_where_there_is_no_bound(trace, tmp_path, words):
+    """The bound, most of the time that ``place`` took, was computed unasked [A5]."""
     payload = json.loads(place(trace, tmp_path / "plan.json", "--json", *words).stdout)
     assert payload["certificate"] is None
+    shown = place(trace, tmp_path / "plan.json", *words).stdout
+    assert ("no bound: there is none" in shown) == ("--bound" in words)
+
+
+@pytest.mark.parametrize("as_json", [(), ("--json",)])
+def test_ctrl_c_during_the_bound_keeps_the_plan(trace, tmp_path, monkeypatch, as_json):
+    """The plan was written after the bound, so that an interrupt lost it [A5]."""
+    plain, out = tmp_path / "plain.json", tmp_path / "plan.json"
+    place(trace, plain)
+    at_signal = []
+
+    def stopped(*args):
+        at_signal.append(out.read_bytes())  # written before the bound begins
+        signal.raise_signal(signal.SIGINT)
+        return lower.coarse_bound(*args), 0
+
+    monkeypatch.setattr(lower, "bound_layer", stopped)
+    result = place(trace, out, "--bound", *as_json, code=130)
+    assert at_signal[0] == out.read_bytes() == plain.read_bytes()
+    assert PlacementPlan.read(out) == PlacementPlan.read(plain)
+    words = f"interrupted: {out} is written, without a bound"
+    if as_json:
+        assert json.loads(result.stdout)["error"]["message"] == words
+    else:
+        assert words in result.stderr
+        assert "node_imbalance" in result.stdout  # the plan was shown before the bound, too
 
 
 def test_prove_says_how_many_layers_are_proved(trace, tmp_path):

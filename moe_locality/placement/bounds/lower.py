@@ -7,6 +7,8 @@ counted in elementary steps, not taken from a clock, so that the same call gives
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +103,7 @@ def certify_plan(
     max_imbalance: float | None = None,
     seconds: float = 20.0,
     prove: bool = False,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Certificate:
     """How far a plan is from the fewest copies that any plan without replicas has on this trace.
 
@@ -112,6 +115,7 @@ def certify_plan(
         seconds: effort, about, on one core; see ``lower_bounds``.
         prove: as much effort again on branch and bound, for models of at most 32 experts on at most
             4 nodes: raises the bound, up to the proof that a layer cannot be placed better.
+        progress: called with (layers done, layers, words) after every layer, in any thread.
 
     Raises:
         PlacementError: the plan has replicas, or does not fit the trace.
@@ -128,10 +132,13 @@ def certify_plan(
         own = np.nan_to_num(costs.per_layer["node_imbalance"], nan=1.0)
         caps = np.maximum(own * (1 + 1e-9), max_imbalance)
     cluster = topology or ClusterTopology(rank_to_node=plan.rank_to_node or ())
-    bounds = lower_bounds(trace, cluster, homes, max_imbalance=caps, seconds=seconds)
+    bounds = lower_bounds(
+        trace, cluster, homes, max_imbalance=caps, seconds=seconds, progress=progress
+    )
     found, bound = costs.per_layer["copies"], bounds.copies
     if prove:
-        bound = np.maximum(bound, _proved_bounds(trace, cluster, homes, bounds, found, seconds))
+        proved = _proved_bounds(trace, cluster, homes, bounds, found, seconds, progress)
+        bound = np.maximum(bound, proved)
     return Certificate(
         layer_ids=costs.layer_ids,
         found=found,
@@ -148,6 +155,7 @@ def _proved_bounds(
     bounds: Bounds,
     found: np.ndarray,
     seconds: float,
+    progress: Callable[[int, int, str], None],
 ) -> np.ndarray:
     """[L] copies from branch and bound; 0 where the model or the cluster is too large for it."""
     from moe_locality.placement.bounds.exact import MOST_EXPERTS, MOST_NODES, prove_layer
@@ -162,8 +170,10 @@ def _proved_bounds(
         known = round(layer.blocks_of(float(found[row])) * layer.num_tokens)
         budget = seconds * STEPS_PER_SECOND / layers
         proof = prove_layer(layer, known, float(bounds.max_imbalance[row]), budget)
+        progress(next(done), layers, "proving layers")
         return layer.as_copies(proof.bound / layer.num_tokens)
 
+    done = itertools.count(1)
     return np.array(map_layers(prove, layers))
 
 
@@ -179,6 +189,7 @@ def lower_bounds(
     *,
     max_imbalance: float | np.ndarray | None = None,
     seconds: float = 20.0,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Bounds:
     """The fewest copies of any placement with equal experts per node, layer by layer.
 
@@ -187,6 +198,7 @@ def lower_bounds(
         max_imbalance: one cap on the node loads (max / mean), one per layer, or None.
         seconds: effort for all layers together, about, on one core. A layer whose share of it is
             too small for ``FEWEST_ROUNDS`` gets the coarse bound, which looks at pairs of experts.
+        progress: as in ``certify_plan``.
 
     Raises:
         PlacementError: a trace of counts, or experts that do not divide among the nodes.
@@ -215,7 +227,9 @@ def lower_bounds(
         copies[layer], rounds[layer] = bound_layer(
             ids, experts, nodes, home_node, caps[layer], budget
         )
+        progress(next(done), layers, "bounding layers")
 
+    done = itertools.count(1)
     if nodes > 1:
         map_layers(bound, layers)
     return Bounds(

@@ -26,6 +26,7 @@ from moe_locality.placement.homes.requests import (
     requests_of,
 )
 from moe_locality.placement.plan import PlacementPlan
+from moe_locality.placement.problem import tell
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 
@@ -72,14 +73,16 @@ def assign_homes(
         equal_requests=equal_requests,
     )
     if found.unseen_domains and predict == "domain":
-        _log.warning(
+        tell(
+            _log,
             "%d domains are unknown to the plan (first: %s): their requests follow their coarse "
             "group, or the mean over all requests",
             len(found.unseen_domains),
             ", ".join(found.unseen_domains[:3]),
         )
     if not equal_requests and found.token_imbalance > max_imbalance * 1.001:
-        _log.warning(
+        tell(
+            _log,
             "homes reach a token imbalance of %.3f, not %.3f: whole requests do not fill the "
             "ranks more evenly",
             found.token_imbalance,

@@ -5,14 +5,18 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from moe_locality.analysis.potential import MIN_SAVING, grouping_ceiling, potential, tradeoff
+from moe_locality.cli import app
 from moe_locality.compare import trace_report
 from moe_locality.compare.potential import add_potential
 from moe_locality.errors import TraceError
-from moe_locality.placement import PlacementPlan, evaluate
+from moe_locality.placement import PlacementPlan, evaluate, solve
+from moe_locality.placement.problem import telling_once
 from moe_locality.report import render_html
 from moe_locality.topology import ClusterTopology
+from moe_locality.trace import write_trace
 from tests.unit.made_trace import make_trace
 from tests.unit.trace.cases import make_load_trace
 
@@ -42,10 +46,46 @@ def test_clean_domains_are_found_and_kept_together(found):
     assert found.worth_it
     assert found.verdict.startswith("Worth it")
     for lever in found.levers:
+        replicas = "replicas" in lever.name
+        assert lever.extra_expert_weights == (0.25 if replicas else 0)  # 4 slots for 16 experts
+        assert ("--redundant-experts 4" in lever.command) == replicas
         assert lever.ceiling is None or lever.saving <= lever.ceiling + 1e-9
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False)) == json.loads(
         json.dumps(asdict(found))
     )
+
+
+def test_the_verdict_names_the_command_and_the_memory(structured, tmp_path):
+    """It said "Worth it: … 4 replicas" without how to get them and what they take [F7]."""
+    write_trace(structured, tmp_path / "t.npz")
+    found = potential(structured, CLUSTER, max_imbalance=2.0, trace_name=str(tmp_path / "t.npz"))
+    best = max(found.levers, key=lambda lever: lever.saving)
+    assert found.verdict.endswith(f"Make it: {best.command}")
+    assert ("It takes +25.0 % memory for expert weights" in found.verdict) == (
+        best.extra_expert_weights > 0
+    )
+    for lever in found.levers:
+        out = tmp_path / "plan.json"
+        for line in lever.command.replace("plan.json", str(out)).split(" && "):
+            words = line.replace("homes.json", str(tmp_path / "homes.json")).split()
+            assert words[0] == "moe-locality"
+            assert CliRunner().invoke(app, words[1:]).exit_code == 0, line
+        plan = PlacementPlan.read(out)
+        assert plan.num_redundant_experts / 16 == lever.extra_expert_weights
+        assert (tmp_path / "homes.json").exists() or "homes" not in lever.name
+
+
+def test_what_warns_in_every_solve_is_said_once(structured, caplog):
+    """``analyze --nodes`` solves eleven times and said the same seven times [A5]."""
+    with telling_once():
+        potential(structured, CLUSTER)
+        tradeoff(structured, CLUSTER)
+    said = [record for record in caplog.records if "cannot be as level" in record.message]
+    assert len(said) == 1
+    solve(structured, CLUSTER)
+    solve(structured, CLUSTER)
+    said = [record for record in caplog.records if "cannot be as level" in record.message]
+    assert len(said) == 3
 
 
 def test_a_uniform_router_is_not_worth_it():
