@@ -121,7 +121,9 @@ def import_(
 @app.command()
 def export(
     plan: Annotated[Path, typer.Argument(help="Placement plan (JSON).")],
-    to: Annotated[str, typer.Option("--to", help="vllm, vllm-ranks, sglang or autoep.")],
+    to: Annotated[
+        str, typer.Option("--to", help="vllm, vllm-ranks, vllm-ascend, sglang or autoep.")
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Map to write (JSON).")],
     num_hidden_layers: Annotated[
         int | None,

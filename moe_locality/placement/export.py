@@ -13,6 +13,9 @@
   ``--ep-num-redundant-experts``.
 * ``autoep``: layer id → the placement descriptor of DeepSpeed's AutoEP checkpoints
   (deepspeed/checkpoint/autoep_affine.py, 0.19.8). With replicas too.
+* ``vllm-ascend``: the experts of every device of every *MoE* layer: ``expert_map_path`` of
+  vllm-project/vllm-ascend (vllm_ascend/eplb/adaptor/vllm_adaptor.py writes the same). With replicas
+  too.
 """
 
 import json
@@ -114,11 +117,26 @@ def to_autoep_descriptors(plan: PlacementPlan) -> dict[int, dict[str, Any]]:
     }
 
 
+def to_vllm_ascend(plan: PlacementPlan) -> dict[str, Any]:
+    """The map of vllm-ascend; its ``layer_id`` counts MoE layers."""
+    by_rank = plan.physical_to_logical_map.reshape(plan.num_layers, plan.num_ranks, -1).tolist()
+    devices = [
+        [{"device_id": rank, "device_expert": held} for rank, held in enumerate(rows)]
+        for rows in by_rank
+    ]
+    layers = [
+        {"layer_id": row, "device_count": plan.num_ranks, "device_list": one}
+        for row, one in enumerate(devices)
+    ]
+    return {"moe_layer_count": plan.num_layers, "layer_list": layers}
+
+
 TARGETS = {
     "vllm": lambda plan, _: to_vllm_map(plan),
     "vllm-ranks": lambda plan, _: to_vllm_ranks(plan),
     "sglang": to_sglang_map,
     "autoep": lambda plan, _: to_autoep_descriptors(plan),
+    "vllm-ascend": lambda plan, _: to_vllm_ascend(plan),
 }
 """Name of each target → function of (plan, num_hidden_layers or None) that returns JSON types."""
 
@@ -163,7 +181,7 @@ def from_engine_map(
     ranks_per_node: int,
     model: str = "",
 ) -> PlacementPlan:
-    """The plan that a map of ``vllm``, ``vllm-ranks`` or ``sglang`` describes, to judge or compare.
+    """The plan that a map of any of ``TARGETS`` but ``autoep`` describes, to judge or compare.
 
     Args:
         content: the parsed JSON.
@@ -178,6 +196,8 @@ def from_engine_map(
     if isinstance(content, Mapping) and "expert_to_ep_rank" in content:
         row = _slots_of_ranks(content["expert_to_ep_rank"], num_experts, ranks)
         rows = [row for _ in layer_ids]
+    elif isinstance(content, Mapping) and "layer_list" in content:
+        rows = [_slots_of_devices(layer, ranks) for layer in _list(content["layer_list"])]
     elif isinstance(content, Mapping):
         rows = content.get("physical_to_logical_map")
     if not isinstance(rows, list) or not rows or not layer_ids:
@@ -208,6 +228,24 @@ def from_engine_map(
         if isinstance(error, PlacementError):
             raise
         raise PlacementError(f"the map is no plan: {error}: check the file") from error
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _slots_of_devices(layer: Any, num_ranks: int) -> list[Any]:
+    """[P] experts by slot of a layer of vllm-ascend's map, device after device."""
+    devices = _list(layer.get("device_list")) if isinstance(layer, Mapping) else []
+    devices = [one for one in devices if isinstance(one, Mapping)]
+    held = {str(one.get("device_id")): _list(one.get("device_expert")) for one in devices}
+    names = [str(rank) for rank in range(num_ranks)]
+    if set(held) != set(names) or len({len(one) for one in held.values()}) > 1:
+        raise PlacementError(
+            f"found the devices {sorted(held)} in a layer of the map, expected 0 to "
+            f"{num_ranks - 1} with as many experts each: give the map of this cluster"
+        )
+    return [expert for name in names for expert in held[name]]
 
 
 def _slots_of_ranks(ranks: Any, num_experts: int, num_ranks: int) -> list[int]:

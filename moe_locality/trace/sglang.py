@@ -232,7 +232,7 @@ def _from_tokens(
         num_experts=options.num_experts or experts,
         layer_ids=np.flatnonzero(layers),
         expert_ids=ids[:, layers][:, :, columns],
-        **{name: np.concatenate([row[name] for row in rows])[kept] for name in rows[0]},
+        **{n: np.concatenate([row[n] for row in rows])[kept] for n in rows[0]},  # type: ignore[arg-type]
     )
 
 

@@ -62,7 +62,7 @@ def shape_of(plan):
 @given(plans())
 def test_maps_of_engines_come_back_as_the_same_placement(tmp_path_factory, plan):
     folder = tmp_path_factory.mktemp("export")
-    for target in ("vllm", "sglang"):
+    for target in ("vllm", "sglang", "vllm-ascend"):
         path = write_export(plan, folder / target, target, num_hidden_layers=plan.num_layers + 2)
         back = from_engine_map(json.loads(path.read_text()), **shape_of(plan))
         assert back.physical_to_logical_map.tolist() == plan.physical_to_logical_map.tolist()
@@ -128,6 +128,9 @@ def test_what_a_target_cannot_hold_is_refused(tmp_path):
         ([[0, 1, 2]], "slots"),
         ([[0, 1, 2, "x"]], "."),
         ([[0, 1, 2, 3]] * 2, "found 2 rows, expected one for each of 1 MoE layers or for every"),
+        ({"layer_list": 3}, "no rows of experts"),
+        ({"layer_list": [3]}, "found the devices"),
+        ({"layer_list": [{"device_list": [{"device_id": 1}]}]}, r"found the devices \['1'\]"),
         ({"expert_to_ep_rank": [0, 0, 1]}, "no list of 4 ranks below 2"),
         ({"expert_to_ep_rank": [0, 0, 0, 1]}, r"found \[3, 1\] experts on the ranks"),
         ({"expert_to_ep_rank": [0, 0, 1, 2]}, "no list of 4 ranks below 2"),
@@ -140,3 +143,32 @@ def test_foreign_maps_that_are_no_plans_are_refused(content, message):
         [3, 2, 1, 0], num_experts=4, layer_ids=(3, 9), num_nodes=2, ranks_per_node=1
     )
     assert shared.physical_to_logical_map.tolist() == [[3, 2, 1, 0]] * 2
+
+
+def test_a_map_of_vllm_ascend():
+    """[E4] Its maps could be neither written nor read; devices may stand in any order there."""
+    plan = PlacementPlan(
+        layer_ids=(3, 4),
+        num_experts=3,
+        num_nodes=1,
+        ranks_per_node=2,
+        physical_to_logical_map=[[2, 1, 0, 2], [0, 1, 2, 1]],
+    )
+    content = TARGETS["vllm-ascend"](plan, None)
+    assert content == {
+        "moe_layer_count": 2,
+        "layer_list": [
+            {
+                "layer_id": row,
+                "device_count": 2,
+                "device_list": [
+                    {"device_id": 0, "device_expert": experts[:2]},
+                    {"device_id": 1, "device_expert": experts[2:]},
+                ],
+            }
+            for row, experts in enumerate([[2, 1, 0, 2], [0, 1, 2, 1]])
+        ],
+    }
+    content["layer_list"][1]["device_list"].reverse()
+    back = from_engine_map(content, **shape_of(plan))
+    assert back.physical_to_logical_map.tolist() == plan.physical_to_logical_map.tolist()
