@@ -142,7 +142,7 @@ class OnlinePlacement:
             try:
                 report = relabel(self.engine, PlacementPlan.from_dict(plan_text))
             except PlacementError as error:
-                if not isinstance(error.__cause__, Undone):
+                if not isinstance(error.__cause__, Undone) or error.__cause__.interrupted:
                     raise
                 facts["reason"] = str(error)  # on all ranks; the training can go on
         decision = OnlineDecision(

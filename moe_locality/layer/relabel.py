@@ -32,7 +32,13 @@ from moe_locality.layer.optimizer_state import (
     state_source,
 )
 from moe_locality.layer.relabel_weights import expert_tensors, gate_rows
-from moe_locality.layer.relocate import TIMEOUT_S, MoveReport, Undone, relabel_layer
+from moe_locality.layer.relocate import (
+    TIMEOUT_S,
+    MoveReport,
+    Undone,
+    relabel_layer,
+    signals_deferred,
+)
 from moe_locality.layer.vote import agree, agree_on_failure
 from moe_locality.placement.plan import PlacementPlan
 
@@ -134,7 +140,8 @@ def relabel_to(prepare: Any, digest: str, *, timeout_s: float = TIMEOUT_S) -> Mo
     agree_on_failure(failure)
     agree("plans", digest)
     agree("models or placements", hashlib.sha256(repr(facts).encode()).hexdigest())
-    return _move_layers(targets, state, timeout_s)
+    with signals_deferred():
+        return _move_layers(targets, state, timeout_s)
 
 
 def _move_layers(targets: list[Target], state: StateSource, timeout_s: float) -> MoveReport:
@@ -152,12 +159,15 @@ def _move_layers(targets: list[Target], state: StateSource, timeout_s: float) ->
                 timeout_s=timeout_s,
             )
         except Undone as error:
-            raise PlacementError(
+            failure = PlacementError(
                 f"{target.name}: found a failure while its experts were moved ({error}), expected "
                 f"none: this layer is in its old order again, {number} layers before it are in the "
                 f"new order and {len(targets) - number - 1} after it in the old one, on all ranks: "
                 "relabel again to finish, or go on training as it is"
-            ) from error
+            )
+            if error.stop is not None:
+                raise error.stop from failure
+            raise failure from error
         set_slot_to_logical(target.module, target.slot_to_logical)
         total.add(report)
     logger.info(

@@ -5,13 +5,16 @@ slots hold (weights, masters, moments), exchanges it point to point, compares ch
 reads back and compares again; all ranks vote before and after the writing. When any rank fails,
 the step writes back what the slots held, the steps before it are taken back in reverse order, and
 the layer is as it was, on every rank. A rank that fails still enters the collectives of its step,
-so that none waits for it.
+so that none waits for it. Ctrl-C and SIGTERM wait for the end of a step, are taken back like a
+failure, and end the program then (:func:`signals_deferred`).
 
 Parameters stay the objects they were: their values are written into ``.data``, so optimizers,
 hooks, flat buffers and references stay valid.
 """
 
 import hashlib
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,7 +54,39 @@ after three times as long is lost.
 
 
 class Undone(PlacementError):
-    """A rank failed; the layer is as it was before, on every rank."""
+    """A rank failed; the layer is as it was before, on every rank.
+
+    ``interrupted``: some rank was asked to end. ``stop``: what asked this one, unless a signal.
+    """
+
+    interrupted = False
+    stop: BaseException | None = None
+
+
+_noted: list[int] = []
+"""Signals that came during a move."""
+
+
+@contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Note SIGINT and SIGTERM while a move is under way; they take effect when the block ends.
+
+    Elsewhere than in the main thread, and where another language handles them, they are left alone.
+    """
+    handlers: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not None:
+                handlers[number] = signal.signal(number, lambda got, _: _noted.append(got))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        came = list(_noted)
+        _noted.clear()
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -97,22 +132,31 @@ class _Layer:
     report: MoveReport
     timeout_s: float
     errors: list[str] = field(default_factory=list)
+    stop: BaseException | None = None
+    undoing: bool = False
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Note an error of this rank; the vote raises it on all. A signal is one too."""
+        """Note an error of this rank; the vote raises it on all. So does a KeyboardInterrupt or a
+        SystemExit, which goes on when the step is taken back.
+        """
         try:
             yield
         except BaseException as error:  # noqa: BLE001
             self.errors.append(f"{type(error).__name__}: {error}")
+            if not isinstance(error, Exception):
+                self.stop = error
 
     def agree(self, digests: dict[str, str] | None = None) -> None:
         """Raise Undone on all ranks when any has an error or two digests of a thing differ."""
+        if _noted and not self.undoing:
+            self.errors.append(f"{signal.Signals(_noted[0]).name}: this rank was told to end")
         errors, self.errors = self.errors, []
-        answers = vote((errors, digests or {}), self.name, 3 * self.timeout_s)
+        interrupted = bool(_noted) or self.stop is not None
+        answers = vote((errors, digests or {}, interrupted), self.name, 3 * self.timeout_s)
         found = {rank: answer[0] for rank, answer in enumerate(answers) if answer[0]}
         seen: dict[str, tuple[int, str]] = {}
-        for rank, (_, mine) in enumerate(answers):
+        for rank, (_, mine, _) in enumerate(answers):
             for thing, digest in mine.items():
                 first, other = seen.setdefault(thing, (rank, digest))
                 if other != digest:
@@ -122,7 +166,10 @@ class _Layer:
                     )
         if found:
             rank, texts = next(iter(found.items()))
-            raise Undone(f"ranks {sorted(found)} failed, rank {rank} with {texts[0]}")
+            failure = Undone(f"ranks {sorted(found)} failed, rank {rank} with {texts[0]}")
+            failure.interrupted, failure.stop = any(answer[2] for answer in answers), self.stop
+            self.undoing = True
+            raise failure
 
 
 @torch.no_grad()

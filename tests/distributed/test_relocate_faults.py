@@ -6,6 +6,7 @@ import re
 import signal
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,8 +15,11 @@ from moe_locality.layer import relocate, vote
 from moe_locality.layer.checkpoint import wrap_checkpoints
 from moe_locality.layer.relabel import current_order, relabel
 from tests.distributed import relabel_nets as nets
+from tests.distributed.test_online import engine_of as online_engine_of
+from tests.distributed.test_online import train as online_train
 from tests.distributed.test_relocate import assert_same, everything
 from tests.launch import _rank_main, run_ranks
+from tests.tolerances import LOSS
 
 A, B = 3, 7  # seeds of two plans
 
@@ -34,6 +38,8 @@ class Fault:
             raise MemoryError("no room")
         if hit and self.what == "interrupt":
             raise KeyboardInterrupt
+        if hit and self.what == "signal":
+            os.kill(os.getpid(), self.number)
         if hit and self.what == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if hit and self.what == "hang":
@@ -68,11 +74,13 @@ def rows(ep_size, seed):
 
 def interrupted(engine, ep_size, fault, here):
     """Relabel to B with a fault on one rank; what was said, after checking what is left."""
-    with fault if here else Fault(fault.name, "count", 0), pytest.raises(PlacementError) as caught:
+    stops = here and fault.what == "interrupt"
+    expected = KeyboardInterrupt if stops else PlacementError
+    with fault if here else Fault(fault.name, "count", 0), pytest.raises(expected) as caught:
         relabel(engine, nets.plan_of(ep_size, B), timeout_s=30)
     for found, old, new in zip(orders(engine), rows(ep_size, A), rows(ep_size, B), strict=True):
         assert found in (old, new)
-    return str(caught.value), orders(engine)
+    return str(caught.value.__cause__ if stops else caught.value), orders(engine)
 
 
 def _interrupted(rank, world, ep_size, zero, precision, faults):
@@ -126,6 +134,65 @@ def test_a_failure_leaves_whole_layers_and_a_second_call_finishes(
     assert first_undone + second_undone == len(faults)
     assert first_undone
     assert second_undone or world == 4
+
+
+class Ended(BaseException):
+    """What a user's handler of SIGTERM raises."""
+
+
+def _signalled(rank, world, number, at, everywhere):
+    def end(*_):
+        raise Ended
+
+    signal.signal(signal.SIGTERM, end)
+    engine = engine_at_a(rank, world, 1, "fp32")
+    expected = nets.train(engine_at_a(rank, world, 1, "fp32"), range(2, 4), rank)
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    fault = Fault("pack", "signal" if rank or everywhere else "count", at)
+    fault.number = number
+    wanted = KeyboardInterrupt if number == signal.SIGINT else Ended
+    wanted = wanted if rank or everywhere else PlacementError
+    with fault, pytest.raises(wanted) as caught:
+        relabel(engine, nets.plan_of(world, B), timeout_s=30)
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    if wanted is PlacementError:
+        assert f"{signal.Signals(number).name}: this rank was told to end" in str(caught.value)
+    found = orders(engine)
+    assert all(o in (rows(world, A)[i], rows(world, B)[i]) for i, o in enumerate(found))
+    np.testing.assert_allclose(nets.train(engine, range(2, 4), rank), expected, *LOSS["float32"])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("number", "at", "everywhere", "moved"),
+    [
+        (signal.SIGINT, 3, False, 0),
+        (signal.SIGTERM, 3, True, 0),
+        (signal.SIGTERM, 25, False, 1),
+    ],
+)
+def test_a_signal_ends_the_program_after_the_move_was_taken_back(number, at, everywhere, moved):
+    """Ctrl-C and SIGTERM were swallowed as a failed move; now whole layers are in either order on
+    all ranks, and then the signal does what it does elsewhere [B3]
+    """
+    per_rank = run_ranks(_signalled, 2, number, at, everywhere, deepspeed=True)
+    assert per_rank[0] == per_rank[1]
+    assert per_rank[0] == [rows(2, B if i < moved else A)[i] for i in range(2)]
+
+
+def _signalled_online(rank, world):
+    options = {"every_n_steps": 1, "pays_within_steps": 10**6, "move_budget": 1.0}
+    options |= {"max_imbalance": 1.5}
+    engine = online_engine_of(rank, options, ep_size=world)
+    fault = Fault("pack", "signal" if rank == 1 else "count", 3)
+    fault.number = signal.SIGINT
+    with fault, pytest.raises(KeyboardInterrupt if rank == 1 else PlacementError):
+        online_train(engine, range(3), rank, 4)
+
+
+def test_a_signal_during_an_online_move_stops_the_training():
+    """Online placement wrote Ctrl-C into its decision and went on training; now it ends [B3]"""
+    run_ranks(_signalled_online, 4, deepspeed=True)
 
 
 def _checkpoint(rank, world, folder):

@@ -55,6 +55,7 @@ SIZES = {
     "moe_k": 2,
     "n_group": 2,
     "topk_group": 1,
+    "n_shared_experts": 1,
     "first_k_dense_replace": 0,
     "num_dense_layers": 0,
     "moe_layer_start_index": 0,
