@@ -146,7 +146,8 @@ def test_foreign_maps_that_are_no_plans_are_refused(content, message):
 
 
 def test_a_map_of_vllm_ascend():
-    """[E4] Its maps could be neither written nor read; devices may stand in any order there."""
+    """Its maps could be neither written nor read; [E4]
+    devices may stand in any order there."""
     plan = PlacementPlan(
         layer_ids=(3, 4),
         num_experts=3,

@@ -248,7 +248,7 @@ def test_llamacpp_logs_in_one_file_are_requests_of_their_own(tmp_path, header):
 
 
 def test_llamacpp_logs_of_one_token_are_told_apart_by_their_headers(tmp_path):
-    """[D6] Without a continuation before it, only its header says that a prompt begins."""
+    """Without a continuation before it, only its header says that a prompt begins. [D6]"""
     rows, _ = llamacpp_rows()
     path = tmp_path / "moe_trace.csv"
     path.write_text("\n".join(["layer,expert", *rows[-6:], "layer,expert", *rows[-6:], ""]))

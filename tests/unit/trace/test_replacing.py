@@ -110,8 +110,8 @@ WAYS = pytest.mark.parametrize(
 @WAYS
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_an_error_at_any_step_leaves_the_old_trace_or_the_new(tmp_path, way, old, error):
-    """Stopped between its steps an overwrite left old and new shards side by side, which a strict
-    reading returned as one trace; the trace is the old or the new one now. [B2]"""
+    """Stopped between its steps an overwrite left old and new shards side by side, which a [B2]
+    strict reading returned as one trace; the trace is the old or the new one now."""
     before, seen, step = ("old" if old else "nothing"), [], 0
     while True:
         step += 1
@@ -241,7 +241,8 @@ def test_a_reader_that_is_overtaken_reads_again(tmp_path, monkeypatch):
 
 
 def test_a_piecewise_reader_that_is_overtaken_says_so(tmp_path):
-    """[B2] A reading in pieces cannot begin again: it was a mix, and is an error now."""
+    """A reading in pieces cannot begin again: [B2]
+    it was a mix, and is an error now."""
     write_trace(OLD, tmp_path, shard_tokens=10)
     pieces = read_pieces(tmp_path, max_bytes=1)
     next(pieces)
@@ -282,7 +283,7 @@ def test_a_recorder_goes_on_in_a_directory_whose_overwrite_was_interrupted(tmp_p
 
 
 def test_a_damaged_manifest_is_named(tmp_path):
-    """[B2] What says which shards count is never guessed at."""
+    """What says which shards count is never guessed at. [B2]"""
     write_trace(OLD, tmp_path)
     for content in (
         "{",

@@ -63,8 +63,8 @@ def test_a_response_that_begins_later_keeps_its_tokens_and_layers(tmp_path):
 
 
 def test_responses_of_unknown_start_and_layers_are_not_guessed_at(tmp_path, caplog):
-    """Two responses that make different numbers of layers were an error about models; one made a
-    number of layers without a word. [D4]"""
+    """Two responses that make different numbers of layers were an error about models; [D4]
+    one made a number of layers without a word."""
     both = [generated(picks(9), 5, 5), generated(picks(8), 5, 12)]
     path = write(tmp_path / "t.json", both)
     with pytest.raises(TraceError, match=r"found 3 layers, and 6 in .*give num_layers"):
@@ -113,7 +113,7 @@ def test_openai_responses_of_sglang(tmp_path, place):
 
 
 def test_choices_that_share_one_usage_need_the_layers(tmp_path):
-    """[D4] Nothing says how many tokens each of several choices has."""
+    """Nothing says how many tokens each of several choices has. [D4]"""
     one, other = picks(7), picks(9, 1)
     response = {
         "choices": [{"sgl_ext": {"routed_experts": flat(ids)}} for ids in (one, other)],
@@ -130,7 +130,7 @@ def test_choices_that_share_one_usage_need_the_layers(tmp_path):
 
 
 def test_empty_layers_are_named_when_they_are_left_out(tmp_path, caplog):
-    """[D4] They went without a word."""
+    """They went without a word. [D4]"""
     np.save(tmp_path / "t.npy", picks(9, dense=[0, 3]))
     with caplog.at_level(logging.WARNING):
         trace = import_trace(tmp_path / "t.npy", num_experts=EXPERTS)
@@ -155,7 +155,8 @@ def test_dense_layers_of_a_top_1_model(tmp_path, caplog):
 
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_an_array_of_zeros_is_said(tmp_path, top_k):
-    """[E4] "found no routed token" did not say what was found; with one pick it was a trace."""
+    """ "found no routed token" did not say what was found; [E4]
+    with one pick it was a trace."""
     np.save(tmp_path / "t.npy", np.zeros((5, 4, top_k), np.int16))
     with pytest.raises(TraceError, match="every pick is 0"):
         import_trace(tmp_path / "t.npy")
@@ -199,7 +200,7 @@ def test_a_directory_of_one_array_per_request_is_one_trace(tmp_path):
 
 @pytest.mark.parametrize("form", ["csv", "json"])
 def test_a_table_gives_request_ids_and_domains(tmp_path, form):
-    """[E4] Names of files, of arrays in an .npz and of responses are known to it."""
+    """Names of files, of arrays in an .npz and of responses are known to it. [E4]"""
     np.savez(tmp_path / "arrays.npz", first=picks(5), second=picks(6, 1))
     if form == "csv":
         table = tmp_path / "t.csv"
@@ -228,7 +229,7 @@ def test_a_table_gives_request_ids_and_domains(tmp_path, form):
     ],
 )
 def test_wrong_tables_are_named(tmp_path, name, text, message):
-    """[E4] A table that does not fit is no guess."""
+    """A table that does not fit is no guess. [E4]"""
     np.savez(tmp_path / "arrays.npz", first=picks(5), second=picks(6, 1))
     (tmp_path / name).write_text(text)
     with pytest.raises(TraceError, match=message):
@@ -271,7 +272,7 @@ def test_a_broken_request_is_named_and_left_out(tmp_path, caplog):
 
 
 def test_a_broken_line_or_choice_is_left_out(tmp_path):
-    """[E4] The same for lines of a file and choices of a response."""
+    """The same for lines of a file and choices of a response. [E4]"""
     good = {"choices": [{"routed_experts": picks(5, i).tolist()} for i in range(3)]}
     good["choices"].insert(1, {"routed_experts": "!!"})
     path = tmp_path / "t.jsonl"
@@ -286,7 +287,7 @@ def test_a_broken_line_or_choice_is_left_out(tmp_path):
 
 
 def test_several_files_of_other_formats_are_numbered_on(tmp_path):
-    """[E4] One llama.cpp log per prompt: requests do not fall together."""
+    """One llama.cpp log per prompt: requests do not fall together. [E4]"""
     for number in range(3):
         rows = [f"{layer},{e}" for layer in (1, 2) for e in (number, number + 1)]
         (tmp_path / f"p{number}.csv").write_text("\n".join(["layer,expert", *rows]))
@@ -298,7 +299,7 @@ def test_several_files_of_other_formats_are_numbered_on(tmp_path):
 
 
 def test_files_of_different_formats_are_refused(tmp_path):
-    """[E4] Several files are one trace only where one reader reads them."""
+    """Several files are one trace only where one reader reads them. [E4]"""
     np.save(tmp_path / "a.npy", picks(3))
     (tmp_path / "b.csv").write_text("layer,expert\n1,2\n")
     with pytest.raises(TraceError, match="formats llamacpp, vllm, expected one"):
@@ -309,7 +310,7 @@ def test_files_of_different_formats_are_refused(tmp_path):
 
 
 def test_slime_rollouts(tmp_path):
-    """[E4] There was no reader of them."""
+    """There was no reader of them. [E4]"""
     for rollout in range(2):
         samples = [
             {
@@ -345,7 +346,7 @@ def test_slime_rollouts(tmp_path):
 
 @pytest.mark.parametrize("steps", [False, True])
 def test_logical_counts_in_json(tmp_path, steps):
-    """[E4] The JSON that SGLang takes as --init-expert-location was not known."""
+    """The JSON that SGLang takes as --init-expert-location was not known. [E4]"""
     counts = np.array([[0, 0, 0], [1, 2, 3], [4, 0, 1]])
     content = {"logical_count": ([counts, counts] if steps else counts)}
     path = tmp_path / "t.json"

@@ -295,8 +295,8 @@ def test_damaged_dumps_end_in_a_trace_error(tmp_path_factory, data):
 
 
 def test_idle_passes_are_skipped(tmp_path):
-    """A pass without tokens, as ranks of attention data parallelism have them, refused the whole
-    recording: "found positions as float64 of shape (0,)". [E1]"""
+    """A pass without tokens, as ranks of attention data parallelism have them, refused the [E1]
+    whole recording: "found positions as float64 of shape (0,)"."""
     plain = import_trace(token_dump(tmp_path / "t.pt"))
     records = torch.load(tmp_path / "t.pt")["records"]
     idle = [token_record(n, [], [], lengths, 4) for n, lengths in ((2, None), (9, []))]
@@ -317,8 +317,9 @@ def verify_record(number, roots, drafts):
 
 
 def test_speculative_decoding_keeps_requests_whole(tmp_path):
-    """Each draft token became a request of its own; now a request goes on from pass to pass, and
-    draft tokens that were rejected are no tokens of it. [D6]"""
+    """Each draft token became a request of its own; [D6]
+    now a request goes on from pass to pass, and draft tokens that were rejected are no tokens of
+    it."""
     prompt = [[[p % 4, (p + 1) % 4]] * 2 for p in (0, 1, 2, 0, 1)]
     records = [
         token_record(1, prompt, [0, 1, 2, 0, 1], [3, 2], 1),
@@ -340,7 +341,7 @@ def test_speculative_decoding_keeps_requests_whole(tmp_path):
 
 
 def test_trees_of_drafts_keep_what_is_sure(tmp_path):
-    """[D6] Of two drafts for one position, a dump does not say which was accepted."""
+    """Of two drafts for one position, a dump does not say which was accepted. [D6]"""
     tree = [3, 4, 4, 5]
     records = [
         token_record(1, [[[0, 1], [0, 1]]] * 3, [0, 1, 2], [3], 1),
