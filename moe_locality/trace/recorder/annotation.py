@@ -31,6 +31,12 @@ class Annotation:
     """int64: [] or [B] for the first token of each sequence; [B, S] or [T] for every token."""
     mask: np.ndarray | None = None
     """bool [B, S] or [T]; rows that are False are not recorded (padding)."""
+    drafts: int = 0
+    """How many tokens at the end of each sequence of a prefill are accepted drafts: decode."""
+    found: Any = None
+    """The Pass that a model's arguments belong to, until its block ends."""
+    explicit: Annotation | None = None
+    """What ``annotate`` said, where a model's arguments were added to it."""
 
     @property
     def num_labels(self) -> int | None:
@@ -83,7 +89,7 @@ def annotate(
     merged = Annotation(
         **{
             name: value if (value := getattr(own, name)) is not None else getattr(outer, name)
-            for name in Annotation.__dataclass_fields__
+            for name in ("request_ids", "domains", "stage", "positions", "mask")
         }
     )
     token = _CURRENT.set(merged)

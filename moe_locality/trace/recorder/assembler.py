@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from moe_locality.errors import TraceError
-from moe_locality.trace.recorder.annotation import GENERATE, Annotation, current_annotation
+from moe_locality.trace.recorder.annotation import GENERATE, Annotation
 from moe_locality.trace.recorder.block import Block, Entry, Progress, logical_lookup
 from moe_locality.trace.recorder.labels import PositionBook, continues, generates
 from moe_locality.trace.recorder.layout import Layout, check_fits, layout_of
@@ -74,13 +74,14 @@ class Assembler:
         module: torch.nn.Module,
         read: Callable[[bool], Routes],
         shape: tuple[int, int] | None,
+        annotation: Annotation,
     ) -> None:
         """Take the picks of one layer."""
-        block, annotation = self._block, current_annotation()
+        block = self._block
         if block is not None and block.thread != threading.get_ident():
             self.skip("threads", "found a forward pass in a second thread while one was running")
             return
-        if block is not None and (layer in block.layers_seen or block.annotation is not annotation):
+        if block is not None and (layer in block.layers_seen or block.told is not annotation):
             self.finish()
             block = None
         if block is not None and not block.recorded:
@@ -103,6 +104,8 @@ class Assembler:
         block, self._block = self._block, None
         if block is None:
             return
+        if block.annotation.found is not None:
+            block.annotation = block.annotation.found.settle(block.annotation)
         self._count(block)
         if not block.recorded:
             return
@@ -222,15 +225,20 @@ class Assembler:
         if self._progress.annotation is not annotation:
             self._progress = Progress(annotation)
         progress, settings = self._progress, self._settings
-        error = None
+        told, error = annotation, None
         try:
             layout = layout_of(num_tokens, shape, annotation, settings.sequence_first)
             check_fits(annotation, layout, progress.forward_index == 0)
         except TraceError as found:
+            if annotation.explicit is not None:  # what was found is of other tokens
+                block = self._begin(num_tokens, annotation.explicit, shape, training)
+                block.told = told
+                return block
             layout, error = Layout(num_sequences=1, length=num_tokens), str(found)
         self._block = block = Block(
             num_tokens=num_tokens,
             annotation=annotation,
+            told=told,
             layout=layout,
             step=self.step,
             training=training,
@@ -254,9 +262,17 @@ class Assembler:
             return annotation.request_ids
         known = progress.request_ids if annotation.stage in ("decode", GENERATE) else None
         if known is None or len(known) != count:
-            first, self._next_request_id = self._next_request_id, self._next_request_id + count
-            known = progress.request_ids = np.arange(first, first + count, dtype=np.int64)
+            known = progress.request_ids = self.new_requests(count)
         return known
+
+    def new_requests(self, count: int) -> np.ndarray:
+        """Numbers of requests that nobody named: int64 [count]."""
+        first, self._next_request_id = self._next_request_id, self._next_request_id + count
+        return np.arange(first, first + count, dtype=np.int64)
+
+    def open_requests(self) -> np.ndarray:
+        """Requests of the block that is open; none without one."""
+        return self._block.request_ids if self._block is not None else np.zeros(0, np.int64)
 
     def _store(self, block: Block, layer: int, module: Any, routes: Routes) -> None:
         num_tokens, top_k = routes.ids.shape

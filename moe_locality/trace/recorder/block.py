@@ -27,6 +27,8 @@ class Block:
 
     num_tokens: int
     annotation: Annotation
+    told: Annotation
+    """What the hooks came with; not ``annotation`` where that did not fit the tokens."""
     layout: Layout
     step: int
     training: bool

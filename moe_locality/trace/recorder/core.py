@@ -13,7 +13,7 @@ import torch
 from torch.utils.module_tracker import ModuleTracker
 
 from moe_locality.errors import TraceError
-from moe_locality.trace.recorder.annotation import current_annotation
+from moe_locality.trace.recorder.annotation import Annotation, current_annotation
 from moe_locality.trace.recorder.assembler import Assembler, AssemblerSettings
 from moe_locality.trace.recorder.defaults import (
     check_writable,
@@ -22,6 +22,7 @@ from moe_locality.trace.recorder.defaults import (
 )
 from moe_locality.trace.recorder.handle import Handle, RecorderReport
 from moe_locality.trace.recorder.hooks import Hook, MoeLayer, find_moe_layers, hook_layer
+from moe_locality.trace.recorder.sequences import Sequences, named_arguments
 from moe_locality.trace.recorder.writer import ShardSettings, WriterThread
 from moe_locality.trace.shards import make_directory
 
@@ -46,7 +47,7 @@ class RoutingRecorder:
 
     Args:
         path: directory, made if absent; every rank writes its own shards into it.
-        model: name of the model, kept in the trace.
+        model: name of the model, kept in the trace; default: that of a transformers model.
         weights: also keep the router weights (float16).
         every_n_steps: record the steps whose number is a multiple of it. ``step()`` counts; until
             it is called for the first time, every forward pass counts as a step.
@@ -120,6 +121,8 @@ class RoutingRecorder:
         self._tracker = ModuleTracker()
         self._shape: tuple[int, tuple[int, int] | None] = (-1, None)
         self._root: torch.nn.Module | None = None
+        self._labels: Annotation | None = None
+        self._sequences: Sequences | None = None
         self._running = True
         self._failure: Exception | None = None
         self._closed = False
@@ -150,11 +153,11 @@ class RoutingRecorder:
         if not any(handle.modules for handle in self._handles) and self._assembler is None:
             self._layers, self._layer_ids = [], []
         first = self._numbered(layers, layer_ids)
+        self.model = self.model or _name_of(module)
         hooks: list[Any] = []
         for index, layer in enumerate(layers, start=first):
             hooks += hook_layer(index, layer, self._on_routes, self._on_shape)
-        hooks.append(module.register_forward_pre_hook(Hook(self._forward_begins)))
-        hooks.append(module.register_forward_hook(Hook(self._forward_ends)))
+        hooks += self._hook_forward(module)
         handle = Handle(self, hooks, {id(layer.module) for layer in layers})
         self._handles.append(handle)
         return handle
@@ -200,11 +203,21 @@ class RoutingRecorder:
         try:
             assembler = self._assembler or self._start()
             of_layer, shape = self._shape
-            assembler.add(layer, module, read, shape if of_layer == layer else None)
+            annotation = current_annotation()
+            if self._labels is not None and self._labels.explicit is annotation:
+                annotation = self._labels
+            assembler.add(layer, module, read, shape if of_layer == layer else None, annotation)
         except Exception as error:  # noqa: BLE001  a training does not end because its recorder does
             self._fail(error)
 
-    def _forward_begins(self, module: torch.nn.Module, _args: Any) -> None:
+    def _hook_forward(self, module: torch.nn.Module) -> list[Any]:
+        """Hook the model that is called: its arguments label the tokens, its end ends a block."""
+        return [
+            module.register_forward_pre_hook(Hook(self._forward_begins), with_kwargs=True),
+            module.register_forward_hook(Hook(self._forward_ends), with_kwargs=True),
+        ]
+
+    def _forward_begins(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         if not self._records():
             return
         if self._assembler is not None:
@@ -214,13 +227,29 @@ class RoutingRecorder:
                 )
             else:
                 self._guarded(self._assembler.finish)
-        self._root = module
+        self._root, self._labels = module, None
+        self._guarded(self._read_labels, module, args, kwargs)
 
-    def _forward_ends(self, _module: torch.nn.Module, _args: Any, _output: Any) -> None:
+    def _read_labels(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        given = named_arguments(module, args, kwargs)
+        if not {"input_ids", "inputs_embeds", "decoder_input_ids"} & given.keys():
+            return
+        if self._sequences is None:
+            self._sequences = Sequences((self._assembler or self._start()).new_requests)
+        explicit = current_annotation()
+        labels = self._sequences.labels(module, given, explicit)
+        self._labels = labels if labels is not explicit else None
+
+    def _forward_ends(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self._records():
             return
-        self._root = None
-        self._finish()
+        self._root, labels = None, self._labels
+        if self._sequences is not None and self._assembler is not None:
+            given = named_arguments(module, args, kwargs)
+            ids = self._assembler.open_requests()
+            self._guarded(self._sequences.returned, module, output, given, ids)
+        if labels is None or labels.found is None or not labels.found.may_reject:
+            self._finish()  # else the next forward pass does: drafts may be rejected until then
 
     def _records(self) -> bool:
         """False after a failure or close, in a forked child, and in backward (recomputation)."""
@@ -371,6 +400,13 @@ class RoutingRecorder:
         """In the child: the writer thread and its queue belong to the parent."""
         self._running = False
         self._closed = True
+
+
+def _name_of(model: torch.nn.Module) -> str:
+    """Under which name transformers loaded the model, else its type; "" for other models."""
+    config = getattr(model, "config", None)
+    names = (getattr(config, name, None) for name in ("name_or_path", "model_type"))
+    return next((name for name in names if isinstance(name, str) and name), "")
 
 
 def _close_all() -> None:

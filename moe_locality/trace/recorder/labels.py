@@ -21,7 +21,8 @@ class BlockLabels:
 
     request_id: np.ndarray
     position: np.ndarray
-    stage: int
+    stage: int | np.ndarray
+    """One for all tokens, or [T]."""
     domains: tuple[str, ...] | None
     """None: unknown. One name: all tokens. Else aligned with ``domain_index``."""
     domain_index: np.ndarray | None
@@ -98,6 +99,9 @@ def spread(
     stage = STAGES.get(annotation.stage or "", TRAIN if training else UNKNOWN)
     if annotation.stage == GENERATE:
         stage = PREFILL if forward_index == 0 else DECODE
+    if annotation.drafts:
+        late = layout.offsets() >= layout.length - annotation.drafts
+        stage = np.where(late, DECODE, stage).astype(np.uint8)
     position = _positions(annotation, layout, request_ids, starts)
     return BlockLabels(
         request_id=_per_token(request_ids, layout),

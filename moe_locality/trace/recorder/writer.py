@@ -138,7 +138,9 @@ class ShardBuffer:
                 )
         columns["request_id"][place] = labels.request_id if whole else labels.request_id[rows]
         columns["position"][place] = labels.position if whole else labels.position[rows]
-        columns["stage"][place] = labels.stage
+        columns["stage"][place] = (
+            labels.stage[rows] if isinstance(labels.stage, np.ndarray) else labels.stage
+        )
         columns["domain_id"][place] = self._domain_ids(labels, rows)
         columns["step"][place] = block.step
         self.num_rows += len(rows)
