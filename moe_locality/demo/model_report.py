@@ -91,8 +91,8 @@ def outcome_lines(facts: dict[str, Any]) -> list[str]:
         f"dispatched bytes across nodes (counted): {sizes['linear']:,} linear, "
         f"{sizes['placed']:,} placed ({saved['placed']:.1%} saved), {sizes['once_per_node']:,} "
         f"placed and each token sent once per node ({saved['once_per_node']:.1%} saved)",
-        "rows across nodes, predicted from the trace = counted: "
-        + ", ".join(f"{c['predicted_rows']:,} = {c['counted_rows']:,}" for c in check.values()),
+        "rows across nodes, predicted from the trace and counted: "
+        + ", ".join(map(_rows_side_by_side, check.values())),
         balance_line(facts),
         "largest difference of a request's loss from linear: "
         f"{facts['placed_max_loss_difference']:.1e} placed, "
@@ -102,6 +102,12 @@ def outcome_lines(facts: dict[str, Any]) -> list[str]:
         f"{facts['max_train_loss_difference']:.1e} once per node",
         flips_line(facts["flips"]),
     ]
+
+
+def _rows_side_by_side(check: dict[str, Any]) -> str:
+    """Equal but for picks that rounding flipped."""
+    predicted, counted = check["predicted_rows"], check["counted_rows"]
+    return f"{predicted:,} {'=' if predicted == counted else 'against'} {counted:,}"
 
 
 def balance_line(facts: dict[str, Any]) -> str:
@@ -128,14 +134,17 @@ def flips_line(flips: dict[str, dict[str, Any]]) -> str:
         part = (
             f"{name.replace('_', ' ')}: {found['flips']} of {found['pairs']:,} (token, layer) "
             f"pairs, {found['near_ties']} of them near-ties that rounding flipped (gap of router "
-            f"logits at most {found['max_gap']:.1e}), the others follow from those; largest "
-            f"difference of a loss of the {found['flipped_requests']} requests concerned: "
-            f"{found['max_loss_difference_after_flips']:.1e}"
+            f"logits at most {found['max_gap']:.1e}), the others follow from those"
         )
+        if found["flipped_requests"]:
+            part += (
+                f"; losses of the {found['flipped_requests']} held-out requests concerned differ "
+                f"by up to {found['max_loss_difference_after_flips']:.1e}"
+            )
         if found["train_steps_after_flips"]:
             part += (
-                f"; of the {found['train_steps_after_flips']} training losses from a flip on: "
-                f"{found['max_train_loss_difference_after_flips']:.1e}"
+                f"; the {found['train_steps_after_flips']} training losses from a flip on differ "
+                f"by up to {found['max_train_loss_difference_after_flips']:.1e}"
             )
         parts.append(part)
     return "picks that differ from the usual order: " + "; ".join(parts)
