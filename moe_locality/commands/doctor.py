@@ -36,8 +36,6 @@ def doctor() -> Result:
     tools = {name: _tool(name) for name in COMPILERS}
     backends = _backends()
     problems = [p["problem"] for p in packages if p["problem"]]
-    if apex_state == "wrong":
-        problems.append(apex_words)
     payload = {
         "command": "doctor",
         "moe_locality": _version("moe-locality"),
@@ -55,7 +53,12 @@ def doctor() -> Result:
 def _show(console: Any, found: dict[str, Any]) -> None:
     console.print(f"moe_locality {found['moe_locality']}, Python {found['python']}")
     rows = [
-        (name, p["version"] or "missing", p["needed_for"], p["problem"] or "")
+        (
+            name,
+            p["version"] or ("missing" if p["problem"] else "not installed"),
+            p["needed_for"] if p["version"] or p["problem"] else f"optional: {p['needed_for']}",
+            p["problem"] or p["note"] or p["install"] or "",
+        )
         for name, p in found["packages"].items()
     ]
     rows.append(("NVIDIA apex", found["apex"]["state"], "optional", found["apex"]["detail"]))
@@ -76,22 +79,20 @@ def _version(name: str) -> str | None:
 
 
 def _package(name: str, least: str, purpose: str, extra: str | None) -> dict[str, Any]:
-    found, problem = _version(name), None
+    found, problem, note = _version(name), None, None
     if found is not None and _numbers(found) < _numbers(least):
         problem = f"found {name} {found}, expected at least {least}: pip install -U {name}"
     elif found is None and extra is None and name != "triton":
         problem = f"found no {name}, which moe-locality needs: install moe-locality again"
     elif name == "transformers" and found is not None and _numbers(found) >= (5, 23):
-        problem = (
-            f"found transformers {found}, expected below 5.23: DeepSpeed's AutoEP breaks on it; "
-            "pip install 'transformers<5.23'"
-        )
+        note = "for DeepSpeed's AutoEP, which breaks on 5.23: pip install 'transformers<5.23'"
     install = None if found or extra is None else f"pip install 'moe-locality[{extra}]'"
     return {
         "name": name,
         "version": found,
         "needed_for": purpose,
         "problem": problem,
+        "note": note,
         "install": install,
     }
 

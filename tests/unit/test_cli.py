@@ -288,6 +288,25 @@ def test_doctor_compares_versions_by_number(installed, least, problem, monkeypat
     assert (found["problem"] is not None) is problem
 
 
+def test_doctor_does_not_complain_about_what_nobody_asked_for(monkeypatch):
+    """Optional packages were "missing"; another apex and a newer transformers problems [F11]."""
+    needed = {"numpy", "scipy", "numba", "pyarrow"}
+    versions = {"transformers": "5.30.0"}
+    monkeypatch.setattr(
+        doctor, "_version", lambda name: "99" if name in needed else versions.get(name)
+    )
+    monkeypatch.setattr(doctor, "nvidia_apex_state", lambda: ("wrong", "not NVIDIA's"))
+    done = run("doctor", "--json")
+    found = one_json_object(done.stdout)
+    assert (done.exit_code, found["problems"]) == (0, [])
+    assert "breaks on 5.23" in found["packages"]["transformers"]["note"]
+    shown = " ".join(run("doctor").stdout.split())
+    assert "Everything fits." in shown
+    assert "missing" not in shown
+    assert "wandb not installed optional:" in shown
+    assert found["packages"]["wandb"]["install"] == "pip install 'moe-locality[wandb]'"
+
+
 def test_record_prints_the_launch_line_and_the_section(tmp_path):
     hosts = tmp_path / "hosts"
     hosts.write_text("a slots=2\nb slots=2\n")
