@@ -229,8 +229,8 @@ def imported() -> set[str]:
 
 
 def test_what_is_installed_and_looked_for_is_imported_by_some_code():
-    """The extras named prometheus-client and safetensors, and doctor asked for them, though no code
-    imported either [C2].
+    """The extras named prometheus-client and safetensors, and doctor asked for them, [C2]
+    though no code imported either.
     """
     from moe_locality.commands.doctor import WANTED
 

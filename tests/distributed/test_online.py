@@ -151,8 +151,9 @@ def _both(rank, world, folder, managed):
 
 @pytest.mark.parametrize("managed", [True, False])
 def test_online_and_recorder_share_one_wrapper_of_the_engine(tmp_path, managed):
-    """step and destroy were wrapped once for each of them; with the accumulation in the caller's
-    hands neither saw any step. One wrapper calls all, in order, once per optimizer step [B4].
+    """step and destroy were wrapped once for each of them; with the accumulation in the [B4]
+    caller's hands neither saw any step. One wrapper calls all, in order, once per optimizer
+    step.
     """
     per_rank = run_ranks(_both, WORLD, str(tmp_path), managed, deepspeed=True)
     for calls in per_rank:

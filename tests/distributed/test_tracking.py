@@ -87,8 +87,8 @@ def _bytes(report, link):
 
 
 def test_a_training_logs_what_its_layers_counted(offline, tmp_path):  # noqa: F811
-    """The section "tracking" was checked and ignored: a training logged nothing. Every n-th step
-    has a line whose values are those of the layers' own counters, over all ranks [C1].
+    """The section "tracking" was checked and ignored: a training logged nothing. Every [C1]
+    n-th step has a line whose values are those of the layers' own counters, over all ranks.
     """
     per_rank = run_ranks(_tracked, WORLD, str(tmp_path), deepspeed=True)
     assert [directory for directory, _ in per_rank[1:]] == ["None"] * (WORLD - 1)
@@ -211,9 +211,9 @@ def _resets_and_failures(rank, world, folder):
 
 @pytest.mark.parametrize("case", [_off, _refused, _resets_and_failures])
 def test_tracking_is_off_refused_on_all_ranks_or_goes_on(case, tmp_path):
-    """Without the section nothing is wrapped or hooked; what rank 0 cannot start is an error on all
-    ranks; a disk that goes away does not end the training; a reset of the counters is not a
-    negative number of bytes [C1].
+    """Without the section nothing is wrapped or hooked; what rank 0 cannot start is an [C1]
+    error on all ranks; a disk that goes away does not end the training; a reset of the counters
+    is not a negative number of bytes.
     """
     (tmp_path / "file").write_text("")
     run_ranks(case, WORLD, str(tmp_path), deepspeed=True)
@@ -253,7 +253,7 @@ def _pipeline(rank, world, folder):
 
 
 def test_a_pipeline_is_tracked_by_its_train_batch(tmp_path):
-    """The hook was on engine.step, which a pipeline refuses to run [C1]."""
+    """The hook was on engine.step, which a pipeline refuses to run. [C1]"""
     run_ranks(_pipeline, 2, str(tmp_path), deepspeed=True)
 
 
@@ -302,8 +302,8 @@ def exits(folder):
 
 
 def test_two_runs_of_somebodys_script_are_compared(offline, tmp_path):  # noqa: F811
-    """Only the example's script wrote what `compare` reads. With "run_dir" any training does, and
-    both wandb runs are closed at the end of the process [F6].
+    """Only the example's script wrote what `compare` reads. With "run_dir" any training [F6]
+    does, and both wandb runs are closed at the end of the process.
     """
     plan = tmp_path / "reversed.json"
     made = nets.plan_of(2, 3)
@@ -342,7 +342,7 @@ def test_two_runs_of_somebodys_script_are_compared(offline, tmp_path):  # noqa: 
 
 
 def test_a_run_that_fails_is_closed_as_failed(offline, tmp_path):  # noqa: F811
-    """[C1] A training that ends in an exception keeps its lines; its run says that it failed."""
+    """A training that ends in an exception keeps its lines; its run says that it failed. [C1]"""
     done = script(tmp_path, "run", fails="fails")
     assert done.returncode != 0
     assert "somebody's mistake" in done.stdout + done.stderr

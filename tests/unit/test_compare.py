@@ -370,8 +370,8 @@ def test_the_command_compares_runs_with_report_and_wandb(offline, tmp_path):  # 
 
 
 def test_a_comparison_says_what_was_compared(offline, tmp_path, trace):  # noqa: F811
-    """wandb got no scalars, no ds_config, no plan and no model of what was compared, and the commit
-    of whatever folder the command was started in [F10].
+    """wandb got no scalars, no ds_config, no plan and no model of what was compared, and [F10]
+    the commit of whatever folder the command was started in.
     """
     made = plans(trace)[1]
     for name in "ab":
@@ -397,8 +397,8 @@ def test_a_comparison_says_what_was_compared(offline, tmp_path, trace):  # noqa:
 
 
 def test_without_network_the_comparison_is_printed_and_the_run_is_offline(tmp_path):
-    """With a key and without network the command failed after 90 s and printed nothing. Now it
-    prints first, publishes after, and what cannot be published is a warning [F10].
+    """With a key and without network the command failed after 90 s and printed nothing. [F10]
+    Now it prints first, publishes after, and what cannot be published is a warning.
     """
     pair = [str(write_run(tmp_path / name)) for name in "ab"]
     environment = {
@@ -428,7 +428,7 @@ def test_without_network_the_comparison_is_printed_and_the_run_is_offline(tmp_pa
 
 
 def test_what_cannot_be_published_is_a_warning_after_the_result(capfd):
-    """[F10] Whatever goes wrong while publishing, the result was printed before, and is JSON."""
+    """Whatever goes wrong while publishing, the result was printed before, and is JSON. [F10]"""
     for error in (RuntimeError("no room"), KeyboardInterrupt()):
 
         def publish(error=error):

@@ -316,12 +316,14 @@ def readers():
 
 
 def test_every_key_of_the_configuration_is_read_by_some_code():
-    """The section "tracking" was accepted and ignored. A key that no code reads fails here [C2]."""
+    """The section "tracking" was accepted and ignored. A key that no code reads fails [C2]
+    here.
+    """
     assert unread(readers()) == set()
 
 
 def test_a_key_that_nothing_reads_is_found():
-    """A key is not taken for read because something else has an attribute of that name [C2]."""
+    """A key is not taken for read because something else has an attribute of that name. [C2]"""
     made_up = {("TrackingConfig", "made_up"), ("TrackingConfig", "shape"), ("OnlineConfig", "path")}
     assert unread(readers(), made_up) == made_up
     without = [path for path in readers() if path.name != "run_log.py"]

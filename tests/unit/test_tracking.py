@@ -137,8 +137,8 @@ def test_an_offline_run_holds_what_was_logged(offline, tmp_path):
 
 
 def test_an_online_run_without_network_goes_on_offline(offline, monkeypatch, caplog):
-    """An online run whose server is not there stopped for 90 s and then raised. It waits for a
-    short time, says so, and is offline [C1].
+    """An online run whose server is not there stopped for 90 s and then raised. It waits [C1]
+    for a short time, says so, and is offline.
     """
     with socket.socket() as silent:  # takes connections and never answers
         silent.bind(("127.0.0.1", 0))
