@@ -122,7 +122,11 @@ def import_(
 def export(
     plan: Annotated[Path, typer.Argument(help="Placement plan (JSON).")],
     to: Annotated[
-        str, typer.Option("--to", help="vllm, vllm-ranks, vllm-ascend, sglang or autoep.")
+        str,
+        typer.Option(
+            "--to",
+            help="vllm, vllm-ranks, vllm-ascend, sglang; autoep: no released DeepSpeed reads it.",
+        ),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Map to write (JSON).")],
     num_hidden_layers: Annotated[

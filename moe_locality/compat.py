@@ -72,6 +72,15 @@ def tensor_parallel_size() -> int:
     return 1 if groups.mpu is None else bwc_tensor_model_parallel_world_size(groups.mpu)
 
 
+def spreads_data_only(mpu: Any) -> bool:
+    """Return whether a model-parallel unit splits neither tensors nor layers over the ranks."""
+    import torch.distributed as dist
+    from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
+
+    whole = bwc_tensor_model_parallel_world_size(mpu) == 1
+    return whole and mpu.get_data_parallel_world_size() == dist.get_world_size()
+
+
 def all_to_all_replaced() -> bool:
     """Return whether somebody put another exchange in the place of DeepSpeed's ``_AllToAll``.
 

@@ -117,7 +117,8 @@ def _prefix_of(path: Path) -> str:
     if len(found) != 1:
         raise ConfigError(
             f"{path}: found the experts of {sorted(found)}, expected those of one "
-            "deepspeed.moe.layer.MoE (AutoEP checkpoints cannot be baked yet)"
+            "deepspeed.moe.layer.MoE (AutoEP checkpoints cannot be baked: put the plan into the "
+            "Hugging Face weights with relabel_state_dict, before deepspeed.initialize)"
         )
     return found.pop()
 

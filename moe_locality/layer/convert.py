@@ -145,6 +145,22 @@ def _with_replicas(bound: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _refuse_frozen_experts(bound: dict[str, Any], ds_config: dict[str, Any]) -> None:
+    stage = (ds_config.get("zero_optimization") or {}).get("stage", 0)
+    layers = [module.deepspeed_moe for _, module in moe_modules(bound["model"])]
+    experts = [parameter for layer in layers for parameter in layer.experts.parameters()]
+    trains = bound.get("optimizer") is not None or "optimizer" in ds_config
+    if stage not in (1, 2) or not trains or not experts:
+        return
+    if not any(parameter.requires_grad for parameter in experts):
+        raise ConfigError(
+            f"found every expert frozen under ZeRO stage {stage}, expected one expert parameter "
+            "that trains: DeepSpeed makes no group for the experts then, and stops ('None of the "
+            "param groups are marked as MoE'). Use ZeRO stage 0 in fp32, or let one small "
+            "parameter of an expert train"
+        )
+
+
 def _refuse_clipping(plan: PlacementPlan | None, ds_config: dict[str, Any]) -> None:
     stage = (ds_config.get("zero_optimization") or {}).get("stage", 0)
     if plan is None or plan.is_permutation or stage or not ds_config.get("gradient_clipping"):
@@ -201,6 +217,7 @@ def _agree_on_inputs(
     try:
         ds_config = _ds_config(bound)
         section = read_config({SECTION: ds_config.get(SECTION, {})})
+        _refuse_frozen_experts(bound, ds_config)
         if section.plan is not None:
             _refuse_plan_with_auto_ep(ds_config)
             plan = PlacementPlan.read(section.plan)
@@ -252,7 +269,9 @@ def _refuse_plan_with_auto_ep(ds_config: dict[str, Any]) -> None:
     if _auto_ep(ds_config):
         raise ConfigError(
             "found a plan together with the expert_parallel section, expected one: AutoEP lays "
-            "experts out itself; bake the plan into the checkpoint with `moe-locality bake`"
+            "experts out itself, in the order of the weights that it gets; put the plan into them, "
+            "model.load_state_dict(moe_locality.layer.relabel_state_dict(model.state_dict(), plan, "
+            "preset=...)), and leave it out of the section"
         )
 
 
@@ -298,11 +317,12 @@ def _prepare_model(
 
     topology = discover_topology(cluster_config=section.cluster)
     pipeline = isinstance(model, PipelineModule)
-    if plan is not None and (pipeline or mpu is not None):
+    data_only = mpu is None or (plan is not None and compat.spreads_data_only(mpu))
+    if plan is not None and (pipeline or not data_only):
         raise ConfigError(
-            "found a plan together with a pipeline or a model-parallel unit, expected data and "
-            "expert parallelism only: bake the plan into the checkpoint instead, with "
-            "`moe-locality bake`"
+            "found a plan together with a pipeline, or a model-parallel unit that splits tensors "
+            "or layers, expected data and expert parallelism only: bake the plan into the "
+            "checkpoint instead, with `moe-locality bake`"
         )
     if pipeline and section.trace is not None and section.trace.enabled:
         raise ConfigError(
@@ -310,7 +330,7 @@ def _prepare_model(
             "of each stage; leave trace out and call RoutingRecorder.attach(module, layer_ids=...)"
         )
     sizes = {module.ep_size for _, module in moe_modules(model)}
-    if sizes and not pipeline and mpu is None:
+    if sizes and not pipeline and data_only:
         order = "D+E" if ds_config.get("use_data_before_expert_parallelism") else "E+D"
         try:
             groups = prepare_groups(topology, sizes, order)

@@ -196,6 +196,7 @@ def plan_targets(
     """
     check_is_permutation(plan)
     layers = moe_modules(model)
+    check_one_ep_size(layers)
     sizes = sorted({module.num_experts for _, module in layers})
     if len(sizes) > 1:
         raise PlacementError(
@@ -223,6 +224,17 @@ def plan_targets(
     ]
     check_tied_stay(model, targets, [current_order(target.module) for target in targets])
     return targets
+
+
+def check_one_ep_size(layers: Sequence[tuple[str, Any]]) -> None:
+    """Raise PlacementError where experts of two layers are spread over other numbers of ranks."""
+    sizes = sorted({module.ep_size for _, module in layers} - {1})
+    if len(sizes) > 1:
+        raise PlacementError(
+            f"found MoE layers with different ep_size ({sizes}), expected one: a plan has one "
+            "number of ranks for all layers, so this model cannot be placed; give its layers one "
+            "ep_size, or run it without a plan"
+        )
 
 
 def tied_layers(model: torch.nn.Module) -> dict[str, str]:

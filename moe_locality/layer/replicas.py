@@ -26,6 +26,7 @@ from moe_locality.layer.moe import moe_modules, set_slot_to_logical
 from moe_locality.layer.optimizer_state import check_no_gradients, layout_of
 from moe_locality.layer.relabel import (
     Target,
+    check_one_ep_size,
     current_order,
     find_group,
     tied_layers,
@@ -161,6 +162,7 @@ def _targets(
 ) -> list[Target]:
     layers = moe_modules(model)
     plan.check_fits(layer_count=len(layers))
+    check_one_ep_size(layers)
     targets = []
     for place, tied in tied_layers(model).items():
         raise PlacementError(

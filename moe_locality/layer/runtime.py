@@ -41,7 +41,13 @@ class LocalityRuntime:
 
     def traffic_report(self, group: Any = None) -> dict[str, Any]:
         """Gather what every rank sent; see ``moe_locality.dispatch.traffic_report``. Collective."""
-        return traffic_report(self.model, self.topology, group)
+        report = traffic_report(self.model, self.topology, group)
+        if not report["per_layer"]:
+            logger.warning(
+                "moe_locality: nothing was counted: AutoEP's layers, DeepSpeed's padded dispatch "
+                "and layers that have not run yet count no traffic"
+            )
+        return report
 
     def reset_traffic(self) -> None:
         """Count from zero again."""

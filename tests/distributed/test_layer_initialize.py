@@ -246,13 +246,127 @@ def a_plan_with_auto_ep_is_refused(rank, world, folder):
     model = torch.nn.Linear(2, 2)
     config = {**config_of(0, "float32"), "expert_parallel": {"enabled": True}}
     config["moe_locality"] = {"plan": f"{folder}/plan.json"}
-    with pytest.raises(ConfigError, match="AutoEP lays experts out itself; bake the plan"):
+    with pytest.raises(ConfigError, match=r"AutoEP lays experts out itself.*relabel_state_dict"):
         start(model, config)
 
 
 def test_a_plan_with_auto_ep_is_refused(tmp_path):
     plan_of([[0, 1, 2, 3]] * 2).write(tmp_path / "plan.json")
     run_ranks(a_plan_with_auto_ep_is_refused, 2, str(tmp_path), deepspeed=True)
+
+
+def auto_ep_losses(rank, world, placed):
+    import transformers as tf
+
+    from moe_locality.layer import relabel_state_dict
+
+    quiet()
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    model = tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**sizes))
+    if placed:
+        plan = plan_of([[2, 0, 3, 1], [3, 2, 1, 0]])
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        model.load_state_dict(relabel_state_dict(state, plan, preset="qwen3_moe"))
+    config = config_of(0, "float32")
+    config["expert_parallel"] = {
+        "enabled": True,
+        "autoep_size": world,
+        "preset_model": "qwen3_moe",
+        "use_grouped_mm": False,
+    }
+    engine = start(model, config)[0]
+    losses = []
+    for step in range(4):
+        generator = torch.Generator().manual_seed(10 * step + rank)
+        tokens = torch.randint(0, 32, (4, 8), generator=generator)
+        loss = engine(input_ids=tokens, labels=tokens).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    assert not engine.moe_locality.traffic_report()["per_layer"]
+    return losses
+
+
+def test_a_relabelled_model_trains_the_same_under_auto_ep():
+    """The advice for a plan with AutoEP went in a circle; what it says now works [F3]"""
+    usual, placed = (
+        run_ranks(auto_ep_losses, 2, placed, deepspeed=True, timeout_s=240)
+        for placed in (False, True)
+    )
+    np.testing.assert_allclose(placed, usual, *LOSS["float32"])
+
+
+class OneByOne:
+    """A model-parallel unit as Megatron's, with tensor size ``tensor`` on two ranks."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+        groups = [torch.distributed.new_group([rank]) for rank in range(2)]
+        self.group = groups[torch.distributed.get_rank()]
+
+    def get_model_parallel_rank(self):
+        return 0
+
+    def get_model_parallel_world_size(self):
+        return self.tensor
+
+    def get_model_parallel_group(self):
+        return self.group
+
+    def get_data_parallel_rank(self):
+        return torch.distributed.get_rank()
+
+    def get_data_parallel_world_size(self):
+        return 2 // self.tensor
+
+    def get_data_parallel_group(self):
+        return torch.distributed.group.WORLD
+
+
+def a_plan_with_an_mpu(rank, world, folder):
+    from deepspeed.moe.layer import MoE as Stock
+
+    quiet()
+    losses = []
+    for section in ({}, {"plan": f"{folder}/plan.json"}):
+        config = {**config_of(0, "float32"), "moe_locality": section}
+        engine = start(make_net(Stock, rank, world), config, mpu=OneByOne(1))[0]
+        losses.append(train(engine, rank, "float32"))
+    assert engine.moe_locality.plan is not None
+    np.testing.assert_allclose(losses[1], losses[0], *LOSS["float32"])
+    with pytest.raises(ConfigError, match="a model-parallel unit that splits tensors"):
+        start(make_net(Stock, rank, world), config, mpu=OneByOne(2))
+
+
+def test_a_plan_with_an_mpu_that_splits_nothing(tmp_path):
+    """A plan was refused with any mpu; one of tensor size 1 over all ranks now trains it [F2]"""
+    plan_of([[2, 0, 3, 1], [3, 2, 1, 0]]).write(tmp_path / "plan.json")
+    run_ranks(a_plan_with_an_mpu, 2, str(tmp_path), deepspeed=True)
+
+
+def frozen_experts(rank, world):
+    from deepspeed.moe.layer import MoE as Stock
+
+    quiet()
+
+    def net():
+        made = make_net(Stock, rank, world)
+        for name, parameter in made.named_parameters():
+            parameter.requires_grad_("deepspeed_experts" not in name)
+        return made
+
+    for stage in (1, 2):
+        with pytest.raises(ConfigError, match=r"every expert frozen .*Use ZeRO stage 0 in fp32"):
+            start(net(), config_of(stage, "float32"))
+    assert np.isfinite(train(start(net(), config_of(0, "float32"))[0], rank, "float32")).all()
+
+
+def test_frozen_experts_under_zero_are_refused_with_what_to_do():
+    """It ended in DeepSpeed's "None of the param groups are marked as MoE" [E6]"""
+    run_ranks(frozen_experts, 2, deepspeed=True)
 
 
 class MoEBlock(torch.nn.Module):

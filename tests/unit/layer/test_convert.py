@@ -145,3 +145,29 @@ def test_the_plan_of_the_section_is_used(tmp_path):
     assert net.a.deepspeed_moe.gate.slot_to_logical.tolist() == [3, 2, 1, 0]
     with pytest.raises(PlacementError, match="none"):
         moe_locality.apply(Net(), {"plan": str(tmp_path / "none.json")})
+
+
+@pytest.mark.parametrize("replicas", [0, 4])
+def test_a_model_with_two_ep_sizes_cannot_be_placed(replicas):
+    """One plan was refused for 4 ranks, the next for 2; now one error says that none fits [E2]"""
+    from moe_locality.layer.relabel import plan_targets
+    from moe_locality.layer.replicas import add_replicas
+
+    net = Net()
+    net.a = StockMoE(WIDTH, nn.Linear(WIDTH, WIDTH), num_experts=4, ep_size=2)
+    net.blocks[0] = StockMoE(WIDTH, nn.Linear(WIDTH, WIDTH), num_experts=4, ep_size=4)
+    for ranks in (2, 4):
+        plan = PlacementPlan.linear(4, [0, 1], 1, ranks)
+        with pytest.raises(PlacementError, match=r"different ep_size \(\[2, 4\]\), expected one"):
+            (add_replicas if replicas else plan_targets)(net, plan)
+
+
+def test_a_report_of_nothing_says_why(caplog):
+    """The traffic report of a model that counts nothing was empty without a word [F3]"""
+    from moe_locality.config import MoeLocalityConfig
+    from moe_locality.layer.runtime import LocalityRuntime
+
+    runtime = LocalityRuntime(model=nn.Linear(2, 2), config=MoeLocalityConfig())
+    with caplog.at_level("WARNING"):
+        assert runtime.traffic_report()["per_layer"] == []
+    assert "nothing was counted: AutoEP's layers" in caplog.text
