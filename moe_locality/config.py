@@ -54,6 +54,9 @@ class TraceConfig(_Section):
     graph_replays: int = Field(
         default=0, ge=0, description="replays of a CUDA graph kept on the device between steps"
     )
+    num_experts: int | None = Field(
+        default=None, ge=1, description="record only the MoE layers with this many experts"
+    )
 
 
 class ClusterConfig(_Section):

@@ -13,6 +13,7 @@ tells plans apart.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -26,6 +27,8 @@ from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 
 BATCH_TOKENS = 512
+_ENOUGH_PICKS = 16
+_log = logging.getLogger(__name__)
 
 Homes = Mapping[int, int] | np.ndarray | str | None
 
@@ -94,6 +97,7 @@ def evaluate(
         PlacementError: the plan does not fit the trace, the cluster or the homes.
     """
     frame = make_frame(trace, plan, topology, homes)
+    _warn_of_absent_experts(plan)
     if batch_tokens < 1:
         raise PlacementError(f"batch_tokens: found {batch_tokens}, expected at least 1: correct it")
     rows: dict[str, np.ndarray] = {}
@@ -120,6 +124,35 @@ def evaluate(
         total_copies=totals[0],
         total_picks=totals[1],
     )
+
+
+def _warn_of_absent_experts(plan: PlacementPlan) -> None:
+    """Log a warning where layers of a plan may have fewer experts than it places."""
+    from moe_locality.placement.problem import tell
+
+    if plan.expert_load is not None and (short := _absent_experts(plan.expert_load)):
+        row, used = next(iter(short.items()))
+        tell(
+            _log,
+            "%d layers pick at most half of the %d experts of the plan (first: layer %s, experts 0 "
+            "to %d only): if these layers have no more, the trace mixes layers of different sizes "
+            "and neither plan nor costs hold for them: record each group of layers by itself, "
+            "attach(..., num_experts=N)",
+            *(len(short), plan.num_experts, plan.layer_ids[row], used - 1),
+        )
+
+
+def _absent_experts(load: np.ndarray) -> dict[int, int]:
+    """Row of each layer that may have fewer experts than E -> how many at most.
+
+    From [L, E] picks, many in each such layer: those from half of the experts on are all zero where
+    another layer's are not.
+    """
+    most = load.shape[1]
+    used = most - (load[:, ::-1] > 0).argmax(axis=1)
+    enough = load.sum(axis=1) >= _ENOUGH_PICKS * most
+    few = enough & (used <= most // 2) & (used.max() > most // 2)
+    return {int(row): int(used[row]) for row in np.flatnonzero(few)}
 
 
 def traffic_matrix(

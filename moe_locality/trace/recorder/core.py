@@ -21,7 +21,13 @@ from moe_locality.trace.recorder.defaults import (
     default_rank,
 )
 from moe_locality.trace.recorder.handle import Handle, RecorderReport
-from moe_locality.trace.recorder.hooks import Hook, MoeLayer, find_moe_layers, hook_layer
+from moe_locality.trace.recorder.hooks import (
+    Hook,
+    MoeLayer,
+    find_moe_layers,
+    hook_layer,
+    of_one_size,
+)
 from moe_locality.trace.recorder.sequences import Sequences, named_arguments
 from moe_locality.trace.recorder.writer import ShardSettings, WriterThread
 from moe_locality.trace.shards import make_directory
@@ -64,6 +70,8 @@ class RoutingRecorder:
             times L * T * K * 2 bytes (4 with weights). 0: what graphs replay is not recorded.
         first_request_id: requests are numbered from here where ``annotate`` gives no ids; the
             default is different for every rank and every run. Stages of one pipeline need the same.
+        num_experts: record only the MoE layers with this many experts, for models whose layers
+            differ (PR-MoE).
 
     Raises:
         TraceError: the directory cannot be written, or an argument is impossible.
@@ -84,6 +92,7 @@ class RoutingRecorder:
         max_wait_s: float = 30.0,
         graph_replays: int = 0,
         first_request_id: int | None = None,
+        num_experts: int | None = None,
     ) -> None:
         for name, value in (
             ("every_n_steps", every_n_steps),
@@ -98,7 +107,7 @@ class RoutingRecorder:
         check_writable(self.path)
         self.rank = default_rank() if rank is None else rank
         self.model = model
-        self._shard_tokens = shard_tokens
+        self._shard_tokens, self._num_experts = shard_tokens, num_experts
         self._settings = AssemblerSettings(
             weights=weights,
             every_n_steps=every_n_steps,
@@ -139,8 +148,8 @@ class RoutingRecorder:
                 ``named_modules()``; default: 0, 1, ... Stages of a pipeline give their own.
 
         Raises:
-            TraceError: there is no MoE layer, one is attached already, the ids do not fit, or
-                recording has begun with other layers.
+            TraceError: there is no MoE layer, one is attached already, the ids do not fit, the
+                layers have different numbers of experts, or recording has begun with other layers.
         """
         self._check_open()
         layers = find_moe_layers(module)
@@ -152,6 +161,7 @@ class RoutingRecorder:
             )
         if not any(handle.modules for handle in self._handles) and self._assembler is None:
             self._layers, self._layer_ids = [], []
+        layers = of_one_size(layers, self._layers, self._num_experts)
         first = self._numbered(layers, layer_ids)
         self.model = self.model or _name_of(module)
         hooks: list[Any] = []
@@ -268,7 +278,7 @@ class RoutingRecorder:
                 model=self.model,
                 rank=self.rank,
                 layer_ids=tuple(self._layer_ids),
-                num_experts=max(layer.num_experts for layer in self._layers),
+                num_experts=self._layers[0].num_experts,
                 top_k=None if None in top_ks else max(k for k in top_ks if k is not None),
                 weights=self._settings.weights,
                 shard_tokens=self._shard_tokens,

@@ -115,6 +115,27 @@ def find_moe_layers(model: torch.nn.Module) -> list[MoeLayer]:
     return layers
 
 
+def of_one_size(
+    layers: list[MoeLayer], before: list[MoeLayer], num_experts: int | None
+) -> list[MoeLayer]:
+    """Return the layers with ``num_experts`` experts (None: all); a trace has one number for all.
+
+    Raises:
+        TraceError: none has that many, or they and those attached ``before`` differ.
+    """
+    chosen = [layer for layer in layers if num_experts in (None, layer.num_experts)]
+    sizes = {layer.num_experts for layer in [*chosen, *before]}
+    if chosen and len(sizes) == 1:
+        return chosen
+    found = ", ".join(f"{layer.name!r}: {layer.num_experts}" for layer in [*before, *layers])
+    raise TraceError(
+        f"found MoE layers with different numbers of experts ({found}), expected one number: a "
+        "trace and a plan would have experts that some layers lack; record one group of layers, "
+        f"such as num_experts={max(sizes, default=layers[0].num_experts)}, each into a directory "
+        "of its own"
+    )
+
+
 def _kind_of(module: torch.nn.Module) -> str | None:
     if _is_a(module, "deepspeed.moe.sharded_moe", "TopKGate"):
         return "deepspeed"

@@ -255,3 +255,31 @@ def test_held_out_requests_of_real_models_need_fewer_copies(routing_data, name, 
     replicated = evaluate(test, solve(train, topology, num_redundant_experts=8))
     assert replicated.copies < found.copies
     assert replicated.node_imbalance <= 1.09
+
+
+def test_experts_that_some_layers_lack_are_not_placed_without_a_word(caplog):
+    """A plan with experts that do not exist was certified [D3]."""
+    rng = np.random.default_rng(0)
+    ids = np.stack(
+        [rng.permuted(np.tile(np.arange(n), (400, 1)), axis=1)[:, :2] for n in (8, 4)], 1
+    )
+    trace = RoutingTrace(
+        model="",
+        num_experts=8,
+        layer_ids=np.array([3, 5]),
+        expert_ids=ids.astype(np.int16),
+        request_id=np.arange(400) // 10,
+        position=np.arange(400).astype(np.int32) % 10,
+        stage=np.full(400, 2, np.uint8),
+        domain=("a",),
+        domain_id=np.zeros(400, np.int32),
+    )
+    said = "1 layers pick at most half of the 8 experts of the plan (first: layer 5, experts 0 to 3"
+    plan = solve(trace, ClusterTopology.uniform(2, 2))
+    assert said in caplog.text
+    caplog.clear()
+    evaluate(trace, plan)
+    assert said in caplog.text
+    caplog.clear()
+    solve(trace.filter(layers=[3]), ClusterTopology.uniform(2, 2))
+    assert "pick at most half" not in caplog.text

@@ -411,3 +411,40 @@ def test_compiled_models_are_recorded(tmp_path):
     assert len(ids) == 30
     assert (ids[:10] == ids[10:20]).all()
     assert (ids[:10] == ids[20:]).all()
+
+
+def test_layers_of_different_sizes_are_refused_by_name(tmp_path):
+    """They were recorded as if all had the largest number of experts [D3]."""
+    model, small = MoeModel(num_layers=2, num_experts=8), MoeModel(num_layers=1, num_experts=4)
+    model.blocks.insert(1, small.blocks[0])
+    found = r"'blocks.0.*: 8, 'blocks.1.*: 4, 'blocks.2.*: 8\), expected one number.*num_experts=8"
+    with pytest.raises(TraceError, match=found):
+        attach(model, tmp_path / "all")
+    config = TraceConfig(path=str(tmp_path / "section"))
+    with pytest.raises(TraceError, match="different numbers of experts"):
+        attach(model, config)
+    with pytest.raises(TraceError, match="different numbers of experts"):
+        attach(model, tmp_path / "none", num_experts=5)
+    recorder = RoutingRecorder(tmp_path / "two")
+    recorder.attach(small)
+    with pytest.raises(TraceError, match="different numbers of experts"):
+        recorder.attach(MoeModel(num_layers=1, num_experts=8))
+    recorder.close()
+
+
+def test_one_group_of_layers_is_recorded(tmp_path):
+    """What to do with such a model: each group by itself [D3]."""
+    model = MoeModel(num_layers=2, num_experts=8)
+    model.blocks.insert(1, MoeModel(num_layers=1, num_experts=4).blocks[0])
+    witness = GateWitness(model)
+    section = TraceConfig(path=str(tmp_path / "4"), num_experts=4)
+    with (
+        attach(model, tmp_path / "8", strict=True, num_experts=8),
+        attach(model, section, strict=True),
+    ):
+        model(inputs())
+    for name, experts, layers in (("8", 8, [0, 2]), ("4", 4, [1])):
+        trace = read_trace(tmp_path / name)
+        assert (trace.num_experts, trace.num_layers) == (experts, len(layers))
+        for row, layer in enumerate(layers):
+            assert (sorted_picks(trace, row) == witness.picks(layer)).all()
