@@ -140,19 +140,27 @@ class RoutingRecorder:
 
     # -- attaching ------------------------------------------------------------------------------
 
-    def attach(self, module: torch.nn.Module, *, layer_ids: Sequence[int] | None = None) -> Handle:
+    def attach(
+        self,
+        module: torch.nn.Module,
+        *,
+        layer_ids: Sequence[int] | None = None,
+        routers: Any = None,
+    ) -> Handle:
         """Hook every MoE layer below ``module``; numbers go on from the layers attached before.
 
         Args:
             layer_ids: transformer layer index of each MoE layer, in the order of
                 ``named_modules()``; default: 0, 1, ... Stages of a pipeline give their own.
+            routers: for models that are not known: {class of the router: (number of experts,
+                read)}, where read(module, args, output) gives ids [T, K], or (ids, weights).
 
         Raises:
             TraceError: there is no MoE layer, one is attached already, the ids do not fit, the
                 layers have different numbers of experts, or recording has begun with other layers.
         """
         self._check_open()
-        layers = find_moe_layers(module)
+        layers = find_moe_layers(module, routers)
         attached = set().union(*(handle.modules for handle in self._handles))
         if attached & {id(layer.module) for layer in layers}:
             raise TraceError(
@@ -168,6 +176,8 @@ class RoutingRecorder:
         for index, layer in enumerate(layers, start=first):
             hooks += hook_layer(index, layer, self._on_routes, self._on_shape)
         hooks += self._hook_forward(module)
+        if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+            hooks += self._hook_encoder(module.get_encoder())  # pyright: ignore[reportCallIssue]
         handle = Handle(self, hooks, {id(layer.module) for layer in layers})
         self._handles.append(handle)
         return handle
@@ -225,6 +235,27 @@ class RoutingRecorder:
         return [
             module.register_forward_pre_hook(Hook(self._forward_begins), with_kwargs=True),
             module.register_forward_hook(Hook(self._forward_ends), with_kwargs=True),
+        ]
+
+    def _hook_encoder(self, encoder: torch.nn.Module) -> list[Any]:
+        """An encoder's tokens are not the decoder's: its pass inside the model's is a block."""
+        outer: list[Annotation | None] = []
+
+        def begins(module, args, kwargs):
+            outer[:] = [self._labels]
+            if self._records():
+                self._finish()
+                self._labels = None
+                self._guarded(self._read_labels, module, args, kwargs)
+
+        def ends(*_args):
+            if self._records():
+                self._finish()
+                self._labels = outer[0] if outer and self._root is not None else None
+
+        return [
+            encoder.register_forward_pre_hook(Hook(begins), with_kwargs=True),
+            encoder.register_forward_hook(Hook(ends)),
         ]
 
     def _forward_begins(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:

@@ -51,13 +51,14 @@ def attach(
     /,
     *,
     layer_ids: Sequence[int] | None = None,
+    routers: Any = None,
     **options: Any,
 ) -> RoutingRecorder | NullRecorder:
     """Record the routing of ``model`` from now on; ``close()`` the recorder at the end.
 
     Args:
         path_or_config: a directory, or the ``trace`` section of the configuration.
-        layer_ids: as in ``RoutingRecorder.attach``.
+        layer_ids, routers: as in ``RoutingRecorder.attach``.
         options: arguments of RoutingRecorder (``model="name"`` among them); they win over the
             configuration.
 
@@ -75,7 +76,7 @@ def attach(
         options = {"path": path_or_config, **options}
     recorder = RoutingRecorder(options.pop("path"), **options)
     try:
-        recorder.attach(model, layer_ids=layer_ids)
+        recorder.attach(model, layer_ids=layer_ids, routers=routers)
     except BaseException:
         recorder.close()
         raise

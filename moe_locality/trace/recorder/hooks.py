@@ -6,8 +6,9 @@ Nothing of DeepSpeed or transformers is imported: a model that contains their cl
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,15 @@ from moe_locality.errors import TraceError
 from moe_locality.trace.recorder.routes import (
     Routes,
     read_autoep_router,
+    read_custom,
     read_deepspeed_gate,
     read_experts_input,
+    read_jetmoe_router,
+    read_llama4_router,
+    read_longcat_experts,
+    read_mxfp4_mlp,
+    read_nllb_router,
+    read_switch_router,
 )
 
 MAX_EXPERTS = 32_767
@@ -26,6 +34,30 @@ MAX_EXPERTS = 32_767
 
 _EXPERTS_MARKS = ("is_transposed", "is_concatenated", "has_gate", "has_bias", "num_experts")
 """What transformers' ``@use_experts_implementation`` (the ExpertsInterface) sets on a module."""
+
+_MODELS = "transformers.models."
+_EXPERTS_INPUT = {
+    (_MODELS + "dbrx.modeling_dbrx", "DbrxExperts"): lambda _m, args, kwargs, weights: (
+        read_experts_input(args, kwargs, weights)
+    ),
+    (_MODELS + "longcat_flash.modeling_longcat_flash", "LongcatFlashExperts"): read_longcat_experts,
+}
+"""Experts of transformers outside the ExpertsInterface that are called with ids: their readers."""
+
+_OUTPUTS: dict[tuple[str, str], Callable[[Any, Any, bool], Routes]] = {
+    (_MODELS + "llama4.modeling_llama4", "Llama4Router"): read_llama4_router,
+    (_MODELS + "jetmoe.modeling_jetmoe", "JetMoeTopKGating"): read_jetmoe_router,
+    (
+        _MODELS + "switch_transformers.modeling_switch_transformers",
+        "SwitchTransformersTop1Router",
+    ): (read_switch_router),
+    (_MODELS + "nllb_moe.modeling_nllb_moe", "NllbMoeTop2Router"): read_nllb_router,
+    ("transformers.integrations.mxfp4", "Mxfp4GptOssMLP"): read_mxfp4_mlp,
+}
+"""Modules of transformers whose output tells the picks, and their readers."""
+
+Routers = Mapping[type, "tuple[int, Callable[[Any, tuple[Any, ...], Any], Any]]"]
+"""Class of a router -> (number of experts, read(module, args, output) -> ids or (ids, weights))."""
 
 OnRoutes = Callable[[int, torch.nn.Module, Callable[[bool], Routes]], None]
 OnShape = Callable[[int, "tuple[int, int] | None"], None]
@@ -68,16 +100,18 @@ class MoeLayer:
     name: str
     """Name of the hooked module in the model."""
     kind: str
-    """"deepspeed" (stock or ours), "autoep" or "transformers"."""
+    """"deepspeed" (stock or ours), "autoep", "transformers", or "output": read from its output."""
     module: torch.nn.Module
     parent: torch.nn.Module | None
     """The module around it, which sees [B, S, D]."""
     num_experts: int
     top_k: int | None
     """None: known only when it runs."""
+    read: Any = None
+    """Of the kinds "transformers" and "output": (module, args, kwargs or output, with_weights)."""
 
 
-def find_moe_layers(model: torch.nn.Module) -> list[MoeLayer]:
+def find_moe_layers(model: torch.nn.Module, routers: Routers | None = None) -> list[MoeLayer]:
     """Return the MoE layers of ``model`` in the order of ``named_modules()``.
 
     Raises:
@@ -86,11 +120,11 @@ def find_moe_layers(model: torch.nn.Module) -> list[MoeLayer]:
     modules = dict(model.named_modules())
     layers = []
     for name, module in modules.items():
-        kind = _kind_of(module)
+        parent = modules[name.rpartition(".")[0]] if name else None
+        kind, read = _kind_of(module, parent, routers or {})
         if kind is None:
             continue
-        parent = modules[name.rpartition(".")[0]] if name else None
-        num_experts, top_k = _sizes(kind, module)
+        num_experts, top_k = _sizes(kind, module, routers or {})
         if num_experts > MAX_EXPERTS:
             raise TraceError(
                 f"found {num_experts} experts in {name!r}, expected at most {MAX_EXPERTS}: the "
@@ -104,13 +138,16 @@ def find_moe_layers(model: torch.nn.Module) -> list[MoeLayer]:
                 parent=parent,
                 num_experts=num_experts,
                 top_k=top_k,
+                read=read,
             )
         )
     if not layers:
         raise TraceError(
             f"found no MoE layer in {type(model).__name__}, expected a deepspeed.moe.layer.MoE, an "
-            "AutoEP layer or transformers experts (transformers 5, its ExpertsInterface): attach "
-            "the recorder to the model that holds them, after they are built"
+            "AutoEP layer or transformers experts (transformers 5): attach the recorder to the "
+            "model that holds them, after they are built, or name its routers: attach(model, path, "
+            "routers={RouterClass: (num_experts, lambda module, args, output: expert_ids)}) with "
+            "expert_ids [T, K]"
         )
     return layers
 
@@ -136,14 +173,34 @@ def of_one_size(
     )
 
 
-def _kind_of(module: torch.nn.Module) -> str | None:
+def _kind_of(module: Any, parent: Any, routers: Routers) -> tuple[str | None, Any]:
+    """The kind of a module, None = no router, and its reader where the kind does not say it."""
+    for known, (_, custom) in routers.items():
+        if isinstance(module, known):
+            return "output", partial(_read_with, custom)
     if _is_a(module, "deepspeed.moe.sharded_moe", "TopKGate"):
-        return "deepspeed"
+        return "deepspeed", None
     if _is_a(module, "deepspeed.moe.ep_router", "TokenChoiceTopKRouter"):
-        return "autoep"
-    if all(hasattr(module, mark) for mark in _EXPERTS_MARKS) and "transformers" in sys.modules:
-        return "transformers"
-    return None
+        return "autoep", None
+    if "transformers" not in sys.modules:
+        return None, None
+    for place, read in _EXPERTS_INPUT.items():
+        if _is_a(module, *place):
+            return "transformers", read
+    for place, read in _OUTPUTS.items():
+        if _is_a(module, *place) and type(parent).__name__ != "JetMoeMoA":  # attention's experts
+            return "output", partial(_read_output, read)
+    if all(hasattr(module, mark) for mark in _EXPERTS_MARKS):
+        return "transformers", lambda _m, args, kwargs, w: read_experts_input(args, kwargs, w)
+    return None, None
+
+
+def _read_with(custom: Any, module: Any, args: Any, output: Any, with_weights: bool) -> Routes:
+    return read_custom(custom(module, args, output), with_weights)
+
+
+def _read_output(read: Any, module: Any, _args: Any, output: Any, with_weights: bool) -> Routes:
+    return read(module, output, with_weights)
 
 
 def _is_a(module: torch.nn.Module, where: str, name: str) -> bool:
@@ -151,12 +208,18 @@ def _is_a(module: torch.nn.Module, where: str, name: str) -> bool:
     return known is not None and isinstance(module, known)
 
 
-def _sizes(kind: str, module: Any) -> tuple[int, int | None]:
+def _sizes(kind: str, module: Any, routers: Routers) -> tuple[int, int | None]:
+    for known, (num_experts, _) in routers.items():
+        if isinstance(module, known):
+            return int(num_experts), None
     if kind == "deepspeed":
         return int(module.wg.out_features), int(module.k)
     if kind == "autoep":
         return int(module.num_experts), int(module.top_k)
-    return int(module.num_experts), None
+    for name in ("num_routed_experts", "num_experts"):
+        if hasattr(module, name):
+            return int(getattr(module, name)), None
+    return int(module.experts.num_experts), None
 
 
 def hook_layer(
@@ -180,7 +243,10 @@ def hook_layer(
 
 def _hook_router(index: int, layer: MoeLayer, on_routes: OnRoutes) -> RemovableHandle:
     def experts(module, args, kwargs):
-        on_routes(index, module, lambda weights: read_experts_input(args, kwargs, weights))
+        on_routes(index, module, lambda weights: layer.read(module, args, kwargs, weights))
+
+    def output_of(module, args, output):
+        on_routes(index, module, lambda weights: layer.read(module, args, output, weights))
 
     def router(module, _args, output):
         on_routes(index, module, lambda weights: read_autoep_router(output, weights))
@@ -190,7 +256,8 @@ def _hook_router(index: int, layer: MoeLayer, on_routes: OnRoutes) -> RemovableH
 
     if layer.kind == "transformers":
         return layer.module.register_forward_pre_hook(Hook(experts), with_kwargs=True)
-    return layer.module.register_forward_hook(Hook(router if layer.kind == "autoep" else gate))
+    hooks = {"autoep": router, "deepspeed": gate, "output": output_of}
+    return layer.module.register_forward_hook(Hook(hooks[layer.kind]))
 
 
 def _first_axes(values: list[Any]) -> tuple[int, int] | None:

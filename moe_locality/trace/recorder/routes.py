@@ -71,6 +71,58 @@ def read_experts_input(args: Sequence[Any], kwargs: dict[str, Any], with_weights
     )
 
 
+def read_longcat_experts(module: Any, args: Sequence[Any], kwargs: Any, weighted: bool) -> Routes:
+    """As ``read_experts_input``; experts past the real ones do nothing with a token: no pick."""
+    ids, weights = read_experts_input(args, kwargs, weighted)
+    return Routes(ids.masked_fill(ids >= module.num_routed_experts, -1), weights)
+
+
+def read_logits(logits: torch.Tensor, top_k: int, with_weights: bool) -> Routes:
+    """The ``top_k`` largest logits [T, E], for routers that do not return what they picked."""
+    values, ids = logits.detach().topk(top_k, dim=-1)
+    return Routes(ids, values.float().softmax(-1) if with_weights else None)
+
+
+def read_llama4_router(module: Any, output: Any, with_weights: bool) -> Routes:
+    """(scores [T, E], logits [T, E]); the weight of a pick is its sigmoid."""
+    values, ids = output[1].detach().topk(module.top_k, dim=1)
+    return Routes(ids, values.float().sigmoid() if with_weights else None)
+
+
+def read_jetmoe_router(module: Any, output: Any, with_weights: bool) -> Routes:
+    """(…, logits [T, E])."""
+    return read_logits(output[4], module.top_k, with_weights)
+
+
+def read_switch_router(_module: Any, output: Any, with_weights: bool) -> Routes:
+    """(one-hot [B, S, E], all zero = over capacity, probability [B, S, 1], logits)."""
+    chosen, probability = output[0].flatten(0, -2), output[1].detach().reshape(-1, 1)
+    ids = chosen.argmax(-1, keepdim=True).masked_fill(chosen.sum(-1, keepdim=True) == 0, -1)
+    return Routes(ids, probability if with_weights else None)
+
+
+def read_nllb_router(_module: Any, output: Any, with_weights: bool) -> Routes:
+    """(one-hot of the first pick, weights [T, E] of at most two picks, logits)."""
+    weights, ids = output[1].detach().flatten(0, -2).topk(2, dim=-1)
+    return Routes(ids.masked_fill(weights == 0, -1), weights if with_weights else None)
+
+
+def read_mxfp4_mlp(module: Any, output: Any, with_weights: bool) -> Routes:
+    """(hidden states, logits [T, E]); its kernels pick by the same logits."""
+    return read_logits(output[1], module.router.top_k, with_weights)
+
+
+def read_custom(found: Any, with_weights: bool) -> Routes:
+    """Check what a reader of ``attach(routers=)`` returned: ids [T, K], or ids and weights."""
+    ids, weights = found if isinstance(found, tuple) else (found, None)
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.is_floating_point():
+        raise TraceError(
+            f"found {_describe([ids])} from a reader in routers=, expected expert ids [T, K] as "
+            "integers, or a tuple of them and their weights [T, K]: correct the reader"
+        )
+    return Routes(ids, weights.detach() if with_weights and weights is not None else None)
+
+
 def _are_picks(ids: Any, weights: Any) -> bool:
     return (
         isinstance(ids, torch.Tensor)
