@@ -70,7 +70,7 @@ class Sequences:
         shape = _tokens_shape(given)
         if shape is None or explicit.stage == "decode" or explicit.positions is not None:
             return explicit
-        cache = given.get("past_key_values")
+        cache: Any = given.get("past_key_values")
         if not hasattr(cache, "get_seq_length") or module.training:
             return _without_cache(given, shape, explicit, self._new_requests)
         past = int(cache.get_seq_length())
@@ -138,7 +138,7 @@ def named_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def _tokens_shape(given: dict[str, Any]) -> tuple[int, int] | None:
     """(B, S) of the tokens that run; those of the decoder where there is one."""
     for name in ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds"):
-        value = given.get(name)
+        value: Any = given.get(name)
         if isinstance(value, torch.Tensor) and value.ndim >= 2:
             if value.is_meta or (value.is_cuda and torch.cuda.is_current_stream_capturing()):
                 return None
@@ -154,7 +154,7 @@ def _mask_of(
         wide = _widened(explicit.mask, shape[0])
         if wide.shape == shape:
             return wide
-    mask = _attention_mask(given)
+    mask: Any = _attention_mask(given)
     if isinstance(mask, dict):  # one per kind of attention, as for a static cache
         mask = next(iter(mask.values()), None)
     if not isinstance(mask, torch.Tensor) or mask.shape[0] != shape[0]:
@@ -178,7 +178,7 @@ def _attention_mask(given: dict[str, Any]) -> Any:
 
 def _seen_before(given: dict[str, Any], rows: int, past: int) -> np.ndarray:
     """int64 [B], tokens without padding in a cache that no pass before has shown."""
-    mask = _attention_mask(given)
+    mask: Any = _attention_mask(given)
     if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[0] == rows:
         return (mask[:, :past] != 0).sum(1).cpu().numpy().astype(np.int64)
     return np.full(rows, past, np.int64)
@@ -195,9 +195,7 @@ def _drafts(given: dict[str, Any], length: int, past: int) -> int:
     return logits if past else logits - 1
 
 
-def _padding_after_end(
-    module: Any, given: dict[str, Any], generation: Generation
-) -> np.ndarray | bool:
+def _padding_after_end(module: Any, given: dict[str, Any], generation: Generation) -> np.ndarray:
     """bool [B]: the row ended earlier, and generate() gives it padding while others go on."""
     name = "decoder_input_ids" if given.get("decoder_input_ids") is not None else "input_ids"
     ids = given.get(name)
@@ -224,7 +222,7 @@ def _without_cache(
         return explicit
     keep = _mask_of(given, shape, 0, explicit)
     mask = None if keep.all() else keep
-    positions = given.get("position_ids")
+    positions: Any = given.get("position_ids")
     if explicit.request_ids is None and isinstance(positions, torch.Tensor) and positions.ndim == 2:
         found = np.broadcast_to(positions.cpu().numpy(), shape)
         requests, within = _packed(found, keep)
