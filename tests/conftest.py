@@ -3,6 +3,7 @@ silent, property tests with the same examples everywhere.
 """
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,10 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# A job in the background ignores Ctrl-C, and so do its children: tests of Ctrl-C need it back.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Everyone tests the same examples; `make test-random` draws others and prints how to repeat one.
 settings.register_profile("same", derandomize=True, print_blob=True)

@@ -76,7 +76,7 @@ def signals_deferred() -> Iterator[None]:
     handlers: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not None:
+            if signal.getsignal(number) not in (None, signal.SIG_IGN):
                 handlers[number] = signal.signal(number, lambda got, _: _noted.append(got))
     try:
         yield
