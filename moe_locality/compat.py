@@ -81,6 +81,13 @@ def spreads_data_only(mpu: Any) -> bool:
     return whole and mpu.get_data_parallel_world_size() == dist.get_world_size()
 
 
+def model_parallel_unit() -> Any:
+    """Return the ``mpu`` that DeepSpeed was given, or None."""
+    from deepspeed.utils import groups
+
+    return groups.mpu
+
+
 def all_to_all_replaced() -> bool:
     """Return whether somebody put another exchange in the place of DeepSpeed's ``_AllToAll``.
 

@@ -24,6 +24,7 @@ import deepspeed  # noqa: E402
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 from deepspeed.pipe import PipelineModule  # noqa: E402
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config  # noqa: E402
+from deepspeed.utils import log_dist  # noqa: E402
 
 from moe_locality.layer.moe import adopt, configure, moe_modules  # noqa: E402
 
@@ -47,7 +48,8 @@ def apply(
         plan: place the experts too: their weights move between the ranks (collective, and before
             ``deepspeed.initialize``). With replicas, a rank gets more experts: collect the
             parameters to train afterwards. Default: the plan that the section names.
-        topology: node of every rank, for the traffic report.
+        topology: node of every rank. Default: found by ``deepspeed.initialize`` when it makes the
+            expert groups, from the section's ``cluster`` or by asking all ranks.
 
     Raises:
         ConfigError: the model has no DeepSpeed MoE layer, or one that cannot be swapped.
@@ -74,7 +76,9 @@ def apply(
             "experts": section.experts,
         }
         new = adopt(module, **chosen, topology=topology)
-        place: Any = module.deepspeed_moe.place
+        layer: Any = module.deepspeed_moe
+        layer.cluster = section.cluster or layer.cluster
+        place: Any = layer.place
         place.number, place.name = number, name
         if new:
             swapped.append(name)
@@ -83,7 +87,13 @@ def apply(
         given = {"dispatch_config": "dispatch", "kernels": "kernels", "experts": "experts"}
         said = {key: chosen[key] for key, name in given.items() if name in section.model_fields_set}
         configure(module, **said, topology=topology)
-    logger.info("moe_locality: %d of %d MoE layers swapped", len(swapped), len(layers))
+    if swapped:  # at the level that DeepSpeed shows by default, once per job
+        log_dist(
+            f"moe_locality: {len(swapped)} of {len(layers)} MoE layers swapped for its own "
+            f"(exchange {section.dispatch.exchange}, {'a' if plan else 'no'} plan)",
+            ranks=[0],
+            level=logging.WARNING,
+        )
     if plan is not None:
         from moe_locality.layer.relabel import relabel
         from moe_locality.layer.replicas import add_replicas

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from moe_locality import compat
-from moe_locality.config import DispatchConfig
+from moe_locality.config import ClusterConfig, DispatchConfig
 from moe_locality.dispatch.dispatcher import (
     TokenDispatcher,
     check_dispatch_config,
@@ -33,14 +33,15 @@ from moe_locality.dispatch.dispatcher import (
 from moe_locality.dispatch.hierarchical import Rails, find_rails, pays
 from moe_locality.dispatch.place import Place
 from moe_locality.dispatch.traffic import TrafficCounter
-from moe_locality.errors import ConfigError, PlacementError
+from moe_locality.errors import ConfigError, PlacementError, TopologyError
 from moe_locality.kernels import ops
 from moe_locality.layer.experts import ExpertsMode, check_experts_mode, run_experts
 from moe_locality.layer.overlap import Once
 from moe_locality.layer.replica_map import LayerReplicas
 from moe_locality.layer.view import View
 from moe_locality.topology.cluster import ClusterTopology
-from moe_locality.topology.groups import built_groups
+from moe_locality.topology.groups import built_groups, discover_topology, prepare_groups
+from moe_locality.topology.layout import Order
 
 compat.require_deepspeed()
 
@@ -75,6 +76,8 @@ class LocalityMOELayer(MOELayer):
     kernels: ops.Backend
     experts_mode: ExpertsMode
     topology: ClusterTopology | None
+    cluster: ClusterConfig | None = None
+    """what to find the topology from, where DeepSpeed's engine is started without initialize"""
     dispatcher: TokenDispatcher | None
     place: Place
     replicas: LayerReplicas | None
@@ -157,6 +160,9 @@ class LocalityMOELayer(MOELayer):
 
     def _get_dispatcher(self) -> TokenDispatcher:
         if self.dispatcher is None:
+            if self.topology is None:
+                groups = built_groups(group_ranks(self.ep_group, self.ep_size))
+                self.topology = None if groups is None else groups.topology
             self.dispatcher = TokenDispatcher(
                 self.ep_group,
                 self.topology,
@@ -223,6 +229,16 @@ class MoE(StockMoE):
             topology=topology,
         )
 
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """As DeepSpeed's, for which its engine asks on all ranks. Where it would make expert groups
+        and ``initialize`` made none, the nodes are found and groups made that follow them.
+        """
+        if not compat.expert_group_registered(self.expert_group_name):
+            order = "D+E" if use_data_before_expert_parallel_ else "E+D"
+            _follow_the_nodes(self.deepspeed_moe, self.ep_size, order)
+        stock: Any = StockMoE.set_deepspeed_parallelism
+        stock(self, use_data_before_expert_parallel_=use_data_before_expert_parallel_)
+
     def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> Any:
         """As DeepSpeed's; the residual MLP runs while the experts' results travel home.
 
@@ -237,6 +253,18 @@ class MoE(StockMoE):
             return stock(View(self, mlp=mlp), hidden_states, used_token)
         finally:
             layer.beside = None
+
+
+def _follow_the_nodes(layer: LocalityMOELayer, ep_size: int, order: Order) -> None:
+    """Make the expert groups of a layer whose nodes nobody found yet. Collective."""
+    if layer.topology is not None or compat.model_parallel_unit() is not None:
+        return
+    try:
+        prepare_groups(discover_topology(cluster_config=layer.cluster), [ep_size], order)
+    except TopologyError as error:  # on all ranks alike
+        if layer.cluster is not None:
+            raise
+        logger.warning("moe_locality: DeepSpeed makes the expert groups itself: %s", error)
 
 
 def _joined_signature() -> inspect.Signature:

@@ -6,6 +6,7 @@ all ranks, with the ranks that differ.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import os
@@ -55,7 +56,10 @@ _built: dict[str, "ExpertParallelGroups"] = {}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertParallelGroups:
-    """This rank's process groups for one ``ep_size``, and the (ascending) ranks of each."""
+    """This rank's process groups for one ``ep_size``, and the (ascending) ranks of each.
+
+    ``topology`` is the cluster that they were laid out for, where ``prepare_groups`` made them.
+    """
 
     layout: GroupLayout
     ep_group: Any
@@ -66,6 +70,7 @@ class ExpertParallelGroups:
     intra_node_ranks: tuple[int, ...]
     inter_node_group: Any
     inter_node_ranks: tuple[int, ...]
+    topology: ClusterTopology | None = None
 
 
 def exchange_objects(value: Any, group: Any = None) -> list[Any]:
@@ -123,11 +128,9 @@ def build_groups(layout: GroupLayout) -> ExpertParallelGroups:
         name: group_of(getattr(layout, f"{name}_groups"), dist.get_rank())
         for name in ("ep", "edp", "intra_node", "inter_node")
     }
-    built = ExpertParallelGroups(
-        layout=layout,
-        **{f"{name}_group": groups[ranks] for name, ranks in mine.items()},
-        **{f"{name}_ranks": ranks for name, ranks in mine.items()},
-    )
+    fields: dict[str, Any] = {f"{name}_group": groups[ranks] for name, ranks in mine.items()}
+    fields |= {f"{name}_ranks": ranks for name, ranks in mine.items()}
+    built = ExpertParallelGroups(layout=layout, **fields)
     _built[digest] = built
     return built
 
@@ -226,7 +229,8 @@ def prepare_groups(
     _raise_on_all(error, f"laying out the expert groups of ep_size {sizes}")
     result: dict[int, ExpertParallelGroups] = {}
     for layout in layouts:
-        result[layout.ep_size] = build_groups(layout)
+        built = dataclasses.replace(build_groups(layout), topology=topology)
+        result[layout.ep_size] = _built[layout.digest()] = built
         register_with_deepspeed(result[layout.ep_size], layout.ep_size)
     return result
 

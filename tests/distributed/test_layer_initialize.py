@@ -87,6 +87,50 @@ def test_a_placed_and_recorded_run_equals_stock(tmp_path):
     assert load.min() > 0
 
 
+def apply_finds_nodes_and_says_so(rank, world):
+    import logging
+
+    import deepspeed
+    from deepspeed.moe.layer import MoE as Stock
+    from deepspeed.utils.logging import logger
+
+    import moe_locality
+    from moe_locality.dispatch import traffic_report
+
+    said = []
+    handler = logging.Handler()  # at the level that DeepSpeed has by default
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger.addHandler(handler)
+    section = {
+        "cluster": {"num_nodes": 2, "ranks_per_node": 2},
+        "dispatch": {"exchange": "hierarchical"},
+    }
+    net = make_net(Stock, rank, world)
+    moe_locality.apply(net, section)
+    moe_locality.apply(net, section)
+    said = [line for line in said if "moe_locality" in line]
+    quiet()
+    engine = deepspeed.initialize(
+        model=net, model_parameters=list(net.parameters()), config=config_of(1, "float32")
+    )[0]
+    losses = train(engine, rank, "float32")
+    report = traffic_report(net)
+    engine.destroy()
+    return said, losses, report
+
+
+def test_apply_says_that_it_swapped_and_gets_nodes_from_the_engine():
+    """apply alone was silent, had no node groups and no bytes by link; it has them now [F11]."""
+    results = run_ranks(apply_finds_nodes_and_says_so, 4, deepspeed=True, timeout_s=240)
+    said, losses, report = results[0]
+    assert len(said) == 1
+    assert "2 of 2 MoE layers swapped" in said[0]
+    assert [lines for lines, _, _ in results[1:]] == [[]] * 3
+    assert np.isfinite(losses).all()
+    assert report["by_link"]["dispatch"]["cross_node"] > 0
+    assert report["by_link"]["routing"]["cross_node"] > 0  # packed rows: once per node
+
+
 def no_section_simply_works(rank, world, folder):
     from deepspeed.moe.layer import MoE as Stock
 
@@ -414,3 +458,42 @@ def pipelines_train_and_equal_stock(rank, world):
 
 def test_pipelines_train_and_equal_stock():
     run_ranks(pipelines_train_and_equal_stock, 2, deepspeed=True)
+
+
+def infers_as_documented(rank, world):
+    import re
+    from pathlib import Path
+
+    import deepspeed
+    from deepspeed.moe.layer import MoE as Stock
+
+    import moe_locality
+
+    quiet()
+    page = (Path(__file__).parents[2] / "docs/deepspeed.md").read_text(encoding="utf-8")
+    section = page[page.index("## Inference") : page.index("## What is whose")]
+    blocks = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    assert len(blocks) == 2
+    x, y = torch.randn(2, 2, 8, WIDTH, generator=torch.Generator().manual_seed(rank))
+    plan = plan_of([[2, 0, 3, 1], [3, 2, 1, 0]])
+    found = []
+    for block in (None, *blocks):
+        net = make_net(Stock, rank, world).eval()
+        names = {"model": net, "moe_locality": moe_locality, "deepspeed": deepspeed}
+        names |= {"torch": torch, "plan": plan, "batch": (x, y)}
+        if block is None:
+            for _, module in moe_locality.layer.moe.moe_modules(net):
+                module.set_deepspeed_parallelism()
+            with torch.no_grad():
+                found.append(net(x, y).item())
+            continue
+        exec(block, names)
+        found.append(names["output"].item())
+        assert isinstance(net.moe1, moe_locality.MoE)
+    return found
+
+
+def test_inference_works_as_documented():
+    """initialize without an optimizer and init_inference worked, written down nowhere [F11]."""
+    for stock, *ours in run_ranks(infers_as_documented, 2, deepspeed=True, timeout_s=240):
+        np.testing.assert_allclose(ours, [stock, stock], *LOSS["float32"])

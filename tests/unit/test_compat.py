@@ -184,3 +184,11 @@ def test_the_expert_data_parallel_group_is_found_by_name(monkeypatch):
     monkeypatch.setitem(groups._EXPERT_DATA_PARALLEL_GROUP, "ep_size_7", group)
     assert compat.expert_data_parallel_group("ep_size_7") is group
     assert compat.expert_data_parallel_group("") is None
+
+
+def test_the_model_parallel_unit_is_where_deepspeed_keeps_it(monkeypatch):
+    from deepspeed.utils import groups
+
+    assert compat.model_parallel_unit() is None
+    monkeypatch.setattr(groups, "mpu", "the unit")
+    assert compat.model_parallel_unit() == "the unit"
