@@ -125,7 +125,7 @@ class LocalityBatchSampler:
         self._shuffle, self._epoch, self._first = shuffle, 0, 0
         told = (batch_size, seed, bool(shuffle), [len(bundle) for bundle in bundles])
         digest = hashlib.sha256(repr(told).encode())
-        digest.update(np.array([s for bundle in bundles for s in bundle], dtype=np.int64))
+        digest.update(np.array([s for bundle in bundles for s in bundle], dtype=np.int64).tobytes())
         self._digest = digest.hexdigest()
 
     def set_epoch(self, epoch: int) -> None:
