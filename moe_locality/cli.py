@@ -133,6 +133,13 @@ def export(
         int | None,
         typer.Option("--num-hidden-layers", min=1, help="Transformer layers, for sglang."),
     ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            "--layers",
+            help="Transformer layers with experts (1-26), where the plan counts 0, 1, 2, ...",
+        ),
+    ] = None,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:

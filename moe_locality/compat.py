@@ -121,6 +121,22 @@ def expert_data_parallel_group(name: str) -> Any:
     return groups._get_expert_data_parallel_group_dict().get(name)
 
 
+def pipeline_layer_kinds(module: Any) -> list[type | None]:
+    """Return the class of every layer of a ``PipelineModule``, those of other stages too.
+
+    None for what is no block: functions, layers of torch.nn, and those that stages share (tied
+    embeddings).
+    """
+    from deepspeed.runtime.pipe.module import LayerSpec, TiedLayerSpec
+
+    kinds: list[type | None] = []
+    for layer in module._layer_specs:
+        kind = layer.typename if isinstance(layer, LayerSpec) else type(layer)
+        fits = hasattr(kind, "named_modules") and not kind.__module__.startswith("torch.nn.")
+        kinds.append(kind if fits and not isinstance(layer, TiedLayerSpec) else None)
+    return kinds
+
+
 def default_store() -> Any:
     """Return the key-value store of the default process group (it works before a device is set)."""
     from torch.distributed.distributed_c10d import _get_default_store

@@ -51,6 +51,10 @@ class TraceConfig(_Section):
     ring_tokens: int = Field(
         default=65_536, ge=1, description="tokens kept on the device per layer"
     )
+    sequence_first: bool | None = Field(
+        default=None,
+        description="hidden states are [S, B, D]; None: found where input ids are [B, S]",
+    )
     graph_replays: int = Field(
         default=0, ge=0, description="replays of a CUDA graph kept on the device between steps"
     )

@@ -66,11 +66,14 @@ def _layer_numbers(text: str) -> list[int]:
     return numbers
 
 
-def export(plan: Path, to: str, out: Path, num_hidden_layers: int | None) -> Result:
+def export(
+    plan: Path, to: str, out: Path, num_hidden_layers: int | None, layers: str | None
+) -> Result:
     """Write a plan in the format of a serving engine or of DeepSpeed."""
     check_writable(out, "map", plan)
     placed = PlacementPlan.read(plan)
-    write_export(placed, out, to, num_hidden_layers)
+    chosen = None if layers is None else _layer_numbers(layers)
+    write_export(placed, out, to, num_hidden_layers, chosen)
     payload = {
         "command": "export",
         "plan": plan,

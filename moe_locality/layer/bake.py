@@ -37,6 +37,7 @@ from moe_locality.layer.checkpoint_io import (
 )
 from moe_locality.layer.moves import check_is_permutation, source_slots
 from moe_locality.placement.plan import PlacementPlan
+from moe_locality.trace.recorder.hooks import layer_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def bake_checkpoint(
 
     Args:
         checkpoint_dir: folder with ``latest`` and one folder per tag.
-        plan: row i is for the i-th MoE layer; a permutation.
+        plan: a permutation; its ``layer_ids`` are the transformer layers that have experts.
         out_dir: new (or empty) folder.
         tag: which checkpoint; by default the one that ``latest`` names.
         trust_checkpoint: unpickle objects that are not plain data; they can run code.
@@ -103,10 +104,12 @@ def _prepare(folder: Path, plan: PlacementPlan, trusted: bool, trust_order: bool
     files = find_files(folder)
     plan.check_fits(num_experts=files.num_experts, layer_count=files.num_layers)
     dense = {mp: read_file(path, trusted=trusted) for mp, path in files.dense.items()}
+    numbers = layer_numbers(files.prefixes, dense[min(dense)].get("module") or ())
     first = files.dense[min(files.dense)]
     entry = read_entry(dense[min(dense)], first)
     current = orders_of(entry, files.num_layers, files.num_experts)
-    target = [row.astype(np.int64) for row in plan.physical_to_logical_map]
+    rows = plan.rows_for(numbers, files.num_layers)
+    target = [row.astype(np.int64) for row in plan.physical_to_logical_map[rows]]
     sources = [source_slots(old, new) for old, new in zip(current, target, strict=True)]
     names = entry.get("optimizer_names") if entry else None
     optimizer, left_out = None, None

@@ -26,7 +26,7 @@ from deepspeed.pipe import PipelineModule  # noqa: E402
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config  # noqa: E402
 from deepspeed.utils import log_dist  # noqa: E402
 
-from moe_locality.layer.moe import adopt, configure, moe_modules  # noqa: E402
+from moe_locality.layer.moe import adopt, configure, moe_modules, plan_rows  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +66,8 @@ def apply(
     if plan is None and section.plan is not None:
         plan = PlacementPlan.read(section.plan)
     if plan is not None:
-        sizes = {module.num_experts for _, module in layers}
-        plan.check_fits(layer_count=len(layers), num_experts=max(sizes))
+        plan.check_fits(num_experts=max(module.num_experts for _, module in layers))
+        plan_rows(model, plan)
     swapped = []
     for number, (name, module) in enumerate(layers):
         chosen: dict[str, Any] = {
@@ -234,7 +234,8 @@ def _agree_on_inputs(
             _refuse_clipping(plan, ds_config)
             layers = moe_modules(bound["model"])
             sizes = {module.num_experts for _, module in layers}
-            plan.check_fits(layer_count=len(layers), num_experts=max(sizes, default=None))
+            plan.check_fits(num_experts=max(sizes, default=None))
+            plan_rows(bound["model"], plan)
     except MoeLocalityError as error:
         failure = error
     facts = {
@@ -336,8 +337,8 @@ def _prepare_model(
         )
     if pipeline and section.trace is not None and section.trace.enabled:
         raise ConfigError(
-            "found trace together with a pipeline, expected one: only you know the layer numbers "
-            "of each stage; leave trace out and call RoutingRecorder.attach(module, layer_ids=...)"
+            "found trace together with a pipeline, expected one: leave trace out, and call "
+            "moe_locality.attach(engine.module, path) on the stages that have MoE layers"
         )
     sizes = {module.ep_size for _, module in moe_modules(model)}
     if sizes and not pipeline and data_only:

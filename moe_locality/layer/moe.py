@@ -39,9 +39,11 @@ from moe_locality.layer.experts import ExpertsMode, check_experts_mode, run_expe
 from moe_locality.layer.overlap import Once
 from moe_locality.layer.replica_map import LayerReplicas
 from moe_locality.layer.view import View
+from moe_locality.placement.plan import PlacementPlan
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.topology.groups import built_groups, discover_topology, prepare_groups
 from moe_locality.topology.layout import Order
+from moe_locality.trace.recorder.hooks import moe_layer_ids
 
 compat.require_deepspeed()
 
@@ -281,9 +283,24 @@ MoE.__signature__ = _joined_signature()  # pyright: ignore[reportAttributeAccess
 def moe_modules(model: torch.nn.Module) -> list[tuple[str, StockMoE]]:
     """Return (name, module) of every DeepSpeed MoE layer, ours too, in ``named_modules`` order.
 
-    Layer i of a placement plan belongs to entry i.
+    ``plan_rows`` says which row of a plan is for which entry.
     """
     return [(name, m) for name, m in model.named_modules() if isinstance(m, StockMoE)]
+
+
+def plan_rows(model: torch.nn.Module, plan: PlacementPlan) -> list[int]:
+    """Return the row of ``plan`` that is for each entry of ``moe_modules(model)``.
+
+    Raises:
+        PlacementError: the plan is for other layers.
+    """
+    return plan.rows_for(*layer_ids_of(model))
+
+
+def layer_ids_of(model: torch.nn.Module) -> tuple[list[int] | None, int]:
+    """Return the transformer layer index of each MoE layer (None: not to be told), and L."""
+    names = [name for name, _ in moe_modules(model)]
+    return moe_layer_ids(model, names), len(names)
 
 
 def adopt(

@@ -22,7 +22,7 @@ from moe_locality.analysis.similarity import jensen_shannon_bits
 from moe_locality.config import OnlineConfig
 from moe_locality.errors import ConfigError, MoeLocalityError, PlacementError
 from moe_locality.layer.fragments import expert_pieces, slab_bytes
-from moe_locality.layer.moe import MoE, moe_modules
+from moe_locality.layer.moe import MoE, layer_ids_of, moe_modules
 from moe_locality.layer.optimizer_state import state_source
 from moe_locality.layer.relabel import current_order, plan_of, relabel, tied_layers
 from moe_locality.layer.relocate import MoveReport, Undone
@@ -204,9 +204,10 @@ class OnlinePlacement:
     def _plan(self) -> PlacementPlan:
         """The orders that the layers have now, as a plan of the watched cluster."""
         followed = plan_of(self.engine)
+        numbers, _ = layer_ids_of(self.engine.module)
         return PlacementPlan(
             model=followed.model if followed is not None else "",
-            layer_ids=tuple(range(len(self.layers))) if followed is None else followed.layer_ids,
+            layer_ids=tuple(range(len(self.layers)) if numbers is None else numbers),
             num_experts=self.layers[0].num_experts,
             num_nodes=self.topology.num_nodes,
             ranks_per_node=self.topology.ranks_per_node,

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from moe_locality import compat
 from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.layer.fragments import StateSource, no_state
-from moe_locality.layer.moe import moe_modules, set_slot_to_logical
+from moe_locality.layer.moe import moe_modules, plan_rows, set_slot_to_logical
 from moe_locality.layer.moves import check_is_permutation
 from moe_locality.layer.optimizer_state import (
     check_between_steps,
@@ -72,7 +72,7 @@ def relabel(
         model_or_engine: a model with DeepSpeed MoE layers (ours or stock), before
             ``deepspeed.initialize``; or the engine, at ZeRO stage 0, 1 or 2 in fp32, bf16 or fp16:
             fp32 masters and moments then move along.
-        plan: row i is for the i-th MoE layer in ``named_modules()`` order.
+        plan: its ``layer_ids`` are the transformer layers of the model that have experts.
         group: EP group of this rank, needed only where neither the layers nor DeepSpeed know one
             yet and ``ep_size`` is neither 1 nor the number of ranks.
         weights_only: move the weights of a model that has its groups, and no optimizer state. Only
@@ -203,7 +203,8 @@ def plan_targets(
             f"found MoE layers with different numbers of experts ({sizes}), expected one number: a "
             "plan has the same experts in every layer; this model cannot be placed"
         )
-    plan.check_fits(layer_count=len(layers), num_experts=sizes[0] if sizes else None)
+    plan.check_fits(num_experts=sizes[0] if sizes else None)
+    rows = plan_rows(model, plan)
     for name, module in layers:
         if getattr(module.deepspeed_moe, "replicas", None) is not None:
             raise PlacementError(
@@ -220,7 +221,7 @@ def plan_targets(
             slot_to_logical=plan.physical_to_logical_map[row].astype(np.int64),
             group=find_group(module, group),
         )
-        for row, (name, module) in enumerate(layers)
+        for row, (name, module) in zip(rows, layers, strict=True)
     ]
     check_tied_stay(model, targets, [current_order(target.module) for target in targets])
     return targets

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from moe_locality import compat
 from moe_locality.errors import ConfigError, PlacementError
-from moe_locality.layer.moe import moe_modules, set_slot_to_logical
+from moe_locality.layer.moe import moe_modules, plan_rows, set_slot_to_logical
 from moe_locality.layer.optimizer_state import check_no_gradients, layout_of
 from moe_locality.layer.relabel import (
     Target,
@@ -54,7 +54,7 @@ def add_replicas(
 
     Args:
         model: with layers of ours (``apply`` swaps them), before ``deepspeed.initialize``.
-        plan: row i is for the i-th MoE layer in ``named_modules()`` order.
+        plan: its ``layer_ids`` are the transformer layers of the model that have experts.
         group: see :func:`~moe_locality.layer.relabel`.
 
     Raises:
@@ -74,7 +74,7 @@ def add_replicas(
     agree("plans", plan.digest())
     agree("models or placements", hashlib.sha256(repr(facts).encode()).hexdigest())
     serving = plan.serving_slot()
-    for row, target in enumerate(targets):
+    for row, target in zip(plan_rows(model, plan), targets, strict=True):
         if target.module.deepspeed_moe.replicas is None:
             _build(target, serving[row].astype(np.int64))
     logger.info(
@@ -161,7 +161,6 @@ def _targets(
     model: nn.Module, plan: PlacementPlan, group: dist.ProcessGroup | None
 ) -> list[Target]:
     layers = moe_modules(model)
-    plan.check_fits(layer_count=len(layers))
     check_one_ep_size(layers)
     targets = []
     for place, tied in tied_layers(model).items():
@@ -170,7 +169,7 @@ def _targets(
             "expected experts and router of each layer to be its own: untie them (a copy for each "
             "layer), or run this model without replicas"
         )
-    for row, (name, module) in enumerate(layers):
+    for row, (name, module) in zip(plan_rows(model, plan), layers, strict=True):
         plan.check_fits(num_experts=module.num_experts, num_ranks=module.ep_size)
         wanted = plan.physical_to_logical_map[row].astype(np.int64)
         _check_layer(name or "the model", module, wanted)

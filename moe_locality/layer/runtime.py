@@ -92,7 +92,7 @@ def attach_runtime(
     if trace is not None and trace.enabled:
         from moe_locality.trace import recorder
 
-        runtime.recorder = recorder.attach(runtime.model, trace, model=type(runtime.model).__name__)
+        runtime.recorder = recorder.attach(engine, trace, model=type(runtime.model).__name__)
         after_each_step(engine, runtime.recorder.step)
     if runtime.config.tracking is not None and runtime.config.tracking.enabled:
         _attach_log(engine, runtime, ds_config)

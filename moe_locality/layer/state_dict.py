@@ -238,9 +238,7 @@ def _check_all_covered(
 def _sources(
     plan: PlacementPlan, current: PlacementPlan | None, layers: list[int]
 ) -> dict[int, np.ndarray]:
-    plan.check_fits(layer_count=len(layers))
-    if plan.layer_ids not in (tuple(layers), tuple(range(len(layers)))):
-        plan.check_fits(layer_ids=layers)
+    rows = plan.rows_for(layers, len(layers))
     if current is not None:
         check_is_permutation(current)
         current.check_fits(layer_ids=plan.layer_ids, num_experts=plan.num_experts)
@@ -248,7 +246,7 @@ def _sources(
     now = identity if current is None else current.physical_to_logical_map
     return {
         layer: source_slots(now[row], plan.physical_to_logical_map[row])
-        for row, layer in enumerate(layers)
+        for row, layer in zip(rows, layers, strict=True)
     }
 
 

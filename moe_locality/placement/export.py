@@ -7,7 +7,7 @@
 * ``vllm-ranks``: ``{"expert_to_ep_rank": [E]}``, the rank of every expert: ``--expert-placement-
   file`` of vllm-project/vllm PR 34811 (issue 34297). One list for all layers, no replicas; a rank
   holds its experts in rising order.
-* ``sglang``: ``{"physical_to_logical_map": rows}``, one row per *transformer* layer:
+* ``sglang``: ``{"physical_to_logical_map": rows}``, one row per *transformer* layer, dense or not:
   ``--init-expert-location FILE.json`` (sgl-project/sglang, srt/eplb/expert_location.py). Only that
   key: SGLang passes every key on as an argument. With replicas start it with
   ``--ep-num-redundant-experts``.
@@ -21,8 +21,11 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from moe_locality.errors import PlacementError
 from moe_locality.files import replace_text
@@ -32,8 +35,8 @@ AUTOEP_DESCRIPTOR_VERSION = 1
 
 
 def to_vllm_map(plan: PlacementPlan) -> list[list[int]]:
-    """[L][P]: the logical expert in every slot of every MoE layer."""
-    return plan.physical_to_logical_map.tolist()
+    """[L][P]: the logical expert in every slot of every MoE layer, the first layer first."""
+    return plan.physical_to_logical_map[np.argsort(plan.layer_ids)].tolist()
 
 
 def to_vllm_ranks(plan: PlacementPlan) -> dict[str, list[int]]:
@@ -70,16 +73,15 @@ def to_engine_dict(plan: PlacementPlan, num_hidden_layers: int | None = None) ->
     Raises:
         PlacementError: a layer of the plan is not below ``num_hidden_layers``.
     """
-    rows = plan.physical_to_logical_map.tolist()
     if num_hidden_layers is None:
-        return {"physical_to_logical_map": rows}
+        return {"physical_to_logical_map": to_vllm_map(plan)}
     if max(plan.layer_ids) >= num_hidden_layers or min(plan.layer_ids) < 0:
         raise PlacementError(
             f"found layer ids up to {max(plan.layer_ids)} in the plan, expected them below "
             f"num_hidden_layers = {num_hidden_layers}: give the number of layers of the model"
         )
     filler = [slot % plan.num_experts for slot in range(plan.num_slots)]
-    of_layer = dict(zip(plan.layer_ids, rows, strict=True))
+    of_layer = dict(zip(plan.layer_ids, plan.physical_to_logical_map.tolist(), strict=True))
     return {"physical_to_logical_map": [of_layer.get(i, filler) for i in range(num_hidden_layers)]}
 
 
@@ -87,15 +89,47 @@ def to_sglang_map(plan: PlacementPlan, num_hidden_layers: int | None = None) -> 
     """``to_engine_dict`` with a row for every transformer layer.
 
     Raises:
-        PlacementError: ``num_hidden_layers`` is not given and the plan skips layers.
+        PlacementError: ``num_hidden_layers`` is not given; a plan cannot know it.
     """
-    if num_hidden_layers is None and plan.layer_ids != tuple(range(plan.num_layers)):
+    if num_hidden_layers is None:
         raise PlacementError(
-            f"found MoE layers {list(plan.layer_ids)[:4]} ..., which are not all layers of the "
-            "model, expected the number of its transformer layers, for SGLang reads a row for each:"
-            " give --num-hidden-layers (num_hidden_layers of the model's config)"
+            f"found a plan of the MoE layers {list(plan.layer_ids)[:4]} ... and no number of "
+            "transformer layers, expected it, for SGLang reads a row for each, dense ones too: "
+            "give --num-hidden-layers (num_hidden_layers of the model's config)"
         )
-    return to_engine_dict(plan, num_hidden_layers or plan.num_layers)
+    return to_engine_dict(plan, num_hidden_layers)
+
+
+def with_layers(
+    plan: PlacementPlan, layers: Sequence[int] | None, num_hidden_layers: int | None
+) -> PlacementPlan:
+    """The plan with these ``layer_ids``: the transformer layers of its rows, in rising order.
+
+    Raises:
+        PlacementError: their number differs; or none are given and the plan's are 0, 1, 2, ... of a
+            model with more layers: old traces and bare models count MoE layers only.
+    """
+    count = plan.num_layers
+    if layers is None:
+        if num_hidden_layers is None or not count < num_hidden_layers:
+            return plan
+        if sorted(plan.layer_ids) != list(range(count)):
+            return plan
+        raise PlacementError(
+            f"found a plan of the layers 0 to {count - 1} for a model with {num_hidden_layers}, "
+            "expected to know which transformer layers they are: a recording may have counted MoE "
+            f"layers only; give --layers, such as {num_hidden_layers - count}-"
+            f"{num_hidden_layers - 1} (dense layers first) or 0-{count - 1} (dense layers last)"
+        )
+    if len(set(layers)) != count or len(layers) != count:
+        raise PlacementError(
+            f"found {len(layers)} layers in --layers, expected {count} different ones, one for "
+            "each MoE layer of the plan: correct them"
+        )
+    order = np.argsort(plan.layer_ids)
+    ids = np.empty(count, int)
+    ids[order] = sorted(layers)
+    return replace(plan, layer_ids=tuple(ids.tolist()))
 
 
 def to_autoep_descriptors(plan: PlacementPlan) -> dict[int, dict[str, Any]]:
@@ -146,8 +180,11 @@ def write_export(
     path: str | os.PathLike[str],
     target: str,
     num_hidden_layers: int | None = None,
+    layers: Sequence[int] | None = None,
 ) -> Path:
     """Write a plan as JSON for one of ``TARGETS``, whole or not at all.
+
+    ``layers``: see ``with_layers``.
 
     Raises:
         PlacementError: the target is unknown or cannot hold this plan, or the file cannot be
@@ -155,6 +192,7 @@ def write_export(
     """
     if target not in TARGETS:
         raise PlacementError(f"found target {target!r}, expected one of: {', '.join(TARGETS)}")
+    plan = with_layers(plan, layers, num_hidden_layers if target == "sglang" else None)
     text = json.dumps(TARGETS[target](plan, num_hidden_layers)) + "\n"
     try:
         return replace_text(path, text)

@@ -170,6 +170,94 @@ def test_autoep_routers(tmp_path):
             assert (mine.expert_weights[:, layer] == weights).all()
 
 
+def accumulate(_rank, _world, folder, how):
+    """Three optimizer steps of two micro-batches; where asked, only every second is recorded."""
+    import moe_locality
+    from moe_locality.trace.recorder import attach
+
+    every = 2 if how.endswith("every 2") else 1
+    model = MoeModel(num_layers=2, k=2)
+    if how.startswith("initialize"):
+        section = {"trace": {"path": folder, "every_n_steps": every}}
+        engine = moe_locality.initialize(
+            model=model,
+            model_parameters=list(model.parameters()),
+            config={**CONFIG, "moe_locality": section},
+        )[0]
+        recorder = engine.moe_locality.recorder
+    else:
+        engine = engine_of(model)
+        recorder = attach(engine, folder, strict=True, every_n_steps=every)
+    for micro in range(6):
+        engine.backward(engine(inputs(seed=micro)).square().mean())
+        engine.step()
+    assert recorder.close().failure is None
+
+
+@pytest.mark.parametrize("how", ["initialize", "initialize, every 2", "engine", "engine, every 2"])
+def test_the_step_is_the_optimizer_step_from_the_start(tmp_path, how):
+    """Before the first optimizer step each micro-batch counted as one: 0 1 2 3 5 5 [D6]."""
+    run_ranks(accumulate, 1, str(tmp_path), how, deepspeed=True)
+    steps = [0, 2] if how.endswith("every 2") else [0, 1, 2]
+    assert read_trace(tmp_path).step.tolist() == np.repeat(steps, 20).tolist()
+
+
+class Residual(torch.nn.Module):
+    """A block of a pipeline, MoE or dense."""
+
+    def __init__(self, moe):
+        super().__init__()
+        self.mlp = MoeModel(num_layers=1).blocks[0] if moe else torch.nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        y = self.mlp(x)
+        return x + (y[0] if isinstance(y, tuple) else y)
+
+
+class Other(Residual):
+    """A block of another class."""
+
+
+def record_pipeline(rank, _world, folder):
+    """Stage 0 has the blocks 0 (dense) and 1 (MoE), stage 1 the blocks 2 (dense) and 3 (MoE)."""
+    import deepspeed
+    from deepspeed.pipe import LayerSpec, PipelineModule
+
+    from moe_locality.trace.recorder import attach
+
+    specs = [LayerSpec(Residual, False), LayerSpec(Other, True)]
+    specs += [LayerSpec(Residual, False), LayerSpec(Other, True)]
+    layers = [torch.nn.Linear(WIDTH, WIDTH), lambda x: x, *specs, torch.nn.Linear(WIDTH, WIDTH)]
+    net = PipelineModule(
+        layers, num_stages=2, loss_fn=torch.nn.functional.mse_loss, partition_method="uniform"
+    )
+    engine = deepspeed.initialize(
+        model=net,
+        model_parameters=list(net.parameters()),
+        config=CONFIG,
+        dist_init_required=False,
+    )[0]
+    recorder = attach(engine, folder, strict=True)
+    witness = GateWitness(engine.module)
+    data = iter([(inputs(seed=seed), inputs(seed=9)) for seed in range(4)])
+    for _ in range(2):
+        engine.train_batch(data)
+    assert recorder.close().failure is None
+    return witness.picks(0)
+
+
+def test_stages_of_a_pipeline_are_numbered_across_the_stages(tmp_path):
+    """Both stages recorded layer 0, and reading merged them [F2]."""
+    seen = run_ranks(record_pipeline, 2, str(tmp_path), deepspeed=True)
+    trace = read_trace(tmp_path)
+    assert trace.layer_ids.tolist() == [1, 3]
+    assert trace.num_tokens == 40
+    assert trace.step.tolist() == [0] * 20 + [1] * 20
+    order = np.lexsort([trace.position, trace.request_id])
+    for layer, picks in enumerate(seen):
+        assert (np.sort(trace.expert_ids[order, layer], axis=1) == picks).all()
+
+
 def record_stage(rank, _world, folder):
     """Rank 0 has the layers 0 and 1 of a model, rank 1 the layers 2 and 3, one after the other."""
     import torch.distributed as dist

@@ -10,8 +10,9 @@ Not here: how a plan is found (``solve``) and what it costs (``evaluate``).
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from moe_locality.placement.plan.checks import (
 )
 from moe_locality.placement.plan.serving import choose_serving_slots
 from moe_locality.placement.plan.text import dump_rows, to_plain
+
+logger = logging.getLogger(__name__)
 
 _REQUIRED = (
     "format_version",
@@ -326,3 +329,32 @@ class PlacementPlan:
                     f"expected {expected!r}: make a plan for this model and cluster with "
                     "`moe-locality place`"
                 )
+
+    def rows_for(self, layer_ids: Sequence[int] | None, layer_count: int) -> list[int]:
+        """Return the row of each MoE layer of a model, given its transformer layer indices.
+
+        A plan with layers 0, 1, 2, ... is also taken in order: its trace may have counted MoE
+        layers only. So is any plan by a model whose indices are unknown (None).
+
+        Raises:
+            PlacementError: the plan has another number of layers, or other ones.
+        """
+        self.check_fits(layer_count=layer_count)
+        row_of = {layer: row for row, layer in enumerate(self.layer_ids)}
+        rows = [row_of[layer] for layer in sorted(row_of)]
+        if layer_ids is None:
+            return rows
+        if set(layer_ids) == row_of.keys():
+            return [row_of[layer] for layer in layer_ids]
+        if sorted(row_of) != list(range(layer_count)):
+            raise PlacementError(
+                f"the plan does not fit: layer ids: found {self.layer_ids} in the plan, "
+                f"expected {tuple(layer_ids)}, the transformer layers of the model that have "
+                "experts: make a plan for this model with `moe-locality place`"
+            )
+        logger.warning(
+            "the plan numbers its layers 0 to %d; they are taken in order for the MoE layers %s",
+            layer_count - 1,
+            list(layer_ids),
+        )
+        return rows

@@ -29,6 +29,14 @@ from moe_locality.trace.recorder.writer import WriterThread
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """The forward pass that runs: class of the model that is attached, [B, S] of its token ids."""
+
+    model: str
+    input_axes: tuple[int, int] | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AssemblerSettings:
     """How blocks are collected; the names are those of RoutingRecorder."""
@@ -36,7 +44,7 @@ class AssemblerSettings:
     weights: bool
     every_n_steps: int
     ring_tokens: int
-    sequence_first: bool
+    sequence_first: bool | None
     max_wait_s: float
     strict: bool
     graph_replays: int
@@ -47,16 +55,23 @@ class Assembler:
     """The state between two hooks. One thread at a time runs forward passes."""
 
     def __init__(
-        self, settings: AssemblerSettings, writer: WriterThread, num_layers: int, step: int
+        self,
+        settings: AssemblerSettings,
+        writer: WriterThread,
+        names: list[str],
+        step: int,
+        explicit_steps: bool,
     ) -> None:
         self.step = step
-        self.explicit_steps = False
+        self.explicit_steps = explicit_steps
+        self.forward: Forward | None = None
         self.dropped_tokens = 0
         self.skipped_blocks = 0
-        self.replays = Replays(settings.graph_replays, num_layers, settings.weights)
+        self.replays = Replays(settings.graph_replays, len(names), settings.weights)
         self._settings = settings
         self._writer = writer
-        self._num_layers = num_layers
+        self._names = names
+        self._sequence_first = bool(settings.sequence_first)
         self._ring: Ring | None = None
         self._block: Block | None = None
         self._progress = Progress(Annotation())
@@ -70,27 +85,33 @@ class Assembler:
 
     def add(
         self,
-        layer: int,
+        places: tuple[int, ...],
         module: torch.nn.Module,
         read: Callable[[bool], Routes],
         shape: tuple[int, int] | None,
         annotation: Annotation,
     ) -> None:
-        """Take the picks of one layer."""
+        """Take the picks of one layer, that of the first of its places that has none yet."""
         block = self._block
         if block is not None and block.thread != threading.get_ident():
             self.skip("threads", "found a forward pass in a second thread while one was running")
             return
-        if block is not None and (layer in block.layers_seen or block.told is not annotation):
+        seen = set() if block is None else block.layers_seen
+        layer = next((place for place in places if place not in seen), None)
+        if block is not None and (layer is None or block.told is not annotation):
+            if block.told is annotation and self.forward is not None and not generates(annotation):
+                self._ran_again(block, places)
+                return
             self.finish()
             block = None
+        layer = places[0] if layer is None or block is None else layer
         if block is not None and not block.recorded:
             return
         routes = read(self._settings.weights)
         if routes.ids.is_meta:  # shape inference
             return
         if is_capturing(routes.ids):
-            self._capture(layer, module, routes, shape, annotation)
+            self._capture(places, module, routes, shape, annotation)
             return
         if block is None:
             block = self._begin(len(routes.ids), annotation, shape, module.training)
@@ -176,13 +197,18 @@ class Assembler:
             self._give_up(block, "queue", self._too_slow())
 
     def _capture(
-        self, layer: int, module: Any, routes: Routes, shape: Any, annotation: Annotation
+        self,
+        places: tuple[int, ...],
+        module: Any,
+        routes: Routes,
+        shape: Any,
+        annotation: Annotation,
     ) -> None:
         """Take the picks of one layer into the CUDA graph that is being captured."""
         if self._block is not None:
             self.discard("the capture of a CUDA graph began inside it")
         ids, weights = routes
-        if self.replays.add(layer, module, ids, weights, shape, annotation):
+        if self.replays.add(places, module, ids, weights, shape, annotation):
             return
         if "capture" not in self._warned:
             self.skip(
@@ -227,7 +253,7 @@ class Assembler:
         progress, settings = self._progress, self._settings
         told, error = annotation, None
         try:
-            layout = layout_of(num_tokens, shape, annotation, settings.sequence_first)
+            layout = layout_of(num_tokens, shape, annotation, self._is_sequence_first(shape))
             check_fits(annotation, layout, progress.forward_index == 0)
         except TraceError as found:
             if annotation.explicit is not None:  # what was found is of other tokens
@@ -254,6 +280,16 @@ class Assembler:
         elif block.recorded:
             self._give_up(block, "labels", error)
         return block
+
+    def _is_sequence_first(self, shape: tuple[int, int] | None) -> bool:
+        """As set; else as last seen where the ids are [B, S] and a layer is given [S, B, D]."""
+        ids = None if self.forward is None else self.forward.input_axes
+        if self._settings.sequence_first is None and ids is not None and shape is not None:
+            if shape == ids:
+                self._sequence_first = ids[0] == ids[1] and self._sequence_first
+            elif shape == ids[::-1]:
+                self._sequence_first = True
+        return self._sequence_first
 
     def _request_ids(self, block: Block) -> np.ndarray:
         """The ids that were given, those of the generation that goes on, or new ones."""
@@ -300,7 +336,7 @@ class Assembler:
 
     def _ring_for(self, block: Block, routes: Routes) -> Ring | None:
         """Return the ring, made or enlarged so that two blocks of this size fit; None: no time."""
-        per_token = self._num_layers * routes.ids.shape[1]
+        per_token = len(self._names) * routes.ids.shape[1]
         ring = self._ring
         if ring is not None and (
             block.entries or ring.capacity >= 2 * per_token * block.num_tokens
@@ -343,6 +379,20 @@ class Assembler:
             self._ring.rewind(block.start)
         self.dropped_tokens += block.num_tokens
         self.skip(kind, reason)
+
+    def _ran_again(self, block: Block, places: tuple[int, ...]) -> None:
+        """Refuse a forward pass in which a layer runs more often than it has names."""
+        if not block.recorded:
+            return
+        self._give_up(
+            block,
+            "again",
+            f"found that MoE layer {self._names[places[-1]]!r} ran {len(places) + 1} times in one "
+            f"forward pass of {self.forward and self.forward.model}, expected {len(places)}: where "
+            "one module stands at several depths, give it a name for each (a ModuleList that holds "
+            "it several times), and each is recorded as a layer; where a part of the model runs on "
+            "several inputs, attach the recorder to that part",
+        )
 
     def skip(self, kind: str, reason: str, count: int = 1) -> None:
         """Count blocks that are not recorded; say so once per kind, or raise where ``strict``."""

@@ -6,7 +6,8 @@ import atexit
 import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 from moe_locality.errors import TraceError
 from moe_locality.trace.recorder.annotation import Annotation, current_annotation
-from moe_locality.trace.recorder.assembler import Assembler, AssemblerSettings
+from moe_locality.trace.recorder.assembler import Assembler, AssemblerSettings, Forward
 from moe_locality.trace.recorder.defaults import (
     check_writable,
     default_first_request_id,
@@ -24,9 +25,13 @@ from moe_locality.trace.recorder.handle import Handle, RecorderReport
 from moe_locality.trace.recorder.hooks import (
     Hook,
     MoeLayer,
+    Places,
     find_moe_layers,
     hook_layer,
+    input_axes,
+    moe_layer_ids,
     of_one_size,
+    pipeline_rank,
 )
 from moe_locality.trace.recorder.sequences import Sequences, named_arguments
 from moe_locality.trace.recorder.writer import ShardSettings, WriterThread
@@ -57,19 +62,23 @@ class RoutingRecorder:
         weights: also keep the router weights (float16).
         every_n_steps: record the steps whose number is a multiple of it. ``step()`` counts; until
             it is called for the first time, every forward pass counts as a step.
+        global_step: returns the number of the step that runs, instead of both (an engine's
+            ``global_steps``; ``attach(engine, ...)`` gives it).
         shard_tokens: tokens per shard.
         ring_tokens: tokens in flight between the model and the writer.
         rank: number of this process in file names and rows; default: torch.distributed's, else the
             environment variable RANK, else 0.
         strict: raise TraceError where a forward pass cannot be recorded.
-        sequence_first: the model's hidden states are [S, B, D], not [B, S, D].
+        sequence_first: the model's hidden states are [S, B, D], not [B, S, D]. Default: found by
+            comparing them with the token ids [B, S] that the attached model is given.
         max_wait_s: how long a forward pass may wait for a writer that is behind before its tokens
             are dropped (and counted); 0 = never wait.
         graph_replays: replays of a CUDA graph whose picks the device keeps until the next ``step``,
             ``drain`` or ``flush``, for every number of tokens that ran eagerly before: as many
             times L * T * K * 2 bytes (4 with weights). 0: what graphs replay is not recorded.
         first_request_id: requests are numbered from here where ``annotate`` gives no ids; the
-            default is different for every rank and every run. Stages of one pipeline need the same.
+            default is different for every rank and every run. Stages of one pipeline need the
+            same: a DeepSpeed ``PipelineModule`` is known, for others give it.
         num_experts: record only the MoE layers with this many experts, for models whose layers
             differ (PR-MoE).
 
@@ -88,21 +97,21 @@ class RoutingRecorder:
         ring_tokens: int = 65_536,
         rank: int | None = None,
         strict: bool = False,
-        sequence_first: bool = False,
+        sequence_first: bool | None = None,
         max_wait_s: float = 30.0,
         graph_replays: int = 0,
         first_request_id: int | None = None,
         num_experts: int | None = None,
+        global_step: Callable[[], int] | None = None,
     ) -> None:
-        for name, value in (
-            ("every_n_steps", every_n_steps),
-            ("shard_tokens", shard_tokens),
-            ("ring_tokens", ring_tokens),
+        for name, value, least in (
+            ("every_n_steps", every_n_steps, 1),
+            ("shard_tokens", shard_tokens, 1),
+            ("ring_tokens", ring_tokens, 1),
+            ("graph_replays", graph_replays, 0),
         ):
-            if value < 1:
-                raise TraceError(f"found {name}={value}, expected at least 1: correct it")
-        if graph_replays < 0:
-            raise TraceError(f"found graph_replays={graph_replays}, expected 0 or more: correct it")
+            if value < least:
+                raise TraceError(f"found {name}={value}, expected at least {least}: correct it")
         self.path = make_directory(path)
         check_writable(self.path)
         self.rank = default_rank() if rank is None else rank
@@ -122,20 +131,23 @@ class RoutingRecorder:
                 else first_request_id
             ),
         )
+        self._first_request_id = first_request_id
+        self._global_step = global_step
         self._layers: list[MoeLayer] = []
         self._layer_ids: list[int] = []
         self._handles: list[Handle] = []
         self._assembler: Assembler | None = None
         self._writer: WriterThread | None = None
         self._tracker = ModuleTracker()
-        self._shape: tuple[int, tuple[int, int] | None] = (-1, None)
-        self._root: torch.nn.Module | None = None
+        self._shape: tuple[Places, tuple[int, int] | None] = ((), None)
+        self._forward: Forward | None = None
         self._labels: Annotation | None = None
         self._sequences: Sequences | None = None
         self._running = True
         self._failure: Exception | None = None
         self._closed = False
         self._step = 0
+        self._explicit_steps = global_step is not None
         _OPEN.add(self)
 
     # -- attaching ------------------------------------------------------------------------------
@@ -150,8 +162,8 @@ class RoutingRecorder:
         """Hook every MoE layer below ``module``; numbers go on from the layers attached before.
 
         Args:
-            layer_ids: transformer layer index of each MoE layer, in the order of
-                ``named_modules()``; default: 0, 1, ... Stages of a pipeline give their own.
+            layer_ids: transformer layer index of each MoE layer, dense layers counted, in the order
+                of ``named_modules()``; default: from their names (``layer_numbers``), or 0, 1, ...
             routers: for models that are not known: {class of the router: (number of experts,
                 read)}, where read(module, args, output) gives ids [T, K], or (ids, weights).
 
@@ -170,11 +182,20 @@ class RoutingRecorder:
         if not any(handle.modules for handle in self._handles) and self._assembler is None:
             self._layers, self._layer_ids = [], []
         layers = of_one_size(layers, self._layers, self._num_experts)
+        dp_rank = pipeline_rank(module)
+        if dp_rank is not None and self._first_request_id is None:
+            first_id = default_first_request_id(self.path, dp_rank)
+            self._settings = replace(self._settings, first_request_id=first_id)
+        if layer_ids is None:
+            layer_ids = self._default_ids(module, layers)
         first = self._numbered(layers, layer_ids)
         self.model = self.model or _name_of(module)
-        hooks: list[Any] = []
+        places: dict[int, Places] = {}
         for index, layer in enumerate(layers, start=first):
-            hooks += hook_layer(index, layer, self._on_routes, self._on_shape)
+            places[id(layer.module)] = (*places.get(id(layer.module), ()), index)
+        hooks: list[Any] = []
+        for layer in (layer for layer in layers if layer.depth == 0):
+            hooks += hook_layer(places[id(layer.module)], layer, self._on_routes, self._on_shape)
         hooks += self._hook_forward(module)
         if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
             hooks += self._hook_encoder(module.get_encoder())  # pyright: ignore[reportCallIssue]
@@ -182,7 +203,15 @@ class RoutingRecorder:
         self._handles.append(handle)
         return handle
 
-    def _numbered(self, layers: list[MoeLayer], layer_ids: Sequence[int] | None) -> int:
+    def _default_ids(self, module: torch.nn.Module, layers: list[MoeLayer]) -> list[int]:
+        """Transformer layer indices; from the next free number on where the names tell none."""
+        ids = moe_layer_ids(module, [layer.name for layer in layers])
+        if ids is not None and not set(ids) & set(self._layer_ids):
+            return ids
+        free = max(self._layer_ids, default=-1) + 1
+        return list(range(free, free + len(layers)))
+
+    def _numbered(self, layers: list[MoeLayer], layer_ids: Sequence[int]) -> int:
         """Take the layers into the table and return the number of the first."""
         sizes = [layer.num_experts for layer in layers]
         if self._assembler is not None:  # a column of the trace cannot be added or changed any more
@@ -196,7 +225,7 @@ class RoutingRecorder:
                 "second recorder with another directory"
             )
         first = len(self._layers)
-        ids = list(range(first, first + len(layers))) if layer_ids is None else list(layer_ids)
+        ids = list(layer_ids)
         taken = [*self._layer_ids, *ids]
         if len(ids) != len(layers) or len(set(taken)) != len(taken) or min(taken) < 0:
             raise TraceError(
@@ -214,19 +243,20 @@ class RoutingRecorder:
 
     # -- hooks ----------------------------------------------------------------------------------
 
-    def _on_shape(self, layer: int, shape: tuple[int, int] | None) -> None:
-        self._shape = (layer, shape)
+    def _on_shape(self, places: Places, shape: tuple[int, int] | None) -> None:
+        self._shape = (places, shape)
 
-    def _on_routes(self, layer: int, module: torch.nn.Module, read: Any) -> None:
+    def _on_routes(self, places: Places, module: torch.nn.Module, read: Any) -> None:
         if not self._records():
             return
         try:
             assembler = self._assembler or self._start()
             of_layer, shape = self._shape
+            assembler.forward = self._forward
             annotation = current_annotation()
             if self._labels is not None and self._labels.explicit is annotation:
                 annotation = self._labels
-            assembler.add(layer, module, read, shape if of_layer == layer else None, annotation)
+            assembler.add(places, module, read, shape if of_layer == places else None, annotation)
         except Exception as error:  # noqa: BLE001  a training does not end because its recorder does
             self._fail(error)
 
@@ -251,7 +281,7 @@ class RoutingRecorder:
         def ends(*_args):
             if self._records():
                 self._finish()
-                self._labels = outer[0] if outer and self._root is not None else None
+                self._labels = outer[0] if outer and self._forward is not None else None
 
         return [
             encoder.register_forward_pre_hook(Hook(begins), with_kwargs=True),
@@ -262,13 +292,16 @@ class RoutingRecorder:
         if not self._records():
             return
         if self._assembler is not None:
-            if self._root is not None:
+            if self._forward is not None:
                 self._guarded(
                     self._assembler.discard, "the forward pass before it did not come to its end"
                 )
             else:
                 self._guarded(self._assembler.finish)
-        self._root, self._labels = module, None
+        if self._global_step is not None:
+            self._begin_step(self._global_step())
+        self._forward = Forward(type(module).__name__, input_axes([*args, *kwargs.values()]))
+        self._labels = None
         self._guarded(self._read_labels, module, args, kwargs)
 
     def _read_labels(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
@@ -284,7 +317,7 @@ class RoutingRecorder:
     def _forward_ends(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self._records():
             return
-        self._root, labels = None, self._labels
+        self._forward, labels = None, self._labels
         if self._sequences is not None and self._assembler is not None:
             given = named_arguments(module, args, kwargs)
             ids = self._assembler.open_requests()
@@ -316,7 +349,9 @@ class RoutingRecorder:
             ),
             self._writer_failed,
         )
-        self._assembler = Assembler(self._settings, self._writer, len(self._layers), self._step)
+        self._assembler = Assembler(
+            self._settings, self._writer, self.layer_names, self._step, self._explicit_steps
+        )
         return self._assembler
 
     # -- what the user calls ----------------------------------------------------------------------
@@ -327,11 +362,15 @@ class RoutingRecorder:
             self._records()
             return
         self.drain()
-        if self._assembler is None:
-            self._step += 1
+        if self._global_step is not None:
+            self._begin_step(self._global_step())
         else:
-            self._assembler.explicit_steps = True
-            self._assembler.step += 1
+            self._begin_step((self._assembler.step if self._assembler else self._step) + 1)
+
+    def _begin_step(self, number: int) -> None:
+        self._step, self._explicit_steps = number, True
+        if self._assembler is not None:
+            self._assembler.step, self._assembler.explicit_steps = number, True
 
     def replayed(self) -> None:
         """Label the replay of a CUDA graph that was just launched by the ``annotate`` around it.

@@ -57,6 +57,7 @@ def attach(
     """Record the routing of ``model`` from now on; ``close()`` the recorder at the end.
 
     Args:
+        model: a model, or a DeepSpeed engine: rows then carry the number of its optimizer step.
         path_or_config: a directory, or the ``trace`` section of the configuration.
         layer_ids, routers: as in ``RoutingRecorder.attach``.
         options: arguments of RoutingRecorder (``model="name"`` among them); they win over the
@@ -74,6 +75,10 @@ def attach(
         options = {**path_or_config.model_dump(exclude={"enabled"}), **options}
     else:
         options = {"path": path_or_config, **options}
+    engine: Any = model
+    if hasattr(engine, "global_steps") and isinstance(engine.module, torch.nn.Module):
+        model = engine.module
+        options.setdefault("global_step", lambda: engine.global_steps)
     recorder = RoutingRecorder(options.pop("path"), **options)
     try:
         recorder.attach(model, layer_ids=layer_ids, routers=routers)

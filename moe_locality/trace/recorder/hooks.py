@@ -5,8 +5,10 @@ Nothing of DeepSpeed or transformers is imported: a model that contains their cl
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from moe_locality import compat
 from moe_locality.errors import TraceError
 from moe_locality.trace.recorder.routes import (
     Routes,
@@ -28,6 +31,8 @@ from moe_locality.trace.recorder.routes import (
     read_nllb_router,
     read_switch_router,
 )
+
+logger = logging.getLogger(__name__)
 
 MAX_EXPERTS = 32_767
 """Expert ids are kept as int16, and one more number marks "no expert" in some routers."""
@@ -59,8 +64,11 @@ _OUTPUTS: dict[tuple[str, str], Callable[[Any, Any, bool], Routes]] = {
 Routers = Mapping[type, "tuple[int, Callable[[Any, tuple[Any, ...], Any], Any]]"]
 """Class of a router -> (number of experts, read(module, args, output) -> ids or (ids, weights))."""
 
-OnRoutes = Callable[[int, torch.nn.Module, Callable[[bool], Routes]], None]
-OnShape = Callable[[int, "tuple[int, int] | None"], None]
+Places = tuple[int, ...]
+"""Numbers of a layer in the recorder; several where the model runs it at several depths."""
+
+OnRoutes = Callable[[Places, torch.nn.Module, Callable[[bool], Routes]], None]
+OnShape = Callable[[Places, "tuple[int, int] | None"], None]
 
 
 class Hook:
@@ -109,21 +117,31 @@ class MoeLayer:
     """None: known only when it runs."""
     read: Any = None
     """Of the kinds "transformers" and "output": (module, args, kwargs or output, with_weights)."""
+    depth: int = 0
+    """How many names the same module had before this one: it runs once for each."""
 
 
 def find_moe_layers(model: torch.nn.Module, routers: Routers | None = None) -> list[MoeLayer]:
     """Return the MoE layers of ``model`` in the order of ``named_modules()``.
 
+    A module that is in a list several times (``ModuleList([block] * 3)``) is as many layers. Other
+    names of one module (an attribute that points to it) are not.
+
     Raises:
         TraceError: there is none, or one has more experts than an int16 can name.
     """
-    modules = dict(model.named_modules())
-    layers = []
+    modules = dict(model.named_modules(remove_duplicate=False))
+    layers: list[MoeLayer] = []
+    first_of: dict[int, list[str]] = {}
     for name, module in modules.items():
         parent = modules[name.rpartition(".")[0]] if name else None
         kind, read = _kind_of(module, parent, routers or {})
         if kind is None:
             continue
+        known = first_of.setdefault(id(module), [])
+        if known and _pattern(name) != _pattern(known[0]):
+            continue
+        known.append(name)
         num_experts, top_k = _sizes(kind, module, routers or {})
         if num_experts > MAX_EXPERTS:
             raise TraceError(
@@ -139,6 +157,7 @@ def find_moe_layers(model: torch.nn.Module, routers: Routers | None = None) -> l
                 num_experts=num_experts,
                 top_k=top_k,
                 read=read,
+                depth=len(known) - 1,
             )
         )
     if not layers:
@@ -223,36 +242,36 @@ def _sizes(kind: str, module: Any, routers: Routers) -> tuple[int, int | None]:
 
 
 def hook_layer(
-    index: int, layer: MoeLayer, on_routes: OnRoutes, on_shape: OnShape
+    places: Places, layer: MoeLayer, on_routes: OnRoutes, on_shape: OnShape
 ) -> list[RemovableHandle]:
     """Hook one layer and return the handles.
 
-    ``on_shape(index, (B, S) or None)`` is called before it runs, ``on_routes(index, module, read)``
-    when it has routed; ``read(with_weights)`` returns the Routes.
+    ``on_shape(places, (B, S) or None)`` is called before it runs, and
+    ``on_routes(places, module, read)`` when it has routed; ``read(with_weights)`` returns Routes.
     """
     handles = []
     if layer.parent is not None:
 
         def before(_module, args, kwargs):
-            on_shape(index, _first_axes([*args, *kwargs.values()]))
+            on_shape(places, _first_axes([*args, *kwargs.values()]))
 
         handles.append(layer.parent.register_forward_pre_hook(Hook(before), with_kwargs=True))
-    handles.append(_hook_router(index, layer, on_routes))
+    handles.append(_hook_router(places, layer, on_routes))
     return handles
 
 
-def _hook_router(index: int, layer: MoeLayer, on_routes: OnRoutes) -> RemovableHandle:
+def _hook_router(places: Places, layer: MoeLayer, on_routes: OnRoutes) -> RemovableHandle:
     def experts(module, args, kwargs):
-        on_routes(index, module, lambda weights: layer.read(module, args, kwargs, weights))
+        on_routes(places, module, lambda weights: layer.read(module, args, kwargs, weights))
 
     def output_of(module, args, output):
-        on_routes(index, module, lambda weights: layer.read(module, args, output, weights))
+        on_routes(places, module, lambda weights: layer.read(module, args, output, weights))
 
     def router(module, _args, output):
-        on_routes(index, module, lambda weights: read_autoep_router(output, weights))
+        on_routes(places, module, lambda weights: read_autoep_router(output, weights))
 
     def gate(module, _args, output):
-        on_routes(index, module, lambda weights: read_deepspeed_gate(output, module.k, weights))
+        on_routes(places, module, lambda weights: read_deepspeed_gate(output, module.k, weights))
 
     if layer.kind == "transformers":
         return layer.module.register_forward_pre_hook(Hook(experts), with_kwargs=True)
@@ -260,8 +279,159 @@ def _hook_router(index: int, layer: MoeLayer, on_routes: OnRoutes) -> RemovableH
     return layer.module.register_forward_hook(Hook(hooks[layer.kind]))
 
 
+def input_axes(values: Iterable[Any]) -> tuple[int, int] | None:
+    """[B, S] of the token ids among the inputs of a model: the first 2-d tensor of integers."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            if value.ndim == 2 and value.dtype in (torch.int64, torch.int32):
+                return value.shape[0], value.shape[1]
+            continue
+        inside = value.values() if isinstance(value, dict) else value
+        if isinstance(inside, list | tuple) or isinstance(value, dict):
+            found = input_axes(inside)
+            if found is not None:
+                return found
+    return None
+
+
+def pipeline_rank(model: torch.nn.Module) -> int | None:
+    """The data-parallel rank of a stage of a DeepSpeed pipeline; None: the model is none."""
+    for module in model.modules():
+        if _is_a(module, "deepspeed.runtime.pipe.module", "PipelineModule"):
+            stage: Any = module
+            return int(stage.mpu().get_data_parallel_rank())
+    return None
+
+
 def _first_axes(values: list[Any]) -> tuple[int, int] | None:
     for value in values:
         if isinstance(value, torch.Tensor):
             return (value.shape[0], value.shape[1]) if value.ndim == 3 else None
     return None
+
+
+def moe_layer_ids(model: torch.nn.Module, names: Sequence[str]) -> list[int] | None:
+    """The transformer layer index, dense layers counted, of the MoE modules with these names.
+
+    None where nothing tells: the layers then count as 0, 1, 2, ... in their order.
+
+    Raises:
+        TraceError: a stage of a DeepSpeed pipeline whose blocks cannot be told: what other stages
+            hold is not seen from here, so an order of its own would be wrong.
+    """
+    names = [name.removesuffix(".deepspeed_moe.gate") for name in names]
+    for prefix, module in model.named_modules():
+        if _is_a(module, "deepspeed.runtime.pipe.module", "PipelineModule"):
+            return _pipeline_numbers(compat.pipeline_layer_kinds(module), prefix, names)
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    return layer_numbers(names, parameters)
+
+
+def layer_numbers(names: Sequence[str], parameters: Iterable[str]) -> list[int] | None:
+    """Transformer layer index of each MoE module, by its name; None where the names do not tell.
+
+    The rule, for ``model.layers.3.mlp`` as for ``encoder.block.3.layer.1.mlp``: the outermost
+    number that stands in a list of blocks. A list of blocks is one where another entry has a
+    parameter of the same name, or that has one entry; an entry that is the MoE module itself is no
+    block. Lists that hold MoE layers (encoder, decoder) follow one another. Where that gives two
+    layers one number (stages: ``layers.1.blocks.3``), the next number inward is taken, in lists
+    whose entries have half of their parameters in common.
+
+    Args:
+        names: MoE modules in the order of the model.
+        parameters: names of all parameters of the model.
+    """
+    lists: dict[str, dict[int, set[str]]] = {}  # "model.layers" -> entry -> names below it
+    for name in {*parameters, *names}:
+        for of_list, entry, below in _entries(name):
+            lists.setdefault(of_list, {}).setdefault(entry, set()).add(below)
+    inner = {below for name in names for _, _, below in _entries(name)}
+    outer = [_block_of(name, lists, inner) for name in names]
+    chosen = [found for found in outer if found is not None]
+    if len(chosen) == len(names) and len(set(chosen)) < len(names):
+        pairs = zip(names, chosen, strict=True)
+        inward = [_alike_below(name, place[0], lists, inner) for name, place in pairs]
+        chosen = [found for found in inward if found is not None]
+        if len(set(chosen)) < len(names):
+            logger.warning(
+                "found several MoE layers in one block (%r is in one of them), so they count as "
+                "0, 1, 2, ... in their order, and not by transformer layer",
+                names[0],
+            )
+    if len(set(chosen)) < len(names):
+        return None
+    patterns = list(dict.fromkeys(_pattern(of_list) for of_list, _ in chosen))
+    first, start = {}, 0
+    for of_list in sorted(
+        (found for found in lists if _pattern(found) in patterns),
+        key=lambda found: (
+            patterns.index(_pattern(found)),
+            [n for _, n, _ in _entries(f"{found}.")],
+        ),
+    ):
+        first[of_list], start = start, start + max(lists[of_list]) + 1
+    return [first[of_list] + entry for of_list, entry in chosen]
+
+
+_Lists = dict[str, dict[int, set[str]]]
+
+
+def _entries(name: str) -> list[tuple[str, int, str]]:
+    """(list, entry, name below the entry) for every number in a name, from outermost in."""
+    parts = name.split(".")
+    return [
+        (".".join(parts[:at]), int(part), ".".join(parts[at + 1 :]))
+        for at, part in enumerate(parts[:-1])
+        if part.isdigit()
+    ]
+
+
+def _pattern(of_list: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in of_list.split("."))
+
+
+def _block_of(name: str, lists: _Lists, moe: set[str]) -> tuple[str, int] | None:
+    """The outermost entry above an MoE module that is a block."""
+    for of_list, entry, _ in _entries(name):
+        entries = lists[of_list]
+        if len(entries) == 1:  # one block, or a wrapper around the model
+            return _alike_below(name, of_list, lists, moe) or (of_list, entry)
+        if any(entries[entry] & below for other, below in entries.items() if other != entry):
+            return of_list, entry
+    return None
+
+
+def _alike_below(name: str, above: str, lists: _Lists, moe: set[str]) -> tuple[str, int] | None:
+    """The outermost entry below the list ``above`` that, but for its MoE, is like another one."""
+    for of_list, entry, _ in _entries(name):
+        if len(of_list) <= len(above):
+            continue
+        plain = {
+            number: {n for n in below if not any(f"{n}.".startswith(f"{m}.") for m in moe)}
+            for number, below in lists[of_list].items()
+        }
+        own = plain.pop(entry)
+        if any(2 * len(own & other) >= max(len(own), len(other), 1) for other in plain.values()):
+            return of_list, entry
+    return None
+
+
+def _pipeline_numbers(kinds: Sequence[Any], prefix: str, names: Sequence[str]) -> list[int]:
+    """Number of each MoE layer among the blocks of all stages.
+
+    Blocks are the layers of the class that comes most often, and all between them.
+    """
+    blocks = {kind for kind, _ in Counter(filter(None, kinds)).most_common(1)}
+    span: list[int] = []
+    while len(found := [at for at, kind in enumerate(kinds) if kind in blocks]) > len(span):
+        span = [at for at in range(found[0], found[-1] + 1) if kinds[at] is not None]
+        blocks |= {kinds[at] for at in span}
+    at = [name.removeprefix(prefix).lstrip(".").split(".")[0] for name in names]
+    numbers = [span.index(int(i)) if i.isdigit() and int(i) in span else -1 for i in at]
+    if -1 in numbers or len(set(numbers)) < len(numbers):
+        raise TraceError(
+            f"found MoE layers {list(names)} in a pipeline stage, expected at most one in each "
+            "of its blocks (the layers of one class in the PipelineModule): give layer_ids, the "
+            "transformer layer index of each"
+        )
+    return numbers

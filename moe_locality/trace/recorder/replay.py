@@ -158,7 +158,7 @@ class Replays:
 
     def add(
         self,
-        layer: int,
+        places: tuple[int, ...],
         module: Any,
         ids: torch.Tensor,
         weights: torch.Tensor | None,
@@ -167,7 +167,10 @@ class Replays:
     ) -> bool:
         """Write the picks of a layer into the graph that is being captured; False: no ring."""
         capture = self._open
-        if capture is None or layer in [known for known, _, _ in capture.layers]:
+        seen = [] if capture is None else [known for known, _, _ in capture.layers]
+        layer = next((place for place in places if place not in seen), None)
+        if capture is None or layer is None:
+            layer = places[0]
             ring = self._rings.get((len(ids), ids.device))
             if ring is None or ids.shape[1] > ring.ids.shape[3]:
                 return False

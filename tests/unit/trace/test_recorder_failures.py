@@ -238,7 +238,7 @@ def test_a_forked_child_does_not_record(tmp_path):
 def test_an_unknown_gate_output_stops_the_recording_with_its_shapes(tmp_path):
     model = MoeModel(num_layers=1)
     recorder = attach(model, tmp_path)
-    recorder._on_routes(0, model.blocks[0], lambda _weights: 1 / 0)
+    recorder._on_routes((0,), model.blocks[0], lambda _weights: 1 / 0)
     model(inputs())
     assert recorder.close().failure == "division by zero"
 
