@@ -153,7 +153,8 @@ def to_autoep_descriptors(plan: PlacementPlan) -> dict[int, dict[str, Any]]:
 
 def to_vllm_ascend(plan: PlacementPlan) -> dict[str, Any]:
     """The map of vllm-ascend; its ``layer_id`` counts MoE layers."""
-    by_rank = plan.physical_to_logical_map.reshape(plan.num_layers, plan.num_ranks, -1).tolist()
+    rows = np.array(to_vllm_map(plan))
+    by_rank = rows.reshape(plan.num_layers, plan.num_ranks, -1).tolist()
     devices = [
         [{"device_id": rank, "device_expert": held} for rank, held in enumerate(rows)]
         for rows in by_rank

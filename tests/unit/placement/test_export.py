@@ -63,7 +63,8 @@ def shape_of(plan):
 def test_maps_of_engines_come_back_as_the_same_placement(tmp_path_factory, plan):
     folder = tmp_path_factory.mktemp("export")
     for target in ("vllm", "sglang", "vllm-ascend"):
-        path = write_export(plan, folder / target, target, num_hidden_layers=plan.num_layers + 2)
+        options = {"num_hidden_layers": plan.num_layers + 2, "layers": plan.layer_ids}
+        path = write_export(plan, folder / target, target, **options)
         back = from_engine_map(json.loads(path.read_text()), **shape_of(plan))
         assert back.physical_to_logical_map.tolist() == plan.physical_to_logical_map.tolist()
     assert len(json.loads((folder / "vllm").read_text())) == plan.num_layers
