@@ -117,6 +117,7 @@ class RoutingRecorder:
         self.rank = default_rank() if rank is None else rank
         self.model = model
         self._shard_tokens, self._num_experts = shard_tokens, num_experts
+        default_id = default_first_request_id(self.path, self.rank)
         self._settings = AssemblerSettings(
             weights=weights,
             every_n_steps=every_n_steps,
@@ -125,11 +126,7 @@ class RoutingRecorder:
             max_wait_s=max_wait_s,
             strict=strict,
             graph_replays=graph_replays,
-            first_request_id=(
-                default_first_request_id(self.path, self.rank)
-                if first_request_id is None
-                else first_request_id
-            ),
+            first_request_id=default_id if first_request_id is None else first_request_id,
         )
         self._first_request_id = first_request_id
         self._global_step = global_step
@@ -146,8 +143,7 @@ class RoutingRecorder:
         self._running = True
         self._failure: Exception | None = None
         self._closed = False
-        self._step = 0
-        self._explicit_steps = global_step is not None
+        self._step, self._explicit_steps = 0, global_step is not None
         _OPEN.add(self)
 
     # -- attaching ------------------------------------------------------------------------------
