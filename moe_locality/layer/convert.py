@@ -68,6 +68,26 @@ def apply(
     if plan is not None:
         plan.check_fits(num_experts=max(module.num_experts for _, module in layers))
         plan_rows(model, plan)
+    swapped = _swap(layers, section, topology)
+    if swapped:  # at the level that DeepSpeed shows by default, once per job
+        log_dist(
+            f"moe_locality: {len(swapped)} of {len(layers)} MoE layers swapped for its own "
+            f"(exchange {section.dispatch.exchange}, {'a' if plan else 'no'} plan)",
+            ranks=[0],
+            level=logging.WARNING,
+        )
+    if plan is not None:
+        from moe_locality.layer.relabel import relabel
+        from moe_locality.layer.replicas import add_replicas
+
+        (relabel if plan.is_permutation else add_replicas)(model, plan)
+    return model
+
+
+def _swap(
+    layers: list[tuple[str, Any]], section: MoeLocalityConfig, topology: ClusterTopology | None
+) -> list[str]:
+    """Turn the named layers into ours; return the names of those that were DeepSpeed's."""
     swapped = []
     for number, (name, module) in enumerate(layers):
         chosen: dict[str, Any] = {
@@ -87,19 +107,7 @@ def apply(
         given = {"dispatch_config": "dispatch", "kernels": "kernels", "experts": "experts"}
         said = {key: chosen[key] for key, name in given.items() if name in section.model_fields_set}
         configure(module, **said, topology=topology)
-    if swapped:  # at the level that DeepSpeed shows by default, once per job
-        log_dist(
-            f"moe_locality: {len(swapped)} of {len(layers)} MoE layers swapped for its own "
-            f"(exchange {section.dispatch.exchange}, {'a' if plan else 'no'} plan)",
-            ranks=[0],
-            level=logging.WARNING,
-        )
-    if plan is not None:
-        from moe_locality.layer.relabel import relabel
-        from moe_locality.layer.replicas import add_replicas
-
-        (relabel if plan.is_permutation else add_replicas)(model, plan)
-    return model
+    return swapped
 
 
 def initialize(*args: Any, **kwargs: Any) -> Any:

@@ -248,7 +248,8 @@ def tied_layers(model: torch.nn.Module) -> dict[str, str]:
     for name, module in moe_modules(model):
         layer, inner = name or "the model", module.deepspeed_moe
         places = {f"the router of {layer}": gate_rows(inner.gate)}
-        for number, expert in enumerate(inner.experts.deepspeed_experts):
+        experts: Any = inner.experts.deepspeed_experts
+        for number, expert in enumerate(experts):
             places[f"expert {number} of {layer}"] = expert_tensors(expert, None)
         for place, tensors in places.items():
             for tensor in tensors:
