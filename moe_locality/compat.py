@@ -152,7 +152,21 @@ def default_timeout() -> Any:
     """
     from torch.distributed.distributed_c10d import _get_default_group
 
-    group: Any = _get_default_group()
+    return _timeout(_get_default_group())
+
+
+def take_default_timeout(group: Any) -> None:
+    """Let collectives of ``group`` wait as long as those of the default process group.
+
+    DeepSpeed makes its expert groups without a timeout, so they would wait for torch's default.
+    """
+    from torch.distributed.distributed_c10d import _set_pg_timeout
+
+    if _timeout(group) != default_timeout():
+        _set_pg_timeout(default_timeout(), group)
+
+
+def _timeout(group: Any) -> Any:
     return group._get_backend(group._device_types[0]).options._timeout
 
 

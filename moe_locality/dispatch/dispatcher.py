@@ -16,6 +16,7 @@ import torch.distributed
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_locality.compat import take_default_timeout
 from moe_locality.config import DispatchConfig
 from moe_locality.dispatch.codec import codec_of
 from moe_locality.dispatch.deepep import DeepEPPlan, DeepEPTransport
@@ -157,6 +158,8 @@ class TokenDispatcher:
         )
         if len(ranks) > 1:
             introduce()
+            if ep_group is not None:
+                take_default_timeout(ep_group)
 
     def dispatch(
         self,

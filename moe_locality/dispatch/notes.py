@@ -40,6 +40,18 @@ def introduce() -> None:
             store.set(f"moe_locality/process/{dist.get_rank()}", who)
 
 
+def leave(text: str) -> None:
+    """Say over the store that this rank makes no more exchanges, for ranks that wait in one."""
+
+    def run() -> None:
+        with contextlib.suppress(Exception):
+            compat.default_store().set(f"moe_locality/left/{dist.get_rank()}", text)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(WAIT_S)
+
+
 def ask(ranks: Collection[int], group_ranks: Sequence[int], text: str) -> str:
     """Leave a note with ``text`` and say what the other ranks noted.
 
@@ -80,26 +92,53 @@ def _ask(ranks: Collection[int], group_ranks: Sequence[int], text: str) -> str:
             break
         time.sleep(_POLL_S)
     store.set(f"{key}/{me}", json.dumps([text, missing]))
-    others = [rank for rank in group_ranks if rank != me]
-    here = [rank for rank in others if store.check([f"{key}/{rank}"])]
-    notes = {rank: tuple(json.loads(store.get(f"{key}/{rank}"))) for rank in here}
-    return _told(missing, ended, {me: (text, missing), **notes})
+    notes = _notes(store, key, group_ranks)
+    deadline += WAIT_S
+    # all answered: one of them waited in vain for a rank that this one did not talk with
+    while not missing and time.monotonic() < deadline:
+        if all(notes[rank][1] is not None for rank in ranks):
+            break
+        time.sleep(_POLL_S)
+        notes = _notes(store, key, group_ranks)
+    absent = {rank for _, lost in notes.values() for rank in lost or ()} - notes.keys()
+    ended = [rank for rank in sorted(absent) if rank in ended or _has_ended(store, rank)]
+    left = {
+        rank: store.get(f"moe_locality/left/{rank}").decode()
+        for rank in sorted(absent)
+        if store.check([f"moe_locality/left/{rank}"])
+    }
+    return _told(missing, sorted(absent), ended, left, notes)
+
+
+def _notes(store: Any, key: str, ranks: Sequence[int]) -> dict[int, tuple[str, list[int] | None]]:
+    here = [rank for rank in ranks if store.check([f"{key}/{rank}"])]
+    return {rank: tuple(json.loads(store.get(f"{key}/{rank}"))) for rank in here}
 
 
 def _told(
-    missing: list[int], ended: list[int], notes: dict[int, tuple[str, list[int] | None]]
+    missing: list[int],
+    absent: list[int],
+    ended: list[int],
+    left: dict[int, str],
+    notes: dict[int, tuple[str, list[int] | None]],
 ) -> str:
     parts = []
-    silent = [rank for rank in missing if rank not in ended]
+    silent = [rank for rank in absent if rank not in ended]
     if ended:
         parts.append(
             f"The processes of ranks {ended} have ended: read their output first (gloo's 'data "
             "size doesn't match' there: some rank left out an MoE layer or its backward pass)."
         )
+    parts += [f"Rank {rank} {text}." for rank, text in left.items()]
     if silent:
         parts.append(
             f"Ranks {silent} gave no sign within {WAIT_S:g} s: they ended, hang, or do something "
             "else; look at them first."
+        )
+    if absent:
+        parts.append(
+            f"Expected ranks {absent} in this exchange too: every rank makes as many forward "
+            "passes as the others (did their data end earlier?)."
         )
     for rank, (_, lost) in sorted(notes.items()):
         if lost and lost != missing:

@@ -102,6 +102,13 @@ def calls_so_far(ranks: tuple[int, ...]) -> str:
     return f"calls so far by layer: {', '.join(parts)}"
 
 
+def all_calls() -> str:
+    """Say how often this rank called its MoE layers: ``"3 calls of each MoE layer"``."""
+    calls = sorted({place.calls for places in _places.values() for place in places}) or [0]
+    often = f"{calls[0]}" if len(calls) == 1 else f"{calls[0]} to {calls[-1]}"
+    return f"{often} calls of each MoE layer"
+
+
 def _readable(code: int) -> bool:
     return code >> 48 == _MARK
 

@@ -1,15 +1,22 @@
-"""A rank that leaves out an MoE layer: all ranks end with the same error, which names it."""
+"""A rank that leaves out an MoE layer or a forward pass: every rank is told which."""
 
+import time
+
+import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
+import moe_locality
 from moe_locality.dispatch.place import RanksApart
 from moe_locality.errors import MoeLocalityError
+from moe_locality.trace import read_trace
 from tests.distributed.fault_cases import (
     END_S,
     VICTIM,
     WORLD,
+    Net,
     batch,
     end_together,
     note_fault,
@@ -95,3 +102,72 @@ def test_nobody_waits_where_a_backward_pass_meets_the_counts_of_a_layer(tmp_path
         assert words["result"] is None
         assert words["error"] in ("MoeLocalityError", "RanksApart"), words
         assert "ranks [" in words["text"]
+
+
+def start_after_apply():
+    """An engine whose expert groups DeepSpeed makes itself."""
+    net = moe_locality.apply(Net(), {"dispatch": {"exchange": "flat"}})
+    groups = split_params_into_different_moe_groups_for_optimizer(
+        {"params": list(net.parameters()), "name": "all"}
+    )
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+    }
+    return deepspeed.initialize(model=net, model_parameters=groups, config=config)[0]
+
+
+def ends_a_forward_early(rank, folder, groups, how):
+    if groups == "of DeepSpeed":
+        engine = start_after_apply()
+        recorder = moe_locality.attach(engine.module, folder / "trace")
+    else:
+        engine = start(groups, folder / "trace")
+        recorder = engine.moe_locality.recorder
+    train(engine, range(1, 4), rank)
+    dist.barrier()
+    try:
+        if rank != VICTIM:
+            return train(engine, range(4, 5), rank)
+        note_fault(folder)
+        if how == "leaves":
+            return "left"
+    finally:
+        (engine.destroy if how == "destroys the engine" else recorder.close)()
+    deadline = time.monotonic() + 2 * END_S  # here it does something else
+    others = [folder / f"said-{other}" for other in range(WORLD) if other != VICTIM]
+    while not all(file.exists() for file in others) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return "waited"
+
+
+@pytest.mark.parametrize(
+    ("groups", "how"),
+    [
+        ("flat", "leaves"),
+        ("hierarchical", "destroys the engine"),
+        ("of DeepSpeed", "closes the recorder"),
+    ],
+)
+def test_a_rank_with_one_forward_fewer_is_named_on_all_others_in_time(tmp_path, groups, how):
+    """Over groups that DeepSpeed makes the others waited half an hour, whatever timeout was [F11]
+    asked for; in two stages some were not told which rank was missing; what the failed pass had
+    recorded was written as rows. All end within the timeout, are told who lacked what, and the
+    trace has every whole forward pass.
+    """
+    said, seconds = end_together(ends_a_forward_early, tmp_path, groups, how)
+    assert seconds < END_S
+    assert said.pop(VICTIM)["result"] == ("left" if how == "leaves" else "waited")
+    assert len(said) == WORLD - 1
+    for words in said.values():
+        assert words["error"] == "MoeLocalityError", words
+        assert "the exchange of token counts of layer 0 (moe.0), call 4" in words["text"]
+        assert f"Expected ranks [{VICTIM}] in this exchange too" in words["text"], words
+        if how == "leaves":
+            assert f"The processes of ranks [{VICTIM}] have ended" in words["text"]
+        else:
+            assert f"Ranks [{VICTIM}] gave no sign within 3 s" in words["text"]
+        after = f"Rank {VICTIM} destroyed its engine after 3 calls of each MoE layer."
+        assert (after in words["text"]) == (how == "destroys the engine"), words
+    whole = sum(len(batch(step, rank)) for step in range(1, 4) for rank in range(WORLD))
+    assert read_trace(tmp_path / "trace").num_tokens == whole

@@ -173,6 +173,10 @@ def test_the_time_limit_of_the_default_group_is_read(tmp_path):
     dist.init_process_group("gloo", init_method=store, rank=0, world_size=1, timeout=limit)
     try:
         assert compat.default_timeout() == limit
+        group = dist.new_group([0])
+        assert compat._timeout(group) > limit
+        compat.take_default_timeout(group)
+        assert compat._timeout(group) == limit
     finally:
         dist.destroy_process_group()
 

@@ -289,9 +289,7 @@ class RoutingRecorder:
             return
         if self._assembler is not None:
             if self._forward is not None:
-                self._guarded(
-                    self._assembler.discard, "the forward pass before it did not come to its end"
-                )
+                self._discard()
             else:
                 self._guarded(self._assembler.finish)
         if self._global_step is not None:
@@ -381,6 +379,9 @@ class RoutingRecorder:
         """Take over what the replays of CUDA graphs recorded; waits for the device if there is one
         such graph. ``step``, ``flush`` and ``close`` do it too.
         """
+        if self._forward is not None and self._running:  # the forward pass raised
+            self._forward = self._labels = None
+            self._discard()
         self._finish()
         if self._running and self._assembler is not None:
             self._guarded(self._assembler.drain)
@@ -399,7 +400,8 @@ class RoutingRecorder:
         """
         if self._closed:
             return self.report()
-        self.flush()
+        with contextlib.suppress(TraceError):  # raised below, when all is written
+            self.flush()
         for handle in self._handles:
             handle.detach()
         self._closed, self._running = True, False
@@ -444,6 +446,11 @@ class RoutingRecorder:
     def _finish(self) -> None:
         if self._running and self._assembler is not None:
             self._guarded(self._assembler.finish)
+
+    def _discard(self) -> None:
+        if self._assembler is not None:
+            reason = "the forward pass before it did not come to its end"
+            self._guarded(self._assembler.discard, reason)
 
     def _guarded(self, action: Any, *args: Any) -> None:
         try:

@@ -1,5 +1,6 @@
 """RoutingRecorder on stock DeepSpeed layers (and ours) in one process."""
 
+import contextlib
 import copy
 import logging
 import pickle
@@ -294,6 +295,29 @@ def test_a_forward_that_raised_is_not_recorded(tmp_path):
     model.broken = False
     model(inputs())
     report = recorder.close()
+    assert (report.recorded_tokens, report.dropped_tokens) == (10, 10)
+    assert (read_trace(tmp_path).expert_ids >= 0).all()
+
+
+@pytest.mark.parametrize("then", ["step", "flush", "close"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_last_forward_that_raised_is_not_recorded(tmp_path, then, strict):
+    """Where no forward pass came after it, the rows of one that raised were written, its [F11]
+    later layers as -1. They are counted as lost, with strict an error; whole passes are kept.
+    """
+    model = MoeModel()
+    recorder = attach(model, tmp_path, strict=strict)
+    model(inputs())
+    model.blocks[2].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(inputs())
+    refused = pytest.raises(TraceError, match="did not come to its end")
+    with refused if strict else contextlib.nullcontext():
+        getattr(recorder, then)()
+    if then != "close":
+        with refused if strict else contextlib.nullcontext():
+            recorder.close()
+    report = recorder.report()
     assert (report.recorded_tokens, report.dropped_tokens) == (10, 10)
     assert (read_trace(tmp_path).expert_ids >= 0).all()
 
