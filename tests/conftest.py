@@ -20,8 +20,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Everyone tests the same examples; `make test-random` draws others and prints how to repeat one.
-settings.register_profile("same", derandomize=True, print_blob=True)
-settings.register_profile("random", derandomize=False, database=None, print_blob=True)
+# No deadline: a first example may import DeepSpeed.
+settings.register_profile("same", derandomize=True, deadline=None, print_blob=True)
+settings.register_profile(
+    "random", derandomize=False, deadline=None, database=None, print_blob=True
+)
 settings.load_profile(os.environ.get("MOE_LOCALITY_HYPOTHESIS", "same"))
 
 
