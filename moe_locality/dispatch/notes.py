@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections import Counter
@@ -41,7 +42,13 @@ def introduce() -> None:
 
 
 def leave(text: str) -> None:
-    """Say over the store that this rank makes no more exchanges, for ranks that wait in one."""
+    """Say over the store that this rank makes no more exchanges, for ranks that wait in one.
+
+    Nothing is said while the interpreter shuts down, where ``DeepSpeedEngine.__del__`` may lead
+    here: no thread starts any more then, and the others see that this process has ended.
+    """
+    if sys.is_finalizing():
+        return
 
     def run() -> None:
         with contextlib.suppress(Exception):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from tests.distributed import relabel_nets as nets
 from tests.launch import run_ranks
 from tests.unit.test_tracking import ReadBack, offline  # noqa: F401  a fixture
 
+ROOT = Path(__file__).parents[2]
 WORLD, EVERY = 4, 2
 LINKS = ("same_rank", "same_node", "cross_node")
 
@@ -290,9 +292,8 @@ def script(tmp_path, folder, plan="auto", fails="no"):
     """Somebody's script, started by DeepSpeed's launcher; it never calls engine.destroy()."""
     (tmp_path / "script.py").write_text(SCRIPT)
     command = launch_command(2, tmp_path / "script.py", [str(tmp_path / folder), str(plan), fails])
-    return subprocess.run(
-        command, env=launch_environment(), capture_output=True, text=True, timeout=240
-    )
+    env = {**launch_environment(), "PYTHONPATH": str(ROOT)}  # it imports tests.distributed
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
 
 
 def exits(folder):

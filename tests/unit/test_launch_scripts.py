@@ -28,7 +28,7 @@ def run(script, *arguments, cwd=ROOT, **variables):
         ["bash", str(ROOT / "launch" / f"{script}.sh"), *arguments],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=300,
         cwd=cwd,
         env={**environ, **variables},
     )
