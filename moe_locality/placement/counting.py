@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_locality.placement.threads import over_layers
-from moe_locality.trace.pieces import read_pieces
+from moe_locality.trace.io import read_pieces
 from moe_locality.trace.schema import RoutingTrace
 
 COMPILED_PICKS = 1 << 23

@@ -21,7 +21,7 @@ from moe_locality.errors import TraceError
 from moe_locality.trace import generic, llamacpp, megatron, routed, sglang, tables
 from moe_locality.trace.io import write_trace
 from moe_locality.trace.merge import concat
-from moe_locality.trace.npz import read_npz
+from moe_locality.trace.parquet import make_directory, replace_shards, shard_paths
 from moe_locality.trace.reading import (
     ImportOptions,
     Report,
@@ -30,7 +30,6 @@ from moe_locality.trace.reading import (
     whole_json,
 )
 from moe_locality.trace.schema import RoutingTrace
-from moe_locality.trace.shards import make_directory, replace_shards, shard_paths
 
 FORMATS = {
     "npz": "arrays of this package",
@@ -476,7 +475,7 @@ def _one_object_per_line(path: Path) -> bool:
 
 
 def _read_npz(path: Path, options: ImportOptions) -> RoutingTrace:
-    trace = read_npz(path)
+    trace = RoutingTrace.from_npz(path)
     if options.num_experts not in (None, trace.num_experts):
         raise TraceError(
             f"found num_experts = {trace.num_experts} in {path}, expected {options.num_experts} as "

@@ -1,10 +1,12 @@
-"""Reading and writing routing traces: a directory of Parquet shards, or one .npz file."""
+"""Reading and writing routing traces: a directory of Parquet shards, whole or piece by piece (for
+sums over traces that are larger than memory), or one .npz file.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from os import PathLike
 from pathlib import Path
 
@@ -12,9 +14,8 @@ import numpy as np
 
 from moe_locality.errors import TraceError
 from moe_locality.trace.merge import merge, settings
-from moe_locality.trace.npz import read_npz, write_npz
-from moe_locality.trace.schema import RoutingTrace
-from moe_locality.trace.shards import (
+from moe_locality.trace.npz import write_npz
+from moe_locality.trace.parquet import (
     TMP_PREFIX,
     ShardWriter,
     file_identity,
@@ -27,6 +28,10 @@ from moe_locality.trace.shards import (
     shard_files,
     shard_paths,
 )
+from moe_locality.trace.schema import RoutingTrace
+
+Progress = Callable[[int, int, str], None]
+
 
 __all__ = ["ShardWriter", "read_trace", "read_trace_report", "write_trace"]
 
@@ -65,7 +70,7 @@ def read_trace_report(
     """
     place = Path(path)
     if place.suffix == ".npz" and not place.is_dir():
-        trace = read_npz(place)
+        trace = RoutingTrace.from_npz(place)
         return (trace if layers is None else trace.filter(layers=layers)), []
     for _ in range(_READINGS):
         files, problems = _existing_shards(place)
@@ -135,7 +140,11 @@ def write_trace(
     """
     place = Path(path)
     if place.suffix == ".npz" and not place.is_dir():
-        if place.exists() and not overwrite and not read_npz(place).same_content(trace):
+        if (
+            place.exists()
+            and not overwrite
+            and not RoutingTrace.from_npz(place).same_content(trace)
+        ):
             raise _occupied(place)
         write_npz(trace, place)
         return
@@ -251,3 +260,85 @@ def _even(parts: dict[Path, RoutingTrace], strict: bool, problems: list[str]) ->
         problems.append(f"{text}: dropped it everywhere")
         traces = [part.evolve(**{field: None}) for part in traces]
     return traces
+
+
+def read_pieces(
+    path: str | PathLike[str], *, max_bytes: int, progress: Progress | None = None
+) -> Iterator[RoutingTrace]:
+    """Yield a trace directory as traces of some rows and some layers each.
+
+    Every (row, layer) is in exactly one piece. Repeated tokens and tokens that a pipeline stage
+    lacks are not looked for, as ``read_trace`` does: that needs all rows at once.
+
+    Args:
+        max_bytes: about what the per-layer columns of a piece may take, as read and as decoded; a
+            piece has at least one layer of one shard.
+        progress: called with (pieces done, pieces in all, name of the shard).
+
+    Raises:
+        TraceError: nothing is there, a shard is damaged, missing in a sequence, or does not fit the
+            first one.
+    """
+    place = Path(path)
+    if place.suffix == ".npz" and not place.is_dir():
+        yield RoutingTrace.from_npz(place)
+        return
+    files = shard_files(place) if place.is_dir() else {}
+    shards = list(files)
+    if not shards:
+        raise TraceError(
+            f"found no part-*.parquet shard at {place}, expected a directory of shards or an .npz "
+            "file: check the path"
+        )
+    if missing := missing_sequences(shards):
+        raise TraceError(
+            f"found no shard {missing[0]} in {place}, though a later one of this rank is there: "
+            "restore it, or read what is left with read_trace(strict=False)"
+        )
+    work = _plan_pieces(shards, max_bytes)
+    for done, (shard, layers) in enumerate(work):
+        if progress is not None:
+            progress(done, len(work), shard.name)
+        piece = read_shard(shard, layers)[0]
+        if replaced_since({shard: files[shard]}):
+            raise TraceError(
+                f"found that shard {shard} was replaced while the trace was being read, expected "
+                "it to stay: read it when the program that writes it is done"
+            )
+        yield piece
+    if progress is not None:
+        progress(len(work), len(work), "")
+
+
+def _plan_pieces(shards: list[Path], max_bytes: int) -> list[tuple[Path, tuple[int, ...]]]:
+    """(shard, layers) of each piece; the shards are checked against each other on the way."""
+    work: list[tuple[Path, tuple[int, ...]]] = []
+    first: RoutingTrace | None = None
+    layer_sets: set[frozenset[int]] = set()
+    for shard in shards:
+        head, meta = read_shard(shard, ())
+        first = first or head
+        if settings(head)[:3] != settings(first)[:3] or meta.top_k != _top_k(shards[0]):
+            raise TraceError(
+                f"found that shard {shard} does not fit {shards[0].name}: {settings(head)[:3]}, "
+                f"expected {settings(first)[:3]} (model, kind, experts) and the same top_k: a "
+                "directory holds one trace; move the shard away"
+            )
+        own = frozenset(meta.layer_ids)
+        if any(own != other and own & other for other in layer_sets):
+            raise TraceError(
+                f"found that shard {shard} has layers {sorted(own)}, expected those of another "
+                "shard or none of them: move the shard away"
+            )
+        layer_sets.add(own)
+        width = 2 * meta.top_k if meta.kind == "tokens" else 8 * meta.num_experts
+        if any(name.startswith("expert_weights") for name in meta.columns):
+            width *= 2
+        step = max(max_bytes // max(2 * width * head.num_rows, 1), 1)
+        ids = meta.layer_ids
+        work += [(shard, ids[start : start + step]) for start in range(0, len(ids), step)]
+    return work
+
+
+def _top_k(shard: Path) -> int:
+    return read_shard(shard, ())[1].top_k

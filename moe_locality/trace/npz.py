@@ -7,13 +7,15 @@ import zipfile
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moe_locality.errors import TraceError
 from moe_locality.files import replace_file
-from moe_locality.trace.schema import RoutingTrace
+
+if TYPE_CHECKING:
+    from moe_locality.trace.schema import RoutingTrace
 
 FORMAT_VERSION = 1
 
@@ -21,8 +23,8 @@ _ZIP_END = b"PK\x05\x06"
 _MAX_ZIP_END_BYTES = 22 + 65_535  # the end record and the longest comment
 
 
-def read_npz(path: str | PathLike[str]) -> RoutingTrace:
-    """Read a trace from an .npz file; nothing in it is ever unpickled.
+def read_npz(path: str | PathLike[str], trace_class: type[RoutingTrace]) -> RoutingTrace:
+    """Read a trace from an .npz file (``RoutingTrace.from_npz``); nothing in it is ever unpickled.
 
     Raises:
         TraceError: the file is absent, damaged, of another layout, or breaks an invariant; the
@@ -34,7 +36,7 @@ def read_npz(path: str | PathLike[str]) -> RoutingTrace:
             raise ValueError("the file holds a single array, expected an .npz archive")
         with arrays:
             _check_directory(Path(path), arrays.zip)
-            return _from_arrays(arrays.files, arrays.__getitem__)
+            return trace_class(**_fields(arrays.files, arrays.__getitem__))
     except Exception as error:  # hostile bytes: whatever the parser meets becomes one message
         if isinstance(error, FileNotFoundError):
             raise TraceError(
@@ -102,7 +104,7 @@ def write_npz(trace: RoutingTrace, path: str | PathLike[str]) -> None:
         ) from error
 
 
-def _from_arrays(files: list[str], get: Callable[[str], np.ndarray]) -> RoutingTrace:
+def _fields(files: list[str], get: Callable[[str], np.ndarray]) -> dict[str, Any]:
     present = set(files)
 
     def needed(name: str) -> np.ndarray:
@@ -130,7 +132,7 @@ def _from_arrays(files: list[str], get: Callable[[str], np.ndarray]) -> RoutingT
     }
     top_k = int(_scalar(needed("top_k"), "iu"))
     if kind == "load":
-        return RoutingTrace(
+        return dict(
             **common,
             expert_load=needed("expert_load"),
             step=optional("step_id"),
@@ -142,7 +144,7 @@ def _from_arrays(files: list[str], get: Callable[[str], np.ndarray]) -> RoutingT
     ids = _signed(needed("expert_ids"), num_experts)
     if ids.ndim == 3 and ids.shape[2] != top_k:
         raise ValueError(f"found {ids.shape[2]} picks per token, expected top_k = {top_k}")
-    return RoutingTrace(
+    return dict(
         **common,
         expert_ids=ids,
         request_id=needed("request_id"),

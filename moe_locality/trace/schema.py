@@ -14,27 +14,29 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import TraceError
-from moe_locality.trace import validate
-
-PREFILL, DECODE, TRAIN, UNKNOWN = 0, 1, 2, 255
-STAGE_NAMES = {PREFILL: "prefill", DECODE: "decode", TRAIN: "train", UNKNOWN: "unknown"}
-
-ROW_FIELDS = (
-    "expert_ids",
-    "expert_weights",
-    "expert_load",
-    "request_id",
-    "position",
-    "stage",
-    "domain_id",
-    "rank",
-    "step",
-    "step_tokens",
+from moe_locality.trace import merge as joining
+from moe_locality.trace import npz, validate
+from moe_locality.trace.validate import (
+    DECODE,
+    LAYER_FIELDS,
+    PREFILL,
+    ROW_FIELDS,
+    STAGE_NAMES,
+    TRAIN,
+    UNKNOWN,
 )
-"""Fields with one entry per row: per token (kind "tokens") or per step (kind "load")."""
 
-LAYER_FIELDS = ("expert_ids", "expert_weights", "expert_load")
-"""Row fields whose second axis is the MoE layer."""
+__all__ = [
+    "DECODE",
+    "LAYER_FIELDS",
+    "PREFILL",
+    "ROW_FIELDS",
+    "STAGE_NAMES",
+    "TRAIN",
+    "UNKNOWN",
+    "RoutingTrace",
+    "TokenView",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -287,9 +289,7 @@ class RoutingTrace:
 
         A field that only some of them have (weights, rank, step) is an error, not dropped.
         """
-        from moe_locality.trace.merge import concat
-
-        return concat(traces)
+        return joining.concat(traces)
 
     @classmethod
     def merge(cls, traces: Sequence[RoutingTrace], *, strict: bool = True) -> RoutingTrace:
@@ -298,16 +298,12 @@ class RoutingTrace:
 
         See ``moe_locality.trace.merge.merge``.
         """
-        from moe_locality.trace.merge import merge
-
-        return merge(traces, strict=strict)[0]
+        return joining.merge(traces, strict=strict)[0]
 
     @classmethod
     def from_npz(cls, path: str | PathLike[str]) -> RoutingTrace:
         """Read the .npz layout of docs/formats.md; raises TraceError for anything else."""
-        from moe_locality.trace.npz import read_npz
-
-        return read_npz(path)
+        return npz.read_npz(path, cls)
 
     # -- identity --
 
@@ -319,9 +315,7 @@ class RoutingTrace:
         broken by a fingerprint of the picks; domains are sorted by name and unused ones left out;
         layers are sorted.
         """
-        from moe_locality.trace.content import content_hash
-
-        return content_hash(self)
+        return joining.content_hash(self)
 
     def same_content(self, other: RoutingTrace) -> bool:
         """Whether both hold the same rows (in any order), tables and settings."""

@@ -1,4 +1,4 @@
-"""Checks of a routing trace: every impossible value is found when the trace is made, and named."""
+"""The fields of a routing trace and their checks; an impossible value is an error that names it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,29 @@ from moe_locality.errors import TraceError
 if TYPE_CHECKING:
     from moe_locality.trace.schema import RoutingTrace
 
+PREFILL, DECODE, TRAIN, UNKNOWN = 0, 1, 2, 255
+STAGE_NAMES = {PREFILL: "prefill", DECODE: "decode", TRAIN: "train", UNKNOWN: "unknown"}
+
+ROW_FIELDS = (
+    "expert_ids",
+    "expert_weights",
+    "expert_load",
+    "request_id",
+    "position",
+    "stage",
+    "domain_id",
+    "rank",
+    "step",
+    "step_tokens",
+)
+"""Fields with one entry per row: per token (kind "tokens") or per step (kind "load")."""
+
+LAYER_FIELDS = ("expert_ids", "expert_weights", "expert_load")
+"""Row fields whose second axis is the MoE layer."""
+
 MAX_EXPERTS = 32_767
 """Expert ids are int16."""
 
-_STAGES = (0, 1, 2, 255)
 _CHUNK_ELEMENTS = 1 << 22
 _SCALARS = {
     "request_id": np.int64,
@@ -52,7 +71,7 @@ def checked(trace: RoutingTrace) -> dict[str, Any]:
     for name in _SCALARS:
         fields[name] = _row_scalar(name, getattr(trace, name), num_rows)
     if fields["stage"] is None:
-        fields["stage"] = np.full(num_rows, 255, np.uint8)
+        fields["stage"] = np.full(num_rows, UNKNOWN, np.uint8)
     if fields["domain_id"] is None:
         fields["domain_id"] = np.full(num_rows, -1, np.int32)
     _check_row_values(fields)
@@ -161,7 +180,7 @@ def _check_row_values(fields: dict[str, Any]) -> None:
         )
     stage = fields["stage"]
     present = np.bincount(stage, minlength=256) if stage.size else np.zeros(256, np.int64)
-    strange = [int(code) for code in np.flatnonzero(present) if code not in _STAGES]
+    strange = [int(code) for code in np.flatnonzero(present) if code not in STAGE_NAMES]
     if strange:
         raise TraceError(
             f"found stage code {strange[0]}, expected 0 prefill, 1 decode, 2 train or 255 unknown"

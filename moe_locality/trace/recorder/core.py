@@ -14,6 +14,7 @@ import torch
 from torch.utils.module_tracker import ModuleTracker
 
 from moe_locality.errors import TraceError
+from moe_locality.trace.parquet import make_directory
 from moe_locality.trace.recorder.annotation import Annotation, current_annotation
 from moe_locality.trace.recorder.assembler import Assembler, AssemblerSettings, Forward
 from moe_locality.trace.recorder.defaults import (
@@ -35,7 +36,6 @@ from moe_locality.trace.recorder.hooks import (
 )
 from moe_locality.trace.recorder.sequences import Sequences, named_arguments
 from moe_locality.trace.recorder.writer import ShardSettings, WriterThread
-from moe_locality.trace.shards import make_directory
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from moe_locality.errors import TraceError
-from moe_locality.trace.shards import next_sequence
+from moe_locality.trace.parquet import next_sequence
 
 
 def default_rank() -> int:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from moe_locality.analysis import coactivation
 from moe_locality.errors import TraceError
 from moe_locality.trace import RoutingTrace, write_trace
-from moe_locality.trace.shards import make_directory, write_shard
+from moe_locality.trace.parquet import make_directory, write_shard
 from tests.unit.trace.cases import make_load_trace, make_trace
 
 

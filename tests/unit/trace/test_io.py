@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from moe_locality.errors import TraceError
 from moe_locality.trace import RoutingTrace, read_trace, read_trace_report, write_trace
-from moe_locality.trace.shards import write_shard
+from moe_locality.trace.parquet import write_shard
 from tests.unit.trace.cases import assert_equal, make_load_trace, make_trace, traces
 
 REAL = (

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from moe_locality.errors import TraceError
 from moe_locality.trace import RoutingTrace, read_trace, write_trace
-from moe_locality.trace.npz import read_npz, write_npz
+from moe_locality.trace.npz import write_npz
 from tests.unit.trace.cases import assert_equal, make_load_trace, make_trace, traces
 
 
@@ -28,7 +28,7 @@ def test_round_trip(folder, trace):
 def test_round_trip_of_loads(tmp_path):
     trace = make_load_trace()
     write_trace(trace, tmp_path / "load.npz")
-    assert_equal(read_npz(tmp_path / "load.npz"), trace)
+    assert_equal(RoutingTrace.from_npz(tmp_path / "load.npz"), trace)
 
 
 def rewritten(tmp_path, **changes):
@@ -63,13 +63,13 @@ def rewritten(tmp_path, **changes):
 def test_other_layouts_are_named(tmp_path, changes, message):
     path = rewritten(tmp_path, **changes)
     with pytest.raises(TraceError, match=message) as caught:
-        read_npz(path)
+        RoutingTrace.from_npz(path)
     assert str(path) in str(caught.value)
 
 
 def test_domains_and_extra_arrays_are_optional(tmp_path):
     path = rewritten(tmp_path, domain=None, domain_group=None, domain_id=None, note=np.array("x"))
-    trace = read_npz(path)
+    trace = RoutingTrace.from_npz(path)
     assert trace.domain == ()
     assert (trace.domain_id == -1).all()
 
@@ -77,22 +77,22 @@ def test_domains_and_extra_arrays_are_optional(tmp_path):
 def test_unsigned_ids_above_255_experts(tmp_path):
     ids = np.full((40, 3, 2), 65_535, np.uint16)
     ids[:, :, 0] = 299
-    trace = read_npz(rewritten(tmp_path, expert_ids=ids, num_experts=np.array(300)))
+    trace = RoutingTrace.from_npz(rewritten(tmp_path, expert_ids=ids, num_experts=np.array(300)))
     assert trace.expert_ids[0, 0].tolist() == [299, -1]
     ids[3, 1, 0] = 40_000
     with pytest.raises(TraceError, match="ids above 32767"):
-        read_npz(rewritten(tmp_path, expert_ids=ids, num_experts=np.array(300)))
+        RoutingTrace.from_npz(rewritten(tmp_path, expert_ids=ids, num_experts=np.array(300)))
 
 
 def test_absent_files_and_other_files(tmp_path):
     with pytest.raises(TraceError, match=r"found no file .*nowhere.npz"):
-        read_npz(tmp_path / "nowhere.npz")
+        RoutingTrace.from_npz(tmp_path / "nowhere.npz")
     np.save(tmp_path / "one.npy", np.zeros(3))
     with pytest.raises(TraceError, match="single array"):
-        read_npz(tmp_path / "one.npy")
+        RoutingTrace.from_npz(tmp_path / "one.npy")
     (tmp_path / "empty.npz").write_bytes(b"")
     with pytest.raises(TraceError, match=r"empty.npz cannot be read"):
-        read_npz(tmp_path / "empty.npz")
+        RoutingTrace.from_npz(tmp_path / "empty.npz")
     with pytest.raises(TraceError, match=r"ends in .npz"):
         write_npz(make_trace(), tmp_path / "trace.bin")
     with pytest.raises(TraceError, match="cannot be written"):
@@ -101,7 +101,7 @@ def test_absent_files_and_other_files(tmp_path):
 
 def attempt(path):
     try:
-        return "", read_npz(path)
+        return "", RoutingTrace.from_npz(path)
     except TraceError as error:
         return str(error), None
 
@@ -136,7 +136,7 @@ def test_a_damaged_name_does_not_hide_an_optional_array(tmp_path, place):
     content[getattr(content, place)(b"domain_group.npy")] ^= 1
     path.write_bytes(content)
     with pytest.raises(TraceError, match="cannot be read"):
-        read_npz(path)
+        RoutingTrace.from_npz(path)
 
 
 def test_writing_elsewhere_does_not_overwrite(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from moe_locality.errors import TraceError
-from moe_locality.trace import read_trace, shards
+from moe_locality.trace import parquet, read_trace
 from moe_locality.trace.recorder import RoutingRecorder, annotate, attach, writer
 from moe_locality.trace.recorder.ring import Ring, RingFull
 from tests.recorder_models import MoeModel, inputs
@@ -23,9 +23,9 @@ from tests.recorder_models import MoeModel, inputs
 ROOT = Path(__file__).parents[3]
 
 
-def record(directory, forwards=10**9, write_shard=shards.write_shard):
+def record(directory, forwards=10**9, write_shard=parquet.write_shard):
     """Record one request of 16 tokens after the other."""
-    shards.write_shard = write_shard
+    parquet.write_shard = write_shard
     model = MoeModel(num_layers=2).eval()
     attach(model, directory, shard_tokens=64, strict=True, rank=0)
     with torch.no_grad():
@@ -37,10 +37,10 @@ def record(directory, forwards=10**9, write_shard=shards.write_shard):
 def in_place(trace, directory, rank, sequence):
     """Write a shard under its own name from the first byte on, as a careless writer would."""
     whole = directory / "whole"
-    shards.pq.write_table(shards.to_table(trace, rank), whole)
+    parquet.pq.write_table(parquet.to_table(trace, rank), whole)
     content = whole.read_bytes()
     whole.unlink()
-    with open(directory / shards.shard_name(rank or 0, sequence), "wb") as file:
+    with open(directory / parquet.shard_name(rank or 0, sequence), "wb") as file:
         for begin in range(0, len(content), 256):
             file.write(content[begin : begin + 256])
             file.flush()
@@ -126,7 +126,7 @@ def break_the_disk(monkeypatch):
     def full(*_args):
         raise TraceError("found that a shard cannot be written (No space left on device)")
 
-    monkeypatch.setattr(shards, "write_shard", full)
+    monkeypatch.setattr(parquet, "write_shard", full)
 
 
 def test_a_full_disk_stops_the_recording_and_not_the_training(tmp_path, monkeypatch, caplog):
@@ -164,13 +164,13 @@ def test_a_full_disk_raises_where_strict(tmp_path, monkeypatch):
 @pytest.fixture
 def slow_disk(monkeypatch):
     """Each shard takes 50 ms."""
-    write = shards.write_shard
+    write = parquet.write_shard
 
     def slow(*args):
         time.sleep(0.05)
         return write(*args)
 
-    monkeypatch.setattr(shards, "write_shard", slow)
+    monkeypatch.setattr(parquet, "write_shard", slow)
 
 
 @pytest.mark.usefixtures("slow_disk")

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from moe_locality.errors import TraceError
-from moe_locality.trace import io, read_trace, read_trace_report, shards, write_trace
+from moe_locality.trace import io, parquet, read_trace, read_trace_report, write_trace
 from moe_locality.trace.importers import import_to
-from moe_locality.trace.pieces import read_pieces
+from moe_locality.trace.io import read_pieces
 from tests.unit.trace.cases import make_trace
 
 OLD, NEW, LATER = (make_trace(seed) for seed in range(3))
@@ -135,8 +135,8 @@ def test_an_error_at_any_step_leaves_the_old_trace_or_the_new(tmp_path, way, old
         assert stopped or seen[-1] == "new"
         write_trace(LATER, directory, overwrite=True, shard_tokens=40)
         assert found(directory) == "later"
-        strange = [path.name for path in directory.iterdir() if not shards.is_shard(path.name)]
-        assert all(name.startswith(shards.TMP_PREFIX) for name in strange)
+        strange = [path.name for path in directory.iterdir() if not parquet.is_shard(path.name)]
+        assert all(name.startswith(parquet.TMP_PREFIX) for name in strange)
     assert {before, "new"} == set(seen)
     assert len(seen) > 15
 
@@ -154,7 +154,7 @@ def test_who_reads_between_the_steps_finds_the_old_trace_or_the_new(tmp_path, wa
         "old" if old else "nothing",
         "new",
     ]
-    assert all(shards.is_shard(path.name) for path in directory.iterdir())
+    assert all(parquet.is_shard(path.name) for path in directory.iterdir())
 
 
 KILLED = """
@@ -256,7 +256,7 @@ def test_a_recorder_goes_on_in_a_directory_whose_overwrite_was_interrupted(tmp_p
     write_trace(OLD, tmp_path, shard_tokens=12)
 
     def stop_while_tidying(number):
-        if (tmp_path / shards.MANIFEST).exists():
+        if (tmp_path / parquet.MANIFEST).exists():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt), before_each_step(tmp_path, stop_while_tidying):
@@ -291,7 +291,7 @@ def test_a_damaged_manifest_is_named(tmp_path):
         '{"shards": ["../x"], "replaced": {}, "staging": ".tmp-1"}',
         '{"shards": [], "replaced": {}, "staging": ".."}',
     ):
-        (tmp_path / shards.MANIFEST).write_text(content)
+        (tmp_path / parquet.MANIFEST).write_text(content)
         with pytest.raises(TraceError, match=r"damaged .*\.manifest\.json"):
             read_trace(tmp_path)
 

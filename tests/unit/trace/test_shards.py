@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from moe_locality.errors import TraceError
 from moe_locality.trace import RoutingTrace, ShardWriter, read_trace, read_trace_report
-from moe_locality.trace.layout import CRC_KEY, META_KEY
-from moe_locality.trace.shards import read_shard, write_shard
+from moe_locality.trace.parquet import CRC_KEY, META_KEY, read_shard, write_shard
 from tests.unit.trace.cases import assert_equal, make_load_trace, make_trace, traces
 
 SCALARS = ("request_id", "position", "stage", "domain_id", "step")
