@@ -14,8 +14,7 @@ from kernel_cases import Case
 from torch import Tensor
 
 from moe_locality.kernels import ops
-from moe_locality.quantization import codec
-from moe_locality.quantization.mx_formats import row_bytes
+from moe_locality.quantization import decode_rows, encode_rows, permute_encode, row_bytes
 
 FORMATS = ("fp8", "mxfp8", "mxfp4")
 ROUNDING = {"fp8": 0.04, "mxfp8": 0.05, "mxfp4": 0.2}
@@ -62,7 +61,7 @@ def ours(case: Case, format: str, backend: Any) -> dict[str, Callable[[], Any]]:
     order = order.to(case.x.device, torch.int32)
 
     def encode(x: Tensor, mapping: Any) -> Tensor:
-        return codec.permute_encode(
+        return permute_encode(
             x, mapping.row_token, format, positions=mapping.positions, backend=backend
         )
 
@@ -72,17 +71,17 @@ def ours(case: Case, format: str, backend: Any) -> dict[str, Callable[[], Any]]:
 
     def in_two_passes() -> Tensor:
         rows = ops.permute(case.x, where, backend=backend)
-        return codec.encode_rows(rows, format, backend=backend)
+        return encode_rows(rows, format, backend=backend)
 
     encoded, width, dtype = encode(case.x, where), case.x.shape[1], case.x.dtype
-    wanted = codec.permute_encode(case.x, where.row_token, format, backend="reference")
+    wanted = permute_encode(case.x, where.row_token, format, backend="reference")
     if not torch.equal(encoded, wanted) or not torch.equal(in_two_passes(), wanted):
         raise AssertionError(f"{format} on {backend} differs from the reference: not to be timed")
     return {
         "fused permute and quantize": lambda: encode(case.x, where),
         "permute, then quantize": in_two_passes,
         "map, fused permute and quantize": with_map,
-        "dequantize in order": lambda: codec.decode_rows(
+        "dequantize in order": lambda: decode_rows(
             encoded, format, width, dtype, index=order, backend=backend
         ),
     }

@@ -1,4 +1,4 @@
-// Elements and scales of the low-bit formats, bit for bit as moe_locality/quantization/{elements,mx}.py computes them:
+// Elements and scales of the low-bit formats, bit for bit as moe_locality/quantization/{formats,mx}.py computes them:
 // the same operations in the same order, none of them fused.
 #pragma once
 #include <cuda_fp8.h>

@@ -83,7 +83,7 @@ int combine_backward(const CombineBackwardArgs& args, void* stream);
 
 enum ScaleRule : int32_t { kFloorScale = 0, kOasScale = 1, kFloat32Scale = 2 };
 
-// An encoded row is [codes | factors | gap | scales | zeros]: see moe_locality/quantization/mx_formats.py.
+// An encoded row is [codes | factors | gap | scales | zeros]: see moe_locality/quantization/formats.py.
 struct RowFormat {
   int32_t mantissa_bits;  // 1: E2M1, two codes a byte; 3: E4M3; 2: E5M2
   int32_t block;          // elements of a scale: 16, 32 or 128

@@ -1,11 +1,10 @@
-"""Low-bit formats: reference numerics, encoded rows for the dispatch, and their Triton kernels.
+"""Low-bit formats: reference numerics, and encoded rows for the dispatch on every backend.
 
-``mx_formats`` is the table of formats and sizes, ``elements`` the bit level, ``mx`` quantizes
-tensors, ``rows`` packs rows into bytes, ``mx_triton`` does the same on a GPU, ``codec`` chooses
-between the two.
+``formats`` is the table of formats, their bytes and their bits; ``mx`` quantizes tensors; ``rows``
+packs rows into bytes, by torch or by the kernels of ``triton_codec`` and ``cuda_codec``.
 """
 
-from moe_locality.quantization.codec import decode_rows, encode_rows, permute_encode
+from moe_locality.quantization.formats import Format, bytes_per_row, get_format, row_bytes
 from moe_locality.quantization.mx import (
     FORMATS,
     QuantizedTensor,
@@ -13,8 +12,7 @@ from moe_locality.quantization.mx import (
     fake_quantize,
     quantize,
 )
-from moe_locality.quantization.mx_formats import Format, bytes_per_row, get_format, row_bytes
-from moe_locality.quantization.rows import ROW_FORMATS
+from moe_locality.quantization.rows import ROW_FORMATS, decode_rows, encode_rows, permute_encode
 
 __all__ = [
     "FORMATS",

@@ -1,7 +1,7 @@
 """Low-bit block formats in plain torch: the numerics that every other implementation is held to.
 
 ``quantize`` rounds a tensor along its last dimension, ``dequantize`` gives floats back. Formats are
-those of ``FORMATS``; definitions with their sources are in ``mx_formats`` and here. All arithmetic
+those of ``FORMATS``; definitions with their sources are in ``formats`` and here. All arithmetic
 is float32, element by element, so a row's result depends on nothing but the row (NVFP4: on the
 tensor's largest magnitude too) and is the same on every device.
 
@@ -21,15 +21,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_locality.errors import ConfigError
-from moe_locality.quantization import elements as el
-from moe_locality.quantization.mx_formats import (
+from moe_locality.quantization.formats import (
+    E4M3_NAN,
+    E8M0_BIAS,
+    E8M0_NAN,
+    ELEMENT_EMAX,
+    ELEMENT_MAX,
     FORMATS,
     MACRO_BLOCK,
+    SMALLEST_NORMAL,
     Format,
     Role,
     bytes_per_row,
+    decode_elements,
+    encode_elements,
+    exponent_and_mantissa,
     get_format,
+    pack_pairs,
     resolve_factor_rule,
+    round_e2m1,
+    scale_of_e8m0,
+    times_power_of_two,
+    unpack_pairs,
 )
 
 __all__ = [
@@ -42,7 +55,6 @@ __all__ = [
 ]
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_SMALLEST_NORMAL = 2.0**-126
 _SLOTS = 16
 _SEARCHED_AT_ONCE = 4096  # macro blocks: 2 MiB, so that the passes of MBS-D stay in the cache
 
@@ -104,7 +116,7 @@ def quantize(x: Tensor, format: str, *, role: Role | None = None) -> QuantizedTe
         codes, scales = _quantize_e8m0(blocks, bad, fmt, factors)
     codes = codes.flatten(1)[:, :width]
     if fmt.codes_per_byte == 2:
-        codes = el.pack_pairs(codes)
+        codes = pack_pairs(codes)
     return QuantizedTensor(
         codes=codes.reshape(*lead, codes.shape[1]),
         scales=scales.view(*lead, scales.shape[1]),
@@ -125,8 +137,8 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
     fmt = get_format(q.format)
     dtype = dtype or q.dtype
     width = q.shape[-1]
-    codes = el.unpack_pairs(q.codes, width) if fmt.codes_per_byte == 2 else q.codes
-    values = el.decode_elements(codes, fmt.element)
+    codes = unpack_pairs(q.codes, width) if fmt.codes_per_byte == 2 else q.codes
+    values = decode_elements(codes, fmt.element)
     if q.factors is not None:
         values = values / _spread(_factor_values(q.factors), MACRO_BLOCK, width)
     if fmt.scale_rule == "fp32":
@@ -135,7 +147,7 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
         assert q.tensor_scale is not None
         scales = q.scales.view(torch.float8_e4m3fn).to(torch.float32) * q.tensor_scale
     else:
-        scales = el.scale_of_e8m0(q.scales)
+        scales = scale_of_e8m0(q.scales)
     values = values * _spread(scales, fmt.block, width)
     return saturate(values, dtype)
 
@@ -186,8 +198,8 @@ def squared_error(macro: Tensor, m8: Tensor, fmt: Format) -> Tensor:
     """
     factor = _factor_values(m8)[:, None, None]
     exponent = _exponents(macro, fmt, factor)
-    scale = el.scale_of_e8m0((exponent + el.E8M0_BIAS).to(torch.uint8))
-    decoded = el.round_e2m1(_scaled(macro, exponent, factor)) / factor * scale
+    scale = scale_of_e8m0((exponent + E8M0_BIAS).to(torch.uint8))
+    decoded = round_e2m1(_scaled(macro, exponent, factor)) / factor * scale
     error = (decoded.double() - macro.double()).square().flatten(1)
     while error.shape[1] > 1:
         error = error[:, 0::2] + error[:, 1::2]
@@ -203,8 +215,8 @@ def _quantize_e8m0(
         factor = _spread(_factor_values(factors), MACRO_BLOCK // fmt.block, blocks.shape[1])
         factor = factor[:, :, None]
     exponent = _exponents(blocks, fmt, factor)
-    codes = el.encode_elements(_scaled(blocks, exponent, factor), fmt.element)
-    scales = torch.where(bad, el.E8M0_NAN, exponent[:, :, 0] + el.E8M0_BIAS)
+    codes = encode_elements(_scaled(blocks, exponent, factor), fmt.element)
+    scales = torch.where(bad, E8M0_NAN, exponent[:, :, 0] + E8M0_BIAS)
     return codes, scales.to(torch.uint8)
 
 
@@ -219,28 +231,28 @@ def _exponents(blocks: Tensor, fmt: Format, factor: Tensor | None) -> Tensor:
     """
     a = blocks.abs().amax(dim=2, keepdim=True)
     if factor is None:
-        exponent, mantissa = el.exponent_and_mantissa(a)
+        exponent, mantissa = exponent_and_mantissa(a)
     else:
         huge = a >= 2.0**125  # a * factor must not overflow
         shift = 2 * huge.to(torch.int32)
-        exponent, mantissa = el.exponent_and_mantissa(torch.where(huge, a * 0.25, a) * factor)
+        exponent, mantissa = exponent_and_mantissa(torch.where(huge, a * 0.25, a) * factor)
         exponent = exponent + shift
-    exponent = exponent - el.EMAX[fmt.element]
+    exponent = exponent - ELEMENT_EMAX[fmt.element]
     if fmt.scale_rule == "oas":
         exponent = exponent + (mantissa > 0x600000).to(torch.int32)
-    return exponent.clamp(-el.E8M0_BIAS, el.E8M0_BIAS)
+    return exponent.clamp(-E8M0_BIAS, E8M0_BIAS)
 
 
 def _scaled(blocks: Tensor, exponent: Tensor, factor: Tensor | None) -> Tensor:
-    y = el.times_power_of_two(blocks, -exponent)
+    y = times_power_of_two(blocks, -exponent)
     return y if factor is None else y * factor
 
 
 def _quantize_fp32_scale(blocks: Tensor, bad: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     """E4M3 with ``scale = a / 448`` in float32, never below its smallest normal number."""
     a = blocks.abs().amax(dim=2)
-    scales = (a / el.MAX[fmt.element]).clamp(min=_SMALLEST_NORMAL)
-    codes = el.encode_elements(blocks / scales[:, :, None], fmt.element)
+    scales = (a / ELEMENT_MAX[fmt.element]).clamp(min=SMALLEST_NORMAL)
+    codes = encode_elements(blocks / scales[:, :, None], fmt.element)
     return codes, torch.where(bad, math.nan, scales)
 
 
@@ -250,13 +262,13 @@ def _quantize_e4m3_scale(blocks: Tensor, bad: Tensor) -> tuple[Tensor, Tensor, T
     """
     a = blocks.abs().amax(dim=2)
     largest = a.amax() if a.numel() else a.new_zeros(())
-    tensor_scale = (largest / (448.0 * 6.0)).clamp(min=_SMALLEST_NORMAL)
+    tensor_scale = (largest / (448.0 * 6.0)).clamp(min=SMALLEST_NORMAL)
     wanted = (a / 6.0 / tensor_scale).clamp(max=448.0)
     scales = wanted.to(torch.float8_e4m3fn)
     total = scales.to(torch.float32) * tensor_scale
     y = blocks / torch.where(total > 0, total, math.inf)[:, :, None]
-    bits = torch.where(bad, el.E4M3_NAN, scales.view(torch.uint8))
-    return el.encode_elements(y, "e2m1"), bits, tensor_scale
+    bits = torch.where(bad, E4M3_NAN, scales.view(torch.uint8))
+    return encode_elements(y, "e2m1"), bits, tensor_scale
 
 
 def _finite_blocks(rows: Tensor, block: int) -> tuple[Tensor, Tensor]:

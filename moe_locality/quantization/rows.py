@@ -1,114 +1,113 @@
 """Rows of activations as bytes: what a low-bit dispatch sends, one row per token.
 
-An encoded row is ``[codes | factors | scales | zeros]`` (``mx_formats.row_layout``): rows can be
-gathered, exchanged and decoded one by one, and a row's bytes do not depend on the rows beside it.
-NVFP4, whose scale spans a tensor, has no such rows.
+An encoded row (``formats.RowLayout``) can be gathered, exchanged and decoded alone: its bytes do
+not depend on the rows beside it. NVFP4, whose scale spans a tensor, has no such rows.
+
+Every function takes ``backend``: ``reference`` is torch on any device; ``triton``
+(``triton_codec``) and ``cuda`` (``cuda_codec``) give the same bytes and floats on a GPU. ``auto``
+takes, for tensors on a GPU and formats that have a kernel, CUDA where it was built, else Triton
+where it is installed.
 """
+
+import importlib
+import importlib.util
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from moe_locality.errors import ConfigError
+from moe_locality.errors import BackendUnavailable, ConfigError
+from moe_locality.kernels import cuda_impl
+from moe_locality.quantization.formats import FORMATS, Format, get_format, row_bytes, row_layout
 from moe_locality.quantization.mx import FLOAT_DTYPES, QuantizedTensor, dequantize, quantize
-from moe_locality.quantization.mx_formats import (
-    FORMATS,
-    Format,
-    get_format,
-    row_bytes,
-    row_layout,
-    section_bytes,
-)
+
+CodecBackend = Literal["auto", "reference", "triton", "cuda"]
 
 ROW_FORMATS = tuple(name for name, fmt in FORMATS.items() if fmt.scale_rule != "e4m3")
 """Formats that a row can be encoded in."""
 
-
-def check_row_format(format: str) -> Format:
-    """Return the format if its rows stand alone.
-
-    Raises:
-        ConfigError: it is unknown, or its scale spans the tensor.
-    """
-    if format in FORMATS and format not in ROW_FORMATS:
-        raise ConfigError(
-            f"found format {format!r} for rows, expected one of {', '.join(ROW_FORMATS)}: its "
-            "scale spans the whole tensor, so a row cannot be decoded alone"
-        )
-    return get_format(format)
+_INSTALL = {
+    "triton": "pip install triton",
+    "cuda": "build it: MOE_LOCALITY_CUDA=1 pip install --no-build-isolation moe-locality",
+}
 
 
-def check_activations(x: Tensor) -> None:
-    """Raise unless x is a matrix of floats that formats take."""
-    if x.dim() != 2 or x.dtype not in FLOAT_DTYPES:
-        raise ConfigError(
-            f"found rows of shape {tuple(x.shape)} in {x.dtype}, expected [N, D] in float32, "
-            "bfloat16 or float16: reshape or cast them"
-        )
-
-
-def check_buffer(buffer: Tensor, format: str, width: int) -> None:
-    """Raise unless the buffer has the shape of encoded rows."""
-    if buffer.dtype != torch.uint8 or buffer.shape[1:] != (row_bytes(format, width),):
-        raise ConfigError(
-            f"found a {buffer.dtype} buffer of shape {tuple(buffer.shape)}, expected uint8 "
-            f"[N, {row_bytes(format, width)}] for rows of {width} in {format}"
-        )
-
-
-def encode_rows(x: Tensor, format: str) -> Tensor:
+def encode_rows(x: Tensor, format: str, *, backend: CodecBackend = "auto") -> Tensor:
     """Encode activations ``x [N, D]`` as bytes ``[N, row_bytes(format, D)]`` uint8, contiguous.
 
     MBS-H chooses factors as for activations.
 
     Raises:
         ConfigError: a format without rows of their own, or x is not a matrix of floats.
+        BackendUnavailable: the backend asked for by name is not usable here.
     """
-    fmt = check_row_format(format)
-    check_activations(x)
-    q = quantize(x, format, role="activation")
-    buffer = x.new_zeros((x.shape[0], row_bytes(format, x.shape[1])), dtype=torch.uint8)
-    for part, (start, stop) in zip(
-        (q.codes, q.factors, q.scales), _sections(fmt, x.shape[1]), strict=True
-    ):
-        if part is not None and part.numel():
-            buffer[:, start:stop] = part.flatten().view(torch.uint8).view(-1, stop - start)
-    return buffer
+    fmt = _check_activations(x, format)
+    kernels = _encoder(x, fmt, backend)
+    if kernels is None:
+        return _encode(x, fmt)
+    rows = _new_rows(x, x.shape[0], fmt)
+    if rows.numel():
+        kernels.encode(_unit_stride(x), None, None, rows, fmt)
+    return rows
+
+
+def permute_encode(
+    x: Tensor,
+    row_token: Tensor,
+    format: str,
+    *,
+    positions: Tensor | None = None,
+    backend: CodecBackend = "auto",
+) -> Tensor:
+    """Encode each token of ``x [T, D]`` once; return the rows ``[R, row_bytes]`` of ``row_token
+    [R]``. A row of token -1 (padding) is zeros, which decode to zeros.
+
+    ``positions [T, K]`` is the inverse of ``row_token``: the rows of each token, -1 for none. It
+    saves the GPU kernels a sort, and a wait for its largest number of rows per token.
+    """
+    fmt = _check_activations(x, format)
+    kernels = _encoder(x, fmt, backend)
+    if kernels is None:
+        return _select(_encode(x, fmt), row_token)
+    rows = _new_rows(x, row_token.shape[0], fmt)
+    if rows.numel():
+        if positions is None:
+            positions = inverse_positions(row_token, x.shape[0])
+        kernels.encode(_unit_stride(x), positions, row_token, rows, fmt)
+    return rows
 
 
 def decode_rows(
-    buffer: Tensor, format: str, width: int, dtype: torch.dtype, *, index: Tensor | None = None
+    buffer: Tensor,
+    format: str,
+    width: int,
+    dtype: torch.dtype,
+    *,
+    index: Tensor | None = None,
+    backend: CodecBackend = "auto",
 ) -> Tensor:
     """Return the floats ``[N, width]`` of encoded rows ``[N, row_bytes(format, width)]``.
 
-    ``index [M]`` asks for these rows in this order, ``[M, width]``: zeros where it is -1.
+    With ``index [M]``, ``[M, width]``: these rows in this order, zeros where it is -1. So received
+    rows go straight into the order of the experts.
 
     Raises:
         ConfigError: the buffer is not what rows of that format and width look like.
     """
-    fmt = check_row_format(format)
-    check_buffer(buffer, format, width)
-    if index is not None:
-        buffer = _rows_of(buffer, index)
-    codes, factors, scales = (
-        buffer[:, start:stop].contiguous() for start, stop in _sections(fmt, width)
-    )
-    q = QuantizedTensor(
-        codes=codes,
-        scales=_as_float32(scales) if fmt.scale_rule == "fp32" else scales,
-        factors=factors if fmt.factor_rule is not None else None,
-        tensor_scale=None,
-        shape=torch.Size((buffer.shape[0], width)),
-        format=format,
-        dtype=dtype,
-    )
-    return dequantize(q)
-
-
-def permute_encode(x: Tensor, row_token: Tensor, format: str) -> Tensor:
-    """Encode each token ``x [T, D]`` once and return the rows ``[R, row_bytes]`` of ``row_token
-    [R]``; a row of token -1 (padding) is zeros, which decode to zeros.
-    """
-    return _rows_of(encode_rows(x, format), row_token)
+    fmt = _check_row_format(format)
+    if buffer.dtype != torch.uint8 or buffer.shape[1:] != (row_bytes(format, width),):
+        raise ConfigError(
+            f"found a {buffer.dtype} buffer of shape {tuple(buffer.shape)}, expected uint8 "
+            f"[N, {row_bytes(format, width)}] for rows of {width} in {format}"
+        )
+    kernels = _kernels(buffer, backend)
+    if kernels is None:
+        return _decode(buffer if index is None else _select(buffer, index), fmt, width, dtype)
+    count = buffer.shape[0] if index is None else index.shape[0]
+    out = torch.empty((count, width), dtype=dtype, device=buffer.device)
+    if out.numel():
+        kernels.decode(buffer.contiguous(), index, out, fmt)
+    return out
 
 
 def inverse_positions(row_token: Tensor, num_tokens: int) -> Tensor:
@@ -126,25 +125,109 @@ def inverse_positions(row_token: Tensor, num_tokens: int) -> Tensor:
     return positions
 
 
-def _rows_of(encoded: Tensor, index: Tensor) -> Tensor:
+def _check_row_format(format: str) -> Format:
+    if format in FORMATS and format not in ROW_FORMATS:
+        raise ConfigError(
+            f"found format {format!r} for rows, expected one of {', '.join(ROW_FORMATS)}: its "
+            "scale spans the whole tensor, so a row cannot be decoded alone"
+        )
+    return get_format(format)
+
+
+def _check_activations(x: Tensor, format: str) -> Format:
+    fmt = _check_row_format(format)
+    if x.dim() != 2 or x.dtype not in FLOAT_DTYPES:
+        raise ConfigError(
+            f"found rows of shape {tuple(x.shape)} in {x.dtype}, expected [N, D] in float32, "
+            "bfloat16 or float16: reshape or cast them"
+        )
+    return fmt
+
+
+# -- backends --------------------------------------------------------------------------------------
+
+
+def _encoder(x: Tensor, fmt: Format, backend: str) -> Any:
+    """Return the module whose kernels encode ``x``; None: the reference."""
+    searched = fmt.factor_rule == "dynamic"
+    kernels = None if backend == "auto" and searched else _kernels(x, backend)
+    if kernels is not None and searched:
+        raise ConfigError(
+            f"found format {fmt.name!r} for the backend {backend}, expected another: MBS-D is "
+            "searched for weights, on the reference path"
+        )
+    return kernels
+
+
+def _kernels(x: Tensor, backend: str) -> Any:
+    """Return the module of a backend; None: the reference."""
+    if backend not in ("auto", "reference", *_INSTALL):
+        raise ConfigError(f"found backend {backend!r}, expected auto, reference, triton, cuda")
+    if backend == "auto":
+        names = ("cuda", "triton") if x.is_cuda else ()
+        backend = next((name for name in names if _why_not(name) is None), "reference")
+    elif (why := _why_not(backend)) is not None:
+        raise BackendUnavailable(
+            f"found backend={backend!r}, but {why}: leave the choice to 'auto', or "
+            f"{_INSTALL[backend]}"
+        )
+    if backend == "reference":
+        return None
+    return importlib.import_module(f"moe_locality.quantization.{backend}_codec")
+
+
+def _why_not(backend: str) -> str | None:
+    if backend == "cuda":
+        return cuda_impl.why_unavailable()
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return None
+
+
+def _new_rows(x: Tensor, count: int, fmt: Format) -> Tensor:
+    size = row_layout(fmt, x.shape[1]).row_bytes
+    return torch.empty((count, size), dtype=torch.uint8, device=x.device)
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+# -- the reference ---------------------------------------------------------------------------------
+
+
+def _encode(x: Tensor, fmt: Format) -> Tensor:
+    q = quantize(x, fmt.name, role="activation")
+    codes_end, factors_end, start, end, size = row_layout(fmt, x.shape[1])
+    rows = x.new_zeros((x.shape[0], size), dtype=torch.uint8)
+    places = ((q.codes, 0, codes_end), (q.factors, codes_end, factors_end), (q.scales, start, end))
+    for part, first, last in places:
+        if part is not None and part.numel():
+            rows[:, first:last] = part.flatten().view(torch.uint8).view(-1, last - first)
+    return rows
+
+
+def _decode(rows: Tensor, fmt: Format, width: int, dtype: torch.dtype) -> Tensor:
+    codes_end, factors_end, start, end, _ = row_layout(fmt, width)
+    scales = rows[:, start:end].contiguous()
+    if fmt.scale_rule == "fp32":  # flat first: rows of one number keep strides that view refuses
+        scales = scales.flatten().view(torch.float32).view(rows.shape[0], (end - start) // 4)
+    factors = rows[:, codes_end:factors_end].contiguous()
+    q = QuantizedTensor(
+        codes=rows[:, :codes_end].contiguous(),
+        scales=scales,
+        factors=factors if fmt.factor_rule is not None else None,
+        tensor_scale=None,
+        shape=torch.Size((rows.shape[0], width)),
+        format=fmt.name,
+        dtype=dtype,
+    )
+    return dequantize(q)
+
+
+def _select(encoded: Tensor, index: Tensor) -> Tensor:
     """``encoded[index]``, zeros where it is -1: they decode to zeros."""
     if not index.numel() or not encoded.shape[0]:
         return encoded.new_zeros((index.shape[0], encoded.shape[1]))
     rows = encoded.index_select(0, index.clamp(min=0).long())
     return rows.masked_fill_((index < 0)[:, None], 0)
-
-
-def _as_float32(raw: Tensor) -> Tensor:
-    flat = raw.flatten().view(torch.float32)  # rows of one number keep strides that view refuses
-    return flat.view(raw.shape[0], raw.shape[1] // 4)
-
-
-def _sections(fmt: Format, width: int) -> tuple[tuple[int, int], ...]:
-    """Return (start, stop) of codes, factors and scales in a row, in bytes."""
-    codes, factors, scales = section_bytes(fmt, width)
-    factor_start, scale_start, _ = row_layout(fmt, width)
-    return (
-        (0, codes),
-        (factor_start, factor_start + factors),
-        (scale_start, scale_start + scales),
-    )

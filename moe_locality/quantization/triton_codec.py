@@ -1,14 +1,109 @@
-"""The Triton kernels of ``mx_triton``: blocks, elements and rows.
+"""Encoded rows by Triton: called by ``rows``, which checks and allocates. Needs Triton installed.
 
-Every operation is one that the torch reference does, in the same order and correctly rounded:
+One program encodes one token: it reads the row once, quantizes it once and writes its K encoded
+rows. Every operation is one that the torch reference does, in the same order and correctly rounded:
 divisions are ``div_rn``, elements are rounded on their bits (so that GPUs without FP8 conversions
 give the same), and the launches switch contraction into fused multiply-adds off.
 """
 # kernels are Triton, not Python: constexpr is a number there, static_range a loop
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportAssignmentType=false
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from moe_locality.quantization.formats import (
+    ELEMENT_EMAX,
+    ELEMENT_MAX,
+    EXPONENT_BIAS,
+    MACRO_BLOCK,
+    MANTISSA_BITS,
+    Format,
+    row_layout,
+)
+
+_FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_CHUNK = 1024
+_PADDING_ROWS = 32
+
+
+def encode(
+    x: Tensor, positions: Tensor | None, row_token: Tensor | None, rows: Tensor, fmt: Format
+) -> None:
+    """Write the encoded rows of ``x [T, D]`` (unit column stride) into ``rows [R, row_bytes]``."""
+    is_bf16 = x.dtype == torch.bfloat16
+    if positions is None or positions.numel():
+        _launch(
+            encode_kernel,
+            x.shape[0],
+            x.view(torch.int16) if is_bf16 else x,
+            x if positions is None else positions.contiguous(),
+            rows,
+            x.stride(0),
+            K=1 if positions is None else positions.shape[1],
+            PERMUTE=positions is not None,
+            BF16=is_bf16,
+            **_encode_constants(fmt, x.shape[1]),
+            enable_fp_fusion=False,
+        )
+    if row_token is not None:
+        count, size = rows.shape
+        blocks = triton.cdiv(count, _PADDING_ROWS)
+        _launch(
+            zero_padding_kernel, blocks, row_token, rows, count, ROW_BYTES=size, ROWS=_PADDING_ROWS
+        )
+
+
+def decode(buffer: Tensor, index: Tensor | None, out: Tensor, fmt: Format) -> None:
+    """Write the decoded rows of ``buffer``, in the order of ``index``, into ``out``."""
+    _launch(
+        decode_kernel,
+        out.shape[0],
+        buffer,
+        buffer if index is None else index.contiguous(),
+        out.view(torch.int16) if out.dtype == torch.bfloat16 else out,
+        IN_ORDER=index is not None,
+        OUT=_FLOATS[out.dtype],
+        LARGEST=torch.finfo(out.dtype).max,
+        **_decode_constants(fmt, out.shape[1]),
+        enable_fp_fusion=False,
+    )
+
+
+def _launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+    kernel[(programs,)](*args, **constants)  # beyond type checkers
+
+
+def _decode_constants(fmt: Format, width: int) -> dict[str, Any]:
+    """The compile-time constants that both kernels take."""
+    layout = row_layout(fmt, width)
+    return {
+        "WIDTH": width,
+        "CHUNK": min(_CHUNK, max(MACRO_BLOCK, 1 << (width - 1).bit_length())),
+        "BLOCK": fmt.block,
+        "MBITS": MANTISSA_BITS[fmt.element],
+        "EBIAS": EXPONENT_BIAS[fmt.element],
+        "MBS": fmt.factor_rule is not None,
+        "FP32_SCALE": fmt.scale_rule == "fp32",
+        "CODE_BYTES": layout.codes_end,
+        "SCALE_START": layout.scales_start,
+        "ROW_BYTES": layout.row_bytes,
+    }
+
+
+def _encode_constants(fmt: Format, width: int) -> dict[str, Any]:
+    layout = row_layout(fmt, width)
+    return {
+        **_decode_constants(fmt, width),
+        "EMAX": ELEMENT_EMAX[fmt.element],
+        "MAX": ELEMENT_MAX[fmt.element],
+        "OAS": fmt.scale_rule == "oas",
+        "FACTOR_END": layout.factors_end,
+        "SCALE_END": layout.scales_end,
+    }
 
 
 @triton.jit

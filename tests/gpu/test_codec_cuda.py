@@ -5,7 +5,7 @@ import torch
 
 from moe_locality.errors import BackendUnavailable
 from moe_locality.kernels import ops
-from moe_locality.quantization import codec, rows
+from moe_locality.quantization import rows
 from tests.unit.kernels import oracle
 
 pytestmark = [
@@ -44,16 +44,16 @@ def check(name, dtype, width, backend, tokens=61):
     there = ops.row_map(ids.cuda(), 5, alignment=4, num_rows=tokens * 3 + 23, backend=backend)
     wanted = rows.permute_encode(x, where.row_token, name)
     args = (x.cuda(), there.row_token, name)
-    found = codec.permute_encode(*args, positions=there.positions, backend=backend)
+    found = rows.permute_encode(*args, positions=there.positions, backend=backend)
     assert torch.equal(found.cpu(), wanted)
-    assert torch.equal(codec.permute_encode(*args, backend=backend), found)
-    encoded = codec.encode_rows(x.cuda(), name, backend=backend)
+    assert torch.equal(rows.permute_encode(*args, backend=backend), found)
+    encoded = rows.encode_rows(x.cuda(), name, backend=backend)
     assert torch.equal(encoded.cpu(), rows.encode_rows(x, name))
     index = torch.randint(-1, len(wanted), (97,), generator=torch.Generator().manual_seed(1)).int()
     for out in DTYPES:
         for order in (None, index):
             moved = None if order is None else order.cuda()
-            back = codec.decode_rows(found, name, width, out, index=moved, backend=backend)
+            back = rows.decode_rows(found, name, width, out, index=moved, backend=backend)
             exact = rows.decode_rows(wanted, name, width, out, index=order)
             torch.testing.assert_close(back.cpu(), exact, rtol=0, atol=0, equal_nan=True)
 
@@ -73,13 +73,13 @@ def test_the_smallest_rows_for_the_memory_checker(name, backend):
 def test_tokens_that_lie_apart_and_no_tokens(backend):
     x = activations(9, 64, torch.bfloat16)
     wide = torch.cat([x, x], dim=1).cuda()[:, 3:35]
-    found = codec.encode_rows(wide, "mxfp8", backend=backend)
+    found = rows.encode_rows(wide, "mxfp8", backend=backend)
     assert torch.equal(found.cpu(), rows.encode_rows(wide.cpu(), "mxfp8"))
     columns = x.cuda().t()
-    found = codec.encode_rows(columns, "fp8", backend=backend)
+    found = rows.encode_rows(columns, "fp8", backend=backend)
     assert torch.equal(found.cpu(), rows.encode_rows(x.t(), "fp8"))
     padding = torch.full((4,), -1, dtype=torch.int32, device="cuda")
-    assert not codec.permute_encode(x.cuda()[:0], padding, "mxfp8", backend=backend).any()
+    assert not rows.permute_encode(x.cuda()[:0], padding, "mxfp8", backend=backend).any()
 
 
 def test_ten_runs_are_one_result_also_when_captured(backend):
@@ -88,7 +88,7 @@ def test_ten_runs_are_one_result_also_when_captured(backend):
     where = ops.row_map(ids, 64, num_rows=4096, backend=backend)
 
     def encode():
-        return codec.permute_encode(
+        return rows.permute_encode(
             x, where.row_token, "mxfp8", positions=where.positions, backend=backend
         )
 
@@ -112,8 +112,8 @@ def test_encoded_rows_beyond_two_to_the_31_bytes(backend):
         pytest.skip("less than 3 GiB of GPU memory are free")
     buffer = torch.empty(count, size, dtype=torch.uint8, device="cuda")
     x = torch.randn(tokens, width, device="cuda").bfloat16()
-    buffer[-tokens:] = codec.encode_rows(x, "mxfp8", backend=backend)
+    buffer[-tokens:] = rows.encode_rows(x, "mxfp8", backend=backend)
     index = torch.arange(count - tokens, count, dtype=torch.int32, device="cuda")
-    found = codec.decode_rows(buffer, "mxfp8", width, x.dtype, index=index, backend=backend)
-    wanted = codec.decode_rows(buffer[-tokens:].contiguous(), "mxfp8", width, x.dtype)
+    found = rows.decode_rows(buffer, "mxfp8", width, x.dtype, index=index, backend=backend)
+    wanted = rows.decode_rows(buffer[-tokens:].contiguous(), "mxfp8", width, x.dtype)
     assert torch.equal(found, wanted)

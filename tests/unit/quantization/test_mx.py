@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_locality.errors import ConfigError
-from moe_locality.quantization import elements as el
+from moe_locality.quantization import formats as el
 from moe_locality.quantization import mx
-from moe_locality.quantization.mx_formats import FORMATS, bytes_per_row, get_format
+from moe_locality.quantization.formats import FORMATS, bytes_per_row, get_format
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def values(seed, *shape, scale=1.0):
 )
 def test_elements_equal_an_independent_implementation(ml_dtypes, element, dtype):
     dtype = getattr(ml_dtypes, dtype)
-    largest = el.MAX[element]
+    largest = el.ELEMENT_MAX[element]
     grid = np.arange(256 if element != "e2m1" else 16, dtype=np.uint8).view(dtype)
     finite = np.unique(np.abs(grid[np.isfinite(grid.astype(np.float32))].astype(np.float32)))
     between = (finite[1:] + finite[:-1]) / 2  # every tie, and its neighbors
@@ -103,7 +103,7 @@ def test_packing(width):
 def defined_exponent(a, name):
     """log2 of the scale by the definition, in exact arithmetic, for a > 0."""
     if name in ("mxfp8", "mxfp8-e5m2", "mxfp4", "mxfp4-16"):  # OCP MX v1.0, 6.3
-        return math.frexp(a)[1] - 1 - el.EMAX[get_format(name).element]
+        return math.frexp(a)[1] - 1 - el.ELEMENT_EMAX[get_format(name).element]
     exponent = next(e for e in range(-200, 200) if 3 < a / 2.0**e <= 6)  # into (3, 6] ...
     return exponent - 1 if a / 2.0**exponent <= 3.5 else exponent  # ... doubled up to 3.5
 
@@ -203,7 +203,7 @@ def test_every_8_bit_number_comes_back(name, power):
     held = held[held.isfinite()]
     held = held[torch.randperm(len(held), generator=torch.Generator().manual_seed(power % 97))]
     rows = torch.nn.functional.pad(held, (0, -len(held) % (fmt.block - 1))).view(-1, fmt.block - 1)
-    largest = torch.full((len(rows), 1), el.MAX[fmt.element])
+    largest = torch.full((len(rows), 1), el.ELEMENT_MAX[fmt.element])
     x = torch.cat([rows, largest], dim=1) * 2.0**power
     q = quantize(x, name)
     assert torch.equal(mx.dequantize(q).view(torch.int32), x.view(torch.int32))

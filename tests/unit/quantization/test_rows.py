@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from moe_locality.errors import ConfigError
 from moe_locality.quantization import mx, rows
-from moe_locality.quantization.mx_formats import FORMATS, bytes_per_row, row_bytes
+from moe_locality.quantization.formats import FORMATS, bytes_per_row, row_bytes
 
 
 def activations(seed, *shape, dtype=torch.float32):

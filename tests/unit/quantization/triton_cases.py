@@ -1,4 +1,4 @@
-"""The Triton kernels under Triton's interpreter: run by test_mx_triton.py in a process of its own.
+"""The Triton kernels under Triton's interpreter: run by test_triton_codec.py.
 
 Their bytes are those of the torch reference, whose bytes are tested elsewhere.
 """
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moe_locality.errors import ConfigError
-from moe_locality.quantization import mx_triton, rows
+from moe_locality.quantization import rows
 
 # one of each kind of element, scale and factor: the others differ in the block alone
 FORMATS = ["mxfp4", "mxfp4-16-oas", "mxfp4-mbs-s", "mxfp8", "mxfp8-e5m2", "fp8"]
@@ -42,10 +42,10 @@ def same_bits(a, b):
 )
 def test_encode_and_decode(name, dtype, width):
     x = rows_of_all_kinds(width, dtype)
-    encoded = mx_triton.encode_rows(x, name)
+    encoded = rows.encode_rows(x, name, backend="triton")
     assert torch.equal(encoded, rows.encode_rows(x, name))
     for out in DTYPES:
-        found = mx_triton.decode_rows(encoded, name, width, out)
+        found = rows.decode_rows(encoded, name, width, out, backend="triton")
         assert same_bits(found, rows.decode_rows(encoded, name, width, out))
 
 
@@ -53,7 +53,7 @@ def test_encode_and_decode(name, dtype, width):
 def test_decode_in_any_order(name):
     encoded = rows.encode_rows(rows_of_all_kinds(140, torch.bfloat16), name)
     index = torch.tensor([7, -1, 0, 0, 3, -1, 6, 5, 1, 2], dtype=torch.int32)
-    found = mx_triton.decode_rows(encoded, name, 140, torch.bfloat16, index=index)
+    found = rows.decode_rows(encoded, name, 140, torch.bfloat16, index=index, backend="triton")
     wanted = rows.decode_rows(encoded, name, 140, torch.bfloat16)
     assert same_bits(found[index >= 0], wanted[index[index >= 0].long()])
     assert not found[index < 0].any()
@@ -63,9 +63,9 @@ def test_decode_in_any_order(name):
 @pytest.mark.parametrize("name", ["fp8", "mxfp8", "mxfp4-mbs-s"])
 def test_several_chunks(name):
     x = rows_of_all_kinds(2100, torch.bfloat16)
-    encoded = mx_triton.encode_rows(x, name)
+    encoded = rows.encode_rows(x, name, backend="triton")
     assert torch.equal(encoded, rows.encode_rows(x, name))
-    found = mx_triton.decode_rows(encoded, name, 2100, torch.bfloat16)
+    found = rows.decode_rows(encoded, name, 2100, torch.bfloat16, backend="triton")
     assert same_bits(found, rows.decode_rows(encoded, name, 2100, torch.bfloat16))
 
 
@@ -74,7 +74,7 @@ def test_every_code_decodes_alike(name):
     generator = torch.Generator().manual_seed(3)
     buffer = torch.randint(0, 256, (6, rows.row_bytes(name, 256)), generator=generator)
     buffer = buffer.to(torch.uint8)
-    found = mx_triton.decode_rows(buffer, name, 256, torch.float32)
+    found = rows.decode_rows(buffer, name, 256, torch.float32, backend="triton")
     assert same_bits(found, rows.decode_rows(buffer, name, 256, torch.float32))
 
 
@@ -85,34 +85,32 @@ def test_permute_encode(name, given):
     x = rows_of_all_kinds(140, torch.bfloat16)
     generator = torch.Generator().manual_seed(4)
     row_token = torch.randint(-1, 8, (20,), generator=generator, dtype=torch.int32)
-    positions = mx_triton.inverse_positions(row_token, 8).to(torch.int32) if given else None
-    found = mx_triton.permute_encode(x, row_token, name, positions=positions)
+    positions = rows.inverse_positions(row_token, 8).to(torch.int32) if given else None
+    found = rows.permute_encode(x, row_token, name, positions=positions, backend="triton")
     assert torch.equal(found, rows.permute_encode(x, row_token, name))
 
 
 def test_inverse_positions():
     row_token = torch.tensor([2, 0, -1, 2, 2, 1])
     expected = [[1, -1, -1], [5, -1, -1], [0, 3, 4], [-1, -1, -1]]
-    assert mx_triton.inverse_positions(row_token, 4).tolist() == expected
+    assert rows.inverse_positions(row_token, 4).tolist() == expected
 
 
 @pytest.mark.parametrize("count", [0, 3])
 def test_nothing_to_do(count):
     x = torch.zeros(0, 64)
-    assert mx_triton.encode_rows(x, "fp8").shape == (0, 80)
+    assert rows.encode_rows(x, "fp8", backend="triton").shape == (0, 80)
     padding = torch.full((count,), -1)
-    assert not mx_triton.permute_encode(x, padding, "fp8").any()
-    assert (
-        mx_triton.decode_rows(torch.zeros(0, 80, dtype=torch.uint8), "fp8", 64, x.dtype).numel()
-        == 0
-    )
+    assert not rows.permute_encode(x, padding, "fp8", backend="triton").any()
+    empty = torch.zeros(0, 80, dtype=torch.uint8)
+    assert not rows.decode_rows(empty, "fp8", 64, x.dtype, backend="triton").numel()
 
 
 def test_columns_that_are_not_contiguous():
     x = rows_of_all_kinds(64, torch.float32)[:, ::2]
-    assert torch.equal(mx_triton.encode_rows(x, "mxfp4"), rows.encode_rows(x, "mxfp4"))
+    assert torch.equal(rows.encode_rows(x, "mxfp4", backend="triton"), rows.encode_rows(x, "mxfp4"))
 
 
 def test_mbs_d_is_refused():
     with pytest.raises(ConfigError, match="searched"):
-        mx_triton.encode_rows(torch.zeros(2, 64), "mxfp4-mbs-d")
+        rows.encode_rows(torch.zeros(2, 64), "mxfp4-mbs-d", backend="triton")

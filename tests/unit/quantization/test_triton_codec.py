@@ -11,7 +11,7 @@ import torch
 
 from moe_locality.errors import BackendUnavailable, ConfigError
 from moe_locality.kernels import cuda_impl
-from moe_locality.quantization import codec, rows
+from moe_locality.quantization import rows
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -25,9 +25,8 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from moe_locality.quantization import mx_triton as m
-from moe_locality.quantization import triton_codec as kernels
-from moe_locality.quantization.mx_formats import get_format
+from moe_locality.quantization import triton_codec as m
+from moe_locality.quantization.formats import get_format
 
 def compile(kernel, pointers, constants):
     signature = {**pointers, **{name: "constexpr" for name in constants}}
@@ -42,12 +41,12 @@ for name in ("fp8", "mxfp8", "mxfp4", "mxfp4-mbs-s"):
     fmt = get_format(name)
     constants = m._encode_constants(fmt, 2048) | {"K": 8, "PERMUTE": True, "BF16": True}
     pointers = {"x_ptr": "*i16", "positions_ptr": "*i32", "out_ptr": "*u8", "x_stride": "i32"}
-    compile(kernels.encode_kernel, pointers, constants)
+    compile(m.encode_kernel, pointers, constants)
     constants = m._decode_constants(fmt, 2048) | {"OUT": 1, "LARGEST": 3.3895313892515355e38}
     pointers = {"in_ptr": "*u8", "index_ptr": "*i32", "out_ptr": "*i16"}
-    compile(kernels.decode_kernel, pointers, constants | {"IN_ORDER": True})
+    compile(m.decode_kernel, pointers, constants | {"IN_ORDER": True})
 pointers = {"row_token_ptr": "*i32", "out_ptr": "*u8", "num_rows": "i32"}
-compile(kernels.zero_padding_kernel, pointers, {"ROW_BYTES": 1168, "ROWS": 32})
+compile(m.zero_padding_kernel, pointers, {"ROW_BYTES": 1168, "ROWS": 32})
 """
 
 
@@ -76,28 +75,27 @@ def test_kernels_compile_for_sm_90(tmp_path):
     run([sys.executable, "-c", COMPILE], TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
 
 
-def test_the_codec_takes_the_reference_on_the_cpu():
+def test_encode_and_decode_rows_take_the_reference_on_the_cpu():
     x = torch.randn(5, 70, generator=torch.Generator().manual_seed(0))
-    encoded = codec.encode_rows(x, "mxfp4-mbs-s")
-    assert torch.equal(encoded, rows.encode_rows(x, "mxfp4-mbs-s"))
-    back = codec.decode_rows(encoded, "mxfp4-mbs-s", 70, torch.bfloat16)
-    assert torch.equal(back, rows.decode_rows(encoded, "mxfp4-mbs-s", 70, torch.bfloat16))
+    reference = {"backend": "reference"}
+    encoded = rows.encode_rows(x, "mxfp4-mbs-s")
+    assert torch.equal(encoded, rows.encode_rows(x, "mxfp4-mbs-s", **reference))
+    back = rows.decode_rows(encoded, "mxfp4-mbs-s", 70, torch.bfloat16)
     row_token = torch.tensor([4, -1, 0])
-    in_order = codec.decode_rows(encoded, "mxfp4-mbs-s", 70, torch.bfloat16, index=row_token)
+    in_order = rows.decode_rows(encoded, "mxfp4-mbs-s", 70, torch.bfloat16, index=row_token)
     assert torch.equal(in_order[[0, 2]], back[[4, 0]])
     assert not in_order[1].any()
-    assert torch.equal(
-        codec.permute_encode(x, row_token, "fp8"), rows.permute_encode(x, row_token, "fp8")
-    )
+    found = rows.permute_encode(x, row_token, "fp8")
+    assert torch.equal(found, rows.permute_encode(x, row_token, "fp8", **reference))
 
 
-def test_the_codec_says_what_is_missing(monkeypatch):
+def test_encode_rows_names_what_a_backend_lacks(monkeypatch):
     x = torch.zeros(1, 4)
     with pytest.raises(ConfigError, match="expected auto, reference, triton, cuda"):
-        codec.encode_rows(x, "fp8", backend="fast")  # pyright: ignore[reportArgumentType]
+        rows.encode_rows(x, "fp8", backend="fast")  # pyright: ignore[reportArgumentType]
     monkeypatch.setattr(cuda_impl, "why_unavailable", lambda: "there is no extension")
     with pytest.raises(BackendUnavailable, match=r"there is no extension.*MOE_LOCALITY_CUDA=1"):
-        codec.encode_rows(x, "fp8", backend="cuda")
+        rows.encode_rows(x, "fp8", backend="cuda")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BackendUnavailable, match="pip install triton"):
-        codec.encode_rows(x, "fp8", backend="triton")
+        rows.encode_rows(x, "fp8", backend="triton")
