@@ -51,7 +51,7 @@ def encode(
         )
     if row_token is not None:
         count, size = rows.shape
-        blocks = triton.cdiv(count, _PADDING_ROWS)
+        blocks = -(-count // _PADDING_ROWS)
         _launch(
             zero_padding_kernel, blocks, row_token, rows, count, ROW_BYTES=size, ROWS=_PADDING_ROWS
         )
