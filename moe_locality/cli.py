@@ -29,17 +29,25 @@ class _Commands(TyperGroup):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> Any:
-        from moe_locality.commands.output import guard
+        from moe_locality.commands.output import guard, in_flags
 
         words = list(sys.argv[1:] if args is None else args)
         code = guard(
             lambda: super(_Commands, self).main(words, standalone_mode=False, **extra),
             as_json=options.JSON_FLAG in words,
             debug=options.DEBUG_FLAG in words,
+            reword=lambda message: in_flags(message, self._flags(words), words),
         )
         if standalone_mode:
             sys.exit(code)
         return code
+
+    def _flags(self, words: Sequence[str]) -> dict[str, str]:
+        """Parameter of the command that ``words`` name → its longest flag."""
+        names = [word for word in words if word in self.commands]
+        known = self.commands[names[0]].params if names else []
+        flags = {str(one.name): max(one.opts, key=len) for one in known}
+        return {name: flag for name, flag in flags.items() if flag.startswith("--")}
 
 
 app = typer.Typer(

@@ -21,7 +21,7 @@ RanksPerNode = Annotated[int | None, typer.Option("--ranks-per-node", min=1, hel
 Cluster = Annotated[Path | None, typer.Option("--cluster", help="Cluster description (YAML).")]
 Hostfile = Annotated[Path | None, typer.Option("--hostfile", help="DeepSpeed hostfile.")]
 Homes = Annotated[Path | None, typer.Option("--homes", help="Home rank of each request (JSON).")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
 HeldOut = Annotated[
     float, typer.Option("--held-out", help="Share of the requests that no plan is made from.")
 ]

@@ -5,9 +5,10 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moe_locality.errors import BackendUnavailable, MoeLocalityError
@@ -37,19 +38,61 @@ class Result:
     then: "Callable[[], Result] | None" = None
 
 
-def guard(body: Callable[[], Any], *, as_json: bool, debug: bool) -> int:
-    """Run ``body``, turn what goes wrong into a message, and return the exit code."""
+def guard(
+    body: Callable[[], Any],
+    *,
+    as_json: bool,
+    debug: bool,
+    reword: Callable[[str], str] = str,
+) -> int:
+    """Run ``body``, turn what goes wrong into a message, and return the exit code.
+
+    ``reword`` gets the message of an error of ours, and returns what to print.
+    """
     try:
         code = body()
     except Exception as error:  # noqa: BLE001  the last place where an error can be told in words
         if debug or not _is_expected(error):
             traceback.print_exc(file=sys.stderr)
-        return _report(_kind(error), _words(error), _code(error), as_json)
+        words = _words(error)
+        if isinstance(error, MoeLocalityError):
+            words = reword(words)
+        return _report(_kind(error), words, _code(error), as_json)
     except KeyboardInterrupt:
         return _report("KeyboardInterrupt", "interrupted", INTERRUPTED, as_json)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return code if isinstance(code, int) else 0
+
+
+def in_flags(message: str, flags: Mapping[str, str], given: Sequence[str]) -> str:
+    """Return the message with the flags of a command where it names arguments of a function.
+
+    The package's errors write an argument as ``name: found``, ``name=value``, ``name = value`` or
+    ``name=``; those are replaced, plain words are not.
+
+    Args:
+        flags: parameter of the command → its flag. A function may put ``num_`` before the name, or
+            ``_size`` behind it.
+        given: the words of the command line; what they hold is the user's, and stays as it is.
+    """
+    known = dict(flags)
+    for name, flag in flags.items():
+        known.setdefault(f"num_{name}", flag)
+        known.setdefault(f"{name}_size", flag)
+    names = "|".join(known)
+    if not names:
+        return message
+    message = re.sub(rf"(^|: )({names})(?=: found)", lambda m: m[1] + known[m[2]], message)
+
+    def flag_of(match: re.Match[str]) -> str:
+        if any(match[0] in word for word in given):
+            return match[0]
+        value = match["quoted"] or ""
+        return known[match["name"]] + (" " if value or match["more"] is not None else "") + value
+
+    value = r"(?:True\b|'(?P<quoted>[^']*)'|(?P<more>(?=[\w-])))?"
+    return re.sub(rf"(?<![\w./-])(?P<name>{names}) ?= ?{value}", flag_of, message)
 
 
 def _is_usage(error: BaseException) -> bool:

@@ -7,6 +7,7 @@ made from all. Where nothing is gained the usual order of the experts is written
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +56,7 @@ def place(
     """Solve, judge on requests not seen and write the plan; then bound it, where asked."""
     from moe_locality.placement.solve import solve
 
-    _check_options(homes, start, move_budget)
+    _check_options(homes, start, move_budget, bound_seconds)
     check_writable(out, "plan", trace)
     old, topology = _start_on(start, (nodes, ranks_per_node, cluster, hostfile))
     options: dict[str, Any] = {"method": method, "num_redundant_experts": redundant_experts}
@@ -91,13 +92,19 @@ def place(
     return dataclasses.replace(result, then=then)
 
 
-def _check_options(homes: str | None, start: Path | None, move_budget: float | None) -> None:
+def _check_options(
+    homes: str | None, start: Path | None, move_budget: float | None, bound_seconds: float | None
+) -> None:
     """Raise PlacementError for options that mean nothing, before the trace is read."""
     if homes not in (None, "joint"):
         raise PlacementError(f"--homes: found {homes!r}, expected 'joint', or leave the option out")
     if move_budget is not None and start is None:
         raise PlacementError(
             "found --move-budget without --start, expected both or none: name the plan to improve"
+        )
+    if bound_seconds is not None and not math.isfinite(bound_seconds):
+        raise PlacementError(
+            f"--bound-seconds: found {bound_seconds}, expected a number of seconds, such as 10"
         )
 
 

@@ -176,7 +176,8 @@ def bake(
     payload = {"command": "bake", "digest": placed.digest(), **found}
     words = [f"{out}: experts in the order of {plan}"]
     if "optimizer" in found:
-        words.append(f"optimizer state: {found['optimizer']}")
+        state = found["optimizer"].replace("trust_parameter_order=True", "--trust-parameter-order")
+        words.append(f"optimizer state: {state}")
     return Result(payload=payload, text=words)
 
 

@@ -52,6 +52,10 @@ def compare(
             + ("neither a second run nor a plan" if second is None else "both runs and plans")
             + ", expected `compare RUN_A RUN_B` or `compare TRACE --plan plan.json`"
         )
+    if nodes is not None and second is None:
+        raise ConfigError(
+            "found --nodes with plans, expected it with two runs: a plan names its cluster"
+        )
     settings = tracking_settings(wandb, wandb_mode, wandb_dir, group)
     with progress("comparing"):
         if second is not None:

@@ -75,7 +75,7 @@ def read_file(path: Path, *, trusted: bool = False) -> dict[str, Any]:
             raise ConfigError(
                 f"{path}: found a pickled {what[1] if what else 'object'}, expected tensors and "
                 "plain types: reading it can run code; if you trust the origin of this "
-                "checkpoint, allow it (trust_checkpoint=True, or --trust-checkpoint)"
+                "checkpoint, allow it with trust_checkpoint=True"
             ) from error
         found = _torch_load(path, weights_only=False)
     except (OSError, RuntimeError, EOFError, ValueError) as error:

@@ -95,7 +95,7 @@ def to_sglang_map(plan: PlacementPlan, num_hidden_layers: int | None = None) -> 
         raise PlacementError(
             f"found a plan of the MoE layers {list(plan.layer_ids)[:4]} ... and no number of "
             "transformer layers, expected it, for SGLang reads a row for each, dense ones too: "
-            "give --num-hidden-layers (num_hidden_layers of the model's config)"
+            "give num_hidden_layers=, as the model's config has it"
         )
     return to_engine_dict(plan, num_hidden_layers)
 

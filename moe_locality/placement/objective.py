@@ -14,6 +14,7 @@ tells plans apart.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -100,6 +101,8 @@ def evaluate(
     _warn_of_absent_experts(plan)
     if batch_tokens < 1:
         raise PlacementError(f"batch_tokens: found {batch_tokens}, expected at least 1: correct it")
+    if row_bytes is not None and not 0 < row_bytes < math.inf:
+        raise PlacementError(f"row_bytes: found {row_bytes}, expected a number above 0: correct it")
     rows: dict[str, np.ndarray] = {}
     totals: tuple[int | None, int | None] = (None, None)
     by_rank = _rank_traffic(frame)

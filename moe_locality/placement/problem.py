@@ -129,8 +129,8 @@ def check_slots(num_experts: int, topology: ClusterTopology, num_redundant_exper
     if slots % ranks:
         raise PlacementError(
             f"found {num_experts} experts + {num_redundant_experts} redundant = {slots} slots, "
-            f"expected a multiple of the {ranks} ranks: use num_redundant_experts="
-            f"{num_redundant_experts + -slots % ranks} or another number of ranks"
+            f"expected a multiple of the {ranks} ranks: use "
+            f"{num_redundant_experts + -slots % ranks} redundant experts or another number of ranks"
         )
     if slots // ranks > num_experts:
         raise PlacementError(

@@ -155,7 +155,7 @@ def solve_coactivation(problem: Problem, tables: Tables | None = None) -> Soluti
         found["layer_notes"] = {str(int(ids[row])): note for row, note in placed.notes.items()}
         tell(
             _log,
-            "%d of %d layers cannot be as level as max_imbalance = %g on unseen requests, see "
+            "%d of %d layers cannot be as level as the cap of %g on unseen requests, see "
             "layer_notes in the plan's provenance; first: layer %s: %s",
             len(placed.notes),
             len(placed.rows),

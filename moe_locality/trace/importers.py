@@ -478,7 +478,7 @@ def _read_npz(path: Path, options: ImportOptions) -> RoutingTrace:
     trace = RoutingTrace.from_npz(path)
     if options.num_experts not in (None, trace.num_experts):
         raise TraceError(
-            f"found num_experts = {trace.num_experts} in {path}, expected {options.num_experts} as "
-            "asked: leave it out"
+            f"{path}: found {trace.num_experts} experts, expected {options.num_experts} as asked: "
+            "leave num_experts= out"
         )
     return trace if options.model is None else trace.evolve(model=options.model)

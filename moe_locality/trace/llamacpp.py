@@ -56,7 +56,7 @@ def parts(path: Path, options: ImportOptions) -> Iterator[RoutingTrace]:
         raise TraceError(
             f"{path}, pick {starts[run] + 1}: found {tokens[run]} tokens in layer {layer[run]} and "
             f"{size[batch[run]]} in another layer of the same micro-batch, expected the same: give "
-            "the right top_k, or record again"
+            "the right top_k=, or record again"
         )
     num_experts = options.num_experts or guess_num_experts(path, int(rows[:, 1].max()), top_k)
     ids = np.full((int(size.sum()), len(layer_ids), top_k), -1, np.int64)
@@ -126,13 +126,13 @@ def _picks_per_token(
     found = int(np.gcd.reduce(lengths))
     if options.top_k is None and num_layers == 1:
         raise TraceError(
-            f"found a single layer in {path}, where tokens cannot be told apart: give top_k"
+            f"found a single layer in {path}, where tokens cannot be told apart: give top_k="
         )
     top_k = options.top_k or found
     if found % top_k or top_k > 1024:
         raise TraceError(
             f"found runs of {sorted(set(lengths.tolist()))[:8]} picks in {path}, expected multiples"
-            f" of top_k = {top_k} (at most 1024): give the right top_k"
+            f" of top_k = {top_k} (at most 1024): give the right one"
         )
     return top_k
 

@@ -155,7 +155,7 @@ def guess_num_experts(path: Path, highest: int, top_k: int) -> int:
     guess = max(highest + 1, top_k, 1)
     _log.warning(
         "%s does not say how many experts a layer has; taking %d, the highest id seen plus one: "
-        "pass num_experts if the model has more",
+        "pass num_experts (--num-experts) if the model has more",
         path,
         guess,
     )

@@ -272,7 +272,7 @@ def sglang_responses(path: Path, options: ImportOptions, number: int) -> Iterato
     if options.top_k is None:
         raise TraceError(
             f"found SGLang responses in {path}, which do not say how many experts a token picks: "
-            "pass top_k (--top-k)"
+            "pass top_k="
         )
     for where, response in responses(path, options, number):
         if isinstance(response, TraceError):
@@ -329,7 +329,7 @@ def _sglang_picks(where: str, spot: dict[str, Any], usage: Any, options: ImportO
             raise TraceError(
                 f"{where}: found prompt_tokens {prompt!r} and completion_tokens {answer!r}, "
                 "expected whole numbers that are 2 together at least (several choices share one "
-                "usage: give num_layers, --num-layers)"
+                "usage: give num_layers=)"
             )
         tokens = prompt + answer - 1
     if layers is None:
@@ -339,7 +339,7 @@ def _sglang_picks(where: str, spot: dict[str, Any], usage: Any, options: ImportO
         if rows < 1 or flat.size == 0 or flat.size % (rows * top_k):
             raise TraceError(
                 f"{where}: found {flat.size} picks for {text} and top_k = {top_k}, expected "
-                "tokens x layers x top_k: give the right top_k, or num_layers where the request "
+                "tokens x layers x picks: give the right one, or num_layers= where the request "
                 "had a routed_experts_start_len"
             )
         layers = flat.size // (rows * top_k)
@@ -351,8 +351,7 @@ def _sglang_picks(where: str, spot: dict[str, Any], usage: Any, options: ImportO
         raise TraceError(
             f"{where}: found {flat.size} picks, which are {rows} tokens of {layers} layers and "
             f"top_k = {top_k} and {rest} more, expected {tokens} tokens less those before "
-            f"routed_experts_start_len ({said}): give the right top_k and num_layers (--top-k, "
-            "--num-layers)"
+            f"routed_experts_start_len ({said}): give the right top_k= and num_layers="
         )
     return Sequence(
         where=where,
@@ -528,8 +527,7 @@ def _same_shape(facts: dict[int, _Facts], broken: list[TraceError]) -> None:
     if any(one.derived for one in facts.values()):
         raise TraceError(
             f"{other.where}: found {other.shape[0]} layers, and {first.shape[0]} in {first.where}, "
-            "where the responses do not say at which token they begin: give num_layers "
-            "(--num-layers)"
+            "where the responses do not say at which token they begin: give num_layers="
         )
     if 2 * count <= len(facts):
         raise TraceError(
@@ -594,7 +592,7 @@ class _Doubt:
                     f"found no expert twice in any {factor} successive layers of a token, expected "
                     f"about {self.expected[factor]:.0f} cases, for they are layers of their own: "
                     f"top_k = {self.top_k} is too small (is it {self.top_k * factor}?); give the "
-                    "right one, or num_layers if it is"
+                    "right one, or num_layers= if it is"
                 )
 
 

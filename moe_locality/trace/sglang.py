@@ -131,7 +131,7 @@ def _load_trace(
     if options.num_experts not in (None, counts.shape[2]):
         raise TraceError(
             f"{path}: found counts of {counts.shape[2]} experts, expected {options.num_experts} as "
-            "asked: leave num_experts out"
+            "asked: leave num_experts= out"
         )
     steps = counts.any(axis=(1, 2))
     layers = counts.any(axis=(0, 2))

@@ -148,7 +148,7 @@ def _long_parts(path: Path, columns: list[str], options: ImportOptions) -> Itera
     if top_k > min(num_experts, MAX_EXPERTS):
         raise TraceError(
             f"{path}: found {top_k} picks of a token in a layer of {num_experts} experts, expected "
-            "at most as many: correct the file or num_experts"
+            "at most as many: correct the file or num_experts="
         )
     try:
         for block in _blocks(path, names, options, 1, whole):

@@ -1,5 +1,6 @@
 """The command line: how it answers. What the commands compute is in test_cli_flow.py."""
 
+import base64
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -15,6 +17,7 @@ from moe_locality import __version__, commands
 from moe_locality.cli import app
 from moe_locality.commands import doctor, output
 from moe_locality.errors import BackendUnavailable, PlacementError
+from moe_locality.trace import write_trace
 from tests.unit.made_trace import make_trace
 
 COMMANDS = (
@@ -55,8 +58,6 @@ def one_json_object(text):
 
 @pytest.fixture(scope="module")
 def trace_file(tmp_path_factory):
-    from moe_locality.trace import write_trace
-
     path = tmp_path_factory.mktemp("cli") / "trace.npz"
     write_trace(make_trace(num_requests=24), path)
     return path
@@ -372,3 +373,132 @@ def test_the_page_of_the_command_line_names_only_what_exists():
         assert {word for word in words if word.startswith("-")} <= known, name
     assert {line.split()[0] for line in lines} == set(COMMANDS)
     assert set(re.findall(r"^## (\w+)$", page, flags=re.MULTILINE)) == set(COMMANDS)
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory):
+    """Folder, and command → words that it accepts there; bake gets as far as the checkpoint."""
+    folder = tmp_path_factory.mktemp("lines")
+    write_trace(make_trace(num_requests=24, tokens_per_request=4, num_layers=2), folder / "t.npz")
+    picks = base64.b64encode(np.arange(12, dtype=np.int32).tobytes()).decode()
+    answer = {"meta_info": {"routed_experts": picks, "prompt_tokens": 2, "completion_tokens": 2}}
+    (folder / "sglang.json").write_text(json.dumps([answer]))
+    (folder / "llama.csv").write_text("layer,expert\n0,1\n0,2\n")
+    trace, plan, cluster = folder / "t.npz", folder / "plan.json", ("--nodes", 2)
+    cluster = (*cluster, "--ranks-per-node", 2)
+    assert run("place", trace, *cluster, "-o", plan).exit_code == 0
+    new, planned = folder / "new", (trace, "--plan", plan)
+    return folder, {
+        "import": (trace, "--out", new),
+        "export": (plan, "--to", "sglang", "--num-hidden-layers", 4, "--out", new),
+        "analyze": (trace, *cluster),
+        "place": (trace, *cluster, "--out", new),
+        "group": (*planned, "--out", new),
+        "evaluate": planned,
+        "simulate": planned,
+        "bake": (folder, "--plan", plan, "--out", new),
+        "compare": planned,
+        "report": (*planned, "--out", new),
+        "record": (),
+        "bench": (trace, *cluster, "--method", "linear"),
+        "doctor": (),
+        "demo": ("--out", new, "--trace", trace),
+    }
+
+
+BAD_VALUES = {
+    **dict.fromkeys(("trace", "against", "table", "checkpoint", "plan", "baseline"), ("GONE",)),
+    **dict.fromkeys(("homes", "cluster", "hostfile", "start", "deepspeed_config"), ("GONE",)),
+    **dict.fromkeys(("out", "report", "figure"), ("t.npz/new",)),
+    **dict.fromkeys(("format", "to", "method", "objective", "predict", "sweep"), ("wrong",)),
+    **dict.fromkeys(("exchange", "payload", "wandb_mode", "tag", "layers"), ("wrong",)),
+    **dict.fromkeys(("max_imbalance", "max_home_imbalance"), ("0.5", "nan")),
+    **dict.fromkeys(("compute_us", "expert_us", "row_us", "held_out"), ("-1", "nan")),
+    **dict.fromkeys(("batch_tokens", "hidden", "ffn", "groups", "top_k", "seed"), ("-1",)),
+    **dict.fromkeys(("nodes", "ranks_per_node", "redundant_experts"), ("3", "40", "-1")),
+    "files": ("GONE", "sglang.json", "llama.csv"),
+    "first": ("GONE",),
+    "second": ("GONE",),
+    "num_experts": ("3", "0"),
+    "num_layers": ("0",),
+    "num_hidden_layers": ("1", "0"),
+    "expert_groups": ("3", "0"),
+    "bound_seconds": ("-1", "inf", "nan"),
+    "windows": ("1",),
+    "move_budget": ("7", "nan"),
+    "row_bytes": ("-1", "nan"),
+}
+"""Parameter of a command → values that it must refuse; GONE: a path where nothing is."""
+ANY_VALUE = {"model", "script", "wandb", "wandb_dir", "group", "record trace"}
+SWITCHES = {"help", "as_json", "debug", "overwrite", "bound", "prove", "equal_requests"}
+SWITCHES |= {"trust_checkpoint", "trust_parameter_order"}
+TOGETHER = (
+    ("place", "--start", "plan.json", "--homes", "joint"),
+    ("place", "--start", "plan.json", "--move-budget", "7"),
+    ("place", "--homes", "joint", "--method", "eplb"),
+    ("place", "--objective", "picks"),
+    ("place", "--objective", "picks", "--homes", "joint", "--redundant-experts", "4"),
+    ("place", "--expert-groups", "4", "--method", "seed"),
+    ("group", "--predict", "domain"),
+    ("export", "--to", "sglang", "--num-hidden-layers", "2"),
+    ("simulate", "--sweep", "k", "--figure", "t.npz/new.svg"),
+)
+"""Options that do not go together, or not with the trace and the plan."""
+
+
+def python_names(command, told):
+    """The arguments of functions in a message, of those that the command has a flag for."""
+    import re
+
+    flags = [one.name for one in command.params if one.opts[-1].startswith("--")]
+    names = {name for flag in flags for name in (flag, f"num_{flag}", f"{flag}_size")}
+    found = {name for name in names if re.search(rf"(^|: ){name}: |(?<![-\w]){name} ?=", told)}
+    return found | {name for name in names if "_" in name and re.search(rf"\b{name}\b", told)}
+
+
+def test_errors_name_flags_and_no_python_argument(lines, monkeypatch):
+    """``--max-imbalance 0.5`` was answered with "max_imbalance: found 0.5" [F11].
+
+    Every option of every command with a bad value, and some that do not go together.
+    """
+    folder, accepted = lines
+    monkeypatch.chdir(folder)
+    wrong = []
+    for name, command in typer.main.get_command(app).commands.items():
+        tried = [(*accepted[name], *words) for first, *words in TOGETHER if first == name]
+        positions = [one.name for one in command.params if one.param_type_name == "argument"]
+        for one in command.params:
+            free = {one.name, f"{name} {one.name}"} & (ANY_VALUE | SWITCHES)
+            values = () if free else BAD_VALUES[one.name]
+            if one.name in positions:
+                at = positions.index(one.name)
+                rest = accepted[name][at + (one.name != "second") :]
+                tried += [(*accepted[name][:at], value, *rest) for value in values]
+            else:
+                tried += [(*accepted[name], one.opts[-1], value) for value in values]
+        for words in tried:
+            done = run(name, *words, "--json")
+            told = json.loads(done.stdout)["error"]["message"] if done.exit_code else "no error"
+            if not done.exit_code or "unexpected" in told or python_names(command, told):
+                wrong.append((*map(str, (name, *words)), told))
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("hidden_size: found 0, but a plan", "--hidden: found 0, but a plan"),
+        ("p.json: num_nodes: found 3", "p.json: --nodes: found 3"),
+        ("num_nodes=3 (nodes=-1) plan='a b'", "--nodes 3 (--nodes -1) --plan a b"),
+        ("nodes = 3, use seed= or plan=True", "--nodes 3, use --seed or --plan"),
+        ("t.yaml, nodes: found 3, expected num_nodes", None),
+        ("no seed, no plan: nodes are found", None),
+        ("cannot read runs/seed=0", None),
+        ("cannot read plan=7/p.json", None),  # the user's own word, see below
+    ],
+)
+def test_in_flags_changes_arguments_and_leaves_words_alone(message, shown):
+    """An argument stands before "=" or ": found"; what the user typed stays as it is [F11]."""
+    flags = {name: f"--{name}" for name in ("hidden", "nodes", "seed", "plan")}
+    found = output.in_flags(message, flags, ["place", "plan=7/p.json"])
+    assert found == (message if shown is None else shown)

@@ -72,7 +72,7 @@ def cluster_homes(
     if table is None:
         raise PlacementError(
             "found a plan without cluster centers, expected one of method 'seed': make it with "
-            "solve(..., method='seed')"
+            "that method"
         )
     requests = requests_of(trace)
     points = _signatures(trace, requests.index, known_tokens(trace, requests, predict))

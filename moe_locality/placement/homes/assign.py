@@ -233,8 +233,8 @@ def domain_scores(
     table, coarse = profiles.get("domain_rank_share"), profiles.get("group_rank_share") or {}
     if not table:
         raise PlacementError(
-            "found no domain profiles in the plan, expected those of solve(..., homes='joint') on "
-            "a trace with domains: make such a plan, or use predict='first:32'"
+            "found no domain profiles in the plan, expected those of joint homes on a trace "
+            "with domains: place with joint homes, or use predict='first:32'"
         )
     anything = profiles.get("any_rank_share") or np.mean(list(table.values()), axis=0)
     rows = [table.get(name) or coarse.get(groups.get(name or "", "")) for name in domains]

@@ -109,7 +109,7 @@ def test_what_a_target_cannot_hold_is_refused(tmp_path):
     for plan, target, message in (
         (replicas, "vllm-ranks", "found 1 replicas per layer, expected none"),
         (differing, "vllm-ranks", "another placement in layer 2 than in layer 1"),
-        (replicas, "sglang", "give --num-hidden-layers"),
+        (replicas, "sglang", "give num_hidden_layers="),
         (replicas, "excel", "expected one of: vllm, vllm-ranks, sglang, autoep"),
     ):
         with pytest.raises(PlacementError, match=message):

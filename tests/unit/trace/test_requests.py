@@ -54,11 +54,13 @@ def test_a_response_that_begins_later_keeps_its_tokens_and_layers(tmp_path):
     path = write(tmp_path / "b.json", response)
     again = import_trace(path, top_k=2, num_experts=EXPERTS, num_layers=24)
     assert again.same_content(trace)
-    with pytest.raises(TraceError, match=r"16 more.*give the right top_k and num_layers"):
+    with pytest.raises(TraceError, match=r"16 more.*give the right top_k= and num_layers="):
         import_trace(path, top_k=2, num_layers=23)
     response["meta_info"]["routed_experts_start_len"] = 100
     write(path, response)
-    with pytest.raises(TraceError, match=r"start_len \(100\).*give the right top_k and num_layers"):
+    with pytest.raises(
+        TraceError, match=r"start_len \(100\).*give the right top_k= and num_layers="
+    ):
         import_trace(path, top_k=2, num_layers=12)
 
 
