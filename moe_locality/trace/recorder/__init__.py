@@ -6,10 +6,14 @@
 ``attach(model, path)`` is all that most programs need; ``annotate`` labels tokens.
 """
 
-from moe_locality.trace.recorder.annotation import annotate
-from moe_locality.trace.recorder.core import RoutingRecorder
-from moe_locality.trace.recorder.front import NullRecorder, attach
-from moe_locality.trace.recorder.handle import Handle, RecorderReport
+from moe_locality.trace.recorder.core import (
+    Handle,
+    NullRecorder,
+    RecorderReport,
+    RoutingRecorder,
+    attach,
+)
+from moe_locality.trace.recorder.labels import annotate
 
 __all__ = [
     "Handle",

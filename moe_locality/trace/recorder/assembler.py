@@ -17,12 +17,29 @@ import numpy as np
 import torch
 
 from moe_locality.errors import TraceError
-from moe_locality.trace.recorder.annotation import GENERATE, Annotation
-from moe_locality.trace.recorder.block import Block, Entry, Progress, logical_lookup
-from moe_locality.trace.recorder.labels import PositionBook, continues, generates
-from moe_locality.trace.recorder.layout import Layout, check_fits, layout_of
-from moe_locality.trace.recorder.replay import HostPicks, Replayed, Replays, is_capturing
-from moe_locality.trace.recorder.ring import Ring, RingFull, ring_capacity
+from moe_locality.trace.recorder.labels import (
+    GENERATE,
+    Annotation,
+    Layout,
+    PositionBook,
+    check_fits,
+    continues,
+    generates,
+    layout_of,
+)
+from moe_locality.trace.recorder.ring import (
+    Block,
+    Entry,
+    HostPicks,
+    Progress,
+    Replayed,
+    Replays,
+    Ring,
+    RingFull,
+    is_capturing,
+    logical_lookup,
+    ring_capacity,
+)
 from moe_locality.trace.recorder.routes import Routes
 from moe_locality.trace.recorder.writer import WriterThread
 

@@ -1,4 +1,6 @@
-"""RoutingRecorder: records which experts every token of a model picks, while the model runs."""
+"""``attach`` and the RoutingRecorder that it makes: records which experts every token of a model
+picks, while the model runs.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +8,19 @@ import atexit
 import contextlib
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.module_tracker import ModuleTracker
 
+from moe_locality.config import TraceConfig
 from moe_locality.errors import TraceError
-from moe_locality.trace.parquet import make_directory
-from moe_locality.trace.recorder.annotation import Annotation, current_annotation
+from moe_locality.trace.parquet import make_directory, next_sequence
 from moe_locality.trace.recorder.assembler import Assembler, AssemblerSettings, Forward
-from moe_locality.trace.recorder.defaults import (
-    check_writable,
-    default_first_request_id,
-    default_rank,
-)
-from moe_locality.trace.recorder.handle import Handle, RecorderReport
 from moe_locality.trace.recorder.hooks import (
     Hook,
     MoeLayer,
@@ -34,8 +32,43 @@ from moe_locality.trace.recorder.hooks import (
     of_one_size,
     pipeline_rank,
 )
+from moe_locality.trace.recorder.labels import Annotation, current_annotation
 from moe_locality.trace.recorder.sequences import Sequences, named_arguments
 from moe_locality.trace.recorder.writer import ShardSettings, WriterThread
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecorderReport:
+    """What became of the tokens."""
+
+    recorded_tokens: int
+    """Tokens (rows) in complete shards."""
+    dropped_tokens: int
+    """Tokens of sampled forward passes that are in no shard and will not be."""
+    skipped_forwards: int
+    """Forward passes that were given up (labels that do not fit, writer too slow, ...)."""
+    shards: int
+    failure: str | None
+    """Why recording stopped before its time, None: it did not."""
+
+
+class Handle:
+    """The hooks of one ``attach``; ``detach()`` removes them."""
+
+    def __init__(self, recorder: RoutingRecorder, hooks: list[Any], modules: set[int]) -> None:
+        self._recorder = recorder
+        self._hooks = hooks
+        self.modules = modules
+
+    def detach(self) -> None:
+        """Remove the hooks; the forward pass that is open is kept. Harmless when done before."""
+        if self._hooks:
+            self._recorder._finish()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self.modules = set()
+
 
 logger = logging.getLogger(__name__)
 
@@ -485,6 +518,30 @@ class RoutingRecorder:
         self._closed = True
 
 
+def default_rank() -> int:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return int(os.environ.get("RANK", "0"))
+
+
+def default_first_request_id(directory: Path, rank: int) -> int:
+    """Bits 48-62 rank, 32-47 run (by the shards that are there), 0-31 requests of this run."""
+    return (rank % 2**15) * 2**48 + (next_sequence(directory, rank) % 2**16) * 2**32
+
+
+def check_writable(directory: Path) -> None:
+    """Write a file and remove it: where a disk is read-only or full, that fails here and now."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=directory, prefix=".probe-") as file:
+            file.write(b"moe_locality")
+            file.flush()
+    except OSError as error:
+        raise TraceError(
+            f"found that nothing can be written to {directory} ({error.strerror}), expected a "
+            "writable directory with free space: give another path"
+        ) from error
+
+
 def _name_of(model: torch.nn.Module) -> str:
     """Under which name transformers loaded the model, else its type; "" for other models."""
     config = getattr(model, "config", None)
@@ -507,3 +564,78 @@ def _forget_all() -> None:
 atexit.register(_close_all)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_all)
+
+
+class NullRecorder:
+    """A recorder that records nothing, so that callers need not ask whether recording is on."""
+
+    def step(self) -> None:
+        """Do nothing."""
+
+    def replayed(self) -> None:
+        """Do nothing."""
+
+    def drain(self) -> None:
+        """Do nothing."""
+
+    def flush(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> RecorderReport:
+        """Report nothing recorded and nothing lost."""
+        return self.report()
+
+    def report(self) -> RecorderReport:
+        """Report nothing recorded and nothing lost."""
+        return RecorderReport(
+            recorded_tokens=0, dropped_tokens=0, skipped_forwards=0, shards=0, failure=None
+        )
+
+    def __enter__(self) -> NullRecorder:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        """Do nothing."""
+
+
+def attach(
+    model: torch.nn.Module,
+    path_or_config: str | os.PathLike[str] | TraceConfig,
+    /,
+    *,
+    layer_ids: Sequence[int] | None = None,
+    routers: Any = None,
+    **options: Any,
+) -> RoutingRecorder | NullRecorder:
+    """Record the routing of ``model`` from now on; ``close()`` the recorder at the end.
+
+    Args:
+        model: a model, or a DeepSpeed engine: rows then carry the number of its optimizer step.
+        path_or_config: a directory, or the ``trace`` section of the configuration.
+        layer_ids, routers: as in ``RoutingRecorder.attach``.
+        options: arguments of RoutingRecorder (``model="name"`` among them); they win over the
+            configuration.
+
+    Returns:
+        The recorder; a NullRecorder where the configuration says ``enabled: false``.
+
+    Raises:
+        TraceError: the directory cannot be written, or the model has no MoE layer.
+    """
+    if isinstance(path_or_config, TraceConfig):
+        if not path_or_config.enabled:
+            return NullRecorder()
+        options = {**path_or_config.model_dump(exclude={"enabled"}), **options}
+    else:
+        options = {"path": path_or_config, **options}
+    engine: Any = model
+    if hasattr(engine, "global_steps") and isinstance(engine.module, torch.nn.Module):
+        model = engine.module
+        options.setdefault("global_step", lambda: engine.global_steps)
+    recorder = RoutingRecorder(options.pop("path"), **options)
+    try:
+        recorder.attach(model, layer_ids=layer_ids, routers=routers)
+    except BaseException:
+        recorder.close()
+        raise
+    return recorder

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_locality.trace.recorder.annotation import GENERATE, Annotation
+from moe_locality.trace.recorder.labels import GENERATE, Annotation
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -14,10 +14,8 @@ import numpy as np
 
 from moe_locality.errors import TraceError
 from moe_locality.trace.parquet import ShardWriter
-from moe_locality.trace.recorder.block import Block
 from moe_locality.trace.recorder.labels import BlockLabels, spread
-from moe_locality.trace.recorder.replay import HostPicks
-from moe_locality.trace.recorder.ring import Ring
+from moe_locality.trace.recorder.ring import Block, HostPicks, Ring
 
 logger = logging.getLogger(__name__)
 

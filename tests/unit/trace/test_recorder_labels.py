@@ -8,9 +8,16 @@ from hypothesis import strategies as st
 
 from moe_locality.errors import TraceError
 from moe_locality.trace.recorder import annotate
-from moe_locality.trace.recorder.annotation import Annotation, current_annotation
-from moe_locality.trace.recorder.labels import PositionBook, continues, running_count, spread
-from moe_locality.trace.recorder.layout import check_fits, layout_of
+from moe_locality.trace.recorder.labels import (
+    Annotation,
+    PositionBook,
+    check_fits,
+    continues,
+    current_annotation,
+    layout_of,
+    running_count,
+    spread,
+)
 from moe_locality.trace.schema import DECODE, PREFILL, TRAIN, UNKNOWN
 
 
