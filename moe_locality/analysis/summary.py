@@ -9,6 +9,7 @@ import numpy as np
 
 from moe_locality.analysis import coactivation, load, similarity
 from moe_locality.errors import TraceError
+from moe_locality.placement.objective import warn_of_absent_experts
 from moe_locality.trace.schema import RoutingTrace
 
 
@@ -32,6 +33,7 @@ def analyze(trace: RoutingTrace, seed: int = 0) -> dict[str, Any]:
             "tokens to analyze: record a run first, or check the filter"
         )
     left_out: dict[str, str] = {}
+    warn_of_absent_experts(trace.load(), trace.layer_ids)
     result = {
         "trace": _describe(trace),
         "load": _load(trace),

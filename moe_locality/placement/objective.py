@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -98,7 +98,8 @@ def evaluate(
         PlacementError: the plan does not fit the trace, the cluster or the homes.
     """
     frame = make_frame(trace, plan, topology, homes)
-    _warn_of_absent_experts(plan)
+    if plan.expert_load is not None:
+        warn_of_absent_experts(plan.expert_load, plan.layer_ids)
     if batch_tokens < 1:
         raise PlacementError(f"batch_tokens: found {batch_tokens}, expected at least 1: correct it")
     if row_bytes is not None and not 0 < row_bytes < math.inf:
@@ -129,19 +130,19 @@ def evaluate(
     )
 
 
-def _warn_of_absent_experts(plan: PlacementPlan) -> None:
-    """Log a warning where layers of a plan may have fewer experts than it places."""
+def warn_of_absent_experts(load: np.ndarray, layer_ids: Sequence[int] | np.ndarray) -> None:
+    """Log a warning where layers may have fewer experts than load [L, E] has."""
     from moe_locality.placement.problem import tell
 
-    if plan.expert_load is not None and (short := _absent_experts(plan.expert_load)):
+    if short := _absent_experts(load):
         row, used = next(iter(short.items()))
         tell(
             _log,
-            "%d layers pick at most half of the %d experts of the plan (first: layer %s, experts 0 "
-            "to %d only): if these layers have no more, the trace mixes layers of different sizes "
-            "and neither plan nor costs hold for them: record each group of layers by itself, "
-            "attach(..., num_experts=N)",
-            *(len(short), plan.num_experts, plan.layer_ids[row], used - 1),
+            "%d layers pick at most half of the %d experts (first: layer %s, experts 0 to %d only):"
+            " if these layers have no more, the trace mixes layers of different sizes and neither "
+            "imbalance nor plans and costs hold for them: take each group of layers by itself, "
+            "recorded with attach(..., num_experts=N) or imported with --layers",
+            *(len(short), load.shape[1], layer_ids[row], used - 1),
         )
 
 

@@ -31,9 +31,9 @@ def parts(path: Path, options: ImportOptions, *, lines: bool) -> Iterator[Routin
     Raises:
         TraceError: the content does not fit the layout; the message names the line or token.
     """
+    header = header_of(path, lines=lines)
     if not lines:
-        content = whole_json(path)
-        tokens = content.get("tokens") if isinstance(content, dict) else None
+        tokens = header.get("tokens")
         if not isinstance(tokens, list):
             raise TraceError(
                 f"found no list named tokens in {path}, expected an object with num_experts, "
@@ -41,13 +41,12 @@ def parts(path: Path, options: ImportOptions, *, lines: bool) -> Iterator[Routin
             )
         yield from token_parts(
             path,
-            content,
+            header,
             lambda _: ((f"{path}, token {i}", record) for i, record in enumerate(tokens)),
             options,
         )
         return
-    header = next(json_lines(path, ImportOptions()), (0, None))[1]
-    if header is None:
+    if not header:
         raise TraceError(f"found no line in {path}, expected one JSON object per line")
     if "num_experts" not in header and "layer_ids" not in header:
         raise TraceError(
@@ -60,6 +59,12 @@ def parts(path: Path, options: ImportOptions, *, lines: bool) -> Iterator[Routin
         return ((f"{path}, line {line}", record) for line, record in islice(records, 1, None))
 
     yield from token_parts(path, header, tokens_of, options)
+
+
+def header_of(path: Path, *, lines: bool) -> dict[str, Any]:
+    """Return what a file says of all its tokens; a whole object holds the tokens as well."""
+    content = next(json_lines(path, ImportOptions()), (0, {}))[1] if lines else whole_json(path)
+    return content if isinstance(content, dict) else {}
 
 
 def token_parts(

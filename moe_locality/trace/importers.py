@@ -369,6 +369,7 @@ def _joined(
 ) -> Iterator[RoutingTrace]:
     """Yield several files of one format as one trace: requests are numbered on, or by the table."""
     traces: list[tuple[RoutingTrace, str, str | None]] = []
+    read = []
     alone = replace(options, report=None, left_out=options.left_out)
     errors = []
     for place, (file, name, domain) in enumerate(files):
@@ -376,6 +377,7 @@ def _joined(
             options.report(place, len(files))
         try:
             traces.append((concat(list(_of_format([file], found, alone))), name, domain))
+            read.append(file)
         except TraceError as error:
             errors.append(error)
     if not traces:
@@ -384,6 +386,8 @@ def _joined(
     for error in errors:
         options.leave_out(error)
     experts = max(trace.num_experts for trace, _, _ in traces)
+    if len({trace.num_experts for trace, _, _ in traces}) > 1:
+        _check_experts(read, found, options)
     first = 0
     for trace, name, domain in traces:
         known = (options.table or {}).get(name, (None, None))
@@ -405,6 +409,25 @@ def _joined(
         if label is not None and not part.domain:
             part = part.evolve(domain=(label,), domain_id=np.zeros(part.num_rows, np.int32))
         yield part
+
+
+def _check_experts(files: list[Path], found: str, options: ImportOptions) -> None:
+    """Raise TraceError where files say different numbers of experts; others were guessed."""
+    said = {}
+    for file in files:
+        if found == "npz":
+            said[str(file)] = RoutingTrace.from_npz(file).num_experts
+        elif found == "json" and options.num_experts is None:
+            number = generic.header_of(file, lines=_one_object_per_line(file)).get("num_experts")
+            if number:
+                said[str(file)] = number
+    if len(set(said.values())) > 1:
+        words = ", ".join(f"{number} in {name}" for name, number in said.items())
+        raise TraceError(
+            f"found different numbers of experts ({words}), expected one, for a trace has one: "
+            "import files of other models, or of layers of another size, into a directory of their "
+            "own"
+        )
 
 
 def _read_table(path: Path) -> dict[str, tuple[int | None, str | None]]:

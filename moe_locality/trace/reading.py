@@ -162,6 +162,26 @@ def guess_num_experts(path: Path, highest: int, top_k: int) -> int:
     return guess
 
 
+def one_size(where: str, sizes: Mapping[int, int]) -> int:
+    """Return the number of experts of layers, given that of each (layer: experts).
+
+    Raises:
+        TraceError: they differ.
+    """
+    if len(set(sizes.values())) > 1:
+        layers_of: dict[int, list[int]] = {}
+        for layer, experts in sizes.items():
+            layers_of.setdefault(experts, []).append(layer)
+        found = ", ".join(f"{experts} in layers {ids}" for experts, ids in layers_of.items())
+        some = ",".join(map(str, layers_of[max(layers_of)]))
+        raise TraceError(
+            f"{where}: found layers with different numbers of experts ({found}), expected one "
+            "number, as a trace has one: import the layers of one number at a time, such as "
+            f"layers {some} (--layers {some}), each into a directory of its own"
+        )
+    return max(sizes.values(), default=0)
+
+
 def id_block(where: str, value: Any) -> np.ndarray:
     """Return picks [tokens, layers, K] as int64 from nested lists or an array.
 

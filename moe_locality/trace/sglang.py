@@ -19,7 +19,9 @@ to the request of its rank that its first position continues, the oldest where s
 which confuses requests of equal length. With speculative decoding each request has the same number
 of draft tokens in a pass; those at or behind the position where its next pass begins were rejected
 and are left out, as are those of its last pass but the first and those of a position that a tree of
-drafts has twice. Layers without any pick are dense ones and are left out.
+drafts has twice. Layers without any pick are dense ones and are left out. Counts and maps tell
+the number of experts of each layer: layers that differ are refused, unless those of one number are
+asked for.
 Ranks of tensor parallelism without attention data parallelism record the same tokens: such a copy
 is left out, with a warning.
 """
@@ -34,7 +36,7 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import TraceError
-from moe_locality.trace.reading import ImportOptions, is_count, whole_json
+from moe_locality.trace.reading import ImportOptions, is_count, one_size, whole_json
 from moe_locality.trace.schema import DECODE, PREFILL, UNKNOWN, RoutingTrace
 from moe_locality.trace.torchfile import read_torch_file
 
@@ -114,12 +116,40 @@ def _from_counts(dumps: list[tuple[Path, dict[str, Any]]], options: ImportOption
     counts = []
     for path, content in dumps:
         table = content["logical_count"]
-        if isinstance(table, list) and np.ndim(table) == 2:  # JSON: of one step
-            table = [table]
+        if isinstance(table, list):
+            table = _even(path, table, options)
         counts.append(_whole(path, "logical_count", table, 3))
     if len({count.shape[1:] for count in counts}) > 1:
         raise _strange(dumps[0][0], "dumps with different layers or experts")
     return _load_trace(dumps[0][0], np.concatenate(counts), None, options)
+
+
+def _even(path: Path, table: list[Any], options: ImportOptions) -> Any:
+    """Counts of JSON, [layers][E] or [steps][layers][E], as [steps][layers][E] of the layers asked
+    for; the others are zero."""
+    has_steps = any(isinstance(cell, list) for row in table for cell in row)
+    steps = table if has_steps else [table]
+    chosen = _chosen(options, max(map(len, steps)))
+    sizes = {
+        layer: len(row)
+        for step in steps
+        for layer, row in enumerate(step)
+        if chosen[layer] and any(row)
+    }
+    none = [0] * one_size(str(path), sizes)
+    return [[row if layer in sizes else none for layer, row in enumerate(step)] for step in steps]
+
+
+def _chosen(options: ImportOptions, num_layers: int) -> np.ndarray:
+    """bool [layers], those asked for."""
+    chosen = np.isin(np.arange(num_layers), np.array(options.layers or (), np.int64))
+    return chosen if chosen.any() else ~chosen
+
+
+def _num_experts(records: list[tuple[Path, dict[str, Any], np.ndarray]], layers: np.ndarray) -> int:
+    """Experts of each of the layers (bool [L]), which the maps tell."""
+    sizes = np.max([table.max(axis=1) for _, _, table in records], axis=0) + 1
+    return one_size(str(records[0][0]), {int(i): int(sizes[i]) for i in np.flatnonzero(layers)})
 
 
 def _load_trace(
@@ -164,7 +194,10 @@ def _from_passes(
             raise _strange(file, "dumps with different layers")
         np.add.at(logical, (np.arange(len(table))[:, None], table), count)
     step = np.array(sorted(of_pass))
-    return _load_trace(path, np.stack([of_pass[n] for n in sorted(of_pass)]), step, options)
+    counts = np.stack([of_pass[number] for number in step])
+    counts[:, ~_chosen(options, counts.shape[1])] = 0
+    experts = _num_experts(records, np.any(counts, axis=(0, 2)))
+    return _load_trace(path, counts[:, :, :experts], step, options)
 
 
 def _number(path: Path, record: dict[str, Any], name: str) -> int:
@@ -183,7 +216,7 @@ def _from_tokens(
     blocks: list[np.ndarray] = []
     rows: list[dict[str, np.ndarray]] = []
     open_requests: dict[int, _Requests] = {}
-    experts, next_request, num_rows = 0, [0], 0
+    next_request, num_rows = [0], 0
     seen: dict[Any, int] = {}
     copies: set[int] = set()
     drafts = _draft_tokens(records)
@@ -199,7 +232,6 @@ def _from_tokens(
         if seen.setdefault(key, rank) != rank:
             copies.add(rank)
             continue
-        experts = max(experts, int(table.max()) + 1)
         mode = record.get("forward_mode")
         verify = mode == _VERIFY
         lengths = _pieces(file, record, len(ids), drafts if verify else 1)
@@ -224,12 +256,14 @@ def _from_tokens(
         np.pad(b, ((0, 0), (0, 0), (0, width - b.shape[2])), constant_values=-1) for b in blocks
     ]
     ids = np.concatenate(blocks)[kept]
-    layers, columns = (ids >= 0).any(axis=(0, 2)), (ids >= 0).any(axis=(0, 1))
+    ids[:, ~_chosen(options, ids.shape[1])] = -1
+    picked = ids >= 0
+    layers, columns = np.any(picked, axis=(0, 2)), np.any(picked, axis=(0, 1))
     if not layers.any():
         raise _strange(path, "no pick in any layer")
     return RoutingTrace(
         model=options.model or "",
-        num_experts=options.num_experts or experts,
+        num_experts=options.num_experts or _num_experts(records, layers),
         layer_ids=np.flatnonzero(layers),
         expert_ids=ids[:, layers][:, :, columns],
         **{n: np.concatenate([row[n] for row in rows])[kept] for n in rows[0]},  # type: ignore[arg-type]

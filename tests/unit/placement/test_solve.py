@@ -7,6 +7,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from moe_locality.analysis import analyze
 from moe_locality.errors import PlacementError
 from moe_locality.placement import PlacementPlan, assign_homes, evaluate, solve
 from moe_locality.topology.cluster import ClusterTopology
@@ -274,7 +275,10 @@ def test_experts_that_some_layers_lack_are_not_placed_without_a_word(caplog):
         domain=("a",),
         domain_id=np.zeros(400, np.int32),
     )
-    said = "1 layers pick at most half of the 8 experts of the plan (first: layer 5, experts 0 to 3"
+    said = "1 layers pick at most half of the 8 experts (first: layer 5, experts 0 to 3"
+    analyze(trace)
+    assert said in caplog.text
+    caplog.clear()
     plan = solve(trace, ClusterTopology.uniform(2, 2))
     assert said in caplog.text
     caplog.clear()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_locality.errors import TraceError
-from moe_locality.trace import DECODE, PREFILL, import_trace, read_trace
+from moe_locality.trace import DECODE, PREFILL, import_trace, read_trace, write_trace
 from moe_locality.trace.importers import find_format, import_to
 
 torch = pytest.importorskip("torch")
@@ -306,6 +306,29 @@ def test_files_of_different_formats_are_refused(tmp_path):
     (tmp_path / "b.csv").write_text("layer,expert\n1,2\n")
     with pytest.raises(TraceError, match="formats llamacpp, vllm, expected one"):
         import_trace(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["npz", "json", "jsonl"])
+def test_files_that_say_other_numbers_of_experts_are_refused(tmp_path, suffix):
+    """A trace of layers with 4 experts next to one with 8 counted as 8. [D3]"""
+    for name, experts in (("small", 4), ("large", 8)):
+        ids = picks(5, layers=1, experts=experts)
+        header = {"num_experts": experts, "layer_ids": [0], "top_k": TOP_K}
+        tokens = [
+            {"request_id": 0, "position": i, "expert_ids": row}
+            for i, row in enumerate(ids.tolist())
+        ]
+        path = tmp_path / f"{name}.{suffix}"
+        if suffix == "jsonl":
+            path.write_text("\n".join(json.dumps(line) for line in (header, *tokens)))
+        else:
+            write(path.with_suffix(".json"), {**header, "tokens": tokens})
+        if suffix == "npz":
+            write_trace(import_trace(path.with_suffix(".json")), path)
+            path.with_suffix(".json").unlink()
+    with pytest.raises(TraceError, match=r"8 in .*large.*, 4 in .*small.*expected one"):
+        import_trace(tmp_path)
+    assert import_trace(tmp_path / f"small.{suffix}").num_experts == 4
 
 
 # -- slime, counts --

@@ -1,6 +1,7 @@
 """SGLang's expert-distribution dumps, and the torch files that they are in."""
 
 import io
+import json
 import logging
 import pickle
 import zipfile
@@ -289,6 +290,50 @@ def test_damaged_dumps_end_in_a_trace_error(tmp_path_factory, data):
         pass
     finally:
         logging.disable(logging.NOTSET)
+
+
+# -- layers of different sizes --
+
+MIXED = torch.tensor([[3, 2, 1, 0, 3, 2], [0, 1, 0, 1, 0, 1]])  # layer 1 has 2 experts
+
+
+@pytest.mark.parametrize("mode", ["per_token", "per_pass", "json"])
+def test_layers_of_different_sizes_are_refused_or_taken_apart(tmp_path, mode):
+    """They were read as if all had the largest number of experts [D3]."""
+    path = tmp_path / "t.pt"
+    if mode == "per_token":
+        token_dump(path)
+        records = torch.load(path)["records"]
+    else:
+        records = [pass_record(7, 0, [[1, 0, 2, 0, 0, 4], [0, 3, 0, 0, 5, 0]])]
+    if mode == "json":
+        path = tmp_path / "t.json"
+        path.write_text(json.dumps({"logical_count": [[[0, 2, 4, 1], [5, 3]]]}))
+    else:
+        save(path, {"records": records, "last_physical_to_logical_map": MIXED})
+    found = r"different numbers of experts \(4 in layers \[0\], 2 in layers \[1\]\), expected one"
+    with pytest.raises(TraceError, match=f"{found}.*--layers 0"):
+        import_trace(path)
+    load = {}
+    for layer, experts in ((0, 4), (1, 2)):
+        trace = import_trace(path, layers=[layer])
+        assert (trace.layer_ids.tolist(), trace.num_experts) == ([layer], experts)
+        load[layer] = trace.load()[0].tolist()
+    if mode == "per_token":
+        assert (sum(load[0]), sum(load[1])) == (14, 14)
+    else:
+        assert load == {0: [0, 2, 4, 1], 1: [5, 3]}
+
+
+def test_dense_layers_have_no_number_of_experts(tmp_path):
+    """Maps and counts have a row for them too. [D3]"""
+    table = torch.cat([MAP, torch.zeros(1, 6, dtype=torch.int64)])
+    records = [pass_record(7, 0, [[1, 0, 0, 0, 2, 0], [0, 0, 0, 0, 0, 5], [0] * 6])]
+    path = save(tmp_path / "t.pt", {"records": records, "last_physical_to_logical_map": table})
+    assert import_trace(path).num_experts == 4
+    (tmp_path / "t.json").write_text(json.dumps({"logical_count": [[], [1, 2], [0, 3]]}))
+    trace = import_trace(tmp_path / "t.json")
+    assert (trace.num_experts, trace.layer_ids.tolist()) == (2, [1, 2])
 
 
 # -- idle passes, speculative decoding --
