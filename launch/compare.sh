@@ -25,7 +25,7 @@ for run in "${runs[@]}"; do
     placed=(plan:=null)
     [[ $run != placed ]] || placed=("plan=$plan")
     [[ $run != stock ]] || placed+=(enabled:=false online:=null)
-    run_script "$out/$run" trace:=null "${placed[@]}"
+    run_script "$out/$run" trace:=null tracking.every_n_steps:=1 "${placed[@]}"
   fi
 done
 show_and_run moe-locality compare "$out/linear" "$out/placed"

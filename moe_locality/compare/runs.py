@@ -141,9 +141,16 @@ def compare_runs(
     pair = (baseline, ours)
     rows = [*_loss_rows(pair), *_traffic_rows(pair), *_time_rows(pair)]
     if not rows:
+        todo = "compare two runs of the same kind"
+        short = [str(run.path) for run in pair if run.summary and not (run.steps or run.traffic)]
+        if short:  # a run directory holds a summary from the start
+            todo = (
+                f"{' and '.join(short)} ended before the first multiple of tracking.every_n_steps "
+                "(10 where it is not set): give a smaller one, or train longer"
+            )
         raise ConfigError(
             f"found no metric that both {baseline.path} and {ours.path} hold, expected losses, "
-            "traffic or times in both: compare two runs of the same kind"
+            f"traffic or times in both: {todo}"
         )
     nodes = node_of_rank or next((r.plan.rank_to_node for r in pair if r.plan is not None), None)
     notes = tuple(

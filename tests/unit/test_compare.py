@@ -283,6 +283,17 @@ def test_runs_of_the_same_name_stay_apart(tmp_path):
     assert compare_runs(first, second).names == ("run", "run (2)")
 
 
+def test_compare_runs_says_why_a_short_run_has_no_lines(tmp_path):
+    """A training of fewer steps than tracking.every_n_steps has a summary alone [F6]."""
+    short = tmp_path / "short"
+    short.mkdir()
+    (short / "summary.json").write_text('{"model": "m", "steps": 0}')
+    whole = read_run(write_run(tmp_path / "whole"))
+    for pair in ((read_run(short), whole), (whole, read_run(short))):
+        with pytest.raises(ConfigError, match=r"short ended before .* tracking\.every_n_steps"):
+            compare_runs(*pair)
+
+
 def test_a_crash_may_cut_the_last_line_only(tmp_path, caplog):
     path = write_run(tmp_path / "a")
     log = path / "metrics.jsonl"
