@@ -134,7 +134,7 @@ def test_logits_stay(preset):
     assert all(torch.equal(back[name], state[name]) for name in state)
 
 
-@pytest.mark.parametrize("preset", BIASED)
+@pytest.mark.parametrize("preset", sorted({*BIASED, "deepseek_v3", "ernie4_5_moe", "lfm2_moe"}))
 def test_a_bias_that_no_pattern_covers_is_named(preset):
     """The weights of routers and experts moved, and biases per expert silently stayed; now the
     tensor is named, and keep_patterns says what shall stay [F1]

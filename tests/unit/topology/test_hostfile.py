@@ -1,7 +1,7 @@
 """Our hostfile reader against DeepSpeed's own, over files and filters, valid and not."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from moe_locality.errors import TopologyError
@@ -100,6 +100,9 @@ LINES = st.sampled_from(
 NAMED = st.sampled_from(["", "a", "b:0", "b:0,2@d", "a@c", "d:1@b:1", "c:0@c", "e", "a:2", "b:1,1"])
 
 
+@example(lines=["a slots=2", "b slots=0"], include="", exclude="")
+@example(lines=["a slots=0", "b slots=3"], include="a@b:0", exclude="")
+@example(lines=["b slots=3", "a slots=0"], include="", exclude="b:0")
 @given(lines=st.lists(LINES, max_size=6), include=NAMED, exclude=NAMED)
 def test_any_file_and_filter_give_the_hosts_and_slots_of_deepspeed(
     tmp_path_factory, lines, include, exclude
