@@ -182,6 +182,7 @@ setup(
         *(f"moe_locality.examples{e}" for e in EXAMPLES),
     ],
     package_dir={"moe_locality.examples": "examples"},
+    package_data={"moe_locality": ["py.typed"]},
     ext_modules=BUILT,
     cmdclass={"build_ext": BuildKernels},
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if BUILT else {},

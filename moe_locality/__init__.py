@@ -4,34 +4,72 @@ The public names are loaded on first use (PEP 562): importing this package impor
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_locality.layer.bake import bake_checkpoint
+    from moe_locality.layer.convert import apply, initialize
+    from moe_locality.layer.expert_store import store_experts
+    from moe_locality.layer.moe import MoE
+    from moe_locality.layer.relabel import relabel
+    from moe_locality.layer.state_dict import relabel_state_dict
+    from moe_locality.placement import PlacementPlan, assign_homes, evaluate, solve
+    from moe_locality.topology import ClusterTopology
+    from moe_locality.trace import RoutingTrace, import_trace, read_trace, write_trace
+    from moe_locality.trace.recorder import RoutingRecorder, annotate, attach
 
 __version__ = "0.1.0"
 
-_HOME_OF = {
+_LAZY_IMPORTS = {
     "MoE": "moe_locality.layer.moe",
     "apply": "moe_locality.layer.convert",
     "initialize": "moe_locality.layer.convert",
     "relabel": "moe_locality.layer.relabel",
+    "bake_checkpoint": "moe_locality.layer.bake",
+    "relabel_state_dict": "moe_locality.layer.state_dict",
+    "store_experts": "moe_locality.layer.expert_store",
     "annotate": "moe_locality.trace.recorder",
     "RoutingRecorder": "moe_locality.trace.recorder",
     "attach": "moe_locality.trace.recorder",
     "RoutingTrace": "moe_locality.trace",
+    "import_trace": "moe_locality.trace",
     "read_trace": "moe_locality.trace",
     "write_trace": "moe_locality.trace",
     "ClusterTopology": "moe_locality.topology",
     "PlacementPlan": "moe_locality.placement",
+    "assign_homes": "moe_locality.placement",
     "evaluate": "moe_locality.placement",
     "solve": "moe_locality.placement",
 }
 
-__all__ = [*_HOME_OF, "__version__"]
+__all__ = [
+    "ClusterTopology",
+    "MoE",
+    "PlacementPlan",
+    "RoutingRecorder",
+    "RoutingTrace",
+    "__version__",
+    "annotate",
+    "apply",
+    "assign_homes",
+    "attach",
+    "bake_checkpoint",
+    "evaluate",
+    "import_trace",
+    "initialize",
+    "read_trace",
+    "relabel",
+    "relabel_state_dict",
+    "solve",
+    "store_experts",
+    "write_trace",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
+    if name not in _LAZY_IMPORTS:
         raise AttributeError(f"module 'moe_locality' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME_OF[name]), name)
+    return getattr(importlib.import_module(_LAZY_IMPORTS[name]), name)
 
 
 def __dir__() -> list[str]:

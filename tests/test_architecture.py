@@ -3,6 +3,7 @@ fresh interpreters.
 """
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -216,3 +217,24 @@ def test_floors_up_to_two_import_without_torch():
 def test_the_package_and_the_command_line_import_next_to_nothing(statement):
     loaded = imported_by(statement)
     assert not loaded & {"torch", "deepspeed", "numpy", "scipy", "pyarrow", "numba", "matplotlib"}
+
+
+def lazy_packages() -> list[str]:
+    paths = sorted(PACKAGE.rglob("__init__.py"))
+    names = [[getattr(node, "name", "") for node in parse(path).body] for path in paths]
+    return [module_name(p) for p, own in zip(paths, names, strict=True) if "__getattr__" in own]
+
+
+@pytest.mark.parametrize("package", lazy_packages())
+def test_editors_and_python_see_the_same_public_names(package):
+    """Names that are loaded on first use stand in a TYPE_CHECKING block too, else they are Any."""
+    path = ROOT / package.replace(".", "/") / "__init__.py"
+    seen = {}
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("moe_"):
+            seen |= {alias.name: node.module for alias in node.names}
+    module = importlib.import_module(package)
+    public = set(module.__all__) - {"__version__"}
+    assert public == set(seen)
+    for name in public - {"relabel"}:  # also a module, which hides it
+        assert getattr(module, name) is getattr(importlib.import_module(seen[name]), name)

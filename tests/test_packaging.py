@@ -73,6 +73,7 @@ def test_the_wheel_is_pure_python_and_complete(checkout, tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "moe_locality").rglob("*.py")}
     assert modules <= names
+    assert "moe_locality/py.typed" in names
     shipped = {str(p.relative_to(ROOT)) for p in (ROOT / "examples").rglob("*.py")}
     assert {f"moe_locality/{name}" for name in shipped} <= names, "the demo needs its model"
     assert not [

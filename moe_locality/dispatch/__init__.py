@@ -15,9 +15,14 @@ the collectives, ``codec`` the low-bit rows. ``traffic`` counts what was sent an
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_HOME_OF = {
+if TYPE_CHECKING:
+    from moe_locality.dispatch.dispatcher import DispatchOutput, TokenDispatcher
+    from moe_locality.dispatch.flat import check_overflow, lost_routes
+    from moe_locality.dispatch.traffic import TrafficCounter, reset_traffic, traffic_report
+
+_LAZY_IMPORTS = {
     "TokenDispatcher": "moe_locality.dispatch.dispatcher",
     "DispatchOutput": "moe_locality.dispatch.dispatcher",
     "TrafficCounter": "moe_locality.dispatch.traffic",
@@ -27,10 +32,18 @@ _HOME_OF = {
     "lost_routes": "moe_locality.dispatch.flat",
 }
 
-__all__ = list(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [
+    "DispatchOutput",
+    "TokenDispatcher",
+    "TrafficCounter",
+    "check_overflow",
+    "lost_routes",
+    "reset_traffic",
+    "traffic_report",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
+    if name not in _LAZY_IMPORTS:
         raise AttributeError(f"module 'moe_locality.dispatch' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME_OF[name]), name)
+    return getattr(importlib.import_module(_LAZY_IMPORTS[name]), name)

@@ -7,9 +7,18 @@ loaded here.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_HOME_OF = {
+if TYPE_CHECKING:
+    from moe_locality.layer.bake import bake_checkpoint
+    from moe_locality.layer.checkpoint import wrap_checkpoints
+    from moe_locality.layer.convert import apply, initialize
+    from moe_locality.layer.expert_store import store_experts
+    from moe_locality.layer.moe import LocalityMOELayer, LocalityTopKGate, MoE, set_slot_to_logical
+    from moe_locality.layer.relabel import relabel
+    from moe_locality.layer.state_dict import relabel_state_dict
+
+_LAZY_IMPORTS = {
     "MoE": "moe_locality.layer.moe",
     "LocalityMOELayer": "moe_locality.layer.moe",
     "LocalityTopKGate": "moe_locality.layer.moe",
@@ -23,10 +32,22 @@ _HOME_OF = {
     "relabel_state_dict": "moe_locality.layer.state_dict",
 }
 
-__all__ = list(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [
+    "LocalityMOELayer",
+    "LocalityTopKGate",
+    "MoE",
+    "apply",
+    "bake_checkpoint",
+    "initialize",
+    "relabel",
+    "relabel_state_dict",
+    "set_slot_to_logical",
+    "store_experts",
+    "wrap_checkpoints",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
+    if name not in _LAZY_IMPORTS:
         raise AttributeError(f"module 'moe_locality.layer' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME_OF[name]), name)
+    return getattr(importlib.import_module(_LAZY_IMPORTS[name]), name)

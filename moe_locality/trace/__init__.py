@@ -3,7 +3,7 @@ torch).
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_locality.trace.importers import import_trace
 from moe_locality.trace.io import ShardWriter, read_trace, read_trace_report, write_trace
@@ -15,6 +15,9 @@ from moe_locality.trace.schema import (
     UNKNOWN,
     RoutingTrace,
 )
+
+if TYPE_CHECKING:
+    from moe_locality.trace.recorder import RoutingRecorder, annotate, attach
 
 _RECORDER = ("RoutingRecorder", "annotate", "attach")
 
