@@ -25,6 +25,7 @@ from moe_locality.trace.recorder.hooks import (
     Hook,
     MoeLayer,
     Places,
+    encoder_of,
     find_moe_layers,
     hook_layer,
     input_axes,
@@ -226,8 +227,9 @@ class RoutingRecorder:
         for layer in (layer for layer in layers if layer.depth == 0):
             hooks += hook_layer(places[id(layer.module)], layer, self._on_routes, self._on_shape)
         hooks += self._hook_forward(module)
-        if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
-            hooks += self._hook_encoder(module.get_encoder())  # pyright: ignore[reportCallIssue]
+        encoder = encoder_of(module, layers)
+        if encoder is not None:
+            hooks += self._hook_encoder(encoder)
         handle = Handle(self, hooks, {id(layer.module) for layer in layers})
         self._handles.append(handle)
         return handle

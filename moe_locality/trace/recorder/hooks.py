@@ -23,13 +23,15 @@ from moe_locality.trace.recorder.routes import (
     read_autoep_router,
     read_custom,
     read_deepspeed_gate,
-    read_experts_input,
+    read_doge_block,
+    read_experts,
     read_jetmoe_router,
     read_llama4_router,
     read_longcat_experts,
     read_mxfp4_mlp,
     read_nllb_router,
     read_switch_router,
+    read_zaya_experts,
 )
 
 logger = logging.getLogger(__name__)
@@ -42,16 +44,18 @@ _EXPERTS_MARKS = ("is_transposed", "is_concatenated", "has_gate", "has_bias", "n
 
 _MODELS = "transformers.models."
 _EXPERTS_INPUT = {
-    (_MODELS + "dbrx.modeling_dbrx", "DbrxExperts"): lambda _m, args, kwargs, weights: (
-        read_experts_input(args, kwargs, weights)
-    ),
+    (_MODELS + "dbrx.modeling_dbrx", "DbrxExperts"): read_experts,
+    (_MODELS + "step3p7.modeling_step3p7", "Step3p7Experts"): read_experts,
     (_MODELS + "longcat_flash.modeling_longcat_flash", "LongcatFlashExperts"): read_longcat_experts,
+    (_MODELS + "zaya.modeling_zaya", "ZayaExperts"): read_zaya_experts,
 }
-"""Experts of transformers outside the ExpertsInterface that are called with ids: their readers."""
+"""Experts of transformers that are called with ids and are outside the ExpertsInterface, or have
+picks that are none: their readers."""
 
 _OUTPUTS: dict[tuple[str, str], Callable[[Any, Any, bool], Routes]] = {
     (_MODELS + "llama4.modeling_llama4", "Llama4Router"): read_llama4_router,
     (_MODELS + "jetmoe.modeling_jetmoe", "JetMoeTopKGating"): read_jetmoe_router,
+    (_MODELS + "doge.modeling_doge", "DogeCDMoE"): read_doge_block,
     (
         _MODELS + "switch_transformers.modeling_switch_transformers",
         "SwitchTransformersTop1Router",
@@ -210,7 +214,7 @@ def _kind_of(module: Any, parent: Any, routers: Routers) -> tuple[str | None, An
         if _is_a(module, *place) and type(parent).__name__ != "JetMoeMoA":  # attention's experts
             return "output", partial(_read_output, read)
     if all(hasattr(module, mark) for mark in _EXPERTS_MARKS):
-        return "transformers", lambda _m, args, kwargs, w: read_experts_input(args, kwargs, w)
+        return "transformers", read_experts
     return None, None
 
 
@@ -292,6 +296,17 @@ def input_axes(values: Iterable[Any]) -> tuple[int, int] | None:
             if found is not None:
                 return found
     return None
+
+
+def encoder_of(model: torch.nn.Module, layers: list[MoeLayer]) -> torch.nn.Module | None:
+    """The encoder of a transformers model, whose tokens are not those of its other MoE layers."""
+    paired = getattr(getattr(model, "config", None), "is_encoder_decoder", None)
+    find: Any = getattr(model, "get_encoder", None)
+    if paired is None or find is None:  # not of transformers
+        return None
+    encoder = find()
+    inside = {id(module) for module in encoder.modules()} & {id(layer.module) for layer in layers}
+    return encoder if paired or 0 < len(inside) < len(layers) else None
 
 
 def pipeline_rank(model: torch.nn.Module) -> int | None:

@@ -60,7 +60,7 @@ def read_autoep_router(output: Any, with_weights: bool) -> Routes:
     )
 
 
-def read_experts_input(args: Sequence[Any], kwargs: dict[str, Any], with_weights: bool) -> Routes:
+def read_experts(_module: Any, args: Sequence[Any], kwargs: Any, with_weights: bool) -> Routes:
     """Read what a transformers experts module was called with: (hidden states, ids, weights)."""
     given = [*args, *kwargs.values()]
     if len(given) >= 3 and _are_picks(given[1], given[2]):
@@ -71,9 +71,16 @@ def read_experts_input(args: Sequence[Any], kwargs: dict[str, Any], with_weights
     )
 
 
+def read_zaya_experts(module: Any, args: Sequence[Any], kwargs: Any, weighted: bool) -> Routes:
+    """As ``read_experts``; a token that skips comes as expert 0 with weight 0: no pick."""
+    ids, weights = read_experts(module, args, kwargs, True)
+    assert weights is not None
+    return Routes(ids.masked_fill(weights == 0, -1), weights if weighted else None)
+
+
 def read_longcat_experts(module: Any, args: Sequence[Any], kwargs: Any, weighted: bool) -> Routes:
-    """As ``read_experts_input``; experts past the real ones do nothing with a token: no pick."""
-    ids, weights = read_experts_input(args, kwargs, weighted)
+    """As ``read_experts``; experts past the real ones do nothing with a token: no pick."""
+    ids, weights = read_experts(module, args, kwargs, weighted)
     return Routes(ids.masked_fill(ids >= module.num_routed_experts, -1), weights)
 
 
@@ -92,6 +99,12 @@ def read_llama4_router(module: Any, output: Any, with_weights: bool) -> Routes:
 def read_jetmoe_router(module: Any, output: Any, with_weights: bool) -> Routes:
     """(…, logits [T, E])."""
     return read_logits(output[4], module.top_k, with_weights)
+
+
+def read_doge_block(module: Any, output: Any, with_weights: bool) -> Routes:
+    """(hidden states, logits [2, T, R]); expert x * R + y of the R * R has the score x + y."""
+    rows, columns = output[1].detach()
+    return read_logits((rows[:, :, None] + columns[:, None]).flatten(1), module.top_k, with_weights)
 
 
 def read_switch_router(_module: Any, output: Any, with_weights: bool) -> Routes:

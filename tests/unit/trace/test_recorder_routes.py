@@ -9,7 +9,7 @@ from moe_locality.errors import TraceError
 from moe_locality.trace.recorder.routes import (
     read_autoep_router,
     read_deepspeed_gate,
-    read_experts_input,
+    read_experts,
 )
 
 
@@ -65,9 +65,9 @@ def test_autoep_and_experts_by_position_and_by_name():
     ids, scores = torch.tensor([[1, 0]]), torch.tensor([[0.7, 0.3]])
     for routes in (
         read_autoep_router((scores, ids, torch.tensor([1, 1])), True),
-        read_experts_input((torch.zeros(1, 4), ids, scores), {}, True),
-        read_experts_input(
-            (torch.zeros(1, 4),), {"router_indices": ids, "routing_weights": scores}, True
+        read_experts(None, (torch.zeros(1, 4), ids, scores), {}, True),
+        read_experts(
+            None, (torch.zeros(1, 4),), {"router_indices": ids, "routing_weights": scores}, True
         ),
     ):
         assert routes.ids is ids
@@ -83,7 +83,7 @@ def test_autoep_and_experts_by_position_and_by_name():
             lambda: read_autoep_router((torch.zeros(2, 2), torch.zeros(2, 2)), True),
             r"\(torch.float32 \[2, 2\], torch.float32 \[2, 2\]\), expected \(scores",
         ),
-        (lambda: read_experts_input((torch.zeros(2, 2),), {}, True), "expected hidden states"),
+        (lambda: read_experts(None, (torch.zeros(2, 2),), {}, True), "expected hidden states"),
     ],
 )
 def test_anything_else_is_named_in_the_error(call, message):
