@@ -39,11 +39,6 @@ def run(name: str, options: dict[str, Any]) -> None:
     try:
         with quiet_stdout():
             result = body(**settings)
-        if result.then is not None:
-            if not as_json:
-                present(result, as_json=False)
-            with quiet_stdout():
-                result = result.then()
+        present(result, as_json=as_json)
     except KeyboardInterrupt as stop:  # typer would end without a word, and without the JSON
         raise typer.Abort(str(stop)) from stop
-    present(result, as_json=as_json)

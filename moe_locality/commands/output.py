@@ -26,15 +26,13 @@ STDOUT, STDERR = 1, 2
 class Result:
     """``payload``: the JSON object. ``show`` prints it for people; None: the lines of ``text``.
 
-    ``publish`` sends the result elsewhere when it is printed (or ready to be, as JSON) and returns
-    more of the payload; that it fails is a warning. ``then`` does what comes after the result is
-    safe and shown: its result has the whole payload, and shows only what is new.
+    ``then`` does what comes after the result is safe and shown: its result has the whole payload,
+    and shows only what is new.
     """
 
     payload: dict[str, Any]
     text: Sequence[str] = ()
     show: "Callable[[Console], None] | None" = None
-    publish: Callable[[], dict[str, Any]] | None = None
     then: "Callable[[], Result] | None" = None
 
 
@@ -141,9 +139,18 @@ def _report(kind: str, message: str, code: int, as_json: bool) -> int:
 
 
 def present(result: Result, *, as_json: bool) -> None:
-    """Print a result on stdout."""
+    """Print a result on stdout, and what comes after it; as JSON one object, the last."""
+    if result.then is None or not as_json:
+        _print(result, as_json)
+    if result.then is not None:
+        with quiet_stdout():
+            after = result.then()
+        present(after, as_json=as_json)
+
+
+def _print(result: Result, as_json: bool) -> None:
     if as_json:
-        write_json({**result.payload, **_published(result)})
+        write_json(result.payload)
         return
     if result.text:
         sys.stdout.write("\n".join(result.text) + "\n")
@@ -154,20 +161,21 @@ def present(result: Result, *, as_json: bool) -> None:
         width = None if sys.stdout.isatty() else PIPE_COLUMNS
         result.show(Console(file=sys.stdout, highlight=False, width=width))
     sys.stdout.flush()
-    for name, value in _published(result).items():
-        sys.stdout.write(f"{name}: {value}\n")
 
 
-def _published(result: Result) -> dict[str, Any]:
-    if result.publish is None:
-        return {}
+def published(payload: dict[str, Any], publish: Callable[[], dict[str, Any]]) -> Result:
+    """Send a result elsewhere, for ``then``; ``publish`` returns more of the payload.
+
+    That it fails is a warning.
+    """
     try:
-        with quiet_stdout():
-            return result.publish()
+        more = publish()
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  the result is not to be lost
         words = _words(error) if isinstance(error, Exception) else "interrupted"
         sys.stderr.write(f"moe-locality: warning: the result could not be published: {words}\n")
-        return {}
+        more = {}
+    lines = [f"{name}: {value}" for name, value in more.items()]
+    return Result(payload={**payload, **more}, text=lines)
 
 
 def write_json(payload: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from moe_locality.commands.inputs import (
     read_homes,
     read_judged,
 )
-from moe_locality.commands.output import Result, progress, table
+from moe_locality.commands.output import Result, progress, published, table
 from moe_locality.commands.plans import linear_plan, topology_of
 from moe_locality.compare import (
     Candidate,
@@ -75,10 +75,14 @@ def compare(
         "wandb": None,
     }
     files = [*(plan or []), *([report] if report else [])]
+
+    def then() -> Result:
+        return published(payload, lambda: {"wandb": _track(settings, found, files)})
+
     return Result(
         payload=payload,
         show=lambda console: _show(console, found, report),
-        publish=None if settings is None else lambda: {"wandb": _track(settings, found, files)},
+        then=None if settings is None else then,
     )
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_locality.errors import BackendUnavailable, ConfigError
 from moe_locality.figures.draw import BASELINE_COLOR, PLAN_COLOR, STYLE, png_bytes, svg_text
+from moe_locality.files import replace_file, replace_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,10 +59,10 @@ def write_figure(figure: "Figure", path: Path) -> None:
     if suffix not in (".svg", ".png"):
         raise ConfigError(f"found the figure {path}, expected a name that ends in .svg or .png")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         if suffix == ".svg":
-            path.write_text(svg_text(figure), encoding="utf-8")
+            replace_text(path, svg_text(figure))
         else:
-            path.write_bytes(png_bytes(figure))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, lambda file: file.write(png_bytes(figure)))
     except OSError as error:
         raise ConfigError(f"cannot write the figure {path}: {error.strerror or error}") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_locality.commands.output import Result, present
+from moe_locality.commands.output import Result, present, published
 from moe_locality.commands.reports import _track
 from moe_locality.commands.reports import compare as compare_command
 from moe_locality.compare import (
@@ -375,7 +375,7 @@ def test_the_command_compares_runs_with_report_and_wandb(offline, tmp_path):  # 
     )
     assert result.payload["names"] == ["a", "b"]
     assert "Dispatched bytes between ranks" in (tmp_path / "r.html").read_text()
-    back = ReadBack(result.publish()["wandb"])
+    back = ReadBack(result.then().payload["wandb"])
     assert {a.type for a in back.of("artifact")} >= {"report"}
     assert isinstance(offline, TrackingConfig)
 
@@ -446,7 +446,12 @@ def test_what_cannot_be_published_is_a_warning_after_the_result(capfd):
             raise error
 
         shown = []
-        result = Result(payload={"rows": [1], "wandb": None}, show=shown.append, publish=publish)
+        payload = {"rows": [1], "wandb": None}
+
+        def then(payload=payload, publish=publish):
+            return published(payload, publish)
+
+        result = Result(payload=payload, show=shown.append, then=then)
         present(result, as_json=False)
         assert len(shown) == 1
         present(result, as_json=True)
