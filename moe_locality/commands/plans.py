@@ -176,8 +176,7 @@ def bake(
     payload = {"command": "bake", "digest": placed.digest(), **found}
     words = [f"{out}: experts in the order of {plan}"]
     if "optimizer" in found:
-        state = found["optimizer"].replace("trust_parameter_order=True", "--trust-parameter-order")
-        words.append(f"optimizer state: {state}")
+        words.append(f"optimizer state: {found['optimizer']}")
     return Result(payload=payload, text=words)
 
 

@@ -107,8 +107,8 @@ def read_optimizer_states(
     if names is None:
         raise NotBaked(
             "the checkpoint does not name the optimizer's parameters (moe_locality did not save "
-            "it); if they are in the order of the model, allow it with trust_parameter_order=True, "
-            "else load with load_module_only=True"
+            "it); if they are in the order of the model, allow it (trust_parameter_order=True, "
+            "--trust-parameter-order), else load with load_module_only=True"
         )
     ranks = 1 + max(rank for rank, _ in states)
     per_rank, rest = divmod(files.num_experts, ranks)
