@@ -21,7 +21,8 @@ from _multinode_layers import Layer, build, distance, loss_of, reference, tokens
 from torch import Tensor, nn
 
 from moe_locality.compat import avoid_cpu_jit
-from moe_locality.dispatch.traffic import ALL_KINDS, counters
+from moe_locality.dispatch.traffic import counters
+from moe_locality.dispatch.transport import ALL_KINDS
 from moe_locality.topology import ClusterTopology, discover_topology, prepare_groups
 
 

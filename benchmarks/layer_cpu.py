@@ -242,7 +242,7 @@ def overlap_on_rank(rank: int, world: int, rounds: int) -> list[dict]:
     ragged = inner._ragged_forward
 
     def afterwards(self, *args):
-        self.beside = None
+        self.overlap_fn = None
         return ragged(self, *args)
 
     times = []

@@ -9,23 +9,35 @@
 Backward runs the same pipeline in reverse, with the splits reversed: gradients of rows travel, and
 the gate gets the dot product of each row and the gradient of its token.
 
-``dispatcher`` is the object a layer talks to. The ways across the ranks: ``flat`` (above, also with
-buffers of a fixed size), ``hierarchical`` (a token once per node) and ``deepep``. ``exchange`` has
-the collectives, ``codec`` the low-bit rows. ``traffic`` counts what was sent and what it took.
+A layer calls ``dispatcher.run_moe``. The transports are ``flat`` (above, also with a fixed
+capacity), ``hierarchical`` (each token once per node) and ``deepep``. ``transport`` has their
+interface and what they share: collectives, low-bit rows, counters. ``desync`` finds ranks that are
+out of step, ``traffic`` reports what was sent and the time it took.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moe_locality.dispatch.dispatcher import DispatchOutput, TokenDispatcher
+    from moe_locality.dispatch.desync import DesyncError
+    from moe_locality.dispatch.dispatcher import (
+        DispatchOutput,
+        SlotMap,
+        TokenDispatcher,
+        run_moe,
+    )
     from moe_locality.dispatch.flat import check_overflow, lost_routes
-    from moe_locality.dispatch.traffic import TrafficCounter, reset_traffic, traffic_report
+    from moe_locality.dispatch.traffic import reset_traffic, traffic_report
+    from moe_locality.dispatch.transport import TrafficCounter, Transport
 
 _LAZY_IMPORTS = {
     "TokenDispatcher": "moe_locality.dispatch.dispatcher",
     "DispatchOutput": "moe_locality.dispatch.dispatcher",
-    "TrafficCounter": "moe_locality.dispatch.traffic",
+    "run_moe": "moe_locality.dispatch.dispatcher",
+    "SlotMap": "moe_locality.dispatch.dispatcher",
+    "Transport": "moe_locality.dispatch.transport",
+    "DesyncError": "moe_locality.dispatch.desync",
+    "TrafficCounter": "moe_locality.dispatch.transport",
     "traffic_report": "moe_locality.dispatch.traffic",
     "reset_traffic": "moe_locality.dispatch.traffic",
     "check_overflow": "moe_locality.dispatch.flat",
@@ -33,12 +45,16 @@ _LAZY_IMPORTS = {
 }
 
 __all__ = [
+    "DesyncError",
     "DispatchOutput",
+    "SlotMap",
     "TokenDispatcher",
     "TrafficCounter",
+    "Transport",
     "check_overflow",
     "lost_routes",
     "reset_traffic",
+    "run_moe",
     "traffic_report",
 ]
 

@@ -1,9 +1,9 @@
-"""DeepEP V2 as the way across the ranks: a client of its ``ElasticBuffer``, where it is installed.
+"""DeepEP V2 as a transport: a client of its ``ElasticBuffer``, where it is installed.
 
 https://github.com/deepseek-ai/DeepEP (V2, on NCCL's device API). It is never required and never
-chosen by ``auto``. Used is its documented expanding layout: ``dispatch(x, topk_idx, topk_weights,
-..., do_expand=True)`` gives one row per pick, grouped by local expert, and the weight of each row;
-``combine(rows, handle)`` adds the rows of each token up, without weights, and with ``topk_weights``
+chosen by ``auto``. It uses the documented expanding layout: ``dispatch(x, topk_idx, topk_weights,
+..., do_expand=True)`` gives one row per route, grouped by local expert, and the weight of each row;
+``combine(rows, handle)`` adds up the rows of each token, without weights, and with ``topk_weights``
 sends those back too. So each is the other's gradient, and the weights are applied to the results of
 the experts. Built ``deterministic``, rows are in the order of the flat exchange.
 
@@ -13,18 +13,20 @@ slots.
 """
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from moe_locality.dispatch.traffic import StageClock
+from moe_locality.dispatch.transport import CombinedRows, DispatchedRows, StageClock, Transport
 from moe_locality.errors import BackendUnavailable, ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DeepEPPlan:
+class DeepEPMetadata:
     """``handle``: DeepEP's, of this step; ``shape``: (T, K) of the routes."""
 
     handle: Any
@@ -53,13 +55,14 @@ def import_deep_ep() -> Any:
     return module
 
 
-class DeepEPTransport:
-    """The same methods as :class:`~moe_locality.dispatch.flat.FlatTransport`; holds no step.
+class DeepEPTransport(Transport[DeepEPMetadata]):
+    """One dispatch and one combine of DeepEP.
 
     All layers of a group that fit one buffer share it: each takes memory and a communicator.
     """
 
-    weights_travel = True
+    metadata_type: ClassVar[type] = DeepEPMetadata
+    sends_weights = True
     _buffers: ClassVar[dict[tuple, Any]] = {}
 
     def __init__(
@@ -77,10 +80,14 @@ class DeepEPTransport:
         self.clock = clock
 
     def start_dispatch(
-        self, x: Tensor, slot_ids: Tensor, weights: Tensor | None, plan: DeepEPPlan | None
-    ) -> tuple[DeepEPPlan, Tensor, Tensor]:
-        """Send the tokens ``[T, D]`` to the slots of their routes ``[T, K]``. Collective."""
-        assert weights is not None
+        self,
+        x: Tensor,
+        slot_ids: Tensor,
+        topk_weights: Tensor | None,
+        metadata: DeepEPMetadata | None,
+    ) -> Callable[[], DispatchedRows[DeepEPMetadata]]:
+        """Dispatch at once; nothing is left for the finish."""
+        assert topk_weights is not None
         self._check(x)
         shape = (slot_ids.shape[0], slot_ids.shape[1])
         routes: dict[str, Any] = {
@@ -90,55 +97,50 @@ class DeepEPTransport:
             "expert_alignment": 1,
             "do_cpu_sync": True,
         }
-        if plan is not None:
-            routes = {"handle": plan.handle}
+        if metadata is not None:
+            routes = {"handle": metadata.handle}
+        weights = topk_weights.float().contiguous()
         with self.clock("dispatch"):
             rows, _, row_weights, handle, _ = self._buffer(x.shape[1], shape[1]).dispatch(
-                x.contiguous(), topk_weights=weights.float().contiguous(), do_expand=True, **routes
+                x.contiguous(), topk_weights=weights, do_expand=True, **routes
             )
-        if plan is None:
+        if metadata is None:
             counts = tuple(int(n) for n in handle.num_recv_tokens_per_expert_list)
-            plan = DeepEPPlan(handle=handle, shape=shape, tokens_per_local_expert=counts)
-        return plan, rows, row_weights
-
-    def finish_dispatch(
-        self, started: tuple[DeepEPPlan, Tensor, Tensor], x: Tensor
-    ) -> tuple[DeepEPPlan, Tensor, Tensor]:
-        """Return the plan, the rows of the local experts ``[R, D]`` and their weights ``[R]``."""
-        del x
-        return started
+            metadata = DeepEPMetadata(handle=handle, shape=shape, tokens_per_local_expert=counts)
+        return partial(DispatchedRows, metadata, rows, row_weights)
 
     def dispatch_backward(
-        self, grad_rows: Tensor, grad_weights: Tensor | None, plan: DeepEPPlan
+        self, grad_rows: Tensor, grad_weights: Tensor | None, metadata: DeepEPMetadata
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the gradients of the tokens and of the weights ``[T, K]``. Collective."""
-        grad, back, _ = self._buffer(grad_rows.shape[1], plan.shape[1]).combine(
-            grad_rows, plan.handle, topk_weights=grad_weights
+        """Combine the gradients of the rows, and of their weights ``[R]``."""
+        grad, back, _ = self._buffer(grad_rows.shape[1], metadata.shape[1]).combine(
+            grad_rows, metadata.handle, topk_weights=grad_weights
         )
         return grad, back if grad_weights is not None else None
 
-    def start_combine(self, expert_out: Tensor, weights: Tensor, plan: DeepEPPlan) -> Tensor:
-        """Send the weighted results ``[R, D]`` home. Collective."""
-        weighted = (expert_out * weights[:, None]).to(expert_out.dtype)
+    def start_combine(
+        self, expert_out: Tensor, topk_weights: Tensor, metadata: DeepEPMetadata
+    ) -> Callable[[], CombinedRows]:
+        """Combine the weighted results at once; ``topk_weights [R]``: as they arrived."""
+        weighted = (expert_out * topk_weights[:, None]).to(expert_out.dtype)
         with self.clock("combine"):
-            buffer = self._buffer(expert_out.shape[1], plan.shape[1])
-            return buffer.combine(weighted, plan.handle)[0]
-
-    def finish_combine(
-        self, started: Tensor, expert_out: Tensor, weights: Tensor, plan: DeepEPPlan
-    ) -> tuple[Tensor, Tensor]:
-        """Return the sums of the tokens ``[T, D]``, and the rows that the weights multiplied."""
-        del weights, plan
-        return started, expert_out
+            buffer = self._buffer(expert_out.shape[1], metadata.shape[1])
+            out = buffer.combine(weighted, metadata.handle)[0]
+        return partial(CombinedRows, out, expert_out)
 
     def combine_backward(
-        self, grad: Tensor, rows: Tensor | None, weights: Tensor, plan: DeepEPPlan, need_rows: bool
+        self,
+        grad: Tensor,
+        rows: Tensor | None,
+        topk_weights: Tensor,
+        metadata: DeepEPMetadata,
+        need_rows: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the gradients of the experts' results and of the weights ``[R]``. Collective."""
-        arrived = self._buffer(grad.shape[1], plan.shape[1]).dispatch(
-            grad, handle=plan.handle, do_expand=True
+        """Dispatch the gradients of the tokens to the rows."""
+        arrived = self._buffer(grad.shape[1], metadata.shape[1]).dispatch(
+            grad, handle=metadata.handle, do_expand=True
         )[0]
-        grad_rows = (arrived * weights[:, None]).to(arrived.dtype) if need_rows else None
+        grad_rows = (arrived * topk_weights[:, None]).to(arrived.dtype) if need_rows else None
         return grad_rows, None if rows is None else (rows.float() * arrived).sum(dim=1)
 
     def _buffer(self, width: int, top_k: int) -> Any:

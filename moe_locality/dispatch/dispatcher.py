@@ -1,16 +1,23 @@
-"""TokenDispatcher: the object a layer talks to. Two verbs, ``dispatch`` and ``combine``.
+"""TokenDispatcher: what a layer calls to send tokens to their experts and back.
 
-What combine needs from dispatch travels in the handle, so several steps may be in flight. Each verb
-comes as a call and as a start (``dispatch_async``, ``combine_async``) whose ``wait()`` gives the
-result: what is computed between the two runs while rows travel. The first half knows no autograd;
-the second is one autograd function for each direction, so the graph sees one node for each.
+:func:`run_moe` is the whole way of the routed tokens, from the router's choice to their new rows;
+DeepSpeed's MoE and other front ends call it. It uses the two verbs of :class:`TokenDispatcher`,
+``dispatch`` and ``combine``. What combine needs from dispatch is in the handle, so several steps
+may be in flight. Each verb has a blocking form and an asynchronous one (``dispatch_async``,
+``combine_async``) whose ``wait()`` gives the result; work done between the two overlaps with the
+exchange. Each verb is one node of the autograd graph.
 """
 
+import contextlib
+import functools
 import logging
+import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar, cast
 
+import numpy as np
 import torch
 import torch.distributed
 from torch import Tensor
@@ -18,37 +25,110 @@ from torch.autograd.function import once_differentiable
 
 from moe_locality.compat import take_default_timeout
 from moe_locality.config import DispatchConfig
-from moe_locality.dispatch.codec import codec_of
-from moe_locality.dispatch.deepep import DeepEPPlan, DeepEPTransport
-from moe_locality.dispatch.exchange import Link
-from moe_locality.dispatch.flat import FixedTransport, FlatTransport, StepPlan
-from moe_locality.dispatch.hierarchical import HierarchicalTransport, Rails, TwoStagePlan
-from moe_locality.dispatch.notes import introduce
-from moe_locality.dispatch.place import Place
-from moe_locality.dispatch.traffic import StageClock, TrafficCounter
+from moe_locality.dispatch.deepep import DeepEPTransport
+from moe_locality.dispatch.desync import CallPosition, announce_process
+from moe_locality.dispatch.flat import FixedTransport, FlatTransport
+from moe_locality.dispatch.hierarchical import HierarchicalTransport, Rails
+from moe_locality.dispatch.transport import (
+    AllToAllGroup,
+    Codec,
+    CombinedRows,
+    DispatchedRows,
+    DispatchMetadata,
+    StageClock,
+    TrafficCounter,
+    Transport,
+)
 from moe_locality.errors import ConfigError, TopologyError
 from moe_locality.kernels import ops
 from moe_locality.topology.cluster import ClusterTopology
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
-AnyPlan = StepPlan | TwoStagePlan | DeepEPPlan
+AnyTransport = Transport[DispatchMetadata]
+RunExperts = Callable[[Tensor, tuple[int, ...]], Tensor]
+"""(rows [R, D] ordered by local expert, tokens_per_local_expert [e]) -> results [R, D]"""
 _said_lossy: set[str] = set()
+
+
+_Arguments = ParamSpec("_Arguments")
+_OLD_NAMES = {"plan": "metadata", "weights": "topk_weights"}
+
+
+def _warn_renamed(old: str, new: str) -> None:
+    warnings.warn(
+        f"{old} is now {new}; the old name goes in the next version",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+
+
+def _accept_old_names(
+    verb: Callable[_Arguments, Result],
+) -> Callable[_Arguments, Result]:
+    """Let ``verb`` take its arguments by their names of the last version, with a warning."""
+
+    @functools.wraps(verb)
+    def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Result:
+        for old in _OLD_NAMES.keys() & kwargs.keys():
+            _warn_renamed(f"the argument {old!r}", repr(_OLD_NAMES[old]))
+            kwargs[_OLD_NAMES[old]] = kwargs.pop(old)
+        return verb(*args, **kwargs)
+
+    return call
+
+
+class SlotMap:
+    """The slot that serves each logical expert for the tokens of this rank.
+
+    ``slot_of_expert [E]``; None where expert e is in slot e. Where experts have replicas, each rank
+    has its own map.
+    """
+
+    def __init__(self, slot_of_expert: np.ndarray | None = None) -> None:
+        self.slot_of_expert = slot_of_expert
+        self._on: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """Return the map as a tensor ``[E]`` on ``device``."""
+        assert self.slot_of_expert is not None
+        if device not in self._on:
+            self._on[device] = torch.from_numpy(self.slot_of_expert).to(device)
+        return self._on[device]
+
+    def slot_ids(self, topk_ids: Tensor) -> Tensor:
+        """Map logical expert ids (-1 = dropped) to slots, in the same shape and dtype."""
+        if self.slot_of_expert is None:
+            return topk_ids
+        slots = self.on(topk_ids.device).to(topk_ids.dtype)
+        return torch.where(topk_ids < 0, topk_ids, slots[topk_ids.clamp_min(0).long()])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DispatchHandle:
     """What :meth:`TokenDispatcher.combine` needs from the dispatch.
 
-    ``plan``: the splits and orders of the step; give it to a later dispatch of the same routes to
-    use it again. ``weights``: those of the routes, where combine uses them. ``num_tokens``: T.
+    ``metadata``: the splits and orders of the step; a later dispatch of the same routes may use it
+    again. ``topk_weights``: those of the routes, where combine uses them. ``num_tokens``: T.
     ``top_k``: K.
     """
 
-    plan: AnyPlan
-    weights: Tensor
+    metadata: DispatchMetadata
+    topk_weights: Tensor
     num_tokens: int
     top_k: int
+
+    @property
+    def plan(self) -> DispatchMetadata:
+        """Deprecated name of ``metadata``."""
+        _warn_renamed("DispatchHandle.plan", "metadata")
+        return self.metadata
+
+    @property
+    def weights(self) -> Tensor:
+        """Deprecated name of ``topk_weights``."""
+        _warn_renamed("DispatchHandle.weights", "topk_weights")
+        return self.topk_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,22 +146,22 @@ class DispatchOutput:
 
 
 class Pending(Generic[Result]):
-    """A dispatch or a combine on its way; :meth:`wait` gives its result, as often as asked."""
+    """A dispatch or combine in progress; :meth:`wait` returns its result, repeatedly if asked."""
 
     def __init__(self, finish: Callable[[], Result]) -> None:
         self._finish: Callable[[], Result] | None = finish
-        self._result: Any = None
+        self._result: list[Result] = []
 
     def wait(self) -> Result:
         """Return the result. Collective: all ranks wait for the same things in the same order."""
         if self._finish is not None:
             finish, self._finish = self._finish, None
-            self._result = finish()
-        return self._result
+            self._result.append(finish())
+        return self._result[0]
 
 
-def check_dispatch_config(config: DispatchConfig) -> None:
-    """Say in the log, once, where ``config`` asks for something lossy."""
+def warn_if_lossy(config: DispatchConfig) -> None:
+    """Log a warning, once per kind, where ``config`` sends rows in a low-bit format."""
     lossy = {
         name: value
         for name, value in (
@@ -112,11 +192,12 @@ class TokenDispatcher:
         num_slots: P, a multiple of ``num_ranks``.
         num_ranks: size of the group when it is not to be asked for (1 without a process group).
         comm: module with ``all_to_all_single``; ``torch.distributed`` by default.
-        rails: where this rank stands among the nodes, for the hierarchical exchange. With
+        rails: position of this rank among the nodes, for the hierarchical exchange. With
             ``exchange: auto`` they decide: two stages where they are given.
         kernels: backend of the local kernels.
-        place: which layer this is, told to the other ranks with the counts; layers without one are
-            numbered in the order of their first dispatch.
+        position: which layer this is, sent to the other ranks with the counts; layers without one
+            are numbered in the order of their first dispatch.
+        slot_map: the slot of each logical expert, for :func:`run_moe`; identity by default.
     """
 
     def __init__(
@@ -130,10 +211,11 @@ class TokenDispatcher:
         comm: Any = None,
         kernels: ops.Backend = "auto",
         rails: Rails | None = None,
-        place: Place | None = None,
+        position: CallPosition | None = None,
+        slot_map: SlotMap | None = None,
     ) -> None:
         config = config or DispatchConfig()
-        check_dispatch_config(config)
+        warn_if_lossy(config)
         ops.check_backend(kernels)
         ranks = group_ranks(ep_group, num_ranks)
         if num_slots % len(ranks):
@@ -142,7 +224,8 @@ class TokenDispatcher:
                 "holds the same number of experts"
             )
         self.num_slots = num_slots
-        self.place = place or Place()
+        self.position = position or CallPosition()
+        self.slot_map = slot_map or SlotMap()
         clock = StageClock(config.timing)
         self.traffic = TrafficCounter(ranks=ranks, topology=topology, clock=clock)
         self.transport = make_transport(
@@ -154,64 +237,63 @@ class TokenDispatcher:
             comm=comm or torch.distributed,
             kernels=kernels,
             traffic=self.traffic,
-            place=self.place,
+            position=self.position,
         )
         if len(ranks) > 1:
-            introduce()
+            announce_process()
             if ep_group is not None:
                 take_default_timeout(ep_group)
 
+    @_accept_old_names
     def dispatch(
         self,
         x: Tensor,
         slot_ids: Tensor,
-        weights: Tensor,
-        plan: AnyPlan | None = None,
+        topk_weights: Tensor,
+        metadata: DispatchMetadata | None = None,
     ) -> DispatchOutput:
         """Send each token to the slots of its routes.
 
         Args:
             x: ``[T, D]``. slot_ids: ``[T, K]`` integer, -1 where a route is dropped.
-            weights: ``[T, K]``, for :meth:`combine` (that of a dropped route is not used).
-            plan: of an earlier dispatch of the same ``slot_ids`` (on every rank): nothing is sorted
-                and no counts are exchanged.
+            topk_weights: ``[T, K]``, for :meth:`combine` (that of a dropped route is not used).
+            metadata: ``handle.metadata`` of an earlier dispatch of the same ``slot_ids`` (on every
+                rank): nothing is sorted and no counts are exchanged.
 
         Raises:
-            ConfigError: the plan is for another number of routes.
+            ConfigError: the metadata is of another number of routes, or of another transport.
         """
-        return self.dispatch_async(x, slot_ids, weights, plan).wait()
+        return self.dispatch_async(x, slot_ids, topk_weights, metadata).wait()
 
+    @_accept_old_names
     def dispatch_async(
         self,
         x: Tensor,
         slot_ids: Tensor,
-        weights: Tensor,
-        plan: AnyPlan | None = None,
+        topk_weights: Tensor,
+        metadata: DispatchMetadata | None = None,
     ) -> Pending[DispatchOutput]:
         """Begin :meth:`dispatch`: rows travel until ``wait()``, which gives its output.
 
         In two stages, the rows between the nodes travel meanwhile; those inside go on in ``wait``.
         """
-        if plan is not None and plan.shape != tuple(slot_ids.shape):
-            raise ConfigError(
-                f"found a plan for routes {plan.shape} and routes {tuple(slot_ids.shape)}, "
-                "expected the plan of the same routes: leave it out"
-            )
-        self.place.enter(self.traffic.ranks)
-        transport: Any = self.transport  # its plans are its own
-        travelling = weights if transport.weights_travel else None
+        if metadata is not None:
+            self._check_metadata(metadata, slot_ids)
+        self.position.enter(self.traffic.ranks)
+        transport = self.transport
+        sent_weights = topk_weights if transport.sends_weights else None
         with torch.no_grad():
-            started = transport.start_dispatch(x, slot_ids, travelling, plan)
+            receive = transport.start_dispatch(x, slot_ids, sent_weights, metadata)
 
         def finish() -> DispatchOutput:
-            made, rows, arrived = _finish_dispatch(x, travelling, transport, started)
+            made, rows, arrived = _apply_dispatch(x, sent_weights, transport, receive)
             self.traffic.load += rows.shape[0]
             return DispatchOutput(
                 rows=rows,
                 tokens_per_local_expert=made.tokens_per_local_expert,
                 handle=DispatchHandle(
-                    plan=made,
-                    weights=weights if arrived is None else arrived,
+                    metadata=made,
+                    topk_weights=topk_weights if arrived is None else arrived,
                     num_tokens=x.shape[0],
                     top_k=slot_ids.shape[1],
                 ),
@@ -228,11 +310,62 @@ class TokenDispatcher:
 
     def combine_async(self, expert_out: Tensor, handle: DispatchHandle) -> Pending[Tensor]:
         """Begin :meth:`combine`: results travel until ``wait()``, which gives its output."""
-        transport: Any = self.transport
-        plan, weights = handle.plan, handle.weights
+        transport, metadata, weights = self.transport, handle.metadata, handle.topk_weights
         with torch.no_grad():
-            started = transport.start_combine(expert_out, weights, plan)
-        return Pending(lambda: _finish_combine(expert_out, weights, transport, started, plan))
+            receive = transport.start_combine(expert_out, weights, metadata)
+        return Pending(lambda: _apply_combine(expert_out, weights, transport, receive, metadata))
+
+    def _check_metadata(self, metadata: DispatchMetadata, slot_ids: Tensor) -> None:
+        expected = self.transport.metadata_type
+        if not isinstance(metadata, expected):
+            raise ConfigError(
+                f"found dispatch metadata of type {type(metadata).__name__}, expected "
+                f"{expected.__name__}: give the metadata of an earlier dispatch of this dispatcher"
+            )
+        if metadata.shape != tuple(slot_ids.shape):
+            raise ConfigError(
+                f"found metadata of routes {metadata.shape} and routes {tuple(slot_ids.shape)}, "
+                "expected the metadata of the same routes: leave it out"
+            )
+
+
+def _no_stage(name: str) -> AbstractContextManager[None]:
+    del name
+    return contextlib.nullcontext()
+
+
+def run_moe(
+    dispatcher: TokenDispatcher,
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    run_experts: RunExperts,
+    *,
+    overlap_fn: Callable[[], Any] | None = None,
+    stage: Callable[[str], AbstractContextManager[None]] = _no_stage,
+) -> Tensor:
+    """Send routed tokens through their experts: ``x [T, D]`` to ``[T, D]``, with autograd.
+
+    The one way of all front ends. Replicas are chosen here (``dispatcher.slot_map``), traffic and
+    load are counted here (``dispatcher.traffic``). Collective over the EP group.
+
+    Args:
+        topk_ids: ``[T, K]`` integer logical expert ids, -1 where a route is dropped.
+        topk_weights: ``[T, K]`` of the sum over a token's experts.
+        run_experts: runs the local experts, see :data:`RunExperts`.
+        overlap_fn: called while the results travel back.
+        stage: ``stage("dispatch")`` and ``stage("combine")`` give context managers that are entered
+            around the two exchanges, such as timers.
+    """
+    with stage("dispatch"):
+        slot_ids = dispatcher.slot_map.slot_ids(topk_ids)
+        routed = dispatcher.dispatch(x, slot_ids, topk_weights)
+    expert_out = run_experts(routed.rows, routed.tokens_per_local_expert)
+    with stage("combine"):
+        results = dispatcher.combine_async(expert_out, routed.handle)
+        if overlap_fn is not None:
+            overlap_fn()
+        return results.wait()
 
 
 class _Dispatch(torch.autograd.Function):
@@ -244,19 +377,27 @@ class _Dispatch(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weights: Tensor | None, transport: Any, started: Any, keep: list
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor | None,
+        transport: AnyTransport,
+        receive: Callable[[], DispatchedRows[DispatchMetadata]],
+        keep: list[DispatchMetadata],
     ) -> tuple[Tensor, Tensor | None]:
-        plan, rows, arrived = transport.finish_dispatch(started, x)
-        ctx.transport, ctx.plan = transport, plan
-        keep.append(plan)
-        return rows, arrived
+        received = receive()
+        ctx.transport, ctx.dispatch_metadata = transport, received.metadata
+        keep.append(received.metadata)
+        return received.rows, received.topk_weights
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor, grad_weights: Tensor | None) -> tuple:
         if not ctx.needs_input_grad[1]:
             grad_weights = None
-        grads = ctx.transport.dispatch_backward(grad_rows.contiguous(), grad_weights, ctx.plan)
+        transport: AnyTransport = ctx.transport
+        grads = transport.dispatch_backward(
+            grad_rows.contiguous(), grad_weights, ctx.dispatch_metadata
+        )
         return *grads, None, None, None
 
 
@@ -265,37 +406,52 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, expert_out: Tensor, weights: Tensor, transport: Any, started: Any, plan: Any
+        ctx: Any,
+        expert_out: Tensor,
+        weights: Tensor,
+        transport: AnyTransport,
+        receive: Callable[[], CombinedRows],
+        metadata: DispatchMetadata,
     ) -> Tensor:
-        out, rows = transport.finish_combine(started, expert_out, weights, plan)
-        ctx.transport, ctx.plan = transport, plan
-        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weights)
-        return out
+        received = receive()
+        ctx.transport, ctx.dispatch_metadata = transport, metadata
+        ctx.save_for_backward(received.rows if ctx.needs_input_grad[1] else None, weights)
+        return received.out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
         rows, weights = ctx.saved_tensors
-        grads = ctx.transport.combine_backward(
-            grad.contiguous(), rows, weights, ctx.plan, ctx.needs_input_grad[0]
+        transport: AnyTransport = ctx.transport
+        grads = transport.combine_backward(
+            grad.contiguous(), rows, weights, ctx.dispatch_metadata, ctx.needs_input_grad[0]
         )
         return *grads, None, None, None
 
 
-def _finish_dispatch(x: Tensor, weights: Tensor | None, transport: Any, started: Any) -> tuple:
-    """Finish a dispatch; return (plan, rows, weights where they are used)."""
-    keep: list = []
+def _apply_dispatch(
+    x: Tensor,
+    weights: Tensor | None,
+    transport: AnyTransport,
+    receive: Callable[[], DispatchedRows[DispatchMetadata]],
+) -> tuple[DispatchMetadata, Tensor, Tensor | None]:
+    """Receive a dispatch, with autograd; return (metadata, rows, weights where they are used)."""
+    keep: list[DispatchMetadata] = []
     apply: Any = _Dispatch.apply
-    rows, arrived = apply(x, weights, transport, started, keep)
+    rows, arrived = apply(x, weights, transport, receive, keep)
     return keep[0], rows, arrived
 
 
-def _finish_combine(
-    expert_out: Tensor, weights: Tensor, transport: Any, started: Any, plan: Any
+def _apply_combine(
+    expert_out: Tensor,
+    weights: Tensor,
+    transport: AnyTransport,
+    receive: Callable[[], CombinedRows],
+    metadata: DispatchMetadata,
 ) -> Tensor:
-    """Finish a combine."""
+    """Receive a combine, with autograd."""
     apply: Any = _Combine.apply
-    return apply(expert_out, weights, transport, started, plan)
+    return apply(expert_out, weights, transport, receive, metadata)
 
 
 def make_transport(
@@ -308,54 +464,67 @@ def make_transport(
     comm: Any,
     kernels: ops.Backend,
     traffic: TrafficCounter,
-    place: Place,
-) -> FlatTransport | HierarchicalTransport | DeepEPTransport:
-    """Return the way across ``size`` ranks that ``config`` asks for; the arguments are those of
+    position: CallPosition,
+) -> AnyTransport:
+    """Return the transport over ``size`` ranks that ``config`` asks for; the arguments are those of
     :class:`TokenDispatcher`.
 
     Raises:
-        ConfigError: what is asked for cannot be here.
+        ConfigError: what is asked for is not possible here.
         BackendUnavailable: DeepEP is asked for and is not installed.
     """
     common: dict[str, Any] = {
         "num_slots": num_slots,
         "kernels": kernels,
-        "payload": codec_of(config.payload),
-        "combine_payload": codec_of(config.combine_payload),
+        "payload": Codec.of_payload(config.payload),
+        "combine_payload": Codec.of_payload(config.combine_payload),
         "clock": traffic.clock,
     }
-    told: dict[str, Any] = {"comm": comm, "group_ranks": traffic.ranks, "place": place}
-    if config.exchange == "deepep" and size > 1:
-        if (config.payload, config.combine_payload) != ("none", "none"):
-            raise ConfigError(
-                f"found payload {config.payload!r} and combine_payload "
-                f"{config.combine_payload!r} with exchange 'deepep', expected 'none': DeepEP "
-                "moves the rows, and knows no such format of ours"
-            )
-        most = config.deepep_max_tokens_per_rank
-        return DeepEPTransport(
-            group=group, num_slots=num_slots, max_tokens=most, clock=traffic.clock
+
+    told: dict[str, Any] = {"comm": comm, "ep_ranks": traffic.ranks, "position": position}
+
+    def part(process_group: Any, ranks: tuple[int, ...], counter: Any) -> AllToAllGroup:
+        return AllToAllGroup(
+            process_group=process_group, size=len(ranks), ranks=ranks, counter=counter, **told
         )
-    capacity, flat = config.capacity, config.exchange == "auto" and rails is None
-    if capacity or flat or size == 1 or config.exchange == "flat":
-        link = Link(group=group, size=size, counter=traffic, ranks=traffic.ranks, **told)
-        if capacity:
-            return FixedTransport(link, capacity=capacity, **common)
-        return FlatTransport(link, **common)
-    if rails is None:
+
+    flat = config.exchange == "flat" or (config.exchange == "auto" and rails is None)
+    if config.exchange == "deepep" and size > 1:
+        made: Transport[Any] = _deepep(config, group, num_slots, traffic.clock)
+    elif config.capacity:
+        whole = part(group, traffic.ranks, traffic)
+        made = FixedTransport(whole, capacity=config.capacity, **common)
+    elif flat or size == 1:
+        made = FlatTransport(part(group, traffic.ranks, traffic), **common)
+    elif rails is None:
         raise ConfigError(
             "dispatch.exchange is 'hierarchical' and the expert groups of the nodes were "
             "not made: start with moe_locality.initialize, or use 'flat'"
         )
-    across, inside = (
-        Link(group=part, size=len(part_of), counter=traffic.among(part_of), ranks=part_of, **told)
-        for part, part_of in (
-            (rails.inter_group, rails.inter_ranks),
-            (rails.intra_group, rails.intra_ranks),
+    else:
+        across, inside = rails.inter_ranks, rails.intra_ranks
+        made = HierarchicalTransport(
+            rails,
+            inter_node=part(rails.inter_group, across, traffic.among(across)),
+            intra_node=part(rails.intra_group, inside, traffic.among(inside)),
+            reduce_at_node=config.reduce_at_node,
+            **common,
         )
-    )
-    return HierarchicalTransport(
-        rails, across=across, inside=inside, reduce_at_node=config.reduce_at_node, **common
+    # a transport only gets metadata that it made: dispatch checks metadata_type
+    return cast("AnyTransport", made)
+
+
+def _deepep(
+    config: DispatchConfig, group: Any, num_slots: int, clock: StageClock
+) -> DeepEPTransport:
+    if (config.payload, config.combine_payload) != ("none", "none"):
+        raise ConfigError(
+            f"found payload {config.payload!r} and combine_payload "
+            f"{config.combine_payload!r} with exchange 'deepep', expected 'none': DeepEP "
+            "moves the rows, and knows no such format of ours"
+        )
+    return DeepEPTransport(
+        group=group, num_slots=num_slots, max_tokens=config.deepep_max_tokens_per_rank, clock=clock
     )
 
 

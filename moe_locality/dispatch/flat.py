@@ -1,38 +1,46 @@
-"""The flat exchange: a row for each pick, in one ragged all-to-all or in buffers of fixed size.
+"""The flat exchange: one row per (token, expert) pair, ragged or with a fixed capacity.
 
 First the arithmetic of a step (splits, and the order of received rows by expert), then
-:class:`FlatTransport`, then :class:`FixedTransport`, whose steps tell the host nothing: every rank
-sends exactly C rows for every slot, of which those without a route are zero, so no counts travel,
-no shape depends on the routes, and a step can be captured in a CUDA graph. Routes beyond the C-th
-of a slot find no row: they are counted on the device, and are an error on all ranks or are dropped,
-as ``dispatch.capacity`` says. Which are dropped: of the routes of a rank's tokens to a slot, those
-after the first C in the order (token, k). That is DeepSpeed's ``drop_policy="position"``, once per
-source rank: the choice depends on nothing that other ranks do, so it is the same in every run.
+:class:`FlatTransport`, then :class:`FixedTransport`. The latter never tells the host what was
+routed: every rank sends exactly C rows for every slot, and rows without a route are zero. So no
+counts are exchanged, no shape depends on the routes, and a step can be captured in a CUDA graph.
+Routes beyond the C-th of a slot have no row: they are counted on the device and raise on all ranks,
+or are dropped, as ``dispatch.capacity`` says. Dropped are, of the routes of one rank to one slot,
+those after the first C in the order (token, k): DeepSpeed's ``drop_policy="position"``, applied per
+source rank, so the choice does not depend on other ranks and is the same in every run.
 
 Shapes: G ranks of the EP group, e local experts, P = G*e slots, R rows received.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from moe_locality.config import CapacityConfig
-from moe_locality.dispatch.codec import Codec
-from moe_locality.dispatch.exchange import Arriving, Counts, Link
-from moe_locality.dispatch.traffic import StageClock
+from moe_locality.dispatch.transport import (
+    AllToAllGroup,
+    Codec,
+    CombinedRows,
+    DispatchedRows,
+    PendingCounts,
+    PendingRows,
+    StageClock,
+    Transport,
+)
 from moe_locality.errors import ConfigError
 from moe_locality.kernels import ops
 from moe_locality.kernels.ops import RowMap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepPlan:
-    """What one step sends and receives, known on the host. It can be used again for the same routes
-    (see :meth:`~moe_locality.dispatch.TokenDispatcher.dispatch`).
+class FlatMetadata:
+    """What one step sends and receives, on the host. A later dispatch of the same routes may use it
+    again (see :meth:`~moe_locality.dispatch.TokenDispatcher.dispatch`).
 
     ``row_map``: the routes of this rank's tokens sorted by slot, so by destination rank; its
     ``positions`` are -1 where a route is dropped.
@@ -60,15 +68,10 @@ class StepPlan:
 def sort_routes(slot_ids: Tensor, num_slots: int, backend: ops.Backend) -> RowMap:
     """Sort routes ``[T, K]`` (-1: dropped) by slot, without waiting for a device.
 
-    On a GPU the map has T*K rows, whatever is dropped; those in use come first.
+    On a GPU the map has T*K rows even if routes are dropped; those in use come first.
     """
-    rows = slot_ids.numel() if _static(slot_ids) else None
+    rows = slot_ids.numel() if slot_ids.is_cuda else None  # the exact number costs a wait there
     return ops.row_map(slot_ids, num_slots, num_rows=rows, backend=backend)
-
-
-def _static(ids: Tensor) -> bool:
-    """Whether to ask for the number of rows would make this thread wait."""
-    return ids.is_cuda
 
 
 def trim(row_map: RowMap, num_rows: int) -> RowMap:
@@ -111,10 +114,10 @@ def expert_major_order(counts: Tensor, num_rows: int) -> Tensor:
     return block_order(counts.reshape(-1), blocks.t().reshape(-1), num_rows)
 
 
-def plan_step(
+def flat_metadata(
     row_map: RowMap, received: Tensor, num_ranks: int, sent: list[int], got: list[int]
-) -> StepPlan:
-    """Return the plan of a step from what is sent (``row_map``) and what is received.
+) -> FlatMetadata:
+    """Return the metadata of a step from what is sent (``row_map``) and what is received.
 
     ``received [G * e] int64``: rows that each source rank sends to each local expert. ``sent [P]``
     and ``got [G * e]`` are the counts of both sides on the host.
@@ -127,7 +130,7 @@ def plan_step(
     if num_ranks > 1 and size > 1:
         by_expert = expert_major_order(received.view(num_ranks, size), sum(got))
         by_source = inverse(by_expert)
-    return StepPlan(
+    return FlatMetadata(
         row_map=trim(row_map, sum(sent)),
         input_splits=tuple(sum(sent[i : i + size]) for i in starts),
         output_splits=output_splits,
@@ -137,19 +140,17 @@ def plan_step(
     )
 
 
-class FlatTransport:
-    """Exchanges rows over one EP group; holds no state of a step.
+class FlatTransport(Transport[FlatMetadata]):
+    """One ragged all-to-all of the whole EP group in each direction.
 
-    ``start_`` and ``finish_`` are the halves of a forward: rows travel between them. What a start
-    returns, the finish takes. ``payload`` codes the rows of the dispatch, ``combine_payload`` those
-    of the combine.
+    ``payload`` codes the rows of the dispatch, ``combine_payload`` those of the combine.
     """
 
-    weights_travel = False
+    metadata_type: ClassVar[type] = FlatMetadata
 
     def __init__(
         self,
-        link: Link,
+        all_to_all: AllToAllGroup,
         *,
         num_slots: int,
         kernels: ops.Backend,
@@ -157,7 +158,7 @@ class FlatTransport:
         combine_payload: Codec,
         clock: StageClock,
     ) -> None:
-        self.link = link
+        self.all_to_all = all_to_all
         self.num_slots = num_slots
         self.kernels: ops.Backend = kernels
         self.payload = payload
@@ -165,84 +166,87 @@ class FlatTransport:
         self.clock = clock
 
     def start_dispatch(
-        self, x: Tensor, slot_ids: Tensor, weights: Tensor | None, plan: StepPlan | None
-    ) -> tuple[StepPlan, Arriving]:
-        """Sort the routes ``[T, K]``, agree with the other ranks on the splits while the rows are
-        put in order, and send them. With a ``plan``, only the rows. Collective.
-        """
-        del weights  # they are used where the tokens are
-        if plan is None:
+        self,
+        x: Tensor,
+        slot_ids: Tensor,
+        topk_weights: Tensor | None,
+        metadata: FlatMetadata | None,
+    ) -> Callable[[], DispatchedRows[FlatMetadata]]:
+        """Sort the routes, exchange the counts while the rows are put in order, send the rows."""
+        del topk_weights  # used where the tokens are
+        if metadata is None:
             with self.clock("plan"):
                 row_map = sort_routes(slot_ids, self.num_slots, self.kernels)
-                counts = self.link.start_counts(row_map.tokens_per_slot)
+                counts = self.all_to_all.start_counts(row_map.tokens_per_slot)
             with self.clock("permute"):
                 rows = self.payload.permute(x, row_map, self.kernels)
             with self.clock("counts"):
                 arrived, sent, got = counts.read()
-                plan = plan_step(row_map, arrived, self.link.size, sent, got)
+                metadata = flat_metadata(row_map, arrived, self.all_to_all.size, sent, got)
         else:
             with self.clock("permute"):
-                rows = self.payload.permute(x, plan.row_map, self.kernels)
-        way = self.link.start_rows(rows, plan.input_splits, plan.output_splits, "dispatch")
-        return plan, way
+                rows = self.payload.permute(x, metadata.row_map, self.kernels)
+        splits = (metadata.input_splits, metadata.output_splits)
+        pending = self.all_to_all.start_rows(rows, *splits, "dispatch")
+        return partial(self._finish_dispatch, pending, metadata, x.shape[1], x.dtype)
 
-    def finish_dispatch(
-        self, started: tuple[StepPlan, Arriving], x: Tensor
-    ) -> tuple[StepPlan, Tensor, None]:
-        """Return the plan and the rows of the local experts ``[R, D]``."""
-        plan, way = started
+    def _finish_dispatch(
+        self, pending: PendingRows, metadata: FlatMetadata, width: int, dtype: torch.dtype
+    ) -> DispatchedRows[FlatMetadata]:
         with self.clock("dispatch"):
-            rows = way.wait()
+            rows = pending.wait()
         with self.clock("reorder"):
-            order = (plan.by_expert, self.kernels)
-            return plan, self.payload.decode(rows, x.shape[1], x.dtype, *order), None
+            rows = self.payload.decode(rows, width, dtype, metadata.by_expert, self.kernels)
+        return DispatchedRows(metadata, rows, None)
 
     def dispatch_backward(
-        self, grad_rows: Tensor, grad_weights: Tensor | None, plan: StepPlan
+        self, grad_rows: Tensor, grad_weights: Tensor | None, metadata: FlatMetadata
     ) -> tuple[Tensor, None]:
-        """Return the gradient of the tokens ``[T, D]``. Collective."""
+        """Send the gradients of the rows back and add them up per token."""
         del grad_weights
-        rows = self._from_experts(grad_rows, plan, "dispatch_grad")
-        grad = ops.permute_backward(rows, plan.row_map.positions, backend=self.kernels)
-        return grad, None
+        rows = self._take(grad_rows, metadata.by_source)
+        splits = (metadata.output_splits, metadata.input_splits)
+        rows = self.all_to_all.rows(rows, *splits, "dispatch_grad")
+        return ops.permute_backward(rows, metadata.row_map.positions, backend=self.kernels), None
 
-    def start_combine(self, expert_out: Tensor, weights: Tensor, plan: StepPlan) -> Arriving:
-        """Send the results of the experts ``[R, D]`` back. Collective."""
-        del weights
+    def start_combine(
+        self, expert_out: Tensor, topk_weights: Tensor, metadata: FlatMetadata
+    ) -> Callable[[], CombinedRows]:
+        """Send the results back; they are weighted and summed where the tokens are."""
         with self.clock("reorder"):
-            rows = self.combine_payload.encode(self._take(expert_out, plan.by_source))
-        return self.link.start_rows(rows, plan.output_splits, plan.input_splits, "combine")
+            rows = self.combine_payload.encode(self._take(expert_out, metadata.by_source))
+        splits = (metadata.output_splits, metadata.input_splits)
+        pending = self.all_to_all.start_rows(rows, *splits, "combine")
+        width, dtype = expert_out.shape[1], expert_out.dtype
 
-    def finish_combine(
-        self, started: Arriving, expert_out: Tensor, weights: Tensor, plan: StepPlan
-    ) -> tuple[Tensor, Tensor]:
-        """Return the weighted sums of the tokens ``[T, D]``, and the rows that were summed."""
-        with self.clock("combine"):
-            rows = started.wait()
-        with self.clock("sum"):
-            rows = self.combine_payload.decode(rows, expert_out.shape[1], expert_out.dtype)
-            positions = plan.row_map.positions
-            return ops.combine(rows, positions, weights, backend=self.kernels), rows
+        def finish() -> CombinedRows:
+            with self.clock("combine"):
+                rows = pending.wait()
+            with self.clock("sum"):
+                rows = self.combine_payload.decode(rows, width, dtype)
+                positions = metadata.row_map.positions
+                out = ops.combine(rows, positions, topk_weights, backend=self.kernels)
+                return CombinedRows(out, rows)
+
+        return finish
 
     def combine_backward(
-        self, grad: Tensor, rows: Tensor | None, weights: Tensor, plan: StepPlan, need_rows: bool
+        self,
+        grad: Tensor,
+        rows: Tensor | None,
+        topk_weights: Tensor,
+        metadata: FlatMetadata,
+        need_rows: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the gradients of the experts' results and of the weights. Collective.
-
-        The gradient of the weights needs no exchange, since the forward kept the rows.
-        """
+        """As the interface says; the gradient of the weights needs no exchange."""
         grad_rows, grad_weights = ops.combine_backward(
-            grad, rows, plan.row_map, weights, need_rows=need_rows, backend=self.kernels
+            grad, rows, metadata.row_map, topk_weights, need_rows=need_rows, backend=self.kernels
         )
         if grad_rows is not None:
-            splits = (plan.input_splits, plan.output_splits)
-            arrived = self.link.rows(grad_rows, *splits, "combine_grad")
-            grad_rows = self._take(arrived, plan.by_expert)
+            splits = (metadata.input_splits, metadata.output_splits)
+            arrived = self.all_to_all.rows(grad_rows, *splits, "combine_grad")
+            grad_rows = self._take(arrived, metadata.by_expert)
         return grad_rows, grad_weights
-
-    def _from_experts(self, rows: Tensor, plan: StepPlan, kind: str) -> Tensor:
-        rows = self._take(rows, plan.by_source)
-        return self.link.rows(rows, plan.output_splits, plan.input_splits, kind)
 
     def _take(self, rows: Tensor, order: Tensor | None) -> Tensor:
         return rows if order is None else ops.permute(rows, order, backend=self.kernels)
@@ -252,14 +256,14 @@ _MAX_ROWS = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FixedPlan(StepPlan):
-    """A :class:`StepPlan` whose splits are constants.
+class FixedMetadata(FlatMetadata):
+    """A :class:`FlatMetadata` whose splits are constants.
 
-    ``lost``: routes without a row, of every rank, on their way to the host; None where nobody asks
+    ``lost``: routes without a row, of every rank, on their way to the host; None where not asked
     (``on_overflow="drop"``, or while a CUDA graph is captured).
     """
 
-    lost: Counts | None
+    lost: PendingCounts | None
 
 
 def fixed_rows(slot_ids: Tensor, num_slots: int, capacity: int, backend: ops.Backend) -> RowMap:
@@ -291,14 +295,16 @@ def fixed_rows(slot_ids: Tensor, num_slots: int, capacity: int, backend: ops.Bac
 
 
 class FixedTransport(FlatTransport):
-    """:class:`FlatTransport` with C rows per source rank and slot, whatever is routed.
+    """:class:`FlatTransport` with exactly C rows per source rank and slot.
 
     ``tokens_per_local_expert`` is then ``G * C`` for every expert: an expert works on its padding
     too, as in DeepSpeed's padded dispatch, and its results for padding are never read.
     """
 
-    def __init__(self, link: Link, *, capacity: CapacityConfig, **common: Any) -> None:
-        super().__init__(link, **common)
+    def __init__(
+        self, all_to_all: AllToAllGroup, *, capacity: CapacityConfig, **common: Any
+    ) -> None:
+        super().__init__(all_to_all, **common)
         self.capacity = capacity
         self.lost: Tensor | None = None
         """int64 [1], on the device: routes of this rank that found no row, since the start"""
@@ -306,42 +312,48 @@ class FixedTransport(FlatTransport):
         self._orders: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def start_dispatch(
-        self, x: Tensor, slot_ids: Tensor, weights: Tensor | None, plan: StepPlan | None
-    ) -> tuple[StepPlan, Arriving]:
-        """As that of the flat transport; no counts travel. Collective."""
-        if plan is None:
+        self,
+        x: Tensor,
+        slot_ids: Tensor,
+        topk_weights: Tensor | None,
+        metadata: FlatMetadata | None,
+    ) -> Callable[[], DispatchedRows[FlatMetadata]]:
+        """As that of the flat transport, without an exchange of counts."""
+        if metadata is None:
             with self.clock("plan"):
-                plan = self._plan(slot_ids)
-        return super().start_dispatch(x, slot_ids, weights, plan)
+                metadata = self._metadata(slot_ids)
+        return super().start_dispatch(x, slot_ids, topk_weights, metadata)
 
-    def start_combine(self, expert_out: Tensor, weights: Tensor, plan: StepPlan) -> Arriving:
+    def start_combine(
+        self, expert_out: Tensor, topk_weights: Tensor, metadata: FlatMetadata
+    ) -> Callable[[], CombinedRows]:
         """As that of the flat transport.
 
         Raises:
             ConfigError: on all ranks, where a rank had more routes for a slot than it has rows.
         """
-        if isinstance(plan, FixedPlan) and plan.lost is not None:
+        if isinstance(metadata, FixedMetadata) and metadata.lost is not None:
             # here, and not before the experts: their work is launched while the counts travel
-            self._refuse(sum(plan.lost.read()[2]))
-        return super().start_combine(expert_out, weights, plan)
+            self._refuse(sum(metadata.lost.read()[2]))
+        return super().start_combine(expert_out, topk_weights, metadata)
 
     def check_overflow(self) -> None:
         """Raise ConfigError on all ranks if routes found no row since the last check. Collective.
 
         Waits for the device: call it between the replays of a CUDA graph, which nothing else
-        checks. With ``on_overflow="drop"`` it raises all the same: who calls it wants to know.
+        checks. An explicit call raises with ``on_overflow="drop"`` too.
         """
         lost = self.lost
         if lost is None:
             lost = torch.zeros(1, dtype=torch.int64)
             lost = lost.to("cuda") if self._on_cuda() else lost
-        everyone = self.link.start_counts(lost.repeat(self.link.size)).read()[2]
+        everyone = self.all_to_all.start_counts(lost.repeat(self.all_to_all.size)).read()[2]
         lost.zero_()
         self._refuse(sum(everyone))
 
     def _on_cuda(self) -> bool:
         running = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return running and "nccl" in torch.distributed.get_backend(self.link.group)
+        return running and "nccl" in torch.distributed.get_backend(self.all_to_all.process_group)
 
     def _refuse(self, lost: int) -> None:
         if lost:
@@ -351,24 +363,24 @@ class FixedTransport(FlatTransport):
                 "dispatch.capacity.on_overflow 'drop'"
             )
 
-    def _plan(self, slot_ids: Tensor) -> FixedPlan:
+    def _metadata(self, slot_ids: Tensor) -> FixedMetadata:
         capturing = is_capturing(slot_ids)
         rows = self._rows_per_slot(slot_ids, capturing)
         row_map = fixed_rows(slot_ids, self.num_slots, rows, self.kernels)
         self._count(row_map.overflow, capturing)
         asked = self.capacity.on_overflow == "error" and not capturing
-        lost = row_map.overflow.long().repeat(self.link.size) if asked else None
-        size = self.num_slots // self.link.size
-        splits = (size * rows,) * self.link.size
+        lost = row_map.overflow.long().repeat(self.all_to_all.size) if asked else None
+        size = self.num_slots // self.all_to_all.size
+        splits = (size * rows,) * self.all_to_all.size
         by_expert, by_source = self._order(rows, size, slot_ids.device)
-        return FixedPlan(
+        return FixedMetadata(
             row_map=row_map,
             input_splits=splits,
             output_splits=splits,
-            tokens_per_local_expert=(self.link.size * rows,) * size,
+            tokens_per_local_expert=(self.all_to_all.size * rows,) * size,
             by_expert=by_expert,
             by_source=by_source,
-            lost=None if lost is None else self.link.start_counts(lost),
+            lost=None if lost is None else self.all_to_all.start_counts(lost),
         )
 
     def _rows_per_slot(self, slot_ids: Tensor, capturing: bool) -> int:
@@ -378,13 +390,13 @@ class FixedTransport(FlatTransport):
         """
         if self.capacity.rows is not None:
             rows = self.capacity.rows
-        elif self.link.size == 1:
+        elif self.all_to_all.size == 1:
             rows = self._share(slot_ids.numel())
         else:
             if self._agreed is None:
                 _check_warm(capturing)
-                mine = torch.full((self.link.size,), slot_ids.numel(), device=slot_ids.device)
-                self._agreed = self._share(max(self.link.start_counts(mine).read()[2]))
+                mine = torch.full((self.all_to_all.size,), slot_ids.numel(), device=slot_ids.device)
+                self._agreed = self._share(max(self.all_to_all.start_counts(mine).read()[2]))
             rows = self._agreed
         if rows * self.num_slots > _MAX_ROWS:
             raise ConfigError(
@@ -405,7 +417,7 @@ class FixedTransport(FlatTransport):
         lost.add_(overflow)
 
     def _order(self, rows: int, size: int, device: torch.device) -> tuple[Any, Any]:
-        ranks = self.link.size
+        ranks = self.all_to_all.size
         if ranks == 1 or size == 1:
             return None, None
         key = (rows, device)

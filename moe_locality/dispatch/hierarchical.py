@@ -1,18 +1,18 @@
-"""The exchange in two stages: across nodes each token goes once to every node that it needs, inside
-the node its rows go on to the ranks that hold the experts.
+"""The hierarchical exchange: each token goes once to every node that it needs, then inside the node
+its rows go to the ranks that hold the experts.
 
 Stage one runs between the ranks of equal local index on every node (*rails*), stage two between the
-ranks of a node. One packed row per copy crosses: the token, the slots it is for on that node, and
-their weights. Stage two sorts rows into the order of the flat exchange, so the experts see the same
-rows in the same order. Results of the experts of a node are added up there, in fp32, and one
-partial sum per node goes home (``reduce_at_node``); the order of these sums differs from the flat
-exchange, so results agree within rounding. Without it every result goes home by itself, and
-outputs and gradients are those of the flat exchange bit for bit.
+ranks of a node. One packed row per (token, node) copy crosses nodes: the token, its slots on that
+node and their weights. Stage two sorts rows into the order of the flat exchange, so the experts see
+the same rows in the same order. With ``reduce_at_node``, the results of the experts of a node are
+added up there in fp32 and one partial sum per node is sent back; the order of these sums differs
+from the flat exchange, so results agree within rounding. Without it, every result is sent back by
+itself, and outputs and gradients are those of the flat exchange bit for bit.
 
 Backward mirrors it: the gradients of a token's rows are added up on the node and cross once, with
-those of the weights packed behind them.
+the gradients of the weights packed behind them.
 
-In this order: where a rank stands among the nodes (:class:`Rails`), packed rows
+In this order: the position of a rank among the nodes (:class:`Rails`), packed rows
 (:class:`WireFormat`), the arithmetic of a step, the transport.
 
 Shapes: M nodes of the EP group, g ranks of a node, e slots of a rank, Q = g*e slots of a node, N1
@@ -20,18 +20,26 @@ Shapes: M nodes of the EP group, g ranks of a node, e slots of a rank, Q = g*e s
 the local experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from moe_locality.dispatch.codec import Codec
-from moe_locality.dispatch.exchange import Arriving, Link
+from moe_locality.dispatch.desync import DesyncError
 from moe_locality.dispatch.flat import block_order, inverse, sort_routes, trim
-from moe_locality.dispatch.place import RanksApart
-from moe_locality.dispatch.traffic import StageClock
+from moe_locality.dispatch.transport import (
+    AllToAllGroup,
+    Codec,
+    CombinedRows,
+    DispatchedRows,
+    PendingCounts,
+    PendingRows,
+    StageClock,
+    Transport,
+)
 from moe_locality.errors import ConfigError
 from moe_locality.kernels import ops
 from moe_locality.kernels.ops import RowMap
@@ -40,7 +48,7 @@ from moe_locality.topology.cluster import ClusterTopology
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rails:
-    """Where this rank stands among the nodes of its EP group.
+    """The position of this rank among the nodes of its EP group.
 
     ``inter_group``, ``inter_ranks [M]``: the ranks of its local index, one on each node.
     ``intra_group``, ``intra_ranks [g]``: the ranks of its node. ``rail_of_slot [P]``: position in
@@ -167,34 +175,34 @@ def wire_format(*parts: Tensor | None) -> WireFormat:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HomePlan:
-    """What happens to this rank's own tokens.
+class InterNodeLayout:
+    """How this rank's own tokens cross nodes (stage one).
 
     ``node_of_route [T, K]``: the node of each route, -1 where it is dropped. ``copies``: the map of
     (token, node) pairs by node; its ``positions [T, M]`` are the copies of each token.
     ``local_slots [N1, K]``: for each copy, the slot on its node of each route of the token, -1 for
-    routes to other nodes. ``picks``: the kept routes by (node, slot on it), where rows come back
-    one by one and not as sums. ``input_splits [M]``: copies to each node, ``output_splits``: from
-    each.
+    routes to other nodes. ``routes``: the kept routes by (node, slot on it), where results come
+    back one by one and not as sums. ``input_splits [M]``: copies to each node, ``output_splits``:
+    from each.
     """
 
     node_of_route: Tensor
     copies: RowMap
     local_slots: Tensor
-    picks: RowMap | None
+    routes: RowMap | None
     input_splits: tuple[int, ...] = ()
     output_splits: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NodePlan:
-    """What happens to the copies that arrived on this node's rank.
+class IntraNodeLayout:
+    """How the copies that arrived on this rank are sent on inside the node (stage two).
 
     ``routes``: their routes by slot. ``input_splits [g]``: rows to each rank of the node,
-    ``output_splits``: from each. ``by_expert [R]``: rows as they arrive, in the order of the
-    experts (expert, then home rank of the token in the EP group, then token: the order of the flat
+    ``output_splits``: from each. ``by_expert [R]``: the received rows in the order of the experts
+    (expert, then home rank of the token in the EP group, then token: the order of the flat
     exchange); ``by_source`` is its inverse. ``by_home``: rows sorted by slot, in the order (home
-    node, slot); ``from_home`` is its inverse; both only where rows go home one by one, as
+    node, slot); ``from_home`` is its inverse; both only where results are sent back one by one, as
     ``home_splits [M]``.
     """
 
@@ -210,34 +218,34 @@ class NodePlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TwoStagePlan:
-    """The plan of a step in two stages. It can be used again for the same routes.
+class HierarchicalMetadata:
+    """Both layouts of a step. A later dispatch of the same routes may use it again.
 
-    ``pick_splits [M]``: this rank's kept routes by node, where rows come back one by one.
+    ``route_splits [M]``: this rank's kept routes by node, where results come back one by one.
     """
 
-    home: HomePlan
-    node: NodePlan
-    pick_splits: tuple[int, ...] = ()
+    inter_node: InterNodeLayout
+    intra_node: IntraNodeLayout
+    route_splits: tuple[int, ...] = ()
 
     @property
     def tokens_per_local_expert(self) -> tuple[int, ...]:
-        return self.node.tokens_per_local_expert
+        return self.intra_node.tokens_per_local_expert
 
     @property
     def shape(self) -> tuple[int, int]:
         """(T, K) of the routes."""
-        tokens, top_k = self.home.node_of_route.shape
+        tokens, top_k = self.inter_node.node_of_route.shape
         return tokens, top_k
 
     @property
     def node_mask(self) -> Tensor:
         """``[T] int64``: bit m is set where a kept route of the token goes to node m."""
-        hits = self.home.copies.positions >= 0
+        hits = self.inter_node.copies.positions >= 0
         return (hits.long() << torch.arange(hits.shape[1], device=hits.device)).sum(dim=1)
 
 
-def plan_home(
+def layout_inter_node(
     slot_ids: Tensor,
     rail_of_slot: Tensor,
     slot_in_node: Tensor,
@@ -245,8 +253,8 @@ def plan_home(
     *,
     one_by_one: bool,
     kernels: ops.Backend,
-) -> HomePlan:
-    """Return the plan of the tokens with routes ``[T, K]`` (-1: dropped), without splits."""
+) -> InterNodeLayout:
+    """Return the layout of tokens with routes ``[T, K]`` (-1: dropped), still without splits."""
     known = slot_ids.clamp_min(0).long()
     dropped = slot_ids < 0
     nodes = rail_of_slot[known].masked_fill_(dropped, -1)  # [T, K]
@@ -258,16 +266,16 @@ def plan_home(
     token, node = route // num_nodes, route % num_nodes
     per_node = len(rail_of_slot) // num_nodes
     small = torch.int16 if per_node <= torch.iinfo(torch.int16).max else torch.int32
-    picks = None
+    routes = None
     if one_by_one:
-        picks = sort_routes(
+        routes = sort_routes(
             torch.where(dropped, -1, nodes * per_node + local), len(rail_of_slot), kernels
         )
-    return HomePlan(
+    return InterNodeLayout(
         node_of_route=nodes,
         copies=copies,
         local_slots=local[token].masked_fill_(nodes[token] != node[:, None], -1).to(small),
-        picks=picks,
+        routes=routes,
     )
 
 
@@ -292,8 +300,8 @@ def counts_by_slot_and_home(
 
 
 def blocks_by_expert(members: tuple[tuple[int, ...], ...], slots_per_rank: int) -> Tensor:
-    """Return how blocks that arrive by (rank of the node, slot, home node) are taken in the order
-    (slot, home rank in the EP group): ``[g * e * M] int64``.
+    """Return the order (slot, home rank in the EP group) of blocks that arrive in the order (rank
+    of the node, slot, home node): ``[g * e * M] int64``.
 
     ``members [M][g]``: position in the EP group of each rank of each node.
     """
@@ -312,7 +320,7 @@ def blocks_by_expert(members: tuple[tuple[int, ...], ...], slots_per_rank: int) 
     )
 
 
-def plan_node(
+def layout_intra_node(
     routes: RowMap,
     order: Tensor,
     received: Tensor,
@@ -322,8 +330,8 @@ def plan_node(
     num_nodes: int,
     num_ranks: int,
     one_by_one: bool,
-) -> NodePlan:
-    """Return the plan of a node's rank from the counts ``[Q * M]`` of both sides.
+) -> IntraNodeLayout:
+    """Return the layout inside the node from the counts ``[Q * M]`` of both sides.
 
     ``order``: of :func:`blocks_by_expert`. ``received [g * e * M]`` by (rank, slot, home node).
     ``sent [Q * M]``, ``got``: both on the host.
@@ -339,7 +347,7 @@ def plan_node(
         by_home = block_order(ours, homes, sum(sent))
         splits = tuple(sum(sent[m::num_nodes]) for m in range(num_nodes))
         back = {"by_home": by_home, "from_home": inverse(by_home), "home_splits": splits}
-    return NodePlan(
+    return IntraNodeLayout(
         routes=trim(routes, sum(sent)),
         input_splits=tuple(sum(sent[i : i + size]) for i in range(0, len(sent), size)),
         output_splits=tuple(sum(got[i : i + size]) for i in range(0, len(got), size)),
@@ -350,42 +358,46 @@ def plan_node(
     )
 
 
-def gather_weight_grads(home: HomePlan, grads: Tensor) -> Tensor:
+def gather_weight_grads(layout: InterNodeLayout, grads: Tensor) -> Tensor:
     """Return the gradient of the weights ``[T, K]`` from those of the copies ``[N1, K]``.
 
     The gradient of a route's weight comes from the copy on its node; a dropped route has zero.
     """
-    nodes = home.node_of_route
+    nodes = layout.node_of_route
     if not len(grads):
         return grads.new_zeros(nodes.shape)
-    copy = home.copies.positions.gather(1, nodes.clamp_min(0)).long().clamp_min(0)
+    copy = layout.copies.positions.gather(1, nodes.clamp_min(0)).long().clamp_min(0)
     return grads.gather(0, copy).masked_fill_(nodes < 0, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Started:
-    """Packed copies on their way; ``plan`` is what is known of the step without them."""
+class _SentCopies:
+    """Packed copies that are being sent; ``metadata``: None in the first step of its routes."""
 
-    home: HomePlan
-    plan: TwoStagePlan | None
-    way: Arriving
+    layout: InterNodeLayout
+    metadata: HierarchicalMetadata | None
+    pending: PendingRows
     wire: WireFormat
     top_k: int
+    width: int
+    dtype: torch.dtype
 
 
-class HierarchicalTransport:
-    """The same methods as :class:`~moe_locality.dispatch.flat.FlatTransport`. Holds no step.
+class HierarchicalTransport(Transport[HierarchicalMetadata]):
+    """Two all-to-alls in each direction: between nodes (``inter_node``) and inside the node
+    (``intra_node``).
 
-    ``across``, ``inside``: the links of the two stages. With ``reduce_at_node`` the weights travel
-    with the rows, and combine wants those that arrived.
+    With ``reduce_at_node`` the weights are sent with the rows, and combine uses those that arrived.
     """
+
+    metadata_type: ClassVar[type] = HierarchicalMetadata
 
     def __init__(
         self,
         rails: Rails,
         *,
-        across: Link,
-        inside: Link,
+        inter_node: AllToAllGroup,
+        intra_node: AllToAllGroup,
         num_slots: int,
         kernels: ops.Backend,
         payload: Codec,
@@ -394,229 +406,249 @@ class HierarchicalTransport:
         reduce_at_node: bool = True,
     ) -> None:
         self.rails = rails
-        self.across, self.inside = across, inside
-        self.slots_of_node = num_slots // across.size
+        self.inter_node, self.intra_node = inter_node, intra_node
+        self.slots_of_node = num_slots // inter_node.size
         self.kernels: ops.Backend = kernels
         self.payload, self.combine_payload = payload, combine_payload
         self.clock = clock
-        self.weights_travel = reduce_at_node
+        self.sends_weights = reduce_at_node
         self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
     def start_dispatch(
-        self, x: Tensor, slot_ids: Tensor, weights: Tensor | None, plan: TwoStagePlan | None
-    ) -> tuple[TwoStagePlan | None, "_Started | RanksApart"]:
-        """Send each token of ``x [T, D]`` to the nodes of its routes ``[T, K]``. Collective."""
+        self,
+        x: Tensor,
+        slot_ids: Tensor,
+        topk_weights: Tensor | None,
+        metadata: HierarchicalMetadata | None,
+    ) -> Callable[[], DispatchedRows[HierarchicalMetadata]]:
+        """Send each token to the nodes of its routes; the second stage runs in the finish."""
         counts = None
-        if plan is None:
+        if metadata is None:
             with self.clock("plan"):
-                home = self._plan_home(slot_ids)
-                counts = self.across.start_counts(home.copies.tokens_per_slot)
+                layout = self._layout_inter_node(slot_ids)
+                counts = self.inter_node.start_counts(layout.copies.tokens_per_slot)
         else:
-            home = plan.home
+            layout = metadata.inter_node
         with self.clock("permute"):
-            parts = [self.payload.permute(x, home.copies, self.kernels)]
-            if plan is None:
-                parts.append(home.local_slots)
-            if weights is not None:
-                parts.append(weights[home.copies.row_token.clamp_min(0).long()])
+            parts = [self.payload.permute(x, layout.copies, self.kernels)]
+            if metadata is None:
+                parts.append(layout.local_slots)
+            if topk_weights is not None:
+                parts.append(topk_weights[layout.copies.row_token.clamp_min(0).long()])
             wire = wire_format(*parts)
             packed = wire.pack(parts)
         if counts is not None:
             try:
                 with self.clock("counts"):
                     _, sent, got = counts.read()
-            except RanksApart as apart:  # all of this rail know; the others of the node do not yet
-                return None, apart
-            home = replace(
-                home,
-                copies=trim(home.copies, sum(sent)),
+            except DesyncError as desync:
+                # all ranks of this rail know; the others of the node hear of it in the finish
+                return partial(self._raise_inside, desync, x.device)
+            layout = replace(
+                layout,
+                copies=trim(layout.copies, sum(sent)),
                 input_splits=tuple(sent),
                 output_splits=tuple(got),
             )
-        way = self.across.start_rows(
-            packed,
-            home.input_splits,
-            home.output_splits,
-            "dispatch",
-            extra_bytes=wire.extra_bytes,
+        splits, extra = (layout.input_splits, layout.output_splits), wire.extra_bytes
+        pending = self.inter_node.start_rows(packed, *splits, "dispatch", extra_bytes=extra)
+        sent_copies = _SentCopies(
+            layout=layout,
+            metadata=metadata,
+            pending=pending,
+            wire=wire,
+            top_k=layout.local_slots.shape[1],
+            width=x.shape[1],
+            dtype=x.dtype,
         )
-        top_k = home.local_slots.shape[1]
-        return plan, _Started(home=home, plan=plan, way=way, wire=wire, top_k=top_k)
+        return partial(self._finish_dispatch, sent_copies)
 
-    def finish_dispatch(
-        self, started: tuple[TwoStagePlan | None, "_Started | RanksApart"], x: Tensor
-    ) -> tuple[TwoStagePlan, Tensor, Tensor | None]:
-        """Return the plan, the rows of the local experts ``[R, D]`` and, where they travel, the
-        weights of the copies that arrived ``[R1, K]``. Collective.
-        """
-        plan, step = started
-        if isinstance(step, RanksApart):
-            cells = self.slots_of_node * self.across.size
-            told = torch.zeros(cells, dtype=torch.int64, device=x.device)
-            self.inside.start_counts(told, step).read()
-            raise step
+    def _raise_inside(
+        self, desync: DesyncError, device: torch.device
+    ) -> DispatchedRows[HierarchicalMetadata]:
+        """Raise ``desync`` on all ranks of the node: it is sent with the counts inside the node."""
+        cells = self.slots_of_node * self.inter_node.size
+        none = torch.zeros(cells, dtype=torch.int64, device=device)
+        self.intra_node.start_counts(none, desync).read()
+        raise desync
+
+    def _finish_dispatch(self, step: _SentCopies) -> DispatchedRows[HierarchicalMetadata]:
+        """Receive the copies and send their rows on to the ranks of their experts."""
         with self.clock("dispatch across"):
-            parts = step.wire.unpack(step.way.wait())
-        rows, weights = parts[0], parts[-1].contiguous() if self.weights_travel else None
-        counts = None
+            parts = step.wire.unpack(step.pending.wait())
+        rows, weights = parts[0], parts[-1].contiguous() if self.sends_weights else None
+        counts, metadata = None, step.metadata
         with self.clock("plan"):
-            if plan is None:
+            if metadata is None:
                 routes = sort_routes(parts[1].int(), self.slots_of_node, self.kernels)
-                splits = step.home.output_splits
+                splits = step.layout.output_splits
                 cells = counts_by_slot_and_home(routes, splits, step.top_k, self.slots_of_node)
-                counts = self.inside.start_counts(cells)
+                counts = self.intra_node.start_counts(cells)
             else:
-                routes = plan.node.routes
+                routes = metadata.intra_node.routes
         if counts is not None and routes.padded:
             # most rows of a map of fixed size are past the end: better to wait than to make them
-            plan = self._plan_inside(step.home, routes, counts)
-            routes = plan.node.routes
+            metadata = self._metadata(step.layout, routes, counts)
+            routes = metadata.intra_node.routes
         with self.clock("permute"):
             rows = ops.permute(rows.contiguous(), routes, backend=self.kernels)
-        if plan is None:
+        if metadata is None:
             assert counts is not None
-            plan = self._plan_inside(step.home, routes, counts)
-        node = plan.node
+            metadata = self._metadata(step.layout, routes, counts)
+        inside = metadata.intra_node
         with self.clock("dispatch inside"):
-            rows = self.inside.rows(rows, node.input_splits, node.output_splits, "dispatch")
+            splits = (inside.input_splits, inside.output_splits)
+            rows = self.intra_node.rows(rows, *splits, "dispatch")
         with self.clock("reorder"):
-            rows = ops.permute(rows, node.by_expert, backend=self.kernels)
-            return plan, self.payload.decode(rows, x.shape[1], x.dtype), weights
+            rows = ops.permute(rows, inside.by_expert, backend=self.kernels)
+            rows = self.payload.decode(rows, step.width, step.dtype)
+        return DispatchedRows(metadata, rows, weights)
 
     def dispatch_backward(
-        self, grad_rows: Tensor, grad_weights: Tensor | None, plan: TwoStagePlan
+        self, grad_rows: Tensor, grad_weights: Tensor | None, metadata: HierarchicalMetadata
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the gradients of the tokens ``[T, D]`` and of the weights ``[T, K]``. Collective.
-
-        ``grad_weights [R1, K]``: of the weights that arrived; None where none is wanted.
-        """
-        home, node = plan.home, plan.node
-        rows = ops.permute(grad_rows, node.by_source, backend=self.kernels)
-        rows = self.inside.rows(rows, node.output_splits, node.input_splits, "dispatch_grad")
-        if not self.weights_travel:
-            assert home.picks is not None
-            rows = self._home_one_by_one(rows, plan, "dispatch_grad").wait()
-            return ops.permute_backward(rows, home.picks.positions, backend=self.kernels), None
-        parts = [ops.permute_backward(rows, node.routes.positions, backend=self.kernels)]
+        """Add the gradients of a token up on the node; they cross once, with those of weights."""
+        across, inside = metadata.inter_node, metadata.intra_node
+        rows = ops.permute(grad_rows, inside.by_source, backend=self.kernels)
+        splits = (inside.output_splits, inside.input_splits)
+        rows = self.intra_node.rows(rows, *splits, "dispatch_grad")
+        if not self.sends_weights:
+            assert across.routes is not None
+            rows = self._start_one_by_one(rows, metadata, "dispatch_grad").wait()
+            return ops.permute_backward(rows, across.routes.positions, backend=self.kernels), None
+        parts = [ops.permute_backward(rows, inside.routes.positions, backend=self.kernels)]
         if grad_weights is not None:
             parts.append(grad_weights)
         wire = wire_format(*parts)
-        arrived = self.across.rows(
+        arrived = self.inter_node.rows(
             wire.pack(parts),
-            home.output_splits,
-            home.input_splits,
+            across.output_splits,
+            across.input_splits,
             "dispatch_grad",
             extra_bytes=wire.extra_bytes,
         )
         rows, *rest = wire.unpack(arrived)
         rows = rows.contiguous()
-        grad = ops.permute_backward(rows, home.copies.positions, backend=self.kernels)
-        return grad, gather_weight_grads(home, rest[0]) if rest else None
+        grad = ops.permute_backward(rows, across.copies.positions, backend=self.kernels)
+        return grad, gather_weight_grads(across, rest[0]) if rest else None
 
-    def start_combine(self, expert_out: Tensor, weights: Tensor, plan: TwoStagePlan):
-        """Bring the results ``[R, D]`` back to the rank that sent them on, and begin to send sums
-        (or the results) home. Collective. ``weights``: those that dispatch gave.
+    def start_combine(
+        self, expert_out: Tensor, topk_weights: Tensor, metadata: HierarchicalMetadata
+    ) -> Callable[[], CombinedRows]:
+        """Bring the results back to the entry rank of the node, and begin to send sums (or the
+        results one by one) to the ranks of the tokens.
         """
-        node, codec = plan.node, self.combine_payload
+        across, inside, codec = metadata.inter_node, metadata.intra_node, self.combine_payload
+        width, dtype = expert_out.shape[1], expert_out.dtype
         with self.clock("reorder"):
-            rows = codec.encode(ops.permute(expert_out, node.by_source, backend=self.kernels))
+            rows = codec.encode(ops.permute(expert_out, inside.by_source, backend=self.kernels))
         with self.clock("combine inside"):
-            rows = self.inside.rows(rows, node.output_splits, node.input_splits, "combine")
-        if not self.weights_travel:
-            return self._home_one_by_one(rows, plan, "combine"), None
-        with self.clock("sum"):
-            rows = codec.decode(rows, expert_out.shape[1], expert_out.dtype)
-            partial = ops.combine(rows, node.routes.positions, weights, backend=self.kernels)
-            coded = codec.encode(partial)
-        splits = (plan.home.output_splits, plan.home.input_splits)
-        return self.across.start_rows(coded, *splits, "combine"), rows
+            splits = (inside.output_splits, inside.input_splits)
+            rows = self.intra_node.rows(rows, *splits, "combine")
+        if self.sends_weights:
+            with self.clock("sum"):
+                rows = codec.decode(rows, width, dtype)
+                positions = inside.routes.positions
+                partial_sums = ops.combine(rows, positions, topk_weights, backend=self.kernels)
+                coded = codec.encode(partial_sums)
+            splits = (across.output_splits, across.input_splits)
+            pending = self.inter_node.start_rows(coded, *splits, "combine")
+        else:
+            pending = self._start_one_by_one(rows, metadata, "combine")
 
-    def finish_combine(
-        self, started, expert_out: Tensor, weights: Tensor, plan: TwoStagePlan
-    ) -> tuple[Tensor, Tensor]:
-        """Return the sums of the tokens ``[T, D]``, and the rows that the weights multiplied."""
-        way, kept = started
-        with self.clock("combine across"):
-            arrived = way.wait()
-        with self.clock("sum"):
-            rows = self.combine_payload.decode(arrived, expert_out.shape[1], expert_out.dtype)
-            if self.weights_travel:
-                positions = plan.home.copies.positions
-                return ops.combine(rows, positions, None, backend=self.kernels), kept
-            assert plan.home.picks is not None
-            positions = plan.home.picks.positions
-            return ops.combine(rows, positions, weights, backend=self.kernels), rows
+        def finish() -> CombinedRows:
+            with self.clock("combine across"):
+                arrived = pending.wait()
+            with self.clock("sum"):
+                arrived = codec.decode(arrived, width, dtype)
+                if self.sends_weights:
+                    positions = across.copies.positions
+                    out = ops.combine(arrived, positions, None, backend=self.kernels)
+                    return CombinedRows(out, rows)
+                assert across.routes is not None
+                positions = across.routes.positions
+                out = ops.combine(arrived, positions, topk_weights, backend=self.kernels)
+                return CombinedRows(out, arrived)
+
+        return finish
 
     def combine_backward(
         self,
         grad: Tensor,
         rows: Tensor | None,
-        weights: Tensor,
-        plan: TwoStagePlan,
+        topk_weights: Tensor,
+        metadata: HierarchicalMetadata,
         need_rows: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the gradients of the experts' results and of the weights. Collective."""
-        home, node = plan.home, plan.node
-        row_map = node.routes if self.weights_travel else home.picks
+        """As the interface says; the gradient of a token crosses once per node."""
+        across, inside = metadata.inter_node, metadata.intra_node
+        row_map = inside.routes if self.sends_weights else across.routes
         assert row_map is not None
-        if self.weights_travel:
-            sent = ops.permute(grad, home.copies, backend=self.kernels)
-            grad = self.across.rows(sent, home.input_splits, home.output_splits, "combine_grad")
+        if self.sends_weights:
+            sent = ops.permute(grad, across.copies, backend=self.kernels)
+            splits = (across.input_splits, across.output_splits)
+            grad = self.inter_node.rows(sent, *splits, "combine_grad")
         grad_rows, grad_weights = ops.combine_backward(
-            grad, rows, row_map, weights, need_rows=need_rows, backend=self.kernels
+            grad, rows, row_map, topk_weights, need_rows=need_rows, backend=self.kernels
         )
         if grad_rows is None:
             return None, grad_weights
-        if not self.weights_travel:
-            splits = (plan.pick_splits, node.home_splits)
-            arrived = self.across.rows(grad_rows, *splits, "combine_grad")
-            assert node.from_home is not None
-            grad_rows = ops.permute(arrived, node.from_home, backend=self.kernels)
-        got = self.inside.rows(grad_rows, node.input_splits, node.output_splits, "combine_grad")
-        return ops.permute(got, node.by_expert, backend=self.kernels), grad_weights
+        if not self.sends_weights:
+            splits = (metadata.route_splits, inside.home_splits)
+            arrived = self.inter_node.rows(grad_rows, *splits, "combine_grad")
+            assert inside.from_home is not None
+            grad_rows = ops.permute(arrived, inside.from_home, backend=self.kernels)
+        splits = (inside.input_splits, inside.output_splits)
+        got = self.intra_node.rows(grad_rows, *splits, "combine_grad")
+        return ops.permute(got, inside.by_expert, backend=self.kernels), grad_weights
 
-    def _home_one_by_one(self, rows: Tensor, plan: TwoStagePlan, kind: str) -> Arriving:
-        """Send rows sorted by slot of the node home, each by itself."""
-        node = plan.node
-        assert node.by_home is not None
-        rows = ops.permute(rows, node.by_home, backend=self.kernels)
-        return self.across.start_rows(rows, node.home_splits, plan.pick_splits, kind)
+    def _start_one_by_one(
+        self, rows: Tensor, metadata: HierarchicalMetadata, kind: str
+    ) -> PendingRows:
+        """Send rows sorted by slot back to the ranks of their tokens, each row by itself."""
+        inside = metadata.intra_node
+        assert inside.by_home is not None
+        rows = ops.permute(rows, inside.by_home, backend=self.kernels)
+        splits = (inside.home_splits, metadata.route_splits)
+        return self.inter_node.start_rows(rows, *splits, kind)
 
-    def _plan_home(self, slot_ids: Tensor) -> HomePlan:
+    def _layout_inter_node(self, slot_ids: Tensor) -> InterNodeLayout:
         rail_of_slot, slot_in_node, _ = self._on(slot_ids.device)
-        return plan_home(
+        return layout_inter_node(
             slot_ids,
             rail_of_slot,
             slot_in_node,
-            self.across.size,
-            one_by_one=not self.weights_travel,
+            self.inter_node.size,
+            one_by_one=not self.sends_weights,
             kernels=self.kernels,
         )
 
-    def _plan_inside(self, home: HomePlan, routes, counts) -> TwoStagePlan:
+    def _metadata(
+        self, across: InterNodeLayout, routes: RowMap, counts: PendingCounts
+    ) -> HierarchicalMetadata:
         with self.clock("counts"):
             received, sent, got = counts.read()
         with self.clock("plan"):
-            node: NodePlan = plan_node(
+            inside = layout_intra_node(
                 routes,
                 self._on(received.device)[2],
                 received,
                 sent,
                 got,
-                num_nodes=self.across.size,
-                num_ranks=self.inside.size,
-                one_by_one=not self.weights_travel,
+                num_nodes=self.inter_node.size,
+                num_ranks=self.intra_node.size,
+                one_by_one=not self.sends_weights,
             )
             splits: tuple[int, ...] = ()
-            if home.picks is not None:
-                per_node = home.picks.tokens_per_slot.view(self.across.size, -1).sum(dim=1)
+            if across.routes is not None:
+                per_node = across.routes.tokens_per_slot.view(self.inter_node.size, -1).sum(dim=1)
                 splits = tuple(per_node.tolist())
-                home = replace(home, picks=trim(home.picks, sum(splits)))
-        return TwoStagePlan(home=home, node=node, pick_splits=splits)
+                across = replace(across, routes=trim(across.routes, sum(splits)))
+        return HierarchicalMetadata(inter_node=across, intra_node=inside, route_splits=splits)
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         if device not in self._tables:
-            slots_of_rank = self.slots_of_node // self.inside.size
+            slots_of_rank = self.slots_of_node // self.intra_node.size
             order = blocks_by_expert(self.rails.members, slots_of_rank)
             self._tables[device] = (
                 torch.tensor(self.rails.rail_of_slot, device=device),

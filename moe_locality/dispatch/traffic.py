@@ -1,150 +1,23 @@
-"""Count what every rank sends to every rank: rows, bytes and messages, forward and backward.
+"""Reports of what every rank sent to every rank: rows, bytes and messages, forward and backward.
 
 Rows are routed copies of tokens (or their gradients); bytes are their payload as it travels, after
-coding. A message is one rank's rows for another in one exchange; where there are none, there is
-none. The counts that precede an exchange (8 bytes per slot, and a header of 24 per rank) are not
-included. A rank's rows to itself are counted too, as ``same_rank``: they cost a copy, not a link.
-:class:`StageClock` times the stages of the exchange, where ``dispatch.timing`` asks for it.
+coding. A message is the non-empty set of rows of one rank for another in one exchange. The counts
+that precede an exchange (8 bytes per slot, and a header of 24 per rank) are not included. A rank's
+rows to itself are counted as ``same_rank``: they cost a copy, not a link. What is counted while
+rows travel is in ``transport``; here the ranks gather it.
 """
 
-import contextlib
-import math
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed
-from torch import Tensor, nn
+from torch import nn
 
+from moe_locality.dispatch.transport import ALL_KINDS, LINKS, TrafficCounter
 from moe_locality.errors import TopologyError
 from moe_locality.topology.cluster import ClusterTopology
-
-
-class StageClock:
-    """Adds up what each stage takes; ``with clock("dispatch"): ...``. Off, it costs nothing much.
-
-    On a GPU the time is that of the device (events on the current stream), read when asked for, so
-    nothing waits meanwhile; on a CPU it is that of the process.
-    """
-
-    def __init__(self, enabled: bool = False, device_type: str | None = None) -> None:
-        self.enabled = enabled
-        self._cuda = torch.cuda.is_available() if device_type is None else device_type == "cuda"
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all times."""
-        self._us: dict[str, float] = {}
-        self._pending: list[tuple[str, Any, Any]] = []
-
-    def __call__(self, stage: str) -> contextlib.AbstractContextManager[None]:
-        return self._span(stage) if self.enabled else _OFF
-
-    def stage_us(self) -> dict[str, float]:
-        """Return the microseconds of each stage so far. Waits for the device."""
-        for stage, start, stop in self._pending:
-            stop.synchronize()
-            self._add(stage, 1e3 * start.elapsed_time(stop))
-        self._pending = []
-        return dict(self._us)
-
-    @contextlib.contextmanager
-    def _span(self, stage: str) -> Iterator[None]:
-        if self._cuda:
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            yield
-            stop.record()
-            self._pending.append((stage, start, stop))
-        else:
-            begin = time.perf_counter()
-            yield
-            self._add(stage, 1e6 * (time.perf_counter() - begin))
-
-    def _add(self, stage: str, us: float) -> None:
-        self._us[stage] = self._us.get(stage, 0.0) + us
-
-
-_OFF = contextlib.nullcontext()
-
-
-KINDS = ("dispatch", "combine", "dispatch_grad", "combine_grad")
-ALL_KINDS = (*KINDS, "routing")
-"""``routing``: slots and weights (and their gradients) that travel in the packed rows of the
-hierarchical exchange, and the bytes that align them: the same rows and messages as those of
-``dispatch`` (or ``dispatch_grad``) between nodes. The flat exchange has none."""
-LINKS = ("same_rank", "same_node", "cross_node")
-
-
-class TrafficCounter:
-    """``rows[kind][i]``, ``bytes[kind][i]`` and ``messages[kind][i]`` (int64): sent by this rank to
-    ``ranks[i]``; ``load``: rows that this rank's experts worked on; ``clock``: times of the stages;
-    ``resets``: how often counting began anew.
-
-    ``ranks``: global ranks of the EP group, in its order.
-    """
-
-    def __init__(
-        self,
-        *,
-        ranks: Sequence[int],
-        topology: ClusterTopology | None = None,
-        clock: StageClock | None = None,
-    ) -> None:
-        self.ranks = tuple(ranks)
-        self.topology = topology
-        self.clock = clock or StageClock()
-        self.resets = -1
-        self.reset()
-
-    def reset(self) -> None:
-        """Set all counts to zero."""
-        self.resets += 1
-        self.load = 0
-        self.rows, self.bytes, self.messages = (
-            {kind: np.zeros(len(self.ranks), dtype=np.int64) for kind in ALL_KINDS}
-            for _ in range(3)
-        )
-        self.clock.reset()
-
-    def count(self, kind: str, splits: Sequence[int], rows: Tensor, extra_bytes: int = 0) -> None:
-        """Add one exchange: ``splits[i]`` rows like those of ``rows [*, D]`` to ``ranks[i]``.
-
-        ``extra_bytes`` of each row count as ``routing``.
-        """
-        self.add(kind, slice(None), splits, rows, extra_bytes)
-
-    def add(
-        self, kind: str, where: Any, splits: Sequence[int], rows: Tensor, extra_bytes: int = 0
-    ) -> None:
-        """Add one exchange with the ranks at the positions ``where``."""
-        sent = np.asarray(splits, dtype=np.int64)
-        size = math.prod(rows.shape[1:]) * rows.element_size()
-        self.rows[kind][where] += sent
-        self.bytes[kind][where] += sent * (size - extra_bytes)
-        self.messages[kind][where] += sent > 0
-        if extra_bytes:
-            self.rows["routing"][where] += sent
-            self.bytes["routing"][where] += sent * extra_bytes
-            self.messages["routing"][where] += sent > 0
-
-    def among(self, ranks: Sequence[int]) -> "SubgroupCounter":
-        """Return a counter for exchanges among some of the ranks; it adds to this one."""
-        return SubgroupCounter(self, [self.ranks.index(rank) for rank in ranks])
-
-
-class SubgroupCounter:
-    """Counts exchanges among some ranks of a :class:`TrafficCounter`, into it."""
-
-    def __init__(self, whole: TrafficCounter, positions: list[int]) -> None:
-        self.whole = whole
-        self.positions = np.array(positions)
-
-    def count(self, kind: str, splits: Sequence[int], rows: Tensor, extra_bytes: int = 0) -> None:
-        """Add one exchange: ``splits[i]`` rows to the i-th rank of the subgroup."""
-        self.whole.add(kind, self.positions, splits, rows, extra_bytes)
 
 
 def counters(model: nn.Module) -> Iterator[tuple[str, TrafficCounter]]:
@@ -215,7 +88,7 @@ _MATRICES = {"bytes": "by_link", "rows": "rows_by_link", "messages": "messages_b
 
 
 class _Sums:
-    """Counts of all ranks, as matrices."""
+    """PendingCounts of all ranks, as matrices."""
 
     def __init__(self, ranks: tuple[int, ...]) -> None:
         size = len(ranks)

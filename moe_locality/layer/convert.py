@@ -98,8 +98,8 @@ def _swap(
         new = adopt(module, **chosen, topology=topology)
         layer: Any = module.deepspeed_moe
         layer.cluster = section.cluster or layer.cluster
-        place: Any = layer.place
-        place.number, place.name = number, name
+        position: Any = layer.call_position
+        position.number, position.name = number, name
         if new:
             swapped.append(name)
             continue

@@ -14,31 +14,34 @@ Classes are assigned in place (``module.__class__``), by the constructor and by 
 parameters, hooks and references to a module stay what they were.
 """
 
+import contextlib
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_locality import compat
 from moe_locality.config import ClusterConfig, DispatchConfig
+from moe_locality.dispatch.desync import CallPosition
 from moe_locality.dispatch.dispatcher import (
+    SlotMap,
     TokenDispatcher,
-    check_dispatch_config,
     group_ranks,
+    run_moe,
+    warn_if_lossy,
 )
 from moe_locality.dispatch.hierarchical import Rails, find_rails, pays
-from moe_locality.dispatch.place import Place
-from moe_locality.dispatch.traffic import TrafficCounter
+from moe_locality.dispatch.transport import TrafficCounter
 from moe_locality.errors import ConfigError, PlacementError, TopologyError
 from moe_locality.kernels import ops
 from moe_locality.layer.experts import ExpertsMode, check_experts_mode, run_experts
-from moe_locality.layer.overlap import Once
 from moe_locality.layer.replica_map import LayerReplicas
-from moe_locality.layer.view import View
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.topology.groups import built_groups, discover_topology, prepare_groups
@@ -58,10 +61,123 @@ from deepspeed.moe.sharded_moe import (  # noqa: E402
     TopKGate,
 )
 
-from moe_locality.layer.gate import LocalityTopKGate  # noqa: E402
 from moe_locality.layer.replica_gradients import run_with_summed_gradients  # noqa: E402
 
 logger = logging.getLogger(__name__)
+
+
+class MemoizedCall:
+    """A module that may be called early; the next call returns the early output."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._early: list[Any] = []
+
+    def run_early(self, *args: Any) -> None:
+        """Call the module now, for the next call."""
+        self._early.append(self.module(*args))
+
+    def __call__(self, *args: Any) -> Any:
+        return self._early.pop() if self._early else self.module(*args)
+
+
+class AttributeOverride:
+    """An object with some attributes replaced when they are read; writes go to the object itself.
+
+    DeepSpeed's own ``forward`` can run on it with, say, another order of the router rows, so its
+    code need not be copied here.
+    """
+
+    def __init__(self, target: Any, **replaced: Any) -> None:
+        object.__setattr__(self, "_target", target)
+        object.__setattr__(self, "_replaced", replaced)
+
+    def __getattr__(self, name: str) -> Any:
+        replaced = object.__getattribute__(self, "_replaced")
+        return (
+            replaced[name]
+            if name in replaced
+            else getattr(object.__getattribute__(self, "_target"), name)
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(object.__getattribute__(self, "_target"), name, value)
+
+
+class LocalityTopKGate(TopKGate):
+    """DeepSpeed's gate, read in the logical frame.
+
+    The sparse output is DeepSpeed's: ``(l_aux, C, E, indices int32 [K, T] (-1 = dropped),
+    locations, gates fp32 [K, T], exp_counts)``, with logical ids.
+    """
+
+    routes_in_logical_frame = True
+    slot_to_logical: np.ndarray
+    _placed: SlotMap
+    """slot of each expert; None inside where both orders are one"""
+    _serving: SlotMap | None = None
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input: Tensor,
+        used_token: Tensor | None = None,
+        sparse_routes: bool = False,
+        use_tutel: bool = False,
+        *,
+        padded: bool = True,
+    ) -> Any:
+        """Gate ``input [T, D]``; ``padded=False``: ranks need not agree on a capacity.
+
+        Without dropping, DeepSpeed makes all ranks agree on the capacity of the padded buffers. It
+        changes no route and no weight, so the ragged dispatch saves that collective.
+        """
+        if input.shape[0] == 0 and sparse_routes:
+            return self._no_routes(input)
+        replaced: dict[str, Any] = {}
+        if not self.is_identity:
+            order = self._placed.on(input.device)
+            replaced["wg"] = SimpleNamespace(weight=self.wg.weight.index_select(0, order))
+        if not padded and not self.drop_tokens:
+            replaced["ep_group"] = None
+        view: Any = AttributeOverride(self, **replaced) if replaced else self
+        stock: Any = TopKGate.forward
+        return stock(view, input, used_token, sparse_routes, use_tutel)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether row e of the router belongs to expert e."""
+        return self._placed.slot_of_expert is None
+
+    def set_slot_to_logical(self, slot_to_logical: np.ndarray) -> None:
+        """Say which logical expert each slot holds (checked by :func:`set_slot_to_logical`)."""
+        self.slot_to_logical = slot_to_logical
+        identity = bool((slot_to_logical == np.arange(len(slot_to_logical))).all())
+        # not a buffer: it must not be saved, cast, or made on the meta device
+        self._placed = SlotMap(None if identity else np.argsort(slot_to_logical))
+
+    def set_serving_slots(self, serving_slots: np.ndarray | None) -> None:
+        """Say which slot serves each expert for this rank's tokens (``[E]``), where experts have
+        replicas; None: the one slot that holds it.
+        """
+        self._serving = None if serving_slots is None else SlotMap(serving_slots)
+
+    @property
+    def slot_map(self) -> SlotMap:
+        """The slot of each logical expert for the tokens of this rank."""
+        return self._serving or self._placed
+
+    def slot_ids(self, logical_ids: Tensor) -> Tensor:
+        """Map logical ids (-1 = dropped) to slots, the same shape and dtype."""
+        return self.slot_map.slot_ids(logical_ids)
+
+    def _no_routes(self, input: Tensor) -> tuple:
+        """Return the gate's output for no tokens; DeepSpeed's own ``l_aux`` would be NaN."""
+        logits = torch.nn.functional.linear(input.float(), self.wg.weight.float())
+        num_experts = logits.shape[1]
+        none = torch.empty(self.k, 0, dtype=torch.int32, device=input.device)
+        counts = torch.zeros(num_experts, dtype=torch.int64, device=input.device)
+        gates = logits[:, : self.k].t().contiguous()
+        return (logits.sum(), torch.tensor(0), num_experts, none, none, gates, counts)
 
 
 class LocalityMOELayer(MOELayer):
@@ -72,8 +188,8 @@ class LocalityMOELayer(MOELayer):
     """
 
     gate: LocalityTopKGate
-    beside: Callable[[], Any] | None = None
-    """work of the module around this layer that is done while results travel home"""
+    overlap_fn: Callable[[], Any] | None = None
+    """work of the module around this layer, done while the results travel back"""
     dispatch_config: DispatchConfig
     kernels: ops.Backend
     experts_mode: ExpertsMode
@@ -81,7 +197,7 @@ class LocalityMOELayer(MOELayer):
     cluster: ClusterConfig | None = None
     """what to find the topology from, where DeepSpeed's engine is started without initialize"""
     dispatcher: TokenDispatcher | None
-    place: Place
+    call_position: CallPosition
     replicas: LayerReplicas | None
 
     @property
@@ -107,27 +223,38 @@ class LocalityMOELayer(MOELayer):
     def _ragged_forward(self, hidden_states: Tensor, used_token: Tensor | None) -> Tensor:
         self._timer(MOE_TIMER, start=True)
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        self.l_aux, _, _, logical_ids, _, weights, self.exp_counts = self.gate(
+        self.l_aux, _, _, topk_ids, _, topk_weights, self.exp_counts = self.gate(
             x, used_token, True, padded=False
         )
-        dispatcher = self._get_dispatcher()
-        self._timer(FIRST_ALLTOALL_TIMER, start=True)
-        routed: Any = dispatcher.dispatch(x, self.gate.slot_ids(logical_ids).t(), weights.t())
-        self.time_falltoall = self._timer(FIRST_ALLTOALL_TIMER)
-        work = (self.experts, routed.rows, routed.tokens_per_local_expert, self.experts_mode)
-        if self.replicas is None or not torch.is_grad_enabled():
-            expert_out = run_experts(*work)
-        else:
-            expert_out = run_with_summed_gradients(*work, self.replicas, self.ep_group)
-        self._timer(SECOND_ALLTOALL_TIMER, start=True)
-        results = dispatcher.combine_async(expert_out, routed.handle)
-        if self.beside is not None:
-            self.beside()
-        output = results.wait()
-        self.time_salltoall = self._timer(SECOND_ALLTOALL_TIMER)
+        output = run_moe(
+            self._get_dispatcher(),
+            x,
+            topk_ids.t(),
+            topk_weights.t(),
+            self._run_experts,
+            overlap_fn=self.overlap_fn,
+            stage=self._timed_stage,
+        )
         output = output.reshape(hidden_states.shape)
         self.time_moe = self._timer(MOE_TIMER)
         return output
+
+    def _run_experts(self, rows: Tensor, tokens_per_expert: tuple[int, ...]) -> Tensor:
+        work = (self.experts, rows, tokens_per_expert, self.experts_mode)
+        if self.replicas is None or not torch.is_grad_enabled():
+            return run_experts(*work)
+        return run_with_summed_gradients(*work, self.replicas, self.ep_group)
+
+    @contextlib.contextmanager
+    def _timed_stage(self, name: str) -> Iterator[None]:
+        """Time an exchange as DeepSpeed does, under its names."""
+        timer, attribute = {
+            "dispatch": (FIRST_ALLTOALL_TIMER, "time_falltoall"),
+            "combine": (SECOND_ALLTOALL_TIMER, "time_salltoall"),
+        }[name]
+        self._timer(timer, start=True)
+        yield
+        setattr(self, attribute, self._timer(timer))
 
     def _why_padded(self) -> str | None:
         """What only DeepSpeed's own dispatch can serve, or None."""
@@ -158,7 +285,7 @@ class LocalityMOELayer(MOELayer):
             return (l_aux, capacity, num_experts, self.gate.slot_ids(logical_ids), *rest)
 
         stock: Any = MOELayer.forward
-        return stock(View(self, gate=gate_of_slots), *input, **kwargs)
+        return stock(AttributeOverride(self, gate=gate_of_slots), *input, **kwargs)
 
     def _get_dispatcher(self) -> TokenDispatcher:
         if self.dispatcher is None:
@@ -174,12 +301,13 @@ class LocalityMOELayer(MOELayer):
                 comm=deepspeed.comm,
                 kernels=self.kernels,
                 rails=self._rails(),
-                place=self.place,
+                position=self.call_position,
             )
+        self.dispatcher.slot_map = self.gate.slot_map  # a relabelled layer has a new one
         return self.dispatcher
 
     def _rails(self) -> Rails | None:
-        """Where this rank stands among the nodes, when the exchange needs it."""
+        """Return the position of this rank among the nodes, when the exchange needs it."""
         exchange, num_slots = self.dispatch_config.exchange, self.ep_size * self.num_local_experts
         if exchange == "flat" or self.topology is None or self.ep_size == 1:
             return None
@@ -242,23 +370,23 @@ class MoE(StockMoE):
         stock(self, use_data_before_expert_parallel_=use_data_before_expert_parallel_)
 
     def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> Any:
-        """As DeepSpeed's; the residual MLP runs while the experts' results travel home.
+        """As DeepSpeed's; the residual MLP runs while the experts' results travel back.
 
         It still runs after the experts, so random numbers are drawn in DeepSpeed's order.
         """
         stock: Any = StockMoE.forward
         if not self.use_residual:
             return stock(self, hidden_states, used_token)
-        mlp, layer = Once(self.mlp), self.deepspeed_moe
-        layer.beside = lambda: mlp.run_early(hidden_states)
+        mlp, layer = MemoizedCall(self.mlp), self.deepspeed_moe
+        layer.overlap_fn = partial(mlp.run_early, hidden_states)
         try:
-            return stock(View(self, mlp=mlp), hidden_states, used_token)
+            return stock(AttributeOverride(self, mlp=mlp), hidden_states, used_token)
         finally:
-            layer.beside = None
+            layer.overlap_fn = None
 
 
 def _follow_the_nodes(layer: LocalityMOELayer, ep_size: int, order: Order) -> None:
-    """Make the expert groups of a layer whose nodes nobody found yet. Collective."""
+    """Make the expert groups of a layer whose nodes are not known yet. Collective."""
     if layer.topology is not None or compat.model_parallel_unit() is not None:
         return
     try:
@@ -322,7 +450,7 @@ def adopt(
     if isinstance(dispatch_config, dict):
         dispatch_config = DispatchConfig.model_validate(dispatch_config)
     dispatch_config = dispatch_config or DispatchConfig()
-    check_dispatch_config(dispatch_config)
+    warn_if_lossy(dispatch_config)
     ops.check_backend(kernels)
     check_experts_mode(experts)
     layer: Any = module.deepspeed_moe
@@ -348,7 +476,7 @@ def adopt(
     layer.dispatch_config, layer.kernels, layer.topology = dispatch_config, kernels, topology
     layer.experts_mode = experts
     layer.dispatcher = layer.replicas = None
-    layer.place = Place()
+    layer.call_position = CallPosition()
     layer._said_padded = False
     set_slot_to_logical(module, np.arange(module.num_experts) if placed is None else placed)
     return True
@@ -364,7 +492,7 @@ def configure(
 ) -> None:
     """Change how a layer that is ours dispatches; None keeps what it has."""
     if dispatch_config is not None:
-        check_dispatch_config(dispatch_config)
+        warn_if_lossy(dispatch_config)
     if kernels is not None:
         ops.check_backend(kernels)
     layer: Any = module.deepspeed_moe

@@ -13,9 +13,8 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import nn
 
 from moe_locality.config import MoeLocalityConfig
-from moe_locality.dispatch import notes
+from moe_locality.dispatch.desync import all_calls, announce_departure
 from moe_locality.dispatch.flat import check_overflow
-from moe_locality.dispatch.place import all_calls
 from moe_locality.dispatch.traffic import reset_traffic, traffic_report
 from moe_locality.errors import MoeLocalityError
 from moe_locality.layer.vote import agree_on_failure
@@ -179,7 +178,7 @@ def _close_with(engine: Any, runtime: LocalityRuntime) -> None:
     @functools.wraps(original)
     def destroy(*args: Any, **kwargs: Any) -> Any:
         runtime.close()
-        notes.leave(f"destroyed its engine after {all_calls()}")
+        announce_departure(f"destroyed its engine after {all_calls()}")
         return original(*args, **kwargs)
 
     engine.destroy = destroy

@@ -65,16 +65,16 @@ def step(
     """Return the output and, in training, the gradients of x, the weights and the experts.
 
     ``checkpointed``: recompute in backward, with torch's reentrant (True) or other (False) kind.
-    ``replay``: the recomputation uses the plan of the first forward.
+    ``replay``: the recomputation uses the dispatch metadata of the first forward.
     """
     x, weights, slots = data
     x, weights = x.clone().requires_grad_(train), weights.clone().requires_grad_(train)
-    plans: list[Any] = []
+    kept: list[Any] = []
 
     def layer(x: Tensor, weights: Tensor) -> Tensor:
-        plan = plans[0] if plans and replay else None
-        routed = dispatcher.dispatch(x, slots, weights, plan=plan)
-        plans.append(routed.handle.plan)
+        metadata = kept[0] if kept and replay else None
+        routed = dispatcher.dispatch(x, slots, weights, metadata=metadata)
+        kept.append(routed.handle.metadata)
         rows = experts(routed.rows, routed.tokens_per_local_expert)
         return dispatcher.combine(rows, routed.handle)
 

@@ -28,7 +28,7 @@ def same_as_flat(rank, world):
         second = deepep.dispatch(data[0], data[2], data[1])
         assert torch.equal(first.rows, second.rows)
         assert first.tokens_per_local_expert == second.tokens_per_local_expert
-        again = deepep.dispatch(2 * data[0], data[2], data[1], plan=second.handle.plan)
+        again = deepep.dispatch(2 * data[0], data[2], data[1], metadata=second.handle.metadata)
         assert torch.equal(again.rows, 2 * first.rows)
         wanted = step(flat, Experts(mine, torch.bfloat16), data)
         made = step(deepep, Experts(mine, torch.bfloat16), data)

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from moe_locality.dispatch.dispatcher import TokenDispatcher
-from moe_locality.dispatch.traffic import KINDS, traffic_report
+from moe_locality.dispatch.traffic import traffic_report
+from moe_locality.dispatch.transport import KINDS
 from moe_locality.errors import TopologyError
 from moe_locality.topology import ClusterTopology
 from tests.launch import run_ranks

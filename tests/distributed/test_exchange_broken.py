@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from moe_locality.dispatch import TokenDispatcher, notes
+from moe_locality.dispatch import TokenDispatcher, desync
 from moe_locality.errors import MoeLocalityError
 from tests.launch import preload
 
@@ -81,7 +81,7 @@ def test_the_survivors_are_told_which_rank_is_gone(tmp_path):
     assert set(alive) <= {("hangs", 2)}, "survivors still wait"
     expected = {
         "ends": "The processes of ranks [1] have ended",
-        "hangs": f"Ranks [2] gave no sign within {notes.WAIT_S:g} s",
+        "hangs": f"Ranks [2] gave no sign within {desync.WAIT_S:g} s",
         "took the store": "rank 0 or the launcher, which holds it, has ended",
     }
     for how, rank in waited:

@@ -166,13 +166,13 @@ def checkpointing(rank, world):
         x = torch.randn(data[0].shape, generator=torch.Generator().manual_seed(rank))
         first = dispatcher.dispatch(data[0], data[2], data[1])
         fresh = dispatcher.dispatch(x, data[2], data[1])
-        again = dispatcher.dispatch(x, data[2], data[1], plan=first.handle.plan)
+        again = dispatcher.dispatch(x, data[2], data[1], metadata=first.handle.metadata)
         assert torch.equal(fresh.rows, again.rows)
         assert torch.equal(fresh.handle.weights, again.handle.weights)
     return found
 
 
-def test_recomputation_gives_the_same_and_a_plan_saves_the_counts():
+def test_recomputation_gives_the_same_and_metadata_saves_the_counts():
     """Recomputed: the exchanges of a forward; with its plan, without those of the counts."""
     for found in run_ranks(checkpointing, 4):
         for exchange, rows, counts in (("flat", 2, 1), ("sums", 4, 2), ("one by one", 4, 2)):

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
 import moe_locality
-from moe_locality.dispatch.place import RanksApart
+from moe_locality.dispatch.desync import DesyncError
 from moe_locality.errors import MoeLocalityError
 from moe_locality.trace import read_trace
 from tests.distributed.fault_cases import (
@@ -54,7 +54,7 @@ def skips_in_many_ways(rank, world):
             said[exchange, case] = type(caught.value), str(caught.value)
             engine.module.skipped, engine.module.moe = (), torch.nn.ModuleList(layers)
             for layer in layers:  # as after a restart
-                layer.deepspeed_moe.place.calls = 0
+                layer.deepspeed_moe.call_position.calls = 0
             forwards(engine, range(1, 3), rank)
     return said
 
@@ -72,7 +72,7 @@ def test_a_rank_that_skips_or_repeats_a_layer_is_named_on_all_ranks():
         ((exchange, case), STOOD[case]) for exchange in ("flat", "hierarchical") for case in STOOD
     ):
         said = [found[exchange, case] for found in per_rank]
-        assert all(kind is RanksApart for kind, _ in said), said
+        assert all(kind is DesyncError for kind, _ in said), said
         for rank, (_, message) in enumerate(said):
             if case == "first":  # what was called before it differs from case to case
                 assert f"ranks [{VICTIM}] at {victim}" in message, (exchange, case, rank, message)
@@ -100,7 +100,7 @@ def test_nobody_waits_where_a_backward_pass_meets_the_counts_of_a_layer(tmp_path
     assert said
     for words in said.values():
         assert words["result"] is None
-        assert words["error"] in ("MoeLocalityError", "RanksApart"), words
+        assert words["error"] in ("MoeLocalityError", "DesyncError"), words
         assert "ranks [" in words["text"]
 
 

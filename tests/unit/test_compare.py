@@ -26,7 +26,7 @@ from moe_locality.compare import (
 )
 from moe_locality.compare.plans import made_from
 from moe_locality.config import TrackingConfig
-from moe_locality.dispatch.traffic import KINDS, LINKS
+from moe_locality.dispatch.transport import KINDS, LINKS
 from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.figures import LayersData, LossData, TradeoffData, TrafficData
 from moe_locality.placement import PlacementPlan, evaluate

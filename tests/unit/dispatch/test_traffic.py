@@ -2,13 +2,8 @@ import torch
 from torch import nn
 
 from moe_locality.dispatch.dispatcher import TokenDispatcher
-from moe_locality.dispatch.traffic import (
-    KINDS,
-    TrafficCounter,
-    link_classes,
-    reset_traffic,
-    traffic_report,
-)
+from moe_locality.dispatch.traffic import link_classes, reset_traffic, traffic_report
+from moe_locality.dispatch.transport import KINDS, TrafficCounter
 from moe_locality.topology import ClusterTopology
 
 

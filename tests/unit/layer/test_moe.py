@@ -17,7 +17,7 @@ from deepspeed.moe.layer import MoE as StockMoE
 from deepspeed.moe.sharded_moe import MOELayer, TopKGate
 
 import moe_locality
-from moe_locality.dispatch.traffic import TrafficCounter
+from moe_locality.dispatch.transport import TrafficCounter
 from moe_locality.errors import BackendUnavailable, ConfigError, PlacementError
 from moe_locality.kernels import ops
 from moe_locality.layer.moe import (

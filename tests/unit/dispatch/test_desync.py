@@ -6,17 +6,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_locality.dispatch.place import (
+from moe_locality.dispatch.desync import (
     NO_REPORT,
-    Place,
-    RanksApart,
+    CallPosition,
+    DesyncError,
     calls_so_far,
     check_headers,
 )
 
 
 def place_at(number, calls, name=""):
-    place = Place(number, name)
+    place = CallPosition(number, name)
     place.calls = calls
     return place
 
@@ -32,7 +32,7 @@ def exchange(ranks, places, known):
 def raised(*arguments):
     try:
         check_headers(*arguments)
-    except RanksApart as apart:
+    except DesyncError as apart:
         return apart
 
 
@@ -76,15 +76,15 @@ def test_what_is_no_header_is_seen():
     good = (ours.code(), *NO_REPORT)
     check_headers([good, good], (4, 9), ours, 4)
     for rubbish in (0, -7, 4607182418800017408, 2**62 - 1):
-        with pytest.raises(RanksApart, match=r"ranks \[9\] at another exchange than that of"):
+        with pytest.raises(DesyncError, match=r"ranks \[9\] at another exchange than that of"):
             check_headers([good, (rubbish, rubbish, rubbish)], (4, 9), ours, 4)
-    with pytest.raises(RanksApart, match=r"ranks \[4\] at layer 1 \(model\.moe\), call 2"):
+    with pytest.raises(DesyncError, match=r"ranks \[4\] at layer 1 \(model\.moe\), call 2"):
         check_headers([good, (1, 0, 0)], (4, 9), ours, 4)
 
 
 def test_layers_are_numbered_in_the_order_of_their_first_call_or_as_they_were_told():
     ranks = (100, 101)
-    first, second, told = Place(), Place(), Place(7, "last")
+    first, second, told = CallPosition(), CallPosition(), CallPosition(7, "last")
     for place in (first, second, first, told):
         place.enter(ranks)
     assert (first.number, second.number, told.number) == (0, 1, 7)
@@ -94,7 +94,7 @@ def test_layers_are_numbered_in_the_order_of_their_first_call_or_as_they_were_to
 
 def test_calls_so_far_are_told_where_they_differ():
     ranks = (200, 201)
-    places = [Place(number) for number in range(4)]
+    places = [CallPosition(number) for number in range(4)]
     for place in places:
         place.enter(ranks)
     assert calls_so_far(ranks) == ""

@@ -1,0 +1,534 @@
+"""The interface of a transport, and what all transports are made of.
+
+A *transport* is one way to send rows to the ranks of their experts and back: flat, hierarchical or
+DeepEP. This file has the interface (:class:`Transport`), how a row is coded on the wire
+(:class:`Codec`), the counters of what was sent (:class:`TrafficCounter`, :class:`StageClock`) and
+the all-to-all of one group of ranks: counts first, then rows (:class:`AllToAllGroup`).
+"""
+
+import contextlib
+import logging
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed
+from torch import Tensor
+
+from moe_locality import quantization
+from moe_locality.dispatch.desync import (
+    HEADER,
+    NO_REPORT,
+    CallPosition,
+    DesyncError,
+    ask_ranks,
+    calls_so_far,
+    check_headers,
+)
+from moe_locality.errors import MoeLocalityError
+from moe_locality.kernels import ops
+from moe_locality.kernels.ops import RowMap
+from moe_locality.topology.cluster import ClusterTopology
+
+logger = logging.getLogger(__name__)
+
+
+# -- the interface
+
+
+class DispatchMetadata(Protocol):
+    """Splits and row orders of one step; each transport has its own class.
+
+    A later dispatch of the same routes may use it again (see
+    :meth:`~moe_locality.dispatch.TokenDispatcher.dispatch`).
+    """
+
+    @property
+    def tokens_per_local_expert(self) -> tuple[int, ...]:
+        """``[e]`` rows of each local expert."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(T, K) of the routes."""
+        ...
+
+
+Metadata = TypeVar("Metadata", bound=DispatchMetadata)
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchedRows(Generic[Metadata]):
+    """What a dispatch delivers: ``rows [R, D]`` in the order of the local experts.
+
+    ``topk_weights``: the weights as they arrived, where the transport sends them (else None).
+    """
+
+    metadata: Metadata
+    rows: Tensor
+    topk_weights: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class CombinedRows:
+    """What a combine delivers: ``out [T, D]``, and ``rows``: those that the weights multiplied."""
+
+    out: Tensor
+    rows: Tensor
+
+
+class Transport(ABC, Generic[Metadata]):
+    """Sends rows to the ranks of their experts and back; keeps no state of a step.
+
+    All methods are collective over the EP group. A ``start_`` method begins and returns a function
+    that waits and gives the result; rows travel between the two. No method records autograd:
+    ``dispatcher`` wraps them.
+    """
+
+    metadata_type: ClassVar[type]
+    """the class of its metadata"""
+    sends_weights: bool = False
+    """whether the weights travel with the rows: they are then used where the experts are"""
+
+    @abstractmethod
+    def start_dispatch(
+        self,
+        x: Tensor,
+        slot_ids: Tensor,
+        topk_weights: Tensor | None,
+        metadata: Metadata | None,
+    ) -> Callable[[], DispatchedRows[Metadata]]:
+        """Send the tokens ``x [T, D]`` to the slots of their routes ``slot_ids [T, K]``.
+
+        ``topk_weights [T, K]``: given where the transport sends them. ``metadata``: of an earlier
+        dispatch of the same routes; then no counts are exchanged.
+        """
+
+    @abstractmethod
+    def dispatch_backward(
+        self, grad_rows: Tensor, grad_weights: Tensor | None, metadata: Metadata
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the gradients of ``x [T, D]`` and of the weights ``[T, K]`` that were sent.
+
+        ``grad_weights``: of the weights that arrived; None where it is not wanted.
+        """
+
+    @abstractmethod
+    def start_combine(
+        self, expert_out: Tensor, topk_weights: Tensor, metadata: Metadata
+    ) -> Callable[[], CombinedRows]:
+        """Send the results of the experts ``[R, D]`` back; the tokens get their weighted sums.
+
+        ``topk_weights``: ``[T, K]``, or those that the dispatch delivered.
+        """
+
+    @abstractmethod
+    def combine_backward(
+        self,
+        grad: Tensor,
+        rows: Tensor | None,
+        topk_weights: Tensor,
+        metadata: Metadata,
+        need_rows: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of the experts' results ``[R, D]`` and of the weights.
+
+        ``grad [T, D]``. ``rows``: those of :class:`CombinedRows`; None where the gradient of the
+        weights is not wanted. ``need_rows``: whether that of the results is.
+        """
+
+
+# -- how a row is coded
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """How rows are coded on the wire: ``format`` is a row format of ``moe_locality.quantization``
+    (lossy), or None for rows as they are.
+
+    Every row is coded, one that stays on its rank too, so what the model computes does not depend
+    on where an expert is. Gradients are not coded and pass the coding unchanged: the
+    straight-through estimator, arXiv 1308.3432.
+    """
+
+    format: str | None
+
+    @classmethod
+    def of_payload(cls, payload: str) -> "Codec":
+        """Return the codec of a ``dispatch.payload`` of the configuration."""
+        return cls(None if payload == "none" else payload)
+
+    def encode(self, rows: Tensor) -> Tensor:
+        """Code rows ``[N, D]``: the rows themselves, or uint8 ``[N, row_bytes]``."""
+        return rows if self.format is None else quantization.encode_rows(rows, self.format)
+
+    def decode(
+        self,
+        coded: Tensor,
+        width: int,
+        dtype: torch.dtype,
+        order: Tensor | None = None,
+        backend: ops.Backend = "auto",
+    ) -> Tensor:
+        """Invert :meth:`encode` up to its rounding: ``[N, width]`` in ``dtype``.
+
+        With ``order``, return those rows in that order, without moving the coded ones first.
+        """
+        if self.format is None:
+            return coded if order is None else ops.permute(coded, order, backend=backend)
+        return quantization.decode_rows(coded.contiguous(), self.format, width, dtype, index=order)
+
+    def permute(self, x: Tensor, row_map: RowMap, backend: ops.Backend) -> Tensor:
+        """Return the coded row of every row of the map; each token is coded once."""
+        if self.format is not None:
+            return quantization.permute_encode(
+                x, row_map.row_token, self.format, positions=row_map.positions
+            )
+        return ops.permute(x, row_map, backend=backend)
+
+
+# -- counters of what was sent
+
+
+class StageClock:
+    """Adds up the time of each stage: ``with clock("dispatch"): ...``. Negligible when disabled.
+
+    On a GPU the time is that of the device (events on the current stream), read when asked for, so
+    nothing waits meanwhile; on a CPU it is that of the process.
+    """
+
+    def __init__(self, enabled: bool = False, device_type: str | None = None) -> None:
+        self.enabled = enabled
+        self._cuda = torch.cuda.is_available() if device_type is None else device_type == "cuda"
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all times."""
+        self._us: dict[str, float] = {}
+        self._pending: list[tuple[str, Any, Any]] = []
+
+    def __call__(self, stage: str) -> contextlib.AbstractContextManager[None]:
+        return self._span(stage) if self.enabled else _OFF
+
+    def stage_us(self) -> dict[str, float]:
+        """Return the microseconds of each stage so far. Waits for the device."""
+        for stage, start, stop in self._pending:
+            stop.synchronize()
+            self._add(stage, 1e3 * start.elapsed_time(stop))
+        self._pending = []
+        return dict(self._us)
+
+    @contextlib.contextmanager
+    def _span(self, stage: str) -> Iterator[None]:
+        if self._cuda:
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            stop.record()
+            self._pending.append((stage, start, stop))
+        else:
+            begin = time.perf_counter()
+            yield
+            self._add(stage, 1e6 * (time.perf_counter() - begin))
+
+    def _add(self, stage: str, us: float) -> None:
+        self._us[stage] = self._us.get(stage, 0.0) + us
+
+
+_OFF = contextlib.nullcontext()
+
+
+KINDS = ("dispatch", "combine", "dispatch_grad", "combine_grad")
+ALL_KINDS = (*KINDS, "routing")
+"""``routing``: slots and weights (and their gradients) that travel in the packed rows of the
+hierarchical exchange, and the bytes that align them: the same rows and messages as those of
+``dispatch`` (or ``dispatch_grad``) between nodes. The flat exchange has none."""
+LINKS = ("same_rank", "same_node", "cross_node")
+
+
+class TrafficCounter:
+    """``rows[kind][i]``, ``bytes[kind][i]`` and ``messages[kind][i]`` (int64): sent by this rank to
+    ``ranks[i]``; ``load``: rows that this rank's experts worked on; ``clock``: times of the stages;
+    ``resets``: how often counting began anew.
+
+    ``ranks``: global ranks of the EP group, in its order.
+    """
+
+    def __init__(
+        self,
+        *,
+        ranks: Sequence[int],
+        topology: ClusterTopology | None = None,
+        clock: StageClock | None = None,
+    ) -> None:
+        self.ranks = tuple(ranks)
+        self.topology = topology
+        self.clock = clock or StageClock()
+        self.resets = -1
+        self.reset()
+
+    def reset(self) -> None:
+        """Set all counts to zero."""
+        self.resets += 1
+        self.load = 0
+        self.rows, self.bytes, self.messages = (
+            {kind: np.zeros(len(self.ranks), dtype=np.int64) for kind in ALL_KINDS}
+            for _ in range(3)
+        )
+        self.clock.reset()
+
+    def count(self, kind: str, splits: Sequence[int], rows: Tensor, extra_bytes: int = 0) -> None:
+        """Add one exchange: ``splits[i]`` rows like those of ``rows [*, D]`` to ``ranks[i]``.
+
+        ``extra_bytes`` of each row count as ``routing``.
+        """
+        self.add(kind, slice(None), splits, rows, extra_bytes)
+
+    def add(
+        self, kind: str, where: Any, splits: Sequence[int], rows: Tensor, extra_bytes: int = 0
+    ) -> None:
+        """Add one exchange with the ranks at the positions ``where``."""
+        sent = np.asarray(splits, dtype=np.int64)
+        size = math.prod(rows.shape[1:]) * rows.element_size()
+        self.rows[kind][where] += sent
+        self.bytes[kind][where] += sent * (size - extra_bytes)
+        self.messages[kind][where] += sent > 0
+        if extra_bytes:
+            self.rows["routing"][where] += sent
+            self.bytes["routing"][where] += sent * extra_bytes
+            self.messages["routing"][where] += sent > 0
+
+    def among(self, ranks: Sequence[int]) -> "SubgroupCounter":
+        """Return a counter for exchanges among some of the ranks; it adds to this one."""
+        return SubgroupCounter(self, [self.ranks.index(rank) for rank in ranks])
+
+
+class SubgroupCounter:
+    """Counts exchanges among some ranks of a :class:`TrafficCounter`, into it."""
+
+    def __init__(self, whole: TrafficCounter, positions: list[int]) -> None:
+        self.whole = whole
+        self.positions = np.array(positions)
+
+    def count(self, kind: str, splits: Sequence[int], rows: Tensor, extra_bytes: int = 0) -> None:
+        """Add one exchange: ``splits[i]`` rows to the i-th rank of the subgroup."""
+        self.whole.add(kind, self.positions, splits, rows, extra_bytes)
+
+
+# -- the all-to-all of one group
+
+
+@dataclass(frozen=True, slots=True)
+class PendingRows:
+    """Rows that are being sent; :meth:`wait` returns them. ``sent`` must live until then.
+
+    ``kind``: of the traffic counter. ``group``: the ranks that exchange them.
+    """
+
+    received: Tensor
+    work: Any
+    sent: Tensor
+    kind: str = "dispatch"
+    group: "AllToAllGroup | None" = None
+
+    def wait(self) -> Tensor:
+        if self.work is not None:
+            assert self.group is not None
+            with self.group.explained(self.kind):
+                self.work.wait()
+        return self.received
+
+
+class PendingCounts:
+    """Row counts on their way between the ranks and to the host.
+
+    On a GPU they are copied to the host on a stream of their own, so kernels launched meanwhile on
+    the current stream do not delay them; on a CPU the ranks exchange them in the background.
+    """
+
+    def __init__(
+        self,
+        sent: Tensor,
+        received: Tensor,
+        work: Any = None,
+        group: "AllToAllGroup | None" = None,
+        desync: DesyncError | None = None,
+    ) -> None:
+        self.sent, self.received, self._work, self._group = sent, received, work, group
+        self._desync = desync
+        self._copy = None
+        if sent.is_cuda:  # the current stream waits for the ranks, this thread does not
+            self._wait()
+            self._copy = _HostCopy(torch.stack([sent, received]))
+
+    def read(self) -> tuple[Tensor, list[int], list[int]]:
+        """Return what arrived, on the device, and (sent, received) on the host. Waits.
+
+        Raises:
+            DesyncError: on all ranks of the group, where one is at another layer.
+        """
+        self._wait()
+        if self._copy is None:
+            sent, got = self.sent.tolist(), self.received.tolist()
+        else:
+            sent, got = self._copy.read()
+        if self._group is None:
+            return self.received, sent, got
+        self._group.check([row[:HEADER] for row in got], self._desync)
+        received = self.received[:, HEADER:].reshape(-1)
+        return received, _without_header(sent), _without_header(got)
+
+    def _wait(self) -> None:
+        if self._work is not None:
+            assert self._group is not None
+            with self._group.explained("token counts"):
+                self._work.wait()
+            self._work = None
+
+
+def _without_header(rows: list[list[int]]) -> list[int]:
+    return [count for row in rows for count in row[HEADER:]]
+
+
+class _HostCopy:
+    """A copy of a CUDA tensor to pinned memory on a side stream."""
+
+    _streams: ClassVar[dict[torch.device, Any]] = {}
+
+    def __init__(self, values: Tensor) -> None:
+        if values.device not in self._streams:
+            self._streams[values.device] = torch.cuda.Stream(values.device)
+        stream = self._streams[values.device]
+        stream.wait_stream(torch.cuda.current_stream(values.device))
+        with torch.cuda.stream(stream):
+            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._host.copy_(values, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record(stream)
+        values.record_stream(stream)
+
+    def read(self) -> list:
+        self._done.synchronize()
+        return self._host.tolist()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AllToAllGroup:
+    """The ranks of one process group that exchange counts and rows; ``size`` 1 exchanges nothing.
+
+    Every rank of the group calls the same methods in the same order, those with nothing to send or
+    to receive too.
+
+    ``process_group``: None for the world. ``comm``: module with ``all_to_all_single``
+    (``torch.distributed``, or ``deepspeed.comm``, which logs it). ``ranks``: global ranks of this
+    group in its order; ``ep_ranks``: those of the whole EP group. ``position``: of the layer.
+    """
+
+    process_group: Any
+    size: int
+    comm: Any
+    counter: TrafficCounter | SubgroupCounter | None
+    ranks: tuple[int, ...] = ()
+    ep_ranks: tuple[int, ...] = ()
+    position: CallPosition = field(default_factory=CallPosition)
+
+    def start_counts(self, counts: Tensor, desync: DesyncError | None = None) -> PendingCounts:
+        """Tell every rank how many rows it will get.
+
+        ``counts [size * n] int64``: n for the first rank, then n for the next, ...; what arrives
+        is ``[size * n]``, n from each rank. The position of the rank is sent with them;
+        ``desync``: what an earlier exchange found, for ranks that have not heard of it.
+        """
+        counts = counts.contiguous()
+        if self.size == 1:
+            return PendingCounts(counts, counts)
+        counts = counts.view(self.size, -1)
+        sent = counts.new_empty(self.size, HEADER + counts.shape[1])
+        sent[:, HEADER:] = counts
+        header = (self.position.code(), *(NO_REPORT if desync is None else desync.report))
+        if sent.is_cuda:  # fills: a copy of host memory would make this thread wait
+            for column, value in enumerate(header):
+                sent[:, column] = value
+        else:
+            sent[:, :HEADER] = torch.tensor(header)
+        received = torch.empty_like(sent)
+        with self.explained("token counts"):
+            work = self.comm.all_to_all_single(
+                received, sent, group=self.process_group, async_op=True
+            )
+        return PendingCounts(sent, received, work, self, desync)
+
+    def check(self, headers: Sequence[Sequence[int]], desync: DesyncError | None) -> None:
+        """Raise DesyncError where the ranks are not at one layer."""
+        check_headers(headers, self.ranks, self.position, torch.distributed.get_rank(), desync)
+
+    @contextlib.contextmanager
+    def explained(self, kind: str) -> Iterator[None]:
+        """Add to an error of the backend which exchange failed and which ranks are gone."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise MoeLocalityError(self._explanation(kind, error)) from error
+
+    def _explanation(self, kind: str, error: RuntimeError) -> str:
+        where = f"{kind} of {self.position}"
+        history = calls_so_far(self.ep_ranks)
+        where += f" ({history})" if history else ""
+        found = (
+            f"the exchange of {where} with ranks {list(self.ranks)} broke off on rank "
+            f"{torch.distributed.get_rank()}, which mostly means that another rank died or left "
+            "before this one"
+        )
+        # logged first: the launcher may end this process before the others answer
+        logger.error("moe_locality: %s: asking the other ranks where they stand", found)
+        told = ask_ranks(self.ranks, self.ep_ranks, where)
+        return f"{found}. {told} The backend says: {error}"
+
+    def start_rows(
+        self,
+        rows: Tensor,
+        input_splits: Sequence[int],
+        output_splits: Sequence[int],
+        kind: str,
+        *,
+        extra_bytes: int = 0,
+    ) -> PendingRows:
+        """Begin to send consecutive rows to the ranks in order.
+
+        ``rows [>= sum(input_splits), B]`` arrive as ``[sum(output_splits), B]`` in the order of the
+        sources. ``extra_bytes`` of each row count as ``routing``, the rest as ``kind``.
+        """
+        rows = rows[: sum(input_splits)].contiguous()
+        if self.counter is not None:
+            self.counter.count(kind, input_splits, rows, extra_bytes)
+        if self.size == 1:
+            return PendingRows(rows, None, rows, kind)
+        received = rows.new_empty(sum(output_splits), *rows.shape[1:])
+        with self.explained(kind):
+            work = self.comm.all_to_all_single(
+                received,
+                rows,
+                output_split_sizes=list(output_splits),
+                input_split_sizes=list(input_splits),
+                group=self.process_group,
+                async_op=True,
+            )
+        return PendingRows(received, work, rows, kind, self)
+
+    def rows(
+        self,
+        rows: Tensor,
+        input_splits: Sequence[int],
+        output_splits: Sequence[int],
+        kind: str,
+        *,
+        extra_bytes: int = 0,
+    ) -> Tensor:
+        """:meth:`start_rows`, and wait."""
+        pending = self.start_rows(rows, input_splits, output_splits, kind, extra_bytes=extra_bytes)
+        return pending.wait()
