@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from _results import append_rows
 
+from moe_locality.placement import baselines
 from moe_locality.placement.balance import balance, rank_loads
-from moe_locality.placement.baselines import loads as baselines
 from moe_locality.trace import read_trace
 
 NODES, PER_NODE, LAYERS, EXPERTS, EXTRA = 8, 4, 58, 256, 32

@@ -11,7 +11,7 @@ from placement_evidence import evidence_rows
 from placement_rows import UNITS, Row, against, summary
 
 from moe_locality.placement import Costs, PlacementPlan, assign_homes, evaluate, solve
-from moe_locality.placement.baselines.seed import cluster_homes
+from moe_locality.placement.baselines import cluster_homes
 from moe_locality.placement.homes.assign import MAX_TOKEN_IMBALANCE
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace import PREFILL, RoutingTrace

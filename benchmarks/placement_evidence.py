@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mean_imbalance_bound import bound_for_mean_imbalance
 from placement_rows import Row, against
 
 from moe_locality.placement import Costs, assign_homes, evaluate
-from moe_locality.placement.bounds.shared import bound_for_mean_imbalance
 from moe_locality.placement.homes.assign import MAX_TOKEN_IMBALANCE
 from moe_locality.placement.homes.joint import solve_joint
 from moe_locality.placement.problem import Problem
-from moe_locality.placement.solve import solve_coactivation
+from moe_locality.placement.search.coactivation import solve_coactivation
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace import RoutingTrace
 

@@ -14,9 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_locality.analysis.coactivation import pair_counts
-from moe_locality.analysis.load import layer_loads
-from moe_locality.analysis.similarity import cosine, jensen_shannon_bits
+from moe_locality.analysis.stats import cosine, jensen_shannon_bits, layer_loads, pair_counts
 from moe_locality.errors import TraceError
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.trace.merge import settings

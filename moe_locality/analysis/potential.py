@@ -13,12 +13,18 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import TraceError
+from moe_locality.placement.align import make_frame
 from moe_locality.placement.bounds.lower import lower_bounds
-from moe_locality.placement.frame import make_frame
+from moe_locality.placement.costs import (
+    Costs,
+    Homes,
+    copies_of_blocks,
+    evaluate,
+    ratio_interval,
+    request_blocks,
+)
 from moe_locality.placement.homes.assign import assign_homes
 from moe_locality.placement.homes.requests import default_prediction
-from moe_locality.placement.interval import copies_of_blocks, ratio_interval, request_blocks
-from moe_locality.placement.objective import Costs, Homes, evaluate
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.problem import telling_once
 from moe_locality.placement.solve import solve

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from moe_locality.analysis import coactivation, load, similarity
+from moe_locality.analysis import stats
 from moe_locality.errors import TraceError
-from moe_locality.placement.objective import warn_of_absent_experts
+from moe_locality.placement.costs import warn_of_absent_experts
 from moe_locality.trace.schema import RoutingTrace
 
 
@@ -66,14 +66,14 @@ def _describe(trace: RoutingTrace) -> dict[str, Any]:
 def _load(trace: RoutingTrace) -> dict[str, Any]:
     counts = trace.load()
     measures = {
-        "imbalance": load.imbalance(counts),
-        "gini": load.gini(counts),
-        "entropy_bits": load.entropy_bits(counts),
-        "top_10_percent_share": load.top_share(counts, 0.1),
+        "imbalance": stats.imbalance(counts),
+        "gini": stats.gini(counts),
+        "entropy_bits": stats.entropy_bits(counts),
+        "top_10_percent_share": stats.top_share(counts, 0.1),
     }
     per_stage = {}
-    for name, part in zip(*load.load_by(trace, "stage"), strict=True):
-        per_stage[name] = {"imbalance": _mean(load.imbalance(part))}
+    for name, part in zip(*stats.load_by(trace, "stage"), strict=True):
+        per_stage[name] = {"imbalance": _mean(stats.imbalance(part))}
     return {
         **{name: _spread(values) for name, values in measures.items()},
         "uniform_entropy_bits": math.log2(trace.num_experts),
@@ -82,17 +82,17 @@ def _load(trace: RoutingTrace) -> dict[str, Any]:
 
 
 def _domains(trace: RoutingTrace, seed: int, left_out: dict[str, str]) -> dict[str, Any] | None:
-    found = similarity.domain_divergence(trace, "group", seed=seed)
+    found = stats.domain_divergence(trace, "group", seed=seed)
     if len(found.names) < 2:
         left_out["domains"] = (
             f"found {len(found.names)} domain group(s) with at least 1500 tokens, comparing needs 2"
         )
         return None
-    _, counts = load.load_by(trace.filter(domain_groups=found.names), "group")
+    _, counts = stats.load_by(trace.filter(domain_groups=found.names), "group")
     return {
         "names": found.names,
         "tokens": found.tokens,
-        "imbalance": [_mean(load.imbalance(part)) for part in counts],
+        "imbalance": [_mean(stats.imbalance(part)) for part in counts],
         "js_bits": found.js_bits,
         "noise_floor_bits": found.noise_floor_bits,
         "cosine": found.cosine,
@@ -106,7 +106,7 @@ def _prefill_decode(
     trace: RoutingTrace, seed: int, left_out: dict[str, str]
 ) -> dict[str, Any] | None:
     try:
-        found = similarity.prefill_decode_correlation(trace, seed=seed)
+        found = stats.prefill_decode_correlation(trace, seed=seed)
     except TraceError as error:
         left_out["prefill_decode"] = str(error)
         return None
@@ -117,7 +117,7 @@ def _overlap(trace: RoutingTrace, seed: int, left_out: dict[str, str]) -> dict[s
     if trace.kind != "tokens":
         left_out["overlap"] = "counts per step do not say which tokens follow each other"
         return None
-    found = similarity.token_overlap(trace, max_pairs=50_000, seed=seed)
+    found = stats.token_overlap(trace, max_pairs=50_000, seed=seed)
     return {name: getattr(found, name) for name in found.__slots__}
 
 
@@ -129,16 +129,16 @@ def _coactivation(trace: RoutingTrace, left_out: dict[str, str]) -> dict[str, An
         return None
     result: dict[str, Any] = {"top_5_percent_pair_share": None, "independent_pair_share": None}
     if trace.top_k > 1:
-        pairs = coactivation.pair_counts(trace)
-        result["top_5_percent_pair_share"] = _spread(coactivation.top_pair_share(pairs))
+        pairs = stats.pair_counts(trace)
+        result["top_5_percent_pair_share"] = _spread(stats.top_pair_share(pairs))
         result["independent_pair_share"] = _spread(
-            coactivation.top_pair_share(coactivation.independent_pairs(trace.load()))
+            stats.top_pair_share(stats.independent_pairs(trace.load()))
         )
     else:
         left_out["coactivation_pairs"] = "one pick per token: no pairs within a layer"
-    moves = coactivation.transition_counts(trace)
+    moves = stats.transition_counts(trace)
     result["next_layer_information_bits"] = (
-        _spread(coactivation.transition_mutual_information_bits(moves)) if len(moves) else None
+        _spread(stats.transition_mutual_information_bits(moves)) if len(moves) else None
     )
     return result
 

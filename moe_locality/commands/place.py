@@ -158,9 +158,9 @@ def _judged(
     ``gained`` None: it cannot be said, for the ``reason``; then the plan is written as it is.
     """
     from moe_locality.analysis.potential import HELD_OUT
+    from moe_locality.placement.costs import NUM_BLOCKS, expected_change, request_blocks
     from moe_locality.placement.homes.assign import assign_homes
     from moe_locality.placement.homes.requests import default_prediction
-    from moe_locality.placement.interval import NUM_BLOCKS, expected_change, request_blocks
     from moe_locality.placement.solve import solve
 
     seed, old, method = options["seed"], options["start"], options["method"]

@@ -13,7 +13,7 @@ from moe_locality.placement import PlacementPlan
 from moe_locality.simulator import SWEEPS, Simulation, StepModel, gain_ends
 from moe_locality.simulator import simulate as simulate_steps
 from moe_locality.simulator import sweep as simulate_sweep
-from moe_locality.simulator.sweep import GAIN
+from moe_locality.simulator.simulate import GAIN
 from moe_locality.topology import ClusterTopology
 from moe_locality.trace import RoutingTrace, read_trace
 

@@ -8,7 +8,7 @@ from moe_locality.commands.inputs import check_writable, read_cluster
 from moe_locality.commands.output import Result, progress, table
 from moe_locality.config import read_config
 from moe_locality.placement.problem import telling_once
-from moe_locality.topology.hostfile import read_hostfile, select_slots
+from moe_locality.topology.sources import read_hostfile, select_slots
 from moe_locality.trace import read_trace
 
 

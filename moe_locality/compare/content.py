@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moe_locality.analysis import analyze
-from moe_locality.analysis.load import load_by
+from moe_locality.analysis.stats import load_by
 from moe_locality.compare.plans import is_synthetic
 from moe_locality.compare.rows import Comparison, Row
 from moe_locality.figures import Basis, FigureData, LoadData, SimilarityData, Table

@@ -17,8 +17,8 @@ from moe_locality.figures import (
     TrafficData,
 )
 from moe_locality.placement import Costs, PlacementPlan, evaluate
-from moe_locality.placement.frame import make_frame
-from moe_locality.placement.interval import copies_of_blocks, ratio_interval, request_blocks
+from moe_locality.placement.align import make_frame
+from moe_locality.placement.costs import copies_of_blocks, ratio_interval, request_blocks
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace import RoutingTrace
 

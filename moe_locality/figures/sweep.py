@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def draw_sweep(rows: Sequence[dict[str, Any]], over: str, title: str) -> "Figure":
-    """Return the figure of the rows of ``moe_locality.simulator.sweep``.
+    """Return the figure of the rows of ``moe_locality.simulator.simulate``.
 
     Raises:
         BackendUnavailable: matplotlib is not installed.

@@ -43,9 +43,8 @@ from moe_locality.kernels import ops
 from moe_locality.layer.experts import ExpertsMode, check_experts_mode, run_experts
 from moe_locality.layer.replica_map import LayerReplicas
 from moe_locality.placement.plan import PlacementPlan
-from moe_locality.topology.cluster import ClusterTopology
+from moe_locality.topology.cluster import ClusterTopology, Order
 from moe_locality.topology.groups import built_groups, discover_topology, prepare_groups
-from moe_locality.topology.layout import Order
 from moe_locality.trace.recorder.hooks import moe_layer_ids
 
 compat.require_deepspeed()

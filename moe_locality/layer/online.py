@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from moe_locality.analysis.similarity import jensen_shannon_bits
+from moe_locality.analysis.stats import jensen_shannon_bits
 from moe_locality.config import OnlineConfig
 from moe_locality.errors import ConfigError, MoeLocalityError, PlacementError
 from moe_locality.layer.fragments import expert_pieces, slab_bytes

@@ -4,8 +4,8 @@ Numpy, scipy and numba; nothing here imports torch. scipy and numba are imported
 functions that need them, so that reading a plan stays quick.
 """
 
+from moe_locality.placement.costs import Costs, evaluate, traffic_matrix
 from moe_locality.placement.homes.assign import assign_homes
-from moe_locality.placement.objective import Costs, evaluate, traffic_matrix
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.solve import solve
 

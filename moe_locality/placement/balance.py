@@ -20,7 +20,7 @@ import numba
 import numpy as np
 
 from moe_locality.errors import PlacementError
-from moe_locality.placement.objective import max_over_mean, traffic_matrix
+from moe_locality.placement.costs import max_over_mean, traffic_matrix
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.threads import over_layers
 from moe_locality.trace.schema import RoutingTrace

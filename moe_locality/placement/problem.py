@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import PlacementError
-from moe_locality.placement.baselines.loads import RankLists
-from moe_locality.placement.objective import Homes
+from moe_locality.placement.align import Homes
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
+
+RankLists = list[list[int]]
+"""The experts of each rank, for one layer."""
 
 _told: ContextVar[set[str] | None] = ContextVar("_told", default=None)
 

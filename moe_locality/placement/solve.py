@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
 
 import moe_locality
 from moe_locality.errors import PlacementError
-from moe_locality.placement.baselines import loads as baselines
-from moe_locality.placement.baselines import others as peers
-from moe_locality.placement.frame import resolve_homes
-from moe_locality.placement.objective import Homes, evaluate
+from moe_locality.placement import baselines
+from moe_locality.placement.align import Homes, resolve_homes
+from moe_locality.placement.costs import evaluate
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.problem import (
     Problem,
@@ -22,15 +19,10 @@ from moe_locality.placement.problem import (
     check_objective,
     check_slots,
     make_plan,
-    tell,
 )
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 
-if TYPE_CHECKING:
-    from moe_locality.placement.search.nodes import Tables
-
-_log = logging.getLogger(__name__)
 _FEW_ROWS = 4096
 
 
@@ -72,8 +64,8 @@ def solve(
             alone), ``eplb`` (the published rule for the same), ``linear`` or ``round_robin``.
         num_redundant_experts: slots beyond one per expert.
         max_imbalance: most max / mean of the node loads that ``coactivation`` expects on *unseen*
-            requests, in the mean over the layers, see cap.py. Layers where packing by loads alone
-            would be less level may be as unlevel as that; provenance notes them.
+            requests, in the mean over the layers, see search/load_noise.py. Layers where packing
+            by loads alone would be less level may be as unlevel as that; provenance notes them.
         homes: None = requests live anywhere; a dict or array as in ``evaluate``: they live there;
             "joint": homes and placement are found together, and ``home_profiles`` is filled.
         expert_groups: number of equal consecutive groups, or the group of each expert; a group
@@ -140,29 +132,10 @@ def _signed(
     return replace(found.plan, provenance=provenance, costs=costs)
 
 
-def solve_coactivation(problem: Problem, tables: Tables | None = None) -> Solution:
-    """Fewest copies, with the nodes as level as allowed on unseen requests. ``tables``: counts of
-    the trace, where known.
-    """
-    from moe_locality.placement.search.spread import place_layers
+def _coactivation(problem: Problem) -> Solution:
+    from moe_locality.placement.search.coactivation import solve_coactivation
 
-    placed = place_layers(problem, tables=tables)
-    found: dict[str, Any] = {
-        "expected_imbalance": round(sum(placed.expected) / len(placed.expected), 6)
-    }
-    if placed.notes:
-        ids = problem.trace.layer_ids
-        found["layer_notes"] = {str(int(ids[row])): note for row, note in placed.notes.items()}
-        tell(
-            _log,
-            "%d of %d layers cannot be as level as the cap of %g on unseen requests, see "
-            "layer_notes in the plan's provenance; first: layer %s: %s",
-            len(placed.notes),
-            len(placed.rows),
-            problem.max_imbalance,
-            *next((key, note["reason"]) for key, note in found["layer_notes"].items()),
-        )
-    return Solution(plan=make_plan(problem, placed.rows, load=placed.load), notes=found)
+    return solve_coactivation(problem)
 
 
 def _solve_joint(problem: Problem) -> Solution:
@@ -202,16 +175,14 @@ def _balance(problem: Problem) -> Solution:
 
 METHODS: dict[str, Method] = {
     "balance": Method(run=_balance, uses_groups=True),
-    "coactivation": Method(
-        run=solve_coactivation, needs_tokens=True, uses_homes=True, uses_groups=True
-    ),
+    "coactivation": Method(run=_coactivation, needs_tokens=True, uses_homes=True, uses_groups=True),
     "eplb": Method(run=_eplb, uses_groups=True),
-    "eplb_global": Method(run=peers.solve_eplb_global),
-    "hottest": Method(run=peers.solve_hottest),
+    "eplb_global": Method(run=baselines.solve_eplb_global),
+    "hottest": Method(run=baselines.solve_hottest),
     "linear": Method(run=_linear, uses_groups=True),
-    "mtkahypar": Method(run=peers.solve_mtkahypar, needs_tokens=True),
+    "mtkahypar": Method(run=baselines.solve_mtkahypar, needs_tokens=True),
     "round_robin": Method(run=_round_robin),
-    "seed": Method(run=peers.solve_seed, needs_tokens=True),
+    "seed": Method(run=baselines.solve_seed, needs_tokens=True),
 }
 COMPARED = ("linear", "round_robin", "eplb", "coactivation")
 """What ``moe-locality bench`` and the demo on a trace set side by side."""

@@ -5,8 +5,7 @@ bandwidths, latencies and two figures of the experts (docs/simulator.md).
 """
 
 from moe_locality.simulator.model import PAYLOADS, StepModel, row_bytes
-from moe_locality.simulator.simulate import Simulation, simulate
-from moe_locality.simulator.sweep import SWEEPS, gain_ends, sweep
+from moe_locality.simulator.simulate import SWEEPS, Simulation, gain_ends, simulate, sweep
 
 __all__ = [
     "PAYLOADS",

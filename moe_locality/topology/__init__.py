@@ -6,8 +6,7 @@ What needs torch is loaded on first use.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from moe_locality.topology.cluster import ClusterTopology
-from moe_locality.topology.layout import GroupLayout, layout_groups
+from moe_locality.topology.cluster import ClusterTopology, GroupLayout, layout_groups
 
 if TYPE_CHECKING:
     from moe_locality.topology.groups import (

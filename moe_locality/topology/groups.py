@@ -27,8 +27,13 @@ from moe_locality.compat import (
     registered_expert_ranks,
 )
 from moe_locality.errors import TopologyError
-from moe_locality.topology.cluster import ClusterTopology
-from moe_locality.topology.layout import GroupLayout, Order, group_of, layout_groups
+from moe_locality.topology.cluster import (
+    ClusterTopology,
+    GroupLayout,
+    Order,
+    group_of,
+    layout_groups,
+)
 from moe_locality.topology.sources import NODE_VARIABLE, RANKS_PER_NODE_VARIABLE
 
 if TYPE_CHECKING:

@@ -15,9 +15,14 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import PlacementError
-from moe_locality.placement.frame import check_topology, make_frame
-from moe_locality.placement.homes.predictor import PRIOR_TOKENS, Predictor
-from moe_locality.placement.homes.profiles import RANK_SHARE, Serving, serving_of
+from moe_locality.placement.align import check_topology, make_frame
+from moe_locality.placement.homes.predictor import (
+    PRIOR_TOKENS,
+    RANK_SHARE,
+    Predictor,
+    Serving,
+    serving_of,
+)
 from moe_locality.placement.homes.requests import (
     FIRST_TOKENS,
     Requests,
@@ -192,7 +197,7 @@ def expected_costs(
     ``plan_rows`` [L]: row of the plan for each layer of ``ids``. Without a model, or where the
     trace lacks layers of the plan, short windows are drawn to the mean and nothing is corrected.
     """
-    from moe_locality.placement.homes.request_costs import weighted_picks
+    from moe_locality.placement.count_kernels import weighted_picks
 
     if model is not None and len(plan_rows) == model.weights.shape[1]:
         weights = np.ascontiguousarray(model.weights[:, plan_rows])

@@ -14,15 +14,23 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from moe_locality.placement.align import make_frame
 from moe_locality.placement.counting import compiled_picks_by_home
-from moe_locality.placement.frame import make_frame
-from moe_locality.placement.homes import profiles, transport
+from moe_locality.placement.homes import transport
 from moe_locality.placement.homes.assign import scores_of_known
-from moe_locality.placement.homes.predictor import Predictor
+from moe_locality.placement.homes.predictor import (
+    Known,
+    Predictor,
+    Serving,
+    fit,
+    home_profiles,
+    known_of,
+    serving_of,
+)
 from moe_locality.placement.homes.requests import Requests, default_prediction, requests_of
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.problem import Problem, Solution, make_plan
-from moe_locality.placement.search import cap, nodes, spread
+from moe_locality.placement.search import assign, coactivation, load_noise
 from moe_locality.placement.threads import map_layers
 
 CLUSTER_STARTS = 3
@@ -41,10 +49,10 @@ class _Known:
     objective: str
     requests: Requests
     predict: str
-    known: profiles.Known
+    known: Known
     ids: np.ndarray  # [T, L, K]
-    tables: nodes.Tables
-    layers: list[nodes.Layer]
+    tables: assign.Tables
+    layers: list[assign.Layer]
     linear: list[float]  # [L] copies of the linear layout
     price: float  # of imbalance, while homes are looked for
     limit: list[float]  # [L] imbalance that no layer should exceed
@@ -76,22 +84,20 @@ def solve_joint(problem: Problem) -> Solution:
     """A plan with ``home_profiles``, and the homes of the trace's requests as predicted for new
     ones.
     """
-    from moe_locality.placement.solve import solve_coactivation
-
     data = _prepare(problem)
     best, history = _search(data)
     home_node = best.home_node
     if problem.num_slots > problem.trace.num_experts:
         # a quick plan: where replicas serve their own node, other homes are the best
-        placed = spread.place_layers(
+        placed = coactivation.place_layers(
             _at_home(data, home_node), tables=data.tables, replica_rounds=1
         )
         home_node = _homes(data, make_plan(problem, placed.rows, load=placed.load)).node
-    found = solve_coactivation(_at_home(data, home_node), tables=data.tables)
+    found = coactivation.solve_coactivation(_at_home(data, home_node), tables=data.tables)
     chosen = _homes(data, found.plan)
     pairs = zip(data.requests.request_ids, chosen.rank, strict=True)
     homes = {int(q): int(r) for q, r in pairs}
-    kept = profiles.home_profiles(
+    kept = home_profiles(
         problem.trace,
         found.plan,
         homes,
@@ -109,22 +115,22 @@ def _prepare(problem: Problem) -> _Known:
     requests, predict = requests_of(trace), default_prediction(trace)
     ids = np.ascontiguousarray(trace.expert_ids)
     assert trace.request_id is not None
-    tables = nodes.count_tables(ids, trace.request_id, trace.num_experts)
-    layers = map_layers(lambda layer: nodes.make_layer(problem, tables, layer), trace.num_layers)
-    seeds = [spread.seed_of(problem, layer) for layer in range(len(layers))]
-    _, allowed, price = spread.place_on_nodes(layers, problem.max_imbalance, seeds)
+    tables = assign.count_tables(ids, trace.request_id, trace.num_experts)
+    layers = map_layers(lambda layer: assign.make_layer(problem, tables, layer), trace.num_layers)
+    seeds = [coactivation.seed_of(problem, layer) for layer in range(len(layers))]
+    _, allowed, price = coactivation.place_on_nodes(layers, problem.max_imbalance, seeds)
     return _Known(
         problem=problem,
         objective=problem.objective,
         requests=requests,
         predict=predict,
-        known=profiles.known_of(trace, requests, predict),
+        known=known_of(trace, requests, predict),
         ids=ids,
         tables=tables,
         layers=layers,
-        linear=[nodes.linear_layout(layer).copies for layer in layers],
+        linear=[assign.linear_layout(layer).copies for layer in layers],
         price=CHEAPER * price,
-        limit=[cap.limit_of(most, problem.max_imbalance) for most in allowed],
+        limit=[load_noise.limit_of(most, problem.max_imbalance) for most in allowed],
     )
 
 
@@ -187,19 +193,19 @@ def _place_on_nodes(
         if pins is not None:
             layer = replace(layer, pin=_by_group(pins[row], problem.group_of))
         if warm is None:
-            start = nodes.lightest_first(layer.load, layer.sizes)
+            start = assign.lightest_first(layer.load, layer.sizes)
         else:
             start = _one_of_group(warm[row], problem.group_of)
-        node_of = nodes.place(
+        node_of = assign.place(
             layer,
             data.linear[row],
             data.price,
             data.limit[row],
-            spread.seed_of(problem, number * 4099 + row),
+            coactivation.seed_of(problem, number * 4099 + row),
             start,
-            again=warm is not None and not nodes.is_small(layer),
+            again=warm is not None and not assign.is_small(layer),
         )
-        return spread.of_experts(problem, node_of)
+        return coactivation.of_experts(problem, node_of)
 
     return np.stack(map_layers(one, len(data.layers)))
 
@@ -218,9 +224,9 @@ def _one_of_group(node_of: np.ndarray, group_of: np.ndarray | None) -> np.ndarra
     return node_of if group_of is None else node_of[np.unique(group_of, return_index=True)[1]]
 
 
-def _serving(data: _Known, node_of: np.ndarray) -> profiles.Serving:
+def _serving(data: _Known, node_of: np.ndarray) -> Serving:
     """Serving of nodes alone: every node stands for one rank."""
-    return profiles.Serving(
+    return Serving(
         served_node=np.ascontiguousarray(node_of[:, None, :]),
         holders=np.ascontiguousarray(node_of[:, :, None]),
         node_of_rank=np.arange(data.problem.num_nodes),
@@ -228,11 +234,11 @@ def _serving(data: _Known, node_of: np.ndarray) -> profiles.Serving:
     )
 
 
-def _costs(data: _Known, serving: profiles.Serving) -> tuple[np.ndarray, np.ndarray, Predictor]:
+def _costs(data: _Known, serving: Serving) -> tuple[np.ndarray, np.ndarray, Predictor]:
     """([R, M] cost per token and layer, what the prediction says of it unseen, the predictor)."""
     tokens = data.requests.tokens
     full = serving.costs(data.ids, data.requests.index, len(tokens)) / tokens[:, None]
-    predictor, said = profiles.fit(data.known, serving, full)
+    predictor, said = fit(data.known, serving, full)
     return full, said, predictor
 
 
@@ -254,7 +260,7 @@ def _at_home(data: _Known, home_node: np.ndarray) -> Problem:
 def _homes(data: _Known, plan: PlacementPlan) -> _Homes:
     """The homes of the requests under a full plan, replicas too, and what they cost."""
     problem, tokens = data.problem, data.requests.tokens
-    serving = profiles.serving_of(make_frame(problem.trace, plan, None, None), plan, data.objective)
+    serving = serving_of(make_frame(problem.trace, plan, None, None), plan, data.objective)
     full, said, predictor = _costs(data, serving)
     score = scores_of_known(serving, said, data.known.ids, data.known.request)
     caps = transport.Capacities(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
-from moe_locality.placement.search.kernels import next_random
+from moe_locality.placement.search.swaps import next_random
 
 PRICE_STEPS = 150
 EXCHANGE_ROUNDS = 20

@@ -15,16 +15,16 @@ from moe_locality.errors import PlacementError
 from moe_locality.placement import counting
 from moe_locality.placement.balance import most_level
 from moe_locality.placement.plan import PlacementPlan
-from moe_locality.placement.plan.serving import choose_serving_nodes
 from moe_locality.placement.problem import Problem, Solution
 from moe_locality.placement.refresh.state import RefreshState, level_best, remote_nodes, swap_best
+from moe_locality.placement.serving import choose_serving_nodes
 from moe_locality.topology.cluster import ClusterTopology
 
 IN_SAMPLE_SHARE = 0.6
 """Share of the allowed imbalance of the nodes that a refresh uses on the counts it sees: unseen
 requests load nodes less evenly, so a cap met exactly here is broken there. A solve expects this
-from how the loads of single requests differ (search/cap.py); a refresh keeps decayed counts and no
-requests, so one share stands for it."""
+from how the loads of single requests differ (search/load_noise.py); a refresh keeps decayed counts
+and no requests, so one share stands for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,8 +13,8 @@ import numpy as np
 
 from moe_locality.placement import counting
 from moe_locality.placement.search import replica_moves
-from moe_locality.placement.search.cap import Noise, expected_shared_imbalance, few_draws
-from moe_locality.placement.search.replica_serving import serve
+from moe_locality.placement.search.load_noise import Noise, expected_shared_imbalance, few_draws
+from moe_locality.placement.search.replica_moves import serve
 
 MAX_TOKENS = 1 << 14
 """Copies are counted on a sample of so many tokens, where there are more. Loads are exact."""

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_locality.analysis import coactivation
+from moe_locality.analysis import stats
 from moe_locality.errors import TraceError
 from moe_locality.trace import RoutingTrace, write_trace
 from moe_locality.trace.parquet import make_directory, write_shard
@@ -27,15 +27,15 @@ def test_counts_against_a_loop(seed, top_k):
                 for a in before[before >= 0]:
                     for b in picks[picks >= 0]:
                         moves[layer - 1, a, b] += 1
-    assert coactivation.pair_counts(trace).tolist() == pairs.tolist()
-    assert coactivation.transition_counts(trace).tolist() == moves.tolist()
+    assert stats.pair_counts(trace).tolist() == pairs.tolist()
+    assert stats.transition_counts(trace).tolist() == moves.tolist()
 
 
 def test_chunks_do_not_change_the_counts(monkeypatch):
     trace = make_trace(num_tokens=100)
-    whole = coactivation.pair_counts(trace), coactivation.transition_counts(trace)
-    monkeypatch.setattr(coactivation, "_CHUNK_TOKENS", 7)
-    parts = coactivation.pair_counts(trace), coactivation.transition_counts(trace)
+    whole = stats.pair_counts(trace), stats.transition_counts(trace)
+    monkeypatch.setattr(stats, "_CHUNK_TOKENS", 7)
+    parts = stats.pair_counts(trace), stats.transition_counts(trace)
     for first, second in zip(whole, parts, strict=True):
         np.testing.assert_array_equal(first, second)
 
@@ -45,21 +45,21 @@ def test_share_of_the_most_frequent_pairs():
     counts[0, 1, 4] = counts[0, 4, 1] = 30
     counts[0, 2, 3] = counts[0, 3, 2] = 10
     np.fill_diagonal(counts[0], 99)
-    share = coactivation.top_pair_share(counts, 0.05)
+    share = stats.top_pair_share(counts, 0.05)
     assert share[0] == 0.75
     assert np.isnan(share[1])
 
 
 def test_information_of_transitions():
     counts = np.stack([np.eye(4), np.ones((4, 4)), np.zeros((4, 4))])
-    bits = coactivation.transition_mutual_information_bits(counts)
+    bits = stats.transition_mutual_information_bits(counts)
     np.testing.assert_allclose(bits[:2], [2, 0], atol=1e-12)
     assert np.isnan(bits[2])
 
 
 def test_counts_per_step_have_no_pairs():
     with pytest.raises(ValueError, match="kind 'load'"):
-        coactivation.pair_counts(make_load_trace())
+        stats.pair_counts(make_load_trace())
 
 
 # Share of the 5 % most frequent pairs, and of independent picks, as published with the data
@@ -74,13 +74,13 @@ PAIRS = {
 def test_real_pairs(routing_data, name):
     trace = RoutingTrace.from_npz(routing_data / f"{name}.npz")
     share, by_odds = PAIRS[name]
-    pairs = coactivation.pair_counts(trace)
-    np.testing.assert_allclose(coactivation.top_pair_share(pairs).mean(), share, atol=6e-4)
+    pairs = stats.pair_counts(trace)
+    np.testing.assert_allclose(stats.top_pair_share(pairs).mean(), share, atol=6e-4)
     # the published reference weighs experts by odds p / (1 - p)
     p = trace.load() / trace.num_tokens
-    odds = coactivation.top_pair_share(coactivation.independent_pairs(p / (1 - p))).mean()
+    odds = stats.top_pair_share(stats.independent_pairs(p / (1 - p))).mean()
     np.testing.assert_allclose(odds, by_odds, atol=6e-4)
-    ours = coactivation.top_pair_share(coactivation.independent_pairs(trace.load())).mean()
+    ours = stats.top_pair_share(stats.independent_pairs(trace.load())).mean()
     assert ours < by_odds < share
 
 
@@ -97,10 +97,10 @@ def test_independent_pairs_are_those_of_shuffled_picks(routing_data, name):
         for a, b in combinations(columns, 2):
             np.add.at(shuffled[layer], (a, b), 1)
     shuffled += shuffled.transpose(0, 2, 1)
-    expected = coactivation.independent_pairs(trace.load())
+    expected = stats.independent_pairs(trace.load())
     np.testing.assert_allclose(
-        coactivation.top_pair_share(shuffled).mean(),
-        coactivation.top_pair_share(expected).mean(),
+        stats.top_pair_share(shuffled).mean(),
+        stats.top_pair_share(expected).mean(),
         rtol=0.06,
     )
 
@@ -109,8 +109,8 @@ def test_independent_pairs_are_those_of_shuffled_picks(routing_data, name):
 @given(st.integers(0, 999), st.integers(1, 5))
 def test_counts_do_not_depend_on_threads(seed, threads):
     trace = make_trace(seed, num_tokens=60, top_k=3)
-    found = coactivation.count_coactivation(trace, threads=threads)
-    np.testing.assert_array_equal(found.pairs, coactivation.pair_counts(trace))
+    found = stats.count_coactivation(trace, threads=threads)
+    np.testing.assert_array_equal(found.pairs, stats.pair_counts(trace))
     np.testing.assert_array_equal(found.load, trace.load())
     assert found.layer_ids == tuple(trace.layer_ids.tolist())
     assert found.num_tokens == trace.num_tokens
@@ -121,10 +121,10 @@ def test_a_directory_is_counted_piece_by_piece(tmp_path, max_bytes):
     trace = make_trace(3, num_tokens=100, top_k=3)
     write_trace(trace, tmp_path / "t", shard_tokens=30)
     seen = []
-    found = coactivation.count_coactivation(
+    found = stats.count_coactivation(
         tmp_path / "t", max_bytes=max_bytes, progress=lambda *a: seen.append(a[:2])
     )
-    np.testing.assert_array_equal(found.pairs, coactivation.pair_counts(trace))
+    np.testing.assert_array_equal(found.pairs, stats.pair_counts(trace))
     np.testing.assert_array_equal(found.load, trace.load())
     assert found.num_tokens == 100
     pieces = 4 * (trace.num_layers if max_bytes == 1 else 1)
@@ -136,25 +136,25 @@ def test_shards_of_pipeline_stages_are_counted_together(tmp_path):
     layers = trace.layer_ids.tolist()
     for rank, own in enumerate((layers[2:], layers[:2])):  # written out of order on purpose
         write_shard(trace.filter(layers=own), make_directory(tmp_path), rank, 0)
-    found = coactivation.count_coactivation(tmp_path)
+    found = stats.count_coactivation(tmp_path)
     assert found.layer_ids == tuple(sorted(layers))
     assert found.num_tokens == 50
-    np.testing.assert_array_equal(found.pairs, coactivation.pair_counts(trace))
+    np.testing.assert_array_equal(found.pairs, stats.pair_counts(trace))
 
 
 def test_shards_that_do_not_fit_are_refused(tmp_path):
     directory = make_directory(tmp_path)
     with pytest.raises(TraceError, match="found no part-"):
-        coactivation.count_coactivation(directory)
+        stats.count_coactivation(directory)
     write_shard(make_trace(1), directory, 0, 0)
     write_shard(make_trace(1, top_k=3), directory, 1, 0)
     with pytest.raises(TraceError, match="does not fit"):
-        coactivation.count_coactivation(directory)
+        stats.count_coactivation(directory)
     (directory / "part-00001-00000.parquet").unlink()
     write_shard(make_trace(1).filter(layers=make_trace(1).layer_ids[:2]), directory, 1, 0)
     with pytest.raises(TraceError, match="expected those of another shard or none"):
-        coactivation.count_coactivation(directory)
+        stats.count_coactivation(directory)
     (directory / "part-00001-00000.parquet").unlink()
     write_shard(make_trace(1), directory, 0, 2)
     with pytest.raises(TraceError, match="part-00000-00001"):
-        coactivation.count_coactivation(directory)
+        stats.count_coactivation(directory)

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_locality.analysis import load as measures
+from moe_locality.analysis import stats
 from moe_locality.errors import TraceError
 from moe_locality.trace import RoutingTrace
 from tests.unit.trace.cases import make_load_trace, make_trace
@@ -11,17 +11,17 @@ from tests.unit.trace.cases import make_load_trace, make_trace
 
 def test_measures_of_known_loads():
     even, one = np.full(8, 5), np.array([0, 0, 0, 9, 0, 0, 0, 0])
-    assert measures.imbalance(np.stack([even, one])).tolist() == [1, 8]
-    np.testing.assert_allclose(measures.gini(np.stack([even, one])), [0, 7 / 8], atol=1e-12)
-    np.testing.assert_allclose(measures.entropy_bits(np.stack([even, one])), [3, 0], atol=1e-12)
-    np.testing.assert_allclose(measures.top_share(np.stack([even, one]), 0.25), [1 / 4, 1])
-    np.testing.assert_allclose(measures.gini(np.array([1, 3])), 0.25)
-    np.testing.assert_allclose(measures.imbalance(np.array([1, 3])), 1.5)
+    assert stats.imbalance(np.stack([even, one])).tolist() == [1, 8]
+    np.testing.assert_allclose(stats.gini(np.stack([even, one])), [0, 7 / 8], atol=1e-12)
+    np.testing.assert_allclose(stats.entropy_bits(np.stack([even, one])), [3, 0], atol=1e-12)
+    np.testing.assert_allclose(stats.top_share(np.stack([even, one]), 0.25), [1 / 4, 1])
+    np.testing.assert_allclose(stats.gini(np.array([1, 3])), 0.25)
+    np.testing.assert_allclose(stats.imbalance(np.array([1, 3])), 1.5)
 
 
 def test_no_load_is_nan_not_a_number():
     empty = np.zeros((2, 4), np.int64)
-    for measure in (measures.imbalance, measures.gini, measures.entropy_bits, measures.top_share):
+    for measure in (stats.imbalance, stats.gini, stats.entropy_bits, stats.top_share):
         assert np.isnan(measure(empty)).all()
 
 
@@ -30,15 +30,15 @@ def test_no_load_is_nan_not_a_number():
 def test_measures_against_their_definitions(seed):
     load = np.random.default_rng(seed).integers(0, 50, 12) + 1
     pairs = np.abs(load[:, None] - load[None, :]).sum()
-    np.testing.assert_allclose(measures.gini(load), pairs / (2 * 12 * load.sum()))
+    np.testing.assert_allclose(stats.gini(load), pairs / (2 * 12 * load.sum()))
     p = load / load.sum()
-    np.testing.assert_allclose(measures.entropy_bits(load), -(p * np.log2(p)).sum())
+    np.testing.assert_allclose(stats.entropy_bits(load), -(p * np.log2(p)).sum())
 
 
 @pytest.mark.parametrize("by", ["domain", "group", "stage", "request", "step"])
 def test_parts_are_the_filtered_traces(by):
     trace = make_trace(num_tokens=300, step=True)
-    names, loads = measures.load_by(trace, by)
+    names, loads = stats.load_by(trace, by)
     assert loads.sum(axis=0).tolist() == trace.load().tolist()
     for name, load in zip(names, loads, strict=True):
         if by == "request":
@@ -59,13 +59,13 @@ def test_parts_are_the_filtered_traces(by):
 
 def test_parts_of_counts():
     trace = make_load_trace()
-    names, loads = measures.load_by(trace, "domain")
+    names, loads = stats.load_by(trace, "domain")
     assert names == ("code", "law")
     assert loads[0].tolist() == trace.filter(domains="code").load().tolist()
     with pytest.raises(TraceError, match="found no request in the trace"):
-        measures.load_by(trace, "request")
+        stats.load_by(trace, "request")
     with pytest.raises(TraceError, match="grouping 'color', expected one of"):
-        measures.load_by(trace, "color")
+        stats.load_by(trace, "color")
 
 
 # max/mean load and share of the busiest 10 % of experts, mean over layers, published with the data
@@ -84,6 +84,6 @@ REAL = {
 @pytest.mark.parametrize("name", REAL)
 def test_real_traces(routing_data, name):
     load = RoutingTrace.from_npz(routing_data / f"{name}.npz").load()
-    values = measures.imbalance(load)
-    found = (values.mean(), values.min(), values.max(), measures.top_share(load).mean())
+    values = stats.imbalance(load)
+    found = (values.mean(), values.min(), values.max(), stats.top_share(load).mean())
     np.testing.assert_allclose(found, REAL[name], rtol=4e-3)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_locality.analysis import similarity
+from moe_locality.analysis import stats
 from moe_locality.errors import TraceError
 from moe_locality.trace import RoutingTrace
 from tests.unit.trace.cases import make_load_trace, make_trace
@@ -13,14 +13,14 @@ from tests.unit.trace.cases import make_load_trace, make_trace
 
 def test_divergence_of_known_loads():
     a, b = np.array([4, 4, 0, 0]), np.array([0, 0, 1, 9])
-    js = similarity.jensen_shannon_bits
+    js = stats.jensen_shannon_bits
     np.testing.assert_allclose(js(a, b), 1)
     np.testing.assert_allclose(js(a, 7 * a), 0, atol=1e-15)
     np.testing.assert_allclose(js(np.array([1, 0]), np.array([1, 1])), 0.31127812445913283)
     assert np.isnan(js(a, np.zeros(4)))
-    np.testing.assert_allclose(similarity.cosine(a, b), 0)
-    np.testing.assert_allclose(similarity.cosine(a, 3 * a), 1)
-    assert np.isnan(similarity.cosine(a, np.zeros(4)))
+    np.testing.assert_allclose(stats.cosine(a, b), 0)
+    np.testing.assert_allclose(stats.cosine(a, 3 * a), 1)
+    assert np.isnan(stats.cosine(a, np.zeros(4)))
 
 
 @settings(max_examples=30, deadline=None)
@@ -28,7 +28,7 @@ def test_divergence_of_known_loads():
 def test_divergence_is_a_symmetric_measure_between_0_and_1(seed):
     rng = np.random.default_rng(seed)
     a, b = rng.integers(0, 5, (2, 3, 16)) + np.eye(16, dtype=int)[0]
-    first, second = similarity.jensen_shannon_bits(a, b), similarity.jensen_shannon_bits(b, a)
+    first, second = stats.jensen_shannon_bits(a, b), stats.jensen_shannon_bits(b, a)
     np.testing.assert_allclose(first, second)
     assert ((first >= -1e-12) & (first <= 1)).all()
     p, q = a[0] / a[0].sum(), b[0] / b[0].sum()
@@ -57,11 +57,11 @@ def two_domains(seed=0, num_requests=60, length=50, shift=0):
 
 
 def test_domains_stand_out_of_the_noise_only_when_they_differ():
-    same = similarity.domain_divergence(two_domains())
+    same = stats.domain_divergence(two_domains())
     assert same.names == ("a", "b")
     assert same.tokens == (1500, 1500)
     assert same.mean_js_bits < 4 * same.mean_noise_floor_bits
-    other = similarity.domain_divergence(two_domains(shift=4))
+    other = stats.domain_divergence(two_domains(shift=4))
     assert other.mean_js_bits > 50 * other.mean_noise_floor_bits
     assert other.js_bits[0, 1] == other.js_bits[1, 0] == other.mean_js_bits
     assert other.js_bits[0, 0] == 0
@@ -70,32 +70,32 @@ def test_domains_stand_out_of_the_noise_only_when_they_differ():
 
 def test_small_and_unknown_domains_are_left_out():
     trace = two_domains()
-    few = similarity.domain_divergence(trace, min_tokens=1501)
+    few = stats.domain_divergence(trace, min_tokens=1501)
     assert few.names == ()
     assert np.isnan(few.mean_js_bits)
     assert np.isnan(few.mean_noise_floor_bits)
     unlabeled = replace(trace, domain_id=np.where(trace.domain_id == 1, -1, 0))
-    assert similarity.domain_divergence(unlabeled).names == ("a",)
+    assert stats.domain_divergence(unlabeled).names == ("a",)
     with pytest.raises(TraceError, match="by='request'"):
-        similarity.domain_divergence(trace, "request")
-    assert similarity.domain_divergence(trace, "stage", min_tokens=1).names == ("prefill", "decode")
+        stats.domain_divergence(trace, "request")
+    assert stats.domain_divergence(trace, "stage", min_tokens=1).names == ("prefill", "decode")
 
 
 def test_split_halves_are_seeded_and_need_two_requests():
     trace = two_domains()
-    first = similarity.split_half_js_bits(trace, seed=1)
-    assert first == similarity.split_half_js_bits(trace, seed=1)
-    assert first != similarity.split_half_js_bits(trace, seed=2)
-    assert np.isnan(similarity.split_half_js_bits(trace.filter(requests=[0])))
-    assert similarity.split_half_js_bits(make_load_trace()) > 0
+    first = stats.split_half_js_bits(trace, seed=1)
+    assert first == stats.split_half_js_bits(trace, seed=1)
+    assert first != stats.split_half_js_bits(trace, seed=2)
+    assert np.isnan(stats.split_half_js_bits(trace.filter(requests=[0])))
+    assert stats.split_half_js_bits(make_load_trace()) > 0
 
 
 def test_split_halves_by_hand():
     """One split of two requests: the divergence between the two."""
     trace = make_trace(num_tokens=60).filter(requests=[0, 1])
     loads = [trace.filter(requests=[i]).load() for i in (0, 1)]
-    expected = similarity.jensen_shannon_bits(*loads).mean()
-    np.testing.assert_allclose(similarity.split_half_js_bits(trace, num_splits=3), expected)
+    expected = stats.jensen_shannon_bits(*loads).mean()
+    np.testing.assert_allclose(stats.split_half_js_bits(trace, num_splits=3), expected)
 
 
 def test_prefill_says_something_about_decode():
@@ -104,7 +104,7 @@ def test_prefill_says_something_about_decode():
     favorite = rng.permutation(60)[trace.request_id] % 8
     habit = rng.random(trace.num_tokens) < 0.5
     ids = np.where(habit, favorite, trace.expert_ids[:, 0, 0])[:, None, None]
-    found = similarity.prefill_decode_correlation(replace(trace, expert_ids=ids))
+    found = stats.prefill_decode_correlation(replace(trace, expert_ids=ids))
     assert found.num_requests == 60
     assert found.same_request > found.same_domain + 0.5
     assert found.same_domain > found.other_domain + 0.03
@@ -112,7 +112,7 @@ def test_prefill_says_something_about_decode():
 
 def test_prefill_correlation_by_hand():
     trace = two_domains(num_requests=6)
-    found = similarity.prefill_decode_correlation(trace)
+    found = stats.prefill_decode_correlation(trace)
     rows = {
         (stage, i): trace.filter(requests=[i], stages=stage).load().ravel()
         for i in range(6)
@@ -130,23 +130,23 @@ def test_prefill_correlation_by_hand():
         (np.mean(own), np.mean(alike), np.mean(other)),
         atol=1e-6,
     )
-    sampled = similarity.prefill_decode_correlation(trace, max_requests=3, seed=1)
+    sampled = stats.prefill_decode_correlation(trace, max_requests=3, seed=1)
     assert sampled.num_requests == 3
 
 
 def test_prefill_correlation_needs_both_stages():
     with pytest.raises(TraceError, match="found 0 requests with at least 8 prefill and decode"):
-        similarity.prefill_decode_correlation(two_domains().filter(stages="decode"))
+        stats.prefill_decode_correlation(two_domains().filter(stages="decode"))
     with pytest.raises(TraceError, match="kind 'load'"):
-        similarity.prefill_decode_correlation(make_load_trace())
+        stats.prefill_decode_correlation(make_load_trace())
 
 
 def test_overlap_of_tokens():
     trace = make_trace(num_tokens=400, num_experts=64, top_k=4, missing=False)
     constant = replace(trace, expert_ids=np.tile(np.arange(4), (400, 3, 1)))
-    found = similarity.token_overlap(constant)
+    found = stats.token_overlap(constant)
     assert (found.adjacent, found.same_request, found.any) == (1, 1, 1)
-    random = similarity.token_overlap(trace)
+    random = stats.token_overlap(trace)
     assert random.uniform == 4 / 64
     for value in (random.adjacent, random.same_request, random.any):
         np.testing.assert_allclose(value, 4 / 64, rtol=0.5)
@@ -154,12 +154,12 @@ def test_overlap_of_tokens():
         np.arange(4), (400, 3, 1)
     )
     swapped = replace(trace, expert_ids=alternating).take(np.random.default_rng(0).permutation(400))
-    assert similarity.token_overlap(swapped).adjacent == 0
+    assert stats.token_overlap(swapped).adjacent == 0
     gaps = replace(constant, position=2 * trace.position)
-    assert np.isnan(similarity.token_overlap(gaps).adjacent)
+    assert np.isnan(stats.token_overlap(gaps).adjacent)
     missing = replace(trace, expert_ids=np.full((400, 3, 4), -1))
-    assert similarity.token_overlap(missing).any == 0
-    assert np.isnan(similarity.token_overlap(trace.take(np.zeros(0, int))).adjacent)
+    assert stats.token_overlap(missing).any == 0
+    assert np.isnan(stats.token_overlap(trace.take(np.zeros(0, int))).adjacent)
 
 
 # Jensen-Shannon bits between groups, split-half noise, cosine, published with the data. The noise
@@ -177,7 +177,7 @@ DOMAINS = {
 @pytest.mark.parametrize("name", DOMAINS)
 def test_real_domains(routing_data, name):
     js, noise, cosine = DOMAINS[name]
-    found = similarity.domain_divergence(RoutingTrace.from_npz(routing_data / f"{name}.npz"))
+    found = stats.domain_divergence(RoutingTrace.from_npz(routing_data / f"{name}.npz"))
     np.testing.assert_allclose(found.mean_js_bits, js, atol=6e-5)
     np.testing.assert_allclose(found.mean_cosine, cosine, atol=6e-4)
     if noise is not None:
@@ -189,7 +189,7 @@ def test_real_prefill_and_decode(routing_data):
     pairs.
     """
     trace = RoutingTrace.from_npz(routing_data / "llama4_maverick_mmlu.npz")
-    found = similarity.prefill_decode_correlation(trace)
+    found = stats.prefill_decode_correlation(trace)
     assert found.num_requests == 226
     np.testing.assert_allclose((found.same_request, found.aggregate), (0.642, 0.797), atol=6e-4)
     np.testing.assert_allclose((found.same_domain, found.other_domain), (0.454, 0.262), atol=6e-3)
@@ -204,7 +204,7 @@ def test_real_prefill_and_decode(routing_data):
     ],
 )
 def test_real_overlap(routing_data, name, expected):
-    found = similarity.token_overlap(
+    found = stats.token_overlap(
         RoutingTrace.from_npz(routing_data / f"{name}.npz"), max_pairs=30_000
     )
     values = (found.adjacent, found.same_request, found.any, found.uniform)

@@ -4,9 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_locality.errors import PlacementError
-from moe_locality.placement import evaluate, solve
+from moe_locality.placement import baselines, evaluate, solve
 from moe_locality.placement.balance import balance, rank_loads
-from moe_locality.placement.baselines import loads as baselines
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 

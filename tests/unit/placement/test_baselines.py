@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_locality.placement.baselines import loads as baselines
+from moe_locality.placement import baselines
 
 # The example of the README of deepseek-ai/EPLB: 12 experts, 16 slots, 4 groups, 2 nodes, 8 ranks
 LOADS = [

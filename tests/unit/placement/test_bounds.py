@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.mean_imbalance_bound import bound_for_mean_imbalance
 from moe_locality.errors import PlacementError
 from moe_locality.placement import evaluate, solve
 from moe_locality.placement.bounds.lower import certify_plan, lower_bounds
 from moe_locality.placement.bounds.relaxation import hull_slopes, partition_counts, set_partitions
-from moe_locality.placement.bounds.shared import bound_for_mean_imbalance
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace import RoutingTrace

@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_locality.placement import solve
-from moe_locality.placement.bounds.exact import prove_layer
-from moe_locality.placement.bounds.lower import LayerTokens, certify_plan
+from moe_locality.placement.bounds.lower import LayerTokens, certify_plan, prove_layer
 from moe_locality.topology.cluster import ClusterTopology
 from tests.unit.placement.cases import random_trace
 from tests.unit.placement.test_bounds import placements

@@ -6,10 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_locality.errors import BackendUnavailable, PlacementError
-from moe_locality.placement import evaluate, solve
-from moe_locality.placement.baselines import loads as baselines
-from moe_locality.placement.baselines import others as peers
-from moe_locality.placement.baselines.seed import _place_by_use, cluster_homes
+from moe_locality.placement import baselines, evaluate, solve
+from moe_locality.placement.baselines import _place_by_use, cluster_homes
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 from tests.unit.placement.cases import random_trace
@@ -75,7 +73,7 @@ def test_equalize_moves_the_expert_that_loses_least():
     weight = np.zeros((6, 6))
     weight[0, 1] = weight[1, 0] = weight[2, 3] = weight[3, 2] = 5
     weight[3, 5] = weight[5, 3] = 1
-    assert peers.equalize(np.array([0, 0, 0, 0, 1, 1]), weight, 2).tolist() in (
+    assert baselines.equalize(np.array([0, 0, 0, 0, 1, 1]), weight, 2).tolist() in (
         [0, 0, 0, 1, 1, 1],
         [0, 0, 1, 0, 1, 1],
     )

@@ -7,10 +7,8 @@ from hypothesis import strategies as st
 
 from moe_locality.placement import evaluate, solve
 from moe_locality.placement.plan import PlacementPlan
-from moe_locality.placement.plan.serving import choose_serving_nodes
-from moe_locality.placement.search import cap as cap_of
-from moe_locality.placement.search import nodes as search_nodes
-from moe_locality.placement.search import replica_moves, replica_serving, replicas
+from moe_locality.placement.search import assign, load_noise, replica_moves, replicas
+from moe_locality.placement.serving import choose_serving_nodes
 from moe_locality.topology import ClusterTopology
 from tests.unit.placement.cases import random_trace
 
@@ -108,10 +106,10 @@ def test_copies_of_the_annealing_are_those_of_evaluate(case):
     room = [slots - trace.num_experts // nodes] * nodes
     held, served, sets, _, after = layer.add(room, cap)
     counts = np.random.default_rng(0).poisson(layer.load, (20, len(layer.load)))
-    noise = cap_of.noise_of(counts)
+    noise = load_noise.noise_of(counts)
     best, change = replica_moves.anneal(
         *layer.index, layer.load, layer.order, layer.picks, held.copy(), served, sets,
-        300, 3.0, 0.1, 1.0, cap, noise.covariance, noise.deviation, cap_of.few_draws(nodes), 7,
+        300, 3.0, 0.1, 1.0, cap, noise.covariance, noise.deviation, load_noise.few_draws(nodes), 7,
     )  # fmt: skip
     assert after + change == copies_of(trace, best, home)
 
@@ -159,20 +157,20 @@ def test_serving_after_a_change_of_two_experts_is_serving_from_scratch(seed):
     before = rng.random((nodes, experts)) < 0.4
     before[0, ~before.any(axis=0)] = True
     served = np.empty((2, nodes, experts), np.int64)
-    replica_serving.serve(before, load, order, served[0])
+    replica_moves.serve(before, load, order, served[0])
     e, f = rng.choice(experts, 2, replace=False)
     after = before.copy()
     after[:, [e, f]] = rng.random((nodes, 2)) < 0.5
     after[0, ~after.any(axis=0)] = True
-    base = replica_serving.sure_loads(before, load, before.sum(axis=0))
+    base = replica_moves.sure_loads(before, load, before.sum(axis=0))
     for x in (e, f):
-        replica_serving.hold(before, load, before.sum(axis=0), base, x, -1)
-        replica_serving.hold(after, load, after.sum(axis=0), base, x, 1)
+        replica_moves.hold(before, load, before.sum(axis=0), base, x, -1)
+        replica_moves.hold(after, load, after.sum(axis=0), base, x, 1)
     found, room, some = served[0].copy(), np.empty_like(base), np.empty(experts, np.int64)
-    count = replica_serving.serve_changed(
+    count = replica_moves.serve_changed(
         after, load, order, after.sum(axis=0), base, e, f, found, room, some
     )
-    replica_serving.serve(after, load, order, served[1])
+    replica_moves.serve(after, load, order, served[1])
     assert (found == served[1]).all()
     assert set(np.flatnonzero((served[0] != served[1]).any(axis=0))) <= set(some[:count].tolist())
 
@@ -220,7 +218,7 @@ def highest_load(start, placed):
     share = placed.served_load / np.maximum(placed.served_load.sum(axis=0), 1e-9)
     variance = np.diag(share @ start.noise.covariance @ share.T)
     spread = start.noise.deviation * np.sqrt(np.maximum(variance, 0))
-    return (load[:, None] + spread[:, None] * cap_of.few_draws(len(load))).max(axis=0).mean()
+    return (load[:, None] + spread[:, None] * load_noise.few_draws(len(load))).max(axis=0).mean()
 
 
 @settings(max_examples=15, deadline=None)
@@ -245,8 +243,8 @@ def begun(trace, nodes, slots, home, limit, seed):
     """The greedy start from experts in linear order."""
     ids = np.ascontiguousarray(trace.expert_ids[:, 0])
     experts, load = trace.num_experts, trace.load()[0].astype(float)
-    tables = search_nodes.count_tables(trace.expert_ids, trace.request_id, experts)
-    noise = cap_of.noise_of(tables.unit_load[0])
+    tables = assign.count_tables(trace.expert_ids, trace.request_id, experts)
+    noise = load_noise.noise_of(tables.unit_load[0])
     node_of = np.arange(experts) // (experts // nodes)
     return replicas.begin(ids, node_of, load, home, slots, noise, limit, seed)
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from moe_locality.errors import TopologyError
 from moe_locality.topology import ClusterTopology
-from moe_locality.topology.hostfile import read_hostfile, select_slots
+from moe_locality.topology.sources import read_hostfile, select_slots
 
 HOSTFILES = {
     "two hosts": "worker-0 slots=4\nworker-1 slots=4\n",

@@ -13,6 +13,9 @@ from moe_locality.placement.plan import PlacementPlan
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 
+Homes = Mapping[int, int] | np.ndarray | str | None
+"""Home ranks: request id → rank, [T] ranks, "trace" (as recorded), or None: anywhere alike."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:
@@ -142,7 +145,7 @@ def make_frame(
     trace: RoutingTrace,
     plan: PlacementPlan,
     topology: ClusterTopology | None,
-    homes: Mapping[int, int] | np.ndarray | str | None,
+    homes: Homes,
 ) -> Frame:
     """Check that trace, plan, cluster and homes belong together and align them.
 
@@ -192,9 +195,7 @@ def check_topology(plan: PlacementPlan, topology: ClusterTopology | None) -> Non
         )
 
 
-def resolve_homes(
-    trace: RoutingTrace, num_ranks: int, homes: Mapping[int, int] | np.ndarray | str | None
-) -> np.ndarray | None:
+def resolve_homes(trace: RoutingTrace, num_ranks: int, homes: Homes) -> np.ndarray | None:
     """[T] int64 home rank of every token, or None for uniform homes."""
     if homes is None:
         return None

@@ -1,4 +1,11 @@
-"""What the searches of one layer share: visits of tokens, loads of blocks, random numbers.
+"""Experts of one layer to blocks by simulated annealing over swaps, and what such searches share.
+
+The number of nodes that a token visits is the connectivity (km1) of a hypergraph whose vertices are
+experts and whose edges are tokens. ``anneal`` uses its pair form, the co-activation matrix; the
+exact count is left to ``refine``. It maximizes the weight inside blocks less a price on the
+expected load of the busiest block (``load_noise``). A price asks for level where it is cheap; a cap
+on every block forbids a swap that fills one block while the others have room. Annealing after
+Kirkpatrick, Gelatt, Vecchi (1983), with O(1) gains; block sizes stay as they are in the start.
 
 Counts are integers held in float64, so sums are exact and a seed gives the same result for any
 number of threads. Shapes: T tokens, N patterns, K picks, E experts, B blocks (nodes, or ranks of
@@ -9,6 +16,8 @@ from __future__ import annotations
 
 import numba
 import numpy as np
+
+from moe_locality.placement.search.load_noise import Noise, samples_of
 
 STEEP = 8.0
 """How many times dearer, on top, imbalance is beyond the limit of a layer."""
@@ -209,3 +218,81 @@ def swap_near(near, table, a, b, e, f):
         change = table[g, f] - table[g, e]
         near[g, a] += change
         near[g, b] -= change
+
+
+HOT, COLD = 0.3, 0.012
+"""First and last heat, in weight per expert."""
+
+
+def anneal(
+    weight: np.ndarray,
+    pin: np.ndarray,
+    load: np.ndarray,
+    noise: Noise | None,
+    price: float,
+    limit: float,
+    start: np.ndarray,
+    steps: int,
+    seed: int,
+    hot: float = HOT,
+) -> np.ndarray:
+    """[E] blocks with much weight inside and little load to expect of the busiest one.
+
+    Args:
+        weight: [E, E] gain of having both experts in one block (symmetric, zero diagonal).
+        pin: [E, B] gain of having the expert in that block.
+        load: [E] picks.
+        noise: how loads vary (None: not at all).
+        price: gain that one pick less to expect on the busiest block is worth.
+        limit: picks to expect there beyond which it is ``STEEP`` times dearer, on top.
+        start: [E] block of each expert; found as it is where nothing better is met.
+        steps: swaps tried. hot: the first heat; a low one keeps most of the start.
+    """
+    scale = (np.abs(weight).sum() / 2 + pin.sum()) / max(len(load), 1)
+    covariance, unit, draws = samples_of(noise, pin.shape[1])
+    start = np.ascontiguousarray(start, dtype=np.int64)
+    return _anneal(
+        weight, pin, load, covariance, unit, draws, float(price), float(limit), start, steps,
+        max(hot * scale, 1e-9), max(COLD * scale, 1e-9), seed,
+    )  # fmt: skip
+
+
+@numba.njit(nogil=True, cache=True)
+def _anneal(weight, pin, load, cov, unit, draws, price, limit, start, steps, hot, cold, seed):
+    n = len(start)
+    block_of, best = start.copy(), start.copy()
+    near = pin.copy()
+    for e in range(n):
+        for f in range(n):
+            near[e, block_of[f]] += weight[e, f]
+    sums, level = start_levels(load, cov, unit, draws, limit, block_of)
+    mean = load.sum() / len(draws)
+    score, highest = 0.0, 0.0
+    state = np.array([np.uint64(seed)])
+    heat, ratio = hot, cooling(hot, cold, steps)
+    for step in range(steps):
+        if step % CHUNK == 0 and step:
+            heat = max(heat * ratio, cold)
+        e, f = next_pair(state, n)
+        a, b = block_of[e], block_of[f]
+        if a == b:
+            continue
+        gain = near[e, b] - near[e, a] + near[f, a] - near[f, b] - 2 * weight[e, f]
+        allowed = gain + heat * luck(state)
+        if price > 0:
+            new = try_swap(
+                load, cov, unit, draws, limit, sums, mean, level + allowed / price, a, b, e, f
+            )
+            if new == np.inf:
+                continue
+            gain -= price * (new - level)
+            level = new
+        elif allowed < 0:
+            continue
+        swap_near(near, weight, a, b, e, f)
+        block_of[e], block_of[f] = b, a
+        score += gain
+        if score > highest:
+            highest = score
+            best[:] = block_of
+    return best

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_locality.errors import PlacementError
-from moe_locality.placement.objective import evaluate, traffic_matrix
+from moe_locality.placement.costs import evaluate, traffic_matrix
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace

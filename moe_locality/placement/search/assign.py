@@ -7,18 +7,15 @@ within what was allowed. Shapes: T tokens, L layers, K picks, E experts, M nodes
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moe_locality.placement import counting
-from moe_locality.placement.search import cap, kernels
-from moe_locality.placement.search.anneal import HOT, anneal
-from moe_locality.placement.search.polish import patterns, polish
+from moe_locality.placement.problem import Problem
+from moe_locality.placement.search import load_noise, swaps
+from moe_locality.placement.search.refine import patterns, polish
+from moe_locality.placement.search.swaps import HOT, anneal
 from moe_locality.placement.threads import over_layers
-
-if TYPE_CHECKING:
-    from moe_locality.placement.problem import Problem
 
 STEPS, MOST_STEPS = 400, 80_000
 """Swaps tried for a placement of a layer: per expert, and at most."""
@@ -63,7 +60,7 @@ class Layer:
     weight: np.ndarray
     load: np.ndarray
     pin: np.ndarray
-    noise: cap.Noise
+    noise: load_noise.Noise
     sizes: tuple[int, ...]
     grouped: bool = False
     by_pick: bool = False
@@ -87,7 +84,7 @@ def count_tables(
     from moe_locality.placement.count_kernels import add_pairs
 
     layers = ids.shape[1]
-    unit = cap.units_of(request_id)
+    unit = load_noise.units_of(request_id)
     units = int(unit.max()) + 1 if len(unit) else 1
     pairs = np.zeros((layers, num_experts, num_experts), np.uint32)
     unit_load = np.zeros((layers, units, num_experts), np.uint32)
@@ -134,7 +131,7 @@ def make_layer(problem: Problem, tables: Tables, layer: int) -> Layer:
         weight=weight,
         load=load,
         pin=pin,
-        noise=cap.noise_of(unit_load) if problem.unseen else cap.no_noise(experts),
+        noise=load_noise.noise_of(unit_load) if problem.unseen else load_noise.no_noise(experts),
         sizes=tuple(experts // nodes + (n < experts % nodes) for n in range(nodes)),
         grouped=problem.group_of is not None,
         by_pick=problem.objective == "picks",
@@ -167,7 +164,7 @@ def _group_ids(ids: np.ndarray, group_of: np.ndarray) -> np.ndarray:
 def lightest_first(load: np.ndarray, sizes: tuple[int, ...] | list[int]) -> np.ndarray:
     """[E] block of each expert: heaviest first, into the lightest block with room."""
     order = np.argsort(-load, kind="stable")
-    return kernels.pack(load.astype(np.float64), order, np.array(sizes, dtype=np.int64))
+    return swaps.pack(load.astype(np.float64), order, np.array(sizes, dtype=np.int64))
 
 
 def fixed_candidates(layer: Layer) -> list[Candidate]:
@@ -271,10 +268,10 @@ def _candidate(layer: Layer, node_of: np.ndarray) -> Candidate:
         copies = float(away) / max(float(layer.load.sum()), 1.0)
     else:
         ids, home, count = layer.patterns
-        visits = kernels.count_pattern_visits(ids, home, count, node_of, len(layer.sizes))
+        visits = swaps.count_pattern_visits(ids, home, count, node_of, len(layer.sizes))
         copies = visits / max(float(count.sum()), 1.0)
     return Candidate(
         node_of=node_of,
         copies=copies,
-        imbalance=cap.expected_imbalance(node_of, layer.load, layer.noise, len(layer.sizes)),
+        imbalance=load_noise.expected_imbalance(node_of, layer.load, layer.noise, len(layer.sizes)),
     )

@@ -6,7 +6,7 @@ import pytest
 from moe_locality.errors import PlacementError
 from moe_locality.placement import evaluate, solve
 from moe_locality.placement.problem import Problem
-from moe_locality.placement.search import cap, nodes, spread
+from moe_locality.placement.search import assign, coactivation, load_noise
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 from tests.unit.placement.cases import random_trace
@@ -56,20 +56,20 @@ def test_tables_are_the_counts_of_the_trace_whatever_the_threads():
     rng = np.random.default_rng(0)
     trace = random_trace(rng, tokens=9000, layers=3, experts=10, top_k=3, requests=40)
     one, two = (
-        nodes.count_tables(trace.expert_ids, trace.request_id, 10, threads=n) for n in (1, 2)
+        assign.count_tables(trace.expert_ids, trace.request_id, 10, threads=n) for n in (1, 2)
     )
     for name in ("pairs", "unit_load", "load"):
         assert (getattr(one, name) == getattr(two, name)).all()
     assert (one.load == trace.load()).all()
-    unit = cap.units_of(trace.request_id)
+    unit = load_noise.units_of(trace.request_id)
     for layer in range(3):
         ids = trace.expert_ids[:, layer]
         picked = np.zeros((len(ids), 11))
         np.put_along_axis(picked, ids.astype(np.int64), 1, axis=1)  # -1 is the last column
         together = picked[:, :10].T @ picked[:, :10]
         np.fill_diagonal(together, 0)
-        assert (nodes.pair_weight(one.pairs[layer]) == together).all()
-        assert (nodes.pairs_of_layer(ids, 10) == together).all()
+        assert (assign.pair_weight(one.pairs[layer]) == together).all()
+        assert (assign.pairs_of_layer(ids, 10) == together).all()
         by_unit = np.zeros_like(one.unit_load[layer])
         np.add.at(by_unit, unit, picked[:, :10].astype(np.uint32))
         assert (one.unit_load[layer] == by_unit).all()
@@ -79,7 +79,7 @@ def test_threads_change_nothing():
     rng = np.random.default_rng(1)
     trace = random_trace(rng, tokens=600, layers=5, experts=16, top_k=3, requests=60)
     problem = problem_of(trace, ClusterTopology.uniform(4, 2), num_slots=24)
-    placed = [spread.place_layers(problem, threads=n) for n in (1, 2, 5)]
+    placed = [coactivation.place_layers(problem, threads=n) for n in (1, 2, 5)]
     assert placed[0].rows == placed[1].rows == placed[2].rows
     assert placed[0].expected == placed[1].expected == placed[2].expected
 
@@ -88,13 +88,13 @@ def test_a_higher_price_finds_level_placements_and_polish_pays():
     rng = np.random.default_rng(2)
     trace = random_trace(rng, tokens=4000, layers=1, experts=32, top_k=4, requests=200, skew=2)
     problem = problem_of(trace, ClusterTopology.uniform(4, 2))
-    tables = nodes.count_tables(trace.expert_ids, trace.request_id, 32)
-    layer = nodes.make_layer(problem, tables, 0)
-    tried = nodes.fixed_candidates(layer)
-    found = [nodes.searched(layer, tried, price, 1.5, 0) for price in (0.1, 1.0, 10.0)]
+    tables = assign.count_tables(trace.expert_ids, trace.request_id, 32)
+    layer = assign.make_layer(problem, tables, 0)
+    tried = assign.fixed_candidates(layer)
+    found = [assign.searched(layer, tried, price, 1.5, 0) for price in (0.1, 1.0, 10.0)]
     assert [c.copies for c in found] == sorted(c.copies for c in found)
     assert [c.imbalance for c in found] == sorted((c.imbalance for c in found), reverse=True)
-    better = nodes.polished(layer, found[1], 1.0, 1.5, 0)
+    better = assign.polished(layer, found[1], 1.0, 1.5, 0)
     assert np.bincount(better.node_of).tolist() == [8] * 4
     cost, before = (c.copies + 1.0 * c.imbalance for c in (better, found[1]))
     assert cost <= before + 2e-3  # the search draws fewer samples than the rating
@@ -104,15 +104,16 @@ def test_layers_share_what_imbalance_is_allowed():
     rng = np.random.default_rng(9)
     trace = random_trace(rng, tokens=4000, layers=3, experts=16, top_k=4, requests=400)
     problem = problem_of(trace, ClusterTopology.uniform(4, 1))
-    tables = nodes.count_tables(trace.expert_ids, trace.request_id, 16)
-    layers = [nodes.make_layer(problem, tables, layer) for layer in range(3)]
+    tables = assign.count_tables(trace.expert_ids, trace.request_id, 16)
+    layers = [assign.make_layer(problem, tables, layer) for layer in range(3)]
     copies = []
     for most in (1.02, 1.05, 1.1, 1.2):
-        found, allowed, _ = spread.place_on_nodes(layers, most, [0, 1, 2])
+        found, allowed, _ = coactivation.place_on_nodes(layers, most, [0, 1, 2])
         levels = [some.imbalance for some in found]
         assert sum(levels) <= sum(allowed) + 1e-9
         assert all(
-            x <= cap.limit_of(mean, most) + 1e-9 for x, mean in zip(levels, allowed, strict=True)
+            x <= load_noise.limit_of(mean, most) + 1e-9
+            for x, mean in zip(levels, allowed, strict=True)
         )
         copies.append(sum(some.copies for some in found))
     assert all(new < 1.005 * old for old, new in itertools.pairwise(copies))

@@ -1,30 +1,92 @@
 """The co-activation solver: experts to nodes by affinity, then to ranks by anti-affinity.
 
 Across nodes, experts that are picked together belong together (fewer copies), as long as the nodes
-stay level on requests that are not in the trace. Inside a node every rank is equally near, so there
-experts that are picked together are kept apart: that levels the ranks, over the whole trace and in
-each batch.
+stay level on requests that are not in the trace. Steps of a call follow one another, so what
+imbalance costs adds up over the layers: all layers are searched for the fewest copies plus one
+price times the expected imbalance, which makes them share the allowed imbalance best (Everett,
+Operations Research 11, 1963). The price is found by trying. Inside a node every rank is equally
+near, so there experts that are picked together are kept apart: that levels the ranks, over the
+whole trace and in each batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from moe_locality.placement.baselines.loads import RankLists, pack_replicas, replicate
-from moe_locality.placement.objective import BATCH_TOKENS
-from moe_locality.placement.search import cap, nodes, replicas
-from moe_locality.placement.search.anneal import anneal
-from moe_locality.placement.search.cap import limit_of
-from moe_locality.placement.search.nodes import lightest_first
-from moe_locality.placement.search.price import under_one_price
+from moe_locality.placement.baselines import pack_replicas, replicate
+from moe_locality.placement.costs import BATCH_TOKENS
+from moe_locality.placement.problem import Problem, RankLists, Solution, make_plan, tell
+from moe_locality.placement.search import assign, load_noise, replicas
+from moe_locality.placement.search.assign import lightest_first
+from moe_locality.placement.search.load_noise import limit_of
+from moe_locality.placement.search.swaps import anneal
 from moe_locality.placement.threads import map_layers
 
-if TYPE_CHECKING:
-    from moe_locality.placement.problem import Problem
+_log = logging.getLogger(__name__)
+
+FIRST_PRICE = 2.0
+"""Copies per token that an imbalance higher by one is worth; ``STEP`` the factor to the next one
+while the price is not known to lie between two.
+"""
+STEP = 4.0
+_LEAST = 0.01  # from where to go up after no price at all
+
+
+def under_one_price(
+    search: Callable[[int, float, int], float],
+    allowed: Sequence[float],
+    rounds: int,
+    *,
+    first: float = FIRST_PRICE,
+    threads: int | None = None,
+) -> float:
+    """Search all layers at prices that come nearer to the mean imbalance allowed.
+
+    Args:
+        search: called with (place of a layer, price, round), by several threads; returns the
+            imbalance to expect of what it found.
+        allowed: imbalance of each layer.
+
+    Returns:
+        the price that would come next.
+    """
+    target, price = float(np.mean(allowed)) - 1, first
+    known: list[tuple[float, float]] = []
+
+    def one(place: int) -> float:
+        return search(place, price, len(known))
+
+    for _ in range(rounds):
+        levels = map_layers(one, len(allowed), threads=threads)
+        known.append((price, float(np.mean(levels)) - 1))
+        price = next_price(known, target)
+    return price
+
+
+def next_price(known: Sequence[tuple[float, float]], target: float) -> float:
+    """The price to try next for an imbalance of 1 + ``target``.
+
+    ``known``: (price, imbalance less one) so far; between two prices that the target lies between,
+    both are taken for powers of each other.
+    """
+    low = [(price, level) for price, level in known if level > target]
+    high = [(price, level) for price, level in known if level <= target]
+    if not low:
+        price, level = min(high)
+        return 0.0 if level * STEP < target else price / STEP
+    if not high:
+        return max(max(low)[0], _LEAST) * STEP
+    (p, x), (q, y) = max(low), min(high)
+    if p <= 0 or y <= 0 or target <= 0 or p >= q:
+        return (p + q) / 2
+    share = np.log(x / target) / np.log(x / y)
+    return float(p * (q / p) ** min(max(share, 0.1), 0.9))
+
 
 ROUNDS = 8
 """Prices of imbalance that are tried. Several short searches around the right one beat a long one:
@@ -65,11 +127,34 @@ class Placed:
     load: np.ndarray
 
 
+def solve_coactivation(problem: Problem, tables: assign.Tables | None = None) -> Solution:
+    """Fewest copies, with the nodes as level as allowed on unseen requests. ``tables``: counts of
+    the trace, where known.
+    """
+    placed = place_layers(problem, tables=tables)
+    found: dict[str, Any] = {
+        "expected_imbalance": round(sum(placed.expected) / len(placed.expected), 6)
+    }
+    if placed.notes:
+        ids = problem.trace.layer_ids
+        found["layer_notes"] = {str(int(ids[row])): note for row, note in placed.notes.items()}
+        tell(
+            _log,
+            "%d of %d layers cannot be as level as the cap of %g on unseen requests, see "
+            "layer_notes in the plan's provenance; first: layer %s: %s",
+            len(placed.notes),
+            len(placed.rows),
+            problem.max_imbalance,
+            *next((key, note["reason"]) for key, note in found["layer_notes"].items()),
+        )
+    return Solution(plan=make_plan(problem, placed.rows, load=placed.load), notes=found)
+
+
 def place_layers(
     problem: Problem,
     layers: Sequence[int] | None = None,
     *,
-    tables: nodes.Tables | None = None,
+    tables: assign.Tables | None = None,
     replica_rounds: int = REPLICA_ROUNDS,
     threads: int | None = None,
 ) -> Placed:
@@ -82,12 +167,12 @@ def place_layers(
     assert ids is not None
     assert request_id is not None
     if tables is None:
-        tables = nodes.count_tables(ids, request_id, problem.trace.num_experts, threads=threads)
+        tables = assign.count_tables(ids, request_id, problem.trace.num_experts, threads=threads)
     wanted = list(range(ids.shape[1])) if layers is None else list(layers)
     seeds = [seed_of(problem, layer) for layer in wanted]
 
-    def look(place: int) -> nodes.Layer:
-        return nodes.make_layer(problem, tables, wanted[place])
+    def look(place: int) -> assign.Layer:
+        return assign.make_layer(problem, tables, wanted[place])
 
     seen = map_layers(look, len(wanted), threads=threads)
     found, allowed, price = place_on_nodes(seen, problem.max_imbalance, seeds, threads=threads)
@@ -105,7 +190,7 @@ def place_layers(
         if replicated:
             members = [np.flatnonzero(held) for held in replicated[place].held]
             served = replicated[place].served_load
-        weight = nodes.pair_weight(tables.pairs[wanted[place]])
+        weight = assign.pair_weight(tables.pairs[wanted[place]])
         return _finish(problem, weight, served, members, seeds[place])
 
     rows = map_layers(finish, len(wanted), threads=threads)
@@ -119,20 +204,20 @@ def place_layers(
 
 
 def place_on_nodes(
-    layers: Sequence[nodes.Layer],
+    layers: Sequence[assign.Layer],
     max_imbalance: float,
     seeds: Sequence[int],
     *,
     threads: int | None = None,
-) -> tuple[list[nodes.Candidate], list[float], float]:
+) -> tuple[list[assign.Candidate], list[float], float]:
     """Experts to nodes, level in the mean over the layers: the fewest copies that this allows.
 
     Returns:
         (placements, imbalance allowed in each layer, what an imbalance higher by one is worth).
     """
 
-    def begin(place: int) -> list[nodes.Candidate]:
-        return nodes.fixed_candidates(layers[place])
+    def begin(place: int) -> list[assign.Candidate]:
+        return assign.fixed_candidates(layers[place])
 
     tried = map_layers(begin, len(layers), threads=threads)
     allowed = [max(max_imbalance, found[-1].imbalance) for found in tried]
@@ -143,8 +228,8 @@ def place_on_nodes(
 
     def search_to(place: int, price: float, turn: int, most: float) -> float:
         layer, found = layers[place], tried[place]
-        if nodes.searchable(layer):
-            found.append(nodes.searched(layer, found, price, most, seeds[place] + turn))
+        if assign.searchable(layer):
+            found.append(assign.searched(layer, found, price, most, seeds[place] + turn))
         return found[-1].imbalance
 
     def search_lower(place: int) -> None:
@@ -153,16 +238,16 @@ def place_on_nodes(
 
     def polish(place: int) -> None:
         layer, start = layers[place], tried[place][chosen[place]]
-        tried[place].append(nodes.polished(layer, start, price, limits[place], seeds[place]))
+        tried[place].append(assign.polished(layer, start, price, limits[place], seeds[place]))
 
     def choose() -> list[int]:
         for place, layer in enumerate(layers):
             if layer.grouped:  # a group-limited router is made for its linear layout: never above
                 most = tried[place][0].copies
                 tried[place] = [c for c in tried[place] if c.copies <= most]
-        return cap.allocate(tried, allowed, max_imbalance)
+        return load_noise.allocate(tried, allowed, max_imbalance)
 
-    small = all(nodes.is_small(layer) for layer in layers)
+    small = all(assign.is_small(layer) for layer in layers)
     price = under_one_price(search, allowed, ROUNDS if small else FEW_ROUNDS, threads=threads)
     if len(layers) < FEW_LAYERS:
         map_layers(search_lower, len(layers), threads=threads)
@@ -214,7 +299,7 @@ def _finish(
 
 def _replicate(
     problem: Problem,
-    layers: Sequence[nodes.Layer],
+    layers: Sequence[assign.Layer],
     node_of: Sequence[np.ndarray],
     allowed: Sequence[float],
     seeds: Sequence[int],
@@ -247,7 +332,7 @@ def _replicate(
         return found.imbalance
 
     under_one_price(search, allowed, rounds, first=CHEAPER * price, threads=threads)
-    chosen = cap.allocate(tried, allowed, problem.max_imbalance)
+    chosen = load_noise.allocate(tried, allowed, problem.max_imbalance)
     return [some[i] for some, i in zip(tried, chosen, strict=True)]
 
 

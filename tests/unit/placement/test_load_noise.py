@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_locality.placement.search import cap
-from moe_locality.placement.search.nodes import lightest_first
+from moe_locality.placement.search import load_noise
+from moe_locality.placement.search.assign import lightest_first
 
 
 class Some(NamedTuple):
@@ -23,15 +23,16 @@ def drawn(rng, *, requests, experts=48, tokens=100, spread=2.0):
 
 def test_units_are_requests_bundled_beyond_a_number_and_stretches_of_tokens_below_another():
     assert (
-        cap.units_of(np.repeat(np.arange(10), 3) * 7).tolist() == np.repeat(range(10), 3).tolist()
+        load_noise.units_of(np.repeat(np.arange(10), 3) * 7).tolist()
+        == np.repeat(range(10), 3).tolist()
     )
-    many = cap.units_of(np.arange(3000))
-    assert many.max() == cap.MAX_UNITS - 1
-    assert np.bincount(many).max() <= -(-3000 // cap.MAX_UNITS)
-    one = cap.units_of(np.zeros(1000, dtype=np.int64))
+    many = load_noise.units_of(np.arange(3000))
+    assert many.max() == load_noise.MAX_UNITS - 1
+    assert np.bincount(many).max() <= -(-3000 // load_noise.MAX_UNITS)
+    one = load_noise.units_of(np.zeros(1000, dtype=np.int64))
     assert len(np.unique(one)) == 64
     assert (np.diff(one) >= 0).all()
-    assert cap.units_of(np.zeros(2, dtype=np.int64)).max() <= 1
+    assert load_noise.units_of(np.zeros(2, dtype=np.int64)).max() <= 1
 
 
 @pytest.mark.parametrize("blocks", [2, 4])
@@ -48,7 +49,9 @@ def test_the_expected_imbalance_is_what_unseen_requests_show(blocks):
         block_of = lightest_first(total, [48 // blocks] * blocks)
         load = np.bincount(block_of, weights=unseen.sum(axis=0))
         shown.append(load.max() / load.mean())
-        expected.append(cap.expected_imbalance(block_of, total, cap.noise_of(seen), blocks))
+        expected.append(
+            load_noise.expected_imbalance(block_of, total, load_noise.noise_of(seen), blocks)
+        )
         naive.append(np.bincount(block_of, weights=total).max() * blocks / total.sum())
     assert np.mean(expected) == pytest.approx(np.mean(shown), abs=0.006)
     assert np.mean(naive) < np.mean(shown) - 0.01
@@ -56,31 +59,31 @@ def test_the_expected_imbalance_is_what_unseen_requests_show(blocks):
 
 def test_no_noise_is_claimed_where_nothing_differs_or_nothing_can_be_known():
     load = np.array([3.0, 1.0, 1.0, 1.0])
-    same = cap.noise_of(np.tile([6, 2, 2, 2], (10, 1)))
-    alone = cap.noise_of(np.array([[6, 2, 2, 2], [0, 0, 0, 0]]))
+    same = load_noise.noise_of(np.tile([6, 2, 2, 2], (10, 1)))
+    alone = load_noise.noise_of(np.array([[6, 2, 2, 2], [0, 0, 0, 0]]))
     for noise in (same, alone):
-        found = cap.expected_imbalance(np.array([0, 0, 1, 1]), load, noise, 2)
+        found = load_noise.expected_imbalance(np.array([0, 0, 1, 1]), load, noise, 2)
         assert found == pytest.approx(4 / 3)
-    nothing = cap.noise_of(np.zeros((3, 2)))
-    assert cap.expected_imbalance(np.array([0, 1]), np.zeros(2), nothing, 2) == 1
+    nothing = load_noise.noise_of(np.zeros((3, 2)))
+    assert load_noise.expected_imbalance(np.array([0, 1]), np.zeros(2), nothing, 2) == 1
 
 
 def test_few_draws_make_equal_loads_differ_as_blocks_do():
     for blocks, mean in ((2, 2**0.5 / np.sqrt(np.pi)), (8, 1.424 * np.sqrt(8 / 7))):
-        draws = cap.few_draws(blocks)
+        draws = load_noise.few_draws(blocks)
         assert draws.max(axis=0).mean() == pytest.approx(mean, rel=0.12)
         assert draws.sum() == pytest.approx(0, abs=1e-9)
 
 
 def test_shares_of_whole_experts_are_blocks():
     counts = drawn(np.random.default_rng(1), requests=40, experts=12)
-    noise, load = cap.noise_of(counts), counts.sum(axis=0).astype(float)
+    noise, load = load_noise.noise_of(counts), counts.sum(axis=0).astype(float)
     block_of = np.arange(12) % 3
     onto = (block_of == np.arange(3)[:, None]).astype(float)
-    blocks = cap.expected_imbalance(block_of, load, noise, 3)
-    assert cap.expected_shared_imbalance(onto, load, noise) == pytest.approx(blocks)
+    blocks = load_noise.expected_imbalance(block_of, load, noise, 3)
+    assert load_noise.expected_shared_imbalance(onto, load, noise) == pytest.approx(blocks)
     even = np.full((3, 12), 1 / 3)  # every block serves a third of all: nothing left to vary
-    assert cap.expected_shared_imbalance(even, load, noise) == pytest.approx(1)
+    assert load_noise.expected_shared_imbalance(even, load, noise) == pytest.approx(1)
 
 
 @settings(max_examples=60, deadline=None)
@@ -97,7 +100,9 @@ def test_allocate_keeps_the_budget_and_is_near_the_best(data):
         for some in zip(copies, level, strict=True)
     ]
     mean = budget / layers
-    chosen = cap.allocate(tried, [mean] * layers, 2.15 - mean)  # so that no layer exceeds 1.15
+    chosen = load_noise.allocate(
+        tried, [mean] * layers, 2.15 - mean
+    )  # so that no layer exceeds 1.15
     used = sum(some[i] for some, i in zip(level, chosen, strict=True))
     assert used <= budget + 1e-9
     for some, i in zip(level, chosen, strict=True):

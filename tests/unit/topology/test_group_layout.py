@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from moe_locality.errors import TopologyError
 from moe_locality.topology import ClusterTopology, layout_groups
-from moe_locality.topology.layout import group_of
+from moe_locality.topology.cluster import group_of
 
 
 @st.composite

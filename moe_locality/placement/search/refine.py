@@ -14,8 +14,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from moe_locality.placement.search import kernels
-from moe_locality.placement.search.cap import Noise, samples_of
+from moe_locality.placement.search import swaps
+from moe_locality.placement.search.load_noise import Noise, samples_of
 
 HOT, COLD = 0.05, 0.003
 """First and last heat, in picks per expert: low, for the start has been annealed in pairs."""
@@ -243,23 +243,23 @@ def _polish(
     offset, holds = _patterns_of(ids, n)
     block_of, best = start.copy(), start.copy()
     inside, alone, absent, pair_alone, visits = _count(ids, home, count, block_of, blocks)
-    sums, level = kernels.start_levels(load, cov, unit, draws, limit, block_of)
+    sums, level = swaps.start_levels(load, cov, unit, draws, limit, block_of)
     mean = load.sum() / len(draws)
     score, highest, best_visits = 0.0, 0.0, visits
     state = np.array([np.uint64(seed)])
-    heat, ratio = hot, kernels.cooling(hot, cold, steps)
+    heat, ratio = hot, swaps.cooling(hot, cold, steps)
     for step in range(steps):
-        if step % kernels.CHUNK == 0 and step:
+        if step % swaps.CHUNK == 0 and step:
             heat = max(heat * ratio, cold)
-        e, f = kernels.next_pair(state, n)
+        e, f = swaps.next_pair(state, n)
         a, b = block_of[e], block_of[f]
         if a == b:
             continue
         gain = alone[e] - absent[e, b] + alone[f] - absent[f, a]
         gain -= pair_alone[e, f] + pair_alone[f, e]
-        allowed = gain + heat * kernels.luck(state)
+        allowed = gain + heat * swaps.luck(state)
         if price > 0:
-            new = kernels.try_swap(
+            new = swaps.try_swap(
                 load, cov, unit, draws, limit, sums, mean, level + allowed / price, a, b, e, f
             )
             if new == np.inf:

@@ -1,6 +1,7 @@
-"""How alike the routing of domains, of stages and of neighboring tokens is.
+"""Measures of routing: balance, co-activation, and similarity of domains, stages and tokens.
 
-Every comparison comes with the value that chance alone would give: the split-half noise floor for
+A *load* is an integer array [..., E] of tokens per expert; the measures work on its last axis.
+Comparisons come with the value that chance alone would give: the split-half noise floor for
 domains, other requests for prefill and decode, random token pairs for neighbors.
 """
 
@@ -10,9 +11,182 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_locality.analysis.load import layer_loads, load_by, shares
 from moe_locality.errors import TraceError
-from moe_locality.trace.schema import DECODE, PREFILL, RoutingTrace
+from moe_locality.placement.counting import count_coactivation
+from moe_locality.trace.schema import DECODE, PREFILL, STAGE_NAMES, RoutingTrace
+
+GROUPINGS = ("domain", "group", "stage", "request", "step")
+
+
+def load_by(trace: RoutingTrace, by: str = "domain") -> tuple[tuple[str, ...], np.ndarray]:
+    """Return the names of the parts of a trace and their loads, int64 [N, L, E].
+
+    Args:
+        by: "domain", "group" (coarse domain), "stage", "request" or "step". Rows without a domain
+            form the part "(unknown)"; parts without rows are left out.
+
+    Raises:
+        TraceError: ``by`` is unknown, or the trace lacks that field.
+    """
+    names, part = _parts(trace, by)
+    loads = np.zeros((len(names), trace.num_layers, trace.num_experts), np.int64)
+    for layer in range(trace.num_layers):
+        loads[:, layer] = layer_loads(trace, layer, part, len(names))
+    return names, loads
+
+
+def layer_loads(trace: RoutingTrace, layer: int, part: np.ndarray, num_parts: int) -> np.ndarray:
+    """int64 [num_parts, E], load of one layer (by its place in ``layer_ids``) for each part.
+
+    Args:
+        part: integers [rows], the part of each row, in 0..num_parts-1.
+    """
+    if trace.expert_load is not None:
+        loads = np.zeros((num_parts, trace.num_experts), np.int64)
+        np.add.at(loads, part, trace.expert_load[:, layer])
+        return loads
+    ids = trace.tokens_only("layer_loads").expert_ids[:, layer]
+    bins = trace.num_experts + 1  # bin 0 counts the missing picks
+    index = (part * bins + 1)[:, None] + ids
+    counts = np.bincount(index.ravel(), minlength=num_parts * bins)
+    return counts.reshape(num_parts, bins)[:, 1:]
+
+
+def _parts(trace: RoutingTrace, by: str) -> tuple[tuple[str, ...], np.ndarray]:
+    """Names of the parts and int64 [rows], the part of each row."""
+    if by == "stage":
+        codes, part = np.unique(trace.stage, return_inverse=True)  # type: ignore[arg-type]
+        return tuple(STAGE_NAMES[int(code)] for code in codes), part
+    if by in ("domain", "group"):
+        table = (*(trace.domain if by == "domain" else trace.groups), "(unknown)")
+        order = sorted(set(table))
+        number = np.array([order.index(name) for name in table])
+        present, part = np.unique(number[trace.domain_id], return_inverse=True)
+        return tuple(order[i] for i in present), part
+    values = {"request": trace.request_id, "step": trace.step}.get(by)
+    if values is None:
+        if by in GROUPINGS:
+            raise TraceError(f"found no {by} in the trace, expected one per row: group by another")
+        raise TraceError(f"found grouping {by!r}, expected one of {GROUPINGS}")
+    ids, part = np.unique(values, return_inverse=True)
+    return tuple(map(str, ids)), part
+
+
+def imbalance(load: np.ndarray) -> np.ndarray:
+    """Busiest expert over average expert, [...]; 1 = even, E = all on one; nan without any load."""
+    mean = load.mean(axis=-1)
+    return np.divide(load.max(axis=-1), mean, out=np.full(mean.shape, np.nan), where=mean > 0)
+
+
+def gini(load: np.ndarray) -> np.ndarray:
+    """Gini coefficient, [...]: 0 = even, 1 - 1/E = all on one; nan without any load."""
+    ordered = np.sort(load, axis=-1).astype(np.float64)
+    num = load.shape[-1]
+    total = ordered.sum(axis=-1)
+    ranks = 2 * np.arange(1, num + 1) - num - 1
+    weighted = (ordered * ranks).sum(axis=-1)
+    return np.divide(weighted, num * total, out=np.full(total.shape, np.nan), where=total > 0)
+
+
+def entropy_bits(load: np.ndarray) -> np.ndarray:
+    """Shannon entropy of the load as a distribution over experts, in bits, [...]; log2(E) =
+    even.
+    """
+    share = shares(load)
+    logs = np.log2(share, out=np.zeros_like(share), where=share > 0)
+    return -(share * logs).sum(axis=-1)
+
+
+def top_share(load: np.ndarray, fraction: float = 0.1) -> np.ndarray:
+    """Share of the load that the busiest ``fraction`` of experts takes (at least one expert),
+    [...].
+    """
+    num = max(int(load.shape[-1] * fraction), 1)
+    return np.sort(shares(load), axis=-1)[..., -num:].sum(axis=-1)
+
+
+def shares(load: np.ndarray) -> np.ndarray:
+    """Load as a distribution over experts, float64 [..., E]; nan without any load."""
+    total = load.sum(axis=-1, keepdims=True).astype(np.float64)
+    return np.divide(load, total, out=np.full(load.shape, np.nan), where=total > 0)
+
+
+_CHUNK_TOKENS = 65_536
+
+
+def pair_counts(trace: RoutingTrace) -> np.ndarray:
+    """int64 [L, E, E], tokens that picked both experts of a pair; symmetric, zero on the
+    diagonal.
+    """
+    return count_coactivation(trace).pairs
+
+
+def transition_counts(trace: RoutingTrace) -> np.ndarray:
+    """int64 [L - 1, E, E], how often a token picked expert i in a layer and expert j in the next
+    MoE layer.
+
+    Every pick of a token is paired with every pick of the next layer: K * K pairs per token.
+    """
+    ids = trace.tokens_only("transition_counts").expert_ids
+    num, top_k = trace.num_experts, trace.top_k
+    counts = np.zeros((max(trace.num_layers - 1, 0), num, num), np.int64)
+    for layer in range(len(counts)):
+        for start in range(0, len(ids), _CHUNK_TOKENS):
+            rows = slice(start, start + _CHUNK_TOKENS)
+            here = np.repeat(ids[rows, layer], top_k, axis=1)
+            there = np.tile(ids[rows, layer + 1], (1, top_k))
+            counts[layer] += _count(here, there, num)
+    return counts
+
+
+def _count(first: np.ndarray, second: np.ndarray, num: int) -> np.ndarray:
+    """int64 [E, E], occurrences of (first, second); missing picks (-1) fall into an extra row or
+    column.
+    """
+    bins = num + 1
+    index = (first.astype(np.int64) + 1) * bins + (second + 1)
+    return np.bincount(index.ravel(), minlength=bins * bins).reshape(bins, bins)[1:, 1:]
+
+
+def top_pair_share(counts: np.ndarray, fraction: float = 0.05) -> np.ndarray:
+    """Share of all co-selections that the most frequent ``fraction`` of pairs holds, [...].
+
+    Args:
+        counts: [..., E, E] symmetric counts or weights of pairs; the diagonal is not looked at. nan
+            without any pair.
+    """
+    upper = counts[(..., *np.triu_indices(counts.shape[-1], 1))].astype(np.float64)
+    num = max(int(upper.shape[-1] * fraction), 1)
+    total = upper.sum(axis=-1)
+    top = np.sort(upper, axis=-1)[..., -num:].sum(axis=-1)
+    return np.divide(top, total, out=np.full(total.shape, np.nan), where=total > 0)
+
+
+def independent_pairs(load: np.ndarray) -> np.ndarray:
+    """float64 [..., E, E], weights of pairs if experts were picked independently with these loads:
+    p_i * p_j.
+
+    It agrees with shuffling the picks between tokens. (Odds p / (1 - p) instead of p, as in some
+    reports, overstate the reference when an expert takes a large share of the tokens.)
+    """
+    weight = load.astype(np.float64)
+    return weight[..., :, None] * weight[..., None, :]
+
+
+def transition_mutual_information_bits(counts: np.ndarray) -> np.ndarray:
+    """Mutual information between the experts of neighboring layers, in bits, [...]; 0 =
+    independent.
+
+    Args:
+        counts: [..., E, E] as from ``transition_counts``. nan without any count.
+    """
+    total = counts.sum(axis=(-2, -1), keepdims=True).astype(np.float64)
+    joint = np.divide(counts, total, out=np.zeros(counts.shape), where=total > 0)
+    product = joint.sum(axis=-1, keepdims=True) * joint.sum(axis=-2, keepdims=True)
+    ratio = np.divide(joint, product, out=np.ones_like(joint), where=joint > 0)
+    bits = (joint * np.log2(ratio)).sum(axis=(-2, -1))
+    return np.where(total[..., 0, 0] > 0, bits, np.nan)
+
 
 UNKNOWN_PART = "(unknown)"
 

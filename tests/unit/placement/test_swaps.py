@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_locality.placement.search import cap, kernels
-from moe_locality.placement.search.anneal import anneal
-from moe_locality.placement.search.kernels import STEEP
-from moe_locality.placement.search.price import next_price, under_one_price
+from moe_locality.placement.search import load_noise, swaps
+from moe_locality.placement.search.coactivation import next_price, under_one_price
+from moe_locality.placement.search.swaps import STEEP, anneal
 
 
 def made(seed, *, experts=8, blocks=2, requests=30):
@@ -20,7 +19,7 @@ def made(seed, *, experts=8, blocks=2, requests=30):
     weight = np.triu(weight, 1) + np.triu(weight, 1).T
     unit_load = rng.poisson(rng.gamma(1.0, 4.0, (requests, experts)))
     pin = rng.integers(0, 50, (experts, blocks)).astype(float)
-    return weight, pin, unit_load.sum(axis=0).astype(float), cap.noise_of(unit_load)
+    return weight, pin, unit_load.sum(axis=0).astype(float), load_noise.noise_of(unit_load)
 
 
 def cost_of(block_of, weight, pin, load, noise, price, limit):
@@ -30,7 +29,7 @@ def cost_of(block_of, weight, pin, load, noise, price, limit):
     inside = (weight * same).sum() / 2 + pin[np.arange(len(load)), block_of].sum()
     onto = (block_of == np.arange(blocks)[:, None]).astype(float)
     spread = noise.deviation * np.sqrt(np.diag(onto @ noise.covariance @ onto.T))
-    draws = cap.few_draws(blocks)
+    draws = load_noise.few_draws(blocks)
     level = ((onto @ load)[:, None] + spread[:, None] * draws).max(axis=0).mean()
     return price * (level + STEEP * max(level - limit, 0.0)) - inside
 
@@ -82,22 +81,22 @@ def test_loads_and_variances_after_a_swap_are_those_counted(seed):
     _, _, load, noise = made(seed, experts=9, blocks=3)
     rng = np.random.default_rng(seed)
     block_of = rng.permutation(np.repeat(np.arange(3), 3))
-    near, loads, variances = kernels.block_sums(noise.covariance, load, block_of, 3)
+    near, loads, variances = swaps.block_sums(noise.covariance, load, block_of, 3)
     e = int(rng.integers(9))
     f = int(rng.choice(np.flatnonzero(block_of != block_of[e])))
     a, b = block_of[e], block_of[f]
-    after = kernels.loads_after(load, noise.covariance, near, loads, variances, a, b, e, f)
+    after = swaps.loads_after(load, noise.covariance, near, loads, variances, a, b, e, f)
     block_of[e], block_of[f] = b, a
-    near_after, loads, variances = kernels.block_sums(noise.covariance, load, block_of, 3)
+    near_after, loads, variances = swaps.block_sums(noise.covariance, load, block_of, 3)
     assert after == (loads[a], loads[b], variances[a], variances[b])
-    kernels.swap_near(near, noise.covariance, a, b, e, f)
+    swaps.swap_near(near, noise.covariance, a, b, e, f)
     assert (near == near_after).all()
 
 
 def test_the_expected_highest_load_is_the_mean_over_the_samples():
     rng = np.random.default_rng(0)
     load, spread, draws = rng.random(5), rng.random(5), rng.standard_normal((5, 32))
-    found = kernels.expected_highest(load, spread, draws, np.empty(32))
+    found = swaps.expected_highest(load, spread, draws, np.empty(32))
     assert found == pytest.approx((load[:, None] + spread[:, None] * draws).max(axis=0).mean())
 
 

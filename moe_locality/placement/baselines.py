@@ -1,0 +1,422 @@
+"""Placements to compare with: linear, round robin, EPLB, hot replicas, mt-KaHyPar, request k-means.
+
+EPLB here is our own code of the published description (DeepSeek-V3, arXiv 2412.19437, section 3.4,
+and the README of deepseek-ai/EPLB): experts are packed onto nodes by load, the busiest get
+replicas inside their node, and the replicas are packed onto the ranks. The functions of one layer
+return the experts of each rank: ``list[list[int]]`` with equal lengths and no expert twice on a
+rank.
+
+The request k-means recipe is arXiv 2604.23150, sections 4.1 and 4.2, our own code. Requests are
+clustered by k-means on their L2-normalized counts of tokens per expert, one cluster for each node
+(the paper's device group); a new request goes to the cluster that its prefill is nearest to.
+``use`` [M, E] is how often the requests of a node pick an expert; stage 1 places every expert once,
+in falling order of ``use`` and as far as nodes have room; stage 2 fills redundant slots in the same
+order. Nothing in it levels the loads. The paper leaves open the number of clusters, the
+iterations, ties, whether layers are clustered apart, and the ranks inside a group. Here: as many
+clusters as nodes; at most ``ITERATIONS``; the lowest number first; one clustering over all layers,
+because a request has only one home; inside a node, ranks are packed by load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from moe_locality.errors import BackendUnavailable, PlacementError
+from moe_locality.placement.counting import picks_by_home
+from moe_locality.placement.homes.requests import known_tokens, requests_of
+from moe_locality.placement.plan import PlacementPlan
+from moe_locality.placement.problem import Problem, RankLists, Solution, make_plan
+from moe_locality.topology.cluster import ClusterTopology
+from moe_locality.trace.schema import DECODE, RoutingTrace
+
+
+def linear(num_experts: int, num_ranks: int, num_slots: int) -> RankLists:
+    """Slot p holds expert p, then from the first expert again."""
+    slots = np.arange(num_slots) % num_experts
+    return slots.reshape(num_ranks, -1).tolist()
+
+
+def round_robin(num_experts: int, num_ranks: int, num_slots: int) -> RankLists:
+    """Expert e on rank e mod G; replicas go on in that order, past ranks that hold the expert."""
+    held: RankLists = [list(range(rank, num_experts, num_ranks)) for rank in range(num_ranks)]
+    per_rank = num_slots // num_ranks
+    for index in range(num_slots - num_experts):
+        open_ranks = [r for r in range(num_ranks) if len(held[r]) < per_rank]
+        rank = min(open_ranks, key=lambda r: len(held[r]))
+        expert = index % num_experts
+        while expert in held[rank]:
+            expert = (expert + 1) % num_experts
+        held[rank].append(expert)
+    return held
+
+
+def pack(loads: Sequence[float], num_packs: int) -> list[list[int]]:
+    """Put items into packs of equal size, heaviest first, each into the lightest pack with room."""
+    size = len(loads) // num_packs
+    packs: list[list[int]] = [[] for _ in range(num_packs)]
+    sums = [0.0] * num_packs
+    for item in sorted(range(len(loads)), key=lambda i: (-loads[i], i)):
+        pick = min((p for p in range(num_packs) if len(packs[p]) < size), key=lambda p: sums[p])
+        packs[pick].append(item)
+        sums[pick] += loads[item]
+    return packs
+
+
+def replicate(loads: np.ndarray, num_slots: int, most: int) -> np.ndarray:
+    """[n] replicas of each expert: one each, then again and again for the largest load per replica.
+
+    ``most`` bounds the replicas of one expert, so that they fit on different ranks.
+    """
+    counts = np.ones(len(loads), dtype=np.int64)
+    for _ in range(num_slots - len(loads)):
+        share = np.where(counts < most, loads / counts, -1.0)
+        counts[int(np.argmax(share))] += 1
+    return counts
+
+
+def pack_replicas(loads: np.ndarray, counts: np.ndarray, num_ranks: int) -> RankLists:
+    """Replicas onto ranks of equal size, heaviest first, never twice on a rank.
+
+    When the only ranks with room hold the expert already, an expert that such a rank lacks is moved
+    there from a full rank to make room (there always is one, see the pigeonhole in the code).
+    """
+    size = int(counts.sum()) // num_ranks
+    share = loads / counts
+    held: RankLists = [[] for _ in range(num_ranks)]
+    sums = np.zeros(num_ranks)
+    order = sorted(range(len(loads)), key=lambda e: (-share[e], e))
+    for expert in (e for e in order for _ in range(int(counts[e]))):
+        room = [r for r in range(num_ranks) if len(held[r]) < size]
+        fine = [r for r in room if expert not in held[r]]
+        if fine:
+            rank = min(fine, key=lambda r: sums[r])
+        else:
+            # counts <= num_ranks, so some full rank lacks the expert; it holds `size` experts and
+            # the open rank at most size - 2 others, so one of them can move there
+            open_rank = room[0]
+            rank = min(
+                (r for r in range(num_ranks) if expert not in held[r]), key=lambda r: sums[r]
+            )
+            moved = min(
+                (e for e in held[rank] if e not in held[open_rank]), key=lambda e: (share[e], e)
+            )
+            held[rank].remove(moved)
+            held[open_rank].append(moved)
+            sums[rank] -= share[moved]
+            sums[open_rank] += share[moved]
+        held[rank].append(expert)
+        sums[rank] += share[expert]
+    return held
+
+
+def eplb(
+    load: np.ndarray,
+    nodes: int,
+    ranks_per_node: int,
+    num_slots: int,
+    group_of: np.ndarray | None = None,
+) -> RankLists:
+    """Balance by loads: hierarchical where groups divide evenly over the nodes, else global.
+
+    Args:
+        load: [E] tokens per expert.
+        group_of: [E] group of each expert; a group stays on one node. None: every expert alone.
+
+    Returns:
+        the experts of each rank, the ranks of a node consecutive.
+    """
+    experts, ranks = len(load), nodes * ranks_per_node
+    groups = np.arange(experts) if group_of is None else np.asarray(group_of)
+    num_groups = int(groups.max()) + 1
+    per_node = num_slots // nodes
+    hierarchical = num_groups % nodes == 0 and per_node // ranks_per_node <= experts // nodes
+    if not hierarchical:
+        counts = replicate(load, num_slots, ranks)
+        return pack_replicas(load, counts, ranks)
+    held: RankLists = []
+    group_load = np.bincount(groups, weights=load, minlength=num_groups)
+    for members in pack(group_load.tolist(), nodes):
+        local = np.flatnonzero(np.isin(groups, members))
+        counts = replicate(load[local], per_node, ranks_per_node)
+        for rank in pack_replicas(load[local], counts, ranks_per_node):
+            held.append([int(local[i]) for i in rank])
+    return held
+
+
+def eplb_global(load: np.ndarray, num_ranks: int, num_slots: int) -> RankLists:
+    """The global policy of EPLB: the busiest get replicas, on any rank of any node."""
+    return pack_replicas(load, replicate(load, num_slots, num_ranks), num_ranks)
+
+
+def add_hottest(nodes: list[list[int]], load: np.ndarray, slots_per_node: int) -> list[list[int]]:
+    """Fill every node's open slots with the most loaded experts that it lacks."""
+    order = np.argsort(-load, kind="stable").tolist()
+    full = []
+    for members in nodes:
+        lacking = [e for e in order if e not in members]
+        full.append([*members, *lacking[: slots_per_node - len(members)]])
+    return full
+
+
+def pack_node(
+    load: np.ndarray, members: Sequence[int], num_ranks: int, num_slots: int
+) -> RankLists:
+    """The experts of a node on its ranks, level by load; slots that are left get more replicas."""
+    local = np.array(sorted(members))
+    packed = pack_replicas(load[local], replicate(load[local], num_slots, num_ranks), num_ranks)
+    return [[int(local[i]) for i in rank] for rank in packed]
+
+
+PRESETS = {
+    "default": "DEFAULT",
+    "quality": "QUALITY",
+    "highest_quality": "HIGHEST_QUALITY",
+    "deterministic": "DETERMINISTIC",
+    "deterministic_quality": "DETERMINISTIC_QUALITY",
+}
+
+
+def solve_eplb_global(problem: Problem) -> Solution:
+    """EPLB without regard to nodes."""
+    loads = problem.trace.load()
+    rows = [eplb_global(x, problem.num_ranks, problem.num_slots) for x in loads]
+    return Solution(plan=make_plan(problem, rows))
+
+
+def solve_hottest(problem: Problem) -> Solution:
+    """The linear layout, and on every node the most loaded experts that it lacks."""
+    sizes = _node_sizes(problem.trace.num_experts, problem.num_nodes)
+    node_of = np.repeat(np.arange(problem.num_nodes), sizes)
+    return hottest_on(problem, np.tile(node_of, (problem.trace.num_layers, 1)))
+
+
+def hottest_on(problem: Problem, node_of: np.ndarray) -> Solution:
+    """The most loaded experts that a node lacks, on top of any placement [L, E] → node."""
+    per_node = problem.num_slots // problem.num_nodes
+    rows: list[RankLists] = []
+    for load, blocks in zip(problem.trace.load(), node_of, strict=True):
+        nodes = [np.flatnonzero(blocks == n).tolist() for n in range(problem.num_nodes)]
+        held: RankLists = []
+        for members in add_hottest(nodes, load, per_node):
+            held += pack_node(load, members, problem.ranks_per_node, per_node)
+        rows.append(held)
+    return Solution(plan=make_plan(problem, rows))
+
+
+def solve_mtkahypar(problem: Problem) -> Solution:
+    """The connectivity (km1) partition of mt-KaHyPar, deterministic preset, without replicas."""
+    return partition_mtkahypar(problem, "deterministic_quality")
+
+
+def partition_mtkahypar(problem: Problem, preset: str) -> Solution:
+    """Every layer's tokens as a hypergraph, cut into blocks of equal numbers of experts.
+
+    mt-KaHyPar balances one weight per vertex; slots are what must be equal, so node loads are not
+    bounded. A partition that is off by a few experts all the same is repaired (``equalize``).
+
+    Raises:
+        BackendUnavailable: the package ``mtkahypar`` is not installed.
+        PlacementError: replicas, or an unknown preset.
+    """
+    from moe_locality.placement.bounds.lower import LayerTokens
+    from moe_locality.placement.search.assign import pairs_of_layer
+
+    trace, nodes = problem.trace, problem.num_nodes
+    if problem.num_slots != trace.num_experts:
+        raise PlacementError(
+            "found redundant experts for method 'mtkahypar', expected none: a partition holds "
+            "every expert once; use num_redundant_experts=0"
+        )
+    if preset not in PRESETS:
+        raise PlacementError(f"preset: found {preset!r}, expected one of {', '.join(PRESETS)}")
+    assert trace.expert_ids is not None
+    rows: list[RankLists] = []
+    per_node = problem.num_slots // nodes
+    for layer, load in enumerate(trace.load()):
+        ids = np.ascontiguousarray(trace.expert_ids[:, layer])
+        tokens = LayerTokens.of(ids, trace.num_experts, nodes, None)
+        block_of = (
+            _cut(tokens, PRESETS[preset], problem.seed)
+            if nodes > 1
+            else np.zeros(trace.num_experts, dtype=np.int64)
+        )
+        block_of = equalize(block_of, pairs_of_layer(ids, trace.num_experts), nodes)
+        held: RankLists = []
+        for node in range(nodes):
+            members = np.flatnonzero(block_of == node).tolist()
+            held += pack_node(load, members, problem.ranks_per_node, per_node)
+        rows.append(held)
+    return Solution(plan=make_plan(problem, rows), notes={"preset": preset})
+
+
+def equalize(block_of: np.ndarray, weight: np.ndarray, num_blocks: int) -> np.ndarray:
+    """Move experts out of blocks that have too many, each time the one that loses least weight."""
+    block_of = block_of.copy()
+    size = len(block_of) // num_blocks
+    while True:
+        counts = np.bincount(block_of, minlength=num_blocks)
+        if (counts <= size).all():
+            return block_of
+        near = np.stack([weight[:, block_of == b].sum(axis=1) for b in range(num_blocks)], axis=1)
+        loss = near[np.arange(len(block_of)), block_of][:, None] - near
+        loss[counts[block_of] <= size] = np.inf
+        loss[:, counts >= size] = np.inf
+        expert, block = np.unravel_index(int(np.argmin(loss)), loss.shape)
+        block_of[expert] = block
+
+
+def _node_sizes(experts: int, nodes: int) -> list[int]:
+    return [experts // nodes + (n < experts % nodes) for n in range(nodes)]
+
+
+def _cut(tokens: Any, preset: str, seed: int) -> np.ndarray:
+    """[E] block of each expert."""
+    package, environment = _mtkahypar(), _environment()
+    package.set_seed(seed)
+    context = environment.context_from_preset(getattr(package.PresetType, preset))
+    context.set_partitioning_parameters(tokens.num_nodes, 0.001, package.Objective.KM1)
+    context.logging = False
+    edges, weights = [], []
+    for members, counts in zip(tokens.members, tokens.tokens, strict=True):
+        if members.shape[1] > 1:
+            edges += members.tolist()
+            weights += counts.astype(np.int64).tolist()
+    ones = [1] * tokens.num_experts
+    graph = environment.create_hypergraph(
+        context, tokens.num_experts, len(edges), edges, ones, weights
+    )
+    return np.array(graph.partition(context).get_partition(), dtype=np.int64)
+
+
+def _mtkahypar() -> Any:
+    try:
+        import mtkahypar  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise BackendUnavailable(
+            "method 'mtkahypar' needs the package mtkahypar, which is not installed: "
+            "pip install mtkahypar, or use method 'coactivation'"
+        ) from error
+    return mtkahypar
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Any:
+    """mt-KaHyPar with one thread; a process can start it only once."""
+    return _mtkahypar().initialize(1, False)
+
+
+ITERATIONS = 50
+_DECIMALS = 6
+
+
+def solve_seed(problem: Problem) -> Solution:
+    """The plan; ``home_profiles["cluster_centers"]`` [M][L][E] is what ``cluster_homes`` needs.
+
+    The clusters come from the decode tokens of the trace, or from all where none are marked.
+    """
+    trace = problem.trace
+    requests = requests_of(trace)
+    rows = np.flatnonzero(trace.stage == DECODE)
+    points = _signatures(trace, requests.index, rows if len(rows) else np.arange(trace.num_rows))
+    centers = _k_means(points, problem.num_nodes, np.random.default_rng(problem.seed))
+    node_of = _nearest(points, centers)
+    assert trace.expert_ids is not None
+    use = picks_by_home(
+        trace.expert_ids, trace.num_experts, node_of[requests.index], problem.num_nodes
+    )  # [L, M, E]
+    per_node = problem.num_slots // problem.num_nodes
+    plans: list[RankLists] = []
+    for used, load in zip(use, trace.load(), strict=True):
+        held: RankLists = []
+        for members in _place_by_use(used, per_node):
+            held += pack_node(load, members, problem.ranks_per_node, per_node)
+        plans.append(held)
+    shape = (problem.num_nodes, trace.num_layers, trace.num_experts)
+    profiles = {"cluster_centers": np.round(centers, _DECIMALS).reshape(shape).tolist()}
+    plan = make_plan(problem, plans)
+    return Solution(
+        plan=PlacementPlan.from_dict({**plan.to_dict(), "home_profiles": profiles}),
+        notes={"requests_per_cluster": np.bincount(node_of, minlength=problem.num_nodes).tolist()},
+    )
+
+
+def cluster_homes(
+    trace: RoutingTrace, plan: PlacementPlan, topology: ClusterTopology, *, predict: str
+) -> dict[int, int]:
+    """Request id → rank: on the node of the nearest cluster, its rank with the fewest tokens.
+
+    predict: the tokens to look at, ``prefill``, ``first:N`` or ``oracle``. As published, nothing
+    levels the nodes.
+    """
+    table = (plan.home_profiles or {}).get("cluster_centers")
+    if table is None:
+        raise PlacementError(
+            "found a plan without cluster centers, expected one of method 'seed': make it with "
+            "that method"
+        )
+    requests = requests_of(trace)
+    points = _signatures(trace, requests.index, known_tokens(trace, requests, predict))
+    node_of = _nearest(points, np.asarray(table, dtype=np.float64).reshape(len(table), -1))
+    filled = np.zeros(topology.num_ranks)
+    homes = {}
+    for request, node, tokens in zip(requests.request_ids, node_of, requests.tokens, strict=True):
+        ranks = topology.ranks_of(int(node))
+        rank = min(ranks, key=lambda r: (filled[r], r))
+        filled[rank] += tokens
+        homes[int(request)] = int(rank)
+    return homes
+
+
+def _signatures(trace: RoutingTrace, index: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """[R, L E] unit vectors: tokens of each request per layer and expert, over ``rows``."""
+    assert trace.expert_ids is not None
+    count = int(index.max()) + 1
+    picks = picks_by_home(trace.expert_ids[rows], trace.num_experts, index[rows], count)
+    points = picks.transpose(1, 0, 2).reshape(count, -1).astype(np.float64)
+    return points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
+
+
+def _nearest(points: np.ndarray, centers: np.ndarray) -> np.ndarray:
+    """[R] the nearest center of each point."""
+    return ((centers**2).sum(axis=1) - 2 * points @ centers.T).argmin(axis=1)
+
+
+def _k_means(points: np.ndarray, clusters: int, rng: np.random.Generator) -> np.ndarray:
+    """[C, F] centers: Lloyd's algorithm from the k-means++ start (Arthur and Vassilvitskii)."""
+    chosen = [int(rng.integers(len(points)))]
+    for _ in range(clusters - 1):
+        far = np.maximum(2 - 2 * (points @ points[chosen].T).max(axis=1), 0.0)
+        far[chosen] = 0.0
+        total = far.sum()
+        chosen.append(int(rng.choice(len(points), p=far / total if total > 0 else None)))
+    centers = points[chosen]
+    assigned = np.full(len(points), -1)
+    for _ in range(ITERATIONS):
+        nearest = _nearest(points, centers)
+        if (nearest == assigned).all():
+            break
+        assigned = nearest
+        for cluster in np.unique(assigned):
+            centers[cluster] = points[assigned == cluster].mean(axis=0)
+    return centers
+
+
+def _place_by_use(use: np.ndarray, slots_per_node: int) -> list[list[int]]:
+    """The experts of each node: every expert once (stage 1), then redundant ones (stage 2)."""
+    nodes, experts = use.shape
+    order = np.argsort(-use, axis=None, kind="stable")
+    held: list[list[int]] = [[] for _ in range(nodes)]
+    own = -(-experts // nodes)
+    placed: set[int] = set()
+    for node, expert in zip(*np.unravel_index(order, use.shape), strict=True):
+        if int(expert) not in placed and len(held[node]) < min(own, slots_per_node):
+            placed.add(int(expert))
+            held[node].append(int(expert))
+    for node, expert in zip(*np.unravel_index(order, use.shape), strict=True):
+        if len(held[node]) < slots_per_node and int(expert) not in held[node]:
+            held[node].append(int(expert))
+    return held
