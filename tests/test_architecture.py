@@ -152,10 +152,6 @@ def test_the_floor_check_sees_a_violation(tmp_path, monkeypatch):
     assert any("imports moe_locality.layer" in line for line in found)
 
 
-# Circles that still stand: to be emptied, never to grow.
-KNOWN_CIRCLES: list[set[str]] = [{"moe_locality.layer.online", "moe_locality.layer.runtime"}]
-
-
 def import_graph(paths: list[Path]) -> dict[str, set[str]]:
     """Module -> modules of the package that it imports, inside functions too.
 
@@ -199,10 +195,9 @@ def circles(graph: dict[str, set[str]]) -> set[tuple[str, ...]]:
     return {group for group in groups if len(group) > 1}
 
 
-def test_import_circles_are_none_but_the_known_ones():
+def test_there_are_no_import_circles():
     found = circles(import_graph(sources()))
-    new = [group for group in found if not any(known >= set(group) for known in KNOWN_CIRCLES)]
-    assert not new, "\n".join(map(" <-> ".join, new))
+    assert not found, "\n".join(map(" <-> ".join, found))
 
 
 def test_import_circles_are_seen_inside_functions(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Bake a placement into a DeepSpeed MoE checkpoint on disk: no ranks, no GPU, one process.
+"""Write a placement into a DeepSpeed MoE checkpoint on disk: no ranks, no GPU, one process.
 
 Experts are renumbered to their slots (file names and keys), the router rows and the moments of a
 plain optimizer likewise, and the entry ``"moe_locality"`` says which slot holds which expert. The
@@ -8,43 +8,445 @@ Not baked: the optimizer state of ZeRO and of fp16 and bf16 training (flat parti
 masters). It is left out, because it would silently follow the slots; the summary says so.
 """
 
+import copy
 import logging
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from moe_locality.errors import ConfigError
-from moe_locality.layer.bake_files import (
-    CheckpointFiles,
-    bake_dense,
-    find_files,
-    write_experts,
-    write_file,
-)
-from moe_locality.layer.bake_optimizer import NotBaked, OptimizerStates, read_optimizer_states
+from moe_locality.errors import ConfigError, PlacementError
+from moe_locality.files import replace_file
 from moe_locality.layer.checkpoint_io import (
+    EXPERT_STATES,
     KEY,
+    MODEL_STATES,
+    OPTIMIZER_STATES,
     make_entry,
     orders_of,
     read_entry,
     read_file,
     resolve_tag,
 )
-from moe_locality.layer.moves import check_is_permutation, source_slots
+from moe_locality.layer.slots import check_is_permutation, source_slots
+from moe_locality.layer.state import GATE_ROWS
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.trace.recorder.hooks import layer_numbers
 
 logger = logging.getLogger(__name__)
 
+EXPERT_KEY = re.compile(r"(.*)\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.(.+)")
+_SAMPLED_BYTES = 256  # of a tensor, compared first
+
+
+# -- the files of a checkpoint ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointFiles:
+    """Paths of one tag. ``prefixes[l]`` is the module name of MoE layer l.
+
+    ``experts[layer, slot, mp]``, ``dense[mp]``, ``optimizer[ep rank, mp]``; ``other_optimizer``
+    are ZeRO's partitions, on disk or offloaded; ``copied`` is everything else.
+    """
+
+    folder: Path
+    num_layers: int
+    num_experts: int
+    prefixes: tuple[str, ...]
+    experts: dict[tuple[int, int, int], Path]
+    dense: dict[int, Path]
+    optimizer: dict[tuple[int, int], Path]
+    other_optimizer: tuple[Path, ...]
+    copied: tuple[Path, ...]
+
+    @property
+    def gate_keys(self) -> dict[str, int]:
+        """The MoE layer of every tensor of a router, by its key."""
+        return {
+            f"{prefix}.deepspeed_moe.gate.{name}": layer
+            for layer, prefix in enumerate(self.prefixes)
+            for name in GATE_ROWS
+        }
+
+
+def find_files(folder: Path) -> CheckpointFiles:
+    """Classify the files of a tag's folder and check that no expert is missing.
+
+    Raises:
+        ConfigError: no MoE checkpoint of this kind, or files are missing.
+    """
+    experts, dense, optimizer = {}, {}, {}
+    other_optimizer, copied = [], []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.name if path.parent == folder else ""
+        if match := EXPERT_STATES.fullmatch(name):
+            layer, slot, mp = map(int, match.groups())
+            experts[layer, slot, mp] = path
+        elif match := MODEL_STATES.fullmatch(name):
+            dense[int(match[1])] = path
+        elif match := OPTIMIZER_STATES.fullmatch(name):
+            optimizer[int(match[1]), int(match[2])] = path
+        elif path.name.endswith("optim_states.pt") or "offloaded_tensors" in path.parts:
+            other_optimizer.append(path)
+        else:
+            copied.append(path)
+    layers, slots = _check_complete(folder, experts, dense, copied)
+    return CheckpointFiles(
+        folder=folder,
+        num_layers=layers,
+        num_experts=slots,
+        prefixes=tuple(_prefix_of(experts[layer, 0, min(dense)]) for layer in range(layers)),
+        experts=experts,
+        dense=dense,
+        optimizer=optimizer,
+        other_optimizer=tuple(other_optimizer),
+        copied=tuple(copied),
+    )
+
+
+def _check_complete(folder, experts, dense, copied) -> tuple[int, int]:
+    if not experts:
+        old = [p.name for p in copied if re.match(r"expert_\d+_mp_rank_", p.name)]
+        what = f"found experts in an old format ({old[0]})" if old else "found no expert files"
+        raise ConfigError(
+            f"{folder}: {what}, expected layer_<L>_expert_<E>_mp_rank_<MP>_model_states.pt of "
+            "deepspeed.moe.layer.MoE: only MoE checkpoints can be baked; load and save an old one "
+            "with a newer DeepSpeed first"
+        )
+    layers = 1 + max(layer for layer, _, _ in experts)
+    slots = 1 + max(slot for _, slot, _ in experts)
+    ranks = sorted({mp for _, _, mp in experts} | set(dense))
+    missing = [f"mp_rank_{mp:02d}_model_states.pt" for mp in ranks if mp not in dense]
+    missing += [
+        f"layer_{layer}_expert_{slot}_mp_rank_{mp:02d}_model_states.pt"
+        for layer in range(layers)
+        for slot in range(slots)
+        for mp in ranks
+        if (layer, slot, mp) not in experts
+    ]
+    if missing:
+        raise ConfigError(
+            f"{folder}: found {len(missing)} files missing, the first {missing[0]}, expected "
+            f"{layers} MoE layers of {slots} experts: copy the whole checkpoint, or save it again"
+        )
+    return layers, slots
+
+
+def _prefix_of(path: Path) -> str:
+    """Return the module name of the layer that an expert file belongs to."""
+    found = {match[1] for key in read_file(path) if (match := EXPERT_KEY.fullmatch(key))}
+    if len(found) != 1:
+        raise ConfigError(
+            f"{path}: found the experts of {sorted(found)}, expected those of one "
+            "deepspeed.moe.layer.MoE (AutoEP checkpoints cannot be baked: put the plan into the "
+            "Hugging Face weights with relabel_state_dict, before deepspeed.initialize)"
+        )
+    return found.pop()
+
+
+def write_experts(
+    files: CheckpointFiles, sources: Sequence[np.ndarray], folder: Path, *, trusted: bool
+) -> None:
+    """Write every expert under its new slot's number, one file in memory at a time.
+
+    Raises:
+        PlacementError: layers of other orders have the same expert tensors.
+    """
+    tied = _TiedTensors(sources)
+    for layer, slot, mp in files.experts:
+        old = int(sources[layer][slot])
+        read = partial(read_file, files.experts[layer, old, mp], trusted=trusted)
+        tied.check(layer, read)
+        _write_file(
+            {_renumbered(key, slot): value for key, value in read().items()},
+            folder / files.experts[layer, slot, mp].name,
+        )
+
+
+class _TiedTensors:
+    """Refuses equal tensors in layers that move in different ways (files do not say what is tied).
+
+    Tensors of one value (fresh biases, norms) do not count. Contents are compared in full only
+    where a sample of their bytes is equal.
+    """
+
+    def __init__(self, sources: Sequence[np.ndarray]) -> None:
+        self.sources = sources
+        self.possible = any(not np.array_equal(sources[0], other) for other in sources)
+        self._seen: dict[Any, list[tuple[int, str, Callable[[], dict[str, Any]]]]] = {}
+
+    def check(self, layer: int, read: Callable[[], dict[str, Any]]) -> None:
+        """Raise PlacementError where ``read()`` has a tensor of a layer that moves otherwise."""
+        for name, value in read().items() if self.possible else ():
+            if not torch.is_tensor(value) or value.numel() < 2:
+                continue
+            if (value == value.flatten()[0]).all():
+                continue
+            raw = _bytes_of(value)
+            sample = raw[:: -(-len(raw) // _SAMPLED_BYTES)].numpy().tobytes()
+            earlier = self._seen.setdefault((len(raw), sample), [])
+            for other, other_name, read_other in earlier:
+                same_move = np.array_equal(self.sources[other], self.sources[layer])
+                if not same_move and torch.equal(_bytes_of(read_other()[other_name]), raw):
+                    raise PlacementError(
+                        f"found the same values in {name} (MoE layer {layer}) and {other_name} "
+                        f"(MoE layer {other}), and a plan that moves these layers in different "
+                        "ways, expected experts and router of each layer to be its own: where the "
+                        "model ties them, one order would be wrong for the other layer. Give both "
+                        "layers the same order in the plan"
+                    )
+            earlier.append((layer, name, read))
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+
+
+def _renumbered(key: str, slot: int) -> str:
+    """Return the key of an expert's tensor with another number."""
+    match = EXPERT_KEY.fullmatch(key)
+    if match is None:
+        return key
+    return f"{match[1]}.deepspeed_moe.experts.deepspeed_experts.{slot}.{match[3]}"
+
+
+def bake_dense(
+    states: dict[str, Any], files: CheckpointFiles, sources: Sequence[np.ndarray], path: Path
+) -> dict[str, Any]:
+    """Return a ``mp_rank`` state whose router rows are in the new order; the input stays.
+
+    Raises:
+        ConfigError: a router is missing, or frozen experts are stored in ZeRO's fragments.
+    """
+    baked = dict(states)
+    module = baked["module"] = copy.copy(states.get("module") or {})
+    for layer, prefix in enumerate(files.prefixes):
+        name = f"{prefix}.deepspeed_moe.gate.wg.weight"
+        if name not in module:
+            raise ConfigError(
+                f"{path}: found no {name}, expected the router of MoE layer {layer}: pipeline "
+                "checkpoints keep it in files of their own and cannot be baked yet"
+            )
+    fragments = states.get("frozen_param_fragments")
+    if fragments and any(EXPERT_KEY.fullmatch(name) for name in fragments):
+        raise ConfigError(
+            f"{path}: found frozen experts among ZeRO's fragments, expected none: DeepSpeed keeps "
+            "those of one rank only; save with ZeRO stage 0"
+        )
+    tied, gates = _TiedTensors(sources), files.gate_keys
+    for key, layer in gates.items():
+        if key in module:
+            tied.check(layer, partial(dict, {key: module[key]}))
+    _permute_gates(module, gates, sources)
+    if fragments:
+        baked["frozen_param_fragments"] = copy.copy(fragments)
+        _permute_gates(baked["frozen_param_fragments"], gates, sources)
+    return baked
+
+
+def _permute_gates(
+    states: dict[str, Any], gates: dict[str, int], sources: Sequence[np.ndarray]
+) -> None:
+    """Put the rows of every router in ``states`` (name -> tensor) into the new order."""
+    for key, layer in gates.items():
+        if key in states:
+            states[key] = states[key][torch.from_numpy(sources[layer])]
+
+
+def _write_file(states: Any, path: Path) -> None:
+    replace_file(path, lambda file: torch.save(states, file))
+
+
+# -- optimizer state at ZeRO stage 0 ---------------------------------------------------------------
+
+
+class NotBaked(Exception):
+    """The optimizer state cannot be baked exactly; the message says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerStates:
+    """States of all ranks. ``names[i]`` is the name of parameter i, experts by local number."""
+
+    files: CheckpointFiles
+    states: dict[tuple[int, int], dict[str, Any]]
+    names: list[str]
+    per_rank: int
+
+    def baked(
+        self, sources: Sequence[np.ndarray]
+    ) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
+        """Yield ((EP rank, mp rank), content of its file) in the new order."""
+        index_of = {name: i for i, name in enumerate(self.names)}
+        layer_of = {prefix: layer for layer, prefix in enumerate(self.files.prefixes)}
+        gates = self.files.gate_keys
+        for (rank, mp), content in self.states.items():
+            baked = dict(content)
+            if content.get("optimizer") is None:
+                yield (rank, mp), baked
+                continue
+            optimizer = baked["optimizer"] = dict(content["optimizer"])
+            old = optimizer["state"]
+            new = optimizer["state"] = {}
+            for i, name in enumerate(self.names):
+                state = old.get(i)
+                if name in gates and state is not None:
+                    state = _permuted(state, sources[gates[name]])
+                elif match := EXPERT_KEY.fullmatch(name):
+                    source = sources[layer_of[match[1]]]
+                    slot = int(source[rank * self.per_rank + int(match[2])])
+                    there = self.states[slot // self.per_rank, mp]["optimizer"]["state"]
+                    state = there.get(index_of[_renumbered(name, slot % self.per_rank)])
+                if state is not None:
+                    new[i] = state
+            yield (rank, mp), baked
+
+
+def read_optimizer_states(
+    files: CheckpointFiles,
+    dense: dict[int, dict[str, Any]],
+    names: list[list[str]] | None,
+    *,
+    trusted: bool,
+    trust_order: bool,
+) -> OptimizerStates | None:
+    """Read all optimizer files and check that they can be baked; None: the checkpoint has none.
+
+    Args:
+        names: per parameter group, the names of its parameters, if the checkpoint has them.
+        trust_order: without names, take the order of the model.
+
+    Raises:
+        NotBaked: why not.
+    """
+    if files.other_optimizer:
+        raise NotBaked(
+            f"found {files.other_optimizer[0].name}, expected expp_rank files: ZeRO partitions "
+            "the state into flat pieces that belong to slots; load with load_module_only=True"
+        )
+    if not files.optimizer:
+        return None
+    states = {key: read_file(path, trusted=trusted) for key, path in files.optimizer.items()}
+    contents = [content.get("optimizer") for content in states.values()]
+    if all(content is None for content in contents):
+        return OptimizerStates(files=files, states=states, names=[], per_rank=1)  # as they are
+    for content in contents:
+        if not isinstance(content, dict) or set(content) != {"state", "param_groups"}:
+            found = sorted(content) if isinstance(content, dict) else type(content).__name__
+            raise NotBaked(
+                f"found an optimizer state with {found}, expected a plain torch optimizer's: fp32 "
+                "masters belong to slots; load with load_module_only=True"
+            )
+    if names is None and trust_order:
+        names = _names_by_order(files, next(iter(dense.values())), states)
+    if names is None:
+        raise NotBaked(
+            "the checkpoint does not name the optimizer's parameters (moe_locality did not save "
+            "it); if they are in the order of the model, allow it (trust_parameter_order=True, "
+            "--trust-parameter-order), else load with load_module_only=True"
+        )
+    ranks = 1 + max(rank for rank, _ in states)
+    per_rank, rest = divmod(files.num_experts, ranks)
+    flat = [name for group in names for name in group]
+    _check_names(files, flat, per_rank if rest == 0 else 0, contents)
+    _check_shapes(flat, contents, files.num_experts)
+    return OptimizerStates(files=files, states=states, names=flat, per_rank=per_rank)
+
+
+def _check_names(files: CheckpointFiles, names: list[str], per_rank: int, contents: Any) -> None:
+    local: dict[str, set[int]] = {prefix: set() for prefix in files.prefixes}
+    for name in names:
+        if match := EXPERT_KEY.fullmatch(name):
+            local.setdefault(match[1], set()).add(int(match[2]))
+    trained = {prefix: found for prefix, found in local.items() if found}
+    if any(found != set(range(per_rank)) for found in trained.values()):
+        raise NotBaked(
+            f"found {len(files.optimizer)} optimizer files and the local experts "
+            f"{ {p: sorted(f) for p, f in trained.items()} }, expected {per_rank} per rank in "
+            "every layer: layers with different ep_size cannot be baked"
+        )
+    for content in contents:
+        numbers = [i for group in content["param_groups"] for i in group["params"]]
+        if numbers != list(range(len(names))):
+            raise NotBaked(
+                f"found {len(numbers)} parameters in an optimizer file, expected the "
+                f"{len(names)} that the checkpoint names"
+            )
+
+
+def _check_shapes(names: list[str], contents: Any, num_experts: int) -> None:
+    """Raise NotBaked unless every moment of a router has a row per expert (or one number)."""
+    for content in contents:
+        for i, name in enumerate(names):
+            if ".deepspeed_moe.gate." not in name:
+                continue
+            for key, value in content["state"].get(i, {}).items():
+                if torch.is_tensor(value) and value.numel() != 1 and len(value) != num_experts:
+                    raise NotBaked(
+                        f"{name}: found the state {key!r} of shape {tuple(value.shape)}, expected "
+                        f"{num_experts} rows"
+                    )
+
+
+def _permuted(state: dict[str, Any], source: np.ndarray) -> dict[str, Any]:
+    order = torch.from_numpy(source)
+    return {
+        key: value[order] if torch.is_tensor(value) and value.numel() != 1 else value
+        for key, value in state.items()
+    }
+
+
+def _names_by_order(
+    files: CheckpointFiles, dense: dict[str, Any], states: dict[tuple[int, int], dict[str, Any]]
+) -> list[list[str]] | None:
+    """Return DeepSpeed's default: the dense parameters, then the experts, in model order."""
+    buffers = set(dense.get("buffer_names") or ())
+    shapes = {k: tuple(v.shape) for k, v in dense["module"].items() if k not in buffers}
+    per_rank = files.num_experts // (1 + max(rank for rank, _ in states))
+    mp = min(files.dense)
+    experts = {}
+    for layer in range(files.num_layers):
+        for slot in range(per_rank):
+            path = files.experts[layer, slot, mp]
+            experts |= {k: tuple(v.shape) for k, v in read_file(path).items() if k not in buffers}
+    content = states[0, mp]["optimizer"]
+    sizes = [len(group["params"]) for group in content["param_groups"]]
+    flat = {**shapes, **experts}
+    if sum(sizes) != len(flat) or len(shapes) != sizes[0]:
+        raise NotBaked(
+            f"found parameter groups of {sizes}, expected {len(shapes)} dense and {len(experts)} "
+            "expert parameters in the order of the model: the order cannot be trusted"
+        )
+    for i, (name, shape) in enumerate(flat.items()):
+        found = {
+            tuple(v.shape)
+            for v in content["state"].get(i, {}).values()
+            if torch.is_tensor(v) and v.numel() != 1
+        }
+        if found - {shape}:
+            raise NotBaked(
+                f"found states of shape {sorted(found)} for parameter {i}, expected {shape} of "
+                f"{name}: the order of the model is not the optimizer's"
+            )
+    names = iter(flat)
+    return [[next(names) for _ in range(size)] for size in sizes]
+
+
+# -- the whole checkpoint --------------------------------------------------------------------------
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
-    """One bake: what is read, and per layer the slot that each slot reads."""
+    """One bake: what was read, and per layer the old slot that each new slot takes."""
 
     files: CheckpointFiles
     dense: dict[int, dict[str, Any]]
@@ -100,7 +502,7 @@ def bake_checkpoint(
 
 
 def _prepare(folder: Path, plan: PlacementPlan, trusted: bool, trust_order: bool) -> _Job:
-    """Read what is small, check everything; nothing is written yet."""
+    """Read the small files and check everything; write nothing."""
     files = find_files(folder)
     plan.check_fits(num_experts=files.num_experts, layer_count=files.num_layers)
     dense = {mp: read_file(path, trusted=trusted) for mp, path in files.dense.items()}
@@ -175,7 +577,7 @@ def _write(job: _Job, folder: Path) -> None:
     rank_0: dict[int, Any] = {}
     if job.optimizer is not None:
         for (rank, mp), states in job.optimizer.baked(job.sources):
-            write_file(states, folder / job.files.optimizer[rank, mp].name)
+            _write_file(states, folder / job.files.optimizer[rank, mp].name)
             if rank == 0:
                 rank_0[mp] = states["optimizer"]
     for mp, path in job.files.dense.items():
@@ -183,13 +585,15 @@ def _write(job: _Job, folder: Path) -> None:
         # rank 0 writes its optimizer here too; DeepSpeed reads it from the expp_rank files
         states["optimizer"] = rank_0.get(mp) if states.get("optimizer") is not None else None
         states[KEY] = job.entry
-        write_file(states, folder / path.name)
+        _write_file(states, folder / path.name)
 
 
 def _summarize(job: _Job, plan: PlacementPlan, source: Path, out: Path, tag: str) -> dict[str, Any]:
     per_rank = plan.slots_per_rank
     slots = np.arange(job.files.num_experts)
     optimizer = "baked" if job.optimizer is not None else "none"
+    left_out = [*job.files.other_optimizer]
+    left_out += [] if job.optimizer is not None else job.files.optimizer.values()
     return {
         "checkpoint": str(source),
         "out": str(out),
@@ -203,5 +607,5 @@ def _summarize(job: _Job, plan: PlacementPlan, source: Path, out: Path, tag: str
         ],
         "optimizer": optimizer if job.left_out is None else f"left out: {job.left_out}",
         "copied": [str(path.relative_to(job.files.folder)) for path in job.files.copied],
-        "left_out": [path.name for path in job.files.left_out(job.optimizer is not None)],
+        "left_out": [path.name for path in left_out],
     }

@@ -1,8 +1,14 @@
-"""Checkpoints of a placed engine: weights in slot order, and beside them which expert is where.
+"""Checkpoints of a placed engine: weights in slot order, with the expert of each slot beside them.
 
 A stock DeepSpeed engine loads them and computes the same function, because router rows and experts
-are permuted alike. ``wrap_checkpoints`` adds what it does not need: the slot order is written with
-every save, read before every load, and weights and moments go to the engine's own placement.
+are permuted alike. ``wrap_checkpoints`` writes the slot order with every save, reads it before
+every load, and moves weights and moments to the engine's own placement.
+
+With replicas, a checkpoint holds every logical expert once, as DeepSpeed writes E experts: the
+lowest slot that holds an expert writes its file, and every slot that holds it reads that file
+(:class:`ExpertFiles`). The router is in logical order. So the weights are those of a plain
+checkpoint without a placement. Optimizer files hold what the slots of a rank need: they load into
+an engine with the same slots only, which the entry ``"replicas"`` names.
 """
 
 import functools
@@ -10,7 +16,7 @@ import hashlib
 import inspect
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,34 +25,36 @@ import numpy as np
 import torch.distributed as dist
 
 from moe_locality.errors import ConfigError, MoeLocalityError
+from moe_locality.layer.agreement import all_agree, all_succeed
 from moe_locality.layer.checkpoint_io import (
+    EXPERT_STATES,
     KEY,
     make_entry,
     model_state_files,
     orders_of,
     read_entry,
     read_file,
+    resolve_tag,
 )
-from moe_locality.layer.checkpoint_replicas import (
-    ExpertFiles,
-    check_optimizer_fits,
-    routers_to_logical,
-    slots_of,
-)
-from moe_locality.layer.fragments import no_state
 from moe_locality.layer.moe import moe_modules, set_slot_to_logical
-from moe_locality.layer.optimizer_state import has_state, plain_optimizer, state_source
 from moe_locality.layer.relabel import (
     Target,
     check_tied_stay,
     current_order,
-    find_group,
     plan_of,
     plan_targets,
     relabel_to,
+    targets_for,
 )
-from moe_locality.layer.replicas import has_replicas
-from moe_locality.layer.vote import agree, agree_on_failure
+from moe_locality.layer.replicas import has_replicas, replicas_of
+from moe_locality.layer.slots import LayerReplicas
+from moe_locality.layer.state import (
+    has_state,
+    no_state,
+    permute_gate,
+    plain_optimizer,
+    state_source,
+)
 from moe_locality.placement.plan import PlacementPlan
 
 logger = logging.getLogger(__name__)
@@ -92,7 +100,7 @@ def wrap_checkpoints(engine: Any, plan: PlacementPlan | None = None) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Decision:
-    """What a load will do: the order of the file, the order wanted, and whether moments load."""
+    """What a load does: the order of the file, the new order, and whether moments load."""
 
     file_orders: list[np.ndarray]
     targets: list[Target]
@@ -111,15 +119,10 @@ def _load(
     load: Callable[[], Any],
     arguments: dict[str, Any],
     plan: PlacementPlan | None,
-    files: ExpertFiles | None,
+    files: "ExpertFiles | None",
 ) -> Any:
-    decision, failure = None, None
-    try:
-        decision = _decide(engine, arguments, plan or plan_of(engine))
-    except Exception as error:  # noqa: BLE001 it rises below, on all ranks
-        failure = error
-    agree_on_failure(failure)
-    agree("checkpoints or placements", _digest(decision))
+    decision = all_succeed(lambda: _decide(engine, arguments, plan or plan_of(engine)))
+    all_agree("checkpoints or placements", _digest(decision))
     if files is not None and decision is not None:
         files.orders = decision.file_orders
     load_path, client_state = load()
@@ -141,7 +144,7 @@ def _load(
 
 
 def _decide(engine: Any, arguments: dict[str, Any], plan: PlacementPlan | None) -> _Decision | None:
-    """Compare file and engine before anything is loaded; None: nothing here for us to do."""
+    """Compare file and engine before anything is loaded; None: nothing to keep track of."""
     peeked = _peek(Path(arguments["load_dir"]), arguments["tag"])
     layers = moe_modules(engine.module)
     if peeked is None or not layers:
@@ -153,7 +156,7 @@ def _decide(engine: Any, arguments: dict[str, Any], plan: PlacementPlan | None) 
         targets = plan_targets(engine.module, plan)
         check_tied_stay(engine.module, targets, file_orders)
     else:
-        targets = _as_targets(layers, file_orders)
+        targets = targets_for(layers, file_orders)
     loads_optimizer = (
         engine.optimizer is not None
         and arguments["load_optimizer_states"]
@@ -186,7 +189,7 @@ def _check_moments_can_move(engine: Any, path: Path) -> None:
 
 
 def _check_no_moments_stay(engine: Any, decision: _Decision, path: Path) -> None:
-    """Weights alone are loaded: moments that stay must already belong to the order wanted."""
+    """Refuse to load weights alone where the moments of the engine are in another order."""
     stays = all(
         (current_order(target.module) == target.slot_to_logical).all()
         for target in decision.targets
@@ -202,23 +205,15 @@ def _check_no_moments_stay(engine: Any, decision: _Decision, path: Path) -> None
 
 def _peek(folder: Path, tag: str | None) -> tuple[Path, dict[str, Any] | None] | None:
     """Read the entry of a checkpoint; tensors stay on disk."""
-    if tag is None:
-        latest = folder / "latest"
-        if not latest.is_file():
-            return None
-        tag = latest.read_text(encoding="utf-8").strip()
-    files = model_state_files(folder / str(tag))
+    try:
+        tag = resolve_tag(folder, None if tag is None else str(tag))
+    except ConfigError:
+        return None
+    files = model_state_files(folder / tag)
     if not files:
         return None
     # trusted: the engine unpickles this very file a moment later
     return files[0], read_entry(read_file(files[0], trusted=True), files[0])
-
-
-def _as_targets(layers: list[tuple[str, Any]], orders: list[np.ndarray]) -> list[Target]:
-    return [
-        Target(name=name, module=module, slot_to_logical=order, group=find_group(module, None))
-        for (name, module), order in zip(layers, orders, strict=True)
-    ]
 
 
 def _digest(decision: _Decision | None) -> str:
@@ -247,10 +242,7 @@ def _optimizer_names(engine: Any) -> list[list[str]] | None:
     A saved optimizer state knows its parameters by number only; with the names, the state of an
     expert can be found again in the file.
     """
-    try:
-        optimizer = None if has_replicas(engine.module) else plain_optimizer(engine)
-    except ConfigError:
-        optimizer = None
+    optimizer = None if has_replicas(engine.module) else plain_optimizer(engine)
     names = None
     if optimizer is not None:
         name_of = {id(p): name for name, p in engine.module.named_parameters()}
@@ -266,3 +258,96 @@ def _optimizer_names(engine: Any) -> list[list[str]] | None:
             )
             return None
     return names
+
+
+# -- replicas ---------------------------------------------------------------------------------
+
+
+class ExpertFiles:
+    """Replaces ``save`` and ``load`` of a checkpoint engine to renumber the files of experts.
+
+    ``orders``: per MoE layer [E], the expert in each numbered file of the checkpoint that is read.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.layers: list[LayerReplicas | None] = [
+            replicas_of(module) for _, module in moe_modules(engine.module)
+        ]
+        self.orders: Sequence[np.ndarray] = []
+        files = engine.checkpoint_engine
+        self._save, self._load = files.save, files.load
+        files.save, files.load = self.save, self.load
+
+    def save(self, state_dict: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Save a file; that of a slot under the number of its expert, or not at all."""
+        found = self._slot_of(path)
+        if found is not None:
+            replicas, slot = found
+            expert = int(replicas.slot_to_logical[slot])
+            if replicas.primary_slots[expert] != slot:
+                return None  # the expert is in the file of another slot
+            state_dict, path = _keys(state_dict, slot, expert), _numbered(path, expert)
+        return self._save(state_dict, path, *args, **kwargs)
+
+    def load(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a file; for a slot that of its expert, with the keys of the slot."""
+        found = self._slot_of(path)
+        if found is None:
+            return self._load(path, *args, **kwargs)
+        replicas, slot = found
+        layer = int(EXPERT_STATES.fullmatch(Path(path).name)[1])  # pyright: ignore
+        wanted = int(replicas.slot_to_logical[slot])
+        number = int(np.flatnonzero(self.orders[layer] == wanted)[0])
+        return _keys(self._load(_numbered(path, number), *args, **kwargs), number, slot)
+
+    def _slot_of(self, path: Any) -> tuple[LayerReplicas, int] | None:
+        match = EXPERT_STATES.fullmatch(Path(path).name)
+        replicas = self.layers[int(match[1])] if match else None
+        return (replicas, int(match[2])) if match and replicas is not None else None
+
+
+def _numbered(path: Any, number: int) -> str:
+    match = EXPERT_STATES.fullmatch(Path(path).name)
+    assert match is not None
+    name = f"layer_{match[1]}_expert_{number}_mp_rank_{match[3]}_model_states.pt"
+    return str(Path(path).with_name(name))
+
+
+def _keys(state: dict[str, Any], old: int, new: int) -> dict[str, Any]:
+    head = ".deepspeed_moe.experts.deepspeed_experts."
+    return {key.replace(f"{head}{old}.", f"{head}{new}."): value for key, value in state.items()}
+
+
+def slots_of(engine: Any) -> list[list[int]] | None:
+    """Per MoE layer the expert of each slot, for the entry ``"replicas"``; None without them."""
+    if not has_replicas(engine.module):
+        return None
+    found = [replicas_of(module) for _, module in moe_modules(engine.module)]
+    return [replicas.slot_to_logical.tolist() for replicas in found if replicas is not None]
+
+
+def check_optimizer_fits(engine: Any, entry: dict[str, Any] | None, path: Path) -> None:
+    """Raise ConfigError unless the optimizer state of a checkpoint is of this engine's slots."""
+    theirs, ours = (entry or {}).get("replicas"), slots_of(engine)
+    if theirs == ours:
+        return
+    what = {True: "no replicas", False: "replicas"}
+    raise ConfigError(
+        f"{path}: found optimizer state of an engine with {what[theirs is None]}, expected the "
+        f"slots of this engine, which has {what[ours is None]}"
+        f"{' (in other slots)' if theirs and ours else ''}: optimizer state with replicas loads "
+        f"into the same slots only; load the weights alone (load_module_only=True). Nothing was "
+        "loaded"
+    )
+
+
+def routers_to_logical(engine: Any, orders: Sequence[np.ndarray]) -> None:
+    """Put router rows that were loaded in the order of a file into logical order."""
+    moved = False
+    for (_, module), order in zip(moe_modules(engine.module), orders, strict=True):
+        if (order != np.arange(len(order))).any():
+            permute_gate(module.deepspeed_moe.gate, np.argsort(order))
+            moved = True
+        set_slot_to_logical(module, np.arange(module.num_experts))
+    if moved and hasattr(engine.optimizer, "refresh_fp32_params"):
+        engine.optimizer.refresh_fp32_params()  # masters and ZeRO partitions, from the weights

@@ -1,32 +1,45 @@
-"""Put the drop-in into a model: in place (``apply``), or with DeepSpeed started around it
-(``initialize``).
+"""Put the drop-in into a model, in place (:func:`apply`) or with DeepSpeed started around it
+(:func:`initialize`), and drive what runs beside an engine (:class:`LocalityRuntime`).
 """
 
+import atexit
+import functools
 import inspect
 import logging
 import os
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from moe_locality import compat
 from moe_locality.config import SECTION, MoeLocalityConfig, read_config
+from moe_locality.dispatch.desync import all_calls, announce_departure
+from moe_locality.dispatch.flat import check_overflow
+from moe_locality.dispatch.traffic import reset_traffic, traffic_report
 from moe_locality.errors import ConfigError, MoeLocalityError, PlacementError, TopologyError
-from moe_locality.layer.runtime import LocalityRuntime, attach_runtime
+from moe_locality.layer.agreement import all_succeed
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.topology.cluster import ClusterTopology
+from moe_locality.topology.groups import discover_topology, exchange_objects, prepare_groups
 
 compat.require_deepspeed()
 
 import deepspeed  # noqa: E402
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 from deepspeed.pipe import PipelineModule  # noqa: E402
+from deepspeed.runtime.pipe.engine import PipelineEngine  # noqa: E402
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config  # noqa: E402
 from deepspeed.utils import log_dist  # noqa: E402
 
+from moe_locality.layer.checkpoint import wrap_checkpoints  # noqa: E402
 from moe_locality.layer.moe import adopt, configure, moe_modules, plan_rows  # noqa: E402
+from moe_locality.layer.relabel import relabel  # noqa: E402
+from moe_locality.layer.replicas import add_replicas, with_new_parameters  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -77,9 +90,6 @@ def apply(
             level=logging.WARNING,
         )
     if plan is not None:
-        from moe_locality.layer.relabel import relabel
-        from moe_locality.layer.replicas import add_replicas
-
         (relabel if plan.is_permutation else add_replicas)(model, plan)
     return model
 
@@ -113,10 +123,10 @@ def _swap(
 def initialize(*args: Any, **kwargs: Any) -> Any:
     """``deepspeed.initialize`` with moe_locality around it; the same arguments, the same result.
 
-    Before it: the nodes are found, the expert groups made to follow them, the layers swapped, the
-    plan read and baked in. After it: the recorder is attached, and checkpoints keep the order of
+    Before it: find the nodes, make expert groups that follow them, swap the layers, read the plan
+    and relabel the experts. After it: attach the recorder, and make checkpoints keep the order of
     the slots (``wrap_checkpoints``). The engine gets the attribute ``moe_locality`` (a
-    :class:`~moe_locality.layer.runtime.LocalityRuntime`). Everything is read from the section
+    :class:`~moe_locality.layer.convert.LocalityRuntime`). Everything is read from the section
     ``"moe_locality"`` of the ds_config; without it, the layers are swapped.
 
     With the ``expert_parallel`` section (DeepSpeed's AutoEP, which builds its own layers), only the
@@ -145,16 +155,12 @@ def initialize(*args: Any, **kwargs: Any) -> Any:
     runtime = LocalityRuntime(model=module, config=section, plan=plan, topology=topology)
     attach_runtime(result[0], runtime, ds_config)
     if topology is not None and moe_modules(module):
-        from moe_locality.layer.checkpoint import wrap_checkpoints
-
         wrap_checkpoints(result[0])
     return result
 
 
 def _with_replicas(bound: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of ``initialize`` with the parameters that replicas brought."""
-    from moe_locality.layer.replicas import with_new_parameters
-
+    """Return the arguments of ``initialize`` with the parameters of replicas added."""
     found = dict(bound)
     for name in ("model_parameters", "optimizer"):
         given = found.get(name)
@@ -207,13 +213,9 @@ def _init_distributed(bound: dict[str, Any]) -> None:
 def _ds_config(bound: dict[str, Any]) -> dict[str, Any]:
     """Return the ds_config, found where DeepSpeed looks for it."""
     args = bound.get("args")
-    config = bound.get("config")
-    if config is None:
-        config = bound.get("config_params")
-    if config is None:
-        config = getattr(args, "deepspeed_config", None)
-    if config is None:
-        config = getattr(args, "deepscale_config", None)
+    given = [bound.get("config"), bound.get("config_params")]
+    given += [getattr(args, name, None) for name in ("deepspeed_config", "deepscale_config")]
+    config = next((config for config in given if config is not None), None)
     if config is None:
         raise ConfigError(
             "found no ds_config, expected one: pass config= (a dict or a path) or "
@@ -229,8 +231,6 @@ def _agree_on_inputs(
     bound: dict[str, Any],
 ) -> tuple[MoeLocalityConfig, dict[str, Any], PlacementPlan | None]:
     """Read config and plan on every rank; raise on all ranks where they are wrong or differ."""
-    from moe_locality.topology.groups import exchange_objects
-
     section, ds_config, plan, failure = MoeLocalityConfig(), {}, None, None
     try:
         ds_config = _ds_config(bound)
@@ -331,9 +331,7 @@ def _prepare_model(
     plan: PlacementPlan | None,
     mpu: Any,
 ) -> ClusterTopology:
-    """Find the nodes, make the expert groups, swap the layers, bake the plan. Collective."""
-    from moe_locality.topology.groups import discover_topology, prepare_groups
-
+    """Find the nodes, make the expert groups, swap the layers, apply the plan. Collective."""
     topology = discover_topology(cluster_config=section.cluster)
     pipeline = isinstance(model, PipelineModule)
     data_only = mpu is None or (plan is not None and compat.spreads_data_only(mpu))
@@ -367,3 +365,161 @@ def _prepare_model(
     if sizes or not pipeline:  # a pipeline stage may be without an MoE layer
         apply(model, section, plan=plan, topology=topology)
     return topology
+
+
+# -- beside a running engine -------------------------------------------------------------------
+
+
+@dataclass(slots=True, kw_only=True)
+class LocalityRuntime:
+    """Configuration, placement, cluster and recorder of an engine.
+
+    ``topology`` is None with AutoEP, whose layers count no traffic. ``recorder`` is None where the
+    section has no ``trace``, ``online`` where it has no ``online``, ``log`` where no ``tracking``.
+    """
+
+    model: nn.Module
+    config: MoeLocalityConfig
+    plan: PlacementPlan | None = None
+    topology: ClusterTopology | None = None
+    recorder: Any = None
+    online: Any = None
+    log: Any = None
+
+    def traffic_report(self, group: Any = None) -> dict[str, Any]:
+        """Gather what every rank sent; see ``moe_locality.dispatch.traffic_report``. Collective."""
+        report = traffic_report(self.model, self.topology, group)
+        if not report["per_layer"]:
+            logger.warning(
+                "moe_locality: nothing was counted: AutoEP's layers, DeepSpeed's padded dispatch "
+                "and layers that have not run yet count no traffic"
+            )
+        return report
+
+    def reset_traffic(self) -> None:
+        """Count from zero again."""
+        reset_traffic(self.model)
+        if self.log is not None:
+            self.log.reset_traffic()
+
+    def check_overflow(self) -> None:
+        """Raise on all ranks where routes found no row in the buffers of ``dispatch.capacity``, for
+        what no step checks: the replays of a CUDA graph. Collective; waits for the device.
+        """
+        check_overflow(self.model)
+
+    def close(self) -> None:
+        """Write what recorder and tracking still hold; not collective.
+
+        ``engine.destroy`` and the end of the process call it.
+        """
+        online, self.online = self.online, None
+        if online is not None:
+            online.close()
+        recorder, self.recorder = self.recorder, None
+        report = None if recorder is None else recorder.close()
+        log, self.log = self.log, None
+        if log is not None:
+            atexit.unregister(self.close)
+            failed = sys.exc_info()[0] is not None or getattr(sys, "last_value", None) is not None
+            trace = self.config.trace
+            log.close(None if trace is None else trace.path, report, failed=failed)
+
+
+def attach_runtime(
+    engine: Any, runtime: LocalityRuntime, ds_config: dict[str, Any] | None = None
+) -> None:
+    """Set ``engine.moe_locality``, start what the section asks for, and let the engine drive it."""
+    engine.moe_locality = runtime
+    online = runtime.config.online
+    if online is not None and online.enabled:
+        from moe_locality.layer.online import attach_online
+
+        runtime.online = attach_online(engine, online, runtime.topology)
+        after_each_step(engine, runtime.online.step)
+    trace = runtime.config.trace
+    if trace is not None and trace.enabled:
+        from moe_locality.trace import recorder
+
+        runtime.recorder = recorder.attach(engine, trace, model=type(runtime.model).__name__)
+        after_each_step(engine, runtime.recorder.step)
+    if runtime.config.tracking is not None and runtime.config.tracking.enabled:
+        _attach_log(engine, runtime, ds_config)
+    if (runtime.online, runtime.recorder, runtime.log) != (None, None, None):
+        _close_with(engine, runtime)
+
+
+def _attach_log(engine: Any, runtime: LocalityRuntime, ds_config: dict[str, Any] | None) -> None:
+    """Start the log of a training run. Collective: an error of rank 0 is raised on all ranks."""
+    from moe_locality.layer.run_log import RunLog
+
+    config, topology = runtime.config, runtime.topology
+    facts = {
+        "model": type(runtime.model).__name__,
+        "ds_config": ds_config,
+        "cluster": None if topology is None else topology.describe(),
+        "num_ranks": dist.get_world_size() if dist.is_initialized() else 1,
+    }
+    tracking: Any = config.tracking
+    plan = {"plan": runtime.plan, "plan_file": config.plan}
+    runtime.log = all_succeed(
+        lambda: RunLog(engine, tracking, facts=facts, topology=topology, **plan)
+    )
+    log = runtime.log
+    atexit.register(runtime.close)
+
+    def after_step() -> None:
+        if runtime.log is not None:
+            log.step(runtime.recorder, runtime.online)
+
+    after_each_step(engine, after_step)
+    if isinstance(engine, PipelineEngine):
+        return  # its train_batch has the loss
+    original = engine.backward
+
+    @functools.wraps(original)
+    def backward(loss: Any, *args: Any, **kwargs: Any) -> Any:
+        log.record_loss(loss)
+        return original(loss, *args, **kwargs)
+
+    engine.backward = backward
+
+
+def after_each_step(engine: Any, callback: Callable[[], object]) -> None:
+    """Call ``callback()`` after every optimizer step (the last micro-batch of an accumulation).
+
+    ``engine.step`` (``train_batch`` of a pipeline) is wrapped once; the callbacks run in the order
+    in which they were given.
+    """
+    callbacks = vars(engine).get("moe_locality_after_step")
+    if callbacks is not None:
+        callbacks.append(callback)
+        return
+    callbacks = engine.moe_locality_after_step = [callback]
+    name = "train_batch" if isinstance(engine, PipelineEngine) else "step"
+    original = getattr(engine, name)
+
+    @functools.wraps(original)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        # counted, not asked for: with managed_gradient_accumulation=false the engine knows that a
+        # call ends an accumulation only while it runs
+        before = engine.global_steps
+        result = original(*args, **kwargs)
+        if engine.global_steps > before:
+            for call in tuple(callbacks):
+                call()
+        return result
+
+    setattr(engine, name, step)
+
+
+def _close_with(engine: Any, runtime: LocalityRuntime) -> None:
+    original = engine.destroy
+
+    @functools.wraps(original)
+    def destroy(*args: Any, **kwargs: Any) -> Any:
+        runtime.close()
+        announce_departure(f"destroyed its engine after {all_calls()}")
+        return original(*args, **kwargs)
+
+    engine.destroy = destroy

@@ -1,11 +1,11 @@
 """Experts kept in a low-bit format for inference, decoded one at a time on use.
 
 ``store_experts`` replaces every expert of a model's MoE layers by a ``StoredExpert``: its matrices
-become low-bit buffers, everything else (biases, norms) stays as it was, as buffers. A forward pass
-decodes the matrices of one expert, runs the expert's own ``forward`` with them and drops them, so
-the memory is that of the low-bit store and one decoded expert. Results are those of the experts
-with ``fake_quantize`` weights, to the last bit. There is nothing to train: a forward pass that
-would need gradients is refused.
+become low-bit buffers, everything else (biases, norms) plain buffers. A forward pass decodes
+the matrices of one expert, runs the expert's own ``forward`` with them and drops them, so the
+memory is that of the low-bit store and one decoded expert. Results are those of the experts with
+``fake_quantize`` weights, to the last bit. A forward pass that needs gradients is refused: a stored
+expert has no weights to train.
 
 State dict: for each matrix ``<name>.codes``, ``.scales`` and, where the format has them,
 ``.factors`` and ``.tensor_scale``, all uint8, so that casting the model changes none; for the rest

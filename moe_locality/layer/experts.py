@@ -1,14 +1,55 @@
-"""The experts of one rank on the rows that came for them."""
+"""The experts of one rank on the rows that came for them.
 
+They run in a loop or as grouped matrix products (:func:`run_experts`), and where experts have
+replicas, with gradients summed over these (:func:`run_with_summed_gradients`).
+
+Grouping takes experts that are recognizably the same MLP, ``down(act(gate(x)) * up(x))`` or
+``down(act(up(x)))`` of plain ``nn.Linear`` layers (bias or not). What a module computes cannot be
+read from its parts, so the first expert is probed: a float64 copy with random weights has to
+agree with the formula on random inputs of many sizes. Everything else keeps the loop. Parameters
+stay those of the modules: each product stacks the experts' weights, forward and again backward, a
+copy of every expert weight per pass that the product must save again.
+"""
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from moe_locality import compat
 from moe_locality.errors import ConfigError
-from moe_locality.layer.grouped import recognize, run_grouped
+from moe_locality.layer.slots import LayerReplicas
+from moe_locality.layer.state import packed, unpack, whole_shards
 
 ExpertsMode = Literal["auto", "loop", "grouped"]
+Activation = Callable[[Tensor], Tensor]
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "relu_squared": lambda x: F.relu(x).square(),
+    "tanh": torch.tanh,
+    "identity": lambda x: x,
+}
+ACTIVATION_MODULES = (nn.SiLU, nn.GELU, nn.ReLU, nn.Tanh, nn.Identity)
+_ALIGNMENT_BYTES = 16
+_SIZES = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # of the inputs that the first expert gets
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
 
 
 def check_experts_mode(mode: str) -> None:
@@ -75,3 +116,383 @@ def run_loop(experts: Any, rows: Tensor, tokens_per_expert: tuple[int, ...]) -> 
         out = out.reshape(-1, rows.shape[1])
         outputs.append(out[:0] if idle else out)
     return torch.cat(outputs) if outputs else rows
+
+
+# -- grouped matrix products -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupedMLP:
+    """The MLP that all experts of a list are: names of the linear layers, and the activation.
+
+    ``gate`` is None without one.
+    """
+
+    up: str
+    down: str
+    gate: str | None
+    activation: str
+
+
+_recognized: "WeakKeyDictionary[nn.ModuleList, dict[Any, GroupedMLP | str]]" = WeakKeyDictionary()
+
+
+def recognize(experts: nn.ModuleList) -> GroupedMLP | str:
+    """Return the MLP that these experts are, or the reason why they keep the loop.
+
+    Every forward pass calls it. Hooks, casts, partitioned weights and replaced modules are checked
+    each time, the settings of the modules once per list and mode (training or not).
+    """
+    why = _why_not_now(experts)
+    if why is not None:
+        return why
+    known = _recognized.setdefault(experts, {})
+    classes = (experts[0].training, *map(type, experts[0].modules()))
+    if classes not in known:
+        known[classes] = _identify(experts)
+    return known[classes]
+
+
+def run_grouped(
+    mlp: GroupedMLP, experts: nn.ModuleList, rows: Tensor, tokens_per_expert: Sequence[int]
+) -> Tensor:
+    """Run the experts on ``rows [R, D]``, R > 0 and ordered by expert, to ``[R, D]``.
+
+    Equal numbers of rows, as a fixed capacity gives them, never wait for the device.
+    """
+    each = tokens_per_expert[0] if len(set(tokens_per_expert)) == 1 else None
+    if each is None:
+        counts = torch.tensor(tokens_per_expert, device=rows.device)
+    else:  # filled where it lives: a copy from the host cannot be captured in a CUDA graph
+        counts = torch.full((len(tokens_per_expert),), each, device=rows.device)
+    linear = partial(_linear, experts=experts, counts=counts, each=each)
+    hidden = linear(rows, name=mlp.up)
+    activation = ACTIVATIONS[mlp.activation]
+    if mlp.gate is None:
+        hidden = activation(hidden)
+    else:
+        hidden = activation(linear(rows, name=mlp.gate)) * hidden
+    return linear(hidden, name=mlp.down)
+
+
+def _linear(
+    x: Tensor, *, experts: nn.ModuleList, counts: Tensor, each: int | None, name: str
+) -> Tensor:
+    layers: list[Any] = [getattr(expert, name) for expert in experts]
+    biases = [layer.bias for layer in layers] if layers[0].bias is not None else []
+    return _GroupedLinear.apply(x, counts, each, *(layer.weight for layer in layers), *biases)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """``x @ weight[e].T + bias[e]`` for the rows of every expert e, ``each`` of them where all have
+    as many.
+
+    Saves the parameters, not their stack, so the copy does not live until the backward pass. An
+    expert without rows gets gradients of zero.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, counts: Tensor, each: int | None, *parameters: Tensor
+    ) -> Tensor:
+        num_experts = counts.shape[0]
+        ctx.each = each
+        ctx.offsets = counts.cumsum(0).to(torch.int32)
+        ctx.save_for_backward(x, counts, *parameters)
+        weights = torch.stack(parameters[:num_experts])
+        y = compat.grouped_mm()(x, weights.transpose(1, 2), offs=ctx.offsets)
+        if len(parameters) > num_experts:
+            biases = torch.stack(parameters[num_experts:])
+            times = counts if each is None else each
+            y = y + biases.repeat_interleave(times, dim=0, output_size=x.shape[0])
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        x, counts, *parameters = ctx.saved_tensors
+        num_experts = counts.shape[0]
+        grouped_mm = compat.grouped_mm()
+        grad = grad.contiguous()  # grouped products refuse expanded gradients
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grouped_mm(grad, torch.stack(parameters[:num_experts]), offs=ctx.offsets)
+        grads: list[Tensor | None] = [None] * len(parameters)
+        if any(ctx.needs_input_grad[3 : 3 + num_experts]):
+            grads[:num_experts] = grouped_mm(grad.t(), x, offs=ctx.offsets).unbind(0)
+        if len(parameters) > num_experts:
+            if ctx.each is None:
+                sums = torch.segment_reduce(grad.float(), "sum", lengths=counts, axis=0)
+            else:
+                sums = grad.float().view(num_experts, ctx.each, grad.shape[1]).sum(1)
+            grads[num_experts:] = sums.to(grad.dtype).unbind(0)
+        return grad_x, None, None, *grads
+
+
+def _why_not_now(experts: nn.ModuleList) -> str | None:
+    first = experts[0]
+    if compat.grouped_mm() is None:
+        return "this torch has no grouped_mm"
+    device_type = next((p.device.type for p in first.parameters()), "cpu")
+    if torch.is_autocast_enabled(device_type):
+        return "autocast is on"
+    dtype = next((p.dtype for p in first.parameters()), None)
+    classes = [type(module) for module in first.modules()]
+    for expert in experts:
+        if [type(module) for module in expert.modules()] != classes:
+            return "the experts are not of one class"
+        for module in expert.modules():
+            if any(getattr(module, hooks) for hooks in _HOOKS):
+                return f"a {type(module).__name__} of an expert has hooks"
+        for parameter in expert.parameters():
+            if parameter.dtype != dtype or not parameter.is_floating_point():
+                return "the weights are not of one floating-point type"
+            if parameter.numel() == 0 or hasattr(parameter, "ds_id"):
+                return "the weights are partitioned (ZeRO-3)"
+    return None
+
+
+def _identify(experts: nn.ModuleList) -> GroupedMLP | str:
+    first = experts[0]
+    linears = [name for name, child in first.named_children() if type(child) is nn.Linear]
+    others = [c for _, c in first.named_children() if type(c) is not nn.Linear]
+    if len(linears) not in (2, 3) or any(type(c) not in ACTIVATION_MODULES for c in others):
+        return "an expert is not two or three nn.Linear and an activation"
+    parts = {f"{name}.{key}" for name in linears for key in ("weight", "bias")}
+    held = {name for name, _ in (*first.named_parameters(), *first.named_buffers())}
+    if not held <= parts:
+        return f"an expert holds more than linear layers: {sorted(held - parts)}"
+    why = _why_unequal(experts) or _why_unaligned(first, linears)
+    if why is not None:
+        return why
+    return _probe(first, linears)
+
+
+def _why_unequal(experts: nn.ModuleList) -> str | None:
+    def shapes(expert: nn.Module) -> list[Any]:
+        return [(name, p.shape) for name, p in expert.named_parameters()]
+
+    def settings(expert: nn.Module) -> list[Any]:
+        return [
+            {k: v for k, v in vars(m).items() if not k.startswith("_")} for m in expert.modules()
+        ]
+
+    first = experts[0]
+    for expert in experts:
+        if shapes(expert) != shapes(first):
+            return "the experts differ in shape"
+        if settings(expert) != settings(first):
+            return "the experts differ in their settings"
+    return None
+
+
+def _why_unaligned(expert: nn.Module, linears: list[str]) -> str | None:
+    for name in linears:
+        layer: Any = expert.get_submodule(name)
+        row_bytes = [n * layer.weight.element_size() for n in layer.weight.shape]
+        if any(size % _ALIGNMENT_BYTES for size in row_bytes):
+            return f"rows of {min(row_bytes)} bytes are not a multiple of {_ALIGNMENT_BYTES}"
+    return None
+
+
+def _probe(expert: nn.Module, linears: list[str]) -> GroupedMLP | str:
+    """Find the formula that a float64 copy with random weights computes."""
+    generator = torch.Generator().manual_seed(0)
+    probe = copy.deepcopy(expert).to("cpu", torch.float64)
+    with torch.no_grad():
+        for parameter in probe.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    layers: dict[str, Any] = {name: probe.get_submodule(name) for name in linears}
+    for names, activation in itertools.product(itertools.permutations(linears), ACTIVATIONS):
+        mlp = GroupedMLP(
+            up=names[-2],
+            down=names[-1],
+            gate=names[0] if len(names) == 3 else None,
+            activation=activation,
+        )
+        width = layers[mlp.up].in_features
+        x = torch.randn((len(_SIZES), width), generator=generator, dtype=torch.float64)
+        if _agrees(probe, layers, mlp, x * torch.tensor(_SIZES)[:, None] / width**0.5):
+            return mlp
+    return "an expert does not compute act(gate(x)) * up(x) or act(up(x)), then down"
+
+
+def _agrees(expert: nn.Module, layers: dict[str, Any], mlp: GroupedMLP, x: Tensor) -> bool:
+    down, up, gate = layers[mlp.down], layers[mlp.up], layers.get(mlp.gate or "")
+    fits = up.in_features == x.shape[1] == down.out_features
+    if not fits or up.out_features != down.in_features:
+        return False
+    if gate is not None and gate.weight.shape != up.weight.shape:
+        return False
+    with torch.no_grad():
+        activation = ACTIVATIONS[mlp.activation]
+        hidden = activation(up(x)) if gate is None else activation(gate(x)) * up(x)
+        wanted = down(hidden)
+        try:
+            found = expert(x[None, None])
+        except (RuntimeError, TypeError, ValueError):
+            return False
+        if isinstance(found, tuple):
+            found = found[0]  # as the loop does: DeepSpeed ignores what else an expert returns
+    if found.shape != (1, 1, *wanted.shape):
+        return False
+    return torch.allclose(found[0, 0], wanted, rtol=1e-9, atol=1e-12)
+
+
+# -- gradients of replicas -------------------------------------------------------------------------
+#
+# An identity operator is put between the parameters of replicated experts and the forward pass. Its
+# backward runs after that of the experts and before that of the dispatch, at the same point between
+# the exchanges of a layer on every rank. The holders of an expert exchange their gradients, and
+# each sums them in slot order, in fp32: all get the same bits. DeepSpeed's hooks (reduction over
+# data-parallel ranks, ZeRO, accumulation) see the gradient of an expert without replicas; with
+# three or more expert-data-parallel ranks each sees one part of their sum, and zeros.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedExpert:
+    """An expert of this rank that other ranks hold too.
+
+    ``count``: how many parameters of the exchange are its. ``ranks``: the global ranks of all
+    holders in slot order; ``own``: the index of this rank among them.
+    """
+
+    count: int
+    ranks: tuple[int, ...]
+    own: int
+
+
+def run_with_summed_gradients(
+    experts: Any,
+    rows: Tensor,
+    tokens_per_expert: tuple[int, ...],
+    mode: ExpertsMode,
+    replicas: LayerReplicas,
+    group: Any,
+) -> Tensor:
+    """:func:`~moe_locality.layer.experts.run_experts`, with gradients summed over the replicas.
+
+    ``group``: the EP group, None for the world. Backward is collective among the holders of an
+    expert.
+    """
+    names, parameters, shared = _collect(experts.deepspeed_experts, replicas, group)
+    if not parameters:
+        return run_experts(experts, rows, tokens_per_expert, mode)
+    if mode == "grouped" or grouping_pays(rows):
+        recognize(experts.deepspeed_experts)  # it copies an expert, so before others stand in
+    edp_group = compat.expert_data_parallel_group(getattr(parameters[0], "group_name", ""))
+    stand_ins = _SumOverReplicas.apply(shared, group, edp_group, *parameters)
+    return torch.func.functional_call(
+        _Runner(experts, mode),
+        dict(zip(names, stand_ins, strict=True)),
+        (rows, tokens_per_expert),
+    )
+
+
+class _Runner(nn.Module):
+    """``run_experts`` as a module, so that torch can put other tensors in the parameters' place."""
+
+    def __init__(self, experts: nn.Module, mode: ExpertsMode) -> None:
+        super().__init__()
+        self.experts = experts
+        self.mode: ExpertsMode = mode
+        self.training = experts.training
+
+    def forward(self, rows: Tensor, tokens_per_expert: tuple[int, ...]) -> Tensor:
+        return run_experts(self.experts, rows, tokens_per_expert, self.mode)
+
+
+def _collect(
+    experts: nn.ModuleList, replicas: LayerReplicas, group: Any
+) -> tuple[list[str], list[Tensor], list[SharedExpert]]:
+    """Names (below a :class:`_Runner`) and parameters to train of the experts that others hold."""
+    names, parameters, shared = [], [], []
+    ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
+    for local, holders in replicas.shared:
+        found = [(n, p) for n, p in experts[local].named_parameters() if p.requires_grad]
+        names += [f"experts.deepspeed_experts.{local}.{name}" for name, _ in found]
+        parameters += [parameter for _, parameter in found]
+        shared.append(
+            SharedExpert(
+                count=len(found),
+                ranks=tuple(ranks[holder] for holder in holders),
+                own=holders.index(replicas.ep_rank),
+            )
+        )
+    return names, parameters, shared
+
+
+class _SumOverReplicas(torch.autograd.Function):
+    """Parameters as they are; gradients summed over the replicas."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, shared: list[SharedExpert], group: Any, edp_group: Any, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.shared, ctx.group, ctx.edp_group = shared, group, edp_group
+        return tuple(parameter.detach() for parameter in parameters)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        summed: list[Tensor] = []
+        for expert in ctx.shared:  # one after the other: room for the copies of one expert
+            mine = list(grads[len(summed) : len(summed) + expert.count])
+            total = sum_in_order(_swap(mine, expert, ctx.group))
+            summed += _own_part(total, ctx.edp_group)
+        return None, None, None, *summed
+
+
+def _swap(mine: list[Tensor], expert: SharedExpert, group: Any) -> list[list[Tensor]]:
+    """Return the gradients of all holders in slot order. Collective among the holders."""
+    if not mine:
+        return [mine]
+    outgoing = packed(mine, mine[0].device)
+    incoming = {rank: torch.empty_like(outgoing) for rank in expert.ranks}
+    others = [rank for place, rank in enumerate(expert.ranks) if place != expert.own]
+    operations = [dist.P2POp(dist.isend, outgoing, rank, group) for rank in others]
+    operations += [dist.P2POp(dist.irecv, incoming[rank], rank, group) for rank in others]
+    for request in dist.batch_isend_irecv(operations):
+        request.wait()
+    found = []
+    for place, rank in enumerate(expert.ranks):
+        theirs = mine
+        if place != expert.own:
+            theirs = [grad.new_empty(grad.shape) for grad in mine]
+            unpack(incoming[rank], whole_shards(theirs))
+        found.append(theirs)
+    return found
+
+
+def _own_part(grads: list[Tensor], edp_group: Any) -> list[Tensor]:
+    """Return one part per rank of the sum over the expert-data-parallel ranks, zeros elsewhere.
+
+    Collective over ``edp_group``. From three ranks on, the order in which DeepSpeed sums the ranks
+    depends on the position of an element in its buffers, which differs between replicas. So each
+    rank sums one part in rank order, and DeepSpeed adds zeros to it: exact in every order.
+    """
+    size = 1 if edp_group is None else dist.get_world_size(edp_group)
+    if size < 3 or not grads:
+        return grads  # a + b is b + a
+    sizes = [grad.numel() for grad in grads]
+    flat = torch.cat([grad.reshape(-1) for grad in grads])
+    part = -(-flat.numel() // size)
+    outgoing = flat.new_zeros(size * part)
+    outgoing[: flat.numel()] = flat
+    incoming = torch.empty_like(outgoing)
+    dist.all_to_all_single(incoming, outgoing, group=edp_group)
+    parts = torch.zeros_like(outgoing).view(size, part)
+    parts[dist.get_rank(edp_group)] = sum_in_order([[p] for p in incoming.view(size, part)])[0]
+    found = parts.view(-1)[: flat.numel()].split(sizes)
+    return [new.view(old.shape).to(old.dtype) for new, old in zip(found, grads, strict=True)]
+
+
+def sum_in_order(replicas: list[list[Tensor]]) -> list[Tensor]:
+    """Add up the gradients of replicas in the order given, in fp32 (or wider where they are)."""
+    summed = []
+    for grads in zip(*replicas, strict=True):
+        total = grads[0].to(torch.promote_types(grads[0].dtype, torch.float32), copy=True)
+        for grad in grads[1:]:
+            total += grad
+        summed.append(total.to(grads[0].dtype))
+    return summed

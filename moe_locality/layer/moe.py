@@ -19,7 +19,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,10 +40,15 @@ from moe_locality.dispatch.hierarchical import Rails, find_rails, pays
 from moe_locality.dispatch.transport import TrafficCounter
 from moe_locality.errors import ConfigError, PlacementError, TopologyError
 from moe_locality.kernels import ops
-from moe_locality.layer.experts import ExpertsMode, check_experts_mode, run_experts
-from moe_locality.layer.replica_map import LayerReplicas
+from moe_locality.layer.experts import (
+    ExpertsMode,
+    check_experts_mode,
+    run_experts,
+    run_with_summed_gradients,
+)
+from moe_locality.layer.slots import LayerReplicas
 from moe_locality.placement.plan import PlacementPlan
-from moe_locality.topology.cluster import ClusterTopology, Order
+from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.topology.groups import built_groups, discover_topology, prepare_groups
 from moe_locality.trace.recorder.hooks import moe_layer_ids
 
@@ -59,8 +64,6 @@ from deepspeed.moe.sharded_moe import (  # noqa: E402
     MOELayer,
     TopKGate,
 )
-
-from moe_locality.layer.replica_gradients import run_with_summed_gradients  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -362,9 +365,7 @@ class MoE(StockMoE):
         """As DeepSpeed's, for which its engine asks on all ranks. Where it would make expert groups
         and ``initialize`` made none, the nodes are found and groups made that follow them.
         """
-        if not compat.expert_group_registered(self.expert_group_name):
-            order = "D+E" if use_data_before_expert_parallel_ else "E+D"
-            _follow_the_nodes(self.deepspeed_moe, self.ep_size, order)
+        _follow_the_nodes(self, use_data_before_expert_parallel_)
         stock: Any = StockMoE.set_deepspeed_parallelism
         stock(self, use_data_before_expert_parallel_=use_data_before_expert_parallel_)
 
@@ -384,16 +385,27 @@ class MoE(StockMoE):
             layer.overlap_fn = None
 
 
-def _follow_the_nodes(layer: LocalityMOELayer, ep_size: int, order: Order) -> None:
+def _follow_the_nodes(module: StockMoE, use_data_before_expert_parallel: bool) -> None:
     """Make the expert groups of a layer whose nodes are not known yet. Collective."""
-    if layer.topology is not None or compat.model_parallel_unit() is not None:
+    layer: Any = module.deepspeed_moe
+    registered = compat.expert_group_registered(module.expert_group_name)
+    if registered or layer.topology is not None or compat.model_parallel_unit() is not None:
         return
+    order = "D+E" if use_data_before_expert_parallel else "E+D"
     try:
-        prepare_groups(discover_topology(cluster_config=layer.cluster), [ep_size], order)
+        prepare_groups(discover_topology(cluster_config=layer.cluster), [module.ep_size], order)
     except TopologyError as error:  # on all ranks alike
         if layer.cluster is not None:
             raise
         logger.warning("moe_locality: DeepSpeed makes the expert groups itself: %s", error)
+
+
+def _set_parallelism_of_subclass(
+    self: StockMoE, use_data_before_expert_parallel_: bool = False
+) -> None:
+    """``MoE.set_deepspeed_parallelism`` for a user's subclass of the stock layer."""
+    _follow_the_nodes(self, use_data_before_expert_parallel_)
+    type(self).set_deepspeed_parallelism(self, use_data_before_expert_parallel_)
 
 
 def _joined_signature() -> inspect.Signature:
@@ -440,7 +452,8 @@ def adopt(
 ) -> bool:
     """Turn a stock MoE module into ours, in place; return False where it already was.
 
-    A subclass of the stock class keeps its class: only its ``deepspeed_moe`` and gate change. What
+    A subclass of the stock class keeps its class and its methods: only its ``deepspeed_moe`` and
+    gate change, and groups that follow the nodes are made first. What
     a stock gate knew of its placement (``gate.slot_to_logical``) is kept.
 
     Raises:
@@ -470,6 +483,9 @@ def adopt(
     placed = getattr(layer.gate, "slot_to_logical", None)
     if type(module) is StockMoE:
         module.__class__ = MoE
+    elif not isinstance(module, MoE):
+        own: Any = MethodType(_set_parallelism_of_subclass, module)
+        module.set_deepspeed_parallelism = own
     layer.__class__ = LocalityMOELayer
     layer.gate.__class__ = LocalityTopKGate
     layer.dispatch_config, layer.kernels, layer.topology = dispatch_config, kernels, topology

@@ -8,7 +8,6 @@ decision. The experts' weights move with masters and moments; the model computes
 
 import functools
 import logging
-import pickle
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,15 +19,13 @@ import torch.distributed as dist
 
 from moe_locality.analysis.stats import jensen_shannon_bits
 from moe_locality.config import OnlineConfig
-from moe_locality.errors import ConfigError, MoeLocalityError, PlacementError
-from moe_locality.layer.fragments import expert_pieces, slab_bytes
+from moe_locality.errors import ConfigError, PlacementError
+from moe_locality.layer.agreement import all_succeed
 from moe_locality.layer.moe import MoE, layer_ids_of, moe_modules
-from moe_locality.layer.optimizer_state import state_source
 from moe_locality.layer.relabel import current_order, plan_of, relabel, tied_layers
-from moe_locality.layer.relocate import MoveReport, Undone
+from moe_locality.layer.relocate import MoveReport, RolledBackError
 from moe_locality.layer.replicas import has_replicas
-from moe_locality.layer.runtime import after_each_step
-from moe_locality.layer.vote import agree_on_failure
+from moe_locality.layer.state import expert_shards, flat_bytes, state_source
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.refresh.improve import Refresh, refresh
 from moe_locality.placement.refresh.state import RefreshState
@@ -42,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnlineDecision:
-    """What one look at the routing led to. ``report`` is None where nothing moved.
+    """One decision of online placement. ``report`` is None where nothing moved.
 
     Args:
         reason: in words, with the figures that were weighed.
@@ -87,7 +84,7 @@ class _Sample:
 
 
 class OnlinePlacement:
-    """Watches an engine; see :func:`attach_online`. ``decisions`` are those made so far."""
+    """Online placement of one engine; see :func:`attach_online`. ``decisions``: those so far."""
 
     def __init__(
         self, engine: Any, config: OnlineConfig, topology: ClusterTopology, layers: list[Any]
@@ -97,7 +94,7 @@ class OnlinePlacement:
         self.state: RefreshState | None = None
         self._first_load: np.ndarray | None = None
         self._steps = 0
-        self._tokens = 0  # since the last look, on this rank
+        self._tokens = 0  # since the last decision, on this rank
         self._sample: list[list[torch.Tensor]] = [[] for _ in layers]
         self._hooks = [
             layer.deepspeed_moe.gate.register_forward_hook(functools.partial(self._saw, number))
@@ -105,13 +102,13 @@ class OnlinePlacement:
         ]
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stop sampling."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
 
     def _saw(self, number: int, gate: Any, _inputs: Any, output: Any) -> None:
-        if not gate.training or (torch.is_grad_enabled() is False):
+        if not gate.training or not torch.is_grad_enabled():
             return  # evaluation; the first pass of a recomputed block
         ids = read_deepspeed_gate(output, gate.k, False).ids.detach()
         kept = self._sample[number]
@@ -121,28 +118,21 @@ class OnlinePlacement:
         self._tokens += len(ids) if number == 0 else 0
 
     def step(self) -> OnlineDecision | None:
-        """Count an optimizer step, and look at the routing every ``every_n_steps``. Collective."""
+        """Count an optimizer step; decide on a relocation every ``every_n_steps``. Collective."""
         self._steps += 1
         if self._steps % self.config.every_n_steps or not self._hooks:  # closed: it sees nothing
             return None
         started = time.monotonic()
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.gather_object(self._taken(), gathered if dist.get_rank() == 0 else None)
-        decided: tuple[Any, ...] | None = None
-        failure: Exception | None = None
-        if dist.get_rank() == 0:
-            try:
-                decided = self._decide(gathered)
-            except MoeLocalityError as error:
-                failure = error
-        agree_on_failure(failure)
-        plan_text, facts = pickle.loads(exchange_objects(pickle.dumps(decided))[0])
+        decided = all_succeed(lambda: self._decide(gathered) if dist.get_rank() == 0 else None)
+        plan_text, facts = exchange_objects(decided)[0]
         report = None
         if plan_text is not None:
             try:
                 report = relabel(self.engine, PlacementPlan.from_dict(plan_text))
             except PlacementError as error:
-                if not isinstance(error.__cause__, Undone) or error.__cause__.interrupted:
+                if not isinstance(error.__cause__, RolledBackError) or error.__cause__.interrupted:
                     raise
                 facts["reason"] = str(error)  # on all ranks; the training can go on
         decision = OnlineDecision(
@@ -163,7 +153,7 @@ class OnlinePlacement:
         return decision
 
     def _taken(self) -> "_Sample":
-        """What this rank saw since the last look; it begins anew."""
+        """Return the sample of this rank since the last decision, and start a new one."""
         sample, self._sample = self._sample, [[] for _ in self.layers]
         tokens, self._tokens = self._tokens, 0
         shapes = {tuple(map(len, parts)) for parts in sample}
@@ -233,7 +223,7 @@ class OnlinePlacement:
         weight = layer.deepspeed_moe.gate.wg.weight
         element = next(expert.parameters()).element_size()
         return {
-            "expert_bytes": float(slab_bytes(expert_pieces(expert, state_source(self.engine)))),
+            "expert_bytes": float(flat_bytes(expert_shards(expert, state_source(self.engine)))),
             # forward and backward, there and back
             "copy_bytes": 4.0 * weight.shape[1] * element,
             "tokens_per_step": sum(s.num_tokens for s in gathered) / self.config.every_n_steps,
@@ -262,7 +252,7 @@ def _trace_of(gathered: Sequence[_Sample], plan: PlacementPlan) -> RoutingTrace:
 def attach_online(
     engine: Any, config: OnlineConfig, topology: ClusterTopology | None
 ) -> OnlinePlacement:
-    """Let ``engine.step`` watch the routing and relocate experts where it pays.
+    """Start to sample the routing of ``engine``; call ``.step()`` after every optimizer step.
 
     Raises:
         ConfigError: layers that are not ours (their ids are of slots), or expert-parallel groups
@@ -288,6 +278,4 @@ def attach_online(
             "of several ranks: online placement weighs one expert-parallel group on one cluster; "
             "leave the section 'online' out, and relabel(engine, plan) with plans of your own"
         )
-    online = OnlinePlacement(engine, config, topology, layers)
-    after_each_step(engine, online.step)
-    return online
+    return OnlinePlacement(engine, config, topology, layers)

@@ -1,11 +1,11 @@
-"""Bake a placement into router and experts of a live model: a relabelling, the same function.
+"""Put a placement without replicas into router and experts of a live model: the same function.
 
-A placement without replicas is a permutation: the expert that slot s shall hold, and the router
-row that names it, go to slot s. Experts that change rank travel point to point inside the
-expert-parallel group; what stays on its rank is moved there. The weights are then those of a plain
-DeepSpeed model with another numbering, and ``slot_to_logical`` of each layer says which.
+Such a placement is a permutation: the expert of slot s, and the router row that names it, move to
+slot s. Experts that change rank travel point to point inside the expert-parallel group; the others
+move on their rank. The weights are then those of a plain DeepSpeed model with another numbering,
+which ``slot_to_logical`` of each layer states.
 
-Every check is done, and agreed between all ranks, before anything moves.
+All checks run, and all ranks agree on them, before anything moves.
 """
 
 import hashlib
@@ -20,26 +20,27 @@ import torch.distributed as dist
 
 from moe_locality import compat
 from moe_locality.errors import ConfigError, PlacementError
-from moe_locality.layer.fragments import StateSource, no_state
+from moe_locality.layer.agreement import all_agree, all_succeed
 from moe_locality.layer.moe import moe_modules, plan_rows, set_slot_to_logical
-from moe_locality.layer.moves import check_is_permutation
-from moe_locality.layer.optimizer_state import (
-    check_between_steps,
-    check_no_gradients,
-    check_state_moves,
-    is_engine,
-    layout_of,
-    state_source,
-)
-from moe_locality.layer.relabel_weights import expert_tensors, gate_rows
 from moe_locality.layer.relocate import (
     TIMEOUT_S,
     MoveReport,
-    Undone,
+    RolledBackError,
     relabel_layer,
     signals_deferred,
 )
-from moe_locality.layer.vote import agree, agree_on_failure
+from moe_locality.layer.slots import check_is_permutation
+from moe_locality.layer.state import (
+    StateSource,
+    check_between_steps,
+    check_no_gradients,
+    check_state_moves,
+    gate_rows,
+    is_engine,
+    layout_of,
+    no_state,
+    state_source,
+)
 from moe_locality.placement.plan import PlacementPlan
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A layer, the slot order that it shall get ([E]), and its EP group (None: ep_size 1)."""
+    """A layer, its new slot order ([E], or [P] with replicas), its EP group (None: ep_size 1)."""
 
     name: str
     module: Any
@@ -110,8 +111,7 @@ def relabel(
 def plan_of(engine: Any) -> PlacementPlan | None:
     """Return the plan that an engine follows: that of its last relabel, or of its start."""
     runtime = getattr(engine, "moe_locality", None)
-    plan = getattr(runtime, "plan", None)
-    return plan if runtime is not None else getattr(engine, "moe_locality_plan", None)
+    return getattr(engine, "moe_locality_plan", None) if runtime is None else runtime.plan
 
 
 def _remember_plan(engine: Any, plan: PlacementPlan) -> None:
@@ -128,24 +128,35 @@ def relabel_to(prepare: Any, digest: str, *, timeout_s: float = TIMEOUT_S) -> Mo
     Raises:
         MoeLocalityError: the error of the first rank that found one, on all ranks.
     """
-    targets: list[Target] = []
-    state: StateSource = no_state
-    failure: Exception | None = None
-    facts: list[Any] = []
-    try:
+
+    def check() -> tuple[list[Target], StateSource, list[Any]]:
         targets, state = prepare()
-        facts = [_facts(target, state) for target in targets]
-    except Exception as error:  # noqa: BLE001 it rises below, on all ranks
-        failure = error
-    agree_on_failure(failure)
-    agree("plans", digest)
-    agree("models or placements", hashlib.sha256(repr(facts).encode()).hexdigest())
+        for target in targets:
+            check_state_moves(target.module, state, target.name)
+        return targets, state, [facts_of(target, state) for target in targets]
+
+    targets, state, facts = all_succeed(check)
+    agree_on_layers(digest, facts)
     with signals_deferred():
         return _move_layers(targets, state, timeout_s)
 
 
+def agree_on_layers(plan_digest: str, facts: list[Any]) -> None:
+    """Raise PlacementError on all ranks unless all have one plan and like layers. Collective."""
+    all_agree("plans", plan_digest)
+    all_agree("models or placements", hashlib.sha256(repr(facts).encode()).hexdigest())
+
+
+def facts_of(target: Target, state: StateSource = no_state) -> tuple[Any, ...]:
+    """Return what must be the same on all ranks for a layer."""
+    module = target.module
+    experts = module.deepspeed_moe.experts.deepspeed_experts
+    orders = (current_order(module).tolist(), target.slot_to_logical.tolist())
+    return target.name, *orders, layout_of(experts[0], state)
+
+
 def _move_layers(targets: list[Target], state: StateSource, timeout_s: float) -> MoveReport:
-    """Move layer after layer; each is finished, or as it was."""
+    """Move layer after layer; each is finished, or rolled back."""
     total = MoveReport()
     for number, target in enumerate(targets):
         try:
@@ -158,7 +169,7 @@ def _move_layers(targets: list[Target], state: StateSource, timeout_s: float) ->
                 name=target.name,
                 timeout_s=timeout_s,
             )
-        except Undone as error:
+        except RolledBackError as error:
             failure = PlacementError(
                 f"{target.name}: found a failure while its experts were moved ({error}), expected "
                 f"none: this layer is in its old order again, {number} layers before it are in the "
@@ -214,21 +225,31 @@ def plan_targets(
             )
         # with one rank per EP group every order is on that rank: the plan's ranks do not matter
         plan.check_fits(num_ranks=module.ep_size if module.ep_size > 1 else None)
-    targets = [
-        Target(
-            name=name or "the model",
-            module=module,
-            slot_to_logical=plan.physical_to_logical_map[row].astype(np.int64),
-            group=find_group(module, group),
-        )
-        for row, (name, module) in zip(rows, layers, strict=True)
-    ]
+    orders = [plan.physical_to_logical_map[row].astype(np.int64) for row in rows]
+    targets = targets_for(layers, orders, group)
     check_tied_stay(model, targets, [current_order(target.module) for target in targets])
     return targets
 
 
+def targets_for(
+    layers: Sequence[tuple[str, Any]],
+    orders: Sequence[np.ndarray],
+    group: dist.ProcessGroup | None = None,
+) -> list[Target]:
+    """Return a target for each of the named layers, with the slot order of its place."""
+    return [
+        Target(
+            name=name or "the model",
+            module=module,
+            slot_to_logical=order,
+            group=find_group(module, group),
+        )
+        for (name, module), order in zip(layers, orders, strict=True)
+    ]
+
+
 def check_one_ep_size(layers: Sequence[tuple[str, Any]]) -> None:
-    """Raise PlacementError where experts of two layers are spread over other numbers of ranks."""
+    """Raise PlacementError where two layers spread their experts over different ranks."""
     sizes = sorted({module.ep_size for _, module in layers} - {1})
     if len(sizes) > 1:
         raise PlacementError(
@@ -239,18 +260,18 @@ def check_one_ep_size(layers: Sequence[tuple[str, Any]]) -> None:
 
 
 def tied_layers(model: torch.nn.Module) -> dict[str, str]:
-    """Return, for each MoE layer whose router or experts are tied to another place, both in words.
+    """Return the MoE layers that share a tensor of router or experts, with its owners in words.
 
-    A tied tensor belongs to several places, and moving it for one of them moves it for all.
+    A tensor that moves for one owner moves for all.
     """
     owners: dict[int, dict[str, str]] = {}  # of a tensor: place -> name of its MoE layer
     inside: set[int] = set()
     for name, module in moe_modules(model):
         layer, inner = name or "the model", module.deepspeed_moe
-        places = {f"the router of {layer}": gate_rows(inner.gate)}
+        places = {f"the router of {layer}": [*gate_rows(inner.gate).values()]}
         experts: Any = inner.experts.deepspeed_experts
         for number, expert in enumerate(experts):
-            places[f"expert {number} of {layer}"] = expert_tensors(expert, None)
+            places[f"expert {number} of {layer}"] = [*expert.buffers(), *expert.parameters()]
         for place, tensors in places.items():
             for tensor in tensors:
                 owners.setdefault(_memory_of(tensor), {})[place] = layer
@@ -269,8 +290,7 @@ def tied_layers(model: torch.nn.Module) -> dict[str, str]:
 
 
 def _memory_of(tensor: torch.Tensor) -> int:
-    """A number that tensors of the same memory share (parts of ZeRO-3 and meta have none)."""
-    return tensor.data_ptr() or id(tensor)
+    return tensor.data_ptr() or id(tensor)  # parts of ZeRO-3 and meta tensors have no address
 
 
 def check_tied_stay(
@@ -322,7 +342,7 @@ def find_group(module: Any, group: dist.ProcessGroup | None) -> dist.ProcessGrou
 
 
 def _check_bare(targets: list[Target], weights_only: bool) -> None:
-    """Refuse a bare module that an engine may be training: its optimizer is out of sight."""
+    """Refuse a bare module that an engine may be training: its optimizer state could not move."""
     for target in targets:
         if any(hasattr(parameter, "ds_id") for parameter in target.module.parameters()):
             raise ConfigError(
@@ -336,15 +356,3 @@ def _check_bare(targets: list[Target], weights_only: bool) -> None:
                 "experts: call relabel(engine, plan); for a model without an optimizer pass "
                 "weights_only=True"
             )
-
-
-def _facts(target: Target, state: StateSource) -> Any:
-    """What has to be the same on all ranks for a layer; checks what this rank alone can see."""
-    check_state_moves(target.module, state, target.name)
-    experts = target.module.deepspeed_moe.experts.deepspeed_experts
-    return (
-        target.name,
-        current_order(target.module).tolist(),
-        target.slot_to_logical.tolist(),
-        layout_of(experts[0], state),
-    )

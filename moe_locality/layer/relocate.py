@@ -2,14 +2,14 @@
 
 A layer changes its order in steps that touch at most two slots of a rank. A step gathers what the
 slots hold (weights, masters, moments), exchanges it point to point, compares checksums, writes,
-reads back and compares again; all ranks vote before and after the writing. When any rank fails,
-the step writes back what the slots held, the steps before it are taken back in reverse order, and
-the layer is as it was, on every rank. A rank that fails still enters the collectives of its step,
-so that none waits for it. Ctrl-C and SIGTERM wait for the end of a step, are taken back like a
-failure, and end the program then (:func:`signals_deferred`).
+reads back and compares again; all ranks agree before and after the writing. When a rank fails, the
+step restores the old content of its slots, the earlier steps are reversed, and the layer is in its
+old order on every rank. A rank that fails still enters the collectives of its step, so the others
+do not wait for it. Ctrl-C and SIGTERM take effect after the current step: the move is rolled back,
+then the program ends (:func:`signals_deferred`).
 
-Parameters stay the objects they were: their values are written into ``.data``, so optimizers,
-hooks, flat buffers and references stay valid.
+Values are written into ``.data`` of the same parameters, so optimizers, hooks, flat buffers and
+references stay valid.
 """
 
 import hashlib
@@ -25,79 +25,83 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_locality.errors import PlacementError
-from moe_locality.layer.fragments import (
-    Piece,
+from moe_locality.layer.agreement import LostRanks, gather_answers
+from moe_locality.layer.slots import Step, plan_moves, plan_steps, reverse_step, source_slots
+from moe_locality.layer.state import (
     StateSource,
-    expert_pieces,
+    TensorShard,
+    expert_shards,
+    flat_bytes,
+    gate_shards,
     no_state,
     pack,
-    parameter_pieces,
-    slab_bytes,
     unpack,
     whole_bytes,
     whole_tensors,
 )
-from moe_locality.layer.moves import Step, plan_moves, plan_steps, source_slots, undone
-from moe_locality.layer.relabel_weights import GATE_ROWS
-from moe_locality.layer.vote import LostRanks, vote
 
-NUM_SLABS = 3
-"""Experts, with all their state, that a rank has room for beside the model during a move."""
+NUM_BUFFERS = 3
+"""Flat buffers per rank during a move: room for so many experts with all their state."""
 
 TIMEOUT_S = 120.0
-"""How long one exchange of a step may take. A step has at most two in a row, so who has not voted
-after three times as long is lost.
+"""Seconds that one exchange of a step may take. A step has at most two exchanges in a row, so a
+rank that does not respond within 3 x timeout is considered dead.
 """
 
 
-class Undone(PlacementError):
-    """A rank failed; the layer is as it was before, on every rank.
+class RolledBackError(PlacementError):
+    """A rank failed; the layer is in its old order on every rank.
 
-    ``interrupted``: some rank was asked to end. ``stop``: what asked this one, unless a signal.
+    ``interrupted``: a rank was interrupted. ``stop``: the KeyboardInterrupt or SystemExit of this
+    rank, if any.
     """
 
     interrupted = False
     stop: BaseException | None = None
 
 
-_noted: list[int] = []
-"""Signals that came during a move."""
+_pending_signals: list[int] = []
+"""Signals received during a move."""
+
+
+def _defer(number: int, _frame: Any) -> None:
+    _pending_signals.append(number)
 
 
 @contextmanager
 def signals_deferred() -> Iterator[None]:
-    """Note SIGINT and SIGTERM while a move is under way; they take effect when the block ends.
+    """Defer SIGINT and SIGTERM until the block ends.
 
-    Elsewhere than in the main thread, and where another language handles them, they are left alone.
+    It changes nothing outside the main thread, nor for handlers that Python did not install.
     """
     handlers: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) not in (None, signal.SIG_IGN):
-                handlers[number] = signal.signal(number, lambda got, _: _noted.append(got))
+                handlers[number] = signal.signal(number, _defer)
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        came = list(_noted)
-        _noted.clear()
+        came = list(_pending_signals)
+        _pending_signals.clear()
         for number in came[:1]:
             signal.raise_signal(number)
 
 
 @dataclass(slots=True, kw_only=True)
 class MoveReport:
-    """What a relocation did. Bytes and seconds are this rank's.
+    """What a relocation did. Bytes and seconds are those of this rank.
 
     Args:
         num_experts_moved: experts that changed rank, over all layers, in one EP group.
         sent_bytes: sent point to point to other ranks.
-        gathered_bytes: put together from the parts of ZeRO by all-reduce, reading back included.
-        buffer_bytes: the most that the move needed beside the model.
+        gathered_bytes: all-reduced to join ZeRO's partitions, verification included.
+        buffer_bytes: largest size of the buffers at any time.
     """
 
     num_layers: int = 0
@@ -108,7 +112,7 @@ class MoveReport:
     elapsed_s: float = 0.0
 
     def add(self, other: "MoveReport") -> None:
-        """Count another layer in; the buffers of two layers are never held at once."""
+        """Add the report of another layer; its buffers replace those of this one."""
         self.num_layers += other.num_layers
         self.num_experts_moved += other.num_experts_moved
         self.sent_bytes += other.sent_bytes
@@ -119,26 +123,27 @@ class MoveReport:
 
 @dataclass(slots=True, kw_only=True)
 class _Layer:
-    """A layer on the move: what its slots here hold, and the buffers.
+    """State of one move: what the slots of this rank hold, and the buffers.
 
-    ``errors`` are those of this rank since the last vote.
+    ``errors``: of this rank, since the ranks last agreed.
     """
 
     name: str
-    slots: dict[int, list[Piece]]
+    slots: dict[int, list[TensorShard]]
     group: dist.ProcessGroup | None
     per_rank: int
-    slabs: list[Tensor]
+    buffers: list[Tensor]
     report: MoveReport
     timeout_s: float
     errors: list[str] = field(default_factory=list)
     stop: BaseException | None = None
-    undoing: bool = False
+    rolling_back: bool = False
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Note an error of this rank; the vote raises it on all. So does a KeyboardInterrupt or a
-        SystemExit, which goes on when the step is taken back.
+        """Keep an error of this rank for :meth:`agree`, which raises it on all ranks.
+
+        A KeyboardInterrupt or SystemExit is raised again after the roll-back.
         """
         try:
             yield
@@ -148,16 +153,18 @@ class _Layer:
                 self.stop = error
 
     def agree(self, digests: dict[str, str] | None = None) -> None:
-        """Raise Undone on all ranks when any has an error or two digests of a thing differ."""
-        if _noted and not self.undoing:
-            self.errors.append(f"{signal.Signals(_noted[0]).name}: this rank was told to end")
+        """Raise RolledBackError on all ranks where one has an error or digests of a key differ."""
+        if _pending_signals and not self.rolling_back:
+            name = signal.Signals(_pending_signals[0]).name
+            self.errors.append(f"{name}: this rank was told to end")
         errors, self.errors = self.errors, []
-        interrupted = bool(_noted) or self.stop is not None
-        answers = vote((errors, digests or {}, interrupted), self.name, 3 * self.timeout_s)
+        interrupted = bool(_pending_signals) or self.stop is not None
+        mine = (errors, digests or {}, interrupted)
+        answers = gather_answers(mine, self.name, 3 * self.timeout_s)
         found = {rank: answer[0] for rank, answer in enumerate(answers) if answer[0]}
         seen: dict[str, tuple[int, str]] = {}
-        for rank, (_, mine, _) in enumerate(answers):
-            for thing, digest in mine.items():
+        for rank, (_, theirs, _) in enumerate(answers):
+            for thing, digest in theirs.items():
                 first, other = seen.setdefault(thing, (rank, digest))
                 if other != digest:
                     found.setdefault(rank, []).append(
@@ -166,9 +173,9 @@ class _Layer:
                     )
         if found:
             rank, texts = next(iter(found.items()))
-            failure = Undone(f"ranks {sorted(found)} failed, rank {rank} with {texts[0]}")
+            failure = RolledBackError(f"ranks {sorted(found)} failed, rank {rank} with {texts[0]}")
             failure.interrupted, failure.stop = any(answer[2] for answer in answers), self.stop
-            self.undoing = True
+            self.rolling_back = True
             raise failure
 
 
@@ -192,26 +199,26 @@ def relabel_layer(
         timeout_s: see ``TIMEOUT_S``.
 
     Raises:
-        Undone: a rank failed, and the layer is in ``current`` order again on all ranks.
-        LostRanks: a rank ended or hangs.
-        PlacementError: a rank failed, and then failed to put things back.
+        RolledBackError: a rank failed, and the layer is in ``current`` order again on all ranks.
+        LostRanks: a rank exited or hangs.
+        PlacementError: a rank failed, and the roll-back failed too.
     """
     started = time.monotonic()
     moves = plan_moves(current, target, module.ep_size)
-    report = MoveReport(num_layers=1, num_experts_moved=moves.num_travellers)
+    report = MoveReport(num_layers=1, num_experts_moved=moves.num_moved)
     if moves.is_empty:
         return report
     layer, gate = _open(module, group, state, name, report, timeout_s)
     done: list[Step] = []
     try:
         for step in plan_steps(moves, module.ep_size):
-            _take(layer, step)
+            _run_step(layer, step)
             done.append(step)
         _permute_gate(layer, gate, source_slots(current, target))
-    except Undone as failure:
+    except RolledBackError as failure:
         for step in reversed(done):
             with _fatal(name, failure):
-                _take(layer, undone(step))
+                _run_step(layer, reverse_step(step))
         raise
     report.elapsed_s = time.monotonic() - started
     return report
@@ -219,8 +226,8 @@ def relabel_layer(
 
 def _open(
     module: Any, group: Any, state: StateSource, name: str, report: MoveReport, timeout_s: float
-) -> tuple[_Layer, list[Piece]]:
-    """Find what travels and make room for it, before anything is touched."""
+) -> tuple[_Layer, list[TensorShard]]:
+    """Find what moves and allocate the buffers, before anything changes."""
     experts = list(module.deepspeed_moe.experts.deepspeed_experts)
     first = (0 if group is None else dist.get_rank(group)) * len(experts)
     layer = _Layer(
@@ -228,21 +235,22 @@ def _open(
         slots={},
         group=group,
         per_rank=len(experts),
-        slabs=[],
+        buffers=[],
         report=report,
         timeout_s=timeout_s,
     )
-    gate: list[Piece] = []
+    gate: list[TensorShard] = []
     with layer.guard():
         for number, expert in enumerate(experts):
-            layer.slots[first + number] = expert_pieces(expert, state)
-        gate = gate_pieces(module.deepspeed_moe.gate, state)
-        largest = max(slab_bytes(layer.slots[first]), slab_bytes(gate))
-        device = _wire_device(group, layer.slots[first])
-        layer.slabs = [
-            torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(NUM_SLABS)
+            layer.slots[first + number] = expert_shards(expert, state)
+        gate = gate_shards(module.deepspeed_moe.gate, state)
+        largest = max(flat_bytes(layer.slots[first]), flat_bytes(gate))
+        locals_ = (s.local for s in layer.slots[first])
+        device = wire_device(group, next((t for t in locals_ if t is not None), None))
+        layer.buffers = [
+            torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(NUM_BUFFERS)
         ]
-        report.buffer_bytes = NUM_SLABS * largest
+        report.buffer_bytes = NUM_BUFFERS * largest
     layer.agree()
     return layer, gate
 
@@ -261,36 +269,36 @@ def _fatal(name: str, failure: Exception) -> Iterator[None]:
         ) from error
 
 
-def _take(layer: _Layer, step: Step) -> None:
-    """Do a step on all ranks, or leave everything as it was and raise Undone."""
+def _run_step(layer: _Layer, step: Step) -> None:
+    """Do a step on all ranks, or restore its slots and raise RolledBackError."""
     mine = [(read, written) for read, written in step if read in layer.slots]
     held: dict[int, Tensor] = {}
-    for slab, (read, _) in zip(layer.slabs, mine, strict=False):
-        held[read] = _view(slab, layer.slots[read])
+    for buffer, (read, _) in zip(layer.buffers, mine, strict=False):
+        held[read] = _view(buffer, layer.slots[read])
         _gather(layer, layer.slots[read], held[read])
-    arrived = _travel(layer, step, mine, held)
+    arrived = _exchange(layer, step, mine, held)
     wanted, digests = {}, {}
     with layer.guard():
         where = 0 if layer.group is None else dist.get_process_group_ranks(layer.group)[0]
-        wanted = {written: _digest(slab) for written, slab in arrived.items()}
+        wanted = {written: _digest(buffer) for written, buffer in arrived.items()}
         sent = {written: _digest(held[read]) for read, written in mine}
         # sender and receiver name the same slot of the same EP group
         digests = {f"{where}|slot {slot}": digest for slot, digest in (sent | wanted).items()}
     layer.agree(digests)
     with layer.guard():
-        for written, slab in arrived.items():
-            unpack(slab, layer.slots[written])
+        for written, buffer in arrived.items():
+            unpack(buffer, layer.slots[written])
     _verify_or_restore(
         layer,
         {written: (layer.slots[written], wanted[written], held[written]) for written in arrived},
-        layer.slabs[-1],
+        layer.buffers[-1],
     )
 
 
-def _travel(
+def _exchange(
     layer: _Layer, step: Step, mine: list[tuple[int, int]], held: dict[int, Tensor]
 ) -> dict[int, Tensor]:
-    """Exchange slabs point to point; [slot written here] -> what it shall hold."""
+    """Exchange buffers point to point; return the new content of each slot written here."""
     if not mine:
         return {}
     if all(written in layer.slots for _, written in mine):
@@ -300,7 +308,7 @@ def _travel(
     ranks = dist.get_process_group_ranks(group)
     ((slot, goes_to),) = mine
     source = next(read for read, written in step if written == slot)
-    incoming = _view(layer.slabs[1], layer.slots[slot])
+    incoming = _view(layer.buffers[1], layer.slots[slot])
     with layer.guard():
         operations = [
             dist.P2POp(dist.isend, held[slot], ranks[goes_to // layer.per_rank], group),
@@ -314,42 +322,41 @@ def _travel(
 
 def _verify_or_restore(
     layer: _Layer,
-    written: dict[int, tuple[list[Piece], str, Tensor]],
+    written: dict[int, tuple[list[TensorShard], str, Tensor]],
     spare: Tensor,
 ) -> None:
-    """Read back what was written; where any rank finds another checksum, put the old back.
+    """Read back what was written; on a wrong checksum of any rank, restore the old content.
 
-    ``written``: pieces, the checksum they shall have, and what they held before.
+    ``written``: shards, their expected checksum, and their old content.
     """
-    for thing, (pieces, digest, _) in written.items():
-        again = _view(spare, pieces)
-        _gather(layer, pieces, again)
+    for thing, (shards, digest, _) in written.items():
+        again = _view(spare, shards)
+        _gather(layer, shards, again)
         with layer.guard():
             if _digest(again) != digest:
                 raise PlacementError(f"slot {thing} does not hold what was sent to it")
     try:
         layer.agree()
-    except Undone as failure:
+    except RolledBackError as failure:
         with _fatal(layer.name, failure):
             with layer.guard():
-                for pieces, _, before in written.values():
-                    unpack(before, pieces)
+                for shards, _, before in written.values():
+                    unpack(before, shards)
             layer.agree()
         raise
 
 
-def _gather(layer: _Layer, pieces: list[Piece], buffer: Tensor) -> None:
-    """Put the pieces together, whole, in ``buffer``: every rank that shares them does so at once.
+def _gather(layer: _Layer, shards: list[TensorShard], buffer: Tensor) -> None:
+    """Join the shards, whole, in ``buffer``. Collective among the ranks that hold parts.
 
-    Each byte is on one rank and zero on the others, so the sum of the words is exact in any dtype.
+    Each byte is on one rank and zero on the others, so the integer sum is exact for any dtype.
     """
     with layer.guard():
-        buffer.zero_()
-        pack(pieces, buffer)
-    group = next((piece.group for piece in pieces if piece.group is not None), None)
+        pack(shards, buffer)
+    group = next((shard.group for shard in shards if shard.group is not None), None)
     if group is None or dist.get_world_size(group) == 1:
         return
-    parts = buffer[whole_bytes(pieces) :].view(torch.int32)
+    parts = buffer[whole_bytes(shards) :].view(torch.int32)
     with layer.guard():
         request = dist.all_reduce(parts, group=group, async_op=True)
         assert request is not None
@@ -357,54 +364,38 @@ def _gather(layer: _Layer, pieces: list[Piece], buffer: Tensor) -> None:
         layer.report.gathered_bytes += 4 * parts.numel()
 
 
-def gate_pieces(gate: nn.Module, state: StateSource) -> list[Piece]:
-    """Return the per-expert tensors of a gate, moments too; a step counter stays."""
-    found = []
-    for name in GATE_ROWS:
-        tensor = _find(gate, name)
-        if tensor is not None:
-            pieces = parameter_pieces(name, tensor, state)
-            found += [piece for piece in pieces if piece.shape == tuple(tensor.shape)]
-    return sorted(found, key=lambda piece: piece.group is not None)
-
-
-def _permute_gate(layer: _Layer, pieces: list[Piece], source: np.ndarray) -> None:
+def _permute_gate(layer: _Layer, shards: list[TensorShard], source: np.ndarray) -> None:
     """Row s of every per-expert tensor of the gate takes row ``source[s]``."""
-    before, after, spare = (_view(slab, pieces) for slab in layer.slabs)
-    _gather(layer, pieces, before)
+    before, after, spare = (_view(buffer, shards) for buffer in layer.buffers)
+    _gather(layer, shards, before)
     digest = ""
     with layer.guard():
         after.copy_(before)
         for old, new in zip(
-            whole_tensors(before, pieces), whole_tensors(after, pieces), strict=True
+            whole_tensors(before, shards), whole_tensors(after, shards), strict=True
         ):
             new.copy_(old[torch.from_numpy(source).to(old.device)])
         digest = _digest(after)
     layer.agree()
     with layer.guard():
-        unpack(after, pieces)
-    _verify_or_restore(layer, {0: (pieces, digest, before)}, spare)
+        unpack(after, shards)
+    _verify_or_restore(layer, {0: (shards, digest, before)}, spare)
 
 
-def _find(module: nn.Module, dotted: str) -> Tensor | None:
-    found: Any = module
-    for part in dotted.split("."):
-        found = getattr(found, part, None)
-    return found if isinstance(found, Tensor) else None
+def _view(buffer: Tensor, shards: list[TensorShard]) -> Tensor:
+    return buffer[: flat_bytes(shards)]
 
 
-def _view(slab: Tensor, pieces: list[Piece]) -> Tensor:
-    return slab[: slab_bytes(pieces)]
+def _digest(buffer: Tensor) -> str:
+    return hashlib.blake2b(buffer.cpu().numpy().data, digest_size=16).hexdigest()
 
 
-def _digest(slab: Tensor) -> str:
-    return hashlib.blake2b(slab.cpu().numpy().data, digest_size=16).hexdigest()
+def wire_device(group: dist.ProcessGroup | None, tensor: Tensor | None) -> torch.device:
+    """Return the device for buffers that ``group`` exchanges: that of ``tensor``, or the backend's.
 
-
-def _wire_device(group: dist.ProcessGroup | None, pieces: list[Piece]) -> torch.device:
-    """Device of the buffers: before ``initialize`` a model is often on the CPU while NCCL is up."""
+    Before ``initialize`` a model is often on the CPU while NCCL is up.
+    """
     backend = "" if group is None else dist.get_backend(group)
     if backend == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
-    local = next((piece.local for piece in pieces if piece.local is not None), None)
-    return torch.device("cpu") if backend == "gloo" or local is None else local.device
+    return torch.device("cpu") if backend == "gloo" or tensor is None else tensor.device

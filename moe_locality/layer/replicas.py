@@ -1,16 +1,15 @@
-"""Give the layers of a model more slots than experts: the placements with replicas.
+"""Give the layers of a model more slots than experts: placements with replicas.
 
-Every rank of an EP group holds P / G expert modules, those that its slots name. What the model
-computes stays the same: the router keeps its E rows, in logical order, and each rank sends a token
-to the replica that serves its own tokens (``PlacementPlan.serving_slot``).
+Every rank of an EP group holds P / G expert modules, one for each of its slots. The model computes
+the same function: the router keeps its E rows, in logical order, and each rank sends a token to
+the replica that serves its own tokens (``PlacementPlan.serving_slot``).
 
-It happens before ``deepspeed.initialize``, so that optimizer, ZeRO and expert-data-parallel groups
-see the parameters of all slots. The modules that a rank has stay the objects they were and come
+Replicas are added before ``deepspeed.initialize``, so that optimizer, ZeRO and expert-data-parallel
+groups see the parameters of all slots. The modules that a rank has stay the same objects and come
 first; new ones follow.
 """
 
 import copy
-import hashlib
 import logging
 from collections.abc import Iterable
 from typing import Any
@@ -22,18 +21,26 @@ from torch import Tensor, nn
 
 from moe_locality import compat
 from moe_locality.errors import ConfigError, PlacementError
+from moe_locality.layer.agreement import all_succeed
 from moe_locality.layer.moe import moe_modules, plan_rows, set_slot_to_logical
-from moe_locality.layer.optimizer_state import check_no_gradients, layout_of
 from moe_locality.layer.relabel import (
     Target,
+    agree_on_layers,
     check_one_ep_size,
     current_order,
-    find_group,
+    facts_of,
+    targets_for,
     tied_layers,
 )
-from moe_locality.layer.relabel_weights import expert_tensors, pack, permute_gate, unpack
-from moe_locality.layer.replica_map import LayerReplicas, source_slots
-from moe_locality.layer.vote import agree, agree_on_failure
+from moe_locality.layer.relocate import wire_device
+from moe_locality.layer.slots import LayerReplicas, source_slots
+from moe_locality.layer.state import (
+    check_no_gradients,
+    packed,
+    permute_gate,
+    unpack,
+    whole_shards,
+)
 from moe_locality.placement.plan import PlacementPlan
 
 logger = logging.getLogger(__name__)
@@ -62,17 +69,13 @@ def add_replicas(
         ConfigError: the model is part of an engine, has gradients, or a group is missing. All
             errors rise on all ranks, and nothing has changed then.
     """
-    targets: list[Target] = []
-    failure: Exception | None = None
-    facts: list[Any] = []
-    try:
+
+    def check() -> tuple[list[Target], list[Any]]:
         targets = _targets(model, plan, group)
-        facts = [_facts(target) for target in targets]
-    except Exception as error:  # noqa: BLE001 it rises below, on all ranks
-        failure = error
-    agree_on_failure(failure)
-    agree("plans", plan.digest())
-    agree("models or placements", hashlib.sha256(repr(facts).encode()).hexdigest())
+        return targets, [_facts(target) for target in targets]
+
+    targets, facts = all_succeed(check)
+    agree_on_layers(plan.digest(), facts)
     serving = plan.serving_slot()
     for row, target in zip(plan_rows(model, plan), targets, strict=True):
         if target.module.deepspeed_moe.replicas is None:
@@ -96,7 +99,7 @@ def replicas_of(module: Any) -> LayerReplicas | None:
 
 
 def with_new_parameters(model: nn.Module, given: Any) -> Any:
-    """Add the parameters that replicas brought to what shall be trained.
+    """Add the parameters of replicas to those that are trained.
 
     ``given``: what ``deepspeed.initialize`` takes as ``model_parameters``, collected before there
     were replicas: parameters or groups of them (dicts); or a torch optimizer, which is changed in
@@ -162,26 +165,18 @@ def _targets(
 ) -> list[Target]:
     layers = moe_modules(model)
     check_one_ep_size(layers)
-    targets = []
     for place, tied in tied_layers(model).items():
         raise PlacementError(
             f"{place}: found tensors that several places share ({tied}) and a plan with replicas, "
             "expected experts and router of each layer to be its own: untie them (a copy for each "
             "layer), or run this model without replicas"
         )
-    for row, (name, module) in zip(plan_rows(model, plan), layers, strict=True):
+    rows = plan_rows(model, plan)
+    orders = [plan.physical_to_logical_map[row].astype(np.int64) for row in rows]
+    for order, (name, module) in zip(orders, layers, strict=True):
         plan.check_fits(num_experts=module.num_experts, num_ranks=module.ep_size)
-        wanted = plan.physical_to_logical_map[row].astype(np.int64)
-        _check_layer(name or "the model", module, wanted)
-        targets.append(
-            Target(
-                name=name or "the model",
-                module=module,
-                slot_to_logical=wanted,
-                group=find_group(module, group),
-            )
-        )
-    return targets
+        _check_layer(name or "the model", module, order)
+    return targets_for(layers, orders, group)
 
 
 def _check_layer(name: str, module: Any, wanted: np.ndarray) -> None:
@@ -212,23 +207,15 @@ def _check_layer(name: str, module: Any, wanted: np.ndarray) -> None:
 
 
 def _facts(target: Target) -> Any:
-    """What has to be the same on all ranks for a layer."""
-    module = target.module
-    experts = module.deepspeed_moe.experts.deepspeed_experts
-    trained = [parameter.requires_grad for parameter in experts[0].parameters()]
-    built = module.deepspeed_moe.replicas is not None
-    return (
-        target.name,
-        current_order(module).tolist(),
-        layout_of(experts[0], None),
-        trained,
-        built,
-    )
+    """Return what must be the same on all ranks for a layer."""
+    layer = target.module.deepspeed_moe
+    trained = [p.requires_grad for p in layer.experts.deepspeed_experts[0].parameters()]
+    return *facts_of(target), trained, layer.replicas is not None
 
 
 @torch.no_grad()
 def _build(target: Target, serving: np.ndarray) -> None:
-    """Make the modules of a layer's slots, fill them, tell layer and gate. ``serving [G, E]``."""
+    """Make and fill the modules of a layer's slots; update layer and gate. ``serving [G, E]``."""
     module, group = target.module, target.group
     assert group is not None, "replicas need several ranks"
     layer: Any = module.deepspeed_moe
@@ -240,25 +227,29 @@ def _build(target: Target, serving: np.ndarray) -> None:
     current = current_order(module)
     experts = layer.experts.deepspeed_experts
     sources = source_slots(current, replicas.slot_to_logical, module.ep_size)
-    received = _fetch([expert_tensors(e, None) for e in experts], sources, replicas, group)
+    received = _fetch([_tensors(expert) for expert in experts], sources, replicas, group)
     for _ in range(replicas.slots_per_rank - len(experts)):
         experts.append(_twin(experts[0]))
-    for expert, tensors in zip(experts, received, strict=True):
-        for tensor, value in zip(expert_tensors(expert, None), tensors, strict=True):
+    for expert, values in zip(experts, received, strict=True):
+        for tensor, value in zip(_tensors(expert), values, strict=True):
             tensor.data.copy_(value)
     for local in replicas.extra_local_slots:
         for parameter in experts[local].parameters():
             setattr(parameter, NOT_COUNTED, True)
     for part in (module, layer, layer.experts):
         part.num_local_experts = replicas.slots_per_rank
-    permute_gate(layer.gate, np.argsort(current), None)
+    permute_gate(layer.gate, np.argsort(current))
     set_slot_to_logical(module, np.arange(module.num_experts))
     layer.gate.set_serving_slots(serving[replicas.ep_rank])
     layer.replicas, layer.dispatcher = replicas, None
 
 
+def _tensors(expert: nn.Module) -> list[Tensor]:
+    return [*expert.buffers(), *expert.parameters()]
+
+
 def _twin(expert: nn.Module) -> nn.Module:
-    """Copy a module, with what DeepSpeed wrote on its parameters (allreduce, group_name)."""
+    """Copy a module with DeepSpeed's attributes of its parameters (allreduce, group_name)."""
     twin = copy.deepcopy(expert)
     for new, old in zip(twin.parameters(), expert.parameters(), strict=True):
         for key, value in vars(old).items():
@@ -272,31 +263,29 @@ def _fetch(
     replicas: LayerReplicas,
     group: dist.ProcessGroup,
 ) -> list[list[Tensor]]:
-    """Return what each slot of this rank shall hold; in round j all ranks get their slot j."""
+    """Return the new tensors of each slot of this rank; in round j all ranks get their slot j."""
     ranks = dist.get_process_group_ranks(group)
     own, per_rank = replicas.ep_rank, len(tensors)
-    device = tensors[0][0].device
-    if dist.get_backend(group) == "nccl":
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = wire_device(group, tensors[0][0])
     found = []
     for local in range(replicas.slots_per_rank):
         # rank r gets its slot `local` from this slot
         wanted = sources[local :: replicas.slots_per_rank].tolist()
         leaving = {slot for r, slot in enumerate(wanted) if slot // per_rank == own and r != own}
-        packed = {slot: pack(tensors[slot - own * per_rank], device) for slot in leaving}
+        buffers = {slot: packed(tensors[slot - own * per_rank], device) for slot in leaving}
         operations = [
-            dist.P2POp(dist.isend, packed[slot], ranks[r], group)
+            dist.P2POp(dist.isend, buffers[slot], ranks[r], group)
             for r, slot in enumerate(wanted)
             if slot in leaving and r != own
         ]
         source = wanted[own]
         mine = [t.detach().clone() for t in tensors[source % per_rank]]
         if source // per_rank != own:
-            incoming = pack(mine, device)
+            incoming = packed(mine, device)
             operations.append(dist.P2POp(dist.irecv, incoming, ranks[source // per_rank], group))
         for request in dist.batch_isend_irecv(operations) if operations else ():
             request.wait()
         if source // per_rank != own:
-            unpack(incoming, mine)
+            unpack(incoming, whole_shards(mine))
         found.append(mine)
     return found

@@ -1,8 +1,8 @@
-"""What a training says of itself while it runs: lines for wandb and for ``moe-locality compare``.
+"""Lines about a running training, for wandb and for ``moe-locality compare``.
 
-Every ``tracking.every_n_steps`` optimizer steps all ranks give what they counted to rank 0, which
-writes one line: sums and means over all ranks. Nothing else is collective, so a run may end
-anywhere, on any rank. A line that cannot be written is a warning, once; the training goes on.
+Every ``tracking.every_n_steps`` optimizer steps all ranks send their counts to rank 0, which writes
+one line: sums and means over all ranks. No other call is collective, so a run may end anywhere, on
+any rank. A failure to write is one warning; the training continues.
 """
 
 import json
@@ -10,6 +10,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ class RunLog:
             what = {"digest": plan.digest()}
             self._guarded(self.tracker.log_artifact, "plan", "plan", [plan_file], metadata=what)
         self._hooks = [
-            module.deepspeed_moe.gate.register_forward_hook(_Watch(self, name, module))
+            module.deepspeed_moe.gate.register_forward_hook(partial(self._after_gate, name, module))
             for name, module in moe_modules(engine.module)
             if isinstance(module.deepspeed_moe.gate, LocalityTopKGate)
         ]
@@ -91,13 +92,19 @@ class RunLog:
         """Whether the step that runs now will have a line."""
         return (self.engine.global_steps + 1) % self.config.every_n_steps == 0
 
-    def saw_loss(self, loss: Any) -> None:
-        """Take the loss of a micro-batch, as it was given to ``engine.backward``."""
+    def record_loss(self, loss: Any) -> None:
+        """Record the loss of a micro-batch, the argument of ``engine.backward``."""
         if isinstance(loss, torch.Tensor) and loss.numel() == 1 and self.wanted():
             self._losses.append(loss.detach())
 
-    def saw_routes(self, name: str, module: Any, slots: torch.Tensor) -> None:
-        """Take the slots ``[T, K]`` (-1: dropped) of a layer's picks. Waits for no device."""
+    def _after_gate(self, name: str, module: Any, gate: Any, _inputs: Any, output: Any) -> None:
+        """Forward hook of a gate."""
+        if gate.training and torch.is_grad_enabled() and self.wanted():
+            ids = read_deepspeed_gate(output, gate.k, False).ids.detach()
+            self.record_routes(name, module, gate.slot_ids(ids))
+
+    def record_routes(self, name: str, module: Any, slots: torch.Tensor) -> None:
+        """Count the slots ``[T, K]`` (-1: dropped) of a layer. Does not wait for the device."""
         layer = module.deepspeed_moe
         ranks = group_ranks(layer.ep_group, layer.ep_size)
         num_slots = layer.ep_size * layer.num_local_experts
@@ -185,7 +192,7 @@ class RunLog:
             self._to_directory(Path(self.config.run_dir), done, steps, values, counted)
 
     def reset_traffic(self) -> None:
-        """Note that the layers count from zero again."""
+        """Restart the counts, as the layers do."""
         self._counted_from = self._seen
 
     # -- the end ----------------------------------------------------------------------------------
@@ -205,7 +212,7 @@ class RunLog:
         self._guarded(self.tracker.finish, 1 if failed else 0)
 
     def _guarded(self, action: Any, *args: Any, **options: Any) -> None:
-        """A training does not end because nobody could write about it."""
+        """Turn any failure to write into a warning: it must not end the training."""
         try:
             action(*args, **options)
         except Exception as error:  # noqa: BLE001  whatever wandb or the disk say
@@ -263,18 +270,6 @@ class RunLog:
         replace_text(folder / SUMMARY, json.dumps(content, indent=1, default=str) + "\n")
 
 
-class _Watch:
-    """The hook of one gate."""
-
-    def __init__(self, log: RunLog, name: str, module: Any) -> None:
-        self.log, self.name, self.module = log, name, module
-
-    def __call__(self, gate: Any, _inputs: Any, output: Any) -> None:
-        if gate.training and torch.is_grad_enabled() and self.log.wanted():
-            ids = read_deepspeed_gate(output, gate.k, False).ids.detach()
-            self.log.saw_routes(self.name, self.module, gate.slot_ids(ids))
-
-
 def _on_host(found: dict[str, Any]) -> dict[str, Any]:
     return {
         key: value.tolist() if isinstance(value, torch.Tensor) else value
@@ -283,7 +278,7 @@ def _on_host(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _keep_before(file: Path, step: int) -> None:
-    """Go on with the lines of an earlier run from before ``step``; one with later lines is kept."""
+    """Keep the lines of an earlier run from before ``step``; a file with later lines is renamed."""
     lines = file.read_text(encoding="utf-8").splitlines()
     earlier = [line for line in lines if line.strip() and json.loads(line).get("step", 0) < step]
     if len(earlier) == len(lines):
@@ -342,7 +337,7 @@ def _traffic(
 
 
 def _routing(everyone: Sequence[dict[str, dict[str, Any]]]) -> dict[str, float]:
-    """What the picks of one step say, as ``moe_locality.placement.evaluate`` counts it."""
+    """Return what ``moe_locality.placement.evaluate`` counts, for the routes of one step."""
     found = [layer for mine in everyone for layer in mine.values()]
     if not found:
         return {}
@@ -375,7 +370,7 @@ def _recorded(reports: Sequence[Any]) -> dict[str, float]:
 
 
 def _minus(now: Any, before: Any) -> Any:
-    """Subtract counts that grow: numbers, in lists and dicts; what is new stays as it is."""
+    """Subtract growing counts, in nested lists and dicts; new entries stay."""
     if isinstance(now, dict) and isinstance(before, dict):
         return {
             key: value if key == "ranks" else _minus(value, before.get(key))

@@ -1,4 +1,4 @@
-"""Bake a placement into a state dict with the names of Hugging Face models: a pure function.
+"""Put a placement into a state dict with the names of Hugging Face models: a pure function.
 
 Routers are ``[E, D]`` (and biases ``[E]`` or ``[1, E]``). Experts are either stacked, ``[E, …]``
 (transformers 5), or one by one, ``experts.{e}.…`` (files on the hub). A pattern is a regular
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from moe_locality.errors import ConfigError, PlacementError
-from moe_locality.layer.moves import check_is_permutation, source_slots
+from moe_locality.layer.slots import check_is_permutation, source_slots
 from moe_locality.placement.plan import PlacementPlan
 
 _LAYER = r".*layers\.(?P<layer>\d+)\."
@@ -205,7 +205,7 @@ def _check_all_covered(
     num_experts: int,
     keep_patterns: Sequence[str],
 ) -> None:
-    """Refuse what looks like a tensor of experts and would stay with the wrong ones."""
+    """Refuse tensors that look like those of experts and that no pattern covers."""
     names: dict[int, list[str]] = {}
     for name, (layer, _) in places.items():
         names.setdefault(layer, []).append(name)

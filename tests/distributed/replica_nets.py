@@ -143,16 +143,15 @@ def train(engine, steps, rank, dtype="float32"):
 
 def state_by_slot(engine):
     """{(layer, slot, piece): its bytes, whole} on every rank: weights, masters, moments."""
-    from moe_locality.layer.fragments import expert_pieces
     from moe_locality.layer.moe import moe_modules
-    from moe_locality.layer.optimizer_state import state_source
+    from moe_locality.layer.state import expert_shards, state_source
 
     mine, source = [], state_source(engine)
     for number, (_, module) in enumerate(moe_modules(engine.module)):
         replicas = module.deepspeed_moe.replicas
         for local, expert in enumerate(module.deepspeed_moe.experts.deepspeed_experts):
             slot = replicas.ep_rank * replicas.slots_per_rank + local
-            for piece in expert_pieces(expert, source):
+            for piece in expert_shards(expert, source):
                 if piece.local is not None:
                     values = piece.local.detach().float().reshape(-1).numpy()
                     mine.append(((number, slot, piece.name), piece.start, values))

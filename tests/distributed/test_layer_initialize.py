@@ -87,7 +87,7 @@ def test_a_placed_and_recorded_run_equals_stock(tmp_path):
     assert load.min() > 0
 
 
-def apply_finds_nodes_and_says_so(rank, world):
+def apply_finds_nodes_and_says_so(rank, world, subclassed):
     import logging
 
     import deepspeed
@@ -105,7 +105,15 @@ def apply_finds_nodes_and_says_so(rank, world):
         "cluster": {"num_nodes": 2, "ranks_per_node": 2},
         "dispatch": {"exchange": "hierarchical"},
     }
-    net = make_net(Stock, rank, world)
+
+    class Own(Stock):
+        """A user's layer, which sees the call of the engine too."""
+
+        def set_deepspeed_parallelism(self, *args, **kwargs):
+            self.asked = True
+            super().set_deepspeed_parallelism(*args, **kwargs)
+
+    net = make_net(Own if subclassed else Stock, rank, world)
     moe_locality.apply(net, section)
     moe_locality.apply(net, section)
     said = [line for line in said if "moe_locality" in line]
@@ -116,12 +124,17 @@ def apply_finds_nodes_and_says_so(rank, world):
     losses = train(engine, rank, "float32")
     report = traffic_report(net)
     engine.destroy()
+    assert (type(net.moe1) is Own and net.moe1.asked) == subclassed
     return said, losses, report
 
 
-def test_apply_says_that_it_swapped_and_gets_nodes_from_the_engine():
-    """apply alone was silent, had no node groups and no bytes by link; it has them now [F11]."""
-    results = run_ranks(apply_finds_nodes_and_says_so, 4, deepspeed=True, timeout_s=240)
+@pytest.mark.parametrize("subclassed", [False, True])
+def test_apply_says_that_it_swapped_and_gets_nodes_from_the_engine(subclassed):
+    """apply alone was silent, had no node groups and no bytes by link; it has them now [F11].
+
+    A subclass of DeepSpeed's layer keeps its class, and its own methods run.
+    """
+    results = run_ranks(apply_finds_nodes_and_says_so, 4, subclassed, deepspeed=True, timeout_s=240)
     said, losses, report = results[0]
     assert len(said) == 1
     assert "2 of 2 MoE layers swapped" in said[0]

@@ -122,14 +122,14 @@ def _left_out(rank, world, cases):
         reference, moved = (engine_of(mode, "ours", world, rank) for _ in range(2))
         for engine in (reference, moved):
             nets.train(engine, range(3), rank)
-        whole = relocate.expert_pieces
-        relocate.expert_pieces = lambda expert, state, part=part, whole=whole: [
+        whole = relocate.expert_shards
+        relocate.expert_shards = lambda expert, state, part=part, whole=whole: [
             piece for piece in whole(expert, state) if piece.name.partition(":")[2] != part
         ]
         try:
             relabel(moved, nets.plan_of(world, 7))
         finally:
-            relocate.expert_pieces = whole
+            relocate.expert_shards = whole
         expected = nets.train(reference, range(3, 6), rank)
         assert nets.train(moved, range(3, 6), rank) != expected, (mode, part)
         relabel(moved, nets.plan_of(world, None))

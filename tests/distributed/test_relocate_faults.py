@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moe_locality.errors import PlacementError
-from moe_locality.layer import relocate, vote
+from moe_locality.layer import agreement, relocate
 from moe_locality.layer.checkpoint import wrap_checkpoints
 from moe_locality.layer.relabel import current_order, relabel
 from tests.distributed import relabel_nets as nets
@@ -46,7 +46,7 @@ class Fault:
             time.sleep(60)
         result = self.function(*args)
         if hit and self.what == "corrupt":
-            args[-1][3] ^= 1  # a bit of the slab that was packed, after it was packed
+            args[-1][3] ^= 1  # a bit of the flat buffer, after it was packed
         return result
 
     def __enter__(self):
@@ -107,8 +107,8 @@ FAULTS = [  # the layers have about ten steps each; a step packs, packs again, w
     ("unpack", "raise", 3),
     ("unpack", "interrupt", 12),
     ("_digest", "raise", 4),
-    ("expert_pieces", "raise", 2),
-    ("gate_pieces", "raise", 2),
+    ("expert_shards", "raise", 2),
+    ("gate_shards", "raise", 2),
 ]
 
 
@@ -199,7 +199,7 @@ def _checkpoint(rank, world, folder):
     """Saved while one layer is in the new order and the other in the old."""
     engine = engine_at_a(rank, world, 1, "bf16")
     wrap_checkpoints(engine)
-    _, found = interrupted(engine, world, Fault("gate_pieces", "raise", 2), rank == 1)
+    _, found = interrupted(engine, world, Fault("gate_shards", "raise", 2), rank == 1)
     assert found == [rows(world, B)[0], rows(world, A)[1]]
     engine.save_checkpoint(folder, tag="t")
     again = nets.engine_of(nets.build("ours", world, rank), 1, "bf16")
@@ -230,7 +230,7 @@ def _lost(rank, world, ep_size, zero, what, at):
     engine = engine_at_a(rank, ep_size, zero, "fp32")
     started = time.monotonic()
     fault = Fault("pack", what if rank == 1 else "count", at)
-    with fault, pytest.raises(vote.LostRanks) as caught:
+    with fault, pytest.raises(agreement.LostRanks) as caught:
         relabel(engine, nets.plan_of(ep_size, B), timeout_s=2)
     return str(caught.value), time.monotonic() - started
 

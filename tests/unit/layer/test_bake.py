@@ -80,7 +80,7 @@ def plan(seed):
     return nets.plan_of(RANKS, seed)
 
 
-def test_baked_is_what_a_live_relabel_saves(made, tmp_path):
+def test_bake_checkpoint_baked_is_what_a_live_relabel_saves(made, tmp_path):
     folder, _ = made
     summary = bake_checkpoint(folder / "plain", plan(SEED), tmp_path / "out")
     assert summary["optimizer"] == "baked"
@@ -94,7 +94,7 @@ def test_baked_is_what_a_live_relabel_saves(made, tmp_path):
     assert summary["experts_changing_rank_per_layer"] == (order // 4 != slots // 4).sum(1).tolist()
 
 
-def test_plans_compose_and_linear_is_the_identity(made, tmp_path):
+def test_bake_checkpoint_plans_compose_and_linear_is_the_identity(made, tmp_path):
     folder, _ = made
     bake_checkpoint(folder / "plain", plan(1), tmp_path / "a")
     bake_checkpoint(tmp_path / "a", plan(2), tmp_path / "ab")
@@ -112,7 +112,7 @@ def _resume(rank, world, folder):
     return logits, nets.train(engine, range(2, 5), rank)
 
 
-def test_a_stock_engine_goes_on_from_a_baked_checkpoint(made, tmp_path):
+def test_bake_checkpoint_a_stock_engine_goes_on_from_a_baked_checkpoint(made, tmp_path):
     folder, expected = made
     bake_checkpoint(folder / "plain", plan(3), tmp_path / "out")
     found = run_ranks(_resume, RANKS, str(tmp_path / "out"), deepspeed=True)
@@ -122,7 +122,7 @@ def test_a_stock_engine_goes_on_from_a_baked_checkpoint(made, tmp_path):
         np.testing.assert_allclose(losses, wanted_losses, *tolerances.LOSS["float32"])
 
 
-def test_without_names_the_optimizer_is_left_out_or_trusted(made, tmp_path, caplog):
+def test_bake_checkpoint_without_names_the_optimizer_is_left_out_or_trusted(made, tmp_path, caplog):
     folder, _ = made
     summary = bake_checkpoint(folder / "stock", plan(SEED), tmp_path / "out")
     assert "does not name the optimizer's parameters" in summary["optimizer"]
@@ -148,7 +148,7 @@ def _load_without_optimizer(rank, world, folder, options):
 
 
 @pytest.mark.parametrize("name", ["zero2", "bf16"])
-def test_state_that_belongs_to_slots_is_left_out(made, tmp_path, name):
+def test_bake_checkpoint_state_that_belongs_to_slots_is_left_out(made, tmp_path, name):
     folder, _ = made
     summary = bake_checkpoint(folder / name, plan(SEED), tmp_path / "out")
     assert summary["optimizer"].startswith("left out: found ")
@@ -213,7 +213,9 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_broken_checkpoints_are_refused_and_nothing_is_left(copied, tmp_path, case, capsys):
+def test_bake_checkpoint_broken_checkpoints_are_refused_and_nothing_is_left(
+    copied, tmp_path, case, capsys
+):
     damage, text = BROKEN[case]
     damage(copied)
     with pytest.raises(ConfigError, match=text):
@@ -222,13 +224,13 @@ def test_broken_checkpoints_are_refused_and_nothing_is_left(copied, tmp_path, ca
     assert "code ran" not in capsys.readouterr().out
 
 
-def test_a_trusted_checkpoint_may_hold_objects(copied, tmp_path, capsys):
+def test_bake_checkpoint_a_trusted_checkpoint_may_hold_objects(copied, tmp_path, capsys):
     torch.save({**read(copied / "t" / DENSE), "args": Payload()}, copied / "t" / DENSE)
     bake_checkpoint(copied, plan(1), tmp_path / "out", trust_checkpoint=True)
     assert "code ran" in capsys.readouterr().out
 
 
-def test_plans_and_places_that_do_not_fit(copied, tmp_path):
+def test_bake_checkpoint_plans_and_places_that_do_not_fit(copied, tmp_path):
     with pytest.raises(PlacementError, match="MoE layers: found 3 in the plan, expected 2"):
         bake_checkpoint(copied, nets.plan_of(RANKS, 1, layers=3), tmp_path / "out")
     replicas = PlacementPlan(
@@ -250,7 +252,7 @@ def test_plans_and_places_that_do_not_fit(copied, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file", "in"]
 
 
-def test_other_files_are_copied_and_offloaded_state_is_not(copied, tmp_path):
+def test_bake_checkpoint_other_files_are_copied_and_offloaded_state_is_not(copied, tmp_path):
     (copied / "t" / "notes.txt").write_text("kept")
     swapped = copied / "t" / "offloaded_tensors" / "rank00" / "0.tensor.swp"
     swapped.parent.mkdir(parents=True)

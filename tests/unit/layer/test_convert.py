@@ -52,7 +52,7 @@ def test_apply_swaps_in_place_and_keeps_every_parameter():
     assert calls == [1]  # hooks from before still fire
 
 
-def test_an_optimizer_made_before_trains_the_swapped_model():
+def test_apply_an_optimizer_made_before_trains_the_swapped_model():
     net = Net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     weight = net.a.deepspeed_moe.experts.deepspeed_experts[0].weight
@@ -75,7 +75,7 @@ def test_apply_twice_changes_nothing():
     assert layer.dispatch_config.exchange == "flat"
 
 
-def test_a_root_module_and_a_subclass_are_swapped():
+def test_apply_a_root_module_and_a_subclass_are_swapped():
     root = StockMoE(WIDTH, nn.Linear(WIDTH, WIDTH), num_experts=2)
     assert type(moe_locality.apply(root)) is MoE
     net = moe_locality.apply(Net(UserMoE))
@@ -85,12 +85,12 @@ def test_a_root_module_and_a_subclass_are_swapped():
     assert net.blocks[0].deepspeed_moe.traffic.rows["dispatch"].sum() > 0
 
 
-def test_a_model_without_moe_layers_is_refused():
+def test_apply_a_model_without_moe_layers_is_refused():
     with pytest.raises(ConfigError, match=r"found no deepspeed\.moe\.layer\.MoE in Linear"):
         moe_locality.apply(nn.Linear(2, 2))
 
 
-def test_a_wrong_section_is_refused_before_anything_changes():
+def test_apply_a_wrong_section_is_refused_before_anything_changes():
     net = Net()
     with pytest.raises(ConfigError, match="exchnage"):
         moe_locality.apply(net, {"dispatch": {"exchnage": "flat"}})
@@ -99,7 +99,7 @@ def test_a_wrong_section_is_refused_before_anything_changes():
     assert type(net.a) is StockMoE
 
 
-def test_a_plan_that_does_not_fit_is_refused_before_anything_changes():
+def test_apply_a_plan_that_does_not_fit_is_refused_before_anything_changes():
     net = Net()
     for plan in (PlacementPlan.linear(8, [0, 1], 1, 1), PlacementPlan.linear(4, [0], 1, 1)):
         with pytest.raises(PlacementError, match="the plan does not fit"):
@@ -112,7 +112,7 @@ def test_initialize_needs_a_model_and_a_config():
         moe_locality.initialize(config={})
 
 
-def test_a_plan_relabels_and_the_model_stays_the_same():
+def test_apply_a_plan_relabels_and_the_model_stays_the_same():
     import dataclasses
 
     import numpy as np
@@ -134,7 +134,7 @@ def test_a_plan_relabels_and_the_model_stays_the_same():
     torch.testing.assert_close(net(x), expected)
 
 
-def test_the_plan_of_the_section_is_used(tmp_path):
+def test_apply_the_plan_of_the_section_is_used(tmp_path):
     plan = PlacementPlan.linear(
         num_experts=4, layer_ids=(0, 1), num_nodes=1, ranks_per_node=1
     ).to_dict()
@@ -148,7 +148,7 @@ def test_the_plan_of_the_section_is_used(tmp_path):
 
 
 @pytest.mark.parametrize("replicas", [0, 4])
-def test_a_model_with_two_ep_sizes_cannot_be_placed(replicas):
+def test_apply_a_model_with_two_ep_sizes_cannot_be_placed(replicas):
     """One plan was refused for 4 ranks, the next for 2; now one error says that none fits [E2]"""
     from moe_locality.layer.relabel import plan_targets
     from moe_locality.layer.replicas import add_replicas
@@ -162,10 +162,10 @@ def test_a_model_with_two_ep_sizes_cannot_be_placed(replicas):
             (add_replicas if replicas else plan_targets)(net, plan)
 
 
-def test_a_report_of_nothing_says_why(caplog):
+def test_traffic_report_a_report_of_nothing_says_why(caplog):
     """The traffic report of a model that counts nothing was empty without a word [F3]"""
     from moe_locality.config import MoeLocalityConfig
-    from moe_locality.layer.runtime import LocalityRuntime
+    from moe_locality.layer.convert import LocalityRuntime
 
     runtime = LocalityRuntime(model=nn.Linear(2, 2), config=MoeLocalityConfig())
     with caplog.at_level("WARNING"):

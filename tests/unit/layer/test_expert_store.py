@@ -59,7 +59,7 @@ def tokens(seed=1, count=20):
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("cls", [moe_locality.MoE, StockMoE])
-def test_results_are_those_of_rounded_weights(name, cls):
+def test_store_experts_results_are_those_of_rounded_weights(name, cls):
     layer = make(cls)
     expected = rounded(layer, name)
     store_experts(layer, name)
@@ -69,7 +69,7 @@ def test_results_are_those_of_rounded_weights(name, cls):
     assert torch.equal(found[2], wanted[2])
 
 
-def test_a_plain_list_of_experts():
+def test_store_experts_a_plain_list_of_experts():
     experts = Experts(SwiGLU(), 3)
     wanted = [copy.deepcopy(e) for e in experts.deepspeed_experts]
     assert store_experts(experts, "mxfp8").num_experts == 3
@@ -80,7 +80,7 @@ def test_a_plain_list_of_experts():
             assert torch.equal(stored(tokens()), expert(tokens()))
 
 
-def test_memory_is_counted_and_there():
+def test_store_experts_memory_is_counted_and_there():
     layer = make()
     report = store_experts(layer, "mxfp4-mbs-h")
     experts = layer.deepspeed_moe.experts
@@ -93,7 +93,7 @@ def test_memory_is_counted_and_there():
 
 
 @pytest.mark.parametrize("name", ["mxfp4-mbs-h", "nvfp4", "fp8"])
-def test_state_dict_round_trip_and_plain_checkpoints(name):
+def test_store_experts_state_dict_round_trip_and_plain_checkpoints(name):
     trained, stored, fresh, from_plain = (make(seed=s) for s in (0, 0, 1, 2))
     for layer in (stored, fresh, from_plain):
         store_experts(layer, name)
@@ -110,7 +110,7 @@ def test_state_dict_round_trip_and_plain_checkpoints(name):
         assert set(fresh.state_dict()) == set(state)
 
 
-def test_a_checkpoint_that_does_not_fit_is_named():
+def test_store_experts_a_checkpoint_that_does_not_fit_is_named():
     layer = make()
     state = layer.state_dict()
     store_experts(layer, "mxfp8")
@@ -123,7 +123,7 @@ def test_a_checkpoint_that_does_not_fit_is_named():
 
 
 @pytest.mark.parametrize("name", ["mxfp4-mbs-h", "fp8", "nvfp4"])
-def test_casting_the_model_keeps_the_store(name):
+def test_store_experts_casting_the_model_keeps_the_store(name):
     layer = make()
     store_experts(layer, name)
     codes = {k: v.clone() for k, v in layer.state_dict().items() if v.dtype == torch.uint8}
@@ -144,7 +144,7 @@ def test_casting_the_model_keeps_the_store(name):
         assert experts[0](tokens().bfloat16()).dtype == torch.bfloat16
 
 
-def test_training_through_it_is_refused():
+def test_store_experts_training_through_it_is_refused():
     layer = make()
     store_experts(layer, "mxfp4-mbs-h")
     with pytest.raises(ConfigError, match="no weights to train"):
@@ -153,7 +153,7 @@ def test_training_through_it_is_refused():
         layer(tokens().requires_grad_())
 
 
-def test_a_copy_is_a_store_of_its_own():
+def test_store_experts_a_copy_is_a_store_of_its_own():
     layer = make()
     store_experts(layer, "mxfp8")
     other = copy.deepcopy(layer)
@@ -164,7 +164,7 @@ def test_a_copy_is_a_store_of_its_own():
         assert not other(tokens())[0].any()
 
 
-def test_refusals():
+def test_store_experts_refusals():
     with pytest.raises(ConfigError, match="found no experts"):
         store_experts(nn.Linear(2, 2))
     with pytest.raises(ConfigError, match="expected one of"):
@@ -180,7 +180,7 @@ def test_refusals():
         store_experts(partitioned)
 
 
-def test_stored_experts_can_be_relabelled():
+def test_store_experts_stored_experts_can_be_relabelled():
     layer = make()
     store_experts(layer, "mxfp4-mbs-h")
     with torch.no_grad():
@@ -194,7 +194,7 @@ def test_stored_experts_can_be_relabelled():
 
 
 @pytest.mark.parametrize("shared", ["experts", "list", "modules", "parameters"])
-def test_experts_of_two_layers_are_stored_once(shared):
+def test_store_experts_experts_of_two_layers_are_stored_once(shared):
     """Experts that layers share were stored twice, or the store stopped halfway; now once [D1]"""
     net = nn.ModuleList([make(), make(seed=1)])
     one, two = (layer.deepspeed_moe.experts for layer in net)

@@ -9,11 +9,11 @@ from torch import nn
 
 from moe_locality import MoE
 from moe_locality.errors import ConfigError, PlacementError
+from moe_locality.layer.experts import sum_in_order
 from moe_locality.layer.moe import set_slot_to_logical
 from moe_locality.layer.relabel import relabel
-from moe_locality.layer.replica_gradients import sum_in_order
-from moe_locality.layer.replica_map import LayerReplicas
 from moe_locality.layer.replicas import add_replicas, has_replicas, with_new_parameters
+from moe_locality.layer.slots import LayerReplicas
 from moe_locality.placement import PlacementPlan
 
 
@@ -33,7 +33,7 @@ def ids(parameters):
     return [id(parameter) for parameter in parameters]
 
 
-def test_the_sum_is_taken_in_fp32_and_in_order():
+def test_sum_in_order_the_sum_is_taken_in_fp32_and_in_order():
     values = [2.0**24, 1.0, 1.0, -(2.0**24)]
     grads = [[torch.tensor([value])] for value in values]
     assert sum_in_order(grads)[0].item() == 0.0  # each 1 is lost
@@ -46,7 +46,7 @@ def test_the_sum_is_taken_in_fp32_and_in_order():
     assert sum_in_order(wide)[0].item() == 2.0**40 + 1
 
 
-def test_new_parameters_follow_in_a_list_in_groups_and_in_an_optimizer():
+def test_with_new_parameters_new_parameters_follow_in_a_list_in_groups_and_in_an_optimizer():
     model, before = model_with_replicas()
     assert has_replicas(model)
     found = with_new_parameters(model, before)
@@ -68,7 +68,7 @@ def test_new_parameters_follow_in_a_list_in_groups_and_in_an_optimizer():
     assert len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))
 
 
-def test_an_optimizer_with_state_is_refused():
+def test_with_new_parameters_an_optimizer_with_state_is_refused():
     model, before = model_with_replicas()
     optimizer = torch.optim.AdamW(before)
     for parameter in before:
@@ -78,13 +78,13 @@ def test_an_optimizer_with_state_is_refused():
         with_new_parameters(model, optimizer)
 
 
-def test_a_layer_with_replicas_is_not_relabelled():
+def test_relabel_a_layer_with_replicas_is_not_relabelled():
     model, _ = model_with_replicas()
     with pytest.raises(PlacementError, match="replicas do not move"):
         relabel(model, PlacementPlan.linear(4, [0], 1, 1))
 
 
-def test_replicas_need_our_layer_and_the_ranks_of_the_plan():
+def test_add_replicas_replicas_need_our_layer_and_the_ranks_of_the_plan():
     from deepspeed.moe.layer import MoE as Stock
 
     plan = PlacementPlan(
@@ -100,7 +100,7 @@ def test_replicas_need_our_layer_and_the_ranks_of_the_plan():
         add_replicas(Stock(4, nn.Linear(4, 4), num_experts=4, ep_size=2), plan)
 
 
-def test_the_gate_names_the_serving_slot():
+def test_add_replicas_the_gate_names_the_serving_slot():
     layer = MoE(4, nn.Linear(4, 4), num_experts=4)
     gate = layer.deepspeed_moe.gate
     gate.set_serving_slots(np.array([4, 1, 5, 3]))

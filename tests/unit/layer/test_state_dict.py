@@ -102,7 +102,7 @@ BIASED = [
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_logits_stay(preset):
+def test_relabel_state_dict_logits_stay(preset):
     """Families whose router has a bias per expert had no preset, and that of another family left
     the bias behind; with random biases the logits now stay [F1]
     """
@@ -135,7 +135,7 @@ def test_logits_stay(preset):
 
 
 @pytest.mark.parametrize("preset", sorted({*BIASED, "deepseek_v3", "ernie4_5_moe", "lfm2_moe"}))
-def test_a_bias_that_no_pattern_covers_is_named(preset):
+def test_relabel_state_dict_a_bias_that_no_pattern_covers_is_named(preset):
     """The weights of routers and experts moved, and biases per expert silently stayed; now the
     tensor is named, and keep_patterns says what shall stay [F1]
     """
@@ -160,7 +160,7 @@ def test_a_bias_that_no_pattern_covers_is_named(preset):
             relabel_state_dict(state, plan, preset=preset)
 
 
-def test_only_tensors_of_experts_have_to_be_covered():
+def test_relabel_state_dict_only_tensors_of_experts_have_to_be_covered():
     """A shared expert as wide as there are experts, and what lies beside the MoE block, are left
     alone; integers in the block may be numbers of experts, and are named [F1]
     """
@@ -193,7 +193,7 @@ def hub_state(prefix="model.layers.{}.block_sparse_moe."):
     return state
 
 
-def test_experts_one_by_one_are_renamed():
+def test_relabel_state_dict_experts_one_by_one_are_renamed():
     plan = random_plan(3)
     placed = relabel_state_dict(hub_state(), plan, preset="mixtral")
     assert list(placed) == list(hub_state())
@@ -205,7 +205,7 @@ def test_experts_one_by_one_are_renamed():
             assert (placed[f"{head}experts.{slot}.w1.weight"] == 10 * layer + order[slot]).all()
 
 
-def test_groups_of_a_group_limited_router_stay_whole():
+def test_relabel_state_dict_groups_of_a_group_limited_router_stay_whole():
     whole = plan_of([[2, 3, 0, 1, 7, 6, 4, 5], range(8)])
     relabel_state_dict(hub_state(), whole, preset="mixtral", num_expert_groups=4)
     torn = plan_of([range(8), [0, 2, 1, 3, 4, 5, 6, 7]])
@@ -213,7 +213,7 @@ def test_groups_of_a_group_limited_router_stay_whole():
         relabel_state_dict(hub_state(), torn, preset="mixtral", num_expert_groups=4)
 
 
-def test_running_numbers_fit_and_other_layers_do_not():
+def test_relabel_state_dict_running_numbers_fit_and_other_layers_do_not():
     later = {k.replace("layers.", "layers.1"): v for k, v in hub_state().items()}  # 10 and 11
     relabel_state_dict(later, random_plan(1), preset="mixtral")
     relabel_state_dict(later, random_plan(1, layer_ids=(10, 11)), preset="mixtral")
@@ -221,7 +221,7 @@ def test_running_numbers_fit_and_other_layers_do_not():
         relabel_state_dict(later, random_plan(1, layer_ids=(4, 5)), preset="mixtral")
 
 
-def test_what_the_patterns_miss_is_refused():
+def test_relabel_state_dict_what_the_patterns_miss_is_refused():
     extra = hub_state() | {"model.layers.0.mlp.experts.scale": np.ones(EXPERTS)}
     with pytest.raises(ConfigError, match=r"1 expert tensors that no pattern covers"):
         relabel_state_dict(extra, random_plan(1), preset="mixtral")
@@ -241,7 +241,7 @@ def test_what_the_patterns_miss_is_refused():
 
 @pytest.mark.parametrize("what", ["gate.weight", "experts.3.w1.weight"])
 @pytest.mark.parametrize("kind", ["torch", "numpy"])
-def test_what_two_layers_share_gets_one_order(what, kind):
+def test_relabel_state_dict_what_two_layers_share_gets_one_order(what, kind):
     """A shared tensor was put into two orders, of which a loaded model keeps one; now a plan that
     gives the layers two orders is refused, and one order gives both names the same values [D1]
     """

@@ -49,7 +49,7 @@ def values(seed, *shape, scale=1.0):
     ("element", "dtype"),
     [("e2m1", "float4_e2m1fn"), ("e4m3", "float8_e4m3fn"), ("e5m2", "float8_e5m2")],
 )
-def test_elements_equal_an_independent_implementation(ml_dtypes, element, dtype):
+def test_encode_elements_equal_an_independent_implementation(ml_dtypes, element, dtype):
     dtype = getattr(ml_dtypes, dtype)
     largest = el.ELEMENT_MAX[element]
     grid = np.arange(256 if element != "e2m1" else 16, dtype=np.uint8).view(dtype)
@@ -64,13 +64,13 @@ def test_elements_equal_an_independent_implementation(ml_dtypes, element, dtype)
     assert np.array_equal(back.view(np.int32), expected.astype(np.float32).view(np.int32))
 
 
-def test_quick_rounding_equals_encoding():
+def test_round_e2m1_equals_encoding():
     y = values(2, 5000)
     both = el.round_e2m1(y), el.decode_elements(el.encode_elements(y, "e2m1"), "e2m1")
     assert torch.equal(both[0].view(torch.int32), both[1].view(torch.int32))
 
 
-def test_scales_equal_an_independent_implementation(ml_dtypes):
+def test_scale_of_e8m0_equals_an_independent_implementation(ml_dtypes):
     codes = np.arange(256, dtype=np.uint8)
     expected = codes.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
     found = el.scale_of_e8m0(torch.from_numpy(codes)).numpy()
@@ -79,7 +79,7 @@ def test_scales_equal_an_independent_implementation(ml_dtypes):
 
 
 @pytest.mark.parametrize("exponent", [-252, -200, -127, -1, 0, 1, 127, 200])
-def test_powers_of_two_are_exact(exponent):
+def test_power_of_two_is_exact(exponent):
     x = torch.tensor([1.5, -3.0, 2.0**-120, 2.0**-149, 2.0**100])
     found = el.times_power_of_two(x, torch.tensor(exponent, dtype=torch.int32)).double()
     exact = x.double() * 2.0**exponent
@@ -88,7 +88,7 @@ def test_powers_of_two_are_exact(exponent):
 
 
 @pytest.mark.parametrize("width", [0, 1, 2, 7, 32])
-def test_packing(width):
+def test_pack_pairs(width):
     codes = torch.randint(0, 16, (3, width), dtype=torch.uint8)
     packed = el.pack_pairs(codes)
     assert packed.shape == (3, -(-width // 2))
@@ -111,14 +111,14 @@ def defined_exponent(a, name):
 @pytest.mark.parametrize("name", POWER_OF_TWO)
 @pytest.mark.parametrize("mantissa", [1.0, 1.25, 1.5, 1.5000001, 1.75, 1.7500002, 1.9999999])
 @pytest.mark.parametrize("power", [-100, -3, 0, 60])
-def test_scale_of_a_block_is_the_defined_one(name, mantissa, power):
+def test_quantize_scale_of_a_block_is_the_defined_one(name, mantissa, power):
     a = float(np.float32(mantissa * 2.0**power))
     x = torch.zeros(get_format(name).block)
     x[3] = -a
     assert int(quantize(x, name).scales[0]) == defined_exponent(a, name) + 127
 
 
-def test_mbs_s_factor_is_the_defined_one():
+def test_quantize_mbs_s_factor_is_the_defined_one():
     for a in (6.0, 5.0, 1.0, 3.99, 1e-3, 7e20, 3.4e38):
         x = torch.zeros(128)
         x[100] = a
@@ -131,7 +131,7 @@ def test_mbs_s_factor_is_the_defined_one():
 
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 3))
 @settings(max_examples=8, deadline=None)
-def test_mbs_d_is_the_best_slot_and_never_worse(seed, rows):
+def test_quantize_mbs_d_is_the_best_slot_and_never_worse(seed, rows):
     x = values(seed, rows, 256)
     fmt = get_format("mxfp4-mbs-d")
     chosen = quantize(x, "mxfp4-mbs-d").factors.flatten()
@@ -145,7 +145,7 @@ def test_mbs_d_is_the_best_slot_and_never_worse(seed, rows):
     assert (ours <= plain * (1 + 1e-12)).all()
 
 
-def test_mbs_h_is_d_for_weights_and_s_for_activations():
+def test_quantize_mbs_h_is_d_for_weights_and_s_for_activations():
     x = values(3, 4, 256)
     for role, name in (("weight", "mxfp4-mbs-d"), ("activation", "mxfp4-mbs-s")):
         mixed, pure = mx.quantize(x, "mxfp4-mbs-h", role=role), mx.quantize(x, name)
@@ -155,7 +155,7 @@ def test_mbs_h_is_d_for_weights_and_s_for_activations():
         mx.quantize(x, "mxfp4-mbs-h")
 
 
-def test_nvfp4_by_hand():
+def test_quantize_nvfp4_by_hand():
     x = torch.zeros(32)
     x[0], x[1], x[16], x[17] = 2688.0, 1000.0, 3.0, 1.0
     q = quantize(x, "nvfp4")
@@ -165,7 +165,7 @@ def test_nvfp4_by_hand():
     assert mx.dequantize(q)[[0, 1, 16, 17]].tolist() == [2688.0, 896.0, 3.0, 1.0]
 
 
-def test_fp8_by_hand():
+def test_quantize_fp8_by_hand():
     x = torch.zeros(130)
     x[0], x[1], x[128] = 448 * 4.0, 5.0, 2.0**-140
     q = quantize(x, "fp8")
@@ -178,7 +178,7 @@ def test_fp8_by_hand():
 
 
 @pytest.mark.parametrize("name", MX4)
-def test_what_the_format_holds_comes_back(name):
+def test_quantize_what_the_format_holds_comes_back(name):
     """Grid numbers times powers of two, the largest of each macro block 6 times one."""
     generator = torch.Generator().manual_seed(5)
     grid = torch.tensor(E2M1)
@@ -196,7 +196,7 @@ def test_what_the_format_holds_comes_back(name):
 
 @pytest.mark.parametrize("name", ["mxfp8", "mxfp8-e5m2", "fp8"])
 @pytest.mark.parametrize("power", [-90, -1, 0, 70])
-def test_every_8_bit_number_comes_back(name, power):
+def test_quantize_every_8_bit_number_comes_back(name, power):
     fmt = get_format(name)
     codes = torch.arange(256, dtype=torch.uint8)
     held = el.decode_elements(codes, fmt.element)
@@ -210,7 +210,7 @@ def test_every_8_bit_number_comes_back(name, power):
     assert len(q.codes.unique()) == len(held)  # the two zeros as well
 
 
-def test_what_nvfp4_holds_comes_back():
+def test_quantize_what_nvfp4_holds_comes_back():
     """Grid numbers times every scale that a block may have; each block has a 6."""
     scales = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     generator = torch.Generator().manual_seed(13)
@@ -224,7 +224,7 @@ def test_what_nvfp4_holds_comes_back():
 
 
 @pytest.mark.parametrize("name", POWER_OF_TWO)
-def test_a_second_round_trip_changes_nothing(name):
+def test_quantize_a_second_round_trip_changes_nothing(name):
     once = round_trip(values(6, 20, 128), name)
     assert torch.equal(round_trip(once, name), once)
 
@@ -232,7 +232,7 @@ def test_a_second_round_trip_changes_nothing(name):
 @pytest.mark.parametrize("name", FORMATS)
 @given(seed=st.integers(0, 10**6), width=st.integers(1, 200))
 @settings(max_examples=6, deadline=None)
-def test_sign_symmetric(name, seed, width):
+def test_quantize_sign_symmetric(name, seed, width):
     x = values(seed, 3, width)
     assert torch.equal(round_trip(-x, name), -round_trip(x, name))
 
@@ -240,7 +240,7 @@ def test_sign_symmetric(name, seed, width):
 @pytest.mark.parametrize("name", FORMATS)
 @given(seed=st.integers(0, 10**6))
 @settings(max_examples=6, deadline=None)
-def test_monotone_within_what_shares_a_scale(name, seed):
+def test_quantize_monotone_within_what_shares_a_scale(name, seed):
     x = values(seed, 4, 16).sort(dim=1).values
     assert (round_trip(x, name).diff(dim=1) >= 0).all()
 
@@ -248,7 +248,7 @@ def test_monotone_within_what_shares_a_scale(name, seed):
 @pytest.mark.parametrize("name", MX4)
 @given(seed=st.integers(0, 10**6), width=st.integers(1, 300))
 @settings(max_examples=6, deadline=None)
-def test_error_of_every_element_is_bounded(name, seed, width):
+def test_quantize_error_of_every_element_is_bounded(name, seed, width):
     """Half a step of the grid; above 6, the distance to 6: at most 1 with OAS, 2 without."""
     x = values(seed, 2, width)
     q = quantize(x, name)
@@ -267,7 +267,7 @@ def test_error_of_every_element_is_bounded(name, seed, width):
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_equal_numbers_in_another_dtype_give_equal_codes(name, dtype):
+def test_quantize_equal_numbers_in_another_dtype_give_equal_codes(name, dtype):
     x = values(7, 5, 130, scale=0.25).to(dtype)
     narrow, wide = quantize(x, name), quantize(x.float(), name)
     assert torch.equal(narrow.codes, wide.codes)
@@ -277,7 +277,7 @@ def test_equal_numbers_in_another_dtype_give_equal_codes(name, dtype):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_what_cannot_be_held_is_never_infinite(name):
+def test_quantize_what_cannot_be_held_is_never_infinite(name):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         largest = torch.finfo(dtype).max
         x = torch.linspace(-1, 1, 256).mul(largest).to(dtype)
@@ -288,7 +288,7 @@ def test_what_cannot_be_held_is_never_infinite(name):
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_nan_and_infinity_spoil_their_block_and_nothing_else(name, bad):
+def test_quantize_nan_and_infinity_spoil_their_block_and_nothing_else(name, bad):
     block = get_format(name).block
     x = values(8, 2, 384)
     clean = quantize(x, name)
@@ -303,7 +303,7 @@ def test_nan_and_infinity_spoil_their_block_and_nothing_else(name, bad):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_zeros(name):
+def test_quantize_zeros(name):
     x = torch.zeros(3, 200)
     x[:, 5] = -0.0
     assert torch.equal(round_trip(x, name).view(torch.int32), x.view(torch.int32))
@@ -313,7 +313,7 @@ def test_zeros(name):
 
 @pytest.mark.parametrize("name", [*POWER_OF_TWO, *MBS])
 @pytest.mark.parametrize("power", [-60, 1, 115, 122])
-def test_powers_of_two_move_the_scales_and_nothing_else(name, power):
+def test_quantize_powers_of_two_move_the_scales_and_nothing_else(name, power):
     x = values(12, 4, 256).clamp(-31.9, 31.9)  # below 2^5: up to the largest float32
     near, far = quantize(x, name), quantize(x * 2.0**power, name)
     assert torch.equal(near.codes, far.codes)
@@ -322,7 +322,7 @@ def test_powers_of_two_move_the_scales_and_nothing_else(name, power):
 
 
 @pytest.mark.parametrize("name", [*POWER_OF_TWO, *MBS])
-def test_subnormal_inputs(name):
+def test_quantize_subnormal_inputs(name):
     """Below the smallest E8M0 scale the grid stays where it is: error at most half its step."""
     x = values(9, 4, 128, scale=1e-40)
     step = {"e2m1": 0.5, "e4m3": 2.0**-9, "e5m2": 2.0**-16}[get_format(name).element]
@@ -333,7 +333,7 @@ def test_subnormal_inputs(name):
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("shape", [(0,), (1,), (33,), (3, 0), (0, 64), (2, 3, 129), (4, 17)])
-def test_shapes_and_sizes(name, shape):
+def test_quantize_shapes_and_sizes(name, shape):
     x = values(10, *shape)
     q = quantize(x, name)
     back = mx.dequantize(q)
@@ -348,7 +348,7 @@ def test_shapes_and_sizes(name, shape):
         assert torch.equal(longer[..., : shape[-1]], back)
 
 
-def test_bits_per_element():
+def test_quantize_bits_per_element():
     bits = {name: 8 * bytes_per_row(name, 4096) / 4096 for name in FORMATS}
     assert bits["mxfp4"] == 4.25
     assert bits["mxfp4-16"] == bits["mxfp4-16-oas"] == bits["nvfp4"] == 4.5
@@ -356,7 +356,7 @@ def test_bits_per_element():
     assert bits["mxfp8"] == bits["mxfp8-e5m2"] == bits["fp8"] == 8.25
 
 
-def test_order_of_quality_on_laplace_numbers():
+def test_quantize_order_of_quality_on_laplace_numbers():
     """The steps of arXiv 2603.08713, sections 4.2 and 4.3, in signal to noise."""
     x = torch.distributions.Laplace(0.0, 1.0)
     torch.manual_seed(11)
@@ -379,6 +379,6 @@ def test_order_of_quality_on_laplace_numbers():
         (torch.zeros(()), "mxfp4", "at least one"),
     ],
 )
-def test_refusals(x, name, message):
+def test_quantize_refusals(x, name, message):
     with pytest.raises(ConfigError, match=message):
         mx.quantize(x, name)

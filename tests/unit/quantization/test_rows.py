@@ -17,7 +17,7 @@ def activations(seed, *shape, dtype=torch.float32):
 @pytest.mark.parametrize("name", rows.ROW_FORMATS)
 @given(seed=st.integers(0, 999), count=st.integers(0, 5), width=st.integers(0, 300))
 @settings(max_examples=8, deadline=None)
-def test_a_row_decodes_to_what_the_format_says(name, seed, count, width):
+def test_encode_rows_a_row_decodes_to_what_the_format_says(name, seed, count, width):
     x = activations(seed, count, width)
     buffer = rows.encode_rows(x, name)
     assert buffer.shape == (count, row_bytes(name, width))
@@ -28,7 +28,7 @@ def test_a_row_decodes_to_what_the_format_says(name, seed, count, width):
 
 @pytest.mark.parametrize("name", rows.ROW_FORMATS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_dtypes_and_strides(name, dtype):
+def test_encode_rows_dtypes_and_strides(name, dtype):
     x = activations(1, 300, 6, dtype=dtype).t()
     back = rows.decode_rows(rows.encode_rows(x, name), name, 300, dtype)
     assert back.dtype == dtype
@@ -36,14 +36,14 @@ def test_dtypes_and_strides(name, dtype):
 
 
 @pytest.mark.parametrize("name", rows.ROW_FORMATS)
-def test_a_row_does_not_depend_on_its_neighbors(name):
+def test_encode_rows_a_row_does_not_depend_on_its_neighbors(name):
     x = activations(2, 7, 200)
     x[3, 5] = torch.inf
     alone = torch.cat([rows.encode_rows(x[i : i + 1], name) for i in range(7)])
     assert torch.equal(rows.encode_rows(x, name), alone)
 
 
-def test_sizes():
+def test_encode_rows_sizes():
     for name in rows.ROW_FORMATS:
         for width in (1, 7, 128, 2048, 7168):
             exact, sent = bytes_per_row(name, width), row_bytes(name, width)
@@ -70,7 +70,7 @@ def test_permute_encode_is_encode_of_the_permuted_rows(name, seed, tokens, count
     assert not back[row_token < 0].any()
 
 
-def test_refusals():
+def test_encode_rows_refusals():
     with pytest.raises(ConfigError, match="spans the whole tensor"):
         rows.encode_rows(torch.zeros(2, 4), "nvfp4")
     with pytest.raises(ConfigError, match="expected one of"):
@@ -81,5 +81,5 @@ def test_refusals():
         rows.decode_rows(torch.zeros(2, 48, dtype=torch.uint8), "mxfp4", 20, torch.float32)
 
 
-def test_every_other_format_has_rows():
+def test_encode_rows_every_other_format_has_rows():
     assert set(rows.ROW_FORMATS) == set(FORMATS) - {"nvfp4"}

@@ -64,14 +64,14 @@ def run(command, **environment):
 
 
 @needs_triton
-def test_kernels_have_the_bytes_of_the_reference_under_the_interpreter():
+def test_triton_codec_kernels_have_the_bytes_of_the_reference_under_the_interpreter():
     # in a process of its own: Triton reads the variable when it is first imported
     command = [sys.executable, "-m", "pytest", "-q", str(HERE / "triton_cases.py")]
     assert " passed" in run(command, TRITON_INTERPRET="1")
 
 
 @needs_triton
-def test_kernels_compile_for_sm_90(tmp_path):
+def test_triton_codec_kernels_compile_for_sm_90(tmp_path):
     run([sys.executable, "-c", COMPILE], TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
 
 

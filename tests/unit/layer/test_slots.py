@@ -1,11 +1,19 @@
-"""The schedule of a relabelling: every expert arrives, in the fewest rounds, with room for one."""
+"""Slots on arrays: schedules of moves, which slots share an expert, where slots are copied from."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_locality.layer.moves import plan_moves, plan_steps, source_slots, undone
+from moe_locality.layer.slots import (
+    LayerReplicas,
+    first_slots,
+    plan_moves,
+    plan_steps,
+    reverse_step,
+    source_slots,
+)
+from tests.unit.placement.cases import plans
 
 
 @st.composite
@@ -36,13 +44,13 @@ def carry_out(current, moves, num_ranks):
 
 @settings(max_examples=60, deadline=None)
 @given(layers())
-def test_every_expert_arrives_and_only_those_that_change_rank_travel(case):
+def test_plan_moves_every_expert_arrives_and_only_those_that_change_rank_travel(case):
     ranks, current, target = case
     moves = plan_moves(current, target, ranks)
     assert carry_out(current, moves, ranks) == list(target)
     per_rank = len(current) // ranks
     changed = np.argsort(current) // per_rank != np.argsort(target) // per_rank
-    assert moves.num_travellers == changed.sum()
+    assert moves.num_moved == changed.sum()
     sent_per_rank = np.bincount(np.argsort(current)[changed] // per_rank, minlength=ranks)
     assert len(moves.rounds) == sent_per_rank.max(initial=0)
 
@@ -59,7 +67,7 @@ def take(held, step, per_rank):
 
 @settings(max_examples=60, deadline=None)
 @given(layers())
-def test_steps_lead_to_the_target_and_back_from_anywhere(case):
+def test_plan_steps_lead_to_the_target_and_back_from_anywhere(case):
     ranks, current, target = case
     per_rank = len(current) // ranks
     steps = plan_steps(plan_moves(current, target, ranks), ranks)
@@ -68,12 +76,12 @@ def test_steps_lead_to_the_target_and_back_from_anywhere(case):
         passed.append(take(passed[-1], step, per_rank))
     assert passed[-1] == list(target)
     for before, step, after in zip(passed, steps, passed[1:], strict=False):
-        assert take(after, undone(step), per_rank) == before
+        assert take(after, reverse_step(step), per_rank) == before
 
 
 @settings(max_examples=30, deadline=None)
 @given(layers())
-def test_the_same_order_again_moves_nothing(case):
+def test_plan_moves_the_same_order_again_moves_nothing(case):
     ranks, current, _ = case
     assert plan_moves(current, current, ranks).is_empty
 
@@ -84,9 +92,67 @@ def test_source_slots_is_what_the_new_order_reads():
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_local_moves_need_no_round(ranks):
+def test_plan_moves_inside_ranks_need_no_round(ranks):
     current = np.arange(8)
     target = current.reshape(ranks, -1)[:, ::-1].ravel()
     moves = plan_moves(current, target, ranks)
     assert moves.rounds == ()
     assert not moves.is_empty or ranks == 8
+
+
+# -- replicas ------------------------------------------------------------------------------------
+
+
+def seen_from(plan, row):
+    return [
+        LayerReplicas(
+            slot_to_logical=plan.physical_to_logical_map[row].astype(np.int64),
+            ep_rank=rank,
+            num_ranks=plan.num_ranks,
+        )
+        for rank in range(plan.num_ranks)
+    ]
+
+
+def test_layer_replicas_by_hand():
+    slots = np.array([2, 0, 1, 2, 0, 2])
+    assert first_slots(slots).tolist() == [1, 2, 0]
+    views = [LayerReplicas(slot_to_logical=slots, ep_rank=r, num_ranks=3) for r in range(3)]
+    assert [view.extra_local_slots for view in views] == [[], [1], [0, 1]]
+    assert views[0].shared == [(1, [0, 2]), (0, [0, 1, 2])]  # experts 0, then 2
+    assert views[1].shared == [(1, [0, 1, 2])]
+    assert views[2].shared == [(0, [0, 2]), (1, [0, 1, 2])]
+
+
+@given(plans())
+@settings(max_examples=40, deadline=None)
+def test_layer_replicas_holders_agree_and_every_expert_has_one_primary_slot(plan):
+    views = seen_from(plan, 0)
+    extras = sum(len(view.extra_local_slots) for view in views)
+    assert extras == plan.num_redundant_experts
+    meetings = {}
+    for rank, view in enumerate(views):
+        order = [int(view.local_experts[local]) for local, _ in view.shared]
+        assert order == sorted(order)  # all ranks meet in the same order
+        for local, holders in view.shared:
+            assert rank in holders
+            assert holders == sorted(holders)
+            meetings.setdefault(int(view.local_experts[local]), []).append(holders)
+    for expert, found in meetings.items():
+        assert all(holders == found[0] for holders in found)
+        assert len(found) == len(found[0]) == plan.logical_replica_count[0, expert]
+
+
+@given(plans(), st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_source_slots_hold_the_expert_and_are_near(plan, seed):
+    ranks, target = plan.num_ranks, plan.physical_to_logical_map[0].astype(np.int64)
+    size = -(-plan.num_experts // ranks) * ranks
+    current = np.random.default_rng(seed).permutation(size) % plan.num_experts
+    sources = source_slots(current, target, ranks)
+    assert (current[sources] == target).all()
+    per_rank = size // ranks
+    for slot, source in enumerate(sources):
+        rank = slot // plan.slots_per_rank
+        held = current[rank * per_rank : (rank + 1) * per_rank]
+        assert (source // per_rank == rank) == (target[slot] in held)

@@ -7,29 +7,35 @@ from deepspeed.moe.layer import MoE
 from torch import nn
 
 from moe_locality.errors import ConfigError
-from moe_locality.layer.fragments import Piece, pack, plain_state, slab_bytes, unpack
-from moe_locality.layer.optimizer_state import check_state_moves
 from moe_locality.layer.relabel import current_order, relabel
+from moe_locality.layer.state import (
+    TensorShard,
+    check_state_moves,
+    flat_bytes,
+    pack,
+    plain_state,
+    unpack,
+)
 from moe_locality.placement import PlacementPlan
 
 EXPERTS, WIDTH = 4, 6
 
 
-def pieces_of(tensors):
-    return [Piece(name="", shape=tuple(t.shape), dtype=t.dtype, local=t) for t in tensors]
+def shards_of(tensors):
+    return [TensorShard(name="", shape=tuple(t.shape), dtype=t.dtype, local=t) for t in tensors]
 
 
-def test_any_dtype_and_shape_survives_the_byte_buffer():
+def test_pack_any_dtype_and_shape_survives_the_byte_buffer():
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(3, 5, generator=generator), torch.tensor(7.0), torch.empty(0)]
     kinds = (torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.int64)
     values += [values[0].to(kind) for kind in (*kinds, torch.bool)]
     values.append(values[0].t())  # not contiguous
-    buffer = torch.empty(slab_bytes(pieces_of(values)), dtype=torch.uint8)
-    pack(pieces_of(values), buffer)
+    buffer = torch.empty(flat_bytes(shards_of(values)), dtype=torch.uint8)
+    pack(shards_of(values), buffer)
     copies = [torch.zeros_like(value) for value in values]
     copies[-1] = torch.zeros(3, 5).t()
-    unpack(buffer, pieces_of(copies))
+    unpack(buffer, shards_of(copies))
     for value, copy in zip(values, copies, strict=True):
         assert copy.dtype == value.dtype
         assert torch.equal(
@@ -67,7 +73,7 @@ def plan_of(order):
     )
 
 
-def test_buffers_and_biases_of_the_router_go_along():
+def test_relabel_buffers_and_biases_of_the_router_go_along():
     model, order = Model(), [2, 0, 3, 1]
     gate = model.moe.deepspeed_moe.gate
     rows = gate.wg.weight.detach().clone()
@@ -90,14 +96,14 @@ def stepped(optimizer_class, model, **options):
     return optimizer
 
 
-def test_state_that_is_not_per_weight_is_refused():
+def test_check_state_moves_state_that_is_not_per_weight_is_refused():
     model = Model()
     check_state_moves(model.moe, plain_state(stepped(torch.optim.AdamW, model)), "moe")
     with pytest.raises(ConfigError, match=r"'col_var' of shape \(1, 6\), expected \(4, 6\)"):
         check_state_moves(model.moe, plain_state(stepped(torch.optim.Adafactor, model)), "moe")
 
 
-def test_experts_with_unlike_state_are_refused():
+def test_check_state_moves_experts_with_unlike_state_are_refused():
     model = Model()
     optimizer = stepped(torch.optim.AdamW, model)
     del optimizer.state[model.experts[1].weight]
@@ -105,6 +111,6 @@ def test_experts_with_unlike_state_are_refused():
         check_state_moves(model.moe, plain_state(optimizer), "moe")
 
 
-def test_what_is_no_model_is_refused():
+def test_relabel_what_is_no_model_is_refused():
     with pytest.raises(ConfigError, match="found a dict, expected a torch module"):
         relabel({}, plan_of(range(EXPERTS)))

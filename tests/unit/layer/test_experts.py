@@ -17,8 +17,7 @@ import moe_locality
 from moe_locality import compat
 from moe_locality.errors import ConfigError
 from moe_locality.layer.expert_store import store_experts
-from moe_locality.layer.experts import grouping_pays, run_experts
-from moe_locality.layer.grouped import GroupedMLP, recognize
+from moe_locality.layer.experts import GroupedMLP, grouping_pays, recognize, run_experts
 from tests.tolerances import LAYER
 
 WIDTH, HIDDEN = 24, 40
@@ -89,7 +88,7 @@ def run(experts, rows, counts, mode):
 @pytest.mark.parametrize("kind", KINDS)
 @given(counts=st.lists(st.integers(0, 9), min_size=4, max_size=4).filter(any))
 @settings(max_examples=6, deadline=None)
-def test_grouped_equals_the_loop(kind, counts):
+def test_run_experts_grouped_equals_the_loop(kind, counts):
     experts = make(KINDS[kind]())
     assert isinstance(recognize(experts.deepspeed_experts), GroupedMLP)
     rows = torch.randn((sum(counts), WIDTH), generator=torch.Generator().manual_seed(1))
@@ -100,7 +99,7 @@ def test_grouped_equals_the_loop(kind, counts):
 
 
 @pytest.mark.parametrize("kind", ["swiglu with bias", "gelu"])
-def test_three_way_oracle_in_bfloat16(kind):
+def test_run_experts_three_way_oracle_in_bfloat16(kind):
     """No further from float64 than twice the loop's own distance."""
     experts = make(KINDS[kind](), dtype=torch.bfloat16)
     rows = torch.randn((37, WIDTH), generator=torch.Generator().manual_seed(2)).bfloat16()
@@ -112,7 +111,7 @@ def test_three_way_oracle_in_bfloat16(kind):
         assert error <= 2 * (a.double() - exact).norm() + 1e-2 * exact.norm()
 
 
-def test_which_formula_it_is():
+def test_run_experts_which_formula_it_is():
     assert recognize(make(SwiGLU()).deepspeed_experts) == GroupedMLP(
         up="first", gate="second", down="third", activation="silu"
     )
@@ -150,7 +149,7 @@ class Holding(Plain):
 
 
 @pytest.mark.parametrize("expert", [Residual, Clamped, Dropping, Holding])
-def test_what_computes_something_else_keeps_the_loop(expert):
+def test_run_experts_what_computes_something_else_keeps_the_loop(expert):
     experts = make(expert())
     assert isinstance(recognize(experts.deepspeed_experts), str)
     rows = torch.randn(6, WIDTH)
@@ -159,13 +158,13 @@ def test_what_computes_something_else_keeps_the_loop(expert):
     assert run_experts(experts, rows, (2, 1, 0, 3), "auto").shape == rows.shape
 
 
-def test_dropout_that_is_off_does_not_count():
+def test_run_experts_dropout_that_is_off_does_not_count():
     experts = make(Dropping()).eval()
     assert isinstance(recognize(experts.deepspeed_experts), GroupedMLP)
     assert isinstance(recognize(experts.train().deepspeed_experts), str)
 
 
-def test_experts_that_differ_keep_the_loop():
+def test_run_experts_experts_that_differ_keep_the_loop():
     experts = make(Scaled())
     assert isinstance(recognize(experts.deepspeed_experts), GroupedMLP)
     experts = make(Scaled())
@@ -176,7 +175,7 @@ def test_experts_that_differ_keep_the_loop():
     assert "class" in recognize(experts.deepspeed_experts)
 
 
-def test_what_changes_between_passes_is_seen():
+def test_run_experts_what_changes_between_passes_is_seen():
     experts = make(Plain()).deepspeed_experts
     assert isinstance(recognize(experts), GroupedMLP)
     handle = experts[3].fc1.register_forward_hook(lambda *args: None)
@@ -191,32 +190,32 @@ def test_what_changes_between_passes_is_seen():
     assert isinstance(recognize(experts), GroupedMLP)
 
 
-def test_stored_experts_keep_the_loop():
+def test_run_experts_stored_experts_keep_the_loop():
     experts = make(SwiGLU())
     assert isinstance(recognize(experts.deepspeed_experts), GroupedMLP)
     store_experts(experts, "mxfp8")
     assert isinstance(recognize(experts.deepspeed_experts), str)
 
 
-def test_unaligned_rows_keep_the_loop():
+def test_run_experts_unaligned_rows_keep_the_loop():
     torch.manual_seed(0)
     expert = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6))
     assert "not a multiple of 16" in recognize(Experts(expert, 2).deepspeed_experts)
 
 
-def test_no_rows_at_all_still_give_gradients_of_zero():
+def test_run_experts_no_rows_at_all_still_give_gradients_of_zero():
     experts = make(SwiGLU())
     grads = run(experts, torch.zeros(0, WIDTH), (0, 0, 0, 0), "grouped")[2:]
     assert all(g is not None and not g.any() for g in grads)
 
 
-def test_auto_is_the_loop_on_a_cpu():
+def test_run_experts_auto_is_the_loop_on_a_cpu():
     assert not grouping_pays(torch.zeros(1))
     assert not grouping_pays(torch.zeros(1, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("mode", ["loop", "grouped"])
-def test_the_layer_takes_the_mode(mode, monkeypatch):
+def test_moe_takes_the_mode(mode, monkeypatch):
     from moe_locality.layer import experts as module
 
     seen = []
@@ -230,7 +229,7 @@ def test_the_layer_takes_the_mode(mode, monkeypatch):
         moe_locality.MoE(WIDTH, SwiGLU(), num_experts=4, experts="fast")
 
 
-def test_the_section_reaches_the_layers():
+def test_apply_the_section_reaches_the_layers():
     from deepspeed.moe.layer import MoE as StockMoE
 
     torch.manual_seed(0)

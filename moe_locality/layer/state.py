@@ -1,0 +1,373 @@
+"""What belongs to the experts and the router of a layer on this rank: weights and optimizer state.
+
+A *tensor shard* is one such tensor. A plain torch optimizer keeps moments beside the parameter;
+DeepSpeed's fp16 and bf16 optimizers at ZeRO stage 0 keep a whole fp32 master; ZeRO 1 and 2 and
+``BF16_Optimizer`` keep, on each rank of the expert-data-parallel group, a part of a flat fp32
+master and of flat moments. A *flat buffer* is one byte buffer with all the tensors of an expert,
+whole. All of these can move with an expert; :func:`state_source` refuses other optimizers.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moe_locality import compat
+from moe_locality.errors import ConfigError
+
+GATE_ROWS = ("wg.weight", "wg.bias", "bias", "e_score_correction_bias", "expert_bias")
+"""Tensors of a gate that have one row (or number) per expert."""
+
+_ALIGN_BYTES = 16  # a slice of a byte buffer can be viewed as any dtype only at its alignment
+
+_WHAT_TO_DO = (
+    "relabel the model before deepspeed.initialize (moe_locality.initialize does, when given a "
+    "plan), or save a checkpoint, bake the plan into it with `moe-locality bake` and load its "
+    "weights (load_module_only=True)"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TensorShard:
+    """One tensor that belongs to a parameter.
+
+    Args:
+        name: parameter, or parameter:state.
+        shape: of the whole tensor.
+        local: the tensor; or, where ``group`` is set, the flat part that this rank holds (None: no
+            part), which begins at element ``start``.
+        group: process group whose ranks hold the parts; None where this rank has the whole tensor.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    local: Tensor | None
+    start: int = 0
+    group: Any = None
+
+    @property
+    def num_bytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+StateSource = Callable[[Tensor], list[TensorShard]]
+"""What an optimizer keeps for a parameter; shards are named by the state alone ("exp_avg")."""
+
+
+def no_state(parameter: Tensor) -> list[TensorShard]:
+    """State source of a model that has no optimizer."""
+    return []
+
+
+def plain_state(optimizer: torch.optim.Optimizer) -> StateSource:
+    """State source of an optimizer that steps the model's own parameters."""
+    return lambda parameter: _whole(optimizer.state.get(parameter, {}))
+
+
+def copied_state(optimizer: Any) -> StateSource:
+    """State source of ``FP16_UnfusedOptimizer``: one whole fp32 copy per parameter."""
+    master_of = {
+        id(parameter): master
+        for parameters, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+        for parameter, master in zip(parameters, masters, strict=True)
+    }
+
+    def shards(parameter: Tensor) -> list[TensorShard]:
+        master = master_of.get(id(parameter))
+        if master is None:
+            return []
+        return [_whole_shard("fp32", master), *_whole(optimizer.state.get(master, {}))]
+
+    return shards
+
+
+def partitioned_state(optimizer: Any) -> StateSource:
+    """State source of ZeRO 1 and 2 and of ``BF16_Optimizer``: parts of flat tensors."""
+    flats = getattr(optimizer, "single_partition_of_fp32_groups", None)
+    if flats is None:
+        flats = optimizer.fp32_groups_flat_partition
+    groups = getattr(optimizer, "bit16_groups", None)
+    groups = optimizer.bf16_groups if groups is None else groups
+    group_of = {id(p): number for number, members in enumerate(groups) for p in members}
+    state = optimizer.optimizer.state
+
+    def shards(parameter: Tensor) -> list[TensorShard]:
+        found = compat.master_fragment(parameter)
+        if found is None:
+            return []
+        fragment, group = found
+        # every rank needs the names of the states, also one that holds no part
+        flat = flats[group_of[id(parameter)]]
+        tensors = {"fp32": flat, **_partitioned_tensors(flat, state.get(flat, {}))}
+        return [_part(key, parameter, tensors[key], fragment, group) for key in sorted(tensors)]
+
+    return shards
+
+
+def _part(key: str, parameter: Tensor, flat: Tensor, fragment: Any, group: Any) -> TensorShard:
+    local, start = None, 0
+    if fragment is not None:
+        address = fragment.get_hp_fragment_address()
+        local = flat.data.narrow(0, address.start, address.numel)
+        start = fragment.lp_fragment_address.start
+    return TensorShard(
+        name=key,
+        shape=tuple(parameter.shape),
+        dtype=flat.dtype,
+        local=local,
+        start=start,
+        group=group,
+    )
+
+
+def _partitioned_tensors(flat: Tensor, state: dict[str, Any]) -> dict[str, Tensor]:
+    found = {}
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or value.numel() == 1 != flat.numel():
+            continue  # a step counter is the same for all parameters of the group
+        if value.shape != flat.shape:
+            raise ConfigError(
+                f"found the optimizer state {key!r} of shape {tuple(value.shape)}, expected "
+                f"{tuple(flat.shape)} like its partition: this optimizer's state cannot follow the "
+                "experts: relabel the model before deepspeed.initialize"
+            )
+        found[key] = value
+    return found
+
+
+def _whole(state: dict[str, Any]) -> list[TensorShard]:
+    return [_whole_shard(key, state[key]) for key in sorted(state) if torch.is_tensor(state[key])]
+
+
+def _whole_shard(name: str, tensor: Tensor) -> TensorShard:
+    return TensorShard(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype, local=tensor)
+
+
+def expert_shards(expert: nn.Module, state: StateSource) -> list[TensorShard]:
+    """Return what moves with one expert, in an order that is the same for all of a layer."""
+    found = [_whole_shard(name, buffer) for name, buffer in expert.named_buffers()]
+    for name, parameter in expert.named_parameters():
+        found += parameter_shards(name, parameter, state)
+    return sorted(found, key=lambda shard: shard.group is not None)
+
+
+def parameter_shards(name: str, parameter: Tensor, state: StateSource) -> Iterator[TensorShard]:
+    """Yield the parameter itself, then what the optimizer keeps for it."""
+    yield _whole_shard(name, parameter)
+    yield from (replace(shard, name=f"{name}:{shard.name}") for shard in state(parameter))
+
+
+def whole_shards(tensors: list[Tensor]) -> list[TensorShard]:
+    """Return shards for tensors that are whole on this rank, without names."""
+    return [_whole_shard("", tensor) for tensor in tensors]
+
+
+def gate_rows(gate: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a gate that have a row per expert, by name."""
+    found: dict[str, Tensor] = {}
+    for name in GATE_ROWS:
+        value: Any = gate
+        for part in name.split("."):
+            value = getattr(value, part, None)
+        if isinstance(value, Tensor):
+            found[name] = value
+    return found
+
+
+def gate_shards(gate: nn.Module, state: StateSource) -> list[TensorShard]:
+    """Return the per-expert tensors of a gate, moments too; a step counter stays."""
+    found = []
+    for name, tensor in gate_rows(gate).items():
+        shards = parameter_shards(name, tensor, state)
+        found += [shard for shard in shards if shard.shape == tuple(tensor.shape)]
+    return sorted(found, key=lambda shard: shard.group is not None)
+
+
+def permute_gate(gate: nn.Module, source: np.ndarray) -> None:
+    """Row s of every per-expert tensor of the gate takes row ``source[s]`` (no optimizer state)."""
+    for tensor in gate_rows(gate).values():
+        tensor.data.copy_(tensor.data[torch.from_numpy(source).to(tensor.device)])
+
+
+# -- flat buffers ----------------------------------------------------------------------------------
+
+
+def flat_bytes(shards: list[TensorShard]) -> int:
+    """Return the size of the flat buffer that holds the tensors, whole."""
+    return sum(_padded_bytes(shard) for shard in shards)
+
+
+def whole_bytes(shards: list[TensorShard]) -> int:
+    """Return the bytes at the front that every rank has whole; partitioned tensors follow."""
+    return flat_bytes([shard for shard in shards if shard.group is None])
+
+
+def pack(shards: list[TensorShard], buffer: Tensor) -> None:
+    """Write what this rank holds into ``buffer``; the parts of other ranks are zero.
+
+    The buffer is bytes because gloo has no fp8 type.
+    """
+    buffer.zero_()
+    for shard, start in _places(shards):
+        if shard.local is not None:
+            raw = shard.local.detach().contiguous().reshape(-1).view(torch.uint8)
+            first = start + shard.start * shard.dtype.itemsize
+            buffer[first : first + raw.numel()].copy_(raw)
+
+
+def packed(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """Return a new flat buffer on ``device`` with the values of ``tensors``."""
+    shards = whole_shards(tensors)
+    buffer = torch.empty(flat_bytes(shards), dtype=torch.uint8, device=device)
+    pack(shards, buffer)
+    return buffer
+
+
+def unpack(buffer: Tensor, shards: list[TensorShard]) -> None:
+    """Write a flat buffer into the tensors of this rank, of the same shapes and dtypes."""
+    for shard, start in _places(shards):
+        if shard.local is not None:
+            first = start + shard.start * shard.dtype.itemsize
+            raw = buffer[first : first + shard.local.numel() * shard.dtype.itemsize]
+            shard.local.data.copy_(raw.view(shard.dtype).view(shard.local.shape))
+
+
+def whole_tensors(buffer: Tensor, shards: list[TensorShard]) -> Iterator[Tensor]:
+    """Yield the whole tensors of a flat buffer, as views."""
+    for shard, start in _places(shards):
+        yield buffer[start : start + shard.num_bytes].view(shard.dtype).view(shard.shape)
+
+
+def _places(shards: list[TensorShard]) -> Iterator[tuple[TensorShard, int]]:
+    start = 0
+    for shard in shards:
+        yield shard, start
+        start += _padded_bytes(shard)
+
+
+def _padded_bytes(shard: TensorShard) -> int:
+    return -(-shard.num_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
+
+
+# -- what the optimizer of an engine keeps ---------------------------------------------------------
+
+
+def is_engine(model: Any) -> bool:
+    """Return whether this is a DeepSpeed training engine."""
+    from deepspeed import DeepSpeedEngine
+
+    return isinstance(model, DeepSpeedEngine)
+
+
+def state_source(engine: Any) -> StateSource:
+    """Return what finds the optimizer state of a parameter.
+
+    Raises:
+        ConfigError: ZeRO stage 3, offloaded or reordered partitions, or an optimizer that holds
+            copies of the weights in a way that is not known here.
+    """
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    if optimizer is None or type(optimizer).__name__ == "DummyOptim":
+        return no_state
+    if isinstance(optimizer, torch.optim.Optimizer):
+        if plain_optimizer(engine) is None:
+            raise ConfigError(
+                f"found parameters in the optimizer {type(optimizer).__name__} that are not the "
+                "model's, expected the model's own: copies of the weights would overwrite the "
+                f"moved ones: {_WHAT_TO_DO}"
+            )
+        return plain_state(optimizer)
+    kind = type(optimizer).__name__
+    if kind not in _KNOWN or stage > 2:
+        raise ConfigError(
+            f"found the optimizer {kind} at ZeRO stage {stage}, expected one of {sorted(_KNOWN)} "
+            "or a plain torch optimizer, at stage 0, 1 or 2: its copies would overwrite the moved "
+            f"weights at the next step: {_WHAT_TO_DO}"
+        )
+    for option in ("cpu_offload", "round_robin_gradients"):
+        if getattr(optimizer, option, False):
+            raise ConfigError(
+                f"found {option} in the ZeRO optimizer, expected none: DeepSpeed does not say "
+                f"where the parts of an expert are then: {_WHAT_TO_DO}"
+            )
+    return (
+        copied_state(optimizer) if kind == "FP16_UnfusedOptimizer" else partitioned_state(optimizer)
+    )
+
+
+_KNOWN = ("BF16_Optimizer", "DeepSpeedZeroOptimizer", "FP16_UnfusedOptimizer")
+
+
+def plain_optimizer(engine: Any) -> torch.optim.Optimizer | None:
+    """Return the engine's optimizer if it steps the model's own parameters, else None."""
+    optimizer = engine.optimizer
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return None
+    own = {id(parameter) for parameter in engine.module.parameters()}
+    stepped = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return optimizer if all(id(parameter) in own for parameter in stepped) else None
+
+
+def has_state(optimizer: Any) -> bool:
+    """Return whether a plain optimizer has stepped or loaded (ZeRO fills its state at start)."""
+    return isinstance(optimizer, torch.optim.Optimizer) and bool(optimizer.state)
+
+
+def check_state_moves(module: Any, state: StateSource, name: str) -> None:
+    """Check that the optimizer state of a layer can move with its experts.
+
+    Raises:
+        ConfigError: a state tensor has another shape than its parameter (a factored or
+            communication state), or experts of this rank have states of different kinds.
+    """
+    layer = module.deepspeed_moe
+    named = [(f"gate: {key}", tensor) for key, tensor in gate_rows(layer.gate).items()]
+    experts = layer.experts.deepspeed_experts
+    for slot, expert in enumerate(experts):
+        named += [(f"expert {slot}: {key}", p) for key, p in expert.named_parameters()]
+    for key, parameter in named:
+        for shard in state(parameter):
+            if shard.shape != tuple(parameter.shape) and torch.Size(shard.shape).numel() != 1:
+                raise ConfigError(
+                    f"{name}, {key}: found the optimizer state {shard.name!r} of shape "
+                    f"{shard.shape}, expected {tuple(parameter.shape)} like the parameter: "
+                    f"this optimizer's state cannot follow the experts: {_WHAT_TO_DO}"
+                )
+    if len({layout_of(expert, state) for expert in experts}) > 1:
+        raise ConfigError(
+            f"{name}: found experts with different tensors or optimizer states on one rank, "
+            "expected the same for all: take one optimizer step with every expert, or relabel "
+            "before training"
+        )
+
+
+def layout_of(expert: nn.Module, state: StateSource = no_state) -> str:
+    """Return names, shapes and dtypes of what moves with one expert."""
+    return repr([(s.name, s.shape, str(s.dtype)) for s in expert_shards(expert, state)])
+
+
+def check_between_steps(engine: Any) -> None:
+    """Raise ConfigError where ZeRO or bf16 keeps a gradient that no step has used."""
+    optimizer = engine.optimizer
+    waiting = engine.micro_steps % engine.gradient_accumulation_steps() != 0
+    waiting |= any(g is not None for g in getattr(optimizer, "averaged_gradients", {}).values())
+    waiting |= any(any(has) for has in getattr(optimizer, "fp32_groups_has_gradients", ()))
+    if waiting:
+        raise ConfigError(
+            "found a gradient that no step has used, expected none: relabel after engine.step() "
+            "of the last micro-batch, not in the middle of an accumulation"
+        )
+
+
+def check_no_gradients(module: Any, name: str) -> None:
+    """Raise ConfigError where a gradient of the layer is not zero: gradients do not move."""
+    for key, parameter in module.deepspeed_moe.named_parameters():
+        if parameter.grad is not None and bool(parameter.grad.any()):
+            raise ConfigError(
+                f"{name}, {key}: found a gradient that no step has used, expected none: relabel "
+                "after optimizer.step() and zero_grad(), not in the middle of an accumulation"
+            )
