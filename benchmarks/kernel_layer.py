@@ -1,8 +1,8 @@
 """A whole MoE layer, forward and backward: what the local kernels are worth beside the experts.
 
-Router, top-k gate, dispatch, SwiGLU experts as grouped products, combine; one GPU, no exchange. The
-experts and the router are the same tensors for everyone, so what differs is gate and dispatch. The
-peers' own functions are put together as their layers do (``read_from`` in the report).
+Router, top-k gate, dispatch, SwiGLU experts as grouped products, combine; one GPU, no exchange.
+Experts, router and gate are the same for everyone, so what differs is the dispatch. The peers' own
+functions are put together as their layers do (``read_from`` in the report).
 """
 
 from collections.abc import Callable
@@ -15,8 +15,7 @@ from kernel_peers import Peer
 from torch import Tensor
 from torch.nn.functional import silu
 
-from moe_locality.kernels import local, ops
-from moe_locality.kernels.backends import GateSpec
+from moe_locality.dispatch import TokenDispatcher, run_moe
 
 SHAPES = {  # T, D, E, K, width of an expert
     "Mixtral": (8192, 4096, 8, 2, 14336),
@@ -50,13 +49,11 @@ def make_layer(name: str, shape: tuple[int, int, int, int, int], device: str) ->
     return Layer(case=case, router=router, up=up, down=down)
 
 
-def run_experts(rows: Tensor, ends: Tensor, up: Tensor, down: Tensor, by: Any = None) -> Tensor:
-    """SwiGLU of the rows of each expert; ``ends [E] int32``, ``by [N]`` a weight of each row."""
+def run_experts(rows: Tensor, ends: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """SwiGLU of the rows of each expert; ``ends [E] int32``: the row after its last one."""
     product = _grouped()
     gate, value = product(rows, up, offs=ends).chunk(2, dim=1)
-    inner = silu(gate) * value
-    inner = inner if by is None else (inner.float() * by[:, None]).to(inner.dtype)
-    return product(inner, down, offs=ends)
+    return product(silu(gate) * value, down, offs=ends)
 
 
 def _grouped() -> Any:
@@ -78,20 +75,19 @@ def step_of(layer: Layer, forward: Callable[..., Tensor]) -> Step:
     return step
 
 
-def ours(layer: Layer, backend: Any, *, inside: bool = False) -> Step:
-    """``inside``: the experts apply the weights, and the combine is a plain sum."""
+def ours(layer: Layer, backend: Any) -> Step:
+    """The product's way (``run_moe``) on one rank."""
     case = layer.case
-    spec = GateSpec(top_k=case.top_k, renormalize=True)
+    dispatcher = TokenDispatcher(num_slots=case.num_experts, num_ranks=1, kernels=backend)
 
     def forward(x: Tensor, router: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        ids, weights = local.topk_gate((x @ router.t()).float(), spec, backend=backend)
-        where = ops.row_map(ids, case.num_experts, num_rows=case.num_rows, backend=backend)
-        ends = where.slot_offsets[1:]
-        if inside:
-            rows, by = local.dispatch_with_weights(x, weights, where, backend=backend)
-            return local.combine(run_experts(rows, ends, up, down, by), where, backend=backend)
-        rows = local.dispatch(x, where, backend=backend)
-        return local.combine(run_experts(rows, ends, up, down), where, weights, backend=backend)
+        ids, weights = torch_gate((x @ router.t()).float(), case.top_k)
+
+        def experts(rows: Tensor, counts: tuple[int, ...]) -> Tensor:
+            ends = torch.tensor(counts, device=rows.device).cumsum(0).int()
+            return run_experts(rows, ends, up, down)
+
+        return run_moe(dispatcher, x, ids, weights, experts)
 
     return step_of(layer, forward)
 

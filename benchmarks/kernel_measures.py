@@ -7,7 +7,6 @@ import torch
 from kernel_cases import (
     CPU_SHAPE,
     DRY_SHAPES,
-    NUM_NODES,
     SHAPES,
     Case,
     disagreement,
@@ -22,9 +21,6 @@ from kernel_timing import BUFFERS, copy_gbps, mix_gbps, run_once, time_cpu, time
 
 from moe_locality.errors import BackendUnavailable
 from moe_locality.kernels import ops
-from moe_locality.kernels.backends import GateSpec
-
-REPLICAS = 16
 
 
 def usable_backends() -> list[Any]:
@@ -57,7 +53,6 @@ def measure_ours(dry: bool) -> dict[str, Any]:
             for case in cases:
                 for op, call in operations(case, backend).items():
                     candidates.setdefault(f"{op} | {backend}", []).append(call)
-        candidates["gate | torch softmax and topk"] = [torch_gate(case) for case in cases]
         found = run_once(candidates) if dry else time_gpu(candidates)
         for mix in mixes(shape[3]).values():
             if mix not in ceilings:
@@ -88,21 +83,12 @@ def shares(
 
 
 def operations(case: Case, backend: Any) -> dict[str, Callable[[], Any]]:
-    spec = GateSpec(top_k=case.top_k, renormalize=True)
-    logits = torch.randn(len(case.x), case.num_experts, device=case.x.device)
     where = ops.row_map(case.ids, case.num_experts, num_rows=case.num_rows, backend=backend)
     rows = ops.permute(case.x, where, backend=backend)
-    slots = case.num_experts + REPLICAS
-    order = torch.randperm(slots, generator=torch.Generator().manual_seed(0))
-    options: dict[str, Any] = {
-        "num_rows": case.num_rows,
-        "slot_of_expert": order[: case.num_experts].int().to(case.x.device),
-        "node_of_slot": torch.arange(slots, dtype=torch.int32, device=case.x.device) % NUM_NODES,
-        "num_nodes": NUM_NODES,
-    }
     return {
-        "gate": lambda: ops.gate(logits, spec, backend=backend),
-        "row_map": lambda: ops.row_map(case.ids, slots, **options, backend=backend),
+        "row_map": lambda: ops.row_map(
+            case.ids, case.num_experts, num_rows=case.num_rows, backend=backend
+        ),
         "permute": lambda: ops.permute(case.x, where, backend=backend),
         "combine": lambda: ops.combine(rows, where.positions, case.weights, backend=backend),
         "permute_backward": lambda: ops.permute_backward(rows, where.positions, backend=backend),
@@ -111,16 +97,6 @@ def operations(case: Case, backend: Any) -> dict[str, Callable[[], Any]]:
         ),
         "everything": ours(case, backend),
     }
-
-
-def torch_gate(case: Case) -> Callable[[], Any]:
-    logits = torch.randn(len(case.x), case.num_experts, device=case.x.device)
-
-    def step():
-        weights, ids = logits.softmax(dim=1).topk(case.top_k, dim=1)
-        return ids, weights / weights.sum(dim=1, keepdim=True)
-
-    return step
 
 
 def require_equal(steps: dict[str, list[Any]], wanted: Any, where: str = "") -> None:
@@ -193,9 +169,6 @@ def measure_layer(dry: bool) -> dict[str, Any]:
     for name, shape in (kernel_layer.DRY_SHAPES if dry else kernel_layer.SHAPES).items():
         layer = kernel_layer.make_layer(name, shape, "cpu" if dry else "cuda")
         steps = {f"layer, ours, {best}": [kernel_layer.ours(layer, best)]}
-        steps[f"layer, ours, {best}, weights in the experts"] = [
-            kernel_layer.ours(layer, best, inside=True)
-        ]
         wanted = kernel_layer.ours(layer, "reference")()
         require_equal(steps, wanted, f" on {name}")
         notes = {}

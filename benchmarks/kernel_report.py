@@ -80,7 +80,6 @@ def pairs(report: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         if best != "ours, triton":
             yield "ours, triton", best, "peers"
     for backend in report.get("ours", {}).get("backends", ()):
-        yield "gate | torch softmax and topk", f"gate | {backend}", "ours"
         for format in ("fp8", "mxfp8", "mxfp4"):
             fused = f"fused permute and quantize {format} | {backend}"
             yield f"permute, then quantize {format} | {backend}", fused, "quantize"

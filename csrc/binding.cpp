@@ -69,18 +69,14 @@ int64_t row_map_blocks(int64_t num_tokens, int64_t top_k) {
   return moe_locality::row_map_blocks(num_tokens, narrow(top_k));
 }
 
-void row_map(Tensor ids, Maybe keep, Maybe table, Maybe nodes, Tensor counts, Tensor row_route, Tensor row_token,
-             Tensor positions, Tensor tokens_per_slot, Tensor slot_offsets, Tensor routed, Tensor overflow,
-             Maybe node_mask, Maybe node_counts, int64_t capacity, int64_t alignment, int64_t num_nodes, bool fill) {
+void row_map(Tensor ids, Tensor counts, Tensor row_route, Tensor row_token, Tensor positions, Tensor tokens_per_slot,
+             Tensor slot_offsets, Tensor routed, Tensor overflow, int64_t capacity, bool fill) {
   torch::stable::accelerator::DeviceGuard guard(ids.get_device_index());
   moe_locality::RowMapArgs a{};
-  a.expert_ids = ids.const_data_ptr();  // of any stride
+  a.slot_ids = ids.const_data_ptr();  // of any stride
   a.id_type = id_type_of(ids);
   a.stride_token = ids.stride(0);
   a.stride_k = ids.stride(1);
-  a.keep = pointer<uint8_t>(keep);
-  a.slot_of_expert = pointer<int32_t>(table);
-  a.node_of_slot = pointer<int32_t>(nodes);
   a.counts = pointer<int32_t>(counts);
   a.row_route = pointer<int32_t>(row_route);
   a.row_token = pointer<int32_t>(row_token);
@@ -89,16 +85,11 @@ void row_map(Tensor ids, Maybe keep, Maybe table, Maybe nodes, Tensor counts, Te
   a.slot_offsets = pointer<int32_t>(slot_offsets);
   a.routed_per_slot = pointer<int32_t>(routed);
   a.overflow = pointer<int32_t>(overflow);
-  a.node_mask = pointer<int64_t>(node_mask);
-  a.node_counts = pointer<int64_t>(node_counts);
   a.num_tokens = ids.size(0);
   a.num_rows = row_route.size(0);
   a.top_k = narrow(ids.size(1));
   a.num_slots = narrow(tokens_per_slot.size(0));
-  a.num_experts = table.has_value() ? narrow(table->size(0)) : a.num_slots;
-  a.num_nodes = narrow(num_nodes);
   a.capacity = narrow(capacity);
-  a.alignment = narrow(alignment);
   a.fill = fill;
   check(moe_locality::row_map(a, stream_of(ids)), "row_map");
 }
@@ -111,17 +102,14 @@ void gather(Tensor x, Tensor index, Tensor rows) {
         "gather");
 }
 
-void permute(Tensor x, Tensor positions, Tensor row_token, Maybe slot_offsets, Maybe weights, Tensor rows,
-             Maybe row_weights) {
+void permute(Tensor x, Tensor positions, Tensor row_token, Maybe slot_offsets, Tensor rows) {
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   moe_locality::PermuteArgs a{};
   a.x = pointer<void>(x);
   a.positions = pointer<int32_t>(positions);
   a.row_token = pointer<int32_t>(row_token);
   a.slot_offsets = pointer<int32_t>(slot_offsets);
-  a.weights = pointer<float>(weights);
   a.rows = pointer<void>(rows);
-  a.row_weights = pointer<float>(row_weights);
   a.num_tokens = x.size(0);
   a.row_bytes = x.size(1) * static_cast<int64_t>(x.element_size());
   a.top_k = narrow(positions.size(1));
@@ -129,15 +117,13 @@ void permute(Tensor x, Tensor positions, Tensor row_token, Maybe slot_offsets, M
   check(moe_locality::permute(a, stream_of(x)), "permute");
 }
 
-void combine(Tensor rows, Tensor positions, Maybe weights, Maybe row_values, Tensor out, Maybe values) {
+void combine(Tensor rows, Tensor positions, Maybe weights, Tensor out) {
   torch::stable::accelerator::DeviceGuard guard(rows.get_device_index());
   moe_locality::CombineArgs a{};
   a.rows = pointer<void>(rows);
   a.positions = pointer<int32_t>(positions);
   a.weights = pointer<float>(weights);
-  a.row_values = pointer<float>(row_values);
   a.out = pointer<void>(out);
-  a.values = pointer<float>(values);
   a.num_tokens = positions.size(0);
   a.width = rows.size(1);
   a.top_k = narrow(positions.size(1));
@@ -210,62 +196,17 @@ void decode(Tensor rows, Maybe index, Tensor out, int64_t mantissa_bits, int64_t
   check(moe_locality::decode(a, stream_of(rows)), "decode");
 }
 
-moe_locality::GateArgs gate_args(const Tensor& logits, const Tensor& ids, bool sigmoid, bool renormalize, double scale,
-                                 double tiny) {
-  moe_locality::GateArgs a{};
-  a.logits = logits.const_data_ptr();  // rows may lie apart
-  a.ids = pointer<int32_t>(ids);
-  a.num_tokens = logits.size(0);
-  a.stride = logits.stride(0);
-  a.scale = static_cast<float>(scale);
-  a.tiny = static_cast<float>(tiny);
-  a.num_experts = narrow(logits.size(1));
-  a.top_k = narrow(ids.size(1));
-  a.dtype = dtype_of(logits);
-  a.sigmoid = sigmoid;
-  a.renormalize = renormalize;
-  return a;
-}
-
-void gate(Tensor logits, Maybe bias, Tensor ids, Tensor weights, int64_t num_groups, int64_t top_groups, bool sigmoid,
-          bool sum_two, bool by_logit, bool renormalize, double scale, double tiny) {
-  torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-  auto a = gate_args(logits, ids, sigmoid, renormalize, scale, tiny);
-  a.bias = pointer<float>(bias);
-  a.weights = pointer<float>(weights);
-  a.num_groups = narrow(num_groups);
-  a.top_groups = narrow(top_groups);
-  a.sum_two = sum_two;
-  a.by_logit = by_logit;
-  check(moe_locality::gate(a, stream_of(logits)), "gate");
-}
-
-void gate_backward(Tensor grad_weights, Tensor logits, Tensor ids, Tensor grad_logits, bool sigmoid, bool renormalize,
-                   double scale, double tiny) {
-  torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-  auto a = gate_args(logits, ids, sigmoid, renormalize, scale, tiny);
-  a.grad_weights = pointer<float>(grad_weights);
-  a.grad_logits = pointer<void>(grad_logits);
-  a.num_groups = a.top_groups = 1;
-  check(moe_locality::gate_backward(a, stream_of(logits)), "gate_backward");
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY(moe_locality_cuda, m) {
   m.def("row_map_blocks(int num_tokens, int top_k) -> int");
   m.def(
-      "row_map(Tensor ids, Tensor? keep, Tensor? table, Tensor? nodes, Tensor(a!) counts, Tensor(b!) row_route, "
-      "Tensor(c!) row_token, Tensor(d!) positions, Tensor(e!) tokens_per_slot, Tensor(f!) slot_offsets, "
-      "Tensor(g!) routed, Tensor(h!) overflow, Tensor(i!)? node_mask, Tensor(j!)? node_counts, int capacity, "
-      "int alignment, int num_nodes, bool fill) -> ()");
+      "row_map(Tensor ids, Tensor(a!) counts, Tensor(b!) row_route, Tensor(c!) row_token, Tensor(d!) positions, "
+      "Tensor(e!) tokens_per_slot, Tensor(f!) slot_offsets, Tensor(g!) routed, Tensor(h!) overflow, int capacity, "
+      "bool fill) -> ()");
   m.def("gather(Tensor x, Tensor index, Tensor(a!) rows) -> ()");
-  m.def(
-      "permute(Tensor x, Tensor positions, Tensor row_token, Tensor? slot_offsets, Tensor? weights, Tensor(a!) rows, "
-      "Tensor(b!)? row_weights) -> ()");
-  m.def(
-      "combine(Tensor rows, Tensor positions, Tensor? weights, Tensor? row_values, Tensor(a!) out, "
-      "Tensor(b!)? values) -> ()");
+  m.def("permute(Tensor x, Tensor positions, Tensor row_token, Tensor? slot_offsets, Tensor(a!) rows) -> ()");
+  m.def("combine(Tensor rows, Tensor positions, Tensor? weights, Tensor(a!) out) -> ()");
   m.def(
       "combine_backward(Tensor grad, Tensor? rows, Tensor positions, Tensor row_token, Tensor? slot_offsets, "
       "Tensor weights, Tensor(a!)? grad_rows, Tensor(b!)? grad_weights) -> ()");
@@ -275,12 +216,6 @@ STABLE_TORCH_LIBRARY(moe_locality_cuda, m) {
   m.def(
       "decode(Tensor rows, Tensor? index, Tensor(a!) out, int mantissa_bits, int block, int scale_rule, bool mbs, "
       "int code_bytes, int scale_start) -> ()");
-  m.def(
-      "gate(Tensor logits, Tensor? bias, Tensor(a!) ids, Tensor(b!) weights, int num_groups, int top_groups, "
-      "bool sigmoid, bool sum_two, bool by_logit, bool renormalize, float scale, float tiny) -> ()");
-  m.def(
-      "gate_backward(Tensor grad_weights, Tensor logits, Tensor ids, Tensor(a!) grad_logits, bool sigmoid, "
-      "bool renormalize, float scale, float tiny) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moe_locality_cuda, CompositeExplicitAutograd, m) {
@@ -295,6 +230,4 @@ STABLE_TORCH_LIBRARY_IMPL(moe_locality_cuda, CUDA, m) {
   m.impl("combine_backward", TORCH_BOX(&combine_backward));
   m.impl("encode", TORCH_BOX(&encode));
   m.impl("decode", TORCH_BOX(&decode));
-  m.impl("gate", TORCH_BOX(&gate));
-  m.impl("gate_backward", TORCH_BOX(&gate_backward));
 }

@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kThreads) encode_kernel(EncodeArgs a, bool vec
     __syncthreads();  // the next token writes over the tail
   }
   if (a.row_token != nullptr)
-    zero_padding(reinterpret_cast<uint4*>(a.rows), nullptr, a.row_token, a.num_rows, f.row_bytes / 16);
+    zero_padding(reinterpret_cast<uint4*>(a.rows), a.row_token, a.num_rows, f.row_bytes / 16);
 }
 
 template <typename T>

@@ -38,9 +38,6 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(CombineArgs a) {
       for (int i = 0; i < V; ++i) made.item[i] = from_float<T>(sum[i]);
       store_pack<T, V>(out + token * a.width + col, made);
     }
-    if (a.row_values != nullptr)
-      for (int32_t k = threadIdx.x; k < a.top_k; k += kThreads)
-        a.values[token * a.top_k + k] = position[k] < 0 ? 0.f : a.row_values[position[k]];
   }
 }
 
@@ -104,8 +101,7 @@ __global__ void __launch_bounds__(kThreads) combine_backward_kernel(CombineBackw
     }
   }
   if (grad_rows != nullptr && a.slot_offsets != nullptr)
-    zero_padding(reinterpret_cast<Pack<T, V>*>(grad_rows), nullptr, a.row_token, a.slot_offsets[a.num_slots],
-                 a.width / V);
+    zero_padding(reinterpret_cast<Pack<T, V>*>(grad_rows), a.row_token, a.slot_offsets[a.num_slots], a.width / V);
 }
 
 template <typename T, int V, int C>

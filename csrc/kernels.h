@@ -1,6 +1,6 @@
 // Launchers of the CUDA kernels: plain pointers, sizes and a stream. No CUDA and no torch header in here, so the
 // kernels compile for every architecture without a GPU and the binding compiles with a C++ compiler alone.
-// Shapes: T tokens, K routes of a token, E experts, P slots, M nodes, N rows, D width.
+// Shapes: T tokens, K routes of a token, P slots, N rows, D width.
 // Every launcher returns a cudaError_t as int (0 = success) and never waits for the device.
 #pragma once
 #include <cstdint>
@@ -11,27 +11,22 @@ enum Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 enum IdType : int32_t { kInt32 = 0, kInt64 = 1 };
 
 struct RowMapArgs {
-  const void* expert_ids;  // [T, K] of id_type with the strides below, -1 = dropped
+  const void* slot_ids;  // [T, K] of id_type with the strides below, -1 = dropped
   int32_t id_type;
   int64_t stride_token, stride_k;
-  const uint8_t* keep;            // [T, K], null = all
-  const int32_t* slot_of_expert;  // [E], null = ids are slots
-  const int32_t* node_of_slot;    // [P], null = no nodes
-  int32_t* counts;                // scratch [blocks, P]
-  int32_t* row_route;             // [N] row_route and row_token lie behind each other
-  int32_t* row_token;             // [N]
-  int32_t* positions;             // [T, K]
-  int64_t* tokens_per_slot;       // [P]
-  int32_t* slot_offsets;          // [P + 1]
-  int32_t* routed_per_slot;       // [P]
-  int32_t* overflow;              // [1]
-  int64_t* node_mask;             // [T]
-  int64_t* node_counts;           // [blocks, M]
+  int32_t* counts;           // scratch [blocks, P]
+  int32_t* row_route;        // [N]
+  int32_t* row_token;        // [N]
+  int32_t* positions;        // [T, K]
+  int64_t* tokens_per_slot;  // [P]
+  int32_t* slot_offsets;     // [P + 1]
+  int32_t* routed_per_slot;  // [P]
+  int32_t* overflow;         // [1]
   int64_t num_tokens, num_rows;
-  int32_t top_k, num_slots, num_experts, num_nodes, capacity, alignment, fill;
+  int32_t top_k, num_slots, capacity, fill;
 };
 
-// Blocks that the map of T tokens with K routes uses: what counts and node_counts are made for.
+// Blocks that the map of T tokens with K routes uses: what counts is made for.
 int32_t row_map_blocks(int64_t num_tokens, int32_t top_k);
 int row_map(const RowMapArgs& args, void* stream);
 
@@ -40,9 +35,7 @@ struct PermuteArgs {
   const int32_t* positions;     // [T, K]
   const int32_t* row_token;     // [N], used where slot_offsets is
   const int32_t* slot_offsets;  // [P + 1], null = no padding rows to zero
-  const float* weights;         // [T, K], null = none
   void* rows;                   // [N, D]
-  float* row_weights;           // [N]
   int64_t num_tokens, row_bytes;
   int32_t top_k, num_slots;
 };
@@ -57,9 +50,7 @@ struct CombineArgs {
   const void* rows;          // [N, D] of dtype
   const int32_t* positions;  // [T, K]
   const float* weights;      // [T, K], null = plain sum
-  const float* row_values;   // [N], null = none
   void* out;                 // [T, D]
-  float* values;             // [T, K]
   int64_t num_tokens, width;
   int32_t top_k, dtype;
 };
@@ -116,21 +107,5 @@ struct DecodeArgs {
 
 // out[n] = decoded rows[index[n]]
 int decode(const DecodeArgs& args, void* stream);
-
-struct GateArgs {
-  const void* logits;         // [T, E] of dtype, stride between tokens below
-  const float* bias;          // [E], null = none
-  const float* grad_weights;  // [T, K], backward only
-  int32_t* ids;               // [T, K], read by backward
-  float* weights;             // [T, K]
-  void* grad_logits;          // [T, E] of dtype, backward only
-  int64_t num_tokens, stride;
-  float scale, tiny;
-  int32_t num_experts, top_k, num_groups, top_groups, dtype;
-  int32_t sigmoid, sum_two, by_logit, renormalize;
-};
-
-int gate(const GateArgs& args, void* stream);           // E <= 1024, at most 32 groups
-int gate_backward(const GateArgs& args, void* stream);  // E <= 1024
 
 }  // namespace moe_locality

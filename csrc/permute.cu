@@ -29,13 +29,9 @@ __global__ void __launch_bounds__(kThreads) permute_kernel(PermuteArgs a, int64_
           if (first + j * kThreads < vectors) to[first + j * kThreads] = held[j];
       }
     }
-    if (a.weights != nullptr)
-      for (int32_t k = threadIdx.x; k < a.top_k; k += kThreads)
-        if (position[k] >= 0) a.row_weights[position[k]] = a.weights[token * a.top_k + k];
   }
   if (a.slot_offsets != nullptr)
-    zero_padding(rows, a.weights != nullptr ? a.row_weights : nullptr, a.row_token, a.slot_offsets[a.num_slots],
-                 vectors);
+    zero_padding(rows, a.row_token, a.slot_offsets[a.num_slots], vectors);
 }
 
 template <typename V, typename Index>

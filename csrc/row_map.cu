@@ -21,10 +21,8 @@ __host__ __device__ inline int64_t tokens_of_block(int64_t num_tokens, int32_t t
 
 __device__ __forceinline__ int32_t slot_of(const RowMapArgs& a, int64_t route) {
   const int64_t at = route / a.top_k * a.stride_token + route % a.top_k * a.stride_k;
-  int64_t id = a.id_type == kInt32 ? static_cast<const int32_t*>(a.expert_ids)[at]
-                                   : static_cast<const int64_t*>(a.expert_ids)[at];
-  if (a.keep != nullptr && a.keep[route] == 0) return -1;
-  if (a.slot_of_expert != nullptr) id = id >= 0 && id < a.num_experts ? a.slot_of_expert[id] : -1;
+  const int64_t id = a.id_type == kInt32 ? static_cast<const int32_t*>(a.slot_ids)[at]
+                                   : static_cast<const int64_t*>(a.slot_ids)[at];
   return id >= 0 && id < a.num_slots ? static_cast<int32_t>(id) : -1;
 }
 
@@ -86,25 +84,6 @@ __device__ void write_slots(const RowMapArgs& a, const int32_t* start, const int
   if (threadIdx.x == 0) *a.overflow = lost;
 }
 
-__device__ void name_nodes(const RowMapArgs& a, int64_t first_token, int64_t end_token) {
-  __shared__ int32_t hits[64];
-  if (threadIdx.x < 64) hits[threadIdx.x] = 0;
-  __syncthreads();
-  for (int64_t token = first_token + threadIdx.x; token < end_token; token += kThreads) {
-    unsigned long long mask = 0;
-    for (int32_t k = 0; k < a.top_k; ++k) {
-      const int64_t route = token * a.top_k + k;
-      if (a.positions[route] >= 0) mask |= 1ull << a.node_of_slot[slot_of(a, route)];
-    }
-    a.node_mask[token] = static_cast<int64_t>(mask);
-    for (int32_t m = 0; m < a.num_nodes; ++m)
-      if (mask >> m & 1) atomicAdd(&hits[m], 1);
-  }
-  __syncthreads();
-  for (int32_t m = threadIdx.x; m < a.num_nodes; m += kThreads)
-    a.node_counts[static_cast<int64_t>(blockIdx.x) * a.num_nodes + m] = hits[m];
-}
-
 // Shared memory: start [P + 1], kept [P], routed [P], next [warps, P].
 __global__ void __launch_bounds__(kThreads) place_kernel(RowMapArgs a, int64_t tokens_per_block) {
   extern __shared__ int32_t shared[];
@@ -138,7 +117,7 @@ __global__ void __launch_bounds__(kThreads) place_kernel(RowMapArgs a, int64_t t
     }
     routed[p] = gridDim.x > 1 ? total : own;
     kept[p] = min(routed[p], a.capacity);
-    start[p] = (kept[p] + a.alignment - 1) / a.alignment * a.alignment;
+    start[p] = kept[p];
   }
   __syncthreads();
   exclusive_scan(start, slots);
@@ -162,10 +141,6 @@ __global__ void __launch_bounds__(kThreads) place_kernel(RowMapArgs a, int64_t t
     a.row_token[row] = static_cast<int32_t>(route / a.top_k);
   }
   if (blockIdx.x == 0) write_slots(a, start, kept, routed);
-  if (a.node_of_slot != nullptr) {
-    __syncthreads();  // the positions of this block's tokens are read by other threads
-    name_nodes(a, first_token, end_token);
-  }
 }
 
 }  // namespace

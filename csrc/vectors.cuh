@@ -53,7 +53,7 @@ inline unsigned grid_for(int64_t items) {
 
 // Zero the rows inside the slots that have no token: each warp looks at 32 rows at a time.
 template <typename V>
-__device__ void zero_padding(V* rows, float* row_values, const int32_t* row_token, int64_t used, int64_t vectors) {
+__device__ void zero_padding(V* rows, const int32_t* row_token, int64_t used, int64_t vectors) {
   const int lane = threadIdx.x % 32;
   const int64_t warp = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * blockDim.x / 32;
@@ -63,7 +63,6 @@ __device__ void zero_padding(V* rows, float* row_values, const int32_t* row_toke
     while (empty) {
       const int64_t target = first + __ffs(static_cast<int>(empty)) - 1;
       for (int64_t i = lane; i < vectors; i += 32) rows[target * vectors + i] = V{};
-      if (row_values != nullptr && lane == 0) row_values[target] = 0.f;
       empty &= empty - 1;
     }
   }

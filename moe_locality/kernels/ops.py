@@ -1,100 +1,90 @@
-"""The one front of the kernels: checks, then the backend that this call gets.
+"""The local kernels: checks, the choice of a backend, and the call.
 
-Backends: ``reference`` (torch, any device, the truth), ``triton`` and ``cuda``; how one is chosen
-stands in ``moe_locality.kernels.backends``. These functions know no autograd:
-``moe_locality.dispatch`` and ``moe_locality.kernels.local`` wrap a whole dispatch and a whole
-combine, which costs less than a wrapper per kernel. Under ``torch.compile`` they are operators of
-the namespace ``moe_locality`` (``moe_locality.kernels.library``), without a graph break.
+Backends: ``reference`` (torch, any device, the truth), ``triton`` and ``cuda``. The choice is, in
+this order: the ``backend`` argument of a call, :func:`set_backend`, the environment variable
+``MOE_LOCALITY_BACKEND``, the device: on a GPU ``cuda`` where it was built, else ``triton`` where it
+is installed, else ``reference``; on the CPU ``reference``.
 
-Shapes: T tokens on this rank, K top-k, E experts, P slots, M nodes, N rows, D model width.
+These functions record no autograd: ``moe_locality.dispatch`` wraps a whole dispatch and a whole
+combine, which costs less than a wrapper per kernel. An eager call goes straight to the backend; a
+Python operator would cost microseconds that a decode step does not have. Under ``torch.compile``,
+and for tensor subclasses such as those of ``FakeTensorMode``, a call is the operator
+``torch.ops.moe_locality.*`` instead, without a graph break.
+
+Shapes: T tokens on this rank, K top-k, P slots, N rows, D model width.
 """
 
-from typing import Literal
+import importlib
+import os
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache, partial
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from moe_locality.errors import ConfigError
-from moe_locality.kernels import backends, library
-from moe_locality.kernels.backends import (
-    BACKENDS,
-    ENVIRONMENT_VARIABLE,
-    MAX_NODES,
-    Backend,
-    GateSpec,
-    RowMap,
-    backend_counts,
-    check_backend,
-    reset_backend_counts,
-    set_backend,
-)
+from moe_locality.errors import BackendUnavailable, ConfigError
 
-__all__ = [
-    "BACKENDS",
-    "ENVIRONMENT_VARIABLE",
-    "Backend",
-    "GateSpec",
-    "RowMap",
-    "backend_counts",
-    "check_backend",
-    "check_overflow",
-    "combine",
-    "combine_backward",
-    "gate",
-    "gate_backward",
-    "permute",
-    "permute_backward",
-    "permute_with_weights",
-    "permute_with_weights_backward",
-    "reset_backend_counts",
-    "row_map",
-    "set_backend",
-]
+Backend = Literal["auto", "reference", "triton", "cuda"]
+BACKENDS = ("reference", "triton", "cuda")
+ENVIRONMENT_VARIABLE = "MOE_LOCALITY_BACKEND"
 
-_MODULES = backends.MODULES
+# A backend is a module with the functions of reference.py and, where it may be missing on this
+# machine, ``why_unavailable() -> str | None``.
+_MODULES = {
+    "reference": "moe_locality.kernels.reference",
+    "triton": "moe_locality.kernels.triton_impl",
+    "cuda": "moe_locality.kernels.cuda_impl",
+}
+_HOW_TO_GET = {
+    "triton": "pip install triton on a machine with an NVIDIA GPU (without a GPU, start Python "
+    "with TRITON_INTERPRET=1 to try the kernels slowly)",
+    "cuda": "build it on a machine with a CUDA torch and nvcc: MOE_LOCALITY_CUDA=1 pip install "
+    "--no-build-isolation moe-locality",
+}
+
+_counts: Counter[tuple[str, str]] = Counter()
+_chosen: Backend = "auto"
 
 
-def gate(
-    logits: Tensor, spec: GateSpec, *, bias: Tensor | None = None, backend: Backend = "auto"
-) -> tuple[Tensor, Tensor]:
-    """Return the K experts of each token and their weights: ``ids [T, K] int32``, ``weights [T, K]
-    fp32`` (fp64 for fp64 logits), best first, ties to the lower id.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowMap:
+    """Where each kept route goes when routes are sorted by slot, stable in (token, k).
 
-    ``logits [T, E]``; ``bias [E]`` is added to the scores for the choice only, not to the weights
-    (DeepSeek-V3's balancing without an auxiliary loss, arXiv 2408.15664).
+    N is the number of rows: that of the kept routes, or a static ``num_rows``.
+
+    ``row_route [N] int32``: the flat route ``t * K + k`` of each row, -1 where a row has none.
+    ``row_token [N] int32``: its token ``t``, -1 where a row has none.
+    ``positions [T, K] int32``: the row of each route, -1 where it is dropped.
+    ``tokens_per_slot [P] int64``: kept routes of each slot.
+    ``slot_offsets [P + 1] int32``: first row of each slot; the last entry is the number of rows in
+    use. ``slot_offsets[1:]`` is what grouped GEMMs want.
+    ``routed_per_slot [P] int32``: routes of each slot before capacity and overflow took some.
+    ``overflow [1] int32``: kept routes that found no row in a static ``num_rows`` (dropped).
+    ``padded``: some rows may have no route.
     """
-    if logits.dim() != 2 or not logits.dtype.is_floating_point:
-        raise ConfigError(
-            f"found logits {tuple(logits.shape)} {logits.dtype}, expected floats [T, E]"
-        )
-    spec.check(logits.shape[1])
-    return library.call("gate", logits, bias, *_fields(spec), backend)
+
+    row_route: Tensor
+    row_token: Tensor
+    positions: Tensor
+    tokens_per_slot: Tensor
+    slot_offsets: Tensor
+    routed_per_slot: Tensor
+    overflow: Tensor
+    padded: bool = False
 
 
-def gate_backward(
-    grad_weights: Tensor,
-    logits: Tensor,
-    ids: Tensor,
-    spec: GateSpec,
-    *,
-    backend: Backend = "auto",
-) -> Tensor:
-    """Return the gradient of the logits ``[T, E]``, in their dtype; the choice has none."""
-    return library.call("gate_backward", grad_weights, logits, ids, *_fields(spec), backend)
+# -- the kernels
 
 
 def row_map(
-    expert_ids: Tensor,
+    slot_ids: Tensor,
     num_slots: int,
     *,
-    slot_of_expert: Tensor | None = None,
-    keep: Tensor | None = None,
     capacity: int | None = None,
-    alignment: int = 1,
     num_rows: int | None = None,
-    on_overflow: Literal["drop", "error"] = "drop",
-    node_of_slot: Tensor | None = None,
-    num_nodes: int = 0,
     backend: Backend = "auto",
 ) -> RowMap:
     """Sort the routes by slot: a stable counting sort, the same on every call and device.
@@ -103,71 +93,45 @@ def row_map(
     can be captured in a CUDA graph; without it, a call on a GPU waits once for the number of rows.
 
     Args:
-        expert_ids: ``[T, K]`` integer; the expert of each route in 0..E-1, or its slot in 0..P-1
-            where ``slot_of_expert`` is None. -1 where the route is dropped. Too large an id is an
-            error on the CPU, and a dropped route where asking would wait for the device.
+        slot_ids: ``[T, K]`` integer, the slot of each route in 0..P-1; -1 where the route is
+            dropped. Too large an id is an error on the CPU, and a dropped route where asking would
+            wait for the device.
         num_slots: P.
-        slot_of_expert: ``[E]`` integer, the slot that serves each expert for tokens of this rank
-            (a row of the plan's choice among replicas); -1 drops the expert's routes.
-        keep: ``[T, K]`` bool, False drops the route.
         capacity: routes that one slot keeps, the first ones in (token, k) order: DeepSpeed's
             ``drop_policy="position"``.
-        alignment: rows of a slot are padded to a multiple of this.
         num_rows: N, fixed. Rows past ``slot_offsets[P]`` are not written, and never read. Routes
             beyond it are dropped and counted in ``overflow``.
-        on_overflow: ``"drop"``, or ``"error"``: raise as soon as that costs no wait (on the CPU,
-            now; on a GPU, give the map to :func:`check_overflow` where a wait does not hurt).
-        node_of_slot: ``[P]`` integer in 0..M-1, for ``node_mask`` and ``tokens_per_node``.
-        num_nodes: M, at most 63.
 
     Raises:
-        ConfigError: an argument that cannot be, or an overflow (see ``on_overflow``).
+        ConfigError: an argument has an impossible value.
     """
-    _check_map(expert_ids, num_slots, capacity, alignment, num_rows, node_of_slot, num_nodes)
-    limits = (-1 if capacity is None else capacity, alignment, -1 if num_rows is None else num_rows)
-    nodes = (node_of_slot, num_nodes)
-    made = library.call(
-        "row_map", expert_ids, num_slots, slot_of_expert, keep, *limits, *nodes, backend
-    )
-    fields = dict(zip(library.MAP_FIELDS, made, strict=True))
-    if node_of_slot is None:
-        fields["node_mask"] = fields["tokens_per_node"] = None
-    mapping = RowMap(**fields, padded=alignment > 1 or num_rows is not None)
-    check = on_overflow == "error" and num_rows is not None and not expert_ids.is_cuda
-    if check and not torch.compiler.is_compiling():
-        check_overflow(mapping)
-    return mapping
-
-
-def check_overflow(mapping: RowMap) -> None:
-    """Raise ConfigError if routes found no row in a static ``num_rows``. Waits for the device."""
-    lost = int(mapping.overflow)
-    if lost:
+    if slot_ids.dim() != 2 or slot_ids.dtype.is_floating_point:
         raise ConfigError(
-            f"found {lost} routes beyond the {mapping.row_route.shape[0]} rows of the static "
-            "capacity, expected none: raise num_rows, or choose on_overflow='drop'"
+            f"found slot_ids {tuple(slot_ids.shape)} {slot_ids.dtype}, expected integers [T, K]: "
+            "pass the ids of the gate"
         )
+    for name, value, least in (
+        ("num_slots", num_slots, 1),
+        ("capacity", capacity, 0),
+        ("num_rows", num_rows, 0),
+    ):
+        if value is not None and value < least:
+            raise ConfigError(f"found {name}={value}, expected at least {least}: correct it")
+    limits = (-1 if capacity is None else capacity, -1 if num_rows is None else num_rows)
+    made = _call("row_map", backend, slot_ids, num_slots, *limits)
+    return RowMap(**dict(zip(MAP_FIELDS, made, strict=True)), padded=num_rows is not None)
 
 
 def permute(x: Tensor, index: Tensor | RowMap, *, backend: Backend = "auto") -> Tensor:
     """Return ``rows[n] = x[index[n]]``: ``[T, D]`` to ``[N, D]``.
 
     ``index`` is a list of rows ``[N]``, or a map: then each token is read once and written K times,
-    and padding rows become zero.
+    and rows of a slot without a route become zero.
     """
     if isinstance(index, RowMap):
-        return _permute(x, None, index, backend)[0]
-    return library.call("gather", x, index, backend)
-
-
-def permute_with_weights(
-    x: Tensor, weights: Tensor, mapping: RowMap, *, backend: Backend = "auto"
-) -> tuple[Tensor, Tensor]:
-    """:func:`permute`, and the weight of each row, for experts that apply it: ``[N, D]``, ``[N]``.
-
-    ``weights [T, K]``; the weight of a padding row is zero.
-    """
-    return _permute(x, weights, mapping, backend)
+        padding = index.slot_offsets if index.padded else None
+        return _call("permute", backend, x, index.row_token, index.positions, padding)
+    return _call("gather", backend, x, index)
 
 
 def permute_backward(grad_rows: Tensor, positions: Tensor, *, backend: Backend = "auto") -> Tensor:
@@ -175,14 +139,7 @@ def permute_backward(grad_rows: Tensor, positions: Tensor, *, backend: Backend =
 
     The sum runs over k in order, in fp32 or wider, and ends in the dtype of ``grad_rows``.
     """
-    return library.call("combine", grad_rows, positions, None, None, backend)[0]
-
-
-def permute_with_weights_backward(
-    grad_rows: Tensor, grad_row_weights: Tensor, positions: Tensor, *, backend: Backend = "auto"
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients ``[T, D]`` and ``[T, K]`` of :func:`permute_with_weights`."""
-    return library.call("combine", grad_rows, positions, None, grad_row_weights, backend)
+    return _call("combine", backend, grad_rows, positions, None)
 
 
 def combine(
@@ -192,9 +149,9 @@ def combine(
 
     ``rows [N, D]``, ``positions [T, K]``, ``weights [T, K]`` give ``[T, D]`` in the dtype of
     ``rows``; products and sums are in fp32 or wider, over k in order. ``weights=None`` is a plain
-    sum, for experts that applied the weights.
+    sum.
     """
-    return library.call("combine", rows, positions, weights, None, backend)[0]
+    return _call("combine", backend, rows, positions, weights)
 
 
 def combine_backward(
@@ -211,58 +168,181 @@ def combine_backward(
 
     ``rows=None`` says that the gradient of the weights is not wanted, ``need_rows=False`` that of
     the rows is not. ``grad`` is ``[T, D]``; the gradient of a dropped route's weight is zero, and
-    so is that of a padding row.
+    so is that of a row without a route.
     """
-    grad_rows, grad_weights = library.call(
-        "combine_backward",
-        grad,
-        rows,
-        mapping.row_token,
-        mapping.row_route,
-        mapping.positions,
-        weights,
-        need_rows,
-        mapping.slot_offsets if mapping.padded else None,
-        backend,
-    )
+    where = (mapping.row_token, mapping.row_route, mapping.positions)
+    padding = mapping.slot_offsets if mapping.padded else None
+    args = (grad, rows, *where, weights, need_rows, padding)
+    grad_rows, grad_weights = _call("combine_backward", backend, *args)
     return grad_rows if need_rows else None, grad_weights if rows is not None else None
 
 
-def _permute(x: Tensor, weights: Tensor | None, mapping: RowMap, backend: Backend):
-    where = (mapping.row_token, mapping.row_route, mapping.positions)
-    padding = mapping.slot_offsets if mapping.padded else None
-    return library.call("permute", x, *where, weights, padding, backend)
+# -- the choice of a backend
 
 
-def _fields(spec: GateSpec) -> tuple:
-    groups = (spec.num_groups, spec.top_groups, spec.group_score)
-    return (spec.top_k, spec.score, *groups, spec.renormalize, spec.scale)
+def set_backend(backend: Backend) -> None:
+    """Choose the backend of every call that names none; ``"auto"`` undoes it.
+
+    Raises:
+        ConfigError: no such backend. BackendUnavailable: it is not usable here.
+    """
+    global _chosen
+    check_backend(backend)
+    _chosen = backend
 
 
-def _check_map(
-    expert_ids: Tensor,
-    num_slots: int,
-    capacity: int | None,
-    alignment: int,
-    num_rows: int | None,
-    node_of_slot: Tensor | None,
-    num_nodes: int,
-) -> None:
-    if expert_ids.dim() != 2 or expert_ids.dtype.is_floating_point:
+def check_backend(backend: Backend) -> None:
+    """Raise now what a call with this backend would raise later."""
+    if backend != "auto":
+        _module_of(backend)
+
+
+def backend_counts() -> dict[str, dict[str, int]]:
+    """Return ``{backend: {op: calls}}`` since the start or :func:`reset_backend_counts`."""
+    counts: dict[str, dict[str, int]] = {}
+    for (backend, op), calls in sorted(_counts.items()):
+        counts.setdefault(backend, {})[op] = calls
+    return counts
+
+
+def reset_backend_counts() -> None:
+    """Forget the calls counted so far."""
+    _counts.clear()
+
+
+def _call(op: str, backend: str, *args: Any) -> Any:
+    """Run ``op`` on the backend that this call gets; ``args[0]`` is a tensor on its device."""
+    if torch.compiler.is_compiling() or type(args[0]) not in _PLAIN:
+        return getattr(torch.ops.moe_locality, op)(*args, backend)
+    return _run(op, backend, *args)
+
+
+def _run(op: str, backend: str, *args: Any) -> Any:
+    name = _resolve(backend, args[0].device)
+    _counts[name, op] += 1
+    return getattr(_module_of(name), op)(*args)
+
+
+def _module_of(backend: str) -> ModuleType:
+    """Return the module of a backend.
+
+    Raises:
+        ConfigError: no such backend. BackendUnavailable: it is not usable here, with the reason.
+    """
+    if backend not in _MODULES:
         raise ConfigError(
-            f"found expert_ids {tuple(expert_ids.shape)} {expert_ids.dtype}, expected integers "
-            "[T, K]: pass the ids of the gate"
+            f"found kernels={backend!r}, expected auto, {', '.join(BACKENDS)}: correct the name"
         )
-    for name, value, least in (
-        ("num_slots", num_slots, 1),
-        ("capacity", capacity, 0),
-        ("alignment", alignment, 1),
-        ("num_rows", num_rows, 0),
-    ):
-        if value is not None and value < least:
-            raise ConfigError(f"found {name}={value}, expected at least {least}: correct it")
-    if node_of_slot is not None and not 1 <= num_nodes <= MAX_NODES:
-        raise ConfigError(
-            f"found num_nodes={num_nodes} with node_of_slot, expected 1 to {MAX_NODES}: say how "
-            "many nodes there are"
+    module, why = _load(_MODULES[backend])
+    if module is None:
+        raise BackendUnavailable(
+            f"kernels={backend!r} was asked for, but {why}, expected a usable {backend} backend: "
+            f"{_HOW_TO_GET[backend]}, or set kernels to 'auto'"
         )
+    return module
+
+
+def _resolve(backend: str, device: torch.device) -> str:
+    for wish in (backend, _chosen, os.environ.get(ENVIRONMENT_VARIABLE, "auto")):
+        if wish != "auto":
+            return wish
+    if device.type == "cuda":
+        for name in ("cuda", "triton"):
+            if _load(_MODULES[name])[0] is not None:
+                return name
+    return "reference"
+
+
+@cache
+def _load(name: str) -> tuple[ModuleType | None, str]:
+    """Import a backend once; ``(None, why)`` where it cannot be used on this machine."""
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        return None, f"{error.name} is not installed here"
+    why = getattr(module, "why_unavailable", lambda: None)()
+    return (None, why) if why else (module, "")
+
+
+# -- operators of torch.library, for torch.compile and export
+
+MAP_FIELDS = (
+    "row_route",
+    "row_token",
+    "positions",
+    "tokens_per_slot",
+    "slot_offsets",
+    "routed_per_slot",
+    "overflow",
+)
+"""The results of the operator and of the backend function ``row_map``, in this order."""
+
+SCHEMAS = {
+    "row_map": "(Tensor slot_ids, int num_slots, int capacity, SymInt num_rows, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "gather": "(Tensor x, Tensor index, str backend) -> Tensor",
+    "permute": "(Tensor x, Tensor row_token, Tensor positions, Tensor? slot_offsets, str backend) "
+    "-> Tensor",
+    "combine": "(Tensor rows, Tensor positions, Tensor? weights, str backend) -> Tensor",
+    "combine_backward": "(Tensor grad, Tensor? rows, Tensor row_token, Tensor row_route, "
+    "Tensor positions, Tensor weights, bool need_rows, Tensor? slot_offsets, str backend) "
+    "-> (Tensor, Tensor)",
+}
+"""A gradient that is not asked for is an empty tensor. No operator has autograd."""
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_library = torch.library.Library("moe_locality", "FRAGMENT")
+
+
+def _run_operator(op: str, *args: Any) -> Any:
+    *rest, backend = args
+    made = _run(op, backend, *rest)
+    if op == "combine_backward":
+        return tuple(args[0].new_empty(0) if part is None else part for part in made)
+    return made
+
+
+def _fake_row_map(slot_ids: Tensor, num_slots: int, capacity: int, num_rows: int, backend: str):
+    def make(shape: Any, dtype: torch.dtype = torch.int32) -> Tensor:
+        return slot_ids.new_empty(shape, dtype=dtype)
+
+    rows = num_rows if num_rows >= 0 else torch.library.get_ctx().new_dynamic_size()
+    counts = (make(num_slots, torch.int64), make(num_slots + 1), make(num_slots), make(1))
+    return make(rows), make(rows), make(slot_ids.shape), *counts
+
+
+def _fake_gather(x: Tensor, index: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(index.shape[0], x.shape[1])
+
+
+def _fake_combine(rows: Tensor, positions: Tensor, *_: Any) -> Tensor:
+    return rows.new_empty(positions.shape[0], rows.shape[1])
+
+
+def _fake_combine_backward(
+    grad: Tensor,
+    rows: Tensor | None,
+    row_token: Tensor,
+    row_route: Tensor,
+    positions: Tensor,
+    weights: Tensor,
+    need_rows: bool,
+    *_: Any,
+):
+    shape = (row_token.shape[0], grad.shape[1]) if need_rows else (0,)
+    grad_weights = grad.new_empty(0) if rows is None else weights.new_empty(weights.shape)
+    return grad.new_empty(shape), grad_weights
+
+
+_FAKES: dict[str, Any] = {
+    "row_map": _fake_row_map,
+    "gather": _fake_gather,
+    "permute": _fake_gather,
+    "combine": _fake_combine,
+    "combine_backward": _fake_combine_backward,
+}
+
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema)
+    _library.impl(_name, partial(_run_operator, _name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"moe_locality::{_name}", _FAKES[_name], lib=_library)

@@ -1,8 +1,7 @@
 """Every kernel in plain torch: the reference that the other backends are tested against.
 
 See ``moe_locality.kernels.ops`` for the meaning and the shapes. Everything is deterministic:
-gathers and sums over k in order, no scatter-add; the row map is a stable sort by slot; the gate
-breaks ties towards the lower id and computes in fp32 (fp64 for fp64 logits).
+gathers and sums over k in order, no scatter-add; the row map is a stable sort by slot.
 
 On a CPU, sums of rows use ``embedding_bag``, which reads each row once. It wants weights in the
 dtype of the rows. A float32 weight is the exact sum of three bfloat16 numbers (3 x 8 bits of
@@ -15,41 +14,27 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from moe_locality.errors import ConfigError
-from moe_locality.kernels.backends import GateSpec
 
-__all__ = ["combine", "combine_backward", "gate", "gate_backward", "gather", "permute", "row_map"]
+__all__ = ["combine", "combine_backward", "gather", "permute", "row_map"]
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
     return x.index_select(0, index)
 
 
-def permute(
-    x: Tensor,
-    row_token: Tensor,
-    row_route: Tensor,
-    positions: Tensor,
-    weights: Tensor | None,
-    slot_offsets: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
+def permute(x: Tensor, row_token: Tensor, positions: Tensor, slot_offsets: Tensor | None) -> Tensor:
     del positions  # the inverse of row_token, for kernels that read each token once
-    rows = pick_rows(x, row_token) if slot_offsets is not None else x.index_select(0, row_token)
-    return rows, None if weights is None else _route_weights(weights, row_route)
+    return pick_rows(x, row_token) if slot_offsets is not None else x.index_select(0, row_token)
 
 
-def combine(
-    rows: Tensor, positions: Tensor, weights: Tensor | None, row_values: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def combine(rows: Tensor, positions: Tensor, weights: Tensor | None) -> Tensor:
     if can_sum(rows, weights):
         total = weighted_sums(rows, positions, weights)
     else:
         total = _weighted(rows, positions, weights, 0)
         for k in range(1, positions.shape[1]):
             total += _weighted(rows, positions, weights, k)
-    values = None
-    if row_values is not None:
-        values = pick_rows(row_values[:, None], positions.reshape(-1)).view(positions.shape)
-    return total.to(rows.dtype), values
+    return total.to(rows.dtype)
 
 
 def combine_backward(
@@ -176,40 +161,29 @@ def _thirds(weights: Tensor) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def row_map(
-    expert_ids: Tensor,
-    num_slots: int,
-    slot_of_expert: Tensor | None,
-    keep: Tensor | None,
-    capacity: int,
-    alignment: int,
-    num_rows: int,
-    node_of_slot: Tensor | None,
-    num_nodes: int,
-) -> dict[str, Tensor | None]:
-    num_tokens, top_k = expert_ids.shape
-    flat = slots_of_routes(expert_ids, slot_of_expert, keep, num_slots)
+def row_map(slot_ids: Tensor, num_slots: int, capacity: int, num_rows: int) -> tuple[Tensor, ...]:
+    num_tokens, top_k = slot_ids.shape
+    flat = slot_ids.reshape(-1).to(torch.int64)
+    flat = flat.masked_fill(flat < 0, num_slots)  # a dropped route sorts behind every slot
     largest = int(flat.max()) if flat.numel() and not flat.is_cuda else 0
     if largest > num_slots:
         raise ConfigError(
             f"found slot {largest} in the routes, expected at most {num_slots - 1}: pass the "
             "number of slots that the ids are numbered in"
         )
-    # a dropped route sorts behind every slot
     routed = torch.bincount(flat, minlength=num_slots + 1)[:num_slots]
     order = torch.argsort(flat, stable=True)
     kept = routed if capacity < 0 else routed.clamp_max(capacity)
     offsets = torch.zeros(num_slots + 1, dtype=torch.int64, device=flat.device)
-    torch.cumsum((kept + alignment - 1) // alignment * alignment, 0, out=offsets[1:])
-    simple = capacity < 0 and alignment == 1 and num_rows < 0
-    sorted_slots = flat.index_select(0, order)
-    if simple:
+    torch.cumsum(kept, 0, out=offsets[1:])
+    if capacity < 0 and num_rows < 0:
         order = order[: int(offsets[-1])]
         rows = torch.arange(order.numel(), device=flat.device)
         row_route = order
         overflow = torch.zeros(1, dtype=torch.int32, device=flat.device)
     else:
         size = num_rows if num_rows >= 0 else int(offsets[-1])
+        sorted_slots = flat.index_select(0, order)
         order, rows, overflow = _rows_with_limits(order, sorted_slots, routed, kept, offsets, size)
         row_route = torch.full((size,), -1, dtype=torch.int64, device=flat.device)
         row_route.index_copy_(0, rows, order)
@@ -219,51 +193,15 @@ def row_map(
         offsets.clamp_max_(size)
     positions = torch.full((num_tokens * top_k,), -1, dtype=torch.int32, device=flat.device)
     positions.index_copy_(0, order, rows.to(torch.int32))
-    positions = positions.view(num_tokens, top_k)
-    node_mask = tokens_per_node = None
-    if node_of_slot is not None:
-        slots = flat.view(num_tokens, top_k).masked_fill(positions < 0, num_slots)
-        node_mask, tokens_per_node = nodes_of_tokens(slots, node_of_slot, num_nodes)
-    return {
-        "row_route": row_route.to(torch.int32),
-        "row_token": torch.div(row_route, top_k, rounding_mode="floor").to(torch.int32),
-        "positions": positions,
-        "tokens_per_slot": kept,
-        "slot_offsets": offsets.to(torch.int32),
-        "routed_per_slot": routed.to(torch.int32),
-        "overflow": overflow,
-        "node_mask": node_mask,
-        "tokens_per_node": tokens_per_node,
-    }
-
-
-def slots_of_routes(
-    expert_ids: Tensor, slot_of_expert: Tensor | None, keep: Tensor | None, num_slots: int
-) -> Tensor:
-    """Return the slot of every flat route ``[T * K] int64``; P where it is dropped."""
-    flat = expert_ids.reshape(-1).to(torch.int64)
-    dropped = flat < 0
-    if keep is not None:
-        dropped = dropped | ~keep.reshape(-1).to(torch.bool)
-    if slot_of_expert is not None:
-        flat = slot_of_expert.to(torch.int64).index_select(0, flat.clamp_min(0))
-        dropped = dropped | (flat < 0)
-    return flat.masked_fill(dropped, num_slots)
-
-
-def nodes_of_tokens(slots: Tensor, node_of_slot: Tensor, num_nodes: int) -> tuple[Tensor, Tensor]:
-    """Return the bitmask ``[T] int64`` of the nodes of each token's slots, and the tokens per node.
-
-    ``slots [T, K]``: P where a route is dropped.
-    """
-    padded = torch.cat([node_of_slot.to(torch.int64), node_of_slot.new_full((1,), -1)])
-    nodes = padded[slots]
-    hits = torch.zeros(len(slots), num_nodes + 1, dtype=torch.bool, device=slots.device)
-    hits = hits.scatter(1, nodes.remainder(num_nodes + 1), True)[:, :num_nodes]
-    bits = torch.ones(1, dtype=torch.int64, device=slots.device) << torch.arange(
-        num_nodes, device=slots.device
+    return (
+        row_route.to(torch.int32),
+        torch.div(row_route, top_k, rounding_mode="floor").to(torch.int32),
+        positions.view(num_tokens, top_k),
+        kept,
+        offsets.to(torch.int32),
+        routed.to(torch.int32),
+        overflow,
     )
-    return (hits * bits).sum(dim=1), hits.sum(dim=0)
 
 
 def _rows_with_limits(
@@ -279,75 +217,3 @@ def _rows_with_limits(
     fits = in_capacity & (rows < size)
     overflow = (in_capacity.sum() - fits.sum()).to(torch.int32).view(1)
     return order[fits], rows[fits], overflow
-
-
-TINY = 1e-20
-"""Least denominator of the renormalization (DeepSeek-V3's): only underflowed weights meet it."""
-
-
-def gate(logits: Tensor, bias: Tensor | None, spec: GateSpec) -> tuple[Tensor, Tensor]:
-    wide = _widen(logits)
-    scores = _scores(wide, spec)
-    ids = _pick(selection_keys(wide, scores, bias, spec), spec)
-    weights = scores.gather(1, ids)
-    if spec.renormalize:
-        weights = weights / weights.sum(dim=1, keepdim=True).clamp_min(TINY)
-    return ids.to(torch.int32), weights * spec.scale
-
-
-def gate_backward(grad_weights: Tensor, logits: Tensor, ids: Tensor, spec: GateSpec) -> Tensor:
-    scores = _scores(_widen(logits), spec)
-    index = ids.to(torch.int64)
-    picked = scores.gather(1, index)
-    grad = grad_weights.to(scores.dtype) * spec.scale
-    if spec.renormalize:
-        total = picked.sum(dim=1, keepdim=True)
-        inner = (grad * picked).sum(dim=1, keepdim=True)
-        # below TINY the denominator is a constant, so only the first term is left
-        grad = torch.where(total > TINY, (grad - inner / total) / total, grad / TINY)
-    if spec.score == "sigmoid":
-        local = grad * picked * (1 - picked)
-        return torch.zeros_like(scores).scatter(1, index, local).to(logits.dtype)
-    inner = (grad * picked).sum(dim=1, keepdim=True)
-    return (torch.zeros_like(scores).scatter(1, index, grad) - inner).mul(scores).to(logits.dtype)
-
-
-def selection_keys(wide: Tensor, scores: Tensor, bias: Tensor | None, spec: GateSpec) -> Tensor:
-    """Return what experts are compared by, ``[T, E]``.
-
-    Without bias and sums of groups, scores rise with the logits, and the logits know no rounding of
-    the exponential: then every backend picks the same experts, bit for bit.
-    """
-    if bias is not None:
-        return scores + bias.to(scores.dtype)
-    if spec.num_groups > 1 and spec.group_score == "top2":
-        return scores
-    return wide
-
-
-def _widen(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _scores(wide: Tensor, spec: GateSpec) -> Tensor:
-    return wide.sigmoid() if spec.score == "sigmoid" else torch.softmax(wide, dim=1)
-
-
-def _pick(keys: Tensor, spec: GateSpec) -> Tensor:
-    if spec.num_groups > 1:
-        grouped = keys.view(len(keys), spec.num_groups, keys.shape[1] // spec.num_groups)
-        best = min(2 if spec.group_score == "top2" else 1, grouped.shape[2])
-        group_keys = grouped.topk(best, dim=2).values.sum(dim=2)
-        winners = _largest(group_keys, spec.top_groups)
-        allowed = torch.zeros_like(group_keys, dtype=torch.bool).scatter(1, winners, True)
-        # experts in reach first, each with its own key: two sorts, the second one stable
-        order = torch.sort(keys, dim=1, descending=True, stable=True).indices
-        reach = allowed.repeat_interleave(grouped.shape[2], dim=1).gather(1, order)
-        first = torch.sort(reach.to(torch.uint8), dim=1, descending=True, stable=True).indices
-        return order.gather(1, first[:, : spec.top_k])
-    return _largest(keys, spec.top_k)
-
-
-def _largest(keys: Tensor, count: int) -> Tensor:
-    """The ids of the ``count`` largest keys of each row; topk would break ties at will."""
-    return torch.sort(keys, dim=1, descending=True, stable=True).indices[:, :count]

@@ -12,10 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_locality.errors import ConfigError
-from moe_locality.kernels.backends import GateSpec
-from moe_locality.kernels.reference import TINY
-
 NO_LIMIT = 2**31 - 1
 ONE_BLOCK_ROUTES = 2048
 """Routes (with their holes) up to which one block makes the whole map: a decode step."""
@@ -37,75 +33,45 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def row_map(
-    expert_ids: Tensor,
-    num_slots: int,
-    slot_of_expert: Tensor | None,
-    keep: Tensor | None,
-    capacity: int,
-    alignment: int,
-    num_rows: int,
-    node_of_slot: Tensor | None,
-    num_nodes: int,
-) -> dict[str, Tensor | None]:
-    num_tokens, top_k = expert_ids.shape
-    num_nodes = num_nodes if node_of_slot is not None else 0
-    size = num_rows if num_rows >= 0 else num_tokens * top_k + num_slots * (alignment - 1)
-    unused = num_rows >= 0 or alignment > 1  # rows that no route is placed in
+def row_map(slot_ids: Tensor, num_slots: int, capacity: int, num_rows: int) -> tuple[Tensor, ...]:
+    num_tokens, top_k = slot_ids.shape
+    size = num_rows if num_rows >= 0 else num_tokens * top_k
     shape = map_shape(num_tokens, top_k, num_slots)
     blocks = shape.pop("blocks")
-    out = _new_map(expert_ids, num_slots, size, num_nodes)
-    if unused and blocks > 1:
-        out["row_route"].fill_(-1)
-        out["row_token"].fill_(-1)
-    node_counts = expert_ids.new_empty((blocks, num_nodes), dtype=torch.int64)
-    keep = None if keep is None else keep.contiguous().view(torch.uint8)
-    experts = num_slots if slot_of_expert is None else slot_of_expert.shape[0]
-    flags = {"HAS_KEEP": keep is not None, "HAS_TABLE": slot_of_expert is not None}
-    source = (expert_ids, *expert_ids.stride(), keep, slot_of_expert)
-    sizes = (num_tokens, num_slots, experts)
-    counts = expert_ids.new_empty((blocks, shape["P2"]), dtype=torch.int32)
+    out = _new_map(slot_ids, num_slots, size)
+    row_route, row_token, _, _, offsets, *_ = out
+    if num_rows >= 0 and blocks > 1:  # rows past the end have no route
+        row_route.fill_(-1)
+        row_token.fill_(-1)
+    source = (slot_ids, *slot_ids.stride())
+    sizes = (num_tokens, num_slots)
+    counts = slot_ids.new_empty((blocks, shape["P2"]), dtype=torch.int32)
     kernels = _kernels()
     if blocks > 1:
         count = {name: shape[name] for name in ("K", "K2", "TB", "P2")}
-        kernels.count_kernel[(blocks,)](*source, counts, *sizes, **count, **flags, num_warps=8)
+        kernels.count_kernel[(blocks,)](*source, counts, *sizes, **count, num_warps=8)
     kernels.place_kernel[(blocks,)](
-        *(*source, counts, node_of_slot, *out.values(), node_counts, *sizes, blocks, size),
+        *(*source, counts, *out, *sizes, blocks, size),
         NO_LIMIT if capacity < 0 else min(capacity, NO_LIMIT),
         **shape,
-        **flags,
-        ALIGN=alignment,
-        M=num_nodes,
-        FILL=unused and blocks == 1,
+        FILL=num_rows >= 0 and blocks == 1,
         ONE_BLOCK=blocks == 1,
         num_warps=8,
     )
-    made: dict[str, Tensor | None] = {**out}
-    made["tokens_per_node"] = node_counts.sum(dim=0) if num_nodes else None
     if num_rows < 0:
-        used = int(out["slot_offsets"][-1])  # the one wait for the device
-        made["row_route"], made["row_token"] = out["row_route"][:used], out["row_token"][:used]
-    return made
+        used = int(offsets[-1])  # the one wait for the device
+        return row_route[:used], row_token[:used], *out[2:]
+    return out
 
 
-def _new_map(ids: Tensor, num_slots: int, num_rows: int, num_nodes: int) -> dict[str, Tensor]:
-    """The tensors of a map, in the order of the kernel's arguments."""
-    num_tokens, top_k = ids.shape
-    shapes = {
-        "row_route": (num_rows,),
-        "row_token": (num_rows,),
-        "positions": (num_tokens, top_k),
-        "tokens_per_slot": (num_slots,),
-        "slot_offsets": (num_slots + 1,),
-        "routed_per_slot": (num_slots,),
-        "overflow": (1,),
-        "node_mask": (num_tokens if num_nodes else 0,),
-    }
-    wide = {"tokens_per_slot", "node_mask"}
-    return {
-        name: ids.new_empty(shape, dtype=torch.int64 if name in wide else torch.int32)
-        for name, shape in shapes.items()
-    }
+def _new_map(ids: Tensor, num_slots: int, num_rows: int) -> tuple[Tensor, ...]:
+    """Return the tensors of a map, in the order of the kernel's arguments (``ops.MAP_FIELDS``)."""
+
+    def make(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return ids.new_empty(shape, dtype=dtype)
+
+    counts = (make(num_slots, dtype=torch.int64), make(num_slots + 1), make(num_slots), make(1))
+    return make(num_rows), make(num_rows), make(*ids.shape), *counts
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
@@ -121,66 +87,52 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     return rows
 
 
-def permute(
-    x: Tensor,
-    row_token: Tensor,
-    row_route: Tensor,
-    positions: Tensor,
-    weights: Tensor | None,
-    slot_offsets: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
+def permute(x: Tensor, row_token: Tensor, positions: Tensor, slot_offsets: Tensor | None) -> Tensor:
     kernels = _kernels()
 
     x = x.contiguous()
     num_rows, width = row_token.shape[0], x.shape[1]
     rows = x.new_empty(num_rows, width)
-    row_weights = None if weights is None else weights.new_empty(num_rows)
     if not rows.numel():
-        return rows, row_weights
+        return rows
     tile, columns, warps = _tile(len(x), width)
     padding = _padding(slot_offsets, num_rows, columns)
     token_blocks = _blocks(len(x), tile)
     grid = (token_blocks + padding["blocks"], _blocks(width, columns))
     kernels.permute_kernel[grid](
-        *(x, positions, row_token, slot_offsets, _contiguous(weights), rows, row_weights),
+        *(x, positions, row_token, slot_offsets, rows),
         *(len(x), token_blocks, padding["slots"]),
         D=width,
         K=positions.shape[1],
         BT=tile,
         BD=columns,
         BR=padding["rows"],
-        HAS_WEIGHTS=weights is not None,
         PADDED=slot_offsets is not None,
         num_warps=warps,
     )
-    return rows, row_weights
+    return rows
 
 
-def combine(
-    rows: Tensor, positions: Tensor, weights: Tensor | None, row_values: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def combine(rows: Tensor, positions: Tensor, weights: Tensor | None) -> Tensor:
     kernels = _kernels()
 
     rows = rows.contiguous()
     num_tokens, top_k = positions.shape
     out = rows.new_empty(num_tokens, rows.shape[1])
-    values = None if row_values is None else row_values.new_empty(num_tokens, top_k)
     if out.numel():
         tile, width, warps = _tile(num_tokens, rows.shape[1])
         grid = (_blocks(num_tokens, tile), _blocks(rows.shape[1], width))
         kernels.combine_kernel[grid](
-            *(rows, positions, _contiguous(weights), _contiguous(row_values), out, values),
-            num_tokens,
+            *(rows, positions, _contiguous(weights), out, num_tokens),
             D=rows.shape[1],
             K=top_k,
             BT=tile,
             BD=width,
             ACC=_accumulator(rows, weights),
             HAS_WEIGHTS=weights is not None,
-            HAS_VALUES=row_values is not None,
             num_warps=warps,
         )
-    return out, values
+    return out
 
 
 def combine_backward(
@@ -223,47 +175,6 @@ def combine_backward(
     return grad_rows, grad_weights
 
 
-def gate(logits: Tensor, bias: Tensor | None, spec: GateSpec) -> tuple[Tensor, Tensor]:
-    kernels = _kernels()
-
-    logits = _check_logits(logits)
-    num_tokens, num_experts = logits.shape
-    ids = logits.new_empty((num_tokens, spec.top_k), dtype=torch.int32)
-    weights = logits.new_empty((num_tokens, spec.top_k), dtype=torch.float32)
-    shape = gate_shape(num_experts, spec, bias is not None)
-    if num_tokens:
-        kernels.gate_kernel[(_blocks(num_tokens, shape["BT"]),)](
-            *(logits, logits.stride(0), _contiguous(bias), ids, weights, num_tokens, spec.scale),
-            **shape,
-            num_warps=4,
-        )
-    return ids, weights
-
-
-def gate_backward(grad_weights: Tensor, logits: Tensor, ids: Tensor, spec: GateSpec) -> Tensor:
-    kernels = _kernels()
-
-    logits = _check_logits(logits)
-    num_tokens, num_experts = logits.shape
-    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    if num_tokens:
-        wide = _power_of_two(num_experts)
-        tile = max(1, _gate_elements() // wide)
-        kernels.gate_backward_kernel[(_blocks(num_tokens, tile),)](
-            *(grad_weights.contiguous(), logits, logits.stride(0), ids.contiguous(), grad),
-            *(num_tokens, spec.scale),
-            E=num_experts,
-            E2=wide,
-            K=spec.top_k,
-            BT=tile,
-            SIGMOID=spec.score == "sigmoid",
-            RENORMALIZE=spec.renormalize,
-            TINY=TINY,
-            num_warps=4,
-        )
-    return grad
-
-
 def map_shape(num_tokens: int, top_k: int, num_slots: int) -> dict[str, int]:
     """Return the constants of the map's kernels and its number of blocks."""
     places = _power_of_two(top_k)
@@ -281,37 +192,8 @@ def map_shape(num_tokens: int, top_k: int, num_slots: int) -> dict[str, int]:
     }
 
 
-def gate_shape(num_experts: int, spec: GateSpec, has_bias: bool) -> dict[str, Any]:
-    """Return the constants of the gate's kernel."""
-    size = num_experts // spec.num_groups
-    groups, members = _power_of_two(spec.num_groups), _power_of_two(size)
-    limited = spec.top_groups < spec.num_groups
-    two = spec.group_score == "top2"
-    return {
-        "G": spec.num_groups,
-        "G2": groups,
-        "L": size,
-        "L2": members,
-        "K": spec.top_k,
-        "K2": _power_of_two(spec.top_k),
-        "TOP_GROUPS": spec.top_groups,
-        "BT": max(1, _gate_elements() // (groups * members)),
-        "SIGMOID": spec.score == "sigmoid",
-        "BY_LOGIT": not has_bias and not (spec.num_groups > 1 and two),
-        "HAS_BIAS": has_bias,
-        "SUM_TWO": limited and two and size > 1,
-        "RENORMALIZE": spec.renormalize,
-        "TINY": TINY,
-    }
-
-
 def _kernels() -> Any:
     return importlib.import_module("moe_locality.kernels.triton_kernels")
-
-
-def _gate_elements() -> int:
-    """Scores that one program holds: 8 a thread on a GPU; few programs where each is Python."""
-    return 8192 if interpreted() else 1024
 
 
 def _tile(count: int, width: int, whole_rows: bool = False) -> tuple[int, int, int]:
@@ -336,15 +218,6 @@ def _accumulator(rows: Tensor, weights: Tensor | None) -> Any:
 
     dtypes = {rows.dtype} | (set() if weights is None else {weights.dtype})
     return tl.float64 if torch.float64 in dtypes else tl.float32
-
-
-def _check_logits(logits: Tensor) -> Tensor:
-    if logits.dtype == torch.float64:
-        raise ConfigError(
-            "found float64 logits, expected float32, bfloat16 or float16 on the Triton backend: "
-            "cast them, or use backend='reference'"
-        )
-    return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

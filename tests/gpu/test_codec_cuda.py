@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from moe_locality.dispatch.flat import fixed_rows
 from moe_locality.errors import BackendUnavailable
 from moe_locality.kernels import ops
 from moe_locality.quantization import rows
@@ -40,8 +41,8 @@ def activations(tokens, width, dtype):
 def check(name, dtype, width, backend, tokens=61):
     x = activations(tokens, width, dtype)
     ids = oracle.random_ids(tokens, 3, 5, width)
-    where = ops.row_map(ids, 5, alignment=4, num_rows=tokens * 3 + 23)
-    there = ops.row_map(ids.cuda(), 5, alignment=4, num_rows=tokens * 3 + 23, backend=backend)
+    where = fixed_rows(ids, 5, tokens, "reference")
+    there = fixed_rows(ids.cuda(), 5, tokens, backend)
     wanted = rows.permute_encode(x, where.row_token, name)
     args = (x.cuda(), there.row_token, name)
     found = rows.permute_encode(*args, positions=there.positions, backend=backend)

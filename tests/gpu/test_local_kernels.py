@@ -5,12 +5,11 @@ on every run, no wait for the device, captured and replayed.
 import pytest
 import torch
 
+from moe_locality.dispatch.flat import fixed_rows
 from moe_locality.errors import BackendUnavailable
-from moe_locality.kernels import local, ops
-from moe_locality.kernels.backends import GateSpec
+from moe_locality.kernels import ops
 from tests.tolerances import KERNEL_SUM
 from tests.unit.kernels import oracle
-from tests.unit.kernels.test_gate import SPECS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,23 +28,9 @@ def backend(request):
     return request.param
 
 
-def options_of(ids, experts, seed):
+def options_of(ids, slots):
     """Every option of the map at once."""
-    generator = torch.Generator().manual_seed(seed)
-    slots = experts + 3
-    return slots, {
-        "slot_of_expert": torch.randperm(slots, generator=generator)[:experts].int(),
-        "keep": torch.rand(ids.shape, generator=generator) < 0.9,
-        "capacity": max(1, ids.numel() // experts),
-        "alignment": 8,
-        "num_rows": max(0, ids.numel() * 3 // 4) + slots * 8,
-        "node_of_slot": torch.randint(0, 5, (slots,), generator=generator).int(),
-        "num_nodes": 5,
-    }
-
-
-def on_gpu(options):
-    return {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    return {"capacity": max(1, ids.numel() // slots), "num_rows": ids.numel() * 3 // 4}
 
 
 # the most routes that one block maps, one token more, and more slots than routes
@@ -56,9 +41,9 @@ MAP_SHAPES = [*SHAPES, (256, 8, 256, 0), (257, 8, 256, 0), (3, 2, 997, 0)]
 def test_maps_are_the_definition(shape, backend):
     tokens, top_k, experts, _ = shape
     ids = oracle.random_ids(tokens, top_k, experts, 1)
-    for slots, options in ((experts, {}), options_of(ids, experts, 2)):
-        found = ops.row_map(ids.cuda(), slots, **on_gpu(options), backend=backend)
-        oracle.assert_map(found, oracle.row_map(ids, slots, **options))
+    for options in ({}, options_of(ids, experts)):
+        found = ops.row_map(ids.cuda(), experts, **options, backend=backend)
+        oracle.assert_map(found, oracle.row_map(ids, experts, **options))
 
 
 def three_way(found, reference, exact, dtype):
@@ -67,20 +52,17 @@ def three_way(found, reference, exact, dtype):
         torch.testing.assert_close(result.double(), exact, rtol=rtol, atol=atol)
 
 
-def check_moves(backend, shape, dtype, alignment=8):
+def check_moves(backend, shape, dtype):
     tokens, top_k, experts, width = shape
     ids = oracle.random_ids(tokens, top_k, experts, 5)
     generator = torch.Generator().manual_seed(1)
     x, grad = (torch.randn(tokens, width, generator=generator).to(dtype) for _ in range(2))
     weights = torch.rand(tokens, top_k, generator=generator)
-    options = {"alignment": alignment, "num_rows": tokens * top_k + experts * alignment + 7}
-    here = ops.row_map(ids, experts, **options)
-    there = ops.row_map(ids.cuda(), experts, **options, backend=backend)
+    here = fixed_rows(ids, experts, 8, "reference")
+    there = fixed_rows(ids.cuda(), experts, 8, backend)
     used = int(here.slot_offsets[-1])
-    rows, row_weights = ops.permute_with_weights(x.cuda(), weights.cuda(), there, backend=backend)
-    wanted = ops.permute_with_weights(x, weights, here)
-    assert torch.equal(rows[:used].cpu(), wanted[0][:used])
-    assert torch.equal(row_weights[:used].cpu(), wanted[1][:used])
+    rows = ops.permute(x.cuda(), there, backend=backend)
+    assert torch.equal(rows[:used].cpu(), ops.permute(x, here)[:used])
     held = torch.randn(len(here.row_token), width, generator=generator).to(dtype)
     poisoned = held.clone()
     poisoned[here.row_token < 0] = float("nan")
@@ -108,72 +90,54 @@ def test_moves_are_equal_and_sums_are_near(shape, dtype, backend):
 def test_the_smallest_shapes_for_the_memory_checker(backend):
     check_moves(backend, (5, 2, 3, 16), torch.bfloat16)
     ids = oracle.random_ids(700, 4, 9, 0)  # several blocks
-    slots, options = options_of(ids, 9, 0)
-    ops.row_map(ids.cuda(), slots, **on_gpu(options), backend=backend)
-    logits = torch.randn(9, 12, device="cuda")
-    ids, weights = ops.gate(logits, SPECS[4], backend=backend)
-    ops.gate_backward(weights, logits, ids, SPECS[4], backend=backend)
+    ops.row_map(ids.cuda(), 9, **options_of(ids, 9), backend=backend)
 
 
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_the_gate_picks_the_same_experts(spec, with_bias, backend):
-    generator = torch.Generator().manual_seed(7)
-    logits = (torch.randn(133, 12, generator=generator) * 4).round() / 4
-    bias = torch.randn(12, generator=generator) if with_bias else None
-    moved = None if bias is None else bias.cuda()
-    ids, weights = ops.gate(logits.cuda(), spec, bias=moved, backend=backend)
-    wanted_ids, wanted = ops.gate(logits, spec, bias=bias)
-    if bias is None and (spec.num_groups == 1 or spec.group_score == "max"):
-        assert torch.equal(ids.cpu(), wanted_ids)
-    three_way(weights, wanted, oracle.gate(logits, spec, bias)[1], torch.float32)
-    grad = torch.randn(weights.shape, generator=generator)
-    found = ops.gate_backward(grad.cuda(), logits.cuda(), wanted_ids.cuda(), spec, backend=backend)
-    exact = ops.gate_backward(grad.double(), logits.double(), wanted_ids, spec)
-    three_way(found, ops.gate_backward(grad, logits, wanted_ids, spec), exact, torch.float32)
+def local_step(x, ids, weights, backend, num_rows):
+    """Map, permute, square, combine and both backwards."""
+    where = ops.row_map(ids, 64, num_rows=num_rows, backend=backend)
+    rows = ops.permute(x, where, backend=backend)
+    out = ops.combine(rows, where.positions, weights, backend=backend)
+    grads = ops.combine_backward(out, rows, where, weights, backend=backend)
+    grad_x = ops.permute_backward(grads[0], where.positions, backend=backend)
+    return out, grad_x, grads[1], where.overflow
 
 
-def local_step(x, logits, spec, backend, num_rows):
-    x, logits = x.detach().requires_grad_(), logits.detach().requires_grad_()
-    ids, weights = local.topk_gate(logits, spec, backend=backend)
-    where = ops.row_map(ids, logits.shape[1], num_rows=num_rows, backend=backend)
-    rows = local.dispatch(x, where, backend=backend)
-    out = local.combine(rows, where, weights, backend=backend)
-    grads = torch.autograd.grad(out.float().square().sum(), (x, logits))
-    return (out.detach(), *grads, where.overflow)
+def problem(tokens, width, top_k):
+    ids = oracle.random_ids(tokens, top_k, 64, 0, drop=0).cuda()
+    x = torch.randn(tokens, width, device="cuda").bfloat16()
+    return x, ids, torch.rand(tokens, top_k, device="cuda")
 
 
 def test_ten_runs_are_one_result(backend):
-    x = torch.randn(777, 256, device="cuda").bfloat16()
-    logits = torch.randn(777, 64, device="cuda")
-    first = local_step(x, logits, GateSpec(top_k=8), backend, 777 * 8)
+    given = problem(777, 256, 8)
+    first = local_step(*given, backend, 777 * 8)
     for _ in range(9):
-        again = local_step(x, logits, GateSpec(top_k=8), backend, 777 * 8)
+        again = local_step(*given, backend, 777 * 8)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def test_the_local_path_never_waits_and_can_be_captured(backend):
-    spec = GateSpec(top_k=4, renormalize=True)
-    x = torch.randn(300, 128, device="cuda").bfloat16()
-    logits = torch.randn(300, 32, device="cuda")
+    x, ids, weights = problem(300, 128, 4)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
-            local_step(x, logits, spec, backend, 1100)  # fewer rows than routes: some overflow
+            local_step(x, ids, weights, backend, 1100)  # fewer rows than routes: some overflow
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            found = local_step(x, logits, spec, backend, 1100)
+            found = local_step(x, ids, weights, backend, 1100)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for seed in range(3):
         torch.manual_seed(seed)
         x.copy_(torch.randn(300, 128))
-        logits.copy_(torch.randn(300, 32))
+        weights.copy_(torch.rand(300, 4))
+        ids.copy_(oracle.random_ids(300, 4, 64, seed, drop=0))
         graph.replay()
-        wanted = local_step(x, logits, spec, backend, 1100)
+        wanted = local_step(x, ids, weights, backend, 1100)
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
         assert int(found[3]) == 100
 

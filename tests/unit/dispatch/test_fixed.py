@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moe_locality.config import CapacityConfig, DispatchConfig, read_config
 from moe_locality.dispatch import TokenDispatcher, flat
 from moe_locality.errors import ConfigError
-from moe_locality.kernels import library, ops
+from moe_locality.kernels import ops
 
 
 @settings(max_examples=40, deadline=None)
@@ -78,7 +78,7 @@ def _refuse(*_args):
 @pytest.fixture
 def as_if_captured(monkeypatch):
     """As on a GPU inside a capture: every kernel is one operator, and nothing may wait."""
-    monkeypatch.setattr(library, "_PLAIN", ())
+    monkeypatch.setattr(ops, "_PLAIN", ())
     monkeypatch.setattr(flat, "is_capturing", lambda tensor: True)
 
 

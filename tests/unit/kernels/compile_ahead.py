@@ -12,22 +12,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moe_locality.kernels import triton_impl, triton_kernels
-from moe_locality.kernels.backends import GateSpec
 
 POINTERS = {
     "rows": "*bf16", "x": "*bf16", "out": "*bf16", "grad": "*bf16", "grad_rows": "*bf16",
-    "weights": "*fp32", "row_weights": "*fp32", "row_values": "*fp32", "values": "*fp32",
-    "grad_weights": "*fp32", "logits": "*bf16", "grad_logits": "*bf16", "bias": "*fp32",
-    "index": "*i64", "keep": "*u8", "tokens_per_slot": "*i64", "node_mask": "*i64",
-    "node_counts": "*i64",
+    "weights": "*fp32", "grad_weights": "*fp32", "index": "*i64", "tokens_per_slot": "*i64",
 }  # fmt: skip
 NUMBERS = {"num_", "token_blocks", "stride", "capacity"}
 WIDE = {"D": 4096, "K": 8, "BT": 1, "BD": 2048, "BR": 2}
 MOVES = {
-    "permute_kernel": WIDE | {"HAS_WEIGHTS": True, "PADDED": True},
+    "permute_kernel": WIDE | {"PADDED": True},
     "gather_kernel": {"D": 4096, "BR": 1, "BD": 2048},
     "combine_kernel": {k: WIDE[k] for k in ("D", "K", "BT", "BD")}
-    | {"ACC": triton.language.float32, "HAS_WEIGHTS": True, "HAS_VALUES": True},
+    | {"ACC": triton.language.float32, "HAS_WEIGHTS": True},
     "combine_backward_kernel": WIDE
     | {"BD": 4096, "K2": 8, "TILES": 1, "ACC": triton.language.float32}
     | {"NEED_ROWS": True, "NEED_WEIGHTS": True, "PADDED": True},
@@ -38,29 +34,19 @@ def cases():
     """Yield (name, kernel, constants)."""
     for name, constants in MOVES.items():
         yield name, getattr(triton_kernels, name), constants
-    flags = {"HAS_KEEP": True, "HAS_TABLE": True}
     for label, tokens in (("", 4096), (" of one block", 64)):
         shape = triton_impl.map_shape(tokens, 8, 256)
         one = shape.pop("blocks") == 1
         if not one:
             count = {k: shape[k] for k in ("K", "K2", "TB", "P2")}
-            yield "count_kernel", triton_kernels.count_kernel, count | flags
-        place = shape | flags | {"ALIGN": 16, "M": 8, "FILL": one, "ONE_BLOCK": one}
+            yield "count_kernel", triton_kernels.count_kernel, count
+        place = shape | {"FILL": one, "ONE_BLOCK": one}
         yield f"place_kernel{label}", triton_kernels.place_kernel, place
-    groups = GateSpec(top_k=8, score="sigmoid", num_groups=8, top_groups=4, renormalize=True)
-    for label, spec, bias in (("", GateSpec(top_k=8), False), (" in groups", groups, True)):
-        shape = triton_impl.gate_shape(256, spec, bias)
-        yield f"gate_kernel{label}", triton_kernels.gate_kernel, shape
-    back = {"E": 256, "E2": 256, "K": 8, "BT": 4, "TINY": 1e-20}
-    back |= {"SIGMOID": False, "RENORMALIZE": True}
-    yield "gate_backward_kernel", triton_kernels.gate_backward_kernel, back
 
 
 def type_of(name: str) -> str:
     if name in POINTERS:
         return POINTERS[name]
-    if name == "scale":
-        return "fp32"
     return "i32" if any(name.startswith(prefix) for prefix in NUMBERS) else "*i32"
 
 

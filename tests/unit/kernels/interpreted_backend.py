@@ -9,11 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_locality.dispatch.flat import fixed_rows
 from moe_locality.kernels import ops, triton_impl
-from moe_locality.kernels.backends import GateSpec
 from tests.tolerances import KERNEL_SUM
 from tests.unit.kernels import oracle
-from tests.unit.kernels.test_gate import SPECS
 from tests.unit.kernels.test_row_map import requests
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -61,15 +60,11 @@ def test_moves_are_equal_and_sums_are_near(shape, dtype):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(tokens, width, generator=generator).to(dtype)
     weights = torch.rand(tokens, top_k, generator=generator)
-    for num_rows, alignment in ((None, 1), (None, 4), (tokens * top_k + experts * 4 + 9, 4)):
-        mapping = ops.row_map(ids, experts, num_rows=num_rows, alignment=alignment)
+    maps = [ops.row_map(ids, experts, num_rows=num_rows) for num_rows in (None, ids.numel() + 9)]
+    for mapping in (*maps, fixed_rows(ids, experts, 4, "reference")):
         used = int(mapping.slot_offsets[-1])
         rows = ops.permute(x, mapping, backend="triton")
         assert torch.equal(rows[:used], ops.permute(x, mapping)[:used])
-        also, row_weights = ops.permute_with_weights(x, weights, mapping, backend="triton")
-        assert torch.equal(also[:used], rows[:used])
-        wanted_weights = ops.permute_with_weights(x, weights, mapping)[1]
-        assert torch.equal(row_weights[:used], wanted_weights[:used])
         check_sums(mapping, weights, width, dtype, used)
 
 
@@ -89,12 +84,9 @@ def check_sums(mapping, weights, width, dtype, used):
     exact = ops.combine_backward(grad.double(), rows.double(), mapping, weights.double())
     three_way(found[0][:used], reference[0][:used], exact[0][:used], dtype)
     three_way(found[1], reference[1], exact[1], torch.float32)
-    back = ops.permute_with_weights_backward(
-        poisoned, weights.new_ones(len(rows)), positions, backend="triton"
-    )
+    back = ops.permute_backward(poisoned, positions, backend="triton")
     reference = ops.permute_backward(poisoned, positions)
-    three_way(back[0], reference, oracle.combine(rows, positions, None), dtype)
-    assert torch.equal(back[1], (positions >= 0).float())
+    three_way(back, reference, oracle.combine(rows, positions, None), dtype)
 
 
 def test_a_plain_list_of_rows():
@@ -107,7 +99,7 @@ def test_a_plain_list_of_rows():
 def test_a_width_of_several_tiles(monkeypatch):
     monkeypatch.setattr(triton_impl, "_tile", lambda *a, **k: (2, 16, 4))
     ids = oracle.random_ids(5, 2, 3, 0)
-    mapping = ops.row_map(ids, 3, alignment=2)
+    mapping = fixed_rows(ids, 3, 4, "reference")
     x, weights = torch.randn(5, 40), torch.rand(5, 2)
     rows = ops.permute(x, mapping, backend="triton")
     assert torch.equal(rows, ops.permute(x, mapping))
@@ -139,43 +131,7 @@ def test_rows_beyond_two_to_the_31_elements():
     assert torch.equal(found, rows[-tokens:])
     index = torch.arange(count - tokens, count)
     assert torch.equal(ops.permute(rows, index, backend="triton"), rows[-tokens:])
-    target, _ = triton_impl.permute(
-        rows[-tokens:], torch.empty(count, dtype=torch.int32), positions, positions, None, None
+    target = triton_impl.permute(
+        rows[-tokens:], torch.empty(count, dtype=torch.int32), positions, None
     )
     assert torch.equal(target[-tokens:], rows[-tokens:])
-
-
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_the_gate_picks_the_same_experts(spec, with_bias):
-    generator = torch.Generator().manual_seed(7)
-    # quarters: many exact ties, and sums without rounding where keys are the logits
-    logits = (torch.randn(33, 12, generator=generator) * 4).round() / 4
-    logits[0] = 0
-    bias = torch.randn(12, generator=generator) if with_bias else None
-    ids, weights = ops.gate(logits, spec, bias=bias, backend="triton")
-    wanted_ids, wanted = ops.gate(logits, spec, bias=bias)
-    if spec.num_groups == 1 or spec.group_score == "max":
-        assert torch.equal(ids, wanted_ids)
-    three_way(weights, wanted, oracle.gate(logits, spec, bias)[1], torch.float32)
-    grad = torch.randn(weights.shape, generator=generator)
-    found = ops.gate_backward(grad, logits, wanted_ids, spec, backend="triton")
-    reference = ops.gate_backward(grad, logits, wanted_ids, spec)
-    exact = ops.gate_backward(grad.double(), logits.double(), wanted_ids, spec)
-    three_way(found, reference, exact, torch.float32)
-
-
-def test_the_gate_of_no_number_stays_inside():
-    logits = torch.full((2, 5), float("nan"))
-    logits[1] = float("-inf")
-    ids, _ = ops.gate(logits, GateSpec(top_k=5), backend="triton")
-    assert ids.tolist() == [[0, 1, 2, 3, 4]] * 2
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_gate_takes_narrow_logits(dtype):
-    logits = torch.randn(9, 7, generator=torch.Generator().manual_seed(2)).to(dtype)
-    ids, weights = ops.gate(logits, GateSpec(top_k=3), backend="triton")
-    wanted_ids, wanted = ops.gate(logits, GateSpec(top_k=3))
-    assert torch.equal(ids, wanted_ids)
-    torch.testing.assert_close(weights, wanted, rtol=1e-5, atol=1e-6)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_locality.errors import BackendUnavailable
-from moe_locality.kernels import backends, cuda_impl, ops
+from moe_locality.kernels import cuda_impl, ops
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +17,7 @@ def _default_backend(monkeypatch):
 @pytest.fixture
 def fresh():
     """Backends are looked for once; forget what was found, before and after."""
-    forget = (cuda_impl.load_library.cache_clear, backends._load.cache_clear)
+    forget = (cuda_impl.load_library.cache_clear, ops._load.cache_clear)
     for each in forget:
         each()
     yield
@@ -27,14 +27,14 @@ def fresh():
 
 def test_a_gpu_gets_cuda_where_it_was_built_else_triton_else_the_reference(monkeypatch):
     gpu, usable = torch.device("cuda"), {"moe_locality.kernels.reference"}
-    monkeypatch.setattr(backends, "_load", lambda name: (object() if name in usable else None, ""))
-    assert backends._resolve("auto", gpu) == "reference"
+    monkeypatch.setattr(ops, "_load", lambda name: (object() if name in usable else None, ""))
+    assert ops._resolve("auto", gpu) == "reference"
     usable.add("moe_locality.kernels.triton_impl")
-    assert backends._resolve("auto", gpu) == "triton"
+    assert ops._resolve("auto", gpu) == "triton"
     usable.add("moe_locality.kernels.cuda_impl")
-    assert backends._resolve("auto", gpu) == "cuda"
-    assert backends._resolve("auto", torch.device("cpu")) == "reference"
-    assert backends._resolve("triton", gpu) == "triton"
+    assert ops._resolve("auto", gpu) == "cuda"
+    assert ops._resolve("auto", torch.device("cpu")) == "reference"
+    assert ops._resolve("triton", gpu) == "triton"
 
 
 @pytest.mark.usefixtures("fresh")
@@ -53,6 +53,6 @@ def test_a_library_of_another_torch_says_so(monkeypatch, tmp_path):
 
 def test_the_environment_chooses_when_nothing_else_does(monkeypatch):
     monkeypatch.setenv(ops.ENVIRONMENT_VARIABLE, "triton")
-    assert backends._resolve("auto", torch.device("cpu")) == "triton"
+    assert ops._resolve("auto", torch.device("cpu")) == "triton"
     ops.set_backend("reference")
-    assert backends._resolve("auto", torch.device("cpu")) == "reference"
+    assert ops._resolve("auto", torch.device("cpu")) == "reference"
