@@ -29,7 +29,7 @@ from torch import Tensor
 
 from moe_locality.errors import PlacementError
 from moe_locality.layer.agreement import LostRanks, gather_answers
-from moe_locality.layer.slots import Step, plan_moves, plan_steps, reverse_step, source_slots
+from moe_locality.layer.slots import Step, count_moved, plan_steps, reverse_step, source_slots
 from moe_locality.layer.state import (
     StateSource,
     TensorShard,
@@ -204,14 +204,15 @@ def relabel_layer(
         PlacementError: a rank failed, and the roll-back failed too.
     """
     started = time.monotonic()
-    moves = plan_moves(current, target, module.ep_size)
-    report = MoveReport(num_layers=1, num_experts_moved=moves.num_moved)
-    if moves.is_empty:
+    ranks = module.ep_size
+    report = MoveReport(num_layers=1, num_experts_moved=count_moved(current, target, ranks))
+    steps = plan_steps(current, target, ranks)
+    if not steps:
         return report
     layer, gate = _open(module, group, state, name, report, timeout_s)
     done: list[Step] = []
     try:
-        for step in plan_steps(moves, module.ep_size):
+        for step in steps:
             _run_step(layer, step)
             done.append(step)
         _permute_gate(layer, gate, source_slots(current, target))

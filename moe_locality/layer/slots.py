@@ -8,6 +8,7 @@ several slots (on as many ranks) has *replicas*.
 from collections import defaultdict, deque
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 
 import numpy as np
 
@@ -102,38 +103,27 @@ def check_is_permutation(plan: PlacementPlan) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Moves:
-    """A schedule that takes a layer of E slots from one permutation to another.
-
-    Experts travel in rounds. In one round a rank sends at most one expert and receives at most one,
-    into the slot that it has just freed, so at most two experts per rank are in flight. After the
-    rounds every expert is on its rank, and the ranks put their own slots in order. The rounds are
-    the perfect matchings of a regular bipartite multigraph (König 1916): as many as the busiest
-    rank has experts to send, which no schedule of this kind can beat.
-
-    Args:
-        rounds: per round, the pairs (slot that is read, slot that is written), on two ranks.
-        local: [E] after the rounds, slot s takes what slot ``local[s]`` of the same rank holds.
-    """
-
-    rounds: tuple[tuple[tuple[int, int], ...], ...]
-    local: np.ndarray
-
-    @property
-    def num_moved(self) -> int:
-        """Experts that change rank."""
-        return sum(len(pairs) for pairs in self.rounds)
-
-    @property
-    def is_empty(self) -> bool:
-        return not self.rounds and bool((self.local == np.arange(len(self.local))).all())
+Step = tuple[tuple[int, int], ...]
+"""Pairs (slot that is read, slot that is written): a rank reads the slots that it writes."""
 
 
-def plan_moves(current: np.ndarray, target: np.ndarray, num_ranks: int) -> Moves:
-    """Schedule the way from ``current`` to ``target`` (both permutations of 0..E-1)."""
+def count_moved(current: np.ndarray, target: np.ndarray, num_ranks: int) -> int:
+    """Return how many experts change rank between two permutations."""
     per_rank = len(current) // num_ranks
-    holds = np.array(current, dtype=np.int64)  # what every slot holds, round after round
+    return int((np.argsort(current) // per_rank != np.argsort(target) // per_rank).sum())
+
+
+def plan_steps(current: np.ndarray, target: np.ndarray, num_ranks: int) -> list[Step]:
+    """Return the steps from ``current`` to ``target``, both permutations of 0..E-1.
+
+    A step touches at most two slots of a rank, and is done as a whole or not at all. First come the
+    rounds: a rank sends at most one expert and receives at most one, into the slot that it has just
+    freed. The rounds are the perfect matchings of a regular bipartite multigraph (König 1916): as
+    many as the busiest rank has experts to send, which no schedule of this kind can beat. Then the
+    ranks put their own slots in order, one swap per rank and step.
+    """
+    per_rank = len(current) // num_ranks
+    holds = np.array(current, dtype=np.int64)  # what every slot holds, step after step
     new_rank = np.argsort(np.asarray(target)) // per_rank  # of each expert
     waiting: dict[tuple[int, int], deque[int]] = defaultdict(deque)
     for slot, expert in enumerate(holds.tolist()):
@@ -141,48 +131,22 @@ def plan_moves(current: np.ndarray, target: np.ndarray, num_ranks: int) -> Moves
     counts = np.zeros((num_ranks, num_ranks), dtype=np.int64)
     for (source, destination), experts in waiting.items():
         counts[source, destination] = len(experts) if source != destination else 0
-    rounds = []
+    steps: list[Step] = []
     for partner in _matchings(counts):
         slot_of = np.argsort(holds)
         sent = {r: waiting[r, d].popleft() for r, d in enumerate(partner) if d != r}
         freed = {r: int(slot_of[expert]) for r, expert in sent.items()}
-        pairs = tuple((freed[r], freed[int(partner[r])]) for r in sent)
+        steps.append(tuple((freed[r], freed[int(partner[r])]) for r in sent))
         for r, expert in sent.items():
             holds[freed[int(partner[r])]] = expert
-        rounds.append(pairs)
-    return Moves(rounds=tuple(rounds), local=source_slots(holds, target))
-
-
-Step = tuple[tuple[int, int], ...]
-"""Pairs (slot that is read, slot that is written): a rank reads the slots that it writes."""
-
-
-def plan_steps(moves: Moves, num_ranks: int) -> list[Step]:
-    """Cut a schedule into atomic steps that each touch at most two slots of a rank.
-
-    A round is a step: a rank sends what one slot holds and receives what goes there. Swaps inside
-    the ranks follow, one per rank and step.
-    """
-    per_rank = len(moves.local) // num_ranks
-    swaps: list[list[tuple[int, int]]] = []
-    for rank in range(num_ranks):
-        own = range(rank * per_rank, (rank + 1) * per_rank)
-        at = {slot: slot for slot in own}  # where the content of each slot is now
-        holds = {slot: slot for slot in own}
-        mine = []
-        for slot in own:
-            other = at[int(moves.local[slot])]
-            if other == slot:
-                continue
-            mine.append((slot, other))
-            holds[slot], holds[other] = holds[other], holds[slot]
-            at[holds[slot]], at[holds[other]] = slot, other
-        swaps.append(mine)
-    steps: list[Step] = list(moves.rounds)
-    for number in range(max(map(len, swaps), default=0)):
-        now = [mine[number] for mine in swaps if number < len(mine)]
-        steps.append(tuple(pair for a, b in now for pair in ((a, b), (b, a))))
-    return steps
+    swaps: list[list[tuple[int, int]]] = [[] for _ in range(num_ranks)]
+    for slot, expert in enumerate(np.asarray(target).tolist()):
+        other = int(np.flatnonzero(holds == expert)[0])  # on the same rank
+        if other != slot:
+            swaps[slot // per_rank].append((slot, other))
+            holds[[slot, other]] = holds[[other, slot]]
+    swapped = (tuple(filter(None, now)) for now in zip_longest(*swaps))
+    return steps + [tuple(pair for a, b in now for pair in ((a, b), (b, a))) for now in swapped]
 
 
 def reverse_step(step: Step) -> Step:

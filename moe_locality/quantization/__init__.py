@@ -4,14 +4,14 @@
 packs rows into bytes, by torch or by the kernels of ``triton_codec`` and ``cuda_codec``.
 """
 
-from moe_locality.quantization.formats import Format, bytes_per_row, get_format, row_bytes
-from moe_locality.quantization.mx import (
+from moe_locality.quantization.formats import (
     FORMATS,
-    QuantizedTensor,
-    dequantize,
-    fake_quantize,
-    quantize,
+    Format,
+    bytes_per_row,
+    get_format,
+    row_bytes,
 )
+from moe_locality.quantization.mx import QuantizedTensor, dequantize, fake_quantize, quantize
 from moe_locality.quantization.rows import ROW_FORMATS, decode_rows, encode_rows, permute_encode
 
 __all__ = [

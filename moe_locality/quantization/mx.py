@@ -27,12 +27,10 @@ from moe_locality.quantization.formats import (
     E8M0_NAN,
     ELEMENT_EMAX,
     ELEMENT_MAX,
-    FORMATS,
     MACRO_BLOCK,
     SMALLEST_NORMAL,
     Format,
     Role,
-    bytes_per_row,
     decode_elements,
     encode_elements,
     exponent_and_mantissa,
@@ -44,15 +42,6 @@ from moe_locality.quantization.formats import (
     times_power_of_two,
     unpack_pairs,
 )
-
-__all__ = [
-    "FORMATS",
-    "QuantizedTensor",
-    "bytes_per_row",
-    "dequantize",
-    "fake_quantize",
-    "quantize",
-]
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SLOTS = 16

@@ -1,5 +1,7 @@
 """Slots on arrays: schedules of moves, which slots share an expert, where slots are copied from."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,8 +9,8 @@ from hypothesis import strategies as st
 
 from moe_locality.layer.slots import (
     LayerReplicas,
+    count_moved,
     first_slots,
-    plan_moves,
     plan_steps,
     reverse_step,
     source_slots,
@@ -24,37 +26,6 @@ def layers(draw):
     return ranks, np.array(draw(order)), np.array(draw(order))
 
 
-def carry_out(current, moves, num_ranks):
-    """Do what the schedule says with one buffer per rank, and check that no more is needed."""
-    per_rank = len(current) // num_ranks
-    held = list(current)
-    for pairs in moves.rounds:
-        read = [a // per_rank for a, _ in pairs]
-        written = [b // per_rank for _, b in pairs]
-        assert len(set(read)) == len(read)  # at most one expert leaves a rank ...
-        assert sorted(read) == sorted(written)  # ... and one comes for it ...
-        assert {a for a, _ in pairs} == {b for _, b in pairs}  # ... into the slot just freed
-        assert all(a // per_rank != b // per_rank for a, b in pairs)
-        sent = {b: held[a] for a, b in pairs}
-        for slot, expert in sent.items():
-            held[slot] = expert
-    assert (moves.local // per_rank == np.arange(len(held)) // per_rank).all()
-    return [held[s] for s in moves.local]
-
-
-@settings(max_examples=60, deadline=None)
-@given(layers())
-def test_plan_moves_every_expert_arrives_and_only_those_that_change_rank_travel(case):
-    ranks, current, target = case
-    moves = plan_moves(current, target, ranks)
-    assert carry_out(current, moves, ranks) == list(target)
-    per_rank = len(current) // ranks
-    changed = np.argsort(current) // per_rank != np.argsort(target) // per_rank
-    assert moves.num_moved == changed.sum()
-    sent_per_rank = np.bincount(np.argsort(current)[changed] // per_rank, minlength=ranks)
-    assert len(moves.rounds) == sent_per_rank.max(initial=0)
-
-
 def take(held, step, per_rank):
     """Do a step; a rank reads the slots that it writes, two at the most."""
     for rank in range(len(held) // per_rank):
@@ -67,10 +38,33 @@ def take(held, step, per_rank):
 
 @settings(max_examples=60, deadline=None)
 @given(layers())
+def test_plan_steps_takes_the_fewest_rounds_with_room_for_one_expert(case):
+    ranks, current, target = case
+    per_rank = len(current) // ranks
+    crosses = [
+        any(a // per_rank != b // per_rank for a, b in step)
+        for step in plan_steps(current, target, ranks)
+    ]
+    assert crosses == sorted(crosses, reverse=True)  # rounds first, then swaps inside the ranks
+    sent = Counter()
+    for step in plan_steps(current, target, ranks)[: sum(crosses)]:
+        read, written = ([slot // per_rank for slot in slots] for slots in zip(*step, strict=True))
+        assert len(set(read)) == len(read)  # at most one expert leaves a rank ...
+        assert sorted(read) == sorted(written)  # ... and one comes for it ...
+        assert {a for a, _ in step} == {b for _, b in step}  # ... into the slot just freed
+        assert all(a // per_rank != b // per_rank for a, b in step)
+        sent.update(read)
+    changed = np.argsort(current) // per_rank != np.argsort(target) // per_rank
+    assert count_moved(current, target, ranks) == changed.sum() == sum(sent.values())
+    assert sum(crosses) == max(sent.values(), default=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(layers())
 def test_plan_steps_lead_to_the_target_and_back_from_anywhere(case):
     ranks, current, target = case
     per_rank = len(current) // ranks
-    steps = plan_steps(plan_moves(current, target, ranks), ranks)
+    steps = plan_steps(current, target, ranks)
     passed = [list(current)]
     for step in steps:
         passed.append(take(passed[-1], step, per_rank))
@@ -81,9 +75,9 @@ def test_plan_steps_lead_to_the_target_and_back_from_anywhere(case):
 
 @settings(max_examples=30, deadline=None)
 @given(layers())
-def test_plan_moves_the_same_order_again_moves_nothing(case):
+def test_plan_steps_of_the_same_order_are_none(case):
     ranks, current, _ = case
-    assert plan_moves(current, current, ranks).is_empty
+    assert plan_steps(current, current, ranks) == []
 
 
 def test_source_slots_is_what_the_new_order_reads():
@@ -91,13 +85,12 @@ def test_source_slots_is_what_the_new_order_reads():
     assert (current[source_slots(current, target)] == target).all()
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_plan_moves_inside_ranks_need_no_round(ranks):
+@pytest.mark.parametrize(("ranks", "steps"), [(1, 4), (2, 2), (4, 1), (8, 0)])
+def test_plan_steps_inside_ranks_are_swaps_of_all_ranks_at_once(ranks, steps):
     current = np.arange(8)
     target = current.reshape(ranks, -1)[:, ::-1].ravel()
-    moves = plan_moves(current, target, ranks)
-    assert moves.rounds == ()
-    assert not moves.is_empty or ranks == 8
+    assert len(plan_steps(current, target, ranks)) == steps
+    assert count_moved(current, target, ranks) == 0
 
 
 # -- replicas ------------------------------------------------------------------------------------
