@@ -109,13 +109,15 @@ class RunLog:
         ranks = group_ranks(layer.ep_group, layer.ep_size)
         num_slots = layer.ep_size * layer.num_local_experts
         kept = slots >= 0
-        counts = torch.bincount(torch.where(kept, slots, num_slots).flatten().long())
+        index = torch.where(kept, slots, num_slots).flatten().long()
+        # no bincount: it waits for the device
+        counts = index.new_zeros(num_slots + 1).scatter_add_(0, index, torch.ones_like(index))
         found = {
             "ranks": ranks,
             "tokens": slots.shape[0],
             "picks": slots.numel(),
             "dropped": (~kept).sum(),
-            "slots": torch.nn.functional.pad(counts, (0, num_slots + 1 - len(counts)))[:num_slots],
+            "slots": counts[:num_slots],
         }
         topology = self.topology or layer.topology
         if topology is not None:
