@@ -81,8 +81,7 @@ def wrap_checkpoints(engine: Any, plan: PlacementPlan | None = None) -> None:
         client_state = dict(bound.arguments.get("client_state") or {})
         if KEY in client_state:
             raise ConfigError(
-                f"found the key {KEY!r} in client_state, expected none: moe_locality writes it; "
-                "use another name"
+                f"found the key {KEY!r} in client_state, which moe_locality writes: rename it"
             )
         client_state[KEY] = _entry_of(engine, plan or plan_of(engine))
         bound.arguments["client_state"] = client_state
@@ -166,8 +165,8 @@ def _decide(engine: Any, arguments: dict[str, Any], plan: PlacementPlan | None) 
     if loads_optimizer:
         if entry is not None and entry.get("optimizer_left_out"):
             raise ConfigError(
-                f"{path}: found a checkpoint that was baked without optimizer state, expected one "
-                "with it: load its weights with load_module_only=True"
+                f"{path}: this checkpoint was baked without optimizer state: load its weights with "
+                "load_module_only=True"
             )
         check_optimizer_fits(engine, entry, path)
         if decision.moves:

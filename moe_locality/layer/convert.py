@@ -287,8 +287,8 @@ def _auto_ep(ds_config: dict[str, Any]) -> bool:
 def _refuse_plan_with_auto_ep(ds_config: dict[str, Any]) -> None:
     if _auto_ep(ds_config):
         raise ConfigError(
-            "found a plan together with the expert_parallel section, expected one: AutoEP lays "
-            "experts out itself, in the order of the weights that it gets; put the plan into them, "
+            "plans are not supported with the expert_parallel section: AutoEP lays experts out "
+            "itself, in the order of the weights that it gets; put the plan into them, "
             "model.load_state_dict(moe_locality.layer.relabel_state_dict(model.state_dict(), plan, "
             "preset=...)), and leave it out of the section"
         )
@@ -337,13 +337,12 @@ def _prepare_model(
     data_only = mpu is None or (plan is not None and compat.spreads_data_only(mpu))
     if plan is not None and (pipeline or not data_only):
         raise ConfigError(
-            "found a plan together with a pipeline, or a model-parallel unit that splits tensors "
-            "or layers, expected data and expert parallelism only: bake the plan into the "
-            "checkpoint instead, with `moe-locality bake`"
+            "plans are not supported with a pipeline, or with a model-parallel unit that splits "
+            "tensors or layers: bake the plan into the checkpoint with `moe-locality bake`"
         )
     if pipeline and section.trace is not None and section.trace.enabled:
         raise ConfigError(
-            "found trace together with a pipeline, expected one: leave trace out, and call "
+            "trace is not supported with a pipeline: leave it out, and call "
             "moe_locality.attach(engine.module, path) on the stages that have MoE layers"
         )
     sizes = {module.ep_size for _, module in moe_modules(model)}

@@ -171,10 +171,10 @@ def _move_layers(targets: list[Target], state: StateSource, timeout_s: float) ->
             )
         except RolledBackError as error:
             failure = PlacementError(
-                f"{target.name}: found a failure while its experts were moved ({error}), expected "
-                f"none: this layer is in its old order again, {number} layers before it are in the "
-                f"new order and {len(targets) - number - 1} after it in the old one, on all ranks: "
-                "relabel again to finish, or go on training as it is"
+                f"{target.name}: moving its experts failed ({error}): this layer is in its old "
+                f"order again, {number} layers before it are in the new order and "
+                f"{len(targets) - number - 1} after it in the old one, on all ranks: relabel again "
+                "to finish, or continue training as it is"
             )
             if error.stop is not None:
                 raise error.stop from failure

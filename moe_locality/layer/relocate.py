@@ -156,7 +156,7 @@ class _Layer:
         """Raise RolledBackError on all ranks where one has an error or digests of a key differ."""
         if _pending_signals and not self.rolling_back:
             name = signal.Signals(_pending_signals[0]).name
-            self.errors.append(f"{name}: this rank was told to end")
+            self.errors.append(f"{name}: this rank was interrupted")
         errors, self.errors = self.errors, []
         interrupted = bool(_pending_signals) or self.stop is not None
         mine = (errors, digests or {}, interrupted)
@@ -264,7 +264,7 @@ def _fatal(name: str, failure: Exception) -> Iterator[None]:
         raise
     except PlacementError as error:
         raise PlacementError(
-            f"{name}: found a failure ({failure}) and then another while it was taken back "
+            f"{name}: moving its experts failed ({failure}), and the roll-back failed too "
             f"({error}): the experts of this layer are in no order. End this job and go on from "
             "the last checkpoint"
         ) from error

@@ -291,8 +291,8 @@ def state_source(engine: Any) -> StateSource:
     for option in ("cpu_offload", "round_robin_gradients"):
         if getattr(optimizer, option, False):
             raise ConfigError(
-                f"found {option} in the ZeRO optimizer, expected none: DeepSpeed does not say "
-                f"where the parts of an expert are then: {_WHAT_TO_DO}"
+                f"relabel is not supported with {option}: DeepSpeed does not say where the parts "
+                f"of an expert are: {_WHAT_TO_DO}"
             )
     return (
         copied_state(optimizer) if kind == "FP16_UnfusedOptimizer" else partitioned_state(optimizer)
@@ -358,8 +358,8 @@ def check_between_steps(engine: Any) -> None:
     waiting |= any(any(has) for has in getattr(optimizer, "fp32_groups_has_gradients", ()))
     if waiting:
         raise ConfigError(
-            "found a gradient that no step has used, expected none: relabel after engine.step() "
-            "of the last micro-batch, not in the middle of an accumulation"
+            "found a gradient that no step has used: relabel after engine.step() of the last "
+            "micro-batch, not in the middle of an accumulation"
         )
 
 
@@ -368,6 +368,6 @@ def check_no_gradients(module: Any, name: str) -> None:
     for key, parameter in module.deepspeed_moe.named_parameters():
         if parameter.grad is not None and bool(parameter.grad.any()):
             raise ConfigError(
-                f"{name}, {key}: found a gradient that no step has used, expected none: relabel "
-                "after optimizer.step() and zero_grad(), not in the middle of an accumulation"
+                f"{name}, {key}: found a gradient that no step has used: relabel after "
+                "optimizer.step() and zero_grad(), not in the middle of an accumulation"
             )

@@ -465,7 +465,7 @@ def pipelines_train_and_equal_stock(rank, world):
     assert len(swapped) == 1
     assert swapped[0].deepspeed_moe.traffic.rows["dispatch"].sum() > 0
     np.testing.assert_allclose(runs[1], runs[0], *LOSS["float32"])
-    with pytest.raises(ConfigError, match="found trace together with a pipeline"):
+    with pytest.raises(ConfigError, match="trace is not supported with a pipeline"):
         start(net, {**config, "moe_locality": {"trace": {"path": "unused"}}})
 
 

@@ -156,7 +156,7 @@ def _signalled(rank, world, number, at, everywhere):
         relabel(engine, nets.plan_of(world, B), timeout_s=30)
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     if wanted is PlacementError:
-        assert f"{signal.Signals(number).name}: this rank was told to end" in str(caught.value)
+        assert f"{signal.Signals(number).name}: this rank was interrupted" in str(caught.value)
     found = orders(engine)
     assert all(o in (rows(world, A)[i], rows(world, B)[i]) for i, o in enumerate(found))
     np.testing.assert_allclose(nets.train(engine, range(2, 4), rank), expected, *LOSS["float32"])
