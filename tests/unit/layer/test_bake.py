@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moe_locality.errors import ConfigError, PlacementError
-from moe_locality.layer.bake import bake_checkpoint
+from moe_locality.layer.bake import _TiedTensors, bake_checkpoint
 from moe_locality.layer.checkpoint import wrap_checkpoints
 from moe_locality.layer.relabel import relabel
 from moe_locality.placement import PlacementPlan
@@ -263,3 +263,19 @@ def test_bake_checkpoint_other_files_are_copied_and_offloaded_state_is_not(copie
     assert "0.tensor.swp" in summary["optimizer"]
     assert (tmp_path / "out" / "t" / "notes.txt").read_text() == "kept"
     assert not (tmp_path / "out" / "t" / "offloaded_tensors").exists()
+
+
+def test_tied_tensors_differ_by_one_number_or_are_the_same():
+    values = torch.randn(4096, generator=torch.Generator().manual_seed(0))
+    other = values.clone()
+    other[1001] += 1  # not among the bytes that are compared first
+    tied = _TiedTensors([np.array([0, 1]), np.array([1, 0]), np.array([0, 1])])
+    tied.check(0, lambda: {"a": values})
+    tied.check(1, lambda: {"b": other})
+    tied.check(2, lambda: {"c": values.clone()})  # the same order
+    tied.check(1, lambda: {"d": torch.ones(9)})
+    tied.check(0, lambda: {"e": torch.ones(9)})  # one value: fresh biases are alike everywhere
+    with pytest.raises(
+        PlacementError, match=r"same values in f \(MoE layer 1\) and a \(MoE layer 0"
+    ):
+        tied.check(1, lambda: {"f": values.clone()})
