@@ -2,6 +2,7 @@
 VENV   ?= .venv
 PYTHON ?= python3
 OUT    ?= runs/demo
+JOBS   ?= 2
 PY      = $(VENV)/bin/python
 # one line for each step, and errors: pip's warnings (run as root, no cache, ...) are nobody's business
 PIP     = @$(PY) -m pip install -qq --disable-pip-version-check -c constraints-dev.txt
@@ -27,11 +28,11 @@ $(READY): pyproject.toml setup.py constraints-dev.txt
 demo: $(READY) ## the main job: train, record, place, run again, compare; report in runs/demo/report.html
 	$(VENV)/bin/moe-locality demo --out $(OUT)
 
-test: $(READY) ## every test that needs no GPU
-	$(PY) -m pytest
+test: $(READY) ## every test that needs no GPU; JOBS files at a time
+	$(PY) -m pytest -n $(JOBS) --dist loadfile
 
 test-random: $(READY) ## the property tests with other examples each time; SEED=N repeats a run
-	MOE_LOCALITY_HYPOTHESIS=random $(PY) -m pytest -m "hypothesis and not gpu and not multinode" $(if $(SEED),--hypothesis-seed=$(SEED))
+	MOE_LOCALITY_HYPOTHESIS=random $(PY) -m pytest -n $(JOBS) --dist loadfile -m "hypothesis and not gpu and not multinode" $(if $(SEED),--hypothesis-seed=$(SEED))
 
 test-multinode: $(READY) ## tests on nodes made of network namespaces: root, iproute2, openssh-server, pdsh
 	$(PY) -m pytest -m multinode tests/multinode
