@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Generic, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from moe_locality.dispatch.hierarchical import HierarchicalTransport, Rails
 from moe_locality.dispatch.transport import (
     AllToAllGroup,
     Codec,
+    Collectives,
     CombinedRows,
     DispatchedRows,
     DispatchMetadata,
@@ -42,6 +43,9 @@ from moe_locality.dispatch.transport import (
 from moe_locality.errors import ConfigError, TopologyError
 from moe_locality.kernels import ops
 from moe_locality.topology.cluster import ClusterTopology
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -202,13 +206,13 @@ class TokenDispatcher:
 
     def __init__(
         self,
-        ep_group: Any = None,
+        ep_group: "ProcessGroup | None" = None,
         topology: ClusterTopology | None = None,
         *,
         num_slots: int,
         num_ranks: int | None = None,
         config: DispatchConfig | None = None,
-        comm: Any = None,
+        comm: Collectives | None = None,
         kernels: ops.Backend = "auto",
         rails: Rails | None = None,
         position: CallPosition | None = None,
@@ -231,7 +235,6 @@ class TokenDispatcher:
         self.transport = make_transport(
             config,
             group=ep_group,
-            size=len(ranks),
             rails=rails,
             num_slots=num_slots,
             comm=comm or torch.distributed,
@@ -341,7 +344,7 @@ def run_moe(
     topk_weights: Tensor,
     run_experts: RunExperts,
     *,
-    overlap_fn: Callable[[], Any] | None = None,
+    overlap_fn: Callable[[], object] | None = None,
     stage: Callable[[str], AbstractContextManager[None]] = _no_stage,
 ) -> Tensor:
     """Send routed tokens through their experts: ``x [T, D]`` to ``[T, D]``, with autograd.
@@ -457,17 +460,15 @@ def _apply_combine(
 def make_transport(
     config: DispatchConfig,
     *,
-    group: Any,
-    size: int,
+    group: "ProcessGroup | None",
     rails: Rails | None,
     num_slots: int,
-    comm: Any,
+    comm: Collectives,
     kernels: ops.Backend,
     traffic: TrafficCounter,
     position: CallPosition,
 ) -> AnyTransport:
-    """Return the transport over ``size`` ranks that ``config`` asks for; the arguments are those of
-    :class:`TokenDispatcher`.
+    """Return the transport that ``config`` asks for; arguments as of :class:`TokenDispatcher`.
 
     Raises:
         ConfigError: what is asked for is not possible here.
@@ -480,22 +481,16 @@ def make_transport(
         "combine_payload": Codec.of_payload(config.combine_payload),
         "clock": traffic.clock,
     }
-
-    told: dict[str, Any] = {"comm": comm, "ep_ranks": traffic.ranks, "position": position}
-
-    def part(process_group: Any, ranks: tuple[int, ...], counter: Any) -> AllToAllGroup:
-        return AllToAllGroup(
-            process_group=process_group, size=len(ranks), ranks=ranks, counter=counter, **told
-        )
-
+    part = functools.partial(AllToAllGroup, comm=comm, ep_ranks=traffic.ranks, position=position)
+    whole = part(process_group=group, ranks=traffic.ranks, counter=traffic)
+    size = len(traffic.ranks)
     flat = config.exchange == "flat" or (config.exchange == "auto" and rails is None)
     if config.exchange == "deepep" and size > 1:
         made: Transport[Any] = _deepep(config, group, num_slots, traffic.clock)
     elif config.capacity:
-        whole = part(group, traffic.ranks, traffic)
         made = FixedTransport(whole, capacity=config.capacity, **common)
     elif flat or size == 1:
-        made = FlatTransport(part(group, traffic.ranks, traffic), **common)
+        made = FlatTransport(whole, **common)
     elif rails is None:
         raise ConfigError(
             "dispatch.exchange is 'hierarchical' and the expert groups of the nodes were "
@@ -505,8 +500,12 @@ def make_transport(
         across, inside = rails.inter_ranks, rails.intra_ranks
         made = HierarchicalTransport(
             rails,
-            inter_node=part(rails.inter_group, across, traffic.among(across)),
-            intra_node=part(rails.intra_group, inside, traffic.among(inside)),
+            inter_node=part(
+                process_group=rails.inter_group, ranks=across, counter=traffic.among(across)
+            ),
+            intra_node=part(
+                process_group=rails.intra_group, ranks=inside, counter=traffic.among(inside)
+            ),
             reduce_at_node=config.reduce_at_node,
             **common,
         )
@@ -515,7 +514,7 @@ def make_transport(
 
 
 def _deepep(
-    config: DispatchConfig, group: Any, num_slots: int, clock: StageClock
+    config: DispatchConfig, group: "ProcessGroup | None", num_slots: int, clock: StageClock
 ) -> DeepEPTransport:
     if (config.payload, config.combine_payload) != ("none", "none"):
         raise ConfigError(
@@ -528,7 +527,7 @@ def _deepep(
     )
 
 
-def group_ranks(ep_group: Any, num_ranks: int | None) -> tuple[int, ...]:
+def group_ranks(ep_group: "ProcessGroup | None", num_ranks: int | None) -> tuple[int, ...]:
     """Return the global ranks of a group in group order; ``(own rank,)`` for a group of one."""
     running = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not running:

@@ -416,7 +416,9 @@ class FixedTransport(FlatTransport):
             self.lost = lost = torch.zeros(1, dtype=torch.int64, device=overflow.device)
         lost.add_(overflow)
 
-    def _order(self, rows: int, size: int, device: torch.device) -> tuple[Any, Any]:
+    def _order(
+        self, rows: int, size: int, device: torch.device
+    ) -> tuple[Tensor | None, Tensor | None]:
         ranks = self.all_to_all.size
         if ranks == 1 or size == 1:
             return None, None

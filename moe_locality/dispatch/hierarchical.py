@@ -23,7 +23,7 @@ the local experts.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +44,10 @@ from moe_locality.errors import ConfigError
 from moe_locality.kernels import ops
 from moe_locality.kernels.ops import RowMap
 from moe_locality.topology.cluster import ClusterTopology
+from moe_locality.topology.groups import ExpertParallelGroups
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,9 +60,9 @@ class Rails:
     node. ``members [M][g]``: position in the EP group of each rank of each node.
     """
 
-    inter_group: Any
+    inter_group: "ProcessGroup | None"
     inter_ranks: tuple[int, ...]
-    intra_group: Any
+    intra_group: "ProcessGroup | None"
     intra_ranks: tuple[int, ...]
     rail_of_slot: tuple[int, ...]
     slot_in_node: tuple[int, ...]
@@ -83,11 +87,8 @@ def pays(ranks: tuple[int, ...], topology: ClusterTopology, num_slots: int, top_
     return len(ranks) > len(nodes) or (top_k > 1 and num_slots > len(nodes))
 
 
-def find_rails(groups: Any, topology: ClusterTopology, num_slots: int) -> Rails:
+def find_rails(groups: ExpertParallelGroups, topology: ClusterTopology, num_slots: int) -> Rails:
     """Return the rails of this rank from the groups that were built for its cluster.
-
-    Args:
-        groups: ``moe_locality.topology.groups.ExpertParallelGroups``.
 
     Raises:
         ConfigError: the nodes of the EP group have different numbers of its ranks.

@@ -13,7 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +34,9 @@ from moe_locality.errors import MoeLocalityError
 from moe_locality.kernels import ops
 from moe_locality.kernels.ops import RowMap
 from moe_locality.topology.cluster import ClusterTopology
+
+if TYPE_CHECKING:  # absent from a torch that was built without torch.distributed
+    from torch.distributed import ProcessGroup, Work
 
 logger = logging.getLogger(__name__)
 
@@ -323,6 +326,14 @@ class SubgroupCounter:
 # -- the all-to-all of one group
 
 
+class Collectives(Protocol):
+    """A module such as ``torch.distributed``."""
+
+    def all_to_all_single(self, output: Tensor, rows: Tensor, /, *args: Any, **kwargs: Any) -> Any:
+        """Exchange rows; with ``async_op=True``, return what to wait for."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class PendingRows:
     """Rows that are being sent; :meth:`wait` returns them. ``sent`` must live until then.
@@ -331,7 +342,7 @@ class PendingRows:
     """
 
     received: Tensor
-    work: Any
+    work: "Work | None"
     sent: Tensor
     kind: str = "dispatch"
     group: "AllToAllGroup | None" = None
@@ -355,7 +366,7 @@ class PendingCounts:
         self,
         sent: Tensor,
         received: Tensor,
-        work: Any = None,
+        work: "Work | None" = None,
         group: "AllToAllGroup | None" = None,
         desync: DesyncError | None = None,
     ) -> None:
@@ -429,13 +440,16 @@ class AllToAllGroup:
     group in its order; ``ep_ranks``: those of the whole EP group. ``position``: of the layer.
     """
 
-    process_group: Any
-    size: int
-    comm: Any
+    process_group: "ProcessGroup | None"
+    comm: Collectives
     counter: TrafficCounter | SubgroupCounter | None
-    ranks: tuple[int, ...] = ()
-    ep_ranks: tuple[int, ...] = ()
+    ranks: tuple[int, ...]
+    ep_ranks: tuple[int, ...]
     position: CallPosition = field(default_factory=CallPosition)
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
 
     def start_counts(self, counts: Tensor, desync: DesyncError | None = None) -> PendingCounts:
         """Tell every rank how many rows it will get.

@@ -259,7 +259,7 @@ class LocalityMOELayer(MOELayer):
         setattr(self, attribute, self._timer(timer))
 
     def _why_padded(self) -> str | None:
-        """What only DeepSpeed's own dispatch can serve, or None."""
+        """Return why DeepSpeed's own padded dispatch has to run, or None."""
         if self.use_tutel:
             return "Tutel is on"
         if compat.tensor_parallel_size() > 1:
