@@ -159,10 +159,11 @@ def row(case: str, metric: str, value: float, unit: str, baseline: str, note: st
 def timings(load: np.ndarray, peers) -> Iterator[dict]:
     case = f"{LAYERS}x{EXPERTS}+{EXTRA}, {NODES}x{PER_NODE}, cubed"
     slots, ranks = EXPERTS + EXTRA, NODES * PER_NODE
+    allowed = os.sched_getaffinity(0)
     for threads in (1, 2):
-        wall, busy = milliseconds(
-            lambda n=threads: balance(load, NODES, PER_NODE, slots, threads=n), REPEATS
-        )
+        os.sched_setaffinity(0, sorted(allowed)[:threads])  # a thread per processor
+        wall, busy = milliseconds(lambda: balance(load, NODES, PER_NODE, slots), REPEATS)
+        os.sched_setaffinity(0, allowed)
         note = f"warm, {threads} thread(s), median of {REPEATS}; load {os.getloadavg()[0]:.1f}"
         yield row(case, f"time, {threads} thread(s)", wall, "ms", "", note)
         yield row(case, f"processor time, {threads} thread(s)", busy, "ms", "", note)
@@ -184,7 +185,7 @@ def totals(rows: list[dict]) -> Iterator[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--peer", action="append", default=[], type=read_peer)
     parser.add_argument("--seed", type=int, default=0)

@@ -84,7 +84,7 @@ def made(
 ) -> tuple[PlacementPlan, Costs, float]:
     """(plan, its costs on the held-out requests, seconds to solve).
 
-    With ``homes="joint"`` or method ``seed`` the held-out requests get predicted homes.
+    With ``homes="joint"`` or method ``request_kmeans`` the held-out requests get predicted homes.
     """
     start = time.perf_counter()
     plan = solve(data.train, topology, **options)
@@ -93,7 +93,7 @@ def made(
     if options.get("homes") == "joint":
         most = options.get("max_home_imbalance", MAX_TOKEN_IMBALANCE)
         homes = assign_homes(data.test, plan, topology, predict=data.predict, max_imbalance=most)
-    elif options.get("method") == "seed":
+    elif options.get("method") == "request_kmeans":
         homes = cluster_homes(data.test, plan, topology, predict=data.predict)
     return plan, evaluate(data.test, plan, topology, homes), seconds
 
@@ -117,7 +117,7 @@ def peer_rows(folder: Path, name: str, nodes: int, share: float) -> list[Row]:
     rows = []
     linear = linear_costs(folder, name, nodes)
     named: dict[str, dict[str, Any]] = {method: {"method": method} for method in PEERS}
-    named["seed, predicted homes"] = {"method": "seed"}
+    named["seed, predicted homes"] = {"method": "request_kmeans"}
     if extra:
         del named["round_robin"]
         named["hottest"] = {"method": "hottest"}

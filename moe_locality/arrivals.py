@@ -123,5 +123,5 @@ class ArrivingHomes:
         cost = self._serving.costs(ids, request, 1)
         if self._model is None and not len(ids):
             return np.zeros(len(self._tokens))
-        said = expected_costs(self._model, self._rows, ids, request, cost, known)
-        return scores_of_known(self._serving, said, ids, request)[0]
+        expected = expected_costs(self._model, self._rows, ids, request, cost, known)
+        return scores_of_known(self._serving, expected, ids, request)[0]

@@ -73,7 +73,7 @@ def domain_homes(
     Raises:
         PlacementError: the plan has no domain profiles.
     """
-    from moe_locality.placement.homes.transport import Capacities, assign
+    from moe_locality.placement.homes.capacitated import Capacities, assign
 
     score, _ = domain_scores(plan, list(domains), {})
     tokens = np.ones(len(domains)) if group_tokens is None else np.asarray(group_tokens)

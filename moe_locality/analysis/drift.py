@@ -8,14 +8,14 @@ is what would be found without drift.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from moe_locality.analysis.stats import cosine, jensen_shannon_bits, layer_loads, pair_counts
+from moe_locality.analysis.stats import cosine, jensen_shannon_bits, split_half_js_bits
 from moe_locality.errors import TraceError
+from moe_locality.placement.counting import count_coactivation
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.trace.merge import settings
 from moe_locality.trace.schema import RoutingTrace
@@ -80,11 +80,11 @@ def compare(old: RoutingTrace, new: RoutingTrace, *, num_splits: int = 8, seed: 
     """
     _check(old, new)
     first, second = old.load(), new.load()
-    floors = [_split_half_loads(trace, num_splits, seed) for trace in (old, new)]
+    floors = [_split_half(trace, num_splits, seed) for trace in (old, new)]
     nothing = np.full(old.num_layers, np.nan)
     pairs, pairs_floor, kept = nothing, nothing, nothing
     if old.kind == "tokens" and new.kind == "tokens" and old.top_k > 1:
-        both = [_upper(pair_counts(trace)) for trace in (old, new)]
+        both = [_upper(count_coactivation(trace).pairs) for trace in (old, new)]
         pairs = jensen_shannon_bits(*both)
         pairs_floor = (_split_half_pairs(old, seed) + _split_half_pairs(new, seed)) / 4
         kept = _kept(*both)
@@ -179,14 +179,6 @@ def windows(trace: RoutingTrace, count: int) -> list[RoutingTrace]:
     return [trace.take(part == number) for number in range(count)]
 
 
-def drift_curve(
-    trace: RoutingTrace, count: int = 10, *, num_splits: int = 8, seed: int = 0
-) -> list[Drift]:
-    """Compare the first of ``count`` windows of a trace with each later one."""
-    first, *later = windows(trace, count)
-    return [compare(first, other, num_splits=num_splits, seed=seed) for other in later]
-
-
 def _check(old: RoutingTrace, new: RoutingTrace) -> None:
     if settings(old) != settings(new) or old.layer_ids.tolist() != new.layer_ids.tolist():
         raise TraceError(
@@ -198,34 +190,21 @@ def _check(old: RoutingTrace, new: RoutingTrace) -> None:
         raise TraceError("found an empty trace, expected rows on both sides: record more")
 
 
-def _halves(trace: RoutingTrace, num_splits: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield bool [rows], a random half of the requests (steps); nothing with fewer than two."""
-    unit = trace.request_id if trace.request_id is not None else np.arange(trace.num_rows)
-    ids, part = np.unique(unit, return_inverse=True)
-    rng = np.random.default_rng(seed)
-    for _ in range(num_splits if len(ids) > 1 else 0):
-        chosen = np.zeros(len(ids), bool)
-        chosen[rng.permutation(len(ids))[: len(ids) // 2]] = True
-        yield chosen[part]
-
-
-def _split_half_loads(trace: RoutingTrace, num_splits: int, seed: int) -> np.ndarray:
-    """[L] divergence between two halves of the requests, mean over splits."""
-    found = [
-        [
-            jensen_shannon_bits(*layer_loads(trace, layer, half.astype(np.intp), 2))
-            for layer in range(trace.num_layers)
-        ]
-        for half in _halves(trace, num_splits, seed)
-    ]
-    return np.mean(found, axis=0) if found else np.full(trace.num_layers, np.nan)
+def _split_half(trace: RoutingTrace, num_splits: int, seed: int) -> np.ndarray:
+    """[L] divergence of the loads between two halves of the requests, mean over splits."""
+    found = split_half_js_bits(trace, num_splits=num_splits, seed=seed)
+    return np.ascontiguousarray(found.T).mean(axis=0)
 
 
 def _split_half_pairs(trace: RoutingTrace, seed: int) -> np.ndarray:
-    for half in _halves(trace, 1, seed):
-        both = [_upper(pair_counts(trace.take(rows))) for rows in (half, ~half)]
-        return jensen_shannon_bits(*both)
-    return np.full(trace.num_layers, np.nan)
+    """[L] the same of the pairs, for one split."""
+    ids, part = np.unique(trace.tokens_only("pairs").request_id, return_inverse=True)
+    if len(ids) < 2:
+        return np.full(trace.num_layers, np.nan)
+    chosen = np.zeros(len(ids), bool)
+    chosen[np.random.default_rng(seed).permutation(len(ids))[: len(ids) // 2]] = True
+    halves = (trace.take(rows) for rows in (chosen[part], ~chosen[part]))
+    return jensen_shannon_bits(*(_upper(count_coactivation(half).pairs) for half in halves))
 
 
 def _upper(pairs: np.ndarray) -> np.ndarray:

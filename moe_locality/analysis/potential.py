@@ -1,4 +1,4 @@
-"""What placement, homes and replicas save on a trace, what they cannot, and whether it is worth it.
+"""What placement, homes and replicas save on a trace, their ceilings, and whether it is worth it.
 
 Every saving is found by solving on part of the requests and costing on the others, so it is a
 prediction for new requests like these. A ceiling is a bound: nothing of that kind saves more.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from moe_locality.errors import TraceError
-from moe_locality.placement.align import make_frame
+from moe_locality.placement.align import align_trace
 from moe_locality.placement.bounds.lower import lower_bounds
 from moe_locality.placement.costs import (
     Costs,
@@ -26,7 +27,7 @@ from moe_locality.placement.costs import (
 from moe_locality.placement.homes.assign import assign_homes
 from moe_locality.placement.homes.requests import default_prediction
 from moe_locality.placement.plan import PlacementPlan
-from moe_locality.placement.problem import telling_once
+from moe_locality.placement.problem import warnings_once
 from moe_locality.placement.solve import solve
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
@@ -83,7 +84,7 @@ class Potential:
         return asdict(self)
 
 
-@telling_once()
+@warnings_once()
 def potential(
     trace: RoutingTrace,
     topology: ClusterTopology,
@@ -106,9 +107,18 @@ def potential(
     train, test = _parts(trace, seed)
     linear = solve(train, topology, method="linear")
     base = evaluate(test, linear, topology)
+    result = partial(
+        Potential,
+        num_nodes=topology.num_nodes,
+        ranks_per_node=topology.ranks_per_node,
+        solved_tokens=train.num_tokens,
+        judged_tokens=test.num_tokens,
+        copies_linear=base.copies,
+        linear_imbalance=base.node_imbalance,
+    )
     if topology.num_nodes == 1 or base.copies == 0:
         verdict = "Nothing crosses nodes here: a placement has nothing to save."
-        return _potential(topology, train, test, base, (), False, verdict)
+        return result(levers=(), worth_it=False, verdict=verdict)
     blocks = request_blocks(test, seed)
     judge = _Judge(
         test,
@@ -119,26 +129,23 @@ def potential(
         trace_name,
     )
     extra = _replicas(trace.num_experts, topology.num_ranks)
-    tried: list[tuple[str, dict[str, Any], bool]] = [
-        ("placement", {}, False),
-        ("placement and homes", {"homes": "joint"}, True),
-        (f"placement and {extra} replicas", {"num_redundant_experts": extra}, False),
-        (
-            f"placement, homes and {extra} replicas",
-            {"homes": "joint", "num_redundant_experts": extra},
-            True,
-        ),
+    joint, replicas = {"homes": "joint"}, {"num_redundant_experts": extra}
+    tried: list[tuple[str, dict[str, Any]]] = [
+        ("placement", {}),
+        ("placement and homes", joint),
+        (f"placement and {extra} replicas", replicas),
+        (f"placement, homes and {extra} replicas", joint | replicas),
     ]
     levers = [judge.lever("homes", linear, blocks, with_homes=True)]
-    for done, (name, options, with_homes) in enumerate(tried):
+    for done, (name, options) in enumerate(tried):
         progress(done, len(tried), name)
         plan = solve(train, topology, max_imbalance=max_imbalance, seed=seed, **options)
-        levers.append(judge.lever(name, plan, blocks, with_homes=with_homes))
+        levers.append(judge.lever(name, plan, blocks, with_homes="homes" in options))
     worth_it, verdict = _verdict(levers)
-    return _potential(topology, train, test, base, tuple(levers), worth_it, verdict)
+    return result(levers=tuple(levers), worth_it=worth_it, verdict=verdict)
 
 
-@telling_once()
+@warnings_once()
 def tradeoff(
     trace: RoutingTrace,
     topology: ClusterTopology,
@@ -174,7 +181,7 @@ def grouping_ceiling(trace: RoutingTrace, plan: PlacementPlan, topology: Cluster
     A token whose home is the best of the D nodes that it needs still goes to D - 1 others; one
     whose home is drawn evenly from M nodes goes to D (M - 1) / M.
     """
-    visits = make_frame(trace, plan, topology, None).node_visits()
+    visits = align_trace(trace, plan, topology, None).node_visits()
     touched = visits.sum() / (trace.num_tokens * trace.num_layers)
     nodes = topology.num_nodes
     anywhere = touched * (nodes - 1) / nodes
@@ -288,25 +295,3 @@ def _verdict(levers: list[Lever]) -> tuple[bool, str]:
         words = f"Worth it: {found}, on requests that the solver has not seen.{more}"
         return True, f"{words} Make it: {best.command}"
     return False, f"Not worth it here: at best, {found}, on requests that the solver has not seen."
-
-
-def _potential(
-    topology: ClusterTopology,
-    train: RoutingTrace,
-    test: RoutingTrace,
-    base: Costs,
-    levers: tuple[Lever, ...],
-    worth_it: bool,
-    verdict: str,
-) -> Potential:
-    return Potential(
-        num_nodes=topology.num_nodes,
-        ranks_per_node=topology.ranks_per_node,
-        solved_tokens=train.num_tokens,
-        judged_tokens=test.num_tokens,
-        copies_linear=base.copies,
-        linear_imbalance=base.node_imbalance,
-        levers=levers,
-        worth_it=worth_it,
-        verdict=verdict,
-    )

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_locality.errors import TraceError
-from moe_locality.placement.counting import count_coactivation
 from moe_locality.trace.schema import DECODE, PREFILL, STAGE_NAMES, RoutingTrace
 
 GROUPINGS = ("domain", "group", "stage", "request", "step")
@@ -72,12 +71,6 @@ def _parts(trace: RoutingTrace, by: str) -> tuple[tuple[str, ...], np.ndarray]:
     return tuple(map(str, ids)), part
 
 
-def imbalance(load: np.ndarray) -> np.ndarray:
-    """Busiest expert over average expert, [...]; 1 = even, E = all on one; nan without any load."""
-    mean = load.mean(axis=-1)
-    return np.divide(load.max(axis=-1), mean, out=np.full(mean.shape, np.nan), where=mean > 0)
-
-
 def gini(load: np.ndarray) -> np.ndarray:
     """Gini coefficient, [...]: 0 = even, 1 - 1/E = all on one; nan without any load."""
     ordered = np.sort(load, axis=-1).astype(np.float64)
@@ -112,13 +105,6 @@ def shares(load: np.ndarray) -> np.ndarray:
 
 
 _CHUNK_TOKENS = 65_536
-
-
-def pair_counts(trace: RoutingTrace) -> np.ndarray:
-    """int64 [L, E, E], tokens that picked both experts of a pair; symmetric, zero on the
-    diagonal.
-    """
-    return count_coactivation(trace).pairs
 
 
 def transition_counts(trace: RoutingTrace) -> np.ndarray:
@@ -246,8 +232,7 @@ class DomainDivergence:
     @property
     def mean_noise_floor_bits(self) -> float:
         """Mean over the parts that have a floor; nan where none has."""
-        known = self.noise_floor_bits[~np.isnan(self.noise_floor_bits)]
-        return float(known.mean()) if len(known) else float("nan")
+        return known_mean(self.noise_floor_bits)
 
 
 def _pair_mean(matrix: np.ndarray) -> float:
@@ -283,11 +268,11 @@ def domain_divergence(
     js, cos = np.zeros((count, count)), np.ones((count, count))
     for i in range(count):
         for j in range(i):
-            js[i, j] = js[j, i] = _layer_mean(jensen_shannon_bits(loads[i], loads[j]))
-            cos[i, j] = cos[j, i] = _layer_mean(cosine(loads[i], loads[j]))
+            js[i, j] = js[j, i] = known_mean(jensen_shannon_bits(loads[i], loads[j]))
+            cos[i, j] = cos[j, i] = known_mean(cosine(loads[i], loads[j]))
     floor = np.array(
         [
-            split_half_js_bits(_part(trace, by, name), num_splits=num_splits, seed=seed)
+            known_mean(split_half_js_bits(_part(trace, by, name), num_splits=num_splits, seed=seed))
             for name in names
         ]
     )
@@ -312,33 +297,32 @@ def _tokens_of(trace: RoutingTrace, loads: np.ndarray) -> np.ndarray:
     return picks / trace.top_k if trace.top_k else np.full(len(loads), np.inf)
 
 
-def _layer_mean(values: np.ndarray) -> float:
+def known_mean(values: np.ndarray) -> float:
+    """Mean of the values that are not nan; nan where none is."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else float("nan")
 
 
-def split_half_js_bits(trace: RoutingTrace, *, num_splits: int = 8, seed: int = 0) -> float:
-    """Divergence between two random halves of a trace's requests (kind "load": rows), in bits.
-
-    Mean over layers and seeded splits: what a comparison of two equal domains would show. nan with
-    fewer than two requests.
+def split_half_js_bits(trace: RoutingTrace, *, num_splits: int = 8, seed: int = 0) -> np.ndarray:
+    """[L, num_splits] divergence between two random halves of a trace's requests (kind "load":
+    rows), in bits: what a comparison of two equal domains would show. nan with fewer than two.
     """
     if trace.request_id is not None:
         requests, part = np.unique(trace.request_id, return_inverse=True)
     else:
         requests = part = np.arange(trace.num_rows)
+    values = np.full((trace.num_layers, num_splits), np.nan)
     if len(requests) < 2:
-        return float("nan")
+        return values
     rng = np.random.default_rng(seed)
     first = np.zeros((num_splits, len(requests)))
     for split in first:
         split[rng.permutation(len(requests))[: len(requests) // 2]] = 1
-    values = np.empty((trace.num_layers, num_splits))
     for layer in range(trace.num_layers):  # one layer at a time: [requests, E] stays small
         loads = layer_loads(trace, layer, part, len(requests))
         half = first @ loads
         values[layer] = jensen_shannon_bits(half, loads.sum(axis=0) - half)
-    return _layer_mean(values)
+    return values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -389,16 +373,16 @@ def prefill_decode_correlation(
         requests = np.sort(np.random.default_rng(seed).choice(requests, max_requests, False))
     part = trace.filter(requests=requests)
     prefill, decode = part.filter(stages=PREFILL), part.filter(stages=DECODE)
-    r = _correlation(_frequency(prefill), _frequency(decode))
+    r = (_frequency(prefill) @ _frequency(decode).T).astype(np.float64)
     first_row = np.unique(part.request_id, return_index=True)[1]  # type: ignore[arg-type]
     domain = part.tokens_only("domains").domain_id[first_row]
     own = np.eye(len(requests), dtype=bool)
     alike = (domain[:, None] == domain[None, :]) & ~own
     return PrefillDecode(
         num_requests=len(requests),
-        same_request=_mean(r[own]),
-        same_domain=_mean(r[alike]),
-        other_domain=_mean(r[~alike & ~own]),
+        same_request=known_mean(r[own]),
+        same_domain=known_mean(r[alike]),
+        other_domain=known_mean(r[~alike & ~own]),
         aggregate=_pearson(trace.filter(stages=PREFILL).load(), trace.filter(stages=DECODE).load()),
     )
 
@@ -411,16 +395,8 @@ def _frequency(trace: RoutingTrace) -> np.ndarray:
     return np.divide(centered, length, out=np.zeros_like(centered), where=length > 0)
 
 
-def _correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    return (first @ second.T).astype(np.float64)
-
-
 def _pearson(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.corrcoef(first.ravel(), second.ravel())[0, 1])
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if len(values) else float("nan")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,9 @@ import numpy as np
 
 from moe_locality.analysis import stats
 from moe_locality.errors import TraceError
-from moe_locality.placement.costs import warn_of_absent_experts
+from moe_locality.placement.costs import imbalance, warn_of_absent_experts
+from moe_locality.placement.counting import count_coactivation
+from moe_locality.placement.plan import to_plain
 from moe_locality.trace.schema import RoutingTrace
 
 
@@ -43,7 +45,7 @@ def analyze(trace: RoutingTrace, seed: int = 0) -> dict[str, Any]:
         "coactivation": _coactivation(trace, left_out),
         "left_out": left_out,
     }
-    return _plain(result)
+    return to_plain(result, "analysis")
 
 
 def _describe(trace: RoutingTrace) -> dict[str, Any]:
@@ -66,14 +68,14 @@ def _describe(trace: RoutingTrace) -> dict[str, Any]:
 def _load(trace: RoutingTrace) -> dict[str, Any]:
     counts = trace.load()
     measures = {
-        "imbalance": stats.imbalance(counts),
+        "imbalance": imbalance(counts, empty=math.nan),
         "gini": stats.gini(counts),
         "entropy_bits": stats.entropy_bits(counts),
         "top_10_percent_share": stats.top_share(counts, 0.1),
     }
     per_stage = {}
     for name, part in zip(*stats.load_by(trace, "stage"), strict=True):
-        per_stage[name] = {"imbalance": _mean(stats.imbalance(part))}
+        per_stage[name] = {"imbalance": stats.known_mean(imbalance(part, empty=math.nan))}
     return {
         **{name: _spread(values) for name, values in measures.items()},
         "uniform_entropy_bits": math.log2(trace.num_experts),
@@ -92,7 +94,7 @@ def _domains(trace: RoutingTrace, seed: int, left_out: dict[str, str]) -> dict[s
     return {
         "names": found.names,
         "tokens": found.tokens,
-        "imbalance": [_mean(stats.imbalance(part)) for part in counts],
+        "imbalance": [stats.known_mean(imbalance(part, empty=math.nan)) for part in counts],
         "js_bits": found.js_bits,
         "noise_floor_bits": found.noise_floor_bits,
         "cosine": found.cosine,
@@ -129,7 +131,7 @@ def _coactivation(trace: RoutingTrace, left_out: dict[str, str]) -> dict[str, An
         return None
     result: dict[str, Any] = {"top_5_percent_pair_share": None, "independent_pair_share": None}
     if trace.top_k > 1:
-        pairs = stats.pair_counts(trace)
+        pairs = count_coactivation(trace).pairs
         result["top_5_percent_pair_share"] = _spread(stats.top_pair_share(pairs))
         result["independent_pair_share"] = _spread(
             stats.top_pair_share(stats.independent_pairs(trace.load()))
@@ -146,24 +148,4 @@ def _coactivation(trace: RoutingTrace, left_out: dict[str, str]) -> dict[str, An
 def _spread(values: np.ndarray) -> dict[str, Any]:
     known = values[~np.isnan(values)]
     low, high = (float(known.min()), float(known.max())) if len(known) else (math.nan, math.nan)
-    return {"mean": _mean(values), "min": low, "max": high, "per_layer": values}
-
-
-def _mean(values: np.ndarray) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else math.nan
-
-
-def _plain(value: Any) -> Any:
-    """Lists, dicts, str, int, float and None only."""
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return {"mean": stats.known_mean(values), "min": low, "max": high, "per_layer": values}

@@ -19,7 +19,7 @@ from moe_locality.commands.plans import brief, costs_table, linear_plan, topolog
 from moe_locality.errors import PlacementError
 from moe_locality.placement import Costs, PlacementPlan
 from moe_locality.placement import evaluate as costs_of
-from moe_locality.placement.problem import telling_once
+from moe_locality.placement.problem import warnings_once
 from moe_locality.topology import ClusterTopology
 from moe_locality.trace import RoutingTrace, read_trace
 
@@ -64,7 +64,7 @@ def place(
     options |= {"homes": homes, "objective": objective, "expert_groups": expert_groups}
     options |= {"move_budget": MOVE_BUDGET if move_budget is None else move_budget}
     options |= {"seed": seed, "start": old}
-    with progress(f"placing {trace}"), telling_once():
+    with progress(f"placing {trace}"), warnings_once():
         content = read_trace(trace)
         train, test = split(content, held_out, seed)
         if old is not None:

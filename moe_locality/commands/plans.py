@@ -19,7 +19,7 @@ from moe_locality.compare.plans import made_from
 from moe_locality.errors import PlacementError
 from moe_locality.placement import Costs, PlacementPlan
 from moe_locality.placement import evaluate as costs_of
-from moe_locality.placement.problem import telling_once
+from moe_locality.placement.problem import warnings_once
 from moe_locality.topology import ClusterTopology
 from moe_locality.trace import RoutingTrace, read_trace
 
@@ -180,7 +180,7 @@ def bake(
     return Result(payload=payload, text=words)
 
 
-@telling_once()
+@warnings_once()
 def bench(
     trace: Path,
     nodes: int | None,

@@ -7,12 +7,12 @@ from typing import Any
 from moe_locality.commands.inputs import check_writable, read_cluster
 from moe_locality.commands.output import Result, progress, table
 from moe_locality.config import read_config
-from moe_locality.placement.problem import telling_once
+from moe_locality.placement.problem import warnings_once
 from moe_locality.topology.sources import read_hostfile, select_slots
 from moe_locality.trace import read_trace
 
 
-@telling_once()
+@warnings_once()
 def analyze(
     trace: Path,
     report: Path | None,

@@ -17,7 +17,7 @@ from moe_locality.figures import (
     TrafficData,
 )
 from moe_locality.placement import Costs, PlacementPlan, evaluate
-from moe_locality.placement.align import make_frame
+from moe_locality.placement.align import align_trace
 from moe_locality.placement.costs import copies_of_blocks, ratio_interval, request_blocks
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace import RoutingTrace
@@ -177,7 +177,7 @@ def _figures(
     if len(candidates) > 1:
         before, after = (
             np.asarray(
-                make_frame(trace, c.plan, topology, c.homes).node_visits().sum(axis=0), float
+                align_trace(trace, c.plan, topology, c.homes).node_visits().sum(axis=0), float
             )
             for c in (first, last)
         )

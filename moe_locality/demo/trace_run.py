@@ -13,7 +13,7 @@ from moe_locality.demo.progress import Progress
 from moe_locality.errors import TraceError
 from moe_locality.placement import assign_homes, solve
 from moe_locality.placement.homes.requests import default_prediction
-from moe_locality.placement.problem import telling_once
+from moe_locality.placement.problem import warnings_once
 from moe_locality.placement.solve import COMPARED
 from moe_locality.report import write_report
 from moe_locality.topology import ClusterTopology
@@ -23,7 +23,7 @@ from moe_locality.tracking import start_tracking
 FIT_FRACTION = 0.7
 
 
-@telling_once()
+@warnings_once()
 def run_trace(options: DemoOptions, progress: Progress) -> dict[str, Any]:
     """Run every stage and return the figures (plain data).
 

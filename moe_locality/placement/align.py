@@ -18,7 +18,7 @@ Homes = Mapping[int, int] | np.ndarray | str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Frame:
+class AlignedTrace:
     """Aligned arrays; the layer axis follows the trace. ``home_rank`` None = uniform homes."""
 
     layer_ids: tuple[int, ...]
@@ -141,12 +141,12 @@ class Frame:
         return serves / self.num_ranks
 
 
-def make_frame(
+def align_trace(
     trace: RoutingTrace,
     plan: PlacementPlan,
     topology: ClusterTopology | None,
     homes: Homes,
-) -> Frame:
+) -> AlignedTrace:
     """Check that trace, plan, cluster and homes belong together and align them.
 
     Raises:
@@ -170,7 +170,7 @@ def make_frame(
             f"{list(plan.layer_ids)[:5]} ...): evaluate a plan on a trace of the same model"
         )
     rows = np.array([row_of[int(i)] for i in trace.layer_ids])
-    return Frame(
+    return AlignedTrace(
         layer_ids=tuple(int(i) for i in trace.layer_ids),
         plan_rows=rows,
         ids=trace.expert_ids,

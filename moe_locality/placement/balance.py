@@ -20,7 +20,7 @@ import numba
 import numpy as np
 
 from moe_locality.errors import PlacementError
-from moe_locality.placement.costs import max_over_mean, traffic_matrix
+from moe_locality.placement.costs import imbalance, traffic_matrix
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.threads import over_layers
 from moe_locality.trace.schema import RoutingTrace
@@ -36,8 +36,6 @@ def balance(
     ranks_per_node: int,
     num_slots: int,
     group_of: np.ndarray | None = None,
-    *,
-    threads: int | None = None,
 ) -> np.ndarray:
     """Experts of each rank, int32 [L, G, S], with a small largest rank load in every layer.
 
@@ -46,7 +44,6 @@ def balance(
         num_slots: slots of a layer over all ranks, a multiple of the ranks.
         group_of: [E] group of each expert: equal groups that stay whole on one node, as many on
             each. None: any expert on any rank.
-        threads: None: one per processor; the result is the same with any.
 
     Returns:
         the ranks of a node consecutive; no expert twice on a rank, each at least once.
@@ -71,7 +68,7 @@ def balance(
         divides = experts % num_nodes == 0 and size <= experts // num_nodes
         alone = np.arange(experts) if divides else np.zeros(0, dtype=np.int64)
         fill = partial(_balance_anywhere, load, num_nodes, alone, table)
-        over_layers(fill, len(load), threads=threads, least=_LAYERS_PER_THREAD)
+        over_layers(fill, len(load), least=_LAYERS_PER_THREAD)
         return table
     groups = np.asarray(group_of, dtype=np.int64)
     if size > experts // num_nodes:
@@ -80,7 +77,7 @@ def balance(
             "node, and a rank holds an expert once: use fewer redundant experts, or no groups"
         )
     fill = partial(_balance_groups, load, num_nodes, groups, table)
-    over_layers(fill, len(load), threads=threads, least=_LAYERS_PER_THREAD)
+    over_layers(fill, len(load), least=_LAYERS_PER_THREAD)
     return table
 
 
@@ -99,8 +96,7 @@ def most_level(trace: RoutingTrace, plan: PlacementPlan, other: PlacementPlan) -
     Both plans: the layers of the trace in its order, and the same ``expert_load``.
     """
     level, others = (
-        max_over_mean(traffic_matrix(trace, some, per_layer=True).sum(axis=1))
-        for some in (plan, other)
+        imbalance(traffic_matrix(trace, some, per_layer=True).sum(axis=1)) for some in (plan, other)
     )
     table = plan.physical_to_logical_map
     better = np.where((others < level)[:, None], other.physical_to_logical_map, table)
@@ -114,7 +110,7 @@ def _balance_anywhere(load, num_nodes, alone, table, first, last):
     other = np.empty((num_ranks, size), dtype=np.int32)
     for layer in range(first, last):
         best = _pack_experts(load[layer], table[layer], True)
-        # EPLB goes through the nodes where it can, and may be luckier so on a layer
+        # EPLB packs node by node where it can, which is better on some layers
         if alone.size and _pack_nodes(load[layer], num_nodes, alone, other, False, False) < best:
             _pack_nodes(load[layer], num_nodes, alone, table[layer], False, True)
 

@@ -1,4 +1,4 @@
-"""Placements to compare with: linear, round robin, EPLB, hot replicas, mt-KaHyPar, request k-means.
+"""Placements to compare with: linear, round robin, EPLB, hot replicas, mt-KaHyPar, k-means.
 
 EPLB here is our own code of the published description (DeepSeek-V3, arXiv 2412.19437, section 3.4,
 and the README of deepseek-ai/EPLB): experts are packed onto nodes by load, the busiest get
@@ -6,20 +6,21 @@ replicas inside their node, and the replicas are packed onto the ranks. The func
 return the experts of each rank: ``list[list[int]]`` with equal lengths and no expert twice on a
 rank.
 
-The request k-means recipe is arXiv 2604.23150, sections 4.1 and 4.2, our own code. Requests are
-clustered by k-means on their L2-normalized counts of tokens per expert, one cluster for each node
-(the paper's device group); a new request goes to the cluster that its prefill is nearest to.
+The request k-means recipe is arXiv 2604.23150, sections 4.1 and 4.2, our own code. k-means clusters
+the requests by their L2-normalized counts of tokens per expert, one cluster for each node (the
+paper's device group); a new request goes to the cluster that its prefill is nearest to.
 ``use`` [M, E] is how often the requests of a node pick an expert; stage 1 places every expert once,
 in falling order of ``use`` and as far as nodes have room; stage 2 fills redundant slots in the same
 order. Nothing in it levels the loads. The paper leaves open the number of clusters, the
 iterations, ties, whether layers are clustered apart, and the ranks inside a group. Here: as many
-clusters as nodes; at most ``ITERATIONS``; the lowest number first; one clustering over all layers,
-because a request has only one home; inside a node, ranks are packed by load.
+clusters as nodes; at most ``KMEANS_ROUNDS``; the lowest number first; one clustering over all
+layers, because a request has only one home; inside a node, ranks are packed by load.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -27,7 +28,12 @@ import numpy as np
 
 from moe_locality.errors import BackendUnavailable, PlacementError
 from moe_locality.placement.counting import picks_by_home
-from moe_locality.placement.homes.requests import known_tokens, requests_of
+from moe_locality.placement.homes.requests import (
+    k_means,
+    known_tokens,
+    nearest_center,
+    requests_of,
+)
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.problem import Problem, RankLists, Solution, make_plan
 from moe_locality.topology.cluster import ClusterTopology
@@ -54,20 +60,8 @@ def round_robin(num_experts: int, num_ranks: int, num_slots: int) -> RankLists:
     return held
 
 
-def pack(loads: Sequence[float], num_packs: int) -> list[list[int]]:
-    """Put items into packs of equal size, heaviest first, each into the lightest pack with room."""
-    size = len(loads) // num_packs
-    packs: list[list[int]] = [[] for _ in range(num_packs)]
-    sums = [0.0] * num_packs
-    for item in sorted(range(len(loads)), key=lambda i: (-loads[i], i)):
-        pick = min((p for p in range(num_packs) if len(packs[p]) < size), key=lambda p: sums[p])
-        packs[pick].append(item)
-        sums[pick] += loads[item]
-    return packs
-
-
 def replicate(loads: np.ndarray, num_slots: int, most: int) -> np.ndarray:
-    """[n] replicas of each expert: one each, then again and again for the largest load per replica.
+    """[n] replicas of each expert: one each, then one by one for the largest load per replica.
 
     ``most`` bounds the replicas of one expert, so that they fit on different ranks.
     """
@@ -139,7 +133,7 @@ def eplb(
         return pack_replicas(load, counts, ranks)
     held: RankLists = []
     group_load = np.bincount(groups, weights=load, minlength=num_groups)
-    for members in pack(group_load.tolist(), nodes):
+    for members in pack_replicas(group_load, np.ones(num_groups, dtype=np.int64), nodes):
         local = np.flatnonzero(np.isin(groups, members))
         counts = replicate(load[local], per_node, ranks_per_node)
         for rank in pack_replicas(load[local], counts, ranks_per_node):
@@ -171,13 +165,14 @@ def pack_node(
     return [[int(local[i]) for i in rank] for rank in packed]
 
 
-PRESETS = {
-    "default": "DEFAULT",
-    "quality": "QUALITY",
-    "highest_quality": "HIGHEST_QUALITY",
-    "deterministic": "DETERMINISTIC",
-    "deterministic_quality": "DETERMINISTIC_QUALITY",
-}
+def _on_nodes(problem: Problem, nodes_of_layer: list[list[list[int]]]) -> Solution:
+    """A plan from the experts of each node, per layer; ranks by ``pack_node``."""
+    per_node = problem.num_slots // problem.num_nodes
+    rows: list[RankLists] = []
+    for load, nodes in zip(problem.trace.load(), nodes_of_layer, strict=True):
+        held = [pack_node(load, some, problem.ranks_per_node, per_node) for some in nodes]
+        rows.append([rank for node in held for rank in node])
+    return Solution(plan=make_plan(problem, rows))
 
 
 def solve_eplb_global(problem: Problem) -> Solution:
@@ -189,22 +184,14 @@ def solve_eplb_global(problem: Problem) -> Solution:
 
 def solve_hottest(problem: Problem) -> Solution:
     """The linear layout, and on every node the most loaded experts that it lacks."""
-    sizes = _node_sizes(problem.trace.num_experts, problem.num_nodes)
-    node_of = np.repeat(np.arange(problem.num_nodes), sizes)
-    return hottest_on(problem, np.tile(node_of, (problem.trace.num_layers, 1)))
-
-
-def hottest_on(problem: Problem, node_of: np.ndarray) -> Solution:
-    """The most loaded experts that a node lacks, on top of any placement [L, E] → node."""
+    linear_nodes = np.array_split(np.arange(problem.trace.num_experts), problem.num_nodes)
+    nodes = [some.tolist() for some in linear_nodes]
     per_node = problem.num_slots // problem.num_nodes
-    rows: list[RankLists] = []
-    for load, blocks in zip(problem.trace.load(), node_of, strict=True):
-        nodes = [np.flatnonzero(blocks == n).tolist() for n in range(problem.num_nodes)]
-        held: RankLists = []
-        for members in add_hottest(nodes, load, per_node):
-            held += pack_node(load, members, problem.ranks_per_node, per_node)
-        rows.append(held)
-    return Solution(plan=make_plan(problem, rows))
+    return _on_nodes(problem, [add_hottest(nodes, x, per_node) for x in problem.trace.load()])
+
+
+PRESETS = ("default", "quality", "highest_quality", "deterministic", "deterministic_quality")
+"""Presets of mt-KaHyPar."""
 
 
 def solve_mtkahypar(problem: Problem) -> Solution:
@@ -234,23 +221,18 @@ def partition_mtkahypar(problem: Problem, preset: str) -> Solution:
     if preset not in PRESETS:
         raise PlacementError(f"preset: found {preset!r}, expected one of {', '.join(PRESETS)}")
     assert trace.expert_ids is not None
-    rows: list[RankLists] = []
-    per_node = problem.num_slots // nodes
-    for layer, load in enumerate(trace.load()):
+    found = []
+    for layer in range(trace.num_layers):
         ids = np.ascontiguousarray(trace.expert_ids[:, layer])
         tokens = LayerTokens.of(ids, trace.num_experts, nodes, None)
         block_of = (
-            _cut(tokens, PRESETS[preset], problem.seed)
+            _cut(tokens, preset.upper(), problem.seed)
             if nodes > 1
             else np.zeros(trace.num_experts, dtype=np.int64)
         )
         block_of = equalize(block_of, pairs_of_layer(ids, trace.num_experts), nodes)
-        held: RankLists = []
-        for node in range(nodes):
-            members = np.flatnonzero(block_of == node).tolist()
-            held += pack_node(load, members, problem.ranks_per_node, per_node)
-        rows.append(held)
-    return Solution(plan=make_plan(problem, rows), notes={"preset": preset})
+        found.append([np.flatnonzero(block_of == node).tolist() for node in range(nodes)])
+    return replace(_on_nodes(problem, found), notes={"preset": preset})
 
 
 def equalize(block_of: np.ndarray, weight: np.ndarray, num_blocks: int) -> np.ndarray:
@@ -267,10 +249,6 @@ def equalize(block_of: np.ndarray, weight: np.ndarray, num_blocks: int) -> np.nd
         loss[:, counts >= size] = np.inf
         expert, block = np.unravel_index(int(np.argmin(loss)), loss.shape)
         block_of[expert] = block
-
-
-def _node_sizes(experts: int, nodes: int) -> list[int]:
-    return [experts // nodes + (n < experts % nodes) for n in range(nodes)]
 
 
 def _cut(tokens: Any, preset: str, seed: int) -> np.ndarray:
@@ -309,11 +287,10 @@ def _environment() -> Any:
     return _mtkahypar().initialize(1, False)
 
 
-ITERATIONS = 50
 _DECIMALS = 6
 
 
-def solve_seed(problem: Problem) -> Solution:
+def solve_request_kmeans(problem: Problem) -> Solution:
     """The plan; ``home_profiles["cluster_centers"]`` [M][L][E] is what ``cluster_homes`` needs.
 
     The clusters come from the decode tokens of the trace, or from all where none are marked.
@@ -322,24 +299,18 @@ def solve_seed(problem: Problem) -> Solution:
     requests = requests_of(trace)
     rows = np.flatnonzero(trace.stage == DECODE)
     points = _signatures(trace, requests.index, rows if len(rows) else np.arange(trace.num_rows))
-    centers = _k_means(points, problem.num_nodes, np.random.default_rng(problem.seed))
-    node_of = _nearest(points, centers)
+    centers = k_means(points, problem.num_nodes, np.random.default_rng(problem.seed))
+    node_of = nearest_center(points, centers)
     assert trace.expert_ids is not None
     use = picks_by_home(
         trace.expert_ids, trace.num_experts, node_of[requests.index], problem.num_nodes
     )  # [L, M, E]
     per_node = problem.num_slots // problem.num_nodes
-    plans: list[RankLists] = []
-    for used, load in zip(use, trace.load(), strict=True):
-        held: RankLists = []
-        for members in _place_by_use(used, per_node):
-            held += pack_node(load, members, problem.ranks_per_node, per_node)
-        plans.append(held)
     shape = (problem.num_nodes, trace.num_layers, trace.num_experts)
     profiles = {"cluster_centers": np.round(centers, _DECIMALS).reshape(shape).tolist()}
-    plan = make_plan(problem, plans)
+    plan = _on_nodes(problem, [_place_by_use(used, per_node) for used in use]).plan
     return Solution(
-        plan=PlacementPlan.from_dict({**plan.to_dict(), "home_profiles": profiles}),
+        plan=replace(plan, home_profiles=profiles),
         notes={"requests_per_cluster": np.bincount(node_of, minlength=problem.num_nodes).tolist()},
     )
 
@@ -355,12 +326,12 @@ def cluster_homes(
     table = (plan.home_profiles or {}).get("cluster_centers")
     if table is None:
         raise PlacementError(
-            "found a plan without cluster centers, expected one of method 'seed': make it with "
-            "that method"
+            "found a plan without cluster centers, expected one of method 'request_kmeans': make "
+            "it with that method"
         )
     requests = requests_of(trace)
     points = _signatures(trace, requests.index, known_tokens(trace, requests, predict))
-    node_of = _nearest(points, np.asarray(table, dtype=np.float64).reshape(len(table), -1))
+    node_of = nearest_center(points, np.asarray(table, dtype=np.float64).reshape(len(table), -1))
     filled = np.zeros(topology.num_ranks)
     homes = {}
     for request, node, tokens in zip(requests.request_ids, node_of, requests.tokens, strict=True):
@@ -378,31 +349,6 @@ def _signatures(trace: RoutingTrace, index: np.ndarray, rows: np.ndarray) -> np.
     picks = picks_by_home(trace.expert_ids[rows], trace.num_experts, index[rows], count)
     points = picks.transpose(1, 0, 2).reshape(count, -1).astype(np.float64)
     return points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
-
-
-def _nearest(points: np.ndarray, centers: np.ndarray) -> np.ndarray:
-    """[R] the nearest center of each point."""
-    return ((centers**2).sum(axis=1) - 2 * points @ centers.T).argmin(axis=1)
-
-
-def _k_means(points: np.ndarray, clusters: int, rng: np.random.Generator) -> np.ndarray:
-    """[C, F] centers: Lloyd's algorithm from the k-means++ start (Arthur and Vassilvitskii)."""
-    chosen = [int(rng.integers(len(points)))]
-    for _ in range(clusters - 1):
-        far = np.maximum(2 - 2 * (points @ points[chosen].T).max(axis=1), 0.0)
-        far[chosen] = 0.0
-        total = far.sum()
-        chosen.append(int(rng.choice(len(points), p=far / total if total > 0 else None)))
-    centers = points[chosen]
-    assigned = np.full(len(points), -1)
-    for _ in range(ITERATIONS):
-        nearest = _nearest(points, centers)
-        if (nearest == assigned).all():
-            break
-        assigned = nearest
-        for cluster in np.unique(assigned):
-            centers[cluster] = points[assigned == cluster].mean(axis=0)
-    return centers
 
 
 def _place_by_use(use: np.ndarray, slots_per_node: int) -> list[list[int]]:

@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import PlacementError
-from moe_locality.placement.align import Frame, Homes, make_frame
+from moe_locality.placement.align import AlignedTrace, Homes, align_trace
 from moe_locality.placement.plan import PlacementPlan
-from moe_locality.placement.problem import tell
+from moe_locality.placement.problem import log_warning
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 
@@ -100,7 +100,7 @@ def evaluate(
     Raises:
         PlacementError: the plan does not fit the trace, the cluster or the homes.
     """
-    frame = make_frame(trace, plan, topology, homes)
+    aligned = align_trace(trace, plan, topology, homes)
     if plan.expert_load is not None:
         warn_of_absent_experts(plan.expert_load, plan.layer_ids)
     if batch_tokens < 1:
@@ -109,23 +109,23 @@ def evaluate(
         raise PlacementError(f"row_bytes: found {row_bytes}, expected a number above 0: correct it")
     rows: dict[str, np.ndarray] = {}
     totals: tuple[int | None, int | None] = (None, None)
-    by_rank = _rank_traffic(frame)
+    by_rank = _rank_traffic(aligned)
     served = by_rank.sum(axis=1)
-    if frame.ids is None:
-        nothing = np.full(frame.num_layers, np.nan)
+    if aligned.ids is None:
+        nothing = np.full(aligned.num_layers, np.nan)
         rows["copies"], rows["picks"], rows["link"] = nothing, nothing, nothing
     else:
-        totals = _traffic_costs(frame, by_rank, rows, row_bytes or 1)
-    rows["node_imbalance"] = max_over_mean(_by_node(served, frame.node_of_rank, axis=1))
-    rows["rank_imbalance"] = max_over_mean(served)
-    rows["straggler"], rows["distinct"] = _batch_costs(frame, batch_tokens)
-    rows["move"] = _moved(frame, plan, baseline)
+        totals = _traffic_costs(aligned, by_rank, rows, row_bytes or 1)
+    rows["node_imbalance"] = imbalance(_by_node(served, aligned.node_of_rank, axis=1))
+    rows["rank_imbalance"] = imbalance(served)
+    rows["straggler"], rows["distinct"] = _batch_costs(aligned, batch_tokens)
+    rows["move"] = _moved(aligned, plan, baseline)
     if expert_bytes is not None:
         rows["move"] = rows["move"] * plan.num_slots * expert_bytes
     return Costs(
         **{name: float(row.mean()) for name, row in rows.items()},
         per_layer=rows,
-        layer_ids=frame.layer_ids,
+        layer_ids=aligned.layer_ids,
         num_tokens=trace.num_tokens,
         batch_tokens=batch_tokens,
         total_copies=totals[0],
@@ -137,7 +137,7 @@ def warn_of_absent_experts(load: np.ndarray, layer_ids: Sequence[int] | np.ndarr
     """Log a warning where layers may have fewer experts than load [L, E] has."""
     if short := _absent_experts(load):
         row, used = next(iter(short.items()))
-        tell(
+        log_warning(
             _log,
             "%d layers pick at most half of the %d experts (first: layer %s, experts 0 to %d only):"
             " if these layers have no more, the trace mixes layers of different sizes and neither "
@@ -174,29 +174,29 @@ def traffic_matrix(
     Summed over the layers, or [L, G, G] with ``per_layer``. The sum is the number of picks in the
     trace. Without homes it is the expectation over uniform homes.
     """
-    matrix = _rank_traffic(make_frame(trace, plan, topology, homes))
+    matrix = _rank_traffic(align_trace(trace, plan, topology, homes))
     return matrix if per_layer else matrix.sum(axis=0)
 
 
-def max_over_mean(loads: np.ndarray) -> np.ndarray:
-    """max / mean along the last axis; 1 where nothing is loaded."""
+def imbalance(loads: np.ndarray, empty: float = 1.0) -> np.ndarray:
+    """max / mean along the last axis, [...]; ``empty`` where nothing is loaded."""
     mean = loads.mean(axis=-1)
-    return np.where(mean > 0, loads.max(axis=-1) / np.where(mean > 0, mean, 1), 1.0)
+    return np.where(mean > 0, loads.max(axis=-1) / np.where(mean > 0, mean, 1), empty)
 
 
-def _rank_traffic(frame: Frame) -> np.ndarray:
+def _rank_traffic(aligned: AlignedTrace) -> np.ndarray:
     """[L, G, G] float64 picks by home rank and serving rank; integers below 2**53 are exact."""
-    layers, ranks = frame.num_layers, frame.num_ranks
+    layers, ranks = aligned.num_layers, aligned.num_ranks
     matrix = np.zeros((layers, ranks, ranks))
-    shares = frame.picks_by_home()  # [L, G, E]; without homes one row, the same for every home
-    served_rank = frame.served_rank
+    shares = aligned.picks_by_home()  # [L, G, E]; without homes one row, the same for every home
+    served_rank = aligned.served_rank
     for layer in range(layers):
         for home in range(ranks):
-            counts = shares[layer, home if frame.home_rank is not None else 0]
+            counts = shares[layer, home if aligned.home_rank is not None else 0]
             matrix[layer, home] = np.bincount(
                 served_rank[layer, home], weights=counts, minlength=ranks
             )
-    return matrix if frame.home_rank is not None else matrix / ranks
+    return matrix if aligned.home_rank is not None else matrix / ranks
 
 
 def _by_node(values: np.ndarray, node_of_rank: np.ndarray, axis: int) -> np.ndarray:
@@ -206,35 +206,39 @@ def _by_node(values: np.ndarray, node_of_rank: np.ndarray, axis: int) -> np.ndar
     return np.moveaxis(np.tensordot(values, onto, axes=([axis], [0])), -1, axis)
 
 
-def _traffic_costs(frame: Frame, by_rank, rows, row_bytes) -> tuple[int | None, int | None]:
+def _traffic_costs(
+    aligned: AlignedTrace, by_rank, rows, row_bytes
+) -> tuple[int | None, int | None]:
     """Fill copies, picks and link; return their exact totals where homes are given."""
-    tokens = len(frame.ids)  # type: ignore[arg-type]
-    between = _by_node(_by_node(by_rank, frame.node_of_rank, 1), frame.node_of_rank, 2)
-    remote = ~np.eye(frame.num_nodes, dtype=bool)
-    visits = frame.node_visits() * remote  # [L, M, M]
+    tokens = len(aligned.ids)  # type: ignore[arg-type]
+    between = _by_node(_by_node(by_rank, aligned.node_of_rank, 1), aligned.node_of_rank, 2)
+    remote = ~np.eye(aligned.num_nodes, dtype=bool)
+    visits = aligned.node_visits() * remote  # [L, M, M]
     rows["picks"] = (between * remote).sum(axis=(1, 2)) / tokens
     rows["copies"] = visits.sum(axis=(1, 2)) / tokens
     rows["link"] = np.maximum(visits.sum(axis=2), visits.sum(axis=1)).max(axis=1) * row_bytes
-    if frame.home_rank is None:
+    if aligned.home_rank is None:
         return None, None
     return int(visits.sum()), round(float((between * remote).sum()))
 
 
-def _batch_costs(frame: Frame, batch_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+def _batch_costs(aligned: AlignedTrace, batch_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Straggler and distinct, [L] each; expected values where the home decides and is not given."""
     batches = 0
-    straggler, distinct = np.zeros(frame.num_layers), np.zeros(frame.num_layers)
-    for loads, active in frame.rank_batches(batch_tokens):  # [B, L, G] each
-        straggler += max_over_mean(loads).sum(axis=0)
+    straggler, distinct = np.zeros(aligned.num_layers), np.zeros(aligned.num_layers)
+    for loads, active in aligned.rank_batches(batch_tokens):  # [B, L, G] each
+        straggler += imbalance(loads).sum(axis=0)
         distinct += active.mean(axis=2).sum(axis=0)
         batches += len(loads)
     return straggler / batches, distinct / batches
 
 
-def _moved(frame: Frame, plan: PlacementPlan, baseline: PlacementPlan | None) -> np.ndarray:
+def _moved(
+    aligned: AlignedTrace, plan: PlacementPlan, baseline: PlacementPlan | None
+) -> np.ndarray:
     """[L] fraction of slots whose expert was on another rank in ``baseline``."""
     if baseline is None:
-        return np.full(frame.num_layers, np.nan)
+        return np.full(aligned.num_layers, np.nan)
     baseline.check_fits(
         num_experts=plan.num_experts, layer_ids=plan.layer_ids, num_ranks=plan.num_ranks
     )
@@ -246,7 +250,7 @@ def _moved(frame: Frame, plan: PlacementPlan, baseline: PlacementPlan | None) ->
         return table
 
     new = (held(plan) & ~held(baseline)).sum(axis=(1, 2)) / plan.num_slots
-    return new[frame.plan_rows]
+    return new[aligned.plan_rows]
 
 
 NUM_BLOCKS = (5, 10, 15, 20)
@@ -278,7 +282,7 @@ def copies_of_blocks(
     for block in range(int(blocks.max()) + 1):
         rows = blocks == block
         part = homes[rows] if isinstance(homes, np.ndarray) else homes
-        visits = make_frame(trace.take(rows), plan, topology, part).node_visits()
+        visits = align_trace(trace.take(rows), plan, topology, part).node_visits()
         totals.append(visits.sum() - np.trace(visits.sum(axis=0)))
     return np.array(totals, dtype=np.float64)
 
@@ -334,7 +338,7 @@ def expected_change(
     for name, onto in (("node_imbalance", on_node), ("rank_imbalance", np.eye(len(node)))):
         loads = [some.sum(axis=2) @ onto for some in traffic]  # [B, L, nodes or ranks]
         total, without = (
-            np.divide(*(max_over_mean(some).mean(axis=-1) for some in reversed(kept)))
+            np.divide(*(imbalance(some).mean(axis=-1) for some in reversed(kept)))
             for kept in (
                 [some.sum(axis=0) for some in loads],
                 [some.sum(axis=0) - some for some in loads],

@@ -110,7 +110,7 @@ def picks_by_home(
 def compiled_picks_by_home(
     ids: np.ndarray, num_experts: int, home: np.ndarray, num_homes: int
 ) -> np.ndarray:
-    """``picks_by_home`` compiled, whatever the size: for who counts again and again."""
+    """``picks_by_home`` compiled, whatever the size: for repeated calls."""
     from moe_locality.placement.count_kernels import add_picks
 
     found = np.zeros((ids.shape[1], num_homes, num_experts + 1), dtype=np.int64)
@@ -208,7 +208,6 @@ class Coactivation:
 def count_coactivation(
     trace: RoutingTrace | str | os.PathLike[str],
     *,
-    threads: int | None = None,
     max_bytes: int = 128 << 20,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Coactivation:
@@ -219,7 +218,6 @@ def count_coactivation(
     Args:
         trace: a trace in memory, or the path of one. A directory of Parquet shards is read piece by
             piece and may be larger than memory; an .npz file is read whole.
-        threads: None: one per processor that this process may use.
         max_bytes: about what the expert ids of a piece of a shard may take, read and decoded.
         progress: called with (pieces done, pieces in all, text) when reading a directory.
 
@@ -228,11 +226,11 @@ def count_coactivation(
     """
     if not isinstance(trace, RoutingTrace):
         pieces = read_pieces(trace, max_bytes=max_bytes, progress=progress)
-        return _sum_parts(pieces, threads, sort=True)
-    return _sum_parts(iter([trace]), threads, sort=False)
+        return _sum_parts(pieces, sort=True)
+    return _sum_parts(iter([trace]), sort=False)
 
 
-def _sum_parts(parts: Iterator[RoutingTrace], threads: int | None, *, sort: bool) -> Coactivation:
+def _sum_parts(parts: Iterator[RoutingTrace], *, sort: bool) -> Coactivation:
     """Add up parts of one trace, of whatever rows and layers; layers by number, or as they come."""
     rows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     seen: dict[int, int] = {}
@@ -241,7 +239,7 @@ def _sum_parts(parts: Iterator[RoutingTrace], threads: int | None, *, sort: bool
     for part in parts:
         ids = part.tokens_only("count_coactivation").expert_ids
         model, num = part.model, part.num_experts
-        pairs, load = _count_pairs(ids, num, threads)
+        pairs, load = _count_pairs(ids, num)
         for place, layer in enumerate(int(i) for i in part.layer_ids):
             seen[layer] = seen.get(layer, 0) + len(ids)
             if layer not in rows:
@@ -264,9 +262,7 @@ def _sum_parts(parts: Iterator[RoutingTrace], threads: int | None, *, sort: bool
     return result
 
 
-def _count_pairs(
-    ids: np.ndarray, num_experts: int, threads: int | None
-) -> tuple[np.ndarray, np.ndarray]:
+def _count_pairs(ids: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
     """(uint32 [L, E, E] pairs in the order of the picks, int64 [L, E] picks) of ids [T, L, K].
 
     Threads take different layers, so they share nothing that is written.
@@ -277,7 +273,5 @@ def _count_pairs(
     pairs = np.zeros((layers, num_experts, num_experts), np.uint32)
     load = np.zeros((layers, 1, num_experts), np.int64)
     unit = np.zeros(len(ids), np.int64)
-    over_layers(
-        lambda first, last: add_pairs(ids, unit, first, last, pairs, load), layers, threads=threads
-    )
+    over_layers(lambda first, last: add_pairs(ids, unit, first, last, pairs, load), layers)
     return pairs, load[:, 0]

@@ -203,7 +203,7 @@ class PlacementPlan:
         provenance: how the plan was found (trace hash, solver, seed, options, version).
         costs: the costs predicted when the plan was found.
         expert_load: [L, E] int64 tokens per expert that the plan was made for; decides which
-            replica serves whom.
+            replica serves which home.
         rank_to_node: [G] node of each rank; None = rank r is on node ``r // ranks_per_node``.
 
     Raises:

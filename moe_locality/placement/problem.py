@@ -20,26 +20,26 @@ from moe_locality.trace.schema import RoutingTrace
 RankLists = list[list[int]]
 """The experts of each rank, for one layer."""
 
-_told: ContextVar[set[str] | None] = ContextVar("_told", default=None)
+_logged: ContextVar[set[str] | None] = ContextVar("_logged", default=None)
 
 
 @contextlib.contextmanager
-def telling_once() -> Iterator[None]:
-    """Within it, warnings that differ in figures alone are logged once, for who solves often."""
-    token = _told.set(set() if _told.get() is None else _told.get())
+def warnings_once() -> Iterator[None]:
+    """Log warnings that differ in figures alone once, within the block or decorated function."""
+    token = _logged.set(set() if _logged.get() is None else _logged.get())
     try:
         yield
     finally:
-        _told.reset(token)
+        _logged.reset(token)
 
 
-def tell(log: logging.Logger, text: str, *figures: object) -> None:
-    """Log a warning, see ``telling_once``."""
-    told = _told.get()
-    if told is None or text not in told:
+def log_warning(log: logging.Logger, text: str, *figures: object) -> None:
+    """Log a warning, see ``warnings_once``."""
+    logged = _logged.get()
+    if logged is None or text not in logged:
         log.warning(text, *figures)
-    if told is not None:
-        told.add(text)
+    if logged is not None:
+        logged.add(text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +71,13 @@ class Problem:
     @property
     def num_ranks(self) -> int:
         return self.topology.num_ranks
+
+    @property
+    def home_node(self) -> np.ndarray:
+        """[T] int64 home node of each token; empty where homes are uniform."""
+        if self.home_rank is None:
+            return np.zeros(0, np.int64)
+        return np.asarray(self.topology.rank_to_node, dtype=np.int64)[self.home_rank]
 
     @property
     def slots_per_rank(self) -> int:

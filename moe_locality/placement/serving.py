@@ -1,5 +1,5 @@
 """Which replica serves which home: a pure function of the plan, so all ranks agree without
-talking.
+communication.
 
 Shapes: L layers, E experts, P slots, G ranks, M nodes, X most replicas of one expert. All layers
 are decided together, one choice at a time: a step is a few numpy calls on arrays of length L.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -61,7 +62,7 @@ def solve(
         trace: what to optimize for; ``coactivation`` needs a trace of tokens, the others take
             counts.
         method: ``coactivation`` (fewest copies under the cap), ``balance`` (level ranks from loads
-            alone), ``eplb`` (the published rule for the same), ``linear`` or ``round_robin``.
+            alone), ``eplb`` (the published rule for the same), or another of ``METHODS``.
         num_redundant_experts: slots beyond one per expert.
         max_imbalance: most max / mean of the node loads that ``coactivation`` expects on *unseen*
             requests, in the mean over the layers, see search/load_noise.py. Layers where packing
@@ -76,11 +77,12 @@ def solve(
             at; the more, the better requests can be sorted, and the more tokens one rank has.
         seed: of every random choice.
         start: improve this plan (and its replicas) instead, moving at most the share
-            ``move_budget`` of its slots; with ``coactivation`` or ``balance``. See refresh.py.
+            ``move_budget`` of its slots; with ``coactivation`` or ``balance``. See refresh/.
 
     Raises:
         PlacementError: the arguments do not fit each other; the message says what to change.
     """
+    method = _current_name(method)
     _check_arguments(trace, method, max_imbalance, homes, expert_groups)
     joint = isinstance(homes, str) and homes == "joint"
     check_objective(objective, joint, num_redundant_experts, max_home_imbalance)
@@ -98,8 +100,15 @@ def solve(
         seed=seed,
     )
     found = _run(problem, method, joint, start, move_budget)
-    origin = "joint" if joint else ("uniform" if homes is None else "given")
-    return _signed(problem, found, found.homes if joint else homes, method, origin)
+    return _signed(problem, found, found.homes if joint else homes, method, joint)
+
+
+def _current_name(method: str) -> str:
+    if method not in RENAMED:
+        return method
+    text = f"method {method!r} is now called {RENAMED[method]!r}: use that name"
+    warnings.warn(text, DeprecationWarning, stacklevel=3)
+    return RENAMED[method]
 
 
 def _run(problem, method, joint, start, move_budget) -> Solution:
@@ -111,7 +120,7 @@ def _run(problem, method, joint, start, move_budget) -> Solution:
 
 
 def _signed(
-    problem: Problem, found: Solution, homes: Homes, method: str, origin: str
+    problem: Problem, found: Solution, homes: Homes, method: str, joint: bool
 ) -> PlacementPlan:
     """The plan with its costs on the trace, and where it is from."""
     with ThreadPoolExecutor(1) as pool:  # hashing needs no interpreter lock
@@ -123,7 +132,7 @@ def _signed(
         "seed": problem.seed,
         "max_imbalance": problem.max_imbalance,
         "num_redundant_experts": problem.num_slots - problem.trace.num_experts,
-        "homes": origin,
+        "homes": "joint" if joint else ("uniform" if homes is None else "given"),
         "moe_locality": moe_locality.__version__,
         **found.notes,
     }
@@ -181,9 +190,11 @@ METHODS: dict[str, Method] = {
     "hottest": Method(run=baselines.solve_hottest),
     "linear": Method(run=_linear, uses_groups=True),
     "mtkahypar": Method(run=baselines.solve_mtkahypar, needs_tokens=True),
+    "request_kmeans": Method(run=baselines.solve_request_kmeans, needs_tokens=True),
     "round_robin": Method(run=_round_robin),
-    "seed": Method(run=baselines.solve_seed, needs_tokens=True),
 }
+RENAMED = {"seed": "request_kmeans"}
+"""Names that a method had before; ``solve`` takes them for one more version."""
 COMPARED = ("linear", "round_robin", "eplb", "coactivation")
 """What ``moe-locality bench`` and the demo on a trace set side by side."""
 

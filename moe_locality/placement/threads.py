@@ -1,4 +1,4 @@
-"""Compiled loops over layers in plain threads.
+"""Compiled loops over layers in plain threads, one per processor that this process may use.
 
 A compiled parallel loop would start OpenMP threads, and a process that has those must not fork.
 """
@@ -18,7 +18,6 @@ def over_layers(
     fill: Callable[[int, int], object],
     num_layers: int,
     *,
-    threads: int | None = None,
     least: int = 1,
 ) -> None:
     """Call ``fill(first, last)`` so that every layer is in one call, in several threads.
@@ -27,10 +26,9 @@ def over_layers(
     belongs to other layers; then the number of threads changes no result.
 
     Args:
-        threads: None: one per processor that this process may use.
         least: layers per thread below which another thread is not worth starting.
     """
-    count = max(min(threads or processors(), num_layers // max(least, 1)), 1)
+    count = max(min(processors(), num_layers // max(least, 1)), 1)
     if count == 1:
         fill(0, num_layers)
         return
@@ -41,13 +39,11 @@ def over_layers(
             job.result()
 
 
-def map_layers(
-    one: Callable[[int], Result], num_layers: int, *, threads: int | None = None
-) -> list[Result]:
+def map_layers(one: Callable[[int], Result], num_layers: int) -> list[Result]:
     """``one(layer)`` of every layer, in order, computed in several threads as in ``over_layers``;
     a thread that is done takes the next layer.
     """
-    count = max(min(threads or processors(), num_layers), 1)
+    count = max(min(processors(), num_layers), 1)
     if count == 1:
         return [one(layer) for layer in range(num_layers)]
     with ThreadPoolExecutor(count) as pool:

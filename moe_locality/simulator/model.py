@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_locality.errors import ConfigError, PlacementError
-from moe_locality.placement.align import Frame
+from moe_locality.placement.align import AlignedTrace
 from moe_locality.topology.cluster import ClusterTopology
 
 HBM_GBPS = 3350.0
@@ -197,8 +197,8 @@ def stack(counts: list[RowCounts]) -> RowCounts:
     return RowCounts(**{n: np.stack([getattr(one, n) for one in counts]) for n in names})
 
 
-def count_rows(frame: Frame, tokens: np.ndarray | slice, exchange: str) -> RowCounts:
-    """Rows of some tokens of a frame with homes.
+def count_rows(aligned: AlignedTrace, tokens: np.ndarray | slice, exchange: str) -> RowCounts:
+    """Rows of some tokens of an aligned trace with homes.
 
     Raises:
         PlacementError: the exchange is unknown, or hierarchical on nodes of unequal size.
@@ -207,29 +207,28 @@ def count_rows(frame: Frame, tokens: np.ndarray | slice, exchange: str) -> RowCo
         raise PlacementError(
             f"exchange: found {exchange!r}, expected one of {', '.join(EXCHANGES)}: correct it"
         )
-    assert frame.ids is not None
-    assert frame.home_rank is not None
-    home = frame.home_rank[tokens]
-    ids = frame.ids[tokens]
-    rails = None if exchange == "flat" else _rails(frame.node_of_rank)
+    assert aligned.ids is not None
+    assert aligned.home_rank is not None
+    home = aligned.home_rank[tokens]
+    ids = aligned.ids[tokens]
+    rails = None if exchange == "flat" else _rails(aligned.node_of_rank)
     step = max(_CHUNK_PICKS // max(ids.shape[0] * ids.shape[2], 1), 1)
     blocks = [
-        _count_layers(frame, ids[:, first : first + step], home, first, rails)
-        for first in range(0, frame.num_layers, step)
+        _count_layers(aligned, ids[:, first : first + step], home, first, rails)
+        for first in range(0, aligned.num_layers, step)
     ]
     names = RowCounts.__slots__
     return RowCounts(**{n: np.concatenate([getattr(b, n) for b in blocks]) for n in names})
 
 
-def count_all(frame: Frame, exchange: str) -> RowCounts:
-    """Rows of all tokens of the frame, counted in parts that are added up; ``distinct`` has no
-    meaning here.
-    """
-    assert frame.ids is not None
-    tokens = len(frame.ids)
-    step = max(_CHUNK_PICKS // max(frame.ids.shape[1] * frame.ids.shape[2], 1), 1)
+def count_all(aligned: AlignedTrace, exchange: str) -> RowCounts:
+    """Rows of all tokens of an aligned trace, added up in parts; ``distinct`` is meaningless."""
+    assert aligned.ids is not None
+    tokens = len(aligned.ids)
+    step = max(_CHUNK_PICKS // max(aligned.ids.shape[1] * aligned.ids.shape[2], 1), 1)
     parts = [
-        count_rows(frame, slice(first, first + step), exchange) for first in range(0, tokens, step)
+        count_rows(aligned, slice(first, first + step), exchange)
+        for first in range(0, tokens, step)
     ]
     together = stack(parts)
     return RowCounts(**{n: getattr(together, n).sum(axis=0) for n in RowCounts.__slots__})
@@ -250,31 +249,33 @@ def _rails(node_of_rank: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return local, table
 
 
-def _count_layers(frame: Frame, ids: np.ndarray, home: np.ndarray, first: int, rails) -> RowCounts:
+def _count_layers(
+    aligned: AlignedTrace, ids: np.ndarray, home: np.ndarray, first: int, rails
+) -> RowCounts:
     """Rows of the layers ``first``, ``first + 1``, ... whose picks are ids [n, l, K]."""
-    layers, ranks = ids.shape[1], frame.num_ranks
+    layers, ranks = ids.shape[1], aligned.num_ranks
     layer = np.arange(layers)[None, :, None]
     there = ids >= 0
     expert = np.where(there, ids, 0).astype(np.int64)
-    slots = frame.served_slot[first : first + layers]
+    slots = aligned.served_slot[first : first + layers]
     home = home[:, None, None]
-    slot = slots[layer, home if frame.has_replicas else 0, expert]
-    server = (slot // (frame.num_slots // ranks)).astype(np.int64)
-    count = _Counter(layers, frame.node_of_rank)
+    slot = slots[layer, home if aligned.has_replicas else 0, expert]
+    server = (slot // (aligned.num_slots // ranks)).astype(np.int64)
+    count = _Counter(layers, aligned.node_of_rank)
     if rails is None:
         count.move(there, home, server)
     else:
         local, table = rails
-        node = frame.node_of_rank[server].astype(np.int64)
+        node = aligned.node_of_rank[server].astype(np.int64)
         rail = table[node, local[home]]
         count.move(there, rail, server)
         visited = np.sort(np.where(there, rail, -1), axis=2)  # a rail of a token is a node
         visit = visited >= 0
         visit[:, :, 1:] &= visited[:, :, 1:] != visited[:, :, :-1]
         count.move(visit, home, visited)
-    used = slot + layer * frame.num_slots
-    used[~there] = layers * frame.num_slots
-    calls = np.bincount(used.ravel(), minlength=layers * frame.num_slots + 1)[:-1]
+    used = slot + layer * aligned.num_slots
+    used[~there] = layers * aligned.num_slots
+    calls = np.bincount(used.ravel(), minlength=layers * aligned.num_slots + 1)[:-1]
     calls = calls.reshape(layers, ranks, -1)
     return RowCounts(**count.rows, computed=calls.sum(axis=2), distinct=(calls > 0).sum(axis=2))
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import ConfigError, PlacementError
-from moe_locality.placement.align import Frame, Homes, make_frame
+from moe_locality.placement.align import AlignedTrace, Homes, align_trace
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.simulator.model import (
     RowCounts,
@@ -140,20 +140,20 @@ def replay_steps(
             "every token; record or import a per-token trace"
         )
     homes = random_homes(trace, plan.num_ranks, seed) if homes is None else homes
-    frame = make_frame(trace, plan, topology, homes)
-    steps = draw_steps(_homes_of(frame), frame.num_ranks, batch_tokens, max_steps, seed)
+    aligned = align_trace(trace, plan, topology, homes)
+    steps = draw_steps(_homes_of(aligned), aligned.num_ranks, batch_tokens, max_steps, seed)
     return Replay(
-        steps=stack([count_rows(frame, tokens, exchange) for tokens in steps]),
-        all=count_all(frame, exchange),
-        node_of_rank=frame.node_of_rank,
+        steps=stack([count_rows(aligned, tokens, exchange) for tokens in steps]),
+        all=count_all(aligned, exchange),
+        node_of_rank=aligned.node_of_rank,
         num_tokens=trace.num_tokens,
         batch_tokens=batch_tokens,
     )
 
 
-def _homes_of(frame: Frame) -> np.ndarray:
-    assert frame.home_rank is not None
-    return frame.home_rank
+def _homes_of(aligned: AlignedTrace) -> np.ndarray:
+    assert aligned.home_rank is not None
+    return aligned.home_rank
 
 
 def time_replay(

@@ -7,7 +7,7 @@ import torch
 from moe_locality.config import DispatchConfig
 from moe_locality.dispatch import TokenDispatcher, traffic_report
 from moe_locality.dispatch.hierarchical import find_rails
-from moe_locality.placement.align import make_frame
+from moe_locality.placement.align import align_trace
 from moe_locality.simulator.model import count_all
 from moe_locality.topology import ClusterTopology
 from moe_locality.topology.groups import build_groups, layout_groups
@@ -59,10 +59,10 @@ def counts_on_rank(rank, world_size, nodes):
 @pytest.mark.parametrize("nodes", [(0, 0, 1, 1), (0, 1, 0, 1), (0, 1, 2, 3), (0, 0, 0, 0)])
 def test_simulated_rows_are_the_rows_sent(nodes):
     plan, trace = case(nodes)
-    frame = make_frame(trace, plan, None, "trace")
+    aligned = align_trace(trace, plan, None, "trace")
     report = run_ranks(counts_on_rank, RANKS, nodes)[0]
     for exchange, sent in report.items():
-        counted = count_all(frame, exchange)
+        counted = count_all(aligned, exchange)
         for kind in ("dispatch", "combine"):
             assert sent["rows_by_link"][kind] == counted.rows_by_link(), (exchange, kind)
         matrix = np.array(sent["rows"]["dispatch"])

@@ -11,6 +11,7 @@ call gives the same numbers.
 
 from __future__ import annotations
 
+import copy
 import heapq
 import itertools
 from collections.abc import Callable
@@ -499,7 +500,7 @@ def prove_layer(
                 best = min(best, _count(problem, child))
                 continue
             part = layer.relaxation(max_imbalance, fixed=child)
-            moved = prices.copy()
+            moved = copy.deepcopy(prices)
             cool(part, moved, CHILD_ROUNDS, smoothing=_CHILD_SMOOTHING)
             spent += CHILD_ROUNDS * part.work_per_round
             count += 1

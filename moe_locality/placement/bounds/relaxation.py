@@ -75,16 +75,6 @@ class Prices:
     primal: np.ndarray  # [n, n]
     ahead: np.ndarray  # [n, n] extrapolated primal
 
-    def copy(self) -> Prices:
-        return Prices(
-            pairs=[w.copy() for w in self.pairs],
-            scale=[s.copy() for s in self.scale],
-            fixed=self.fixed.copy(),
-            load=self.load.copy(),
-            primal=self.primal.copy(),
-            ahead=self.ahead.copy(),
-        )
-
 
 def make_relaxation(
     members: list[np.ndarray],

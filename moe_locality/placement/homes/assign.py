@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import PlacementError
-from moe_locality.placement.align import check_topology, make_frame
+from moe_locality.placement.align import align_trace, check_topology
 from moe_locality.placement.homes.predictor import (
     PRIOR_TOKENS,
     RANK_SHARE,
@@ -31,7 +31,7 @@ from moe_locality.placement.homes.requests import (
     requests_of,
 )
 from moe_locality.placement.plan import PlacementPlan
-from moe_locality.placement.problem import tell
+from moe_locality.placement.problem import log_warning
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 
@@ -41,7 +41,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HomeAssignment:
-    """Homes, and what there is to say about them.
+    """Homes, and how even they are.
 
     homes: request id → rank.
     tokens_per_rank, requests_per_rank: [G].
@@ -78,7 +78,7 @@ def assign_homes(
         equal_requests=equal_requests,
     )
     if found.unseen_domains and predict == "domain":
-        tell(
+        log_warning(
             _log,
             "%d domains are unknown to the plan (first: %s): their requests follow their coarse "
             "group, or the mean over all requests",
@@ -86,7 +86,7 @@ def assign_homes(
             ", ".join(found.unseen_domains[:3]),
         )
     if not equal_requests and found.token_imbalance > max_imbalance * 1.001:
-        tell(
+        log_warning(
             _log,
             "homes reach a token imbalance of %.3f, not %.3f: whole requests do not fill the "
             "ranks more evenly",
@@ -104,7 +104,6 @@ def home_assignment(
     predict: str = "prefill",
     max_imbalance: float = MAX_TOKEN_IMBALANCE,
     equal_requests: bool = False,
-    max_requests: int | None = None,
 ) -> HomeAssignment:
     """Homes of the requests of a trace, the same for the same arguments.
 
@@ -118,28 +117,21 @@ def home_assignment(
             placed on the emptiest rank.
         equal_requests: give every rank the same number of requests instead (up to one, where they
             do not divide evenly), as the batches of training need.
-        max_requests: most requests per rank, beside the cap on tokens.
 
     Raises:
         PlacementError: an unknown ``predict``, a trace of counts, or a plan that does not fit.
     """
-    from moe_locality.placement.homes.transport import Capacities, assign
+    from moe_locality.placement.homes.capacitated import Capacities, assign
 
     check_topology(plan, topology)
     if not max_imbalance >= 1:
         raise PlacementError(f"max_imbalance: found {max_imbalance}, expected at least 1")
     requests = requests_of(trace)
-    total = len(requests.tokens)
-    if max_requests is not None and max_requests * plan.num_ranks < total:
-        raise PlacementError(
-            f"max_requests: found {max_requests} for {total} requests on {plan.num_ranks} ranks, "
-            f"expected at least {-(-total // plan.num_ranks)}: allow more"
-        )
     score, predicted, unseen = rank_scores(trace, plan, requests, predict)
     tokens_cap = (
         np.inf if equal_requests else requests.tokens.sum() / plan.num_ranks * max_imbalance
     )
-    caps = Capacities(tokens=tokens_cap, requests=max_requests, even=equal_requests)
+    caps = Capacities(tokens=tokens_cap, even=equal_requests)
     rank_of = assign(score, requests.tokens, plan.node_of_rank, caps).rank_of
     filled = np.bincount(rank_of, weights=requests.tokens, minlength=plan.num_ranks)
     pairs = zip(requests.request_ids, rank_of, strict=True)
@@ -169,19 +161,19 @@ def rank_scores(
     if predict == "domain":
         score, predicted = domain_scores(plan, requests.domains, group_names(trace))
         return score, predicted, unseen
-    frame = make_frame(trace, plan, None, None)
-    serving = serving_of(frame, plan, profiles.get("objective", "copies"))
+    aligned = align_trace(trace, plan, None, None)
+    serving = serving_of(aligned, plan, profiles.get("objective", "copies"))
     rows, total = known_tokens(trace, requests, predict), len(requests.tokens)
-    assert frame.ids is not None
-    ids, request = np.ascontiguousarray(frame.ids[rows]), requests.index[rows]
+    assert aligned.ids is not None
+    ids, request = np.ascontiguousarray(aligned.ids[rows]), requests.index[rows]
     known = np.bincount(request, minlength=total)
     cost = serving.costs(ids, request, total)
     if predict == "oracle":
-        said = cost / known[:, None]
+        expected = cost / known[:, None]
     else:
         model = predictor_of(plan, predict)
-        said = expected_costs(model, frame.plan_rows, ids, request, cost, known)
-    return scores_of_known(serving, said, ids, request), known > 0, unseen
+        expected = expected_costs(model, aligned.plan_rows, ids, request, cost, known)
+    return scores_of_known(serving, expected, ids, request), known > 0, unseen
 
 
 def expected_costs(
@@ -248,8 +240,8 @@ def domain_scores(
 
 
 def scores_of_known(
-    serving: Serving, said: np.ndarray, ids: np.ndarray, request: np.ndarray
+    serving: Serving, expected: np.ndarray, ids: np.ndarray, request: np.ndarray
 ) -> np.ndarray:
     """[R, G] scores from predicted costs [R, M] and the known tokens."""
-    own = serving.own_share(ids, request, len(said))
-    return -said[:, serving.node_of_rank] + RANK_SHARE * own
+    own = serving.own_share(ids, request, len(expected))
+    return -expected[:, serving.node_of_rank] + RANK_SHARE * own

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moe_locality.placement.align import make_frame
+from moe_locality.placement.align import align_trace
 from moe_locality.placement.counting import compiled_picks_by_home
-from moe_locality.placement.homes import transport
+from moe_locality.placement.homes import capacitated
 from moe_locality.placement.homes.assign import scores_of_known
 from moe_locality.placement.homes.predictor import (
-    Known,
+    KnownTokens,
     Predictor,
     Serving,
     fit,
@@ -27,7 +27,12 @@ from moe_locality.placement.homes.predictor import (
     known_of,
     serving_of,
 )
-from moe_locality.placement.homes.requests import Requests, default_prediction, requests_of
+from moe_locality.placement.homes.requests import (
+    Requests,
+    default_prediction,
+    k_means,
+    requests_of,
+)
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.problem import Problem, Solution, make_plan
 from moe_locality.placement.search import assign, coactivation, load_noise
@@ -37,24 +42,24 @@ CLUSTER_STARTS = 3
 FIRST_ROUNDS = 3
 MORE_ROUNDS = 6
 PATIENCE = 2
-CHEAPER = 0.8  # share of the price of imbalance that is paid while homes are looked for
+CHEAPER = 0.8  # share of the price of imbalance during the search for homes
 _SLACK_SHARE = 0.9  # of the allowed imbalance of tokens that nodes use, so that ranks can meet it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Known:
+class _Setup:
     """What does not change from round to round."""
 
     problem: Problem
     objective: str
     requests: Requests
     predict: str
-    known: Known
+    known: KnownTokens
     ids: np.ndarray  # [T, L, K]
     tables: assign.Tables
     layers: list[assign.Layer]
     linear: list[float]  # [L] copies of the linear layout
-    price: float  # of imbalance, while homes are looked for
+    price: float  # of imbalance, during the search for homes
     limit: list[float]  # [L] imbalance that no layer should exceed
 
 
@@ -110,7 +115,7 @@ def solve_joint(problem: Problem) -> Solution:
     return Solution(plan=replace(found.plan, home_profiles=kept), homes=homes, notes=notes)
 
 
-def _prepare(problem: Problem) -> _Known:
+def _prepare(problem: Problem) -> _Setup:
     trace = problem.trace
     requests, predict = requests_of(trace), default_prediction(trace)
     ids = np.ascontiguousarray(trace.expert_ids)
@@ -119,7 +124,7 @@ def _prepare(problem: Problem) -> _Known:
     layers = map_layers(lambda layer: assign.make_layer(problem, tables, layer), trace.num_layers)
     seeds = [coactivation.seed_of(problem, layer) for layer in range(len(layers))]
     _, allowed, price = coactivation.place_on_nodes(layers, problem.max_imbalance, seeds)
-    return _Known(
+    return _Setup(
         problem=problem,
         objective=problem.objective,
         requests=requests,
@@ -134,7 +139,7 @@ def _prepare(problem: Problem) -> _Known:
     )
 
 
-def _search(data: _Known) -> tuple[_Pair, list[float]]:
+def _search(data: _Setup) -> tuple[_Pair, list[float]]:
     """The best pair of node tables and home nodes, and the costs of all rounds."""
     history: list[float] = []
     starts: list[np.ndarray | None] = [None]
@@ -149,20 +154,20 @@ def _search(data: _Known) -> tuple[_Pair, list[float]]:
 
 
 def _rounds(
-    data: _Known,
+    data: _Setup,
     home_node: np.ndarray | None,
     best: _Pair | None,
     rounds: int,
     number: int,
     history: list[float],
 ) -> _Pair:
-    """Places, then homes, again and again; ends when ``PATIENCE`` rounds bring nothing."""
+    """Alternate places and homes until ``PATIENCE`` rounds bring nothing."""
     since = 0
     node_of = None if best is None else best.node_of
     for turn in range(rounds):
         node_of = _place_on_nodes(data, home_node, node_of, 100 * number + turn)
-        full, said, _ = _costs(data, _serving(data, node_of))
-        home_node = _home_nodes(data, -said)
+        full, expected, _ = _costs(data, _serving(data, node_of))
+        home_node = _home_nodes(data, -expected)
         cost = float((full[np.arange(len(full)), home_node] * data.requests.tokens).sum())
         cost *= data.ids.shape[1]
         history.append(cost)
@@ -177,7 +182,7 @@ def _rounds(
 
 
 def _place_on_nodes(
-    data: _Known, home_node: np.ndarray | None, warm: np.ndarray | None, number: int
+    data: _Setup, home_node: np.ndarray | None, warm: np.ndarray | None, number: int
 ) -> np.ndarray:
     """[L, E] node of each expert, layer by layer, for given homes."""
     problem = data.problem
@@ -205,7 +210,7 @@ def _place_on_nodes(
             start,
             again=warm is not None and not assign.is_small(layer),
         )
-        return coactivation.of_experts(problem, node_of)
+        return coactivation.expand_groups(problem, node_of)
 
     return np.stack(map_layers(one, len(data.layers)))
 
@@ -224,7 +229,7 @@ def _one_of_group(node_of: np.ndarray, group_of: np.ndarray | None) -> np.ndarra
     return node_of if group_of is None else node_of[np.unique(group_of, return_index=True)[1]]
 
 
-def _serving(data: _Known, node_of: np.ndarray) -> Serving:
+def _serving(data: _Setup, node_of: np.ndarray) -> Serving:
     """Serving of nodes alone: every node stands for one rank."""
     return Serving(
         served_node=np.ascontiguousarray(node_of[:, None, :]),
@@ -234,39 +239,39 @@ def _serving(data: _Known, node_of: np.ndarray) -> Serving:
     )
 
 
-def _costs(data: _Known, serving: Serving) -> tuple[np.ndarray, np.ndarray, Predictor]:
-    """([R, M] cost per token and layer, what the prediction says of it unseen, the predictor)."""
+def _costs(data: _Setup, serving: Serving) -> tuple[np.ndarray, np.ndarray, Predictor]:
+    """([R, M] cost per token and layer, its leave-one-out prediction, the predictor)."""
     tokens = data.requests.tokens
     full = serving.costs(data.ids, data.requests.index, len(tokens)) / tokens[:, None]
-    predictor, said = fit(data.known, serving, full)
-    return full, said, predictor
+    predictor, expected = fit(data.known, serving, full)
+    return full, expected, predictor
 
 
-def _home_nodes(data: _Known, score: np.ndarray) -> np.ndarray:
+def _home_nodes(data: _Setup, score: np.ndarray) -> np.ndarray:
     """[R] node of each request, tokens in balance."""
     count, tokens = score.shape[1], data.requests.tokens
     allowed = 1 + (data.problem.max_home_imbalance - 1) * _SLACK_SHARE
-    caps = transport.Capacities(tokens=tokens.sum() / count * allowed)
-    return transport.assign(score, tokens, np.arange(count), caps).rank_of
+    caps = capacitated.Capacities(tokens=tokens.sum() / count * allowed)
+    return capacitated.assign(score, tokens, np.arange(count), caps).rank_of
 
 
-def _at_home(data: _Known, home_node: np.ndarray) -> Problem:
+def _at_home(data: _Setup, home_node: np.ndarray) -> Problem:
     """The problem with the requests at home on nodes [R]."""
     problem = data.problem
     rank_of_node = np.array([problem.topology.ranks_of(n)[0] for n in range(problem.num_nodes)])
     return replace(problem, home_rank=rank_of_node[home_node[data.requests.index]])
 
 
-def _homes(data: _Known, plan: PlacementPlan) -> _Homes:
+def _homes(data: _Setup, plan: PlacementPlan) -> _Homes:
     """The homes of the requests under a full plan, replicas too, and what they cost."""
     problem, tokens = data.problem, data.requests.tokens
-    serving = serving_of(make_frame(problem.trace, plan, None, None), plan, data.objective)
-    full, said, predictor = _costs(data, serving)
-    score = scores_of_known(serving, said, data.known.ids, data.known.request)
-    caps = transport.Capacities(
+    serving = serving_of(align_trace(problem.trace, plan, None, None), plan, data.objective)
+    full, expected, predictor = _costs(data, serving)
+    score = scores_of_known(serving, expected, data.known.ids, data.known.request)
+    caps = capacitated.Capacities(
         tokens=tokens.sum() / problem.num_ranks * problem.max_home_imbalance
     )
-    assigned = transport.assign(score, tokens, serving.node_of_rank, caps)
+    assigned = capacitated.assign(score, tokens, serving.node_of_rank, caps)
     node = serving.node_of_rank[assigned.rank_of]
     cost = float((full[np.arange(len(full)), node] * tokens).sum()) * data.ids.shape[1]
     return _Homes(
@@ -278,12 +283,12 @@ def _homes(data: _Known, plan: PlacementPlan) -> _Homes:
     )
 
 
-def _clusters(data: _Known, number: int) -> np.ndarray:
+def _clusters(data: _Setup, number: int) -> np.ndarray:
     """[R] node of each request: clusters of like signatures, in balance."""
     basis, count = data.known.basis, data.problem.num_nodes
     rng = np.random.default_rng((data.problem.seed, number))
     signature = signatures(basis.share)
-    centers = _k_means(signature, count, rng)
+    centers = k_means(signature, count, rng, spherical=True)
     score = np.zeros((len(data.requests.tokens), count))
     score[data.known.fitted] = signature @ centers.T
     return _home_nodes(data, score)
@@ -296,24 +301,3 @@ def signatures(share: np.ndarray) -> np.ndarray:
     used = (share > 0).sum(axis=0)
     weighted = share * np.log((len(share) + 1) / (used + 1)).astype(np.float32)
     return weighted / np.maximum(np.linalg.norm(weighted, axis=1, keepdims=True), 1e-12)
-
-
-def _k_means(points: np.ndarray, clusters: int, rng: np.random.Generator) -> np.ndarray:
-    """[C, F] unit centers of unit points [R, F]: spherical k-means, k-means++ start."""
-    chosen = [int(rng.integers(len(points)))]
-    for _ in range(clusters - 1):
-        far = np.maximum(1 - (points @ points[chosen].T).max(axis=1), 0).astype(float)
-        total = far.sum()
-        chosen.append(int(rng.choice(len(points), p=far / total if total > 0 else None)))
-    centers = points[chosen]
-    for _ in range(50):
-        nearest = (points @ centers.T).argmax(axis=1)
-        new = centers.copy()
-        for cluster in range(clusters):
-            if (nearest == cluster).any():
-                mean = points[nearest == cluster].mean(axis=0)
-                new[cluster] = mean / max(float(np.linalg.norm(mean)), 1e-12)
-        if np.allclose(new, centers, atol=1e-5):
-            break
-        centers = new
-    return centers

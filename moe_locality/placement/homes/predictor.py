@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import PlacementError
-from moe_locality.placement.align import Frame, make_frame
+from moe_locality.placement.align import AlignedTrace, align_trace
 from moe_locality.placement.homes.requests import Requests, known_tokens
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.trace.schema import RoutingTrace
@@ -217,9 +217,9 @@ class Serving:
         return count / np.maximum(picks, 1)[:, None]
 
 
-def serving_of(frame: Frame, plan: PlacementPlan, objective: str) -> Serving:
-    """Where ``plan`` serves the layers of the trace in ``frame``."""
-    return serving_of_plan(plan, objective, frame.plan_rows)
+def serving_of(aligned: AlignedTrace, plan: PlacementPlan, objective: str) -> Serving:
+    """Where ``plan`` serves the layers of the trace in ``aligned``."""
+    return serving_of_plan(plan, objective, aligned.plan_rows)
 
 
 def serving_of_plan(plan: PlacementPlan, objective: str, rows: np.ndarray | None = None) -> Serving:
@@ -240,7 +240,7 @@ def serving_of_plan(plan: PlacementPlan, objective: str, rows: np.ndarray | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
+class KnownTokens:
     """The tokens that a prediction may look at, and the regression basis of their requests.
 
     ``fitted`` [F]: the requests that the basis has, all or an even choice of them.
@@ -253,7 +253,7 @@ class Known:
     basis: Basis
 
 
-def known_of(trace: RoutingTrace, requests: Requests, predict: str) -> Known:
+def known_of(trace: RoutingTrace, requests: Requests, predict: str) -> KnownTokens:
     """What ``predict`` may look at in the requests that a plan is made from."""
     from moe_locality.placement.count_kernels import expert_counts
 
@@ -265,11 +265,11 @@ def known_of(trace: RoutingTrace, requests: Requests, predict: str) -> Known:
     place[fitted] = np.arange(len(fitted))
     counts = expert_counts(ids, place[request], len(fitted), trace.num_experts)
     basis = make_basis(counts, count[fitted], requests.tokens[fitted])
-    return Known(ids=ids, request=request, count=count, fitted=fitted, basis=basis)
+    return KnownTokens(ids=ids, request=request, count=count, fitted=fitted, basis=basis)
 
 
-def fit(known: Known, serving: Serving, full: np.ndarray) -> tuple[Predictor, np.ndarray]:
-    """The predictor, and what it says [R, M] of each request without having seen it.
+def fit(known: KnownTokens, serving: Serving, full: np.ndarray) -> tuple[Predictor, np.ndarray]:
+    """The predictor, and its leave-one-out predictions [R, M] of the requests.
 
     ``full`` [R, M]: mean cost of all tokens of each request, per token and layer.
     """
@@ -281,9 +281,9 @@ def fit(known: Known, serving: Serving, full: np.ndarray) -> tuple[Predictor, np
     if len(known.fitted) == total:
         return found, left_out
     weighted = weighted_picks(known.ids, known.request, total, found.weights)
-    said = found.predict(cost, weighted, known.count)
-    said[known.fitted] = left_out
-    return found, said
+    expected = found.predict(cost, weighted, known.count)
+    expected[known.fitted] = left_out
+    return found, expected
 
 
 def home_profiles(
@@ -296,13 +296,13 @@ def home_profiles(
     token_price: np.ndarray,
 ) -> dict[str, object]:
     """What the plan should keep of the requests that it was made from, see the top of the file."""
-    frame = make_frame(trace, plan, None, homes)
-    serving = serving_of(replace(frame, home_rank=None), plan, objective)
+    aligned = align_trace(trace, plan, None, homes)
+    serving = serving_of(replace(aligned, home_rank=None), plan, objective)
     groups = list(dict.fromkeys(trace.groups))
     group_of = np.array([groups.index(g) for g in trace.groups] + [-1])
-    by_rank = frame.picks_by_home()  # [L, G, E]
-    by_node = np.zeros((frame.num_layers, frame.num_nodes, frame.num_experts), dtype=np.int64)
-    for rank, node in enumerate(frame.node_of_rank):
+    by_rank = aligned.picks_by_home()  # [L, G, E]
+    by_node = np.zeros((aligned.num_layers, aligned.num_nodes, aligned.num_experts), dtype=np.int64)
+    for rank, node in enumerate(aligned.node_of_rank):
         by_node[:, node] += by_rank[:, rank]
     assert trace.domain_id is not None
     anyone = np.zeros(trace.num_rows, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""The requests of a trace, and which of their tokens a prediction may look at."""
+"""The requests of a trace, which of their tokens a prediction may look at, clusters of requests."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from moe_locality.errors import PlacementError
 from moe_locality.trace.schema import PREFILL, RoutingTrace
 
 FIRST_TOKENS = 32
+KMEANS_ROUNDS = 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,3 +82,39 @@ def known_tokens(trace: RoutingTrace, requests: Requests, predict: str) -> np.nd
     starts = np.concatenate([[0], np.cumsum(requests.tokens)[:-1]])
     within = np.arange(len(order)) - starts[requests.index[order]]
     return np.sort(order[within < int(predict.partition(":")[2])])
+
+
+def k_means(
+    points: np.ndarray, clusters: int, rng: np.random.Generator, *, spherical: bool = False
+) -> np.ndarray:
+    """[C, F] centers of unit points [R, F]: Lloyd's algorithm from the k-means++ start (Arthur and
+    Vassilvitskii 2007).
+
+    spherical: centers are unit vectors too, compared by cosine, and changes below 1e-5 end it.
+    """
+    chosen = [int(rng.integers(len(points)))]
+    for _ in range(clusters - 1):
+        far = np.maximum(1 - (points @ points[chosen].T).max(axis=1), 0).astype(np.float64)
+        far[chosen] = 0.0
+        total = far.sum()
+        chosen.append(int(rng.choice(len(points), p=far / total if total > 0 else None)))
+    centers, least = points[chosen], 1e-5 if spherical else 0.0
+    for _ in range(KMEANS_ROUNDS):
+        if spherical:
+            nearest = (points @ centers.T).argmax(axis=1)
+        else:
+            nearest = nearest_center(points, centers)
+        new = centers.copy()
+        for cluster in np.unique(nearest):
+            new[cluster] = points[nearest == cluster].mean(axis=0)
+            if spherical:
+                new[cluster] /= max(float(np.linalg.norm(new[cluster])), 1e-12)
+        if np.allclose(new, centers, rtol=least, atol=least):
+            break
+        centers = new
+    return centers
+
+
+def nearest_center(points: np.ndarray, centers: np.ndarray) -> np.ndarray:
+    """[R] the nearest center of each point."""
+    return ((centers**2).sum(axis=1) - 2 * points @ centers.T).argmin(axis=1)

@@ -1,4 +1,4 @@
-"""Improve an existing plan after the traffic drifted, with few moves, and say whether it pays.
+"""Improves an existing plan after traffic drift with few moves, and weighs moves against savings.
 
 A refresh exchanges pairs of slots, the pair with the largest gain first, over all layers together,
 until a budget of moved slots is used. Caps, replicas and expert groups are kept; every slot that is
@@ -13,11 +13,13 @@ import numpy as np
 
 from moe_locality.errors import PlacementError
 from moe_locality.placement import counting
-from moe_locality.placement.balance import most_level
+from moe_locality.placement.balance import most_level, rank_loads
+from moe_locality.placement.costs import imbalance
+from moe_locality.placement.count_kernels import remote_by_home
+from moe_locality.placement.homes.predictor import serving_of_plan
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.problem import Problem, Solution
-from moe_locality.placement.refresh.state import RefreshState, level_best, remote_nodes, swap_best
-from moe_locality.placement.serving import choose_serving_nodes
+from moe_locality.placement.refresh.state import RefreshState, level_best, swap_best
 from moe_locality.topology.cluster import ClusterTopology
 
 IN_SAMPLE_SHARE = 0.6
@@ -296,9 +298,10 @@ def solve_from(
         return Solution(plan=plan, notes={**notes, "moved_slots": moved})
     pin = None
     if problem.home_rank is not None:
-        home = np.asarray(problem.topology.rank_to_node)[problem.home_rank]
         ids = trace.tokens_only("homes").expert_ids
-        counts = counting.picks_by_home(ids, trace.num_experts, home, problem.num_nodes)
+        counts = counting.picks_by_home(
+            ids, trace.num_experts, problem.home_node, problem.num_nodes
+        )
         pin = counts.transpose(0, 2, 1).astype(np.float64)
     found = refresh(
         start,
@@ -378,13 +381,10 @@ def sampled_copies(old, new, state) -> tuple[float, float, float]:
     """(copies before, after, standard error of the difference) per token and layer."""
     if not len(state.recent_ids):
         return np.nan, np.nan, np.nan
-    layers = len(state.layer_ids)
     # with replicas every home is looked at by itself: fewer tokens for the same time
     step = 1 if old.is_permutation else max(len(state.recent_ids) // REPLICA_TOKENS, 1)
     ids = np.ascontiguousarray(state.recent_ids[::step])
-    found = [
-        remote_nodes(ids, _serving_nodes(plan), plan.num_nodes) / layers for plan in (old, new)
-    ]
+    found = [_copies(plan, ids) for plan in (old, new)]
     saved = found[0] - found[1]
     requests, part = np.unique(state.recent_request[::step], return_inverse=True)
     # tokens of a request are alike: the requests, not the tokens, are the independent draws
@@ -394,29 +394,15 @@ def sampled_copies(old, new, state) -> tuple[float, float, float]:
     return float(found[0].mean()), float(found[1].mean()), float(error if draws > 1 else np.inf)
 
 
-def _serving_nodes(plan: PlacementPlan) -> np.ndarray:
-    """[L, H, E] node that serves an expert for homes on node h; H = 1 without replicas."""
-    slots = plan.physical_to_logical_map.astype(np.int64)
-    node_of_slot = plan.node_of_rank.astype(np.int64)[plan.rank_of_slot]
-    if plan.is_permutation:
-        served = np.empty((len(slots), 1, plan.num_experts), np.int64)
-        np.put_along_axis(served[:, 0], slots, node_of_slot[None], axis=1)
-        return served
-    layer, slot = np.indices(slots.shape)
-    held = np.zeros((len(slots), plan.num_experts, plan.num_nodes), bool)
-    held[layer, slots, node_of_slot[slot]] = True
-    load = plan.expert_load
-    if load is None:
-        load = np.ones(held.shape[:2], np.int64)
-    return np.ascontiguousarray(choose_serving_nodes(held, load))
+def _copies(plan: PlacementPlan, ids: np.ndarray) -> np.ndarray:
+    """[T] copies of each token per layer, expected over uniform home nodes."""
+    served = serving_of_plan(plan, "copies").served_node
+    each = np.arange(len(ids))
+    found = remote_by_home(ids, each, len(ids), served, plan.num_nodes, False)
+    return found.sum(axis=1) / plan.num_nodes / len(served)
 
 
 def rank_imbalance(plan: PlacementPlan, load: np.ndarray) -> float:
     """Max / mean of the rank loads, replicas sharing evenly, mean over layers."""
-    share = load / plan.logical_replica_count
-    slots = np.take_along_axis(share, plan.physical_to_logical_map.astype(np.int64), axis=1)
-    by_rank = slots.reshape(len(slots), plan.num_ranks, -1).sum(axis=2)
-    mean = by_rank.mean(axis=1)
-    return float(
-        np.divide(by_rank.max(axis=1), mean, out=np.ones(len(mean)), where=mean > 0).mean()
-    )
+    table = plan.physical_to_logical_map.reshape(plan.num_layers, plan.num_ranks, -1)
+    return float(imbalance(rank_loads(load, table)).mean())

@@ -1,7 +1,7 @@
 """What a refresh remembers of the traffic, and its compiled moves.
 
-Remembered are decayed co-activation counts and the latest tokens. A move is the best pair swap of
-any layer, again and again, up to a budget. Items are slots (without replicas: one per expert), or
+The state holds decayed co-activation counts and the latest tokens. Each move is the best pair swap
+of any layer, until a budget is used. Items are slots (without replicas: one per expert), or
 whole groups of experts. Shapes: L layers, N items, B blocks (nodes), G ranks, E experts (of groups:
 groups).
 """
@@ -291,39 +291,6 @@ def level_best(load, item, rank_of, node_of_rank, whole_nodes, most):
         uneven[layer] = rank_load[layer].max() / max(rank_load[layer].mean(), 1e-300)
         done += 1
     return done
-
-
-@numba.njit(nogil=True, cache=True)
-def remote_nodes(ids, served_node, num_nodes):
-    """[T] float64 copies of each token, summed over layers, expected over uniform home nodes.
-
-    Args:
-        ids: [T, L, K]; served_node: [L, H, E] node that serves an expert for homes on node h, or
-            for all homes with H = 1.
-    """
-    tokens, layers, picks = ids.shape
-    homes = served_node.shape[1]
-    seen = np.full(num_nodes, -1, dtype=np.int64)
-    found = np.zeros(tokens)
-    mark = 0
-    for token in range(tokens):
-        total = 0
-        for layer in range(layers):
-            for home in range(homes):
-                for pick in range(picks):
-                    e = ids[token, layer, pick]
-                    if e < 0:
-                        continue
-                    node = served_node[layer, home, e]
-                    if seen[node] != mark:
-                        seen[node] = mark
-                        if homes == 1:
-                            total += num_nodes - 1  # for all homes but those on that node
-                        elif node != home:
-                            total += 1
-                mark += 1
-        found[token] = total / num_nodes
-    return found
 
 
 @numba.njit(nogil=True, cache=True)

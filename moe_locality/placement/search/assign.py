@@ -1,6 +1,6 @@
 """Experts to nodes in one layer: several placements between the most level and the fewest copies.
 
-``spread`` picks one of them per layer, so that the imbalance to expect on unseen requests stays
+``coactivation`` picks one per layer, so that the expected imbalance on unseen requests stays
 within what was allowed. Shapes: T tokens, L layers, K picks, E experts, M nodes, U units.
 """
 
@@ -13,21 +13,21 @@ import numpy as np
 from moe_locality.placement import counting
 from moe_locality.placement.problem import Problem
 from moe_locality.placement.search import load_noise, swaps
-from moe_locality.placement.search.refine import patterns, polish
+from moe_locality.placement.search.refine import patterns, refine_exact
 from moe_locality.placement.search.swaps import HOT, anneal
 from moe_locality.placement.threads import over_layers
 
 STEPS, MOST_STEPS = 400, 80_000
 """Swaps tried for a placement of a layer: per expert, and at most."""
 
-AGAIN, AGAIN_HEAT = 5, 0.03
+AGAIN, AGAIN_TEMPERATURE = 5, 0.03
 """A large layer that goes on from what was found at another price: with so many times fewer swaps,
-and this share of the first heat."""
+and this share of the first temperature."""
 
-POLISH_STEPS = 0.1
+REFINE_STEPS = 0.1
 """Swaps tried on the exact copies, per cube of the number of experts."""
 
-POLISH_EXPERTS = 64
+REFINE_EXPERTS = 64
 """Most experts for the exact search: with more, its sample of tokens is fitted, not the traffic."""
 
 _SAMPLE_PICKS = 1 << 17
@@ -51,7 +51,7 @@ class Tables:
 class Layer:
     """What the search sees of one layer; its experts may be groups of experts that stay together.
 
-    patterns: see ``polish.patterns``, of every so many tokens.
+    patterns: see ``refine_exact.patterns``, of every so many tokens.
     weight: [E, E] tokens that picked both; load: [E] picks; pin: [E, M] picks by home node.
     sizes: experts on each node.
     """
@@ -77,9 +77,7 @@ class Candidate:
     imbalance: float
 
 
-def count_tables(
-    ids: np.ndarray, request_id: np.ndarray, num_experts: int, *, threads: int | None = None
-) -> Tables:
+def count_tables(ids: np.ndarray, request_id: np.ndarray, num_experts: int) -> Tables:
     """Count pairs, loads and loads by request of ids [T, L, K]."""
     from moe_locality.placement.count_kernels import add_pairs
 
@@ -91,7 +89,6 @@ def count_tables(
     over_layers(
         lambda first, last: add_pairs(ids, unit, first, last, pairs, unit_load),
         layers,
-        threads=threads,
     )
     return Tables(pairs=pairs, unit_load=unit_load, load=unit_load.sum(axis=1, dtype=np.int64))
 
@@ -101,17 +98,14 @@ def make_layer(problem: Problem, tables: Tables, layer: int) -> Layer:
     whole = problem.trace.expert_ids
     assert whole is not None
     experts, nodes = problem.trace.num_experts, problem.num_nodes
-    most = _EXACT_PICKS if experts <= POLISH_EXPERTS else _SAMPLE_PICKS
+    most = _EXACT_PICKS if experts <= REFINE_EXPERTS else _SAMPLE_PICKS
     stride = max(-(-whole.shape[0] * whole.shape[2] // most), 1)
     ids = np.ascontiguousarray(whole[::stride, layer])
-    home = np.zeros(0, np.int64)
-    pin = np.zeros((experts, nodes))
+    home, pin = problem.home_node, np.zeros((experts, nodes))
     if problem.home_rank is not None:
-        node_of_rank = np.asarray(problem.topology.rank_to_node, dtype=np.int64)
-        of_token = node_of_rank[problem.home_rank]
         part = whole[:, layer : layer + 1]
-        pin = counting.picks_by_home(part, experts, of_token, nodes)[0].T.astype(np.float64)
-        home = of_token[::stride]
+        pin = counting.picks_by_home(part, experts, home, nodes)[0].T.astype(np.float64)
+        home = home[::stride]
     weight = pair_weight(tables.pairs[layer])
     load, unit_load = tables.load[layer].astype(np.float64), tables.unit_load[layer]
     if problem.group_of is not None:
@@ -122,7 +116,7 @@ def make_layer(problem: Problem, tables: Tables, layer: int) -> Layer:
         experts = len(onto)
     if problem.objective == "picks":  # experts do not attract each other, only homes do
         weight = np.zeros_like(weight)
-    if experts <= POLISH_EXPERTS:
+    if experts <= REFINE_EXPERTS:
         rows = patterns(ids, experts, home)
     else:
         rows = (ids, home, np.ones(len(ids)))
@@ -182,7 +176,7 @@ def linear_layout(layer: Layer) -> Candidate:
 
 def is_small(layer: Layer) -> bool:
     """Whether exact copies are searched too."""
-    return len(layer.load) <= POLISH_EXPERTS
+    return len(layer.load) <= REFINE_EXPERTS
 
 
 def searchable(layer: Layer) -> bool:
@@ -214,7 +208,7 @@ def place(
     *,
     again: bool = False,
 ) -> np.ndarray:
-    """[E] node of each expert, with few copies plus ``price`` times the imbalance to expect.
+    """[E] node of each expert, with few copies plus ``price`` times the expected imbalance.
 
     Args:
         linear_copies: of the linear layout of this layer.
@@ -229,11 +223,20 @@ def place(
     per_pick = _per_pick(layer, price) * worth
     most = limit * layer.load.sum() / len(layer.sizes)
     steps = min(STEPS * len(layer.load), MOST_STEPS)
-    heat = HOT
+    temperature = HOT
     if again:
-        steps, heat = steps // AGAIN, HOT * AGAIN_HEAT
+        steps, temperature = steps // AGAIN, HOT * AGAIN_TEMPERATURE
     return anneal(
-        layer.weight, layer.pin, layer.load, layer.noise, per_pick, most, start, steps, seed, heat
+        layer.weight,
+        layer.pin,
+        layer.load,
+        layer.noise,
+        per_pick,
+        most,
+        start,
+        steps,
+        seed,
+        temperature,
     )
 
 
@@ -243,12 +246,12 @@ def _per_pick(layer: Layer, price: float) -> float:
     return price * float(units) * len(layer.sizes) / max(float(layer.load.sum()), 1.0)
 
 
-def polished(layer: Layer, start: Candidate, price: float, limit: float, seed: int) -> Candidate:
+def refined(layer: Layer, start: Candidate, price: float, limit: float, seed: int) -> Candidate:
     """``start`` searched on the exact copies, where its layer is small enough."""
     experts, num_nodes = len(layer.load), len(layer.sizes)
     if not is_small(layer) or not searchable(layer) or layer.by_pick:
         return start
-    node_of, _ = polish(
+    node_of, _ = refine_exact(
         layer.patterns,
         layer.load,
         layer.noise,
@@ -256,7 +259,7 @@ def polished(layer: Layer, start: Candidate, price: float, limit: float, seed: i
         limit * layer.load.sum() / num_nodes,
         start.node_of,
         num_nodes,
-        int(POLISH_STEPS * experts**3),
+        int(REFINE_STEPS * experts**3),
         seed,
     )
     return _candidate(layer, node_of)

@@ -20,7 +20,7 @@ import numpy as np
 
 from moe_locality.placement.baselines import pack_replicas, replicate
 from moe_locality.placement.costs import BATCH_TOKENS
-from moe_locality.placement.problem import Problem, RankLists, Solution, make_plan, tell
+from moe_locality.placement.problem import Problem, RankLists, Solution, log_warning, make_plan
 from moe_locality.placement.search import assign, load_noise, replicas
 from moe_locality.placement.search.assign import lightest_first
 from moe_locality.placement.search.load_noise import limit_of
@@ -29,7 +29,7 @@ from moe_locality.placement.threads import map_layers
 
 _log = logging.getLogger(__name__)
 
-FIRST_PRICE = 2.0
+FIRST_MULTIPLIER = 2.0
 """Copies per token that an imbalance higher by one is worth; ``STEP`` the factor to the next one
 while the price is not known to lie between two.
 """
@@ -37,19 +37,17 @@ STEP = 4.0
 _LEAST = 0.01  # from where to go up after no price at all
 
 
-def under_one_price(
+def search_lagrangian(
     search: Callable[[int, float, int], float],
     allowed: Sequence[float],
     rounds: int,
-    *,
-    first: float = FIRST_PRICE,
-    threads: int | None = None,
+    first: float = FIRST_MULTIPLIER,
 ) -> float:
     """Search all layers at prices that come nearer to the mean imbalance allowed.
 
     Args:
         search: called with (place of a layer, price, round), by several threads; returns the
-            imbalance to expect of what it found.
+            expected imbalance of what it found.
         allowed: imbalance of each layer.
 
     Returns:
@@ -62,13 +60,13 @@ def under_one_price(
         return search(place, price, len(known))
 
     for _ in range(rounds):
-        levels = map_layers(one, len(allowed), threads=threads)
+        levels = map_layers(one, len(allowed))
         known.append((price, float(np.mean(levels)) - 1))
-        price = next_price(known, target)
+        price = next_multiplier(known, target)
     return price
 
 
-def next_price(known: Sequence[tuple[float, float]], target: float) -> float:
+def next_multiplier(known: Sequence[tuple[float, float]], target: float) -> float:
     """The price to try next for an imbalance of 1 + ``target``.
 
     ``known``: (price, imbalance less one) so far; between two prices that the target lies between,
@@ -116,7 +114,7 @@ _SCALE = 2.0**36  # weights are rounded to integers below this: sums of E^2 of t
 class Placed:
     """Layers placed: ``rows`` the experts of each rank (ranks in node order) per layer.
 
-    expected: imbalance of the nodes to expect on unseen requests, per layer.
+    expected: imbalance of the nodes expected on unseen requests, per layer.
     notes: by row of the layer, what is worth saying in provenance.
     load: [L, E] of all layers of the trace.
     """
@@ -138,7 +136,7 @@ def solve_coactivation(problem: Problem, tables: assign.Tables | None = None) ->
     if placed.notes:
         ids = problem.trace.layer_ids
         found["layer_notes"] = {str(int(ids[row])): note for row, note in placed.notes.items()}
-        tell(
+        log_warning(
             _log,
             "%d of %d layers cannot be as level as the cap of %g on unseen requests, see "
             "layer_notes in the plan's provenance; first: layer %s: %s",
@@ -152,13 +150,11 @@ def solve_coactivation(problem: Problem, tables: assign.Tables | None = None) ->
 
 def place_layers(
     problem: Problem,
-    layers: Sequence[int] | None = None,
     *,
     tables: assign.Tables | None = None,
     replica_rounds: int = REPLICA_ROUNDS,
-    threads: int | None = None,
 ) -> Placed:
-    """Place the experts of these layers (None: all), level in the mean over them.
+    """Place the experts of all layers, level in the mean over them.
 
     The number of threads changes no result. ``tables``: counts of the trace, where known.
     ``replica_rounds``: prices of imbalance that are tried with replicas.
@@ -167,59 +163,44 @@ def place_layers(
     assert ids is not None
     assert request_id is not None
     if tables is None:
-        tables = assign.count_tables(ids, request_id, problem.trace.num_experts, threads=threads)
-    wanted = list(range(ids.shape[1])) if layers is None else list(layers)
-    seeds = [seed_of(problem, layer) for layer in wanted]
-
-    def look(place: int) -> assign.Layer:
-        return assign.make_layer(problem, tables, wanted[place])
-
-    seen = map_layers(look, len(wanted), threads=threads)
-    found, allowed, price = place_on_nodes(seen, problem.max_imbalance, seeds, threads=threads)
-    node_of = [of_experts(problem, some.node_of) for some in found]
+        tables = assign.count_tables(ids, request_id, problem.trace.num_experts)
+    num_layers = ids.shape[1]
+    seeds = [seed_of(problem, layer) for layer in range(num_layers)]
+    seen = map_layers(lambda layer: assign.make_layer(problem, tables, layer), num_layers)
+    found, allowed, price = place_on_nodes(seen, problem.max_imbalance, seeds)
+    node_of = [expand_groups(problem, some.node_of) for some in found]
     replicated: list[replicas.Candidate] = []
     if problem.num_slots > problem.trace.num_experts and problem.group_of is None:
-        replicated = _replicate(
-            problem, seen, node_of, allowed, seeds, price, wanted, replica_rounds, threads
-        )
+        replicated = _replicate(problem, seen, node_of, allowed, seeds, price, replica_rounds)
 
-    def finish(place: int) -> RankLists:
-        load = tables.load[wanted[place]].astype(np.float64)
-        members = [np.flatnonzero(node_of[place] == n) for n in range(problem.num_nodes)]
-        served = np.tile(load, (problem.num_nodes, 1))
+    def finish(layer: int) -> RankLists:
+        members = [np.flatnonzero(node_of[layer] == n) for n in range(problem.num_nodes)]
+        served = np.tile(tables.load[layer].astype(np.float64), (problem.num_nodes, 1))
         if replicated:
-            members = [np.flatnonzero(held) for held in replicated[place].held]
-            served = replicated[place].served_load
-        weight = assign.pair_weight(tables.pairs[wanted[place]])
-        return _finish(problem, weight, served, members, seeds[place])
+            members = [np.flatnonzero(held) for held in replicated[layer].held]
+            served = replicated[layer].served_load
+        weight = assign.pair_weight(tables.pairs[layer])
+        return _finish(problem, weight, served, members, seeds[layer])
 
-    rows = map_layers(finish, len(wanted), threads=threads)
+    rows = map_layers(finish, num_layers)
     expected = [some.imbalance for some in replicated or found]
     notes = {
-        place: _note(tables.load[layer], expected[place], allowed[place])
-        for place, layer in enumerate(wanted)
-        if allowed[place] > problem.max_imbalance or not tables.load[layer].any()
+        layer: _note(tables.load[layer], expected[layer], allowed[layer])
+        for layer in range(num_layers)
+        if allowed[layer] > problem.max_imbalance or not tables.load[layer].any()
     }
     return Placed(rows=rows, expected=expected, notes=notes, load=tables.load)
 
 
 def place_on_nodes(
-    layers: Sequence[assign.Layer],
-    max_imbalance: float,
-    seeds: Sequence[int],
-    *,
-    threads: int | None = None,
+    layers: Sequence[assign.Layer], max_imbalance: float, seeds: Sequence[int]
 ) -> tuple[list[assign.Candidate], list[float], float]:
     """Experts to nodes, level in the mean over the layers: the fewest copies that this allows.
 
     Returns:
         (placements, imbalance allowed in each layer, what an imbalance higher by one is worth).
     """
-
-    def begin(place: int) -> list[assign.Candidate]:
-        return assign.fixed_candidates(layers[place])
-
-    tried = map_layers(begin, len(layers), threads=threads)
+    tried = map_layers(lambda place: assign.fixed_candidates(layers[place]), len(layers))
     allowed = [max(max_imbalance, found[-1].imbalance) for found in tried]
     limits = [limit_of(most, max_imbalance) for most in allowed]
 
@@ -236,9 +217,9 @@ def place_on_nodes(
         for turn, share in enumerate(LOWER):
             search_to(place, share * price, ROUNDS + turn, allowed[place])
 
-    def polish(place: int) -> None:
+    def refine_exact(place: int) -> None:
         layer, start = layers[place], tried[place][chosen[place]]
-        tried[place].append(assign.polished(layer, start, price, limits[place], seeds[place]))
+        tried[place].append(assign.refined(layer, start, price, limits[place], seeds[place]))
 
     def choose() -> list[int]:
         for place, layer in enumerate(layers):
@@ -248,11 +229,11 @@ def place_on_nodes(
         return load_noise.allocate(tried, allowed, max_imbalance)
 
     small = all(assign.is_small(layer) for layer in layers)
-    price = under_one_price(search, allowed, ROUNDS if small else FEW_ROUNDS, threads=threads)
+    price = search_lagrangian(search, allowed, ROUNDS if small else FEW_ROUNDS)
     if len(layers) < FEW_LAYERS:
-        map_layers(search_lower, len(layers), threads=threads)
+        map_layers(search_lower, len(layers))
     chosen = choose()
-    map_layers(polish, len(layers), threads=threads)
+    map_layers(refine_exact, len(layers))
     chosen = choose()
     return [some[i] for some, i in zip(tried, chosen, strict=True)], allowed, price
 
@@ -272,7 +253,7 @@ def _note(load: np.ndarray, expected: float, allowed: float) -> dict[str, Any]:
     }
 
 
-def of_experts(problem: Problem, node_of: np.ndarray) -> np.ndarray:
+def expand_groups(problem: Problem, node_of: np.ndarray) -> np.ndarray:
     """[E] node of each expert, from the nodes of experts or of groups of them."""
     return node_of if problem.group_of is None else node_of[problem.group_of]
 
@@ -304,26 +285,21 @@ def _replicate(
     allowed: Sequence[float],
     seeds: Sequence[int],
     price: float,
-    wanted: Sequence[int],
     rounds: int,
-    threads: int | None,
 ) -> list[replicas.Candidate]:
     """Which nodes hold which experts, with replicas in all slots; level in the mean over layers."""
-    ids, home_node = problem.trace.expert_ids, np.zeros(0, dtype=np.int64)
+    ids, home_node = problem.trace.expert_ids, problem.home_node
     assert ids is not None
-    if problem.home_rank is not None:
-        node_of_rank = np.asarray(problem.topology.rank_to_node, dtype=np.int64)
-        home_node = node_of_rank[problem.home_rank]
     per_node = problem.num_slots // problem.num_nodes
 
     def begin(place: int) -> replicas.Start:
         layer, most = layers[place], limit_of(allowed[place], problem.max_imbalance)
-        mine = np.ascontiguousarray(ids[:, wanted[place]])
+        mine = np.ascontiguousarray(ids[:, place])
         return replicas.begin(
             mine, node_of[place], layer.load, home_node, per_node, layer.noise, most, seeds[place]
         )
 
-    starts = map_layers(begin, len(layers), threads=threads)
+    starts = map_layers(begin, len(layers))
     tried = [[replicas.candidate(start, start.held)] for start in starts]
 
     def search(place: int, price: float, turn: int) -> float:
@@ -331,7 +307,7 @@ def _replicate(
         tried[place].append(found)
         return found.imbalance
 
-    under_one_price(search, allowed, rounds, first=CHEAPER * price, threads=threads)
+    search_lagrangian(search, allowed, rounds, first=CHEAPER * price)
     chosen = load_noise.allocate(tried, allowed, problem.max_imbalance)
     return [some[i] for some, i in zip(tried, chosen, strict=True)]
 

@@ -7,7 +7,7 @@ trace, the deviations d_r = c_r - |c_r| p have the covariance C = sum d_r d_r' (
 Cochran, Sampling Techniques, 3rd ed., 1977, section 6.3). Against the loads of the trace, the load
 of a node on an unseen sample ``UNSEEN_SHARE`` as large as the trace varies with
 (1 + 1 / UNSEEN_SHARE) 1_b' C 1_b, in picks of the trace, b the experts of the node. The maximum
-over the nodes of such normal loads, on average, is the imbalance to expect.
+over the nodes of such normal loads, on average, is the expected imbalance.
 
 Shapes: T tokens, L layers, K picks, E experts (or groups of them), U units, M nodes.
 """
@@ -148,7 +148,7 @@ def samples_of(noise: Noise | None, blocks: int) -> tuple[np.ndarray, float, np.
 
 
 class Candidate(Protocol):
-    """A placement of one layer: what it costs, and the imbalance to expect."""
+    """A placement of one layer: its cost and its expected imbalance."""
 
     @property
     def copies(self) -> float: ...

@@ -18,7 +18,7 @@ from moe_locality.placement.search import swaps
 from moe_locality.placement.search.load_noise import Noise, samples_of
 
 HOT, COLD = 0.05, 0.003
-"""First and last heat, in picks per expert: low, for the start has been annealed in pairs."""
+"""First and last temperature, in picks per expert: low, because ``anneal`` made the start."""
 
 
 def patterns(
@@ -87,7 +87,7 @@ def _place(key, home, size):
     return np.int64(mixed >> np.uint64(32)) & (size - 1)
 
 
-def polish(
+def refine_exact(
     found: tuple[np.ndarray, np.ndarray, np.ndarray],
     load: np.ndarray,
     noise: Noise | None,
@@ -98,11 +98,11 @@ def polish(
     steps: int,
     seed: int,
 ) -> tuple[np.ndarray, float]:
-    """Lower the exact number of blocks visited, and the load to expect of the busiest block.
+    """Lower the exact number of blocks visited, and the expected load of the busiest block.
 
     Args:
         found: what ``patterns`` returns.
-        price: visits that one pick less to expect on the busiest block is worth.
+        price: visits that one expected pick less on the busiest block is worth.
         The other arguments are those of ``anneal``.
 
     Returns:
@@ -112,7 +112,7 @@ def polish(
     covariance, unit, draws = samples_of(noise, num_blocks)
     scale = count.sum() * ids.shape[1] / max(len(load), 1)
     start = np.ascontiguousarray(start, dtype=np.int64)
-    return _polish(
+    return _refine(
         ids, home, count, load, covariance, unit, draws, float(price), float(limit), start,
         num_blocks, steps, max(HOT * scale, 1e-9), max(COLD * scale, 1e-9), seed,
     )  # fmt: skip
@@ -236,7 +236,7 @@ def _exchange(ids, count, offset, holds, e, f, block_of, inside, alone, absent, 
 
 
 @numba.njit(nogil=True, cache=True)
-def _polish(
+def _refine(
     ids, home, count, load, cov, unit, draws, price, limit, start, blocks, steps, hot, cold, seed
 ):  # fmt: skip
     n = len(load)
@@ -247,17 +247,17 @@ def _polish(
     mean = load.sum() / len(draws)
     score, highest, best_visits = 0.0, 0.0, visits
     state = np.array([np.uint64(seed)])
-    heat, ratio = hot, swaps.cooling(hot, cold, steps)
+    temperature, ratio = hot, swaps.cooling(hot, cold, steps)
     for step in range(steps):
         if step % swaps.CHUNK == 0 and step:
-            heat = max(heat * ratio, cold)
+            temperature = max(temperature * ratio, cold)
         e, f = swaps.next_pair(state, n)
         a, b = block_of[e], block_of[f]
         if a == b:
             continue
         gain = alone[e] - absent[e, b] + alone[f] - absent[f, a]
         gain -= pair_alone[e, f] + pair_alone[f, e]
-        allowed = gain + heat * swaps.luck(state)
+        allowed = gain + temperature * swaps.metropolis_loss(state)
         if price > 0:
             new = swaps.try_swap(
                 load, cov, unit, draws, limit, sums, mean, level + allowed / price, a, b, e, f

@@ -7,14 +7,19 @@ tokens of a home that meet the set of another node. Taking expert e out of a set
 changes them by the tokens that pick e and nothing else of the set: one pass over the tokens of e.
 
 All numbers are integers, so a seed gives the same result everywhere. Shapes: N (token pattern,
-pick) pairs, W words per token, E experts, M nodes, H homes told apart (1: homes are uniform);
+pick) pairs, W words per token, E experts, M nodes, H home groups (1: homes are uniform);
 ``load`` [E] int64; ``order`` [E]: experts by falling load, equal loads by number.
 """
 
 import numba
 import numpy as np
 
-from moe_locality.placement.search.swaps import expected_highest, luck, next_random, priced
+from moe_locality.placement.search.swaps import (
+    expected_highest,
+    metropolis_loss,
+    next_random,
+    priced,
+)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -200,7 +205,7 @@ def lonely(words, weight, first, bit, served, sets, home, gain):
 
 @numba.njit(nogil=True, cache=True)
 def add_greedily(words, weight, first, bit, load, order, picks, cap, held, room):
-    """Fill the room [M] of the nodes, again and again with the replica that saves most copies.
+    """Fill the room [M] of the nodes, each time with the replica that saves most copies.
 
     Lazy: a replica of e saves at most the copies that e alone causes, over all homes, as long as
     only e is rerouted; candidates are recounted in falling order of that bound, under the true
@@ -317,7 +322,7 @@ def _loads_of(cov, picks, served, part):
 
 @numba.njit(nogil=True, cache=True)
 def _level(load, variance, unit, limit, draws, deviation, room):
-    """Load to expect of the busiest node, dearer above the limit."""
+    """Expected load of the busiest node; beyond the limit it counts ``STEEP`` times more."""
     for n in range(len(load)):
         deviation[n] = unit * np.sqrt(max(variance[n], 0.0))
     return priced(expected_highest(load, deviation, draws, room), limit)
@@ -331,10 +336,10 @@ def anneal(
     """Simulated annealing over exchanges of experts between nodes and changes of replicas.
 
     A step puts expert f in the place of e on node a; where e would have no node left, or half of
-    the time, e takes the place of f on a node b. Cost = copies + price * load to expect of the
+    the time, e takes the place of f on a node b. Cost = copies + price * expected load of the
     busiest node (``cov``, ``unit``, ``draws`` as in ``anneal`` of experts without replicas); load
-    above the ``limit`` is ``swaps.STEEP`` times dearer. The state arguments are changed; a step
-    that costs more than luck and heat (from ``hot`` down to ``cold``, in copies) allow is undone.
+    above the ``limit`` costs ``swaps.STEEP`` times more. The state arguments are changed. A step
+    that costs more than the temperature allows (``hot`` down to ``cold``, in copies) is undone.
 
     Returns:
         (held [M, E] of the state met that costs least; its copies less those of the start).
@@ -354,7 +359,7 @@ def anneal(
     total = np.int64(0)
     best, least, best_total = held.copy(), price * level, total
     for step in range(steps):
-        heat = hot * (cold / hot) ** (step / steps)
+        temperature = hot * (cold / hot) ** (step / steps)
         a, e, b, f = _propose(held, copies_of, state)
         if a < 0:
             continue
@@ -365,9 +370,9 @@ def anneal(
             cov, of_expert, near, node_load, variance, changed, share, count, new_load, new_var
         )
         now = _level(new_load, new_var, unit, limit, draws, deviation, room)
-        allowed = heat * luck(state) - price * (now - level)
+        allowed = temperature * metropolis_loss(state) - price * (now - level)
         change = np.int64(0)
-        hopeful = allowed > -_HOPE * heat
+        hopeful = allowed > -_HOPE * temperature
         if hopeful:
             trial[:] = sets
             change = reroute(words, weight, first, bit, served, target, trial, changed[:count])

@@ -25,12 +25,12 @@ STEPS = 50_000
 MAX_VISITS = 1 << 27
 
 HOT, COLD = 0.01, 0.001
-"""First and last heat, as shares of the copies of the greedy placement."""
+"""First and last temperature, as shares of the copies of the greedy placement."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenIndex:
-    """The tokens of each expert as sets of experts; W words, N picks, H homes told apart.
+    """The tokens of each expert as sets of experts; W words, N picks, H home groups.
 
     words: [W, N] uint32 or uint64, the picks of a token as bits. weight: [N] int32 tokens with
     these picks. first: [H, E + 1] int64, where the tokens of an expert (by home) start. bit: [E, W]
@@ -55,7 +55,7 @@ class Start:
     picks: [M, E] of homes on each node (expected ones, where homes are uniform).
     held: [M, E] which node holds which expert; served: [M, E] which node serves homes on each node;
     sets: [M, M, W] the experts that each node serves for each home, bits.
-    copies: of the sample of tokens, summed over the homes told apart. tokens: in that sample, once
+    copies: of the sample of tokens, summed over the home groups. tokens: in that sample, once
     for each of those homes.
     noise: of the loads of the experts. most: picks that a node should have.
     """
@@ -77,7 +77,7 @@ class Start:
 class Candidate:
     """held: [M, E] which node holds which expert. served_load: [M, E] picks that each node serves.
 
-    copies: per token; imbalance: of the nodes, to expect on unseen requests.
+    copies: per token; imbalance: of the nodes, expected on unseen requests.
     """
 
     held: np.ndarray

@@ -20,40 +20,22 @@ import numpy as np
 from moe_locality.placement.search.load_noise import Noise, samples_of
 
 STEEP = 8.0
-"""How many times dearer, on top, imbalance is beyond the limit of a layer."""
+"""Imbalance beyond the limit of a layer costs this many times its price in addition."""
 
 CHUNK = 64
-"""Steps of one heat."""
+"""Steps of one temperature."""
 
-_LUCK = -np.log((np.arange(1024) + 0.5) / 1024)
-
-
-@numba.njit(nogil=True, cache=True)
-def count_visits(ids, block_of, home_block):
-    """Blocks that the tokens visit besides their home, summed over tokens.
-
-    ``home_block`` [T], or empty: every block touched counts (then the expectation over uniform
-    homes is (M - 1) / M of it).
-    """
-    num_blocks = block_of.max() + 1
-    if home_block.size:
-        num_blocks = max(num_blocks, home_block.max() + 1)
-    seen = np.full(num_blocks, -1, dtype=np.int64)
-    total = 0
-    for token in range(ids.shape[0]):
-        if home_block.size:
-            seen[home_block[token]] = token
-        for pick in range(ids.shape[1]):
-            e = ids[token, pick]
-            if e >= 0 and seen[block_of[e]] != token:
-                seen[block_of[e]] = token
-                total += 1
-    return total
+_LOSSES = -np.log((np.arange(1024) + 0.5) / 1024)
 
 
 @numba.njit(nogil=True, cache=True)
 def count_pattern_visits(ids, home_block, count, block_of, num_blocks):
-    """``count_visits`` over patterns of picks [N, K] that occur ``count`` [N] times; float64."""
+    """Blocks that tokens visit besides their home, summed; float64.
+
+    ids [N, K]: patterns of picks, -1 = no pick, that occur ``count`` [N] times. ``home_block`` [N],
+    or empty: every block touched counts (then the expectation over uniform homes is (M - 1) / M of
+    it).
+    """
     seen = np.full(num_blocks + 1, -1, dtype=np.int64)
     block = np.full(len(block_of) + 1, num_blocks, dtype=np.int64)  # the last: of no pick, -1
     block[:-1] = block_of
@@ -106,11 +88,11 @@ def next_pair(state, n):
 
 
 @numba.njit(nogil=True, cache=True)
-def luck(state):
-    """-log of a uniform number: heat times this is the loss that a step of annealing may bring
+def metropolis_loss(state):
+    """-log of a uniform number; times the temperature, the loss that a step of annealing may bring
     (Metropolis et al. 1953).
     """
-    return _LUCK[next_random(state) & 1023]
+    return _LOSSES[next_random(state) & 1023]
 
 
 @numba.njit(nogil=True, cache=True)
@@ -132,7 +114,7 @@ def block_sums(cov, load, block_of, num_blocks):
 @numba.njit(nogil=True, cache=True)
 def expected_highest(load, deviation, draws, highest):
     """Mean over the samples of the highest of the loads [B], each with so many of its standard
-    ``deviation`` [B] on top as ``draws`` [B, S] says; ``highest`` [S] is room to work in.
+    ``deviation`` [B] added as ``draws`` [B, S] says; ``highest`` [S] is a work array.
     """
     size = len(highest)
     mean, spread, row = load[0], deviation[0], draws[0]
@@ -163,13 +145,13 @@ def loads_after(load, cov, near_cov, block_load, block_var, a, b, e, f):
 
 @numba.njit(nogil=True, cache=True)
 def priced(level, limit):
-    """A load to expect of the busiest block, dearer beyond the limit."""
+    """Expected load of the busiest block, plus ``STEEP`` times what is beyond the limit."""
     return level + STEEP * max(level - limit, 0.0)
 
 
 @numba.njit(nogil=True, cache=True)
 def cooling(hot, cold, steps):
-    """Factor on the heat from one chunk of steps to the next."""
+    """Factor on the temperature from one chunk of steps to the next."""
     return (cold / hot) ** (CHUNK / max(steps - CHUNK, 1))
 
 
@@ -195,7 +177,7 @@ def try_swap(load, cov, unit, draws, limit, sums, mean, most, a, b, e, f):
     load_a, load_b, var_a, var_b = loads_after(
         load, cov, near_cov, block_load, block_var, a, b, e, f
     )
-    if max(load_a, load_b) > most:  # what is to expect is never below the highest load
+    if max(load_a, load_b) > most:  # the expected load is never below the highest load
         return np.inf
     new_load[:], new_deviation[:] = block_load, deviation
     new_load[a], new_load[b] = load_a, load_b
@@ -221,7 +203,7 @@ def swap_near(near, table, a, b, e, f):
 
 
 HOT, COLD = 0.3, 0.012
-"""First and last heat, in weight per expert."""
+"""First and last temperature, in weight per expert."""
 
 
 def anneal(
@@ -236,17 +218,17 @@ def anneal(
     seed: int,
     hot: float = HOT,
 ) -> np.ndarray:
-    """[E] blocks with much weight inside and little load to expect of the busiest one.
+    """[E] blocks with much weight inside and a small expected load of the busiest one.
 
     Args:
         weight: [E, E] gain of having both experts in one block (symmetric, zero diagonal).
         pin: [E, B] gain of having the expert in that block.
         load: [E] picks.
         noise: how loads vary (None: not at all).
-        price: gain that one pick less to expect on the busiest block is worth.
-        limit: picks to expect there beyond which it is ``STEEP`` times dearer, on top.
-        start: [E] block of each expert; found as it is where nothing better is met.
-        steps: swaps tried. hot: the first heat; a low one keeps most of the start.
+        price: gain that one expected pick less on the busiest block is worth.
+        limit: expected picks there beyond which each costs ``STEEP`` times more.
+        start: [E] block of each expert; returned where nothing better is found.
+        steps: swaps tried. hot: the first temperature; a low one keeps most of the start.
     """
     scale = (np.abs(weight).sum() / 2 + pin.sum()) / max(len(load), 1)
     covariance, unit, draws = samples_of(noise, pin.shape[1])
@@ -269,16 +251,16 @@ def _anneal(weight, pin, load, cov, unit, draws, price, limit, start, steps, hot
     mean = load.sum() / len(draws)
     score, highest = 0.0, 0.0
     state = np.array([np.uint64(seed)])
-    heat, ratio = hot, cooling(hot, cold, steps)
+    temperature, ratio = hot, cooling(hot, cold, steps)
     for step in range(steps):
         if step % CHUNK == 0 and step:
-            heat = max(heat * ratio, cold)
+            temperature = max(temperature * ratio, cold)
         e, f = next_pair(state, n)
         a, b = block_of[e], block_of[f]
         if a == b:
             continue
         gain = near[e, b] - near[e, a] + near[f, a] - near[f, b] - 2 * weight[e, f]
-        allowed = gain + heat * luck(state)
+        allowed = gain + temperature * metropolis_loss(state)
         if price > 0:
             new = try_swap(
                 load, cov, unit, draws, limit, sums, mean, level + allowed / price, a, b, e, f

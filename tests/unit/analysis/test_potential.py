@@ -13,7 +13,7 @@ from moe_locality.compare import trace_report
 from moe_locality.compare.potential import add_potential
 from moe_locality.errors import TraceError
 from moe_locality.placement import PlacementPlan, evaluate, solve
-from moe_locality.placement.problem import telling_once
+from moe_locality.placement.problem import warnings_once
 from moe_locality.report import render_html
 from moe_locality.topology import ClusterTopology
 from moe_locality.trace import write_trace
@@ -77,7 +77,7 @@ def test_the_verdict_names_the_command_and_the_memory(structured, tmp_path):
 
 def test_what_warns_in_every_solve_is_said_once(structured, caplog):
     """``analyze --nodes`` solves eleven times and said the same seven times [A5]."""
-    with telling_once():
+    with warnings_once():
         potential(structured, CLUSTER)
         tradeoff(structured, CLUSTER)
     said = [record for record in caplog.records if "cannot be as level" in record.message]

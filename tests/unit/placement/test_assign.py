@@ -52,12 +52,14 @@ def group_limited(rng, *, tokens=4000, groups=8, size=4, chosen=4, top_k=8, requ
     )
 
 
-def test_tables_are_the_counts_of_the_trace_whatever_the_threads():
+def test_count_tables_are_the_counts_of_the_trace_whatever_the_threads(monkeypatch):
     rng = np.random.default_rng(0)
     trace = random_trace(rng, tokens=9000, layers=3, experts=10, top_k=3, requests=40)
-    one, two = (
-        assign.count_tables(trace.expert_ids, trace.request_id, 10, threads=n) for n in (1, 2)
-    )
+    found = []
+    for count in (1, 2):
+        monkeypatch.setattr("moe_locality.placement.threads.processors", lambda n=count: n)
+        found.append(assign.count_tables(trace.expert_ids, trace.request_id, 10))
+    one, two = found
     for name in ("pairs", "unit_load", "load"):
         assert (getattr(one, name) == getattr(two, name)).all()
     assert (one.load == trace.load()).all()
@@ -75,16 +77,19 @@ def test_tables_are_the_counts_of_the_trace_whatever_the_threads():
         assert (one.unit_load[layer] == by_unit).all()
 
 
-def test_threads_change_nothing():
+def test_place_layers_is_the_same_with_any_number_of_threads(monkeypatch):
     rng = np.random.default_rng(1)
     trace = random_trace(rng, tokens=600, layers=5, experts=16, top_k=3, requests=60)
     problem = problem_of(trace, ClusterTopology.uniform(4, 2), num_slots=24)
-    placed = [coactivation.place_layers(problem, threads=n) for n in (1, 2, 5)]
+    placed = []
+    for count in (1, 2, 5):
+        monkeypatch.setattr("moe_locality.placement.threads.processors", lambda n=count: n)
+        placed.append(coactivation.place_layers(problem))
     assert placed[0].rows == placed[1].rows == placed[2].rows
     assert placed[0].expected == placed[1].expected == placed[2].expected
 
 
-def test_a_higher_price_finds_level_placements_and_polish_pays():
+def test_place_at_a_higher_price_finds_level_placements_and_refining_pays():
     rng = np.random.default_rng(2)
     trace = random_trace(rng, tokens=4000, layers=1, experts=32, top_k=4, requests=200, skew=2)
     problem = problem_of(trace, ClusterTopology.uniform(4, 2))
@@ -94,7 +99,7 @@ def test_a_higher_price_finds_level_placements_and_polish_pays():
     found = [assign.searched(layer, tried, price, 1.5, 0) for price in (0.1, 1.0, 10.0)]
     assert [c.copies for c in found] == sorted(c.copies for c in found)
     assert [c.imbalance for c in found] == sorted((c.imbalance for c in found), reverse=True)
-    better = assign.polished(layer, found[1], 1.0, 1.5, 0)
+    better = assign.refined(layer, found[1], 1.0, 1.5, 0)
     assert np.bincount(better.node_of).tolist() == [8] * 4
     cost, before = (c.copies + 1.0 * c.imbalance for c in (better, found[1]))
     assert cost <= before + 2e-3  # the search draws fewer samples than the rating

@@ -49,8 +49,9 @@ def test_eplb_holds_every_expert_and_none_twice_on_a_rank(data):
     assert {e for rank in held for e in rank} == set(range(experts))
 
 
-def test_pack_gives_equal_packs_lightest_first():
-    assert baselines.pack([5, 9, 1, 3], 2) == [[1, 2], [0, 3]]
+def test_pack_replicas_packs_single_experts_lightest_first():
+    ones = np.ones(4, dtype=np.int64)
+    assert baselines.pack_replicas(np.array([5, 9, 1, 3]), ones, 2) == [[1, 2], [0, 3]]
 
 
 def test_replicas_go_to_the_largest_load_per_replica():

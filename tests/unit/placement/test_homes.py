@@ -120,14 +120,6 @@ def test_requests_without_a_known_token_go_where_there_is_room():
     assert max(found.tokens_per_rank) - min(found.tokens_per_rank) <= 6
 
 
-def test_requests_per_rank_can_be_limited_beside_tokens():
-    trace = two_kinds()
-    some = home_assignment(trace, PLAN, predict="oracle", max_imbalance=4.0, max_requests=12)
-    assert max(some.requests_per_rank) <= 12
-    with pytest.raises(PlacementError, match="expected at least 10: allow more"):
-        home_assignment(trace, PLAN, predict="oracle", max_requests=9)
-
-
 @settings(max_examples=40, deadline=None)
 @given(plans_with_traces())
 def test_homes_are_complete_valid_and_repeatable(case):

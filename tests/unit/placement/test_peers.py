@@ -12,7 +12,7 @@ from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 from tests.unit.placement.cases import random_trace
 
-METHODS = ("seed", "hottest", "eplb_global")
+METHODS = ("request_kmeans", "hottest", "eplb_global")
 
 
 @settings(max_examples=30, deadline=None)
@@ -36,16 +36,25 @@ def test_every_peer_makes_valid_plans_and_the_same_again(data):
         assert made[0].num_slots == experts + spare
 
 
-def test_clusters_of_requests_become_nodes():
+def test_request_kmeans_makes_clusters_of_requests_nodes():
     """Two kinds of requests with experts of their own: each kind finds all of its picks at home."""
     trace = two_kinds()
     topology = ClusterTopology.uniform(2, 2)
-    plan = solve(trace, topology, method="seed")
+    plan = solve(trace, topology, method="request_kmeans")
     homes = cluster_homes(trace, plan, topology, predict="first:2")
     assert evaluate(trace, plan, topology, homes).picks == 0
     assert len(set(homes.values())) == 4  # the ranks of a node share its requests
-    with pytest.raises(PlacementError, match="method 'seed'"):
+    with pytest.raises(PlacementError, match="method 'request_kmeans'"):
         cluster_homes(trace, solve(trace, topology), topology, predict="oracle")
+
+
+def test_solve_takes_the_old_name_of_request_kmeans_with_a_warning():
+    trace, topology = two_kinds(), ClusterTopology.uniform(2, 2)
+    with pytest.warns(DeprecationWarning, match="now called 'request_kmeans'"):
+        old = solve(trace, topology, method="seed", seed=3)
+    new = solve(trace, topology, method="request_kmeans", seed=3)
+    assert old == new
+    assert new.provenance["method"] == "request_kmeans"
 
 
 def test_use_places_every_expert_once_before_any_twice():

@@ -3,8 +3,15 @@ import pytest
 
 from moe_locality.placement.search import load_noise, swaps
 from moe_locality.placement.search.assign import pairs_of_layer
-from moe_locality.placement.search.refine import patterns, polish
+from moe_locality.placement.search.refine import patterns, refine_exact
 from moe_locality.placement.search.swaps import anneal
+
+
+def visits_of(ids, block_of, home):
+    """Blocks that each token visits besides its home, summed."""
+    ones = np.ones(len(ids))
+    blocks = 1 + max(block_of.max(), home.max(initial=0))
+    return swaps.count_pattern_visits(ids, home, ones, block_of, blocks)
 
 
 def made(rng, *, experts=12, nodes=3, tokens=300, picks=4, homes=False):
@@ -25,10 +32,10 @@ def test_patterns_keep_every_token(homes, picks):
     assert len(rows) < 300 or picks > 1
     block_of = np.arange(12) % 3
     total = sum(
-        n * swaps.count_visits(row[None], block_of, row_home[i : i + 1])
+        n * visits_of(row[None], block_of, row_home[i : i + 1])
         for i, (row, n) in enumerate(zip(rows, count, strict=True))
     )
-    assert total == swaps.count_visits(ids, block_of, home)
+    assert total == visits_of(ids, block_of, home)
 
 
 def test_patterns_of_many_experts_are_the_tokens_themselves():
@@ -68,12 +75,14 @@ def test_the_visits_kept_up_to_date_are_the_visits_counted(homes, price):
         noise = load_noise.noise_of(rng.poisson(load, (20, 12)))
         rows = patterns(ids, 12, home)
         most = load.sum() / 3 * 1.05
-        found, visits = polish(rows, load, noise, price, most, start, 3, 2000, trial)
-        assert visits == swaps.count_visits(ids, found, home)
+        found, visits = refine_exact(rows, load, noise, price, most, start, 3, 2000, trial)
+        assert visits == visits_of(ids, found, home)
         assert np.bincount(found).tolist() == [4, 4, 4]
-        assert (found == polish(rows, load, noise, price, most, start, 3, 2000, trial)[0]).all()
+        assert (
+            found == refine_exact(rows, load, noise, price, most, start, 3, 2000, trial)[0]
+        ).all()
         if not price:
-            assert visits <= swaps.count_visits(ids, start, home)
+            assert visits <= visits_of(ids, start, home)
 
 
 def test_exact_swaps_find_what_pairs_do_not_see():
@@ -85,8 +94,8 @@ def test_exact_swaps_find_what_pairs_do_not_see():
         pairs, start = pairs_of_layer(ids, 10), np.repeat([0, 1], 5)
         by_pairs = anneal(pairs, np.zeros((10, 2)), load, None, 0.0, np.inf, start, 20_000, seed)
         rows = patterns(ids, 10, home)
-        _, visits = polish(rows, load, None, 0.0, np.inf, by_pairs, 2, 20_000, seed)
-        before = swaps.count_visits(ids, by_pairs, home)
+        _, visits = refine_exact(rows, load, None, 0.0, np.inf, by_pairs, 2, 20_000, seed)
+        before = visits_of(ids, by_pairs, home)
         assert visits <= before
         better += visits < before
     assert better >= 1
@@ -99,7 +108,7 @@ def test_a_price_on_imbalance_makes_blocks_more_level():
     start, rows = np.repeat(np.arange(4), 6), patterns(ids, 24, home)
     levels, visits = [], []
     for price in (0.0, 1.0, 30.0):
-        found, cost = polish(rows, load, noise, price, np.inf, start, 4, 20_000, 0)
+        found, cost = refine_exact(rows, load, noise, price, np.inf, start, 4, 20_000, 0)
         levels.append(load_noise.expected_imbalance(found, load, noise, 4))
         visits.append(cost)
     assert levels == sorted(levels, reverse=True)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_locality.placement.search import load_noise, swaps
-from moe_locality.placement.search.coactivation import next_price, under_one_price
+from moe_locality.placement.search.coactivation import next_multiplier, search_lagrangian
 from moe_locality.placement.search.swaps import STEEP, anneal
 
 
@@ -111,16 +111,16 @@ def test_the_price_comes_near_to_the_one_that_fits(scale, power, target):
         level = 10.0 if price == 0 else min(scale * price**-power * (0.5 + place), 10.0)
         return 1 + level
 
-    price = under_one_price(search, [1 + target] * 2, 14)
+    price = search_lagrangian(search, [1 + target] * 2, 14)
     assert len(seen) == 28
     assert scale * price**-power == pytest.approx(target, rel=0.35)
 
 
 def test_the_next_price():
-    assert next_price([(2.0, 0.2)], 0.1) == 8.0
-    assert next_price([(2.0, 0.09)], 0.1) == 0.5
-    assert next_price([(2.0, 0.01)], 0.1) == 0.0  # far too level: without a price
-    assert next_price([(0.0, 0.5), (2.0, 0.01)], 0.1) == 1.0
-    assert next_price([(0.0, 0.5)], 0.1) > 0
-    between = next_price([(1.0, 0.2), (4.0, 0.05)], 0.1)
+    assert next_multiplier([(2.0, 0.2)], 0.1) == 8.0
+    assert next_multiplier([(2.0, 0.09)], 0.1) == 0.5
+    assert next_multiplier([(2.0, 0.01)], 0.1) == 0.0  # far too level: without a price
+    assert next_multiplier([(0.0, 0.5), (2.0, 0.01)], 0.1) == 1.0
+    assert next_multiplier([(0.0, 0.5)], 0.1) > 0
+    between = next_multiplier([(1.0, 0.2), (4.0, 0.05)], 0.1)
     assert between == pytest.approx(2.0)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.placement import PlacementPlan, evaluate
-from moe_locality.placement.align import make_frame
+from moe_locality.placement.align import align_trace
 from moe_locality.placement.costs import traffic_matrix
 from moe_locality.simulator import StepModel, model, row_bytes, simulate
 from moe_locality.simulator.model import count_all, count_rows, expected_maximum
@@ -49,7 +49,7 @@ def test_rows_by_link_are_those_of_the_traffic_matrix(case):
     matrix = traffic_matrix(trace, plan, homes="trace")
     nodes = plan.node_of_rank
     same_node = nodes[:, None] == nodes[None]
-    found = count_all(make_frame(trace, plan, None, "trace"), "flat")
+    found = count_all(align_trace(trace, plan, None, "trace"), "flat")
     assert found.rows_by_link() == {
         "same_rank": int(np.trace(matrix)),
         "same_node": int(matrix[same_node].sum() - np.trace(matrix)),
@@ -81,7 +81,7 @@ def test_hierarchical_rows_by_brute_force(case):
             for rank in ranks:
                 expected[members[nodes[rank]][index], rank] += 1
     same_node = nodes[:, None] == nodes[None]
-    found = count_all(make_frame(trace, plan, None, "trace"), "hierarchical")
+    found = count_all(align_trace(trace, plan, None, "trace"), "hierarchical")
     assert found.rows_by_link() == {
         "same_rank": int(np.trace(expected)),
         "same_node": int(expected[same_node].sum() - np.trace(expected)),
@@ -93,11 +93,11 @@ def test_hierarchical_rows_by_brute_force(case):
 @given(plans_with_traces(), st.sampled_from(["flat", "hierarchical"]))
 def test_many_ranks_are_counted_alike(case, exchange):
     plan, trace = case
-    frame = make_frame(trace, plan, None, "trace")
-    pairs = count_all(frame, exchange)
+    aligned = align_trace(trace, plan, None, "trace")
+    pairs = count_all(aligned, exchange)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "MATRIX_ENTRIES", 0)
-        alone = count_all(frame, exchange)
+        alone = count_all(aligned, exchange)
     for name in model.RowCounts.__slots__:
         np.testing.assert_array_equal(getattr(pairs, name), getattr(alone, name))
 
@@ -106,9 +106,9 @@ def test_many_ranks_are_counted_alike(case, exchange):
 @given(plans_with_traces())
 def test_counts_of_steps_add_up_and_distinct_is_the_number_of_experts_used(case):
     plan, trace = case
-    frame = make_frame(trace, plan, None, "trace")
-    whole = count_rows(frame, slice(None), "flat")
-    parts = [count_rows(frame, np.array([t]), "flat") for t in range(trace.num_tokens)]
+    aligned = align_trace(trace, plan, None, "trace")
+    whole = count_rows(aligned, slice(None), "flat")
+    parts = [count_rows(aligned, np.array([t]), "flat") for t in range(trace.num_tokens)]
     for name in ("local", "inside_sent", "across_sent", "computed"):
         total = sum(getattr(part, name) for part in parts)
         np.testing.assert_array_equal(getattr(whole, name), total)

@@ -25,25 +25,22 @@ ANNEAL_STEPS = 500  # per request
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capacities:
-    """``tokens`` per rank (inf: no cap); ``requests`` per rank, None: any number.
-
-    With ``even`` every rank gets the same number of requests, up to one.
+    """``tokens`` per rank (inf: no cap). With ``even`` every rank gets the same number of requests,
+    up to one.
     """
 
     tokens: float
-    requests: int | None = None
     even: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
-    """``rank_of`` [R]; ``token_price`` [M] per token and ``request_price`` [M] per request;
+    """``rank_of`` [R]; ``token_price`` [M] per token;
     ``dual_bound``: no assignment under these capacities is worth more.
     """
 
     rank_of: np.ndarray
     token_price: np.ndarray
-    request_price: np.ndarray
     dual_bound: float
 
 
@@ -66,12 +63,8 @@ def assign(
     size, larger = len(tokens), 0  # requests of a rank; ranks that may have one more
     if capacities.even:
         size, larger = divmod(len(tokens), ranks)
-    elif capacities.requests is not None:
-        size = capacities.requests
     room = np.bincount(node_of_rank, minlength=nodes).astype(float)
-    seats = None
-    if capacities.even or capacities.requests is not None:
-        seats = room * (size + (larger > 0))
+    seats = room * (size + (larger > 0)) if capacities.even else None
     near = np.full((len(tokens), nodes), -np.inf)
     for rank, node in enumerate(node_of_rank):
         near[:, node] = np.maximum(near[:, node], score[:, rank])
@@ -87,9 +80,7 @@ def assign(
         heat = float((near.max(axis=1) - near.mean(axis=1)).mean() * tokens.mean())
         steps = ANNEAL_STEPS * len(tokens)
         rank_of = _anneal(rank_of, filled, count, value, whole, *caps[:2], steps, heat)
-    return Assignment(
-        rank_of=rank_of, token_price=prices[0], request_price=prices[1], dual_bound=prices[2]
-    )
+    return Assignment(rank_of=rank_of, token_price=prices[0], dual_bound=prices[2])
 
 
 def _prices(near, tokens, room, seats) -> tuple[np.ndarray, np.ndarray, float]:
@@ -170,7 +161,7 @@ def _fill(order, worth, tokens, cap, size, larger):
 def _improve(rank_of, filled, count, value, tokens, cap, size, rounds):
     """Move or exchange requests: first less above the capacity, then more value.
 
-    For every request the best move is looked for, and the best exchange with the requests that
+    For every request the search takes the best move, and the best exchange with the requests that
     would gain most from the opposite move (one per pair of ranks, refreshed when it is used).
     """
     requests, ranks = value.shape
