@@ -58,7 +58,7 @@ def watched_gates(model: torch.nn.Module) -> Iterator[list[tuple[torch.Tensor, t
     """Collect (picks [T, K], gaps [T]) of every DeepSpeed gate, layer by layer, of a forward."""
     from deepspeed.moe.sharded_moe import TopKGate
 
-    from moe_locality.trace.recorder.routes import read_deepspeed_gate
+    from moe_locality.trace.recorder.hooks import read_deepspeed_gate
 
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
 

@@ -31,7 +31,7 @@ from moe_locality.placement.refresh.improve import Refresh, refresh
 from moe_locality.placement.refresh.state import RefreshState
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.topology.groups import exchange_objects
-from moe_locality.trace.recorder.routes import read_deepspeed_gate
+from moe_locality.trace.recorder.hooks import read_deepspeed_gate
 from moe_locality.trace.schema import TRAIN, RoutingTrace
 
 logger = logging.getLogger(__name__)

@@ -27,7 +27,7 @@ from moe_locality.files import replace_text
 from moe_locality.layer.moe import LocalityTopKGate, moe_modules
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.topology.cluster import ClusterTopology
-from moe_locality.trace.recorder.routes import read_deepspeed_gate
+from moe_locality.trace.recorder.hooks import read_deepspeed_gate
 from moe_locality.tracking import git_commit, package_versions, start_tracking
 
 logger = logging.getLogger(__name__)

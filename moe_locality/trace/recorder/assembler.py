@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from moe_locality.errors import TraceError
+from moe_locality.trace.recorder.hooks import Routes
 from moe_locality.trace.recorder.labels import (
     GENERATE,
     Annotation,
@@ -40,7 +41,6 @@ from moe_locality.trace.recorder.ring import (
     logical_lookup,
     ring_capacity,
 )
-from moe_locality.trace.recorder.routes import Routes
 from moe_locality.trace.recorder.writer import WriterThread
 
 logger = logging.getLogger(__name__)

@@ -33,8 +33,12 @@ from moe_locality.trace.recorder.hooks import (
     of_one_size,
     pipeline_rank,
 )
-from moe_locality.trace.recorder.labels import Annotation, current_annotation
-from moe_locality.trace.recorder.sequences import Sequences, named_arguments
+from moe_locality.trace.recorder.labels import (
+    Annotation,
+    Sequences,
+    current_annotation,
+    named_arguments,
+)
 from moe_locality.trace.recorder.writer import ShardSettings, WriterThread
 
 

@@ -64,7 +64,7 @@ def test_npz(tmp_path):
     write_npz(trace, tmp_path / "t.npz")
     assert_equal(import_trace(tmp_path / "t.npz"), trace)
     assert import_trace(tmp_path / "t.npz", model="x").model == "x"
-    with pytest.raises(TraceError, match=r"num_experts = 8 .* expected 9"):
+    with pytest.raises(TraceError, match="found 8 experts, expected 9 as asked"):
         import_trace(tmp_path / "t.npz", num_experts=9)
 
 

@@ -373,7 +373,7 @@ def test_a_module_that_runs_in_a_loop_is_refused_by_name(tmp_path, caplog):
 def test_old_plans_are_exported_with_the_layers_that_are_said(tmp_path):
     """Without a number a map with too few rows was written, with one every row was shifted [D2]."""
     plan, path = plan_for([0, 1]), tmp_path / "map.json"
-    with pytest.raises(PlacementError, match="give --num-hidden-layers"):
+    with pytest.raises(PlacementError, match="give num_hidden_layers="):
         write_export(plan, path, "sglang")
     with pytest.raises(PlacementError, match=r"--layers, such as 2-3 \(dense layers first\)"):
         write_export(plan, path, "sglang", 4)

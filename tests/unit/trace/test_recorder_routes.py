@@ -6,7 +6,7 @@ import torch
 from deepspeed.moe.sharded_moe import TopKGate
 
 from moe_locality.errors import TraceError
-from moe_locality.trace.recorder.routes import (
+from moe_locality.trace.recorder.hooks import (
     read_autoep_router,
     read_deepspeed_gate,
     read_experts,
