@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from moe_locality.layer.convert import apply, initialize
     from moe_locality.layer.expert_store import store_experts
     from moe_locality.layer.moe import MoE
-    from moe_locality.layer.relabel import relabel
+    from moe_locality.layer.relabeling import relabel
     from moe_locality.layer.state_dict import relabel_state_dict
     from moe_locality.placement import PlacementPlan, assign_homes, evaluate, solve
     from moe_locality.topology import ClusterTopology
@@ -24,7 +24,7 @@ _LAZY_IMPORTS = {
     "MoE": "moe_locality.layer.moe",
     "apply": "moe_locality.layer.convert",
     "initialize": "moe_locality.layer.convert",
-    "relabel": "moe_locality.layer.relabel",
+    "relabel": "moe_locality.layer.relabeling",
     "bake_checkpoint": "moe_locality.layer.bake",
     "relabel_state_dict": "moe_locality.layer.state_dict",
     "store_experts": "moe_locality.layer.expert_store",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moe_locality.layer.convert import apply, initialize
     from moe_locality.layer.expert_store import store_experts
     from moe_locality.layer.moe import LocalityMOELayer, LocalityTopKGate, MoE, set_slot_to_logical
-    from moe_locality.layer.relabel import relabel
+    from moe_locality.layer.relabeling import relabel
     from moe_locality.layer.state_dict import relabel_state_dict
 
 _LAZY_IMPORTS = {
@@ -25,7 +25,7 @@ _LAZY_IMPORTS = {
     "set_slot_to_logical": "moe_locality.layer.moe",
     "apply": "moe_locality.layer.convert",
     "initialize": "moe_locality.layer.convert",
-    "relabel": "moe_locality.layer.relabel",
+    "relabel": "moe_locality.layer.relabeling",
     "wrap_checkpoints": "moe_locality.layer.checkpoint",
     "store_experts": "moe_locality.layer.expert_store",
     "bake_checkpoint": "moe_locality.layer.bake",

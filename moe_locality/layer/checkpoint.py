@@ -37,7 +37,7 @@ from moe_locality.layer.checkpoint_io import (
     resolve_tag,
 )
 from moe_locality.layer.moe import moe_modules, set_slot_to_logical
-from moe_locality.layer.relabel import (
+from moe_locality.layer.relabeling import (
     Target,
     check_tied_stay,
     current_order,

@@ -38,7 +38,7 @@ from deepspeed.utils import log_dist  # noqa: E402
 
 from moe_locality.layer.checkpoint import wrap_checkpoints  # noqa: E402
 from moe_locality.layer.moe import adopt, configure, moe_modules, plan_rows  # noqa: E402
-from moe_locality.layer.relabel import relabel  # noqa: E402
+from moe_locality.layer.relabeling import relabel  # noqa: E402
 from moe_locality.layer.replicas import add_replicas, with_new_parameters  # noqa: E402
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from moe_locality import compat
 from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.layer.agreement import all_succeed
 from moe_locality.layer.moe import moe_modules, plan_rows, set_slot_to_logical
-from moe_locality.layer.relabel import (
+from moe_locality.layer.relabeling import (
     Target,
     agree_on_layers,
     check_one_ep_size,
@@ -62,7 +62,7 @@ def add_replicas(
     Args:
         model: with layers of ours (``apply`` swaps them), before ``deepspeed.initialize``.
         plan: its ``layer_ids`` are the transformer layers of the model that have experts.
-        group: see :func:`~moe_locality.layer.relabel`.
+        group: see :func:`moe_locality.relabel`.
 
     Raises:
         PlacementError: the plan does not fit, or the model has other replicas already.

@@ -10,7 +10,7 @@ import moe_locality
 from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.layer.bake import bake_checkpoint
 from moe_locality.layer.checkpoint import wrap_checkpoints
-from moe_locality.layer.relabel import relabel
+from moe_locality.layer.relabeling import relabel
 from tests import tolerances
 from tests.distributed import relabel_nets as nets
 from tests.launch import run_ranks

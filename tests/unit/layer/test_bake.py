@@ -13,7 +13,7 @@ import torch
 from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.layer.bake import _TiedTensors, bake_checkpoint
 from moe_locality.layer.checkpoint import wrap_checkpoints
-from moe_locality.layer.relabel import relabel
+from moe_locality.layer.relabeling import relabel
 from moe_locality.placement import PlacementPlan
 from tests import tolerances
 from tests.distributed import relabel_nets as nets

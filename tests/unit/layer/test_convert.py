@@ -150,7 +150,7 @@ def test_apply_the_plan_of_the_section_is_used(tmp_path):
 @pytest.mark.parametrize("replicas", [0, 4])
 def test_apply_a_model_with_two_ep_sizes_cannot_be_placed(replicas):
     """One plan was refused for 4 ranks, the next for 2; now one error says that none fits [E2]"""
-    from moe_locality.layer.relabel import plan_targets
+    from moe_locality.layer.relabeling import plan_targets
     from moe_locality.layer.replicas import add_replicas
 
     net = Net()

@@ -7,7 +7,7 @@ from deepspeed.moe.layer import MoE
 from torch import nn
 
 from moe_locality.errors import ConfigError
-from moe_locality.layer.relabel import current_order, relabel
+from moe_locality.layer.relabeling import current_order, relabel
 from moe_locality.layer.state import (
     TensorShard,
     check_state_moves,
