@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,8 @@ from moe_locality.layer.relabeling import relabel  # noqa: E402
 from moe_locality.layer.replicas import add_replicas, with_new_parameters  # noqa: E402
 
 logger = logging.getLogger(__name__)
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 
 def apply(
@@ -120,6 +122,19 @@ def _swap(
     return swapped
 
 
+def _signature_of(
+    original: Callable[_Arguments, _Result],
+) -> Callable[[Callable[..., Any]], Callable[_Arguments, _Result]]:
+    """Show the signature of ``original`` to editors and ``help`` for a function that forwards."""
+
+    def show(function: Any) -> Any:
+        function.__signature__ = inspect.signature(original)
+        return function
+
+    return show
+
+
+@_signature_of(deepspeed.initialize)
 def initialize(*args: Any, **kwargs: Any) -> Any:
     """``deepspeed.initialize`` with moe_locality around it; the same arguments, the same result.
 

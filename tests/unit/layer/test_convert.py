@@ -1,9 +1,12 @@
+import inspect
+
 import pytest
 import torch
 from torch import nn
 
 pytest.importorskip("deepspeed")
 
+import deepspeed
 from deepspeed.moe.layer import MoE as StockMoE
 
 import moe_locality
@@ -105,6 +108,11 @@ def test_apply_a_plan_that_does_not_fit_is_refused_before_anything_changes():
         with pytest.raises(PlacementError, match="the plan does not fit"):
             moe_locality.apply(net, plan=plan)
         assert type(net.a) is StockMoE
+
+
+def test_initialize_shows_the_signature_of_deepspeeds():
+    assert inspect.signature(moe_locality.initialize) == inspect.signature(deepspeed.initialize)
+    assert "moe_locality around it" in moe_locality.initialize.__doc__
 
 
 def test_initialize_needs_a_model_and_a_config():
