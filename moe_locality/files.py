@@ -6,11 +6,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from moe_locality.errors import ConfigError
+
 
 def replace_text(path: str | os.PathLike[str], text: str) -> Path:
     """Write a text file like ``replace_file``; the folder is made if absent."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     return replace_file(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def write_text(path: str | os.PathLike[str], text: str, *, what: str) -> Path:
+    """Write a text file like ``replace_text``; an error says what to do.
+
+    Raises:
+        ConfigError: the folder cannot be made or written; ``what`` names the file in the message.
+    """
+    try:
+        return replace_text(path, text)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write the {what} {path}: {error.strerror or error}: give a path in a "
+            "directory that exists or can be made, and that you may write"
+        ) from error
 
 
 def replace_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> Path:

@@ -30,7 +30,7 @@ COMPILERS = ("nvcc", "g++", "ninja", "mpirun", "pdsh")
 
 
 def doctor() -> Result:
-    """Look around; nothing is changed and nothing heavy is imported."""
+    """Show what is installed here and what is missing for what."""
     packages = [_package(*wanted) for wanted in WANTED]
     apex_state, apex_words = nvidia_apex_state()
     tools = {name: _tool(name) for name in COMPILERS}

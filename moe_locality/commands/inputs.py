@@ -1,15 +1,37 @@
-"""What commands read and write: cluster options, plans, homes, paths that must be writable."""
+"""What commands take and read: options that several of them have, clusters, plans, paths.
 
-import json
+Imported at start-up: a module of commands imports nothing heavy outside its functions.
+"""
+
+from __future__ import annotations
+
 import os
-from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from moe_locality.errors import ConfigError, PlacementError, TopologyError
-from moe_locality.placement import PlacementPlan
-from moe_locality.report import write_text_atomically
-from moe_locality.topology import ClusterTopology
-from moe_locality.trace import RoutingTrace, read_trace
+import typer
+
+import moe_locality
+from moe_locality.errors import ConfigError, PlacementError, TopologyError, TraceError
+
+if TYPE_CHECKING:
+    from moe_locality import ClusterTopology, PlacementPlan, RoutingTrace
+
+Trace = Annotated[Path, typer.Argument(help="Trace: a Parquet directory or an .npz file.")]
+Plan = Annotated[Path, typer.Option(help="Placement plan (JSON).")]
+Plans = Annotated[list[Path] | None, typer.Option(help="Plan; may be repeated.")]
+Nodes = Annotated[int | None, typer.Option(min=1, help="Nodes of the cluster.")]
+RanksPerNode = Annotated[int | None, typer.Option(min=1, help="Ranks on each.")]
+Cluster = Annotated[Path | None, typer.Option(help="Cluster description (YAML).")]
+Hostfile = Annotated[Path | None, typer.Option(help="DeepSpeed hostfile.")]
+Homes = Annotated[Path | None, typer.Option(help="Home rank of each request (JSON).")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+HeldOut = Annotated[float, typer.Option(help="Share of the requests that no plan is made from.")]
+MaxImbalance = Annotated[
+    float, typer.Option(help="Cap on max/mean load to expect on new requests.")
+]
+Report = Annotated[Path | None, typer.Option(help="Also write an HTML report.")]
+WandbMode = Annotated[str, typer.Option(help="offline, online or disabled.")]
 
 
 def read_cluster(
@@ -38,15 +60,15 @@ def read_cluster(
             "--ranks-per-node, --cluster FILE.yaml, --hostfile FILE"
         )
     if cluster is not None:
-        return ClusterTopology.from_yaml(cluster)
+        return moe_locality.ClusterTopology.from_yaml(cluster)
     if hostfile is not None:
-        return ClusterTopology.from_hostfile(hostfile)
+        return moe_locality.ClusterTopology.from_hostfile(hostfile)
     if nodes is None or ranks_per_node is None:
         raise TopologyError(
             f"found only {'--ranks-per-node' if nodes is None else '--nodes'}, expected both "
             "--nodes and --ranks-per-node: give the other one too"
         )
-    return ClusterTopology.uniform(nodes, ranks_per_node)
+    return moe_locality.ClusterTopology.uniform(nodes, ranks_per_node)
 
 
 def split(
@@ -68,7 +90,7 @@ def split(
 
 def read_judged(path: Path, held_out: float, seed: int) -> RoutingTrace:
     """Read a trace, or the part of it that ``place --held-out`` with this seed did not see."""
-    train, test = split(read_trace(path), held_out, seed)
+    train, test = split(moe_locality.read_trace(path), held_out, seed)
     return train if test is None else test
 
 
@@ -78,48 +100,46 @@ def read_fitting_plan(path: Path, trace: RoutingTrace) -> PlacementPlan:
     Raises:
         PlacementError: the plan is damaged, or is for another model, other layers or experts.
     """
-    plan = PlacementPlan.read(path)
+    plan = moe_locality.PlacementPlan.read(path)
+    check_plan_fits(plan, path, trace)
+    return plan
+
+
+def check_plan_fits(plan: PlacementPlan, path: Path | None, trace: RoutingTrace) -> None:
+    """Raise PlacementError where a plan is for another model, other layers or experts."""
     try:
         plan.check_fits(num_experts=trace.num_experts, model=trace.model or None)
     except PlacementError as error:
         raise PlacementError(f"{path} does not fit the trace: {error}") from error
+
+
+def topology_of(plan: PlacementPlan) -> ClusterTopology:
+    """Return the cluster that a plan was made for."""
+    return moe_locality.ClusterTopology(rank_to_node=plan.rank_to_node or ())
+
+
+def linear_plan(trace: RoutingTrace, topology: ClusterTopology) -> PlacementPlan | None:
+    """Return the contiguous layout, or None where the experts do not divide among the ranks."""
+    if trace.num_experts % topology.num_ranks:
+        return None
+    plan = moe_locality.PlacementPlan.linear(
+        trace.num_experts,
+        [int(layer) for layer in trace.layer_ids],
+        topology.num_nodes,
+        topology.ranks_per_node,
+        model=trace.model,
+    )
+    if plan.rank_to_node != topology.rank_to_node:
+        content = {**plan.to_dict(), "rank_to_node": topology.rank_to_node}
+        return moe_locality.PlacementPlan.from_dict(content)
     return plan
 
 
-def read_homes(path: Path, plan: PlacementPlan | None = None) -> dict[int, int]:
-    """Read a homes file: a JSON object, request id to rank.
+def homes_of(path: Path | None, plan: PlacementPlan) -> dict[int, int] | None:
+    """Read a homes file for a plan; None where none is named."""
+    from moe_locality.placement.homes.assign import read_homes
 
-    Raises:
-        PlacementError: it cannot be read, is no such object, or names a rank that the plan lacks.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        homes = {int(request): rank for request, rank in content.items()}
-        if not all(isinstance(rank, int) and not isinstance(rank, bool) for rank in homes.values()):
-            raise TypeError("a rank is not an integer")
-    except OSError as error:
-        raise PlacementError(
-            f"cannot read the homes {path}: {error.strerror}: check the path"
-        ) from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise PlacementError(
-            f"the homes {path} are damaged ({error}), expected a JSON object request id -> rank: "
-            "make them again with `moe-locality group`"
-        ) from error
-    wrong = [r for r in homes.values() if r < 0 or (plan is not None and r >= plan.num_ranks)]
-    if wrong:
-        most = "" if plan is None else f" to {plan.num_ranks - 1}"
-        raise PlacementError(
-            f"the homes {path} name rank {wrong[0]}, expected ranks 0{most}: make homes for this "
-            "plan"
-        )
-    return homes
-
-
-def write_homes(homes: Mapping[int, int], path: Path) -> None:
-    """Write a homes file, whole or not at all; one request per line, ascending."""
-    lines = ",\n".join(f'"{request}": {rank}' for request, rank in sorted(homes.items()))
-    write_text_atomically(path, f"{{\n{lines}\n}}\n", what="homes")
+    return None if path is None else read_homes(path, plan)
 
 
 def check_writable(path: Path, what: str, *inputs: Path | None) -> None:
@@ -147,3 +167,30 @@ def check_writable(path: Path, what: str, *inputs: Path | None) -> None:
     raise ConfigError(
         f"cannot write the {what} {path}: {reason}: give a path in a directory that you may write"
     )
+
+
+def layer_numbers(text: str | None) -> list[int] | None:
+    """The numbers that "1,3,5-9" names; None for None.
+
+    Raises:
+        TraceError: it is no such text.
+    """
+    if text is None:
+        return None
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not (last.isdecimal() and int(first) <= int(last))):
+            raise TraceError(
+                f"found --layers {text!r}, expected numbers and ranges such as 1,3,5-9: number the "
+                "transformer layers from 0"
+            )
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
+
+
+def known_wandb_mode(mode: str) -> Literal["offline", "online", "disabled"]:
+    """Return the mode; raise ConfigError for an unknown one."""
+    if mode in ("offline", "online", "disabled"):
+        return mode
+    raise ConfigError(f"--wandb-mode: found {mode!r}, expected offline, online or disabled")

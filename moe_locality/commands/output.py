@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import logging
 import os
@@ -9,17 +10,28 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from moe_locality.errors import BackendUnavailable, MoeLocalityError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from moe_locality.placement import Costs
+
 INTERRUPTED = 130
 WRONG_INPUT, NOT_POSSIBLE = 1, 2
 PIPE_COLUMNS = 160
+SHOWN = ("copies", "picks", "node_imbalance", "rank_imbalance", "straggler", "distinct")
 STDOUT, STDERR = 1, 2
+JSON_FLAG, DEBUG_FLAG = "--json", "--debug"
+EVERYWHERE = {
+    "as_json": Annotated[bool, typer.Option(JSON_FLAG, help="Print one JSON object on stdout.")],
+    "debug": Annotated[bool, typer.Option(DEBUG_FLAG, help="Log more; show tracebacks.")],
+}
+"""Options of every command."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,12 +48,34 @@ class Result:
     then: "Callable[[], Result] | None" = None
 
 
+def as_command(body: Callable[..., Result]) -> Callable[..., None]:
+    """Return the function for typer that runs ``body`` and prints its result.
+
+    It takes what ``body`` takes, and the options of every command. ``body`` prints nothing.
+    """
+
+    def run(*, as_json: bool, debug: bool, **options: Any) -> None:
+        set_up_logging(debug=debug)
+        try:
+            with quiet_stdout():
+                result = body(**options)
+            present(result, as_json=as_json)
+        except KeyboardInterrupt as stop:  # typer would end without a word, and without the JSON
+            raise typer.Abort(str(stop)) from stop
+
+    own = inspect.signature(body, eval_str=True).parameters.values()
+    more = (
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
+        for name, kind in EVERYWHERE.items()
+    )
+    seen: Any = run
+    seen.__signature__ = inspect.Signature([*own, *more])
+    seen.__doc__, seen.__name__ = body.__doc__, body.__name__
+    return run
+
+
 def guard(
-    body: Callable[[], Any],
-    *,
-    as_json: bool,
-    debug: bool,
-    reword: Callable[[str], str] = str,
+    body: Callable[[], Any], *, as_json: bool, debug: bool, reword: Callable[[str], str] = str
 ) -> int:
     """Run ``body``, turn what goes wrong into a message, and return the exit code.
 
@@ -257,3 +291,21 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     for row in rows:
         shown.add_row(*map(format_value, row))
     return shown
+
+
+def brief(costs: "Costs") -> dict[str, Any]:
+    """Return the costs without the values per layer."""
+    return {name: value for name, value in costs.to_dict().items() if name != "per_layer"}
+
+
+def costs_table(title: str, named: Mapping[str, dict[str, Any] | None]) -> Any:
+    """Return a rich table of costs, a column per plan and the ratio of the last to the first."""
+    known = {name: costs for name, costs in named.items() if costs is not None}
+    columns = [*known.values()]
+    rows = []
+    for metric in SHOWN:
+        values = [costs[metric] for costs in columns]
+        first, last = values[0], values[-1]
+        ratio = round(last / first, 3) if first and last and len(values) > 1 else None
+        rows.append((metric, *values, ratio))
+    return table(title, ("", *known, "ratio"), rows)

@@ -5,23 +5,41 @@ plan is made from part of the requests and judged on the others, and the plan th
 made from all. Where nothing is gained the usual order of the experts is written instead.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from moe_locality.commands.inputs import check_writable, read_cluster, split
-from moe_locality.commands.output import Result, progress
-from moe_locality.commands.plans import brief, costs_table, linear_plan, topology_of
+import typer
+
+import moe_locality
+from moe_locality.commands.inputs import (
+    Cluster,
+    HeldOut,
+    Hostfile,
+    MaxImbalance,
+    Nodes,
+    RanksPerNode,
+    Seed,
+    Trace,
+    check_plan_fits,
+    check_writable,
+    linear_plan,
+    read_cluster,
+    split,
+    topology_of,
+)
+from moe_locality.commands.output import Result, brief, costs_table, progress
 from moe_locality.errors import PlacementError
-from moe_locality.placement import Costs, PlacementPlan
-from moe_locality.placement import evaluate as costs_of
-from moe_locality.placement.problem import warnings_once
-from moe_locality.topology import ClusterTopology
-from moe_locality.trace import RoutingTrace, read_trace
+
+if TYPE_CHECKING:
+    from moe_locality import ClusterTopology, PlacementPlan, RoutingTrace
+    from moe_locality.placement import Costs
 
 MOVE_BUDGET = 0.02
 BOUND_SECONDS = 10.0
@@ -30,31 +48,57 @@ LEVELLERS = ("balance", "eplb", "eplb_global")
 OURS = ("coactivation", "balance")
 """Methods for which the usual order is kept where they gain nothing; a peer is written as asked."""
 
+PlanOut = Annotated[Path, typer.Option("-o", "--out", help="Plan to write (JSON).")]
+Method = Annotated[str, typer.Option(help="coactivation, balance, or a peer: linear, eplb, seed …")]
+RedundantExperts = Annotated[int, typer.Option(min=0, help="Slots beyond the experts, per layer.")]
+JointHomes = Annotated[
+    str | None, typer.Option(help="joint: place requests together with experts.")
+]
+MaxHomeImbalance = Annotated[float, typer.Option(help="With joint homes: cap on tokens per rank.")]
+Objective = Annotated[str, typer.Option(help="With joint homes: lower copies, or picks.")]
+ExpertGroups = Annotated[
+    int | None, typer.Option(min=1, help="Groups of a group-limited router, kept whole.")
+]
+Start = Annotated[Path | None, typer.Option(help="Improve this plan instead, with few moves.")]
+MoveBudget = Annotated[
+    float | None, typer.Option(help="With --start: share of the slots that may move; 0.02.")
+]
+Bound = Annotated[
+    bool, typer.Option("--bound", help="Then say what no plan can go below; Ctrl-C keeps the plan.")
+]
+BoundSeconds = Annotated[
+    float | None, typer.Option(min=0, help="Effort on the bound; 10. 0: no bound.")
+]
+Prove = Annotated[
+    bool,
+    typer.Option("--prove", help="With the bound, prove layers optimal: <= 32 experts, 4 nodes."),
+]
+
 
 def place(
-    trace: Path,
-    out: Path,
-    nodes: int | None,
-    ranks_per_node: int | None,
-    cluster: Path | None,
-    hostfile: Path | None,
-    method: str,
-    redundant_experts: int,
-    max_imbalance: float,
-    homes: str | None,
-    max_home_imbalance: float,
-    objective: str,
-    expert_groups: int | None,
-    start: Path | None,
-    move_budget: float | None,
-    held_out: float,
-    bound: bool,
-    bound_seconds: float | None,
-    prove: bool,
-    seed: int,
+    trace: Trace,
+    out: PlanOut,
+    nodes: Nodes = None,
+    ranks_per_node: RanksPerNode = None,
+    cluster: Cluster = None,
+    hostfile: Hostfile = None,
+    method: Method = "coactivation",
+    redundant_experts: RedundantExperts = 0,
+    max_imbalance: MaxImbalance = 1.05,
+    homes: JointHomes = None,
+    max_home_imbalance: MaxHomeImbalance = 1.05,
+    objective: Objective = "copies",
+    expert_groups: ExpertGroups = None,
+    start: Start = None,
+    move_budget: MoveBudget = None,
+    held_out: HeldOut = 0.0,
+    bound: Bound = False,
+    bound_seconds: BoundSeconds = None,
+    prove: Prove = False,
+    seed: Seed = 0,
 ) -> Result:
-    """Solve, judge on requests not seen and write the plan; then bound it, where asked."""
-    from moe_locality.placement.solve import solve
+    """Compute where the experts should live, or improve a plan with few moves."""
+    from moe_locality.placement.problem import warnings_once
 
     _check_options(homes, start, move_budget, bound_seconds)
     check_writable(out, "plan", trace)
@@ -65,12 +109,12 @@ def place(
     options |= {"move_budget": MOVE_BUDGET if move_budget is None else move_budget}
     options |= {"seed": seed, "start": old}
     with progress(f"placing {trace}"), warnings_once():
-        content = read_trace(trace)
+        content = moe_locality.read_trace(trace)
         train, test = split(content, held_out, seed)
         if old is not None:
             _check_start(old, start, content, redundant_experts)
         begun = time.perf_counter()
-        plan = solve(train, topology, **options)
+        plan = moe_locality.solve(train, topology, **options)
         seconds = time.perf_counter() - begun
         judged = _judged(plan, train, test, topology, options)
         if judged["kept"] == "linear":
@@ -112,7 +156,7 @@ def _start_on(
     start: Path | None, cluster_options: tuple[Any, ...]
 ) -> tuple[PlacementPlan | None, ClusterTopology]:
     """Return (plan to improve, cluster): that of the plan where the options name none."""
-    old = None if start is None else PlacementPlan.read(start)
+    old = None if start is None else moe_locality.PlacementPlan.read(start)
     if old is not None and all(option is None for option in cluster_options):
         return old, topology_of(old)
     return old, read_cluster(*cluster_options)
@@ -124,10 +168,7 @@ def _check_start(
     """Raise PlacementError where the plan to improve does not fit the trace, or where
     ``redundant_experts`` asks for other replicas than it has.
     """
-    try:
-        plan.check_fits(num_experts=trace.num_experts, model=trace.model or None)
-    except PlacementError as error:
-        raise PlacementError(f"{path} does not fit the trace: {error}") from error
+    check_plan_fits(plan, path, trace)
     if redundant_experts not in (0, plan.num_redundant_experts):
         raise PlacementError(
             f"--redundant-experts: found {redundant_experts} for a plan with "
@@ -140,10 +181,8 @@ def _usual_order(
     trace: RoutingTrace, topology: ClusterTopology, redundant_experts: int
 ) -> PlacementPlan:
     """Return the plan that engines assume without one; without replicas where that is possible."""
-    from moe_locality.placement.solve import solve
-
     extra = redundant_experts if trace.num_experts % topology.num_ranks else 0
-    return solve(trace, topology, method="linear", num_redundant_experts=extra)
+    return moe_locality.solve(trace, topology, method="linear", num_redundant_experts=extra)
 
 
 def _judged(
@@ -159,9 +198,7 @@ def _judged(
     """
     from moe_locality.analysis.potential import HELD_OUT
     from moe_locality.placement.costs import NUM_BLOCKS, expected_change, request_blocks
-    from moe_locality.placement.homes.assign import assign_homes
     from moe_locality.placement.homes.requests import default_prediction
-    from moe_locality.placement.solve import solve
 
     seed, old, method = options["seed"], options["start"], options["method"]
     found: dict[str, Any] = {"gained": None, "kept": "plan", "against": "linear"}
@@ -179,7 +216,7 @@ def _judged(
         count = 0 if unseen is None else len(unseen.request_ids)
         reason = f"found {count} requests to judge on, expected at least {NUM_BLOCKS[0]}: the plan "
         return {**found, "reason": f"{reason}may gain nothing; record more requests"}
-    trial = plan if test is not None else solve(fit, topology, **options)
+    trial = plan if test is not None else moe_locality.solve(fit, topology, **options)
     base = old
     if base is None:
         base = linear_plan(train, topology) or _usual_order(
@@ -188,9 +225,9 @@ def _judged(
     homes = None
     if trial.home_profiles is not None:
         found["homes"] = default_prediction(unseen)
-        homes = assign_homes(unseen, trial, topology, predict=found["homes"])
+        homes = moe_locality.assign_homes(unseen, trial, topology, predict=found["homes"])
     change = expected_change(unseen, base, trial, topology, homes, blocks)
-    before = costs_of(unseen, base, topology)
+    before = moe_locality.evaluate(unseen, base, topology)
     goal = "rank_imbalance" if method in LEVELLERS else options["objective"]
     gained = _gains(change, goal, before.node_imbalance > options["max_imbalance"])
     keep = "plan" if gained or old is not None or method not in OURS else "linear"
@@ -199,7 +236,10 @@ def _judged(
     parts = {name: None if x is None else [round(y, 6) for y in x] for name, x in change.items()}
     found["change"] = {name: x and x[0] for name, x in parts.items()}
     found["interval"] = {name: x and x[1:] for name, x in parts.items()}
-    found["before"], found["after"] = brief(before), brief(costs_of(unseen, trial, topology, homes))
+    found["before"], found["after"] = (
+        brief(before),
+        brief(moe_locality.evaluate(unseen, trial, topology, homes)),
+    )
     return found
 
 
@@ -247,7 +287,6 @@ def _costs(
 
     A plan that was found together with homes gets homes there too, predicted as for new requests.
     """
-    from moe_locality.placement.homes.assign import assign_homes
     from moe_locality.placement.homes.requests import default_prediction
 
     base = linear_plan(train, topology)
@@ -255,11 +294,11 @@ def _costs(
     predict = default_prediction(trace) if plan.home_profiles is not None and test else None
 
     def cost(some: PlacementPlan, before: PlacementPlan | None = None) -> Costs:
-        homes = assign_homes(trace, some, predict=predict) if predict else None
-        return costs_of(trace, some, topology, homes, baseline=before)
+        homes = moe_locality.assign_homes(trace, some, predict=predict) if predict else None
+        return moe_locality.evaluate(trace, some, topology, homes, baseline=before)
 
     judged: dict[str, Any] = {"held_out": None, "held_out_homes": predict, "start": None}
-    judged["linear"] = None if base is None else brief(costs_of(trace, base, topology))
+    judged["linear"] = None if base is None else brief(moe_locality.evaluate(trace, base, topology))
     after = cost(plan, old) if test is not None or old is not None else None
     if test is not None and after is not None:
         judged["held_out"] = brief(after)
@@ -348,10 +387,7 @@ def _bounded(
 
 
 def _certificate(
-    plan: PlacementPlan,
-    trace: RoutingTrace,
-    topology: ClusterTopology,
-    options: dict[str, Any],
+    plan: PlacementPlan, trace: RoutingTrace, topology: ClusterTopology, options: dict[str, Any]
 ) -> dict[str, Any] | None:
     """Return what the plan costs, the bound and the gap; None where there is no bound.
 
@@ -359,13 +395,12 @@ def _certificate(
     gives the requests of the trace.
     """
     from moe_locality.placement.bounds.lower import certify_plan
-    from moe_locality.placement.homes.assign import assign_homes
 
     if trace.expert_ids is None or topology.num_nodes == 1 or not plan.is_permutation:
         return None
     homes = None
     if plan.home_profiles is not None:
-        homes = assign_homes(trace, plan, predict="oracle")
+        homes = moe_locality.assign_homes(trace, plan, predict="oracle")
     found = certify_plan(trace, plan, topology, homes, **options)
     return {**found.to_dict(), "homes": "uniform" if homes is None else "given"}
 

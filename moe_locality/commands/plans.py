@@ -1,77 +1,63 @@
-"""Commands about plans that exist: group, evaluate, bake; and bench, which compares methods."""
+"""Commands about plans that exist: group, evaluate, simulate, export, bake; and bench."""
 
+from __future__ import annotations
+
+import dataclasses
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
+import moe_locality
 from moe_locality.commands.inputs import (
+    Cluster,
+    HeldOut,
+    Homes,
+    MaxImbalance,
+    Nodes,
+    Plan,
+    RanksPerNode,
+    Seed,
+    Trace,
     check_writable,
+    homes_of,
+    layer_numbers,
+    linear_plan,
     read_cluster,
     read_fitting_plan,
-    read_homes,
     read_judged,
     split,
-    write_homes,
+    topology_of,
 )
-from moe_locality.commands.output import Result, progress, table
-from moe_locality.compare.plans import made_from
-from moe_locality.errors import PlacementError
-from moe_locality.placement import Costs, PlacementPlan
-from moe_locality.placement import evaluate as costs_of
-from moe_locality.placement.problem import warnings_once
-from moe_locality.topology import ClusterTopology
-from moe_locality.trace import RoutingTrace, read_trace
+from moe_locality.commands.output import SHOWN, Result, brief, costs_table, progress, table
+from moe_locality.errors import PlacementError, TopologyError
 
-SHOWN = ("copies", "picks", "node_imbalance", "rank_imbalance", "straggler", "distinct")
+if TYPE_CHECKING:
+    from moe_locality import ClusterTopology, PlacementPlan, RoutingTrace
+    from moe_locality.simulator import Simulation, StepModel
 
 
-def brief(costs: Costs) -> dict[str, Any]:
-    """Return the costs without the values per layer."""
-    return {name: value for name, value in costs.to_dict().items() if name != "per_layer"}
-
-
-def linear_plan(trace: RoutingTrace, topology: ClusterTopology) -> PlacementPlan | None:
-    """Return the contiguous layout, or None where the experts do not divide among the ranks."""
-    if trace.num_experts % topology.num_ranks:
-        return None
-    plan = PlacementPlan.linear(
-        trace.num_experts,
-        [int(layer) for layer in trace.layer_ids],
-        topology.num_nodes,
-        topology.ranks_per_node,
-        model=trace.model,
-    )
-    if plan.rank_to_node != topology.rank_to_node:
-        return PlacementPlan.from_dict({**plan.to_dict(), "rank_to_node": topology.rank_to_node})
-    return plan
-
-
-def costs_table(title: str, named: Mapping[str, dict[str, Any] | None]) -> Any:
-    """Return a rich table of costs, a column per plan and the ratio of the last to the first."""
-    known = {name: costs for name, costs in named.items() if costs is not None}
-    columns = [*known.values()]
-    rows = []
-    for metric in SHOWN:
-        values = [costs[metric] for costs in columns]
-        first, last = values[0], values[-1]
-        ratio = round(last / first, 3) if first and last and len(values) > 1 else None
-        rows.append((metric, *values, ratio))
-    return table(title, ("", *known, "ratio"), rows)
-
-
-def group(trace: Path, plan: Path, out: Path, predict: str, equal_requests: bool) -> Result:
-    """Assign a home rank to every request and write them."""
-    from moe_locality.placement.homes.assign import home_assignment
+def group(
+    trace: Trace,
+    plan: Plan,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Homes to write (JSON).")],
+    predict: Annotated[str, typer.Option(help="prefill, first:32, domain or oracle.")] = "prefill",
+    equal_requests: Annotated[
+        bool, typer.Option("--equal-requests", help="As many requests on every rank, for training.")
+    ] = False,
+) -> Result:
+    """Give every request a home rank: request id to rank."""
+    from moe_locality.placement.homes.assign import home_assignment, write_homes
 
     check_writable(out, "homes", trace, plan)
     with progress(f"grouping {trace}"):
-        content = read_trace(trace)
+        content = moe_locality.read_trace(trace)
         placed = read_fitting_plan(plan, content)
         found = home_assignment(content, placed, predict=predict, equal_requests=equal_requests)
         homes = found.homes
-        before = brief(costs_of(content, placed))
-        after = brief(costs_of(content, placed, homes=homes))
+        before = brief(moe_locality.evaluate(content, placed))
+        after = brief(moe_locality.evaluate(content, placed, homes=homes))
     write_homes(homes, out)
     counts = list(found.requests_per_rank)
     payload = {
@@ -102,23 +88,33 @@ def group(trace: Path, plan: Path, out: Path, predict: str, equal_requests: bool
 
 
 def evaluate(
-    trace: Path,
-    plan: Path,
-    homes: Path | None,
-    baseline: Path | None,
-    row_bytes: float | None,
-    held_out: float,
-    seed: int,
+    trace: Trace,
+    plan: Plan,
+    homes: Homes = None,
+    baseline: Annotated[
+        Path | None, typer.Option(help="Plan to move from, for the cost of moving.")
+    ] = None,
+    row_bytes: Annotated[float | None, typer.Option(help="Bytes of one token on the wire.")] = None,
+    held_out: HeldOut = 0.0,
+    seed: Seed = 0,
 ) -> Result:
-    """Evaluate a plan, and the linear layout beside it."""
+    """Predict what a plan costs on a trace."""
+    from moe_locality.compare import made_from
+
     with progress(f"evaluating {plan}"):
         content = read_judged(trace, held_out, seed)
         placed = read_fitting_plan(plan, content)
-        ranks = None if homes is None else read_homes(homes, placed)
+        ranks = homes_of(homes, placed)
         old = None if baseline is None else read_fitting_plan(baseline, content)
-        costs = costs_of(content, placed, homes=ranks, row_bytes=row_bytes, baseline=old)
+        costs = moe_locality.evaluate(
+            content, placed, homes=ranks, row_bytes=row_bytes, baseline=old
+        )
         base = linear_plan(content, topology_of(placed))
-        linear = None if base is None else brief(costs_of(content, base, row_bytes=row_bytes))
+        linear = (
+            None
+            if base is None
+            else brief(moe_locality.evaluate(content, base, row_bytes=row_bytes))
+        )
     payload = {
         "command": "evaluate",
         "trace": trace,
@@ -143,29 +139,271 @@ def evaluate(
     return Result(payload=payload, show=show)
 
 
-def topology_of(plan: PlacementPlan) -> ClusterTopology:
-    """Return the cluster that a plan was made for."""
-    return ClusterTopology(rank_to_node=plan.rank_to_node or ())
+def simulate(
+    trace: Trace,
+    plan: Plan,
+    homes: Homes = None,
+    cluster: Cluster = None,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens per rank and step.")] = 512,
+    hidden: Annotated[int, typer.Option(min=1, help="Width of a token.")] = 4096,
+    ffn: Annotated[int | None, typer.Option(min=1, help="Width of an expert; as a token.")] = None,
+    payload: Annotated[str, typer.Option(help="bf16, fp8, mxfp8 or mxfp4.")] = "bf16",
+    exchange: Annotated[str, typer.Option(help="flat or hierarchical.")] = "hierarchical",
+    compute_us: Annotated[float | None, typer.Option(help="Time of the rest of a step.")] = None,
+    expert_us: Annotated[float | None, typer.Option(help="Time per distinct expert.")] = None,
+    row_us: Annotated[float | None, typer.Option(help="Time per row of an expert.")] = None,
+    groups: Annotated[int | None, typer.Option(min=1, help="Expert-parallel groups.")] = None,
+    sweep: Annotated[str | None, typer.Option(help="batch, bandwidth, k or nodes.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Figure of the sweep: .svg, .png.")] = None,
+    held_out: HeldOut = 0.0,
+    seed: Seed = 0,
+) -> Result:
+    """Simulate step times of a plan on a cluster."""
+    from moe_locality import simulator
+    from moe_locality.compare import made_from
+
+    if figure is not None and sweep is None:
+        raise PlacementError("found --figure without --sweep, expected both: name a sweep")
+    if figure is not None:
+        check_writable(figure, "figure", trace, plan)
+    with progress(f"simulating {plan}"):
+        train, test = split(moe_locality.read_trace(trace), held_out, seed)
+        content = train if test is None else test
+        placed = read_fitting_plan(plan, content)
+        ranks = homes_of(homes, placed)
+        topology, groups = _cluster(placed, cluster, groups)
+        sizes = {"hidden_size": hidden, "ffn_size": ffn, "payload": payload, "exchange": exchange}
+        model = simulator.StepModel(**sizes, expert_us=expert_us, row_us=row_us)
+        base = linear_plan(content, topology)
+        options: dict[str, Any] = {"model": model, "batch_tokens": batch_tokens, "seed": seed}
+        timing = {**options, "groups": groups, "compute_us": compute_us}
+        found = simulator.simulate(content, placed, topology, ranks, **timing)
+        linear = None if base is None else simulator.simulate(content, base, topology, **timing)
+        pair = (base, placed)
+        swept = _sweep(sweep, content, train, pair, topology, ranks, groups, options)
+    if figure is not None and swept is not None:
+        _write_figure(figure, swept, content)
+    answer = {
+        "command": "simulate",
+        "how": "simulated",
+        "trace": trace,
+        "plan": plan,
+        "digest": placed.digest(),
+        "homes": homes,
+        "in_sample": made_from(placed, content),
+        "held_out": held_out,
+        "cluster": topology.to_dict(),
+        **_figures(model, found, linear),
+        "sweep": swept,
+        "figure": figure,
+    }
+    return Result(payload=answer, show=lambda console: _show(console, answer, model))
+
+
+def _figures(model: StepModel, found: Simulation, linear: Simulation | None) -> dict[str, Any]:
+    speedup = None
+    if linear is not None and found.group_step_us:
+        speedup = linear.group_step_us / found.group_step_us
+    return {
+        "exchange": model.exchange,
+        "payload": model.payload,
+        "tau_us": model.tau,
+        **found.to_dict(),
+        "linear": None if linear is None else linear.to_dict(),
+        "speedup": speedup,
+    }
+
+
+def _cluster(
+    plan: PlacementPlan, cluster: Path | None, groups: int | None
+) -> tuple[ClusterTopology, int]:
+    """The nodes of one expert-parallel group with the links of the cluster, and how many groups."""
+    own = topology_of(plan)
+    if cluster is None:
+        return own, groups or 1
+    given = moe_locality.ClusterTopology.from_yaml(cluster)
+    times = given.num_ranks // own.num_ranks
+    if given.num_ranks % own.num_ranks or not times:
+        raise TopologyError(
+            f"found {given.describe()} in {cluster} for a plan of {own.describe()}, expected the "
+            "plan's ranks or a multiple of them: make a plan for this cluster"
+        )
+    return dataclasses.replace(own, **given.tiers()), groups or times
+
+
+def _needed(plan: PlacementPlan | None) -> PlacementPlan:
+    if plan is None:
+        raise PlacementError(
+            "found experts that do not divide among the ranks, expected a linear layout to compare "
+            "the sweep with: leave --sweep out"
+        )
+    return plan
+
+
+def _sweep(
+    over: str | None,
+    content: RoutingTrace,
+    train: RoutingTrace,
+    pair: tuple[PlacementPlan | None, PlacementPlan],
+    topology: ClusterTopology,
+    homes: dict[int, int] | None,
+    groups: int,
+    options: dict[str, Any],
+) -> dict[str, Any] | None:
+    """The rows of a sweep, and where the plan gains; other clusters get plans of their own."""
+    if over is None:
+        return None
+    from moe_locality.simulator import gain_ends, sweep
+
+    def plans_of(other: ClusterTopology) -> tuple[PlacementPlan, PlacementPlan]:
+        linear = _needed(linear_plan(train, other))
+        return linear, moe_locality.solve(train, other, seed=options["seed"])
+
+    both, options = (None, homes), {**options, "groups": groups, "plans_of": plans_of}
+    compared = (_needed(pair[0]), pair[1])
+    rows = sweep(over, content, compared, topology, both, **options)
+    return {"over": over, "rows": rows, "gain": gain_ends(rows)}
+
+
+def _write_figure(path: Path, swept: dict[str, Any], content: RoutingTrace) -> None:
+    from moe_locality.figures import draw_sweep, write_figure
+    from moe_locality.simulator import SWEEPS
+
+    title = f"{content.model or 'trace'}: speed-up of the MoE part of a step (simulated)"
+    write_figure(draw_sweep(swept["rows"], SWEEPS[swept["over"]], title), path)
+
+
+def _show(console: Any, found: dict[str, Any], model: StepModel) -> None:
+    linear = found["linear"]
+    words = "homes at random" if found["homes"] is None else f"homes of {found['homes']}"
+    if found["in_sample"]:
+        words += "; in-sample: the plan was made from these requests"
+    console.print(f"{found['plan']} on {found['trace']}: {words}", soft_wrap=True)
+    console.print(
+        f"Simulated: {found['num_steps']} steps of {found['batch_tokens']:,} tokens per rank, "
+        f"{found['groups']} group(s), {found['exchange']} exchange, {found['payload']} dispatch of "
+        f"width {model.hidden_size:,}, bf16 combine; forward, MoE part, all layers",
+        soft_wrap=True,
+    )
+    columns = [one for one in (linear, found) if one is not None]
+    names = ("linear", "plan") if linear is not None else ("plan",)
+    rows = [
+        (label, *values, round(values[0] / values[-1], 3) if len(values) > 1 and values[-1] else "")
+        for label, values in _lines(columns)
+    ]
+    console.print(table("", ("simulated", *names, "speed-up"), rows))
+    link = found["busiest_link"]
+    console.print(
+        f"Busiest link: node {link['node']}, {link['direction']}, {link['share']:.1%} of what "
+        "crosses nodes in dispatch"
+    )
+    if found["sweep"] is not None:
+        _show_sweep(console, found["sweep"])
+    if found["figure"] is not None:
+        console.print(f"figure: {found['figure']}", soft_wrap=True)
+
+
+def _lines(columns: list[dict[str, Any]]) -> list[tuple[str, list[Any]]]:
+    """(label, value of each column) of the table."""
+    lines = [("step, us", [c["group_step_us"] for c in columns])]
+    lines.append(("mean step of a group, us", [c["step_us"] for c in columns]))
+    for name, label in (("dispatch", "dispatch"), ("compute", "experts"), ("combine", "combine")):
+        lines.append((f"  {label}, us", [c["parts_us"][name] for c in columns]))
+    lines += [
+        (f"links {name} nodes, us", [c["tiers_us"][name] for c in columns])
+        for name in ("across", "inside")
+    ]
+    for link in ("cross_node", "same_node", "same_rank"):
+        both = [(c["bytes"]["dispatch"][link], c["bytes"]["combine"][link]) for c in columns]
+        label = f"{link.replace('_', ' ')}, bytes per token"
+        lines.append(
+            (label, [sum(b) / c["num_tokens"] for b, c in zip(both, columns, strict=True)])
+        )
+    if columns[0]["share"] is not None:
+        lines.append(("share of the whole step", [c["share"] for c in columns]))
+    return lines
+
+
+def _show_sweep(console: Any, sweep: dict[str, Any]) -> None:
+    from moe_locality.simulator.simulate import GAIN, SWEEPS
+
+    head = (SWEEPS[sweep["over"]], "linear, us", "plan, us", "speed-up", "+-", "across, share")
+    rows = [
+        (
+            row["value"],
+            row["baseline_us"],
+            row["plan_us"],
+            row["speedup"],
+            row["speedup_error"],
+            row["across_share"],
+        )
+        for row in sweep["rows"]
+    ]
+    console.print(table("Simulated sweep", head, rows))
+    gain = ", ".join(f"{value:g}" for value in sweep["gain"]) or "none of them"
+    console.print(f"At least {GAIN - 1:.0%} faster at: {gain}")
+
+
+def export(
+    plan: Annotated[Path, typer.Argument(help="Placement plan (JSON).")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="vllm, vllm-ranks, vllm-ascend, sglang; autoep: no released DeepSpeed reads it."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Map to write (JSON).")],
+    num_hidden_layers: Annotated[
+        int | None, typer.Option(min=1, help="Transformer layers, for sglang.")
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Transformer layers with experts (1-26), where the plan counts 0, 1, 2, ..."
+        ),
+    ] = None,
+) -> Result:
+    """Write a plan as the map of a serving engine or of DeepSpeed's AutoEP."""
+    from moe_locality.placement.export import write_export
+
+    check_writable(out, "map", plan)
+    placed = moe_locality.PlacementPlan.read(plan)
+    write_export(placed, out, to, num_hidden_layers, layer_numbers(layers))
+    payload = {
+        "command": "export",
+        "plan": plan,
+        "digest": placed.digest(),
+        "target": to,
+        "file": out,
+        "layers": placed.num_layers,
+        "num_redundant_experts": placed.num_redundant_experts,
+    }
+    replicas = placed.num_redundant_experts
+    kept = f", {replicas} redundant experts per layer" if replicas else ""
+    words = f"{out}: {placed.num_layers} MoE layers for {to}, {placed.num_ranks} ranks{kept}"
+    return Result(payload=payload, text=(words,))
 
 
 def bake(
-    checkpoint: Path,
-    plan: Path,
-    out: Path,
-    tag: str | None,
-    trust_checkpoint: bool,
-    trust_parameter_order: bool,
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    plan: Plan,
+    out: Annotated[Path, typer.Option(help="Directory of the new checkpoint.")],
+    tag: Annotated[str | None, typer.Option(help="Default: what 'latest' names.")] = None,
+    trust_checkpoint: Annotated[
+        bool, typer.Option("--trust-checkpoint", help="Unpickle objects; they can run code.")
+    ] = False,
+    trust_parameter_order: Annotated[
+        bool, typer.Option("--trust-parameter-order", help="For stock optimizer state.")
+    ] = False,
 ) -> Result:
-    """Write a checkpoint with the experts in the order of the plan."""
-    placed = PlacementPlan.read(plan)
+    """Write a checkpoint whose contiguous layout is the placement."""
+    placed = moe_locality.PlacementPlan.read(plan)
     if not checkpoint.exists():
         raise PlacementError(
             f"found nothing at {checkpoint}, expected a checkpoint directory: check the path"
         )
-    from moe_locality.layer.bake import bake_checkpoint
-
     with progress(f"baking {checkpoint}"):
-        found = bake_checkpoint(
+        found = moe_locality.bake_checkpoint(
             checkpoint,
             placed,
             out,
@@ -180,33 +418,35 @@ def bake(
     return Result(payload=payload, text=words)
 
 
-@warnings_once()
 def bench(
-    trace: Path,
-    nodes: int | None,
-    ranks_per_node: int | None,
-    method: list[str] | None,
-    max_imbalance: float,
-    held_out: float,
-    seed: int,
+    trace: Trace,
+    nodes: Nodes = None,
+    ranks_per_node: RanksPerNode = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Method; may be repeated. Default: all.")
+    ] = None,
+    max_imbalance: MaxImbalance = 1.05,
+    held_out: HeldOut = 0.3,
+    seed: Seed = 0,
 ) -> Result:
-    """Solve with every method, time it, and judge it on requests that it did not see."""
+    """Time the placement methods on a trace, and show their costs."""
+    from moe_locality.placement.problem import warnings_once
     from moe_locality.placement.solve import COMPARED, solve
 
     topology = read_cluster(nodes, ranks_per_node)
     methods = tuple(dict.fromkeys(method or COMPARED))
-    train, test = split(read_trace(trace), held_out, seed)
+    train, test = split(moe_locality.read_trace(trace), held_out, seed)
     test = train if test is None else test
     one_layer = train.filter(layers=[int(train.layer_ids[0])])
     rows: list[dict[str, Any]] = []
-    with progress("solving") as update:
+    with progress("solving") as update, warnings_once():
         for done, name in enumerate(methods):
             update(done, len(methods), f"solving: {name}")
             solve(one_layer, topology, method=name, max_imbalance=max_imbalance)  # compiles
             start = time.perf_counter()
             plan = solve(train, topology, method=name, max_imbalance=max_imbalance, seed=seed)
             seconds = time.perf_counter() - start
-            costs = brief(costs_of(test, plan, topology))
+            costs = brief(moe_locality.evaluate(test, plan, topology))
             rows.append({"method": name, "seconds": seconds, **costs})
     payload = {
         "command": "bench",

@@ -1,49 +1,62 @@
-"""Commands that put things side by side: compare, report."""
+"""Commands that put things side by side: compare, report, demo."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
+import moe_locality
 from moe_locality.commands.inputs import (
+    HeldOut,
+    Homes,
+    Nodes,
+    Plans,
+    Report,
+    Seed,
+    Trace,
+    WandbMode,
     check_writable,
+    homes_of,
+    known_wandb_mode,
+    linear_plan,
     read_fitting_plan,
-    read_homes,
     read_judged,
+    topology_of,
 )
 from moe_locality.commands.output import Result, progress, published, table
-from moe_locality.commands.plans import linear_plan, topology_of
-from moe_locality.compare import (
-    Candidate,
-    Comparison,
-    compare_plans,
-    compare_runs,
-    comparison_report,
-    read_run,
-    trace_report,
-    track_comparison,
-)
-from moe_locality.config import TrackingConfig
 from moe_locality.errors import ConfigError, PlacementError
-from moe_locality.report import write_report
-from moe_locality.trace import RoutingTrace
-from moe_locality.tracking import require_wandb, start_tracking
+
+if TYPE_CHECKING:
+    from moe_locality import RoutingTrace
+    from moe_locality.compare import Comparison
+    from moe_locality.config import TrackingConfig
+
+Wandb = Annotated[str | None, typer.Option(help="Also log to this wandb project.")]
+WandbDir = Annotated[str | None, typer.Option(help="Where wandb keeps its files.")]
+Group = Annotated[str | None, typer.Option(help="wandb group (the experiment).")]
 
 
 def compare(
-    first: Path,
-    second: Path | None,
-    plan: list[Path] | None,
-    baseline: str,
-    homes: Path | None,
-    nodes: int | None,
-    held_out: float,
-    report: Path | None,
-    seed: int,
-    wandb: str | None,
-    wandb_mode: str,
-    wandb_dir: str | None,
-    group: str | None,
+    first: Annotated[Path, typer.Argument(help="Trace, or the directory of the baseline run.")],
+    second: Annotated[Path | None, typer.Argument(help="Directory of the other run.")] = None,
+    plan: Plans = None,
+    baseline: Annotated[str, typer.Option(help="linear, or a plan to compare with.")] = "linear",
+    homes: Homes = None,
+    nodes: Nodes = None,
+    held_out: HeldOut = 0.0,
+    report: Report = None,
+    seed: Seed = 0,
+    wandb: Wandb = None,
+    wandb_mode: WandbMode = "offline",
+    wandb_dir: WandbDir = None,
+    group: Group = None,
 ) -> Result:
-    """Compare two run directories, or plans on a trace."""
+    """Compare two runs, or plans on a trace: baseline, ours, ratio."""
+    from moe_locality.report import comparison_report, write_report
+
     if report is not None:
         check_writable(report, "report", first, *(plan or []), homes)
     if (second is None) == (not plan):
@@ -68,12 +81,7 @@ def compare(
             page = comparison_report(found, command=f"moe-locality compare {first} {words}")
         if report is not None:
             write_report(page, report)
-    payload = {
-        "command": "compare",
-        **found.to_dict(),
-        "report": report,
-        "wandb": None,
-    }
+    payload = {"command": "compare", **found.to_dict(), "report": report, "wandb": None}
     files = [*(plan or []), *([report] if report else [])]
 
     def then() -> Result:
@@ -95,21 +103,20 @@ def tracking_settings(
         ConfigError: the mode is unknown.
         BackendUnavailable: wandb is not installed.
     """
-    if mode not in ("offline", "online", "disabled"):
-        raise ConfigError(f"--wandb-mode: found {mode!r}, expected offline, online or disabled")
+    mode = known_wandb_mode(mode)
     if project is None:
         return None
+    from moe_locality.config import TrackingConfig
+    from moe_locality.tracking import require_wandb
+
     require_wandb()  # now, not when the work is done
-    return TrackingConfig(
-        project=project,
-        group=group,
-        job_type="compare",
-        dir=folder,
-        mode=mode,  # pyright: ignore[reportArgumentType]  checked above
-    )
+    return TrackingConfig(project=project, group=group, job_type="compare", dir=folder, mode=mode)
 
 
 def _track(settings: TrackingConfig | None, found: Comparison, files: list[Path]) -> Path | None:
+    from moe_locality.compare import track_comparison
+    from moe_locality.tracking import start_tracking
+
     commits = {name: source.get("commit") for name, source in found.sources.items()}
     config = {
         "comparison": dict(found.facts),
@@ -122,6 +129,8 @@ def _track(settings: TrackingConfig | None, found: Comparison, files: list[Path]
 
 
 def _runs(first: Path, second: Path, nodes: int | None) -> Comparison:
+    from moe_locality.compare import compare_runs, read_run
+
     pair = read_run(first), read_run(second)
     node_of_rank = None
     if nodes is not None:
@@ -136,19 +145,32 @@ def _runs(first: Path, second: Path, nodes: int | None) -> Comparison:
 
 
 def _plans(
-    trace: RoutingTrace, paths: list[Path], baseline: str, homes: Path | None, seed: int
+    trace: RoutingTrace,
+    paths: list[Path],
+    baseline: str,
+    homes: Path | None,
+    seed: int,
+    methods: Sequence[str] = (),
 ) -> Comparison:
+    """Compare the plans with the baseline, and with what ``methods`` give here under their cap."""
+    from moe_locality.compare import Candidate, compare_plans
+
     plans = [(path.stem, read_fitting_plan(path, trace)) for path in paths]
+    topology = topology_of(plans[0][1])
     if baseline == "linear":
-        first = linear_plan(trace, topology_of(plans[0][1]))
+        first = linear_plan(trace, topology)
         if first is None:
             raise PlacementError(
                 f"found no linear layout of {trace.num_experts} experts on "
-                f"{plans[0][1].num_ranks} ranks, expected a multiple: give --baseline PLAN"
+                f"{topology.num_ranks} ranks, expected a multiple: give --baseline PLAN"
             )
     else:
         first = read_fitting_plan(Path(baseline), trace)
     candidates = [Candidate(name=Path(baseline).stem, plan=first)]
+    cap = plans[0][1].provenance.get("max_imbalance", 1.05)
+    for name in dict.fromkeys(m for m in methods if m != "linear"):
+        made = moe_locality.solve(trace, topology, method=name, max_imbalance=cap, seed=seed)
+        candidates.append(Candidate(name=f"{name} (solved here)", plan=made))
     taken = {candidates[0].name}
     for name, plan in plans:
         label = name if name not in taken else f"{name} ({len(taken) + 1})"
@@ -156,7 +178,7 @@ def _plans(
         candidates.append(Candidate(name=label, plan=plan))
     if homes is not None:
         last = candidates[-1]
-        ranks = read_homes(homes, last.plan)
+        ranks = homes_of(homes, last.plan)
         candidates.append(Candidate(name=last.name, plan=last.plan, homes=ranks))
     return compare_plans(trace, candidates, seed=seed)
 
@@ -171,23 +193,25 @@ def _show(console: Any, found: Comparison, report: Path | None) -> None:
 
 
 def report(
-    trace: Path,
-    out: Path,
-    plan: list[Path] | None,
-    method: list[str] | None,
-    homes: Path | None,
-    held_out: float,
-    seed: int,
+    trace: Trace,
+    out: Annotated[Path, typer.Option("-o", "--out", help="HTML file to write.")],
+    plan: Plans = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Also solve with it; may be repeated.")
+    ] = None,
+    homes: Homes = None,
+    held_out: HeldOut = 0.0,
+    seed: Seed = 0,
 ) -> Result:
-    """Write the page of a trace, and of the plans on it."""
+    """Write one HTML file: the trace, and the plans on it."""
+    from moe_locality.report import trace_report, write_report
+
     check_writable(out, "report", trace, *(plan or []), homes)
     with progress(f"reporting {trace}"):
         content = read_judged(trace, held_out, seed)
         found = None
         if plan:
-            found = _plans(content, plan, "linear", homes, seed)
-            if method:
-                found = _with_methods(content, plan, method, homes, seed)
+            found = _plans(content, plan, "linear", homes, seed, method or ())
         elif method or homes:
             raise ConfigError(
                 "found --method or --homes without --plan, expected a plan: it names the cluster"
@@ -210,22 +234,25 @@ def report(
     return Result(payload=payload, text=(f"{out}: {len(page.figures)} figures",))
 
 
-def _with_methods(
-    trace: RoutingTrace, paths: list[Path], methods: list[str], homes: Path | None, seed: int
-) -> Comparison:
-    """Compare also with plans solved now, so that the balance-locality figure shows the choice."""
-    from moe_locality.placement.solve import solve
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory of the results.")],
+    trace: Annotated[Path | None, typer.Option(help="Use this recorded trace.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of the cluster.")] = 2,
+    ranks_per_node: Annotated[int, typer.Option(min=1, help="On each.")] = 2,
+    wandb_mode: WandbMode = "offline",
+    seed: Seed = 0,
+) -> Result:
+    """Record, place, run again and compare, on this machine."""
+    mode = known_wandb_mode(wandb_mode)
+    check_writable(out / "report.html", "demo results")
+    from moe_locality.demo import run_demo
 
-    plans = [(path.stem, read_fitting_plan(path, trace)) for path in paths]
-    topology = topology_of(plans[0][1])
-    cap = plans[0][1].provenance.get("max_imbalance", 1.05)
-    first = linear_plan(trace, topology)
-    candidates = [] if first is None else [Candidate(name="linear", plan=first)]
-    for name in dict.fromkeys(m for m in methods if m != "linear"):
-        made = solve(trace, topology, method=name, max_imbalance=cap, seed=seed)
-        candidates.append(Candidate(name=f"{name} (solved here)", plan=made))
-    candidates += [Candidate(name=name, plan=made) for name, made in plans]
-    if homes is not None:
-        name, made = plans[-1]
-        candidates.append(Candidate(name=name, plan=made, homes=read_homes(homes, made)))
-    return compare_plans(trace, candidates, seed=seed)
+    payload = run_demo(
+        out=out,
+        trace=trace,
+        num_nodes=nodes,
+        ranks_per_node=ranks_per_node,
+        wandb_mode=mode,
+        seed=seed,
+    )
+    return Result(payload={"command": "demo", **payload}, text=(str(payload["report"]),))

@@ -1,46 +1,143 @@
-"""Commands about traces: analyze, record."""
+"""Commands about traces: import, analyze (with drift), record."""
 
+from __future__ import annotations
+
+import dataclasses
+import json
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from moe_locality.commands.inputs import check_writable, read_cluster
+import typer
+
+import moe_locality
+from moe_locality.commands.inputs import (
+    Cluster,
+    Hostfile,
+    Nodes,
+    RanksPerNode,
+    Report,
+    Seed,
+    Trace,
+    check_writable,
+    layer_numbers,
+    read_cluster,
+    read_fitting_plan,
+)
 from moe_locality.commands.output import Result, progress, table
-from moe_locality.config import read_config
-from moe_locality.placement.problem import warnings_once
-from moe_locality.topology.sources import read_hostfile, select_slots
-from moe_locality.trace import read_trace
+from moe_locality.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from moe_locality import RoutingTrace
+
+MEASURES = (
+    ("loads differ by, bits", "js_bits"),
+    ("without drift, bits", "noise_floor_bits"),
+    ("cosine of the loads", "load_cosine"),
+    ("pairs differ by, bits", "pairs_js_bits"),
+    ("without drift, bits", "pairs_noise_floor_bits"),
+    ("top 5 % of pairs kept", "top_pairs_kept"),
+)
+Files = Annotated[
+    list[Path],
+    typer.Argument(help="Routing record of another tool, several, or a directory of them."),
+]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        help="npz, json, csv, megatron, vllm, sglang, sglang-dump, slime or llamacpp. "
+        "Default: found from the content."
+    ),
+]
+Against = Annotated[Path | None, typer.Option(help="Newer trace: say how far it drifted.")]
+Windows = Annotated[int | None, typer.Option(help="Say how far windows of the trace drifted.")]
+DriftPlan = Annotated[Path | None, typer.Option(help="With drift: what this plan loses by it.")]
 
 
-@warnings_once()
-def analyze(
-    trace: Path,
-    report: Path | None,
-    nodes: int | None,
-    ranks_per_node: int | None,
-    cluster: Path | None,
-    hostfile: Path | None,
-    against: Path | None,
-    windows: int | None,
-    plan: Path | None,
-    seed: int,
+def import_(
+    files: Files,
+    out: Annotated[Path, typer.Option(help="Directory of the trace.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another trace.")] = False,
+    format: Format = None,
+    model: Annotated[str | None, typer.Option(help="Name, where F has none.")] = None,
+    num_experts: Annotated[
+        int | None, typer.Option(min=1, help="Experts, where F does not say.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Picks per token, where F does not say.")
+    ] = None,
+    num_layers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Transformer layers of the model, where F does not say."),
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers to take, as 1,3,5-9. Default: all that hold picks.")
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="CSV or JSON: name of a request, its request_id and domain.")
+    ] = None,
 ) -> Result:
-    """Describe a trace, with a cluster also what it could save; with ``report`` as a page too."""
+    """Turn another tool's routing record into a trace."""
+    from moe_locality.trace.importers import find_format, import_to
+
+    given = files[0] if len(files) == 1 else files
+    with progress(f"importing {files[0]}") as update:
+        found = find_format(given) if format is None else format
+        summary = import_to(
+            given,
+            out,
+            format=format,
+            model=model,
+            num_experts=num_experts,
+            top_k=top_k,
+            num_layers=num_layers,
+            layers=layer_numbers(layers),
+            table=table,
+            overwrite=overwrite,
+            report=lambda done, total: update(done, total, ""),
+        )
+    payload = {"command": "import", "trace": out, "format": found, **summary}
+    words = (
+        f"{out}: {summary['tokens']:,} tokens of {summary['requests']:,} requests, "
+        f"{summary['layers']} MoE layers of {summary['num_experts']} experts, "
+        f"top {summary['top_k']}, {len(summary['domains'])} domains; "
+        f"model {summary['model'] or 'not named'}"
+    )
+    left_out = len(summary["left_out"])
+    if left_out:
+        words += f"; {left_out} of the requests or files left out, see the warnings"
+    return Result(payload=payload, text=(words,))
+
+
+def analyze(
+    trace: Trace,
+    report: Report = None,
+    nodes: Nodes = None,
+    ranks_per_node: RanksPerNode = None,
+    cluster: Cluster = None,
+    hostfile: Hostfile = None,
+    against: Against = None,
+    windows: Windows = None,
+    plan: DriftPlan = None,
+    seed: Seed = 0,
+) -> Result:
+    """Show what a trace holds: balance, domains, co-activation; with a cluster, what it could
+    save.
+    """
+    from moe_locality import report as reports
     from moe_locality.analysis import analyze as describe
     from moe_locality.analysis.potential import potential, tradeoff
-    from moe_locality.commands.drift import drift_payload, show_drift
-    from moe_locality.compare.content import trace_report as make_report
-    from moe_locality.compare.content import trace_summary_table, trace_words
-    from moe_locality.compare.potential import add_potential, potential_table
-    from moe_locality.report import write_report
+    from moe_locality.placement.problem import warnings_once
 
     if report is not None:
         check_writable(report, "report", trace, plan)
     named = (nodes, ranks_per_node, cluster, hostfile)
     topology = read_cluster(*named) if any(value is not None for value in named) else None
     found_potential, points = None, []
-    with progress(f"analyzing {trace}") as update:
-        content = read_trace(trace)
+    with progress(f"analyzing {trace}") as update, warnings_once():
+        content = moe_locality.read_trace(trace)
         summary = describe(content, seed)
         payload: dict[str, Any] = {"command": "analyze", "path": trace, **summary}
         payload |= (drift := drift_payload(content, against, windows, plan, seed))
@@ -51,13 +148,13 @@ def analyze(
             payload["potential"] = {**found_potential.to_dict(), "tradeoff": points}
         if report is not None:
             line = f"moe-locality analyze {trace} --report {report} --seed {seed}"
-            page = make_report(content, seed=seed, command=line, summary=summary)
+            page = reports.trace_report(content, seed=seed, command=line, summary=summary)
             if found_potential is not None:
-                page = add_potential(page, content, found_potential, points, seed)
-            write_report(page, report)
+                page = reports.add_potential(page, content, found_potential, points, seed)
+            reports.write_report(page, report)
             payload["report"] = report
-    words = trace_words(content, summary)
-    found = trace_summary_table(summary)
+    words = reports.trace_words(content, summary)
+    found = reports.trace_summary_table(summary)
 
     def show(console: Any) -> None:
         console.print(f"[bold]{content.model or 'trace'}[/bold]  {trace}", soft_wrap=True)
@@ -66,7 +163,7 @@ def analyze(
         console.print(table("", found.columns, found.rows))
         show_drift(console, drift)
         if found_potential is not None:
-            levers = potential_table(found_potential)
+            levers = reports.potential_table(found_potential)
             console.print(table(levers.title, levers.columns, levers.rows))
             console.print(found_potential.verdict, soft_wrap=True)
         if report is not None:
@@ -75,9 +172,90 @@ def analyze(
     return Result(payload=payload, show=show)
 
 
-def record(script: str, trace: str, hostfile: Path | None, deepspeed_config: Path | None) -> Result:
-    """Say how to record: the launch line, and the section that the ds_config needs."""
-    import json
+def drift_payload(
+    trace: RoutingTrace, against: Path | None, num_windows: int | None, plan: Path | None, seed: int
+) -> dict[str, Any]:
+    """What ``analyze`` adds about drift: {"drift": ...}; nothing where nothing was asked.
+
+    Raises:
+        ConfigError: both --against and --windows, or --plan with neither.
+    """
+    if against is not None and num_windows is not None:
+        raise ConfigError(
+            "found --against and --windows, expected one of them: compare two traces, or the "
+            "windows of one"
+        )
+    if against is None and num_windows is None:
+        if plan is not None:
+            raise ConfigError(
+                "found --plan alone, expected --against or --windows with it: a plan is costed on "
+                "two traces, or use `moe-locality evaluate`"
+            )
+        return {}
+    from moe_locality.analysis import drift as measures
+
+    if against is not None:
+        parts, names = [trace, moe_locality.read_trace(against)], [str(against)]
+    else:
+        parts = measures.windows(trace, num_windows or 0)
+        names = [f"window {number + 1}" for number in range(1, len(parts))]
+    first, *later = parts
+    placed = None if plan is None else read_fitting_plan(plan, trace)
+    rows = []
+    for name, other in zip(names, later, strict=True):
+        found = measures.compare(first, other, seed=seed)
+        entry: dict[str, Any] = {"name": name, **dataclasses.asdict(found)}
+        entry["layers_drifted"] = int(found.drifted.sum())
+        if placed is not None:
+            entry["plan"] = dataclasses.asdict(measures.compare_plan(first, other, placed))
+        rows.append(entry)
+    found = {"against": against, "windows": num_windows, "plan": plan, "compared": rows}
+    return {"drift": found}
+
+
+def show_drift(console: Any, payload: dict[str, Any]) -> None:
+    """Print what ``drift_payload`` found: means over the layers, and sentences about the plan."""
+    if not payload:
+        return
+    found, rows = payload["drift"], []
+    for entry in found["compared"]:
+        values = [_mean(entry[name]) for _, name in MEASURES]
+        layers = f"{entry['layers_drifted']} of {len(entry['layer_ids'])}"
+        rows.append((entry["name"], *values, layers))
+    title = "Drift from this trace" if found["against"] else "Drift from the first window"
+    console.print(table(title, ("", *(word for word, _ in MEASURES), "layers drifted"), rows))
+    for entry in found["compared"]:
+        plan = entry.get("plan")
+        if plan is None:
+            continue
+        words = f"{entry['name']}: {plan['copies_old']:.3f} copies become {plan['copies_new']:.3f}"
+        if plan["saving_old"] is not None and plan["saving_new"] is not None:
+            words += (
+                f" ({plan['saving_old']:.1%} less than linear before, {plan['saving_new']:.1%} now)"
+            )
+        words += (
+            f", rank imbalance {plan['imbalance_old']:.3f} becomes {plan['imbalance_new']:.3f}; "
+            f"a refresh of {plan['refresh_moved_share']:.1%} of the slots: {plan['refresh_reason']}"
+        )
+        console.print(words)
+
+
+def _mean(values: np.ndarray) -> float | str:
+    import numpy as np
+
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else "-"
+
+
+def record(
+    script: Annotated[str, typer.Argument(help="Training script.")] = "train.py",
+    trace: Annotated[str, typer.Option(help="Directory of the trace.")] = "traces/run1",
+    hostfile: Hostfile = None,
+    deepspeed_config: Annotated[Path | None, typer.Option(help="ds_config to check.")] = None,
+) -> Result:
+    """Print the launch line and the configuration that record a run."""
+    from moe_locality.config import read_config
+    from moe_locality.topology.sources import read_hostfile, select_slots
 
     section: dict[str, Any] = {"trace": {"path": trace}}
     found = None

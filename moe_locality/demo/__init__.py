@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moe_locality.demo.options import DemoOptions, WandbMode
-from moe_locality.demo.progress import Progress
+from moe_locality.demo.progress import DemoOptions, Progress, WandbMode
 from moe_locality.errors import ConfigError
 from moe_locality.files import replace_text
 
@@ -61,8 +60,7 @@ def run_demo(
 
             found = run_trace(options, progress)
         else:
-            from moe_locality.demo.model_report import publish
-            from moe_locality.demo.model_run import run_model
+            from moe_locality.demo.model import publish, run_model
 
             found = publish(options, run_model(options, progress), progress)
         progress.say(f"report: {found['report']}")

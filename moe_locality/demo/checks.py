@@ -5,8 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moe_locality.compare import Run
-from moe_locality.compare.runs import read_arrays
+from moe_locality.compare import Run, read_arrays
 from moe_locality.errors import MoeLocalityError
 from moe_locality.placement import PlacementPlan, evaluate
 from moe_locality.topology import ClusterTopology

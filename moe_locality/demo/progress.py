@@ -1,8 +1,36 @@
-"""Progress of the demo on stderr: one bar per stage, and lines of what was found."""
+"""What a demo is asked to do, and its progress on stderr: a bar per stage, and lines of text."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+PROJECT = "moe_locality-demo"
+"""in wandb"""
+
+WandbMode = Literal["offline", "online", "disabled"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoOptions:
+    """Options of ``moe-locality demo``; a default is what ``make demo`` runs."""
+
+    out: Path
+    trace: Path | None = None
+    """a recorded trace: analyze, place and report it instead of training the example model"""
+    num_nodes: int = 2
+    ranks_per_node: int = 2
+    max_imbalance: float = 1.05
+    seed: int = 0
+    steps: int | None = None
+    """training steps of the example model (None: the preset's)"""
+    preset: str = "demo"
+    wandb_mode: WandbMode = "offline"
+
+    @property
+    def num_ranks(self) -> int:
+        return self.num_nodes * self.ranks_per_node
 
 
 class Stage(Protocol):

@@ -6,16 +6,15 @@ Nothing is trained or run here, so every cost is predicted, and says so.
 from typing import Any
 
 from moe_locality.analysis import analyze
-from moe_locality.compare import Candidate, compare_plans, trace_report, track_comparison
+from moe_locality.compare import Candidate, compare_plans, track_comparison
 from moe_locality.config import TrackingConfig
-from moe_locality.demo.options import DemoOptions
-from moe_locality.demo.progress import Progress
+from moe_locality.demo.progress import PROJECT, DemoOptions, Progress
 from moe_locality.errors import TraceError
 from moe_locality.placement import assign_homes, solve
 from moe_locality.placement.homes.requests import default_prediction
 from moe_locality.placement.problem import warnings_once
 from moe_locality.placement.solve import COMPARED
-from moe_locality.report import write_report
+from moe_locality.report import trace_report, write_report
 from moe_locality.topology import ClusterTopology
 from moe_locality.trace import RoutingTrace, read_trace
 from moe_locality.tracking import start_tracking
@@ -56,7 +55,7 @@ def run_trace(options: DemoOptions, progress: Progress) -> dict[str, Any]:
         )
         write_report(page, report_path)
         settings = TrackingConfig(
-            project="moe_locality-demo",
+            project=PROJECT,
             group=trace.model or None,
             job_type="place",
             mode=options.wandb_mode,

@@ -12,7 +12,7 @@ import wandb
 from moe_locality.compare import read_run
 from moe_locality.demo import run_demo
 from moe_locality.demo.checks import check_agreement, check_prediction
-from moe_locality.demo.model_run import read_recorded
+from moe_locality.demo.model import read_recorded
 from moe_locality.errors import MoeLocalityError
 from moe_locality.placement import PlacementPlan, evaluate
 from moe_locality.topology import ClusterTopology

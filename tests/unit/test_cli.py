@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Annotated
 
 import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from moe_locality import __version__, commands
+from moe_locality import __version__
 from moe_locality.cli import app
 from moe_locality.commands import doctor, output
 from moe_locality.errors import BackendUnavailable, PlacementError
@@ -85,26 +86,21 @@ def test_every_command_has_help_and_takes_json(name):
     assert "--debug" in found.stdout
 
 
-def test_every_declared_command_has_a_body():
-    import importlib
-
-    assert set(commands._HOME_OF) == set(COMMANDS)
-    for name, module in commands._HOME_OF.items():
-        body = importlib.import_module(f"moe_locality.commands.{module}")
-        assert callable(getattr(body, f"{name}_" if name == "import" else name))
+def test_app_has_these_commands_and_no_other():
+    assert {command.name for command in app.registered_commands} == set(COMMANDS)
 
 
-def test_the_options_of_a_command_are_the_arguments_of_its_body():
-    import importlib
-    import inspect
+def test_as_command_takes_the_options_of_the_body_and_prints_its_result():
+    def body(size: Annotated[int, typer.Option(help="How many.")] = 3) -> output.Result:
+        """Say how many."""
+        return output.Result(payload={"size": size}, text=(f"{size} of them",))
 
-    by_name = {c.name or c.callback.__name__: c.callback for c in app.registered_commands}
-    assert set(by_name) == set(COMMANDS)
-    for name, callback in by_name.items():
-        module = importlib.import_module(f"moe_locality.commands.{commands._HOME_OF[name]}")
-        body = getattr(module, f"{name}_" if name == "import" else name)
-        declared = set(inspect.signature(callback).parameters) - {"as_json", "debug"}
-        assert declared == set(inspect.signature(body).parameters), name
+    small = typer.Typer()
+    small.command()(output.as_command(body))
+    shown = CliRunner().invoke(small, ["--help"]).stdout
+    assert all(words in shown for words in ("Say how many.", "--size", "--json", "--debug"))
+    assert CliRunner().invoke(small, ["--size", "4"]).stdout == "4 of them\n"
+    assert one_json_object(CliRunner().invoke(small, ["--json"]).stdout) == {"size": 3}
 
 
 def test_without_a_command_the_help_is_shown():
@@ -226,7 +222,7 @@ def test_control_c_ends_quickly_and_in_words(tmp_path):
         "import signal, sys\n"
         "from pathlib import Path\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it\n"
-        "from moe_locality.commands.inputs import read_homes\n"
+        "from moe_locality.placement.homes.assign import read_homes\n"
         "from moe_locality.commands.output import guard\n"
         "print('ready', file=sys.stderr, flush=True)\n"
         "sys.exit(guard(lambda: read_homes(Path(sys.argv[1])), as_json=True, debug=False))\n"

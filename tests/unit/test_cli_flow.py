@@ -352,10 +352,7 @@ def test_an_unwritable_path_is_refused_before_the_work(made, tmp_path, command, 
     def fail(*_, **__):
         raise AssertionError("the trace was read before the output path was checked")
 
-    monkeypatch.setattr("moe_locality.commands.inputs.read_trace", fail)
-    monkeypatch.setattr("moe_locality.commands.plans.read_trace", fail, raising=False)
-    monkeypatch.setattr("moe_locality.commands.place.read_trace", fail)
-    monkeypatch.setattr("moe_locality.commands.traces.read_trace", fail, raising=False)
+    monkeypatch.setattr("moe_locality.trace.read_trace", fail)
     error = refusal(*(folder / "trace.npz" if word == "TRACE" else word for word in words))
     assert error["type"] == "ConfigError"
     assert f"cannot write the {'plan' if command == 'place' else ''}" in error["message"]

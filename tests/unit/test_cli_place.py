@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -297,7 +296,7 @@ def test_ctrl_c_is_told_in_words_and_as_json(folder, tmp_path, monkeypatch, as_j
     def stopped(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["moe_locality.placement.solve"], "solve", stopped)
+    monkeypatch.setattr("moe_locality.placement.solve", stopped)
     line = ("place", folder / "old.npz", *CLUSTER, "-o", tmp_path / "p.json", *as_json)
     found = run(*line)
     assert found.exit_code == 130

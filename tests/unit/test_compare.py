@@ -18,19 +18,16 @@ from moe_locality.compare import (
     Row,
     compare_plans,
     compare_runs,
-    comparison_report,
+    made_from,
     read_run,
-    trace_figures,
-    trace_report,
     track_comparison,
 )
-from moe_locality.compare.plans import made_from
 from moe_locality.config import TrackingConfig
 from moe_locality.dispatch.transport import KINDS, LINKS
 from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.figures import LayersData, LossData, TradeoffData, TrafficData
 from moe_locality.placement import PlacementPlan, evaluate
-from moe_locality.report import render_html
+from moe_locality.report import comparison_report, render_html, trace_figures, trace_report
 from moe_locality.tracking import NullTracker, start_tracking
 from tests.unit.made_trace import make_trace
 from tests.unit.test_tracking import ReadBack, offline  # noqa: F401  a fixture
@@ -352,7 +349,7 @@ def test_tracking_that_is_off_draws_nothing(found, monkeypatch):
     def fail(*_):
         raise AssertionError("drew a figure for nobody")
 
-    monkeypatch.setattr("moe_locality.compare.publish.draw", fail)
+    monkeypatch.setattr("moe_locality.compare.draw", fail)
     track_comparison(NullTracker(), found)
 
 

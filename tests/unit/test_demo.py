@@ -10,10 +10,9 @@ from moe_locality import demo
 from moe_locality.compare import Candidate, Run, compare_plans
 from moe_locality.demo import MARKER, run_demo
 from moe_locality.demo.checks import GAP_TOLERANCE, check_agreement, check_prediction
-from moe_locality.demo.model_report import balance_line, flips_line
+from moe_locality.demo.model import balance_line, flips_line
 from moe_locality.errors import ConfigError, MoeLocalityError
-from moe_locality.figures import TradeoffData
-from moe_locality.figures.draw import draw
+from moe_locality.figures import TradeoffData, draw
 from moe_locality.placement import evaluate, solve
 from moe_locality.topology import ClusterTopology
 from moe_locality.trace import read_trace, write_trace

@@ -7,14 +7,17 @@ of its tokens and is the ceiling of any prediction.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moe_locality.errors import PlacementError
+from moe_locality.files import write_text
 from moe_locality.placement.align import align_trace, check_topology
 from moe_locality.placement.homes.predictor import (
     PRIOR_TOKENS,
@@ -245,3 +248,39 @@ def scores_of_known(
     """[R, G] scores from predicted costs [R, M] and the known tokens."""
     own = serving.own_share(ids, request, len(expected))
     return -expected[:, serving.node_of_rank] + RANK_SHARE * own
+
+
+def read_homes(path: Path, plan: PlacementPlan | None = None) -> dict[int, int]:
+    """Read a homes file: a JSON object, request id to rank.
+
+    Raises:
+        PlacementError: it cannot be read, is no such object, or names a rank that the plan lacks.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        homes = {int(request): rank for request, rank in content.items()}
+        if not all(isinstance(rank, int) and not isinstance(rank, bool) for rank in homes.values()):
+            raise TypeError("a rank is not an integer")
+    except OSError as error:
+        raise PlacementError(
+            f"cannot read the homes {path}: {error.strerror}: check the path"
+        ) from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise PlacementError(
+            f"the homes {path} are damaged ({error}), expected a JSON object request id -> rank: "
+            "make them again with `moe-locality group`"
+        ) from error
+    wrong = [r for r in homes.values() if r < 0 or (plan is not None and r >= plan.num_ranks)]
+    if wrong:
+        most = "" if plan is None else f" to {plan.num_ranks - 1}"
+        raise PlacementError(
+            f"the homes {path} name rank {wrong[0]}, expected ranks 0{most}: make homes for this "
+            "plan"
+        )
+    return homes
+
+
+def write_homes(homes: Mapping[int, int], path: Path) -> None:
+    """Write a homes file, whole or not at all; one request per line, ascending."""
+    lines = ",\n".join(f'"{request}": {rank}' for request, rank in sorted(homes.items()))
+    write_text(path, f"{{\n{lines}\n}}\n", what="homes")

@@ -9,12 +9,10 @@ from typer.testing import CliRunner
 
 from moe_locality.analysis.potential import MIN_SAVING, grouping_ceiling, potential, tradeoff
 from moe_locality.cli import app
-from moe_locality.compare import trace_report
-from moe_locality.compare.potential import add_potential
 from moe_locality.errors import TraceError
 from moe_locality.placement import PlacementPlan, evaluate, solve
 from moe_locality.placement.problem import warnings_once
-from moe_locality.report import render_html
+from moe_locality.report import add_potential, render_html, trace_report
 from moe_locality.topology import ClusterTopology
 from moe_locality.trace import write_trace
 from tests.unit.made_trace import make_trace

@@ -1,0 +1,660 @@
+"""Side by side: plans on a trace (predicted) or two runs (measured); as rows, figures, wandb.
+
+A run directory holds any of: ``metrics.jsonl`` (one object per step: "step", "loss", "step_s"),
+``summary.json``, ``traffic.json`` (a traffic report), ``evaluation.npz`` (rows per request),
+``plan.json`` and ``trace/``; docs/formats.md has the keys. What is missing is left out of the
+comparison, and said.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import re
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from moe_locality.errors import ConfigError, PlacementError
+from moe_locality.figures import (
+    Basis,
+    FigureData,
+    LayersData,
+    LossData,
+    Table,
+    TradeoffData,
+    TradeoffPoint,
+    TrafficData,
+    draw,
+    png_bytes,
+)
+from moe_locality.placement import Costs, PlacementPlan, evaluate
+from moe_locality.placement.align import align_trace
+from moe_locality.placement.costs import copies_of_blocks, ratio_interval, request_blocks
+from moe_locality.topology.cluster import ClusterTopology
+from moe_locality.trace import RoutingTrace
+from moe_locality.tracking import NullTracker
+
+How = Literal["measured", "simulated"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One metric: a value per candidate (the baseline first), None where it is not known.
+
+    ``better`` says which way is good; ``interval`` is the 95 % interval of the last ratio.
+    """
+
+    metric: str
+    unit: str
+    how: How
+    values: tuple[float | None, ...]
+    better: Literal["lower", "higher", "equal"] = "lower"
+    interval: tuple[float, float] | None = None
+
+    @property
+    def ratios(self) -> tuple[float | None, ...]:
+        """Each value over the baseline's; None where a value is missing or the baseline is 0."""
+        first = self.values[0]
+        return tuple(
+            None if first in (None, 0) or value is None else value / first for value in self.values
+        )
+
+    def to_dict(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """Return plain data; ``ours`` and ``ratio`` are those of the last candidate."""
+        return {
+            "metric": self.metric,
+            "unit": self.unit,
+            "how": self.how,
+            "better": self.better,
+            "baseline": self.values[0],
+            "ours": self.values[-1],
+            "ratio": self.ratios[-1],
+            "interval": None if self.interval is None else list(self.interval),
+            "values": dict(zip(names, self.values, strict=True)),
+        }
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Rows over the candidates ``names`` (the baseline first), with what the report needs beside.
+
+    ``tables`` are further tables (per layer and plan, per domain); ``notes`` are sentences that a
+    reader must know, for example that a plan was made from the very trace it is judged on.
+    ``sources``: by name, what each candidate is (model, plan digest, ds_config, commit ...), for
+    those who look at it later.
+    """
+
+    names: tuple[str, ...]
+    rows: tuple[Row, ...]
+    facts: tuple[tuple[str, str], ...] = ()
+    figures: tuple[FigureData, ...] = ()
+    tables: tuple[Table, ...] = ()
+    notes: tuple[str, ...] = ()
+    synthetic: bool = False
+    sources: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def row(self, metric: str) -> Row | None:
+        """Return the row of a metric, or None."""
+        return next((row for row in self.rows if row.metric == metric), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, the JSON of ``moe-locality compare``."""
+        return {
+            "baseline": self.names[0],
+            "names": list(self.names),
+            "rows": [row.to_dict(self.names) for row in self.rows],
+            "facts": dict(self.facts),
+            "notes": list(self.notes),
+        }
+
+    def table(self) -> Table:
+        """Return the rows as a table: metric, how, every candidate, ratio and interval."""
+        head = ("metric", "unit", "how", *self.names, "ratio", "95 % interval")
+        return Table(title="Side by side", columns=head, rows=tuple(map(self._cells, self.rows)))
+
+    def _cells(self, row: Row) -> tuple[object, ...]:
+        ratio = row.ratios[-1]
+        interval = "" if row.interval is None else "{:.3f} to {:.3f}".format(*row.interval)
+        ratio = None if ratio is None else round(ratio, 4)
+        return (row.metric, row.unit, row.how, *row.values, ratio, interval)
+
+
+def known(value: float | None) -> float | None:
+    """Return the value, or None for nan, which JSON does not know."""
+    return None if value is None or math.isnan(value) else float(value)
+
+
+METRICS = (
+    ("copies", "remote nodes per token and layer"),
+    ("picks", "remote (token, expert) pairs per token and layer"),
+    ("link", "rows of the busiest node, per layer"),
+    ("node_imbalance", "busiest node / mean"),
+    ("rank_imbalance", "busiest rank / mean"),
+    ("straggler", "busiest rank / mean, per batch"),
+    ("distinct", "experts per rank and batch"),
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A plan with the homes that its requests have: None = anywhere, else request id -> rank."""
+
+    name: str
+    plan: PlacementPlan
+    homes: dict[int, int] | None = None
+
+    @property
+    def label(self) -> str:
+        """The name, with what the homes are where they were assigned."""
+        return self.name if self.homes is None else f"{self.name}, homes assigned"
+
+
+def is_synthetic(trace: RoutingTrace) -> bool:
+    """Whether the trace says that it is synthetic, in the name of its model."""
+    return "synthetic" in trace.model.lower()
+
+
+def compare_plans(
+    trace: RoutingTrace,
+    candidates: list[Candidate],
+    topology: ClusterTopology | None = None,
+    *,
+    seed: int = 0,
+) -> Comparison:
+    """Evaluate the candidates (the first is the baseline) on a trace and put them side by side.
+
+    The interval of the copies' ratio is a jackknife over blocks of whole requests, so it says how
+    far the ratio depends on which requests were recorded.
+
+    Raises:
+        PlacementError: no candidate, two of one name, or a plan does not fit the trace.
+    """
+    labels = tuple(candidate.label for candidate in candidates)
+    if not labels or len(set(labels)) != len(labels):
+        raise PlacementError(
+            f"found the plans {list(labels)}, expected one or more with different names: rename one"
+        )
+    costs = [evaluate(trace, c.plan, topology, c.homes) for c in candidates]
+    interval = None
+    if len(candidates) > 1:
+        blocks = request_blocks(trace, seed)
+        interval = ratio_interval(
+            *(
+                copies_of_blocks(trace, c.plan, topology, c.homes, blocks)
+                for c in (candidates[0], candidates[-1])
+            )
+        )
+    rows = tuple(
+        Row(
+            metric=name,
+            unit=unit,
+            how="simulated",
+            values=tuple(known(getattr(cost, name)) for cost in costs),
+            interval=interval if name == "copies" else None,
+        )
+        for name, unit in METRICS
+    )
+    first = candidates[0].plan
+    cluster = f"{first.num_nodes} nodes x {first.ranks_per_node} ranks"
+    facts = (
+        ("model", trace.model or "not named"),
+        ("trace", f"{trace.content_hash()[:12]} ({trace.num_tokens:,} tokens)"),
+        ("cluster", cluster if topology is None else topology.describe()),
+        *((f"plan {c.label}", c.plan.digest()[:12]) for c in candidates),
+    )
+    return Comparison(
+        names=labels,
+        rows=rows,
+        facts=facts,
+        figures=tuple(_figures_of_plans(trace, candidates, costs, topology, seed)),
+        tables=(_layer_table(candidates, costs),),
+        notes=(*_notes(trace, candidates), *_above_the_cap(candidates, costs)),
+        synthetic=is_synthetic(trace),
+        sources={c.label: _source_of_plan(c.plan) for c in candidates},
+    )
+
+
+def _source_of_plan(plan: PlacementPlan) -> dict[str, Any]:
+    return {"model": plan.model, "plan": plan.digest(), **plan.provenance}
+
+
+def _notes(trace: RoutingTrace, candidates: list[Candidate]) -> tuple[str, ...]:
+    own = _in_sample(trace, candidates)
+    if not own:
+        return ()
+    note = (
+        f"Made from these same requests: {', '.join(own)}. In-sample figures flatter a plan: judge "
+        "it on requests that its solver did not see (--held-out)."
+    )
+    return (note,)
+
+
+def _above_the_cap(candidates: list[Candidate], costs: list[Costs]) -> list[str]:
+    """A sentence for each plan that is less level here than its solver was told to expect."""
+    found = []
+    for candidate, cost in zip(candidates, costs, strict=True):
+        made = candidate.plan.provenance
+        expected, cap = made.get("expected_imbalance"), made.get("max_imbalance")
+        if expected is not None and cost.node_imbalance > max(expected, cap):
+            found.append(
+                f"{candidate.label} is above its cap: the busiest node has "
+                f"{cost.node_imbalance:.3f} of the mean load on these requests; the cap is "
+                f"{cap:g}, {expected:.3f} was expected, {candidates[0].label} has "
+                f"{costs[0].node_imbalance:.3f}."
+            )
+    return found
+
+
+def _in_sample(trace: RoutingTrace, candidates: list[Candidate]) -> list[str]:
+    return [c.label for c in candidates if made_from(c.plan, trace)]
+
+
+def made_from(plan: PlacementPlan, trace: RoutingTrace) -> bool:
+    """Whether the plan was solved on this trace, or on a part of it (``place --held-out``)."""
+    sources = (plan.provenance.get("trace"), plan.provenance.get("drawn_from"))
+    learned = plan.provenance.get("method") not in ("linear", "round_robin", None)
+    return learned and trace.content_hash() in sources
+
+
+def _figures_of_plans(
+    trace: RoutingTrace,
+    candidates: list[Candidate],
+    costs: list[Costs],
+    topology: ClusterTopology | None,
+    seed: int,
+) -> list[FigureData]:
+    if trace.expert_ids is None:
+        return []
+    own = _in_sample(trace, candidates)
+    basis = Basis(
+        how="simulated",
+        count=trace.num_tokens,
+        num_requests=len(trace.request_ids),
+        seed=seed,
+        synthetic=is_synthetic(trace),
+        note=f"In-sample: {', '.join(own)}." if own else "",
+    )
+    figures: list[FigureData] = []
+    first, last = candidates[0], candidates[-1]
+    if len(candidates) > 1:
+        before, after = (
+            np.asarray(
+                align_trace(trace, c.plan, topology, c.homes).node_visits().sum(axis=0), float
+            )
+            for c in (first, last)
+        )
+        figures.append(
+            TrafficData(
+                before=before,
+                after=after,
+                node_of=tuple(range(len(before))),
+                names=(first.label, last.label),
+                unit="copies",
+                per=trace.num_tokens * trace.num_layers,
+                per_name=" per token and layer",
+                basis=basis,
+            )
+        )
+        cap = last.plan.provenance.get("max_imbalance")
+        points = tuple(
+            TradeoffPoint(
+                name=c.label,
+                imbalance=cost.node_imbalance,
+                copies=cost.copies,
+                is_baseline=c is first,
+            )
+            for c, cost in zip(candidates, costs, strict=True)
+        )
+        figures.append(
+            TradeoffData(points=points, basis=basis, cap=cap if isinstance(cap, float) else None)
+        )
+    values = {c.label: cost.per_layer["copies"] for c, cost in zip(candidates, costs, strict=True)}
+    figures.append(
+        LayersData(
+            layer_ids=costs[0].layer_ids, values=values, unit="copies per token", basis=basis
+        )
+    )
+    return figures
+
+
+def _layer_table(candidates: list[Candidate], costs: list[Costs]) -> Table:
+    """Copies, picks and balance of every layer under every plan."""
+    names = ("copies", "picks", "node_imbalance", "rank_imbalance")
+    rows = [
+        (candidate.label, layer, *(known(cost.per_layer[name][row]) for name in names))
+        for candidate, cost in zip(candidates, costs, strict=True)
+        for row, layer in enumerate(cost.layer_ids)
+    ]
+    return Table(title="Layer by layer", columns=("plan", "layer", *names), rows=tuple(rows))
+
+
+logger = logging.getLogger(__name__)
+
+EVALUATION_NAMES = ("evaluation.npz", "eval.npz")
+WARM_UP_STEPS = 5
+SOURCES = ("model", "ds_config", "commit", "versions", "cluster", "num_ranks", "steps", "seed")
+"""What of a run's summary says what it is."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What a run directory holds; None or empty where a file is missing."""
+
+    name: str
+    path: Path
+    steps: tuple[dict[str, Any], ...] = ()
+    summary: dict[str, Any] = dataclasses.field(default_factory=dict)
+    traffic: dict[str, Any] | None = None
+    evaluation: dict[str, np.ndarray] | None = None
+    plan: PlacementPlan | None = None
+    trace: Path | None = None
+
+    def loss_curve(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return (steps [n], losses [n]) of the training steps, or None."""
+        points = [(s["step"], s["loss"]) for s in self.steps if "loss" in s and "step" in s]
+        if not points:
+            return None
+        steps, losses = zip(*points, strict=True)
+        return np.array(steps), np.array(losses, dtype=np.float64)
+
+
+def read_run(path: str | Path, name: str | None = None) -> Run:
+    """Read a run directory.
+
+    Raises:
+        ConfigError: it is not a directory, holds none of the files, or one of them is damaged.
+        PlacementError: its plan is not valid.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ConfigError(
+            f"found no directory {folder}, expected the output of a run (metrics.jsonl, "
+            "traffic.json, evaluation.npz ...): check the path"
+        )
+    evaluation = next((folder / n for n in EVALUATION_NAMES if (folder / n).is_file()), None)
+    plan = folder / "plan.json"
+    run = Run(
+        name=name or folder.name or str(folder),
+        path=folder,
+        steps=_read_steps(folder / "metrics.jsonl"),
+        summary=_read_object(folder / "summary.json") or {},
+        traffic=_read_object(folder / "traffic.json"),
+        evaluation=None if evaluation is None else read_arrays(evaluation),
+        plan=PlacementPlan.read(plan) if plan.is_file() else None,
+        trace=folder / "trace" if (folder / "trace").is_dir() else None,
+    )
+    if not (run.steps or run.summary or run.traffic or run.evaluation):
+        raise ConfigError(
+            f"found nothing to compare in {folder}, expected metrics.jsonl, summary.json, "
+            "traffic.json or evaluation.npz: give the output directory of a run"
+        )
+    return run
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}: run again, or remove the file") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def _read_steps(path: Path) -> tuple[dict[str, Any], ...]:
+    """Return the step lines; a last line that was cut off by a crash is left out with a warning."""
+    if not path.is_file():
+        return ()
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    steps = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                logger.warning("%s: left out the last line, which is cut off", path)
+                break
+            raise ConfigError(
+                f"{path}, line {number} is not JSON: {error}: run again, or remove the line"
+            ) from error
+        if isinstance(entry, dict) and entry.get("kind", "step") == "step":
+            steps.append(entry)
+    return tuple(steps)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read an .npz file.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            return {name: content[name] for name in content.files}
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"cannot read {path}: {error}: run again, or remove the file") from error
+
+
+def compare_runs(
+    baseline: Run, ours: Run, *, node_of_rank: tuple[int, ...] | None = None
+) -> Comparison:
+    """Put two runs side by side: losses, bytes by link, balance, times.
+
+    ``node_of_rank`` is taken from a plan of the runs where it is not given; without either the
+    traffic figure is left out.
+    """
+    names = (baseline.name, ours.name if ours.name != baseline.name else f"{ours.name} (2)")
+    pair = (baseline, ours)
+    rows = [*_loss_rows(pair), *_traffic_rows(pair), *_time_rows(pair)]
+    if not rows:
+        todo = "compare two runs of the same kind"
+        short = [str(run.path) for run in pair if run.summary and not (run.steps or run.traffic)]
+        if short:  # a run directory holds a summary from the start
+            todo = (
+                f"{' and '.join(short)} ended before the first multiple of tracking.every_n_steps "
+                "(10 where it is not set): give a smaller one, or train longer"
+            )
+        raise ConfigError(
+            f"found no metric that both {baseline.path} and {ours.path} hold, expected losses, "
+            f"traffic or times in both: {todo}"
+        )
+    nodes = node_of_rank or next((r.plan.rank_to_node for r in pair if r.plan is not None), None)
+    notes = tuple(
+        f"{run.name} has no {what}; it is left out of the comparison."
+        for run in pair
+        for what, there in (("traffic.json", run.traffic), ("metrics.jsonl", run.steps))
+        if not there
+    )
+    facts = (
+        *((f"run {name}", str(run.path)) for name, run in zip(names, pair, strict=True)),
+        *(
+            (f"plan of {name}", run.plan.digest()[:12])
+            for name, run in zip(names, pair, strict=True)
+            if run.plan is not None
+        ),
+    )
+    return Comparison(
+        names=names,
+        rows=tuple(rows),
+        facts=facts,
+        figures=tuple(_figures_of_runs(pair, names, nodes)),
+        tables=tuple(_domain_tables(pair, names)),
+        notes=notes,
+        sources={name: _source_of_run(run) for name, run in zip(names, pair, strict=True)},
+    )
+
+
+def _source_of_run(run: Run) -> dict[str, Any]:
+    found = {key: run.summary[key] for key in SOURCES if key in run.summary}
+    return found if run.plan is None else {**found, "plan": run.plan.digest()}
+
+
+def _row(metric: str, unit: str, values: list[float | None], better: Any = "lower") -> list[Row]:
+    """One row, or none where a run lacks the value."""
+    if any(value is None for value in values):
+        return []
+    found = tuple(map(known, values))
+    return [Row(metric=metric, unit=unit, how="measured", values=found, better=better)]
+
+
+def _loss_rows(pair: tuple[Run, Run]) -> list[Row]:
+    rows: list[Row] = []
+    curves = [run.loss_curve() for run in pair]
+    last = [None if curve is None else float(curve[1][-1]) for curve in curves]
+    rows += _row("quality/train_loss", "nats per token, last step", last, "equal")
+    losses = [None if run.evaluation is None else run.evaluation.get("loss") for run in pair]
+    means = [None if loss is None else float(loss.mean()) for loss in losses]
+    rows += _row("quality/eval_loss", "nats per token, held out", means, "equal")
+    return rows
+
+
+def _traffic_rows(pair: tuple[Run, Run]) -> list[Row]:
+    rows: list[Row] = []
+    links = [run.traffic.get("by_link") if run.traffic else None for run in pair]
+    steps = [(run.traffic or {}).get("steps") for run in pair]
+    counted = [step for step in steps if step]
+    per, of = (" per step", counted) if len(counted) == 2 else ("", [1, 1])
+    if all(links):
+        totals = [_link_totals(link) for link in links if link]
+        crossing = [total["cross_node"] / n for total, n in zip(totals, of, strict=True)]
+        rows += _row("traffic/cross_node_bytes", f"bytes{per}, all directions", [*crossing])
+        shares = [total["cross_node"] / max(sum(total.values()), 1) for total in totals]
+        rows += _row("traffic/cross_node_frac", "share of all bytes", [*shares])
+        dispatch = [link["dispatch"]["cross_node"] for link in links if link]
+        dispatch = [count / n for count, n in zip(dispatch, of, strict=True)]
+        rows += _row("traffic/dispatch_cross_node_bytes", f"bytes{per}, dispatch", dispatch)
+    messages = [run.traffic.get("messages_by_link") if run.traffic else None for run in pair]
+    if all(messages):
+        counts = [
+            sum(kind["cross_node"] for name, kind in by_kind.items() if name != "routing") / n
+            for by_kind, n in zip(messages, of, strict=True)
+            if by_kind
+        ]
+        rows += _row("traffic/cross_node_messages", f"messages{per}, all directions", [*counts])
+    received = [_received(run) for run in pair]
+    if all(r is not None and r.sum() > 0 for r in received):
+        balance = [float(r.mean() / r.max()) for r in received if r is not None]
+        rows += _row("load/balancedness", "mean / max rows per rank", [*balance], "higher")
+    return rows
+
+
+def _link_totals(by_link: dict[str, dict[str, int]]) -> dict[str, int]:
+    links = ("same_rank", "same_node", "cross_node")
+    return {link: sum(kind[link] for kind in by_link.values()) for link in links}
+
+
+def _received(run: Run) -> np.ndarray | None:
+    """[G] rows that each rank's experts worked on, or None.
+
+    A report without them, of an older version, has the rows that each rank received: the same where
+    rows go straight to their experts.
+    """
+    if (run.traffic or {}).get("load"):
+        return np.asarray((run.traffic or {})["load"], dtype=np.float64)
+    matrix = ((run.traffic or {}).get("rows") or {}).get("dispatch")
+    return None if matrix is None else np.asarray(matrix, dtype=np.float64).sum(axis=0)
+
+
+def _time_rows(pair: tuple[Run, Run]) -> list[Row]:
+    steps = []
+    for run in pair:
+        times, warm = [], 0
+        for line in run.steps:  # a line may stand for several steps
+            if "step_s" in line:
+                times += [line["step_s"]] if warm >= WARM_UP_STEPS else []
+                warm += line.get("steps", 1)
+        steps.append(statistics.median(times) * 1e6 if times else None)
+    rows = _row("time/step_us", f"µs, median after {WARM_UP_STEPS} steps", steps)
+    seconds = [run.summary.get("eval_s") for run in pair]
+    rows += _row("time/eval_s", "s, one evaluation, not repeated", seconds)
+    return rows
+
+
+def _num_rows(run: Run) -> int:
+    rows = ((run.traffic or {}).get("rows") or {}).get("dispatch")
+    return int(np.sum(rows)) if rows else 0
+
+
+def _figures_of_runs(
+    pair: tuple[Run, Run], names: tuple[str, str], nodes: tuple[int, ...] | None
+) -> list[FigureData]:
+    figures: list[FigureData] = []
+    seed = pair[0].summary.get("seed")
+    matrices = [((run.traffic or {}).get("bytes") or {}).get("dispatch") for run in pair]
+    if nodes is not None and all(m is not None and len(m) == len(nodes) for m in matrices):
+        rows = sum(map(_num_rows, pair))
+        before, after = (np.asarray(matrix, dtype=np.float64) / 1e6 for matrix in matrices)
+        figures.append(
+            TrafficData(
+                before=before,
+                after=after,
+                node_of=nodes,
+                names=names,
+                axis="rank",
+                unit="MB",
+                title="Dispatched bytes between ranks",
+                basis=Basis(how="measured", count=rows, unit="routed rows in both", seed=seed),
+            )
+        )
+    curves = {name: run.loss_curve() for name, run in zip(names, pair, strict=True)}
+    found = {name: curve for name, curve in curves.items() if curve is not None}
+    if found:
+        count = sum(len(steps) for steps, _ in found.values())
+        figures.append(
+            LossData(
+                runs=found,
+                basis=Basis(how="measured", count=count, unit="steps", seed=seed),
+            )
+        )
+    return figures
+
+
+def _domain_tables(pair: tuple[Run, Run], names: tuple[str, str]) -> list[Table]:
+    """Held-out loss by domain, where both runs have it."""
+    parts = [run.summary.get("eval_loss_by_domain") or {} for run in pair]
+    shared = [name for name in parts[0] if name in parts[1]]
+    if not shared:
+        return []
+    rows = tuple((domain, *(part[domain] for part in parts)) for domain in shared)
+    return [Table(title="Held-out loss by domain", columns=("domain", *names), rows=rows)]
+
+
+def track_comparison(
+    tracker: NullTracker, comparison: Comparison, *, files: Iterable[str | Path] = ()
+) -> None:
+    """Log a comparison: its rows and tables, each value as a scalar, its figures as images,
+    ``files`` as artifacts.
+
+    Plans (``*.json``) become artifacts of kind "plan", pages of kind "report", the rest "data".
+    """
+    if not tracker.active:
+        return
+    table = comparison.table()
+    tracker.log_table("comparison/rows", table.columns, table.rows)
+    for extra in comparison.tables:
+        tracker.log_table(f"comparison/{_key(extra.title)}", extra.columns, extra.rows)
+    for figure in comparison.figures:
+        tracker.log_image(
+            f"figures/{_key(figure.title)}",
+            png_bytes(draw(figure)),
+            caption=figure.basis.sentence(),
+        )
+    scalars = {}
+    for row in comparison.rows:
+        scalars[f"comparison/{row.metric}/baseline"] = row.values[0]
+        scalars[f"comparison/{row.metric}/ours"] = row.values[-1]
+        scalars[f"comparison/{row.metric}/ratio"] = row.ratios[-1]
+    tracker.log({key: value for key, value in scalars.items() if value is not None})
+    kinds = {".json": "plan", ".html": "report"}
+    for path in map(Path, files):
+        tracker.log_artifact(_key(path.stem), kinds.get(path.suffix, "data"), [path])
+
+
+def _key(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
