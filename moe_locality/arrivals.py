@@ -9,16 +9,15 @@ from __future__ import annotations
 import numpy as np
 
 from moe_locality.errors import PlacementError
-from moe_locality.placement.align import check_topology
 from moe_locality.placement.homes.assign import (
     MAX_TOKEN_IMBALANCE,
     expected_costs,
     predictor_of,
     scores_of_known,
 )
-from moe_locality.placement.homes.predictor import serving_of_plan
-from moe_locality.placement.homes.requests import check_prediction
+from moe_locality.placement.homes.predictor import check_prediction, serving_of_plan
 from moe_locality.placement.plan import PlacementPlan
+from moe_locality.placement.problem import check_topology
 from moe_locality.topology.cluster import ClusterTopology
 
 HORIZON_REQUESTS = 16

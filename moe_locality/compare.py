@@ -32,8 +32,8 @@ from moe_locality.figures import (
     png_bytes,
 )
 from moe_locality.placement import Costs, PlacementPlan, evaluate
-from moe_locality.placement.align import align_trace
 from moe_locality.placement.costs import copies_of_blocks, ratio_interval, request_blocks
+from moe_locality.placement.problem import align_trace
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace import RoutingTrace
 from moe_locality.tracking import NullTracker

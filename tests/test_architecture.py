@@ -26,7 +26,6 @@ FLOORS = {
     "moe_locality.topology.groups": 4,
     "moe_locality.placement": 2,
     "moe_locality.placement.plan": 1,
-    "moe_locality.placement.serving": 1,
     "moe_locality.placement.export": 1,
     "moe_locality.analysis": 2,
     "moe_locality.arrivals": 2,

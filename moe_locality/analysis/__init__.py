@@ -2,6 +2,6 @@
 only.
 """
 
-from moe_locality.analysis.summary import analyze
+from moe_locality.analysis.stats import analyze
 
 __all__ = ["analyze"]

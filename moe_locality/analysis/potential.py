@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import TraceError
-from moe_locality.placement.align import align_trace
 from moe_locality.placement.bounds.lower import lower_bounds
 from moe_locality.placement.costs import (
     Costs,
@@ -25,9 +24,9 @@ from moe_locality.placement.costs import (
     request_blocks,
 )
 from moe_locality.placement.homes.assign import assign_homes
-from moe_locality.placement.homes.requests import default_prediction
+from moe_locality.placement.homes.predictor import default_prediction
 from moe_locality.placement.plan import PlacementPlan
-from moe_locality.placement.problem import warnings_once
+from moe_locality.placement.problem import align_trace, warnings_once
 from moe_locality.placement.solve import solve
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace

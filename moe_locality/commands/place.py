@@ -198,7 +198,7 @@ def _judged(
     """
     from moe_locality.analysis.potential import HELD_OUT
     from moe_locality.placement.costs import NUM_BLOCKS, expected_change, request_blocks
-    from moe_locality.placement.homes.requests import default_prediction
+    from moe_locality.placement.homes.predictor import default_prediction
 
     seed, old, method = options["seed"], options["start"], options["method"]
     found: dict[str, Any] = {"gained": None, "kept": "plan", "against": "linear"}
@@ -287,7 +287,7 @@ def _costs(
 
     A plan that was found together with homes gets homes there too, predicted as for new requests.
     """
-    from moe_locality.placement.homes.requests import default_prediction
+    from moe_locality.placement.homes.predictor import default_prediction
 
     base = linear_plan(train, topology)
     trace = train if test is None else test

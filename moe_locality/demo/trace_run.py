@@ -11,7 +11,7 @@ from moe_locality.config import TrackingConfig
 from moe_locality.demo.progress import PROJECT, DemoOptions, Progress
 from moe_locality.errors import TraceError
 from moe_locality.placement import assign_homes, solve
-from moe_locality.placement.homes.requests import default_prediction
+from moe_locality.placement.homes.predictor import default_prediction
 from moe_locality.placement.problem import warnings_once
 from moe_locality.placement.solve import COMPARED
 from moe_locality.report import trace_report, write_report

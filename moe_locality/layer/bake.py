@@ -25,7 +25,7 @@ import torch
 
 from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.files import replace_file
-from moe_locality.layer.checkpoint_io import (
+from moe_locality.layer.checkpoint import (
     EXPERT_STATES,
     KEY,
     MODEL_STATES,

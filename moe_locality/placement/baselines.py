@@ -28,7 +28,7 @@ import numpy as np
 
 from moe_locality.errors import BackendUnavailable, PlacementError
 from moe_locality.placement.counting import picks_by_home
-from moe_locality.placement.homes.requests import (
+from moe_locality.placement.homes.predictor import (
     k_means,
     known_tokens,
     nearest_center,

@@ -26,9 +26,8 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import PlacementError
-from moe_locality.placement.align import AlignedTrace, Homes, align_trace
 from moe_locality.placement.plan import PlacementPlan
-from moe_locality.placement.problem import log_warning
+from moe_locality.placement.problem import AlignedTrace, Homes, align_trace, log_warning
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 

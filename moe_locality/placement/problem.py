@@ -1,10 +1,12 @@
-"""What every solver gets and gives: the checked problem, the solution, a plan made of rows."""
+"""A trace and a plan aligned by layer id, with the homes resolved; and what every solver gets and
+gives: the checked problem, the solution, a plan made of rows.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,10 +14,236 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import PlacementError
-from moe_locality.placement.align import Homes
+from moe_locality.placement import counting
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
+
+Homes = Mapping[int, int] | np.ndarray | str | None
+"""Home ranks: request id → rank, [T] ranks, "trace" (as recorded), or None: anywhere alike."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlignedTrace:
+    """Aligned arrays; the layer axis follows the trace. ``home_rank`` None = uniform homes."""
+
+    layer_ids: tuple[int, ...]
+    plan_rows: np.ndarray  # [L] row of the plan for each layer of the trace
+    ids: np.ndarray | None  # [T, L, K], None for a trace of counts
+    load_rows: np.ndarray | None  # [S, L, E] for a trace of counts
+    num_experts: int
+    num_slots: int
+    home_rank: np.ndarray | None  # [T]
+    node_of_rank: np.ndarray  # [G]
+    table: np.ndarray  # [L, P] expert of each slot
+    served_slot: np.ndarray  # [L, G, E]
+    has_replicas: bool
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layer_ids)
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.node_of_rank)
+
+    @property
+    def num_nodes(self) -> int:
+        return int(self.node_of_rank.max()) + 1
+
+    @property
+    def served_rank(self) -> np.ndarray:
+        """[L, G, E]"""
+        return self.served_slot // (self.num_slots // self.num_ranks)
+
+    def picks_by_home(self) -> np.ndarray:
+        """[L, G, E] int64 picks by home rank, or [L, 1, E] without homes."""
+        if self.ids is None:
+            assert self.load_rows is not None
+            return self.load_rows.sum(axis=0, dtype=np.int64)[:, None]
+        home, homes = self.home_rank, self.num_ranks
+        if home is None:
+            home, homes = np.zeros(len(self.ids), dtype=np.int64), 1
+        return counting.picks_by_home(self.ids, self.num_experts, home, homes)
+
+    def node_visits(self) -> np.ndarray:
+        """[L, M, M] tokens of home node m that visit node n: int64, or the float expectation
+        without homes.
+        """
+        assert self.ids is not None
+        nodes = self.num_nodes
+        first_rank = np.array([np.flatnonzero(self.node_of_rank == n)[0] for n in range(nodes)])
+        # the serving node depends on the home node alone, so one rank of each node stands for all
+        served = self.node_of_rank[self.served_rank[:, first_rank]]  # [L, M, E]
+        if not self.has_replicas:
+            served = served[:, :1]
+        if self.home_rank is not None:
+            home_node = self.node_of_rank[self.home_rank].astype(np.int64)
+            return counting.node_visits(self.ids, served, home_node, nodes)
+        anywhere = np.zeros(len(self.ids), dtype=np.int64)
+        visits = np.empty((self.num_layers, nodes, nodes), dtype=np.int64)
+        for node in range(served.shape[1]):
+            one = counting.node_visits(self.ids, served[:, node : node + 1], anywhere, nodes)
+            visits[:, node] = one[:, 0]
+        if not self.has_replicas:
+            visits[:] = visits[:, :1].copy()
+        return visits / nodes
+
+    def rank_batches(self, batch_tokens: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield ([B, L, G] picks per rank, [B, L, G] slots of the rank that they use) of batches,
+        expected values where homes decide and are not given.
+        """
+        ranks, per_rank = self.num_ranks, self.num_slots // self.num_ranks
+        certain = self.home_rank is not None or not self.has_replicas
+        if certain and self.ids is not None and self.ids.size >= counting.COMPILED_PICKS:
+            served, home = self.served_slot, self.home_rank
+            if home is None or not self.has_replicas:
+                served, home = served[:, :1], np.zeros(len(self.ids), dtype=np.int64)
+            yield from counting.rank_batches(
+                self.ids, batch_tokens, served, home, (ranks, per_rank)
+            )
+            return
+        for picks, used in self._slot_batches(batch_tokens):
+            shape = (len(picks), self.num_layers, ranks, per_rank)
+            yield picks.reshape(shape).sum(axis=3), used.reshape(shape).sum(axis=3)
+
+    def _slot_batches(self, batch_tokens: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield ([B, L, P] picks per slot, [B, L, P] probability that the slot is used) of batches.
+
+        With homes (or without replicas) both are certain. Else a pick of expert e reaches a slot
+        with the share of homes that the slot serves, and n picks use it with probability 1 - (1 -
+        share)^n.
+        """
+        if self.home_rank is not None and self.has_replicas:
+            assert self.ids is not None
+            for counts in counting.picks_by_batch(
+                self.ids, self.num_experts, batch_tokens, self.served_slot, self.home_rank
+            ):
+                wide = np.zeros((*counts.shape[:2], self.num_slots), dtype=np.int64)
+                wide[..., : counts.shape[2]] = counts
+                yield wide, wide > 0
+            return
+        share = self._share_of_homes()
+        for counts in self._expert_batches(batch_tokens):
+            picks = np.take_along_axis(
+                counts, np.broadcast_to(self.table, (len(counts), *self.table.shape)), 2
+            )
+            if not self.has_replicas:
+                yield picks, picks > 0
+            else:
+                yield picks * share, 1 - (1 - share) ** picks
+
+    def _expert_batches(self, batch_tokens: int) -> Iterator[np.ndarray]:
+        if self.ids is not None:
+            return counting.picks_by_batch(self.ids, self.num_experts, batch_tokens, None, None)
+        assert self.load_rows is not None
+        return iter([self.load_rows])
+
+    def _share_of_homes(self) -> np.ndarray:
+        """[L, P] share of the home ranks that a slot serves (its expert's picks)."""
+        serves = np.zeros((self.num_layers, self.num_slots))
+        for layer in range(self.num_layers):
+            serves[layer] = np.bincount(self.served_slot[layer].ravel(), minlength=self.num_slots)
+        return serves / self.num_ranks
+
+
+def align_trace(
+    trace: RoutingTrace,
+    plan: PlacementPlan,
+    topology: ClusterTopology | None,
+    homes: Homes,
+) -> AlignedTrace:
+    """Check that trace, plan, cluster and homes belong together and align them.
+
+    Raises:
+        PlacementError: something does not fit; the message says what.
+    """
+    check_topology(plan, topology)
+    if trace.num_experts != plan.num_experts:
+        raise PlacementError(
+            f"found a trace with {trace.num_experts} experts per layer and a plan with "
+            f"{plan.num_experts}: evaluate a plan on a trace of the same model"
+        )
+    if trace.num_rows == 0 or trace.num_layers == 0:
+        raise PlacementError(
+            "found an empty trace, expected tokens in at least one layer: record again"
+        )
+    row_of = {layer: row for row, layer in enumerate(plan.layer_ids)}
+    absent = [int(i) for i in trace.layer_ids if int(i) not in row_of]
+    if absent:
+        raise PlacementError(
+            f"found layers {absent[:5]} in the trace that the plan lacks (it has layers "
+            f"{list(plan.layer_ids)[:5]} ...): evaluate a plan on a trace of the same model"
+        )
+    rows = np.array([row_of[int(i)] for i in trace.layer_ids])
+    return AlignedTrace(
+        layer_ids=tuple(int(i) for i in trace.layer_ids),
+        plan_rows=rows,
+        ids=trace.expert_ids,
+        load_rows=trace.expert_load,
+        num_experts=plan.num_experts,
+        num_slots=plan.num_slots,
+        home_rank=resolve_homes(trace, plan.num_ranks, homes),
+        node_of_rank=plan.node_of_rank,
+        table=plan.physical_to_logical_map[rows],
+        served_slot=plan.serving_slot()[rows],
+        has_replicas=not plan.is_permutation,
+    )
+
+
+def check_topology(plan: PlacementPlan, topology: ClusterTopology | None) -> None:
+    """Raise PlacementError unless the cluster has the plan's ranks on the plan's nodes."""
+    if topology is not None and tuple(topology.rank_to_node) != plan.rank_to_node:
+        raise PlacementError(
+            f"found a plan for {plan.num_nodes} nodes x {plan.ranks_per_node} ranks (rank to node "
+            f"{list(plan.rank_to_node or ())}), expected one for the cluster "
+            f"{list(topology.rank_to_node)}: make a plan for this cluster"
+        )
+
+
+def resolve_homes(trace: RoutingTrace, num_ranks: int, homes: Homes) -> np.ndarray | None:
+    """[T] int64 home rank of every token, or None for uniform homes."""
+    if homes is None:
+        return None
+    if trace.request_id is None or trace.expert_ids is None:
+        raise PlacementError(
+            "found homes for a trace of counts, expected a trace of tokens: leave homes out"
+        )
+    if isinstance(homes, str):
+        if homes != "trace":
+            raise PlacementError(f"homes: found {homes!r}, expected 'trace', a dict or an array")
+        if trace.rank is None:
+            raise PlacementError(
+                "homes='trace': found no ranks in the trace: record with ranks or pass homes"
+            )
+        ranks = np.asarray(trace.rank)
+    elif isinstance(homes, Mapping):
+        ranks = _ranks_of_requests(trace.request_id, homes)
+    else:
+        ranks = np.asarray(homes)
+    if ranks.shape != (trace.num_rows,) or ranks.dtype.kind not in "iu":
+        raise PlacementError(
+            f"homes: found {ranks.dtype} of shape {ranks.shape}, expected integers of shape "
+            f"({trace.num_rows},): give one rank per token"
+        )
+    if ranks.size and (ranks.min() < 0 or ranks.max() >= num_ranks):
+        raise PlacementError(
+            f"homes: found rank {ranks.min() if ranks.min() < 0 else ranks.max()}, expected 0 to "
+            f"{num_ranks - 1}: assign homes for this cluster"
+        )
+    return ranks.astype(np.int64)
+
+
+def _ranks_of_requests(request_id: np.ndarray, homes: Mapping[int, int]) -> np.ndarray:
+    present, index = np.unique(request_id, return_inverse=True)
+    absent = [int(q) for q in present if int(q) not in homes]
+    if absent:
+        raise PlacementError(
+            f"homes: found none for {len(absent)} requests (first: {absent[:5]}), expected a rank "
+            "for every request of the trace: assign homes on this trace"
+        )
+    return np.array([homes[int(q)] for q in present], dtype=np.int64)[index]
+
 
 RankLists = list[list[int]]
 """The experts of each rank, for one layer."""

@@ -10,16 +10,17 @@ from dataclasses import dataclass, replace
 import moe_locality
 from moe_locality.errors import PlacementError
 from moe_locality.placement import baselines
-from moe_locality.placement.align import Homes, resolve_homes
 from moe_locality.placement.costs import evaluate
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.problem import (
+    Homes,
     Problem,
     Solution,
     check_groups,
     check_objective,
     check_slots,
     make_plan,
+    resolve_homes,
 )
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace

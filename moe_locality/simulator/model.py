@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_locality.errors import ConfigError, PlacementError
-from moe_locality.placement.align import AlignedTrace
+from moe_locality.placement.problem import AlignedTrace
 from moe_locality.topology.cluster import ClusterTopology
 
 HBM_GBPS = 3350.0

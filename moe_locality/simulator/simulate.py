@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import ConfigError, PlacementError
-from moe_locality.placement.align import AlignedTrace, Homes, align_trace
 from moe_locality.placement.plan import PlacementPlan
+from moe_locality.placement.problem import AlignedTrace, Homes, align_trace
 from moe_locality.simulator.model import (
     RowCounts,
     StepModel,

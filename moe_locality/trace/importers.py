@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import TraceError
-from moe_locality.trace import generic, llamacpp, megatron, routed, sglang, tables
+from moe_locality.trace import llamacpp, megatron, routed, sglang, tables
 from moe_locality.trace.io import write_trace
 from moe_locality.trace.merge import concat
 from moe_locality.trace.parquet import make_directory, replace_shards, shard_paths
@@ -345,9 +345,9 @@ def _of_format(paths: list[Path], found: str, options: ImportOptions) -> Iterato
     if found == "npz":
         return iter([_read_npz(path, options)])
     if found == "json":
-        return generic.parts(path, options, lines=_one_object_per_line(path))
+        return tables.json_parts(path, options, lines=_one_object_per_line(path))
     if found == "csv":
-        return tables.parts(path, _columns(path), options)
+        return tables.csv_parts(path, _columns(path), options)
     if found == "megatron":
         return megatron.parts(paths, options)
     if found == "llamacpp":
@@ -418,7 +418,7 @@ def _check_experts(files: list[Path], found: str, options: ImportOptions) -> Non
         if found == "npz":
             said[str(file)] = RoutingTrace.from_npz(file).num_experts
         elif found == "json" and options.num_experts is None:
-            number = generic.header_of(file, lines=_one_object_per_line(file)).get("num_experts")
+            number = tables.header_of(file, lines=_one_object_per_line(file)).get("num_experts")
             if number:
                 said[str(file)] = number
     if len(set(said.values())) > 1:

@@ -52,11 +52,11 @@ from moe_locality.trace.reading import (
     id_block,
     is_count,
     json_line,
+    read_torch_file,
     text_lines,
     whole_json,
 )
 from moe_locality.trace.schema import DECODE, PREFILL, UNKNOWN, RoutingTrace
-from moe_locality.trace.torchfile import read_torch_file
 from moe_locality.trace.validate import MAX_EXPERTS, check_ids
 
 _log = logging.getLogger(__name__)

@@ -36,9 +36,14 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import TraceError
-from moe_locality.trace.reading import ImportOptions, is_count, one_size, whole_json
+from moe_locality.trace.reading import (
+    ImportOptions,
+    is_count,
+    one_size,
+    read_torch_file,
+    whole_json,
+)
 from moe_locality.trace.schema import DECODE, PREFILL, UNKNOWN, RoutingTrace
-from moe_locality.trace.torchfile import read_torch_file
 
 _log = logging.getLogger(__name__)
 _VERIFY = 5

@@ -7,7 +7,7 @@ import torch
 from moe_locality.config import DispatchConfig
 from moe_locality.dispatch import TokenDispatcher, traffic_report
 from moe_locality.dispatch.hierarchical import find_rails
-from moe_locality.placement.align import align_trace
+from moe_locality.placement.problem import align_trace
 from moe_locality.simulator.model import count_all
 from moe_locality.topology import ClusterTopology
 from moe_locality.topology.groups import build_groups, layout_groups

@@ -4,7 +4,7 @@ import pytest
 from moe_locality.arrivals import HORIZON_REQUESTS, ArrivingHomes
 from moe_locality.errors import PlacementError
 from moe_locality.placement import PlacementPlan, assign_homes, evaluate, solve
-from moe_locality.placement.homes.requests import known_tokens, requests_of
+from moe_locality.placement.homes.predictor import known_tokens, requests_of
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import PlacementError
-from moe_locality.placement.align import Homes, resolve_homes
 from moe_locality.placement.bounds.relaxation import (
     Relaxation,
     certify,
@@ -34,6 +33,7 @@ from moe_locality.placement.bounds.relaxation import (
 )
 from moe_locality.placement.costs import evaluate
 from moe_locality.placement.plan import PlacementPlan
+from moe_locality.placement.problem import Homes, resolve_homes
 from moe_locality.placement.threads import map_layers
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace

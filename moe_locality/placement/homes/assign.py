@@ -18,23 +18,20 @@ import numpy as np
 
 from moe_locality.errors import PlacementError
 from moe_locality.files import write_text
-from moe_locality.placement.align import align_trace, check_topology
 from moe_locality.placement.homes.predictor import (
+    FIRST_TOKENS,
     PRIOR_TOKENS,
     RANK_SHARE,
     Predictor,
-    Serving,
-    serving_of,
-)
-from moe_locality.placement.homes.requests import (
-    FIRST_TOKENS,
     Requests,
+    Serving,
     check_prediction,
     known_tokens,
     requests_of,
+    serving_of,
 )
 from moe_locality.placement.plan import PlacementPlan
-from moe_locality.placement.problem import log_warning
+from moe_locality.placement.problem import align_trace, check_topology, log_warning
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 

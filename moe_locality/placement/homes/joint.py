@@ -14,27 +14,24 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moe_locality.placement.align import align_trace
 from moe_locality.placement.counting import compiled_picks_by_home
 from moe_locality.placement.homes import capacitated
 from moe_locality.placement.homes.assign import scores_of_known
 from moe_locality.placement.homes.predictor import (
     KnownTokens,
     Predictor,
+    Requests,
     Serving,
+    default_prediction,
     fit,
     home_profiles,
+    k_means,
     known_of,
+    requests_of,
     serving_of,
 )
-from moe_locality.placement.homes.requests import (
-    Requests,
-    default_prediction,
-    k_means,
-    requests_of,
-)
 from moe_locality.placement.plan import PlacementPlan
-from moe_locality.placement.problem import Problem, Solution, make_plan
+from moe_locality.placement.problem import Problem, Solution, align_trace, make_plan
 from moe_locality.placement.search import assign, coactivation, load_noise
 from moe_locality.placement.threads import map_layers
 

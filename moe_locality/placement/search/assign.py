@@ -13,8 +13,7 @@ import numpy as np
 from moe_locality.placement import counting
 from moe_locality.placement.problem import Problem
 from moe_locality.placement.search import load_noise, swaps
-from moe_locality.placement.search.refine import patterns, refine_exact
-from moe_locality.placement.search.swaps import HOT, anneal
+from moe_locality.placement.search.swaps import HOT, anneal, patterns, refine_exact
 from moe_locality.placement.threads import over_layers
 
 STEPS, MOST_STEPS = 400, 80_000

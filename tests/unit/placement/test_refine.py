@@ -3,8 +3,7 @@ import pytest
 
 from moe_locality.placement.search import load_noise, swaps
 from moe_locality.placement.search.assign import pairs_of_layer
-from moe_locality.placement.search.refine import patterns, refine_exact
-from moe_locality.placement.search.swaps import anneal
+from moe_locality.placement.search.swaps import anneal, patterns, refine_exact
 
 
 def visits_of(ids, block_of, home):

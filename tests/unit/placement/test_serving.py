@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_locality.placement.serving import choose_serving_nodes
+from moe_locality.placement.plan import choose_serving_nodes
 from tests.unit.placement.cases import plans, random_plan
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.placement import PlacementPlan, evaluate
-from moe_locality.placement.align import align_trace
 from moe_locality.placement.costs import traffic_matrix
+from moe_locality.placement.problem import align_trace
 from moe_locality.simulator import StepModel, model, row_bytes, simulate
 from moe_locality.simulator.model import count_all, count_rows, expected_maximum
 from moe_locality.simulator.simulate import draw_steps, random_homes

@@ -396,9 +396,9 @@ def test_streamed_to_disk_equals_read_into_memory(good_files, tmp_path):
 
 
 def test_parts_become_shards(tmp_path, monkeypatch):
-    from moe_locality.trace import generic
+    from moe_locality.trace import tables
 
-    monkeypatch.setattr(generic, "PART_PICKS", 4)
+    monkeypatch.setattr(tables, "PART_PICKS", 4)
     header = {"num_experts": 8, "layer_ids": [2]}
     tokens = [{"request_id": 1, "position": i, "expert_ids": [[i, 7]]} for i in range(5)]
     path = tmp_path / "t.jsonl"

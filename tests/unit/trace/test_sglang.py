@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from moe_locality.errors import TraceError
 from moe_locality.trace import DECODE, PREFILL, import_trace
 from moe_locality.trace.importers import find_format
-from moe_locality.trace.torchfile import read_torch_file
+from moe_locality.trace.reading import read_torch_file
 
 torch = pytest.importorskip("torch")
 
@@ -97,7 +97,7 @@ def test_names_inside_known_modules_are_refused_too(tmp_path):
     [((10,), (1,), 0), ((2, 4), (4, 1), 1), ((1000, 1000), (0, 0), 0), ((2,), (-1,), 1)],
 )
 def test_tensors_outside_their_storage_are_refused(tmp_path, shape, stride, offset):
-    from moe_locality.trace.torchfile import _rebuild_tensor
+    from moe_locality.trace.reading import _rebuild_tensor
 
     with pytest.raises(ValueError, match="found a tensor of shape"):
         _rebuild_tensor(np.arange(8), offset, shape, stride, False, None)
