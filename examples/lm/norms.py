@@ -4,7 +4,7 @@ import logging
 
 from torch import nn
 
-from moe_locality.apex import nvidia_apex_state
+from moe_locality.compat import nvidia_apex_state
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import subprocess
 import sys
 from typing import Any
 
-from moe_locality.apex import nvidia_apex_state
 from moe_locality.commands.output import Result, table
+from moe_locality.compat import nvidia_apex_state
 
 WANTED = (
     ("numpy", "1.26", "everything", None),
