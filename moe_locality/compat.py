@@ -1,9 +1,11 @@
 """Other packages as they are installed: the one file that imports private names of DeepSpeed,
 transformers or torch (a test for each), their versions, and whose ``apex`` is there.
 
-Everything is imported inside functions: reading this module imports none of them. PyPI's ``apex`` is
-a toolkit for web applications and has nothing to do with NVIDIA's (https://github.com/NVIDIA/apex,
-installed from source). Importing the wrong one runs its code, so it is recognized by its files.
+Everything is imported inside functions: reading this module imports none of them.
+
+PyPI's ``apex`` is a toolkit for web applications and has nothing to do with NVIDIA's
+(https://github.com/NVIDIA/apex, installed from source). Importing the wrong one runs its code, so
+it is recognized by its files.
 """
 
 import importlib.util
