@@ -39,6 +39,8 @@ from moe_locality.trace import RoutingTrace
 from moe_locality.tracking import NullTracker
 
 How = Literal["measured", "simulated"]
+SplitFrom = tuple[str, str]
+"""Content hashes: of a trace that was split, and of the part that was not held out."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,11 +166,12 @@ def compare_plans(
     topology: ClusterTopology | None = None,
     *,
     seed: int = 0,
+    split_from: SplitFrom | None = None,
 ) -> Comparison:
     """Evaluate the candidates (the first is the baseline) on a trace and put them side by side.
 
     The interval of the copies' ratio is a jackknife over blocks of whole requests, so it says how
-    far the ratio depends on which requests were recorded.
+    far the ratio depends on which requests were recorded. ``split_from``: see :func:`made_from`.
 
     Raises:
         PlacementError: no candidate, two of one name, or a plan does not fit the trace.
@@ -198,6 +201,7 @@ def compare_plans(
         )
         for name, unit in METRICS
     )
+    own = [c.label for c in candidates if made_from(c.plan, trace, split_from)]
     first = candidates[0].plan
     cluster = f"{first.num_nodes} nodes x {first.ranks_per_node} ranks"
     facts = (
@@ -210,9 +214,9 @@ def compare_plans(
         names=labels,
         rows=rows,
         facts=facts,
-        figures=tuple(_figures_of_plans(trace, candidates, costs, topology, seed)),
+        figures=tuple(_figures_of_plans(trace, candidates, costs, topology, seed, own)),
         tables=(_layer_table(candidates, costs),),
-        notes=(*_notes(trace, candidates), *_above_the_cap(candidates, costs)),
+        notes=(*_notes(own), *_above_the_cap(candidates, costs)),
         synthetic=is_synthetic(trace),
         sources={c.label: _source_of_plan(c.plan) for c in candidates},
     )
@@ -222,8 +226,7 @@ def _source_of_plan(plan: PlacementPlan) -> dict[str, Any]:
     return {"model": plan.model, "plan": plan.digest(), **plan.provenance}
 
 
-def _notes(trace: RoutingTrace, candidates: list[Candidate]) -> tuple[str, ...]:
-    own = _in_sample(trace, candidates)
+def _notes(own: list[str]) -> tuple[str, ...]:
     if not own:
         return ()
     note = (
@@ -249,15 +252,23 @@ def _above_the_cap(candidates: list[Candidate], costs: list[Costs]) -> list[str]
     return found
 
 
-def _in_sample(trace: RoutingTrace, candidates: list[Candidate]) -> list[str]:
-    return [c.label for c in candidates if made_from(c.plan, trace)]
+def made_from(
+    plan: PlacementPlan, trace: RoutingTrace, split_from: SplitFrom | None = None
+) -> bool:
+    """Whether the plan was solved on requests of this trace.
 
-
-def made_from(plan: PlacementPlan, trace: RoutingTrace) -> bool:
-    """Whether the plan was solved on this trace, or on a part of it (``place --held-out``)."""
-    sources = (plan.provenance.get("trace"), plan.provenance.get("drawn_from"))
-    learned = plan.provenance.get("method") not in ("linear", "round_robin", None)
-    return learned and trace.content_hash() in sources
+    ``split_from``: where ``trace`` is the part of another that was held out, the content hashes of
+    that trace and of its other part, which alone a plan may be made from.
+    """
+    if plan.provenance.get("method") in ("linear", "round_robin", None):
+        return False
+    solved_on, drawn_from = plan.provenance.get("trace"), plan.provenance.get("drawn_from")
+    if trace.content_hash() in (solved_on, drawn_from):
+        return True
+    if split_from is None:
+        return False
+    whole, other_part = split_from
+    return whole in (solved_on, drawn_from) and solved_on != other_part
 
 
 def _figures_of_plans(
@@ -266,10 +277,10 @@ def _figures_of_plans(
     costs: list[Costs],
     topology: ClusterTopology | None,
     seed: int,
+    own: list[str],
 ) -> list[FigureData]:
     if trace.expert_ids is None:
         return []
-    own = _in_sample(trace, candidates)
     basis = Basis(
         how="simulated",
         count=trace.num_tokens,

@@ -16,6 +16,7 @@ from moe_locality.errors import ConfigError, PlacementError, TopologyError, Trac
 
 if TYPE_CHECKING:
     from moe_locality import ClusterTopology, PlacementPlan, RoutingTrace
+    from moe_locality.compare import SplitFrom
 
 Trace = Annotated[Path, typer.Argument(help="Trace: a Parquet directory or an .npz file.")]
 Plan = Annotated[Path, typer.Option(help="Placement plan (JSON).")]
@@ -88,10 +89,18 @@ def split(
     return trace.split(1 - held_out, seed) if held_out else (trace, None)
 
 
-def read_judged(path: Path, held_out: float, seed: int) -> RoutingTrace:
-    """Read a trace, or the part of it that ``place --held-out`` with this seed did not see."""
-    train, test = split(moe_locality.read_trace(path), held_out, seed)
-    return train if test is None else test
+def read_judged(
+    path: Path, held_out: float, seed: int
+) -> tuple[RoutingTrace, RoutingTrace, SplitFrom | None]:
+    """Read a trace: the part to judge plans on, which ``place --held-out`` with this seed does not
+    see, the other part, and what ``compare.made_from`` asks of both (all of it, twice, and None
+    where nothing is held out).
+    """
+    whole = moe_locality.read_trace(path)
+    train, test = split(whole, held_out, seed)
+    if test is None:
+        return whole, whole, None
+    return test, train, (whole.content_hash(), train.content_hash())
 
 
 def read_fitting_plan(path: Path, trace: RoutingTrace) -> PlacementPlan:

@@ -102,7 +102,7 @@ def evaluate(
     from moe_locality.compare import made_from
 
     with progress(f"evaluating {plan}"):
-        content = read_judged(trace, held_out, seed)
+        content, _, origin = read_judged(trace, held_out, seed)
         placed = read_fitting_plan(plan, content)
         ranks = homes_of(homes, placed)
         old = None if baseline is None else read_fitting_plan(baseline, content)
@@ -121,7 +121,7 @@ def evaluate(
         "plan": plan,
         "digest": placed.digest(),
         "homes": homes,
-        "in_sample": made_from(placed, content),
+        "in_sample": made_from(placed, content, origin),
         "held_out": held_out,
         **costs.to_dict(),
         "linear": linear,
@@ -167,8 +167,7 @@ def simulate(
     if figure is not None:
         check_writable(figure, "figure", trace, plan)
     with progress(f"simulating {plan}"):
-        train, test = split(moe_locality.read_trace(trace), held_out, seed)
-        content = train if test is None else test
+        content, train, origin = read_judged(trace, held_out, seed)
         placed = read_fitting_plan(plan, content)
         ranks = homes_of(homes, placed)
         topology, groups = _cluster(placed, cluster, groups)
@@ -190,7 +189,7 @@ def simulate(
         "plan": plan,
         "digest": placed.digest(),
         "homes": homes,
-        "in_sample": made_from(placed, content),
+        "in_sample": made_from(placed, content, origin),
         "held_out": held_out,
         "cluster": topology.to_dict(),
         **_figures(model, found, linear),

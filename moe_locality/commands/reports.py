@@ -31,7 +31,7 @@ from moe_locality.errors import ConfigError, PlacementError
 
 if TYPE_CHECKING:
     from moe_locality import RoutingTrace
-    from moe_locality.compare import Comparison
+    from moe_locality.compare import Comparison, SplitFrom
     from moe_locality.config import TrackingConfig
 
 Wandb = Annotated[str | None, typer.Option(help="Also log to this wandb project.")]
@@ -75,8 +75,8 @@ def compare(
             found = _runs(first, second, nodes)
             page = comparison_report(found, command=f"moe-locality compare {first} {second}")
         else:
-            trace = read_judged(first, held_out, seed)
-            found = _plans(trace, plan or [], baseline, homes, seed)
+            trace, _, origin = read_judged(first, held_out, seed)
+            found = _plans(trace, plan or [], baseline, homes, seed, split_from=origin)
             words = " ".join(f"--plan {path}" for path in plan or [])
             page = comparison_report(found, command=f"moe-locality compare {first} {words}")
         if report is not None:
@@ -151,6 +151,7 @@ def _plans(
     homes: Path | None,
     seed: int,
     methods: Sequence[str] = (),
+    split_from: SplitFrom | None = None,
 ) -> Comparison:
     """Compare the plans with the baseline, and with what ``methods`` give here under their cap."""
     from moe_locality.compare import Candidate, compare_plans
@@ -180,7 +181,7 @@ def _plans(
         last = candidates[-1]
         ranks = homes_of(homes, last.plan)
         candidates.append(Candidate(name=last.name, plan=last.plan, homes=ranks))
-    return compare_plans(trace, candidates, seed=seed)
+    return compare_plans(trace, candidates, seed=seed, split_from=split_from)
 
 
 def _show(console: Any, found: Comparison, report: Path | None) -> None:
@@ -208,10 +209,10 @@ def report(
 
     check_writable(out, "report", trace, *(plan or []), homes)
     with progress(f"reporting {trace}"):
-        content = read_judged(trace, held_out, seed)
+        content, _, origin = read_judged(trace, held_out, seed)
         found = None
         if plan:
-            found = _plans(content, plan, "linear", homes, seed, method or ())
+            found = _plans(content, plan, "linear", homes, seed, method or (), split_from=origin)
         elif method or homes:
             raise ConfigError(
                 "found --method or --homes without --plan, expected a plan: it names the cluster"

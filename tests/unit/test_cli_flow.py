@@ -82,6 +82,18 @@ def test_evaluate_agrees_with_place_and_knows_in_sample(made):
     assert found["linear"]["copies"] == pytest.approx(placed["linear"]["copies"])
 
 
+def test_evaluate_a_plan_made_from_all_requests_is_in_sample_on_some_of_them(made, tmp_path):
+    """The part that was held out has another content hash than the trace: it passed for unseen."""
+    trace, plan = made[0] / "trace.npz", tmp_path / "plan.json"
+    some = ("--held-out", "0.3")
+    assert answer("evaluate", trace, "--plan", made[0] / "plan.json", *some)["in_sample"] is True
+    answer("place", trace, "--nodes", 4, "--ranks-per-node", 2, *some, "-o", plan)
+    assert answer("evaluate", trace, "--plan", plan, *some)["in_sample"] is False
+    assert answer("evaluate", trace, "--plan", plan, *some, "--seed", 1)["in_sample"] is True
+    compared = answer("compare", trace, "--plan", plan, *some, "--seed", 1)
+    assert any("Made from these same requests" in note for note in compared["notes"])
+
+
 def test_group_then_evaluate_brings_tokens_home(made, tmp_path):
     folder, _ = made
     trace, plan, homes = folder / "trace.npz", folder / "plan.json", tmp_path / "homes.json"

@@ -142,6 +142,12 @@ def test_in_sample_is_known_for_solved_plans_and_not_for_fixed_ones(trace):
     assert not made_from(told("coactivation", trace="another"), trace)
     assert not made_from(told("round_robin", trace=mark), trace)
     assert not made_from(linear, trace)
+    # the rest of a trace of which "part" was not held out
+    assert made_from(told("coactivation", trace="whole"), trace, ("whole", "part"))
+    assert made_from(told("eplb", trace="?", drawn_from="whole"), trace, ("whole", "part"))
+    assert not made_from(told("eplb", trace="part", drawn_from="whole"), trace, ("whole", "part"))
+    assert not made_from(told("eplb", trace="another"), trace, ("whole", "part"))
+    assert not made_from(told("linear", trace="whole"), trace, ("whole", "part"))
 
 
 def test_a_ratio_to_nothing_is_not_known():
