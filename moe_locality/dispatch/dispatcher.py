@@ -349,7 +349,7 @@ def run_moe(
 ) -> Tensor:
     """Send routed tokens through their experts: ``x [T, D]`` to ``[T, D]``, with autograd.
 
-    The one way of all front ends. Replicas are chosen here (``dispatcher.slot_map``), traffic and
+    The one way of all front ends. Slots are looked up here (``dispatcher.slot_map``), traffic and
     load are counted here (``dispatcher.traffic``). Collective over the EP group.
 
     Args:
