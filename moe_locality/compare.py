@@ -242,7 +242,7 @@ def _above_the_cap(candidates: list[Candidate], costs: list[Costs]) -> list[str]
     for candidate, cost in zip(candidates, costs, strict=True):
         made = candidate.plan.provenance
         expected, cap = made.get("expected_imbalance"), made.get("max_imbalance")
-        if expected is not None and cost.node_imbalance > max(expected, cap):
+        if expected is not None and round(cost.node_imbalance, 3) > max(round(expected, 3), cap):
             found.append(
                 f"{candidate.label} is above its cap: the busiest node has "
                 f"{cost.node_imbalance:.3f} of the mean load on these requests; the cap is "
@@ -482,6 +482,7 @@ def compare_runs(
         for what, there in (("traffic.json", run.traffic), ("metrics.jsonl", run.steps))
         if not there
     )
+    notes += _differences(pair)
     facts = (
         *((f"run {name}", str(run.path)) for name, run in zip(names, pair, strict=True)),
         *(
@@ -514,10 +515,33 @@ def _row(metric: str, unit: str, values: list[float | None], better: Any = "lowe
     return [Row(metric=metric, unit=unit, how="measured", values=found, better=better)]
 
 
+def _differences(pair: tuple[Run, Run]) -> tuple[str, ...]:
+    """A sentence for each thing but the placement in which the runs differ."""
+    first, second = pair
+    found = []
+    for key in ("model", "cluster", "num_ranks"):
+        told = [run.summary.get(key) for run in pair if run.summary]
+        if len(told) == 2 and None not in told and told[0] != told[1]:
+            found.append(
+                f"The runs differ in {key}: {first.name} has {told[0]}, {second.name} {told[1]}."
+            )
+    curves = [run.loss_curve() for run in pair]
+    ends = [int(curve[0].max()) for curve in curves if curve is not None]
+    if len(ends) == 2 and ends[0] != ends[1]:
+        found.append(
+            f"The runs have lines up to step {ends[0]} and {ends[1]}: losses are those of the last "
+            "step that both have."
+        )
+    return tuple(found)
+
+
 def _loss_rows(pair: tuple[Run, Run]) -> list[Row]:
     rows: list[Row] = []
     curves = [run.loss_curve() for run in pair]
-    last = [None if curve is None else float(curve[1][-1]) for curve in curves]
+    last: list[float | None] = [None, None]
+    there = [curve for curve in curves if curve is not None]
+    if len(there) == 2 and (common := np.intersect1d(there[0][0], there[1][0])).size:
+        last = [float(losses[steps == common[-1]][-1]) for steps, losses in there]
     rows += _row("quality/train_loss", "nats per token, last step", last, "equal")
     losses = [None if run.evaluation is None else run.evaluation.get("loss") for run in pair]
     means = [None if loss is None else float(loss.mean()) for loss in losses]

@@ -42,18 +42,25 @@ def group(
     trace: Trace,
     plan: Plan,
     out: Annotated[Path, typer.Option("-o", "--out", help="Homes to write (JSON).")],
-    predict: Annotated[str, typer.Option(help="prefill, first:32, domain or oracle.")] = "prefill",
+    predict: Annotated[
+        str | None,
+        typer.Option(
+            help="prefill, first:32, domain or oracle; prefill, or first:32 where there is none."
+        ),
+    ] = None,
     equal_requests: Annotated[
         bool, typer.Option("--equal-requests", help="As many requests on every rank, for training.")
     ] = False,
 ) -> Result:
     """Give every request a home rank: request id to rank."""
     from moe_locality.placement.homes.assign import home_assignment, write_homes
+    from moe_locality.placement.homes.predictor import default_prediction
 
     check_writable(out, "homes", trace, plan)
     with progress(f"grouping {trace}"):
         content = moe_locality.read_trace(trace)
         placed = read_fitting_plan(plan, content)
+        predict = predict or default_prediction(content)
         found = home_assignment(content, placed, predict=predict, equal_requests=equal_requests)
         homes = found.homes
         before = brief(moe_locality.evaluate(content, placed))

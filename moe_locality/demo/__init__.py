@@ -94,8 +94,9 @@ def _made_before(out: Path, trace: Path | None) -> list[Path]:
         ConfigError: there are files of others in the way, or the trace is one of the files.
     """
     if not out.is_dir() or not any(out.iterdir()):
-        if out.exists() and not out.is_dir():
-            raise ConfigError(f"--out: found the file {out}, expected a directory: give another")
+        if (out.exists() or out.is_symlink()) and not out.is_dir():
+            kind = "file" if out.exists() else "link to nothing"
+            raise ConfigError(f"--out: found the {kind} {out}, expected a directory: give another")
         return []
     try:
         made = [out / name for name in json.loads((out / MARKER).read_text("utf-8"))["made"]]

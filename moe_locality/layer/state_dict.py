@@ -47,7 +47,7 @@ def _family(block: str, router: str = r"gate\.weight", grouped: bool = False) ->
 _BIASED = r"(?:gate\.weight|(?:gate\.)?(?:moe_statics\.)?e_score_correction_bias)"
 _GROUPED = ("deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "dots1")
 _GROUPED += ("exaone_moe", "solar_open", "mimo_v2_flash", "kimi_linear")
-_UNGROUPED = ("ernie4_5_moe", "minimax_m2", "hy_v3", "laguna")
+_GROUPED += ("laguna",)  # has no groups, but the same names: that has to be said
 
 PRESETS = {
     "mixtral": _family(_MIXTRAL),
@@ -58,7 +58,12 @@ PRESETS = {
         experts=(_MLP + _STACKED + r"(?:_bias|_blocks|_scales)?",),
     ),
     **dict.fromkeys(_GROUPED, _family(_MIXTRAL, _BIASED, grouped=True)),
-    **dict.fromkeys(_UNGROUPED, _family(_MIXTRAL, _BIASED)),
+    "ernie4_5_moe": _family(
+        _MIXTRAL, r"(?:gate\.weight|(?:gate\.)?moe_statics\.e_score_correction_bias)"
+    ),
+    **dict.fromkeys(
+        ("minimax_m2", "hy_v3"), _family(_MIXTRAL, r"(?:gate\.weight|e_score_correction_bias)")
+    ),
     "nemotron_h": _family(_LAYER + r"mixer\.", _BIASED, grouped=True),
     "lfm2_moe": _family(_LAYER + r"feed_forward\.", r"(?:gate\.weight|expert_bias)"),
     "afmoe": _family(_MLP, r"(?:router\.gate\.weight|expert_bias)"),
@@ -185,6 +190,12 @@ def _patterns(
             "found no names of routers and experts, expected preset= or both router_pattern= and "
             f"expert_patterns=: the presets are {sorted(PRESETS)}"
         )
+    for pattern in (router, *patterns):
+        if "layer" not in re.compile(pattern).groupindex:
+            raise ConfigError(
+                f"found no group named layer in the pattern {pattern!r}, expected one around the "
+                r"number of the layer: write (?P<layer>\d+) there"
+            )
     return router, patterns
 
 

@@ -82,6 +82,16 @@ def test_evaluate_agrees_with_place_and_knows_in_sample(made):
     assert found["linear"]["copies"] == pytest.approx(placed["linear"]["copies"])
 
 
+def test_group_predicts_from_what_the_trace_holds(made, tmp_path):
+    """Without --predict it asked for a prefill that traces of a training do not have [F5]"""
+    folder, homes = made[0], tmp_path / "homes.json"
+    trace = dataclasses.replace(read_trace(folder / "trace.npz"), stage=None)
+    write_trace(trace, tmp_path / "trained")
+    words = ("--plan", folder / "plan.json", "-o", homes)
+    assert answer("group", tmp_path / "trained", *words)["predict"] == "first:32"
+    assert answer("group", folder / "trace.npz", *words)["predict"] == "prefill"
+
+
 def test_evaluate_a_plan_made_from_all_requests_is_in_sample_on_some_of_them(made, tmp_path):
     """The part that was held out has another content hash than the trace: it passed for unseen."""
     trace, plan = made[0] / "trace.npz", tmp_path / "plan.json"

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -268,6 +269,24 @@ def test_two_runs_side_by_side(tmp_path):
     page = render_html(comparison_report(found))
     assert "75.0% fewer bytes cross nodes (measured)" in page
     assert "The held-out loss differs by 0 nats per token." in page
+
+
+def test_runs_that_differ_in_more_than_the_placement_are_compared_with_a_note(tmp_path):
+    """The loss of step 12 stood beside that of step 4 of another cluster, without a word."""
+    first, second = (read_run(write_run(tmp_path / name)) for name in ("a", "b"))
+    assert not any("differ" in note or "step" in note for note in compare_runs(first, second).notes)
+    told = {"cluster": "1 nodes x 2 ranks", "num_ranks": 2, "model": "m"}
+    first = replace(first, summary=first.summary | told)
+    told = {"cluster": "2 nodes x 1 ranks", "num_ranks": 2, "model": "m"}
+    second = replace(second, summary=second.summary | told, steps=second.steps[:4])
+    found = compare_runs(first, second)
+    assert found.notes[-2:] == (
+        "The runs differ in cluster: a has 1 nodes x 2 ranks, b 2 nodes x 1 ranks.",
+        "The runs have lines up to step 12 and 4: losses are those of the last step that both "
+        "have.",
+    )
+    (loss,) = [row for row in found.rows if row.metric == "quality/train_loss"]
+    assert loss.values == (3 + 1 / 4, 3 + 1 / 4)
 
 
 def test_what_a_run_lacks_is_left_out_and_said(tmp_path):

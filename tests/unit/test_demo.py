@@ -50,6 +50,12 @@ def test_files_of_others_are_left_and_the_directory_refused(tmp_path, marker):
     assert content(tmp_path) == before
 
 
+def test_a_link_to_nothing_is_no_directory(tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    with pytest.raises(ConfigError, match=r"--out: found the link to nothing .*expected a direc"):
+        run_demo(out=tmp_path / "out", quiet=True)
+
+
 def test_a_demo_replaces_what_a_demo_made_and_nothing_else(tmp_path):
     """Also what somebody else put into its wandb folder stays. [B1]"""
     out = tmp_path / "new" / "demo"

@@ -160,6 +160,20 @@ def test_relabel_state_dict_a_bias_that_no_pattern_covers_is_named(preset):
             relabel_state_dict(state, plan, preset=preset)
 
 
+@pytest.mark.parametrize("preset", [name for name in PRESETS if not PRESETS[name].grouped])
+def test_relabel_state_dict_presets_of_others_refuse_a_group_limited_router(preset):
+    """Presets with the same names and no groups moved experts out of their group [F1]"""
+    state = tiny_model("deepseek_v3").state_dict()
+    layers = range(sum(name.endswith(".experts.down_proj") for name in state))
+    with pytest.raises(ConfigError, match=r"no pattern covers|no router named"):
+        relabel_state_dict(state, random_plan(1, layer_ids=tuple(layers)), preset=preset)
+
+
+def test_relabel_state_dict_a_pattern_without_the_layer_is_named():
+    with pytest.raises(ConfigError, match="found no group named layer in the pattern"):
+        relabel_state_dict(hub_state(), random_plan(1), router_pattern="x", expert_patterns=["y"])
+
+
 def test_relabel_state_dict_only_tensors_of_experts_have_to_be_covered():
     """A shared expert as wide as there are experts, and what lies beside the MoE block, are left
     alone; integers in the block may be numbers of experts, and are named [F1]
