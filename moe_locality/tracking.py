@@ -18,6 +18,7 @@ import io
 import logging
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -190,7 +191,12 @@ class Tracker(NullTracker):
         import wandb
 
         artifact = wandb.Artifact(name, type=kind, metadata=dict(metadata or {}))
-        artifact.add_reference(Path(path).resolve().as_uri(), checksum=False)
+        place = Path(path).resolve()
+        for file in sorted(place.rglob("*")):
+            name_there = file.relative_to(place).as_posix()
+            # hidden: what another rank is still writing
+            if file.is_file() and not re.search(r"(^|/)\.", name_there):
+                artifact.add_reference(file.as_uri(), name=name_there, checksum=False)
         self._run.log_artifact(artifact)
 
     def finish(self, exit_code: int = 0) -> None:

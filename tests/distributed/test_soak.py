@@ -1,5 +1,6 @@
 """A short soak: a hundred steps hold no more than fifty did. benchmarks/soak.py is the long one."""
 
+import mmap
 import os
 
 import torch
@@ -16,7 +17,9 @@ leaked: list = []
 
 
 def leak_everything(step):
-    leaked.append(torch.ones(2**16))  # 0.25 MiB
+    pages = mmap.mmap(-1, 2**20)  # new pages: an allocator may have free ones of earlier tests
+    pages.write(bytes([1]) * len(pages))
+    leaked.append(pages)
     leaked.append(os.dup(0))
     if step % 5 == 0:
         torch.distributed.new_group()

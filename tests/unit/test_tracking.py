@@ -197,6 +197,20 @@ def test_the_null_tracker_has_every_public_method_of_the_tracker():
     assert public(Tracker) == public(NullTracker)
 
 
+def test_a_reference_leaves_out_what_is_still_being_written(offline, tmp_path):
+    """The trace of a training referred to temporary shards of other ranks, soon gone."""
+    trace = tmp_path / "trace"
+    (trace / ".tmp-dir").mkdir(parents=True)
+    for name in ("part-00000-00000.parquet", ".tmp-1.parquet", ".tmp-dir/part.parquet"):
+        (trace / name).write_bytes(b"x")
+    with start_tracking(offline) as tracker:
+        tracker.log_reference("trace", "trace", trace)
+        directory = tracker.directory
+    (artifact,) = ReadBack(directory).of("artifact")
+    refs = [entry.ref for entry in artifact.manifest.contents]
+    assert refs == [(trace / "part-00000-00000.parquet").resolve().as_uri()]
+
+
 def test_an_artifact_of_nothing_is_refused(offline, tmp_path):
     with (
         pytest.raises(ConfigError, match=r"found nothing at .*gone"),
