@@ -22,7 +22,7 @@ import threading
 import time
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -193,19 +193,12 @@ def announce_process() -> None:
 def announce_departure(text: str) -> None:
     """Publish that this rank makes no more exchanges, for ranks that wait in one.
 
-    Does nothing while the interpreter shuts down (``DeepSpeedEngine.__del__`` may lead here): no
-    thread can start then, and other ranks see that this process has ended.
+    While the interpreter shuts down (``DeepSpeedEngine.__del__`` may lead here) nothing is
+    published; other ranks see that this process has ended.
     """
-    if sys.is_finalizing():
-        return
-
-    def run() -> None:
-        with contextlib.suppress(Exception):
-            compat.default_store().set(f"moe_locality/left/{dist.get_rank()}", text)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(WAIT_S)
+    _within(
+        WAIT_S, lambda: compat.default_store().set(f"moe_locality/left/{dist.get_rank()}", text)
+    )
 
 
 def ask_ranks(ranks: Collection[int], group_ranks: Sequence[int], text: str) -> str:
@@ -217,22 +210,31 @@ def ask_ranks(ranks: Collection[int], group_ranks: Sequence[int], text: str) -> 
         group_ranks: all ranks of the group; of the others, only notes that exist already count.
         text: where this rank failed.
     """
-    answer: list[str] = []
-
-    def run() -> None:
-        with contextlib.suppress(Exception):
-            answer.append(_ask(ranks, group_ranks, text))
-
-    # in a thread: a store call has no time limit of its own when the link is down
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(2 * WAIT_S + 1)
-    if answer:
-        return answer[0]
-    return (
+    answer = _within(2 * WAIT_S + 1, lambda: _ask(ranks, group_ranks, text))
+    return answer or (
         "The key-value store, over which ranks tell where they stand, does not answer: rank 0 or "
         "the launcher, which holds it, has ended, or the link to it is down."
     )
+
+
+def _within(limit_s: float, call: Callable[[], str | None]) -> str | None:
+    """Return what ``call`` returns; None where it fails or takes longer than ``limit_s``.
+
+    In a thread: a store call has no time limit of its own when the link is down. None too while the
+    interpreter shuts down, when a thread that is started never runs.
+    """
+    if sys.is_finalizing():
+        return None
+    answer: list[str | None] = []
+
+    def run() -> None:
+        with contextlib.suppress(Exception):
+            answer.append(call())
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    return answer[0] if answer else None
 
 
 def _ask(ranks: Collection[int], group_ranks: Sequence[int], text: str) -> str:
