@@ -24,7 +24,7 @@ from moe_locality.placement.bounds.lower import (
     cool,
 )
 from moe_locality.placement.bounds.relaxation import Prices, Relaxation, certify, start_prices
-from moe_locality.placement.threads import map_layers
+from moe_locality.placement.counting import map_layers
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 

@@ -16,9 +16,9 @@ from moe_locality.errors import BackendUnavailable
 from moe_locality.placement import evaluate, solve
 from moe_locality.placement.baselines import partition_mtkahypar
 from moe_locality.placement.bounds.lower import certify_plan
+from moe_locality.placement.counting import map_layers, processors
 from moe_locality.placement.problem import Problem, make_plan
 from moe_locality.placement.search.coactivation import place_layers
-from moe_locality.placement.threads import map_layers, processors
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace import RoutingTrace
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moe_locality.demo.progress import DemoOptions, Progress, WandbMode
+from moe_locality.demo.launch import DemoOptions, Progress, WandbMode
 from moe_locality.errors import ConfigError
 from moe_locality.files import replace_text
 

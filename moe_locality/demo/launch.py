@@ -1,4 +1,5 @@
-"""Start the example's training script with DeepSpeed's own launcher and follow it.
+"""Options of a demo, its progress on stderr, and its runs: the example's training script, started
+with DeepSpeed's own launcher and followed.
 
 The script prints lines ``progress DONE TOTAL TEXT`` on rank 0; everything it prints goes to a log
 file. A run that fails raises with the last lines of that log, so that the reason stands in the
@@ -15,8 +16,10 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from moe_locality.errors import BackendUnavailable, MoeLocalityError
 
@@ -24,6 +27,7 @@ PROGRESS = re.compile(r"progress (\d+) (\d+) ?(.*)")
 TAIL_LINES = 25
 
 OnProgress = Callable[[int, int, str], None]
+"""How far a stage is: called with (done, total, text)."""
 
 
 def examples_folder() -> Path:
@@ -132,3 +136,73 @@ def _started(command: list[str]) -> subprocess.Popen[str]:
 def _end(process: subprocess.Popen[str]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+PROJECT = "moe_locality-demo"
+"""in wandb"""
+
+WandbMode = Literal["offline", "online", "disabled"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoOptions:
+    """Options of ``moe-locality demo``; a default is what ``make demo`` runs."""
+
+    out: Path
+    trace: Path | None = None
+    """a recorded trace: analyze, place and report it instead of training the example model"""
+    num_nodes: int = 2
+    ranks_per_node: int = 2
+    max_imbalance: float = 1.05
+    seed: int = 0
+    steps: int | None = None
+    """training steps of the example model (None: the preset's)"""
+    preset: str = "demo"
+    wandb_mode: WandbMode = "offline"
+
+    @property
+    def num_ranks(self) -> int:
+        return self.num_nodes * self.ranks_per_node
+
+
+class Progress:
+    """A rich progress display; ``say`` prints a line above the bars. Silent with ``quiet``."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bars
+
+        self._console = Console(stderr=True, quiet=quiet)
+        columns = (
+            TextColumn("{task.description:<44}"),
+            BarColumn(bar_width=30),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[text]}"),
+        )
+        self._bars = Bars(*columns, console=self._console)
+
+    def __enter__(self) -> "Progress":
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def say(self, text: str) -> None:
+        self._bars.console.print(text, highlight=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[OnProgress]:
+        """Show a bar for the body; it is full when the body ends."""
+        task = self._bars.add_task(name, total=None, text="")
+
+        def update(done: int, total: int, text: str) -> None:
+            self._bars.update(task, completed=done, total=total, text=text)
+
+        yield update
+        done = self._bars.tasks[task].total or 1
+        self._bars.update(task, completed=done, total=done)
+        if not self._console.is_terminal:  # a log file gets one line per stage instead of bars
+            self._console.print(f"done: {name}", highlight=False)

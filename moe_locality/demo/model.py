@@ -38,8 +38,7 @@ from moe_locality.demo.checks import (
     counted_imbalance,
     ranks_of_requests,
 )
-from moe_locality.demo.launch import run_training
-from moe_locality.demo.progress import PROJECT, DemoOptions, Progress
+from moe_locality.demo.launch import PROJECT, DemoOptions, Progress, run_training
 from moe_locality.errors import MoeLocalityError
 from moe_locality.placement import PlacementPlan, assign_homes, solve
 from moe_locality.placement.homes.assign import write_homes

@@ -8,7 +8,7 @@ from typing import Any
 from moe_locality.analysis import analyze
 from moe_locality.compare import Candidate, compare_plans, track_comparison
 from moe_locality.config import TrackingConfig
-from moe_locality.demo.progress import PROJECT, DemoOptions, Progress
+from moe_locality.demo.launch import PROJECT, DemoOptions, Progress
 from moe_locality.errors import TraceError
 from moe_locality.placement import assign_homes, solve
 from moe_locality.placement.homes.predictor import default_prediction

@@ -21,8 +21,8 @@ import numpy as np
 
 from moe_locality.errors import PlacementError
 from moe_locality.placement.costs import imbalance, traffic_matrix
+from moe_locality.placement.counting import over_layers
 from moe_locality.placement.plan import PlacementPlan
-from moe_locality.placement.threads import over_layers
 from moe_locality.trace.schema import RoutingTrace
 
 _ENOUGH = 1.0 + 1e-9  # of the lower bound: nothing left that a swap could gain

@@ -210,7 +210,7 @@ def partition_mtkahypar(problem: Problem, preset: str) -> Solution:
         PlacementError: replicas, or an unknown preset.
     """
     from moe_locality.placement.bounds.lower import LayerTokens
-    from moe_locality.placement.search.assign import pairs_of_layer
+    from moe_locality.placement.counting import pairs_of_layer
 
     trace, nodes = problem.trace, problem.num_nodes
     if problem.num_slots != trace.num_experts:

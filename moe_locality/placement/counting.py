@@ -5,17 +5,22 @@ Plain numpy in chunks of tokens, so that memory stays bounded whatever the trace
 ``COMPILED_PICKS`` or more is counted by the same loops compiled, in threads: the first ``evaluate``
 of a small one should not wait for a compiler. Shapes: T tokens, L layers, K picks, E experts, P
 slots, G ranks, M nodes.
+
+Threads are plain ones, one per processor that this process may use: a compiled parallel loop would
+start OpenMP threads, and a process that has those must not fork.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
-from moe_locality.placement.threads import over_layers
 from moe_locality.trace.io import read_pieces
 from moe_locality.trace.schema import RoutingTrace
 
@@ -239,7 +244,7 @@ def _sum_parts(parts: Iterator[RoutingTrace], *, sort: bool) -> Coactivation:
     for part in parts:
         ids = part.tokens_only("count_coactivation").expert_ids
         model, num = part.model, part.num_experts
-        pairs, load = _count_pairs(ids, num)
+        pairs, load = count_pairs(ids, num, np.zeros(len(ids), np.int64))
         for place, layer in enumerate(int(i) for i in part.layer_ids):
             seen[layer] = seen.get(layer, 0) + len(ids)
             if layer not in rows:
@@ -247,7 +252,7 @@ def _sum_parts(parts: Iterator[RoutingTrace], *, sort: bool) -> Coactivation:
             both, alone = rows[layer]
             both += pairs[place]
             both += pairs[place].T
-            alone += load[place]
+            alone += load[place, 0]
     layers = sorted(rows) if sort else list(rows)
     result = Coactivation(
         pairs=np.zeros((len(layers), num, num), np.int64),
@@ -262,8 +267,11 @@ def _sum_parts(parts: Iterator[RoutingTrace], *, sort: bool) -> Coactivation:
     return result
 
 
-def _count_pairs(ids: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
-    """(uint32 [L, E, E] pairs in the order of the picks, int64 [L, E] picks) of ids [T, L, K].
+def count_pairs(
+    ids: np.ndarray, num_experts: int, unit: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(uint32 [L, E, E] pairs in the order of the picks, uint32 [L, U, E] picks by unit) of ids
+    [T, L, K]; ``unit`` [T]: of each token.
 
     Threads take different layers, so they share nothing that is written.
     """
@@ -271,7 +279,68 @@ def _count_pairs(ids: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndar
 
     layers = ids.shape[1]
     pairs = np.zeros((layers, num_experts, num_experts), np.uint32)
-    load = np.zeros((layers, 1, num_experts), np.int64)
-    unit = np.zeros(len(ids), np.int64)
+    load = np.zeros((layers, int(unit.max(initial=0)) + 1, num_experts), np.uint32)
     over_layers(lambda first, last: add_pairs(ids, unit, first, last, pairs, load), layers)
-    return pairs, load[:, 0]
+    return pairs, load
+
+
+def pair_weight(pairs: np.ndarray) -> np.ndarray:
+    """[E, E] float64 tokens that picked both, symmetric, from a table of ``count_pairs``."""
+    weight = pairs.astype(np.float64)
+    weight += weight.T
+    np.fill_diagonal(weight, 0)
+    return weight
+
+
+def pairs_of_layer(ids: np.ndarray, num_experts: int) -> np.ndarray:
+    """[E, E] float64 tokens that pick both experts, symmetric with a zero diagonal, of ids
+    [T, K].
+    """
+    unit = np.zeros(len(ids), np.int64)
+    return pair_weight(count_pairs(ids[:, None], num_experts, unit)[0][0])
+
+
+Result = TypeVar("Result")
+
+
+def over_layers(
+    fill: Callable[[int, int], object],
+    num_layers: int,
+    *,
+    least: int = 1,
+) -> None:
+    """Call ``fill(first, last)`` so that every layer is in one call, in several threads.
+
+    ``fill`` must release the interpreter lock (``nogil``) to gain from it, and write nothing that
+    belongs to other layers; then the number of threads changes no result.
+
+    Args:
+        least: layers per thread below which another thread is not worth starting.
+    """
+    count = max(min(processors(), num_layers // max(least, 1)), 1)
+    if count == 1:
+        fill(0, num_layers)
+        return
+    edges = [num_layers * i // count for i in range(count + 1)]
+    with ThreadPoolExecutor(count) as pool:
+        jobs = [pool.submit(fill, *edge) for edge in itertools.pairwise(edges)]
+        for job in jobs:
+            job.result()
+
+
+def map_layers(one: Callable[[int], Result], num_layers: int) -> list[Result]:
+    """``one(layer)`` of every layer, in order, computed in several threads as in ``over_layers``;
+    a thread that is done takes the next layer.
+    """
+    count = max(min(processors(), num_layers), 1)
+    if count == 1:
+        return [one(layer) for layer in range(num_layers)]
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(num_layers)))
+
+
+def processors() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

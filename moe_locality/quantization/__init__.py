@@ -1,7 +1,7 @@
 """Low-bit formats: reference numerics, and encoded rows for the dispatch on every backend.
 
 ``formats`` is the table of formats, their bytes and their bits; ``mx`` quantizes tensors; ``rows``
-packs rows into bytes, by torch or by the kernels of ``triton_codec`` and ``cuda_codec``.
+packs rows into bytes, by torch, by the CUDA extension or by the kernels of ``triton_codec``.
 """
 
 from moe_locality.quantization.formats import (

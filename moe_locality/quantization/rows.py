@@ -4,9 +4,9 @@ An encoded row (``formats.RowLayout``) can be gathered, exchanged and decoded al
 not depend on the rows beside it. NVFP4, whose scale spans a tensor, has no such rows.
 
 Every function takes ``backend``: ``reference`` is torch on any device; ``triton``
-(``triton_codec``) and ``cuda`` (``cuda_codec``) give the same bytes and floats on a GPU. ``auto``
-takes, for tensors on a GPU and formats that have a kernel, CUDA where it was built, else Triton
-where it is installed.
+(``triton_codec``) and ``cuda`` (the extension of ``csrc/``) give the same bytes and floats on a
+GPU. ``auto`` takes, for tensors on a GPU and formats that have a kernel, CUDA where it was built,
+else Triton where it is installed.
 """
 
 import importlib
@@ -18,7 +18,14 @@ from torch import Tensor
 
 from moe_locality.errors import BackendUnavailable, ConfigError
 from moe_locality.kernels import cuda_impl
-from moe_locality.quantization.formats import FORMATS, Format, get_format, row_bytes, row_layout
+from moe_locality.quantization.formats import (
+    FORMATS,
+    MANTISSA_BITS,
+    Format,
+    get_format,
+    row_bytes,
+    row_layout,
+)
 from moe_locality.quantization.mx import FLOAT_DTYPES, QuantizedTensor, dequantize, quantize
 
 CodecBackend = Literal["auto", "reference", "triton", "cuda"]
@@ -148,7 +155,7 @@ def _check_activations(x: Tensor, format: str) -> Format:
 
 
 def _encoder(x: Tensor, fmt: Format, backend: str) -> Any:
-    """Return the module whose kernels encode ``x``; None: the reference."""
+    """Return what has the kernels that encode ``x``; None: the reference."""
     searched = fmt.factor_rule == "dynamic"
     kernels = None if backend == "auto" and searched else _kernels(x, backend)
     if kernels is not None and searched:
@@ -160,7 +167,7 @@ def _encoder(x: Tensor, fmt: Format, backend: str) -> Any:
 
 
 def _kernels(x: Tensor, backend: str) -> Any:
-    """Return the module of a backend; None: the reference."""
+    """Return what has ``encode`` and ``decode`` of a backend; None: the reference."""
     if backend not in ("auto", "reference", *_INSTALL):
         raise ConfigError(f"found backend {backend!r}, expected auto, reference, triton, cuda")
     if backend == "auto":
@@ -171,9 +178,9 @@ def _kernels(x: Tensor, backend: str) -> Any:
             f"found backend={backend!r}, but {why}: leave the choice to 'auto', or "
             f"{_INSTALL[backend]}"
         )
-    if backend == "reference":
-        return None
-    return importlib.import_module(f"moe_locality.quantization.{backend}_codec")
+    if backend == "triton":  # imported here: it needs Triton
+        return importlib.import_module("moe_locality.quantization.triton_codec")
+    return CudaCodec if backend == "cuda" else None
 
 
 def _why_not(backend: str) -> str | None:
@@ -191,6 +198,47 @@ def _new_rows(x: Tensor, count: int, fmt: Format) -> Tensor:
 
 def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
+
+
+SCALE_RULES = {"floor": 0, "oas": 1, "fp32": 2}
+"""The numbers of ``ScaleRule`` in csrc/kernels.h."""
+
+
+class CudaCodec:
+    """The codec of the CUDA extension, with the functions of ``triton_codec``.
+
+    A token is read and quantized once. Use it where ``cuda_impl.why_unavailable()`` is None.
+    """
+
+    @staticmethod
+    def encode(
+        x: Tensor, positions: Tensor | None, row_token: Tensor | None, rows: Tensor, fmt: Format
+    ) -> None:
+        """Write the encoded rows of ``x [T, D]`` (unit column stride) into ``rows [R, bytes]``."""
+        numbers = _format_numbers(fmt, x.shape[1])
+        _operators().encode(x, _int32(positions), _int32(row_token), rows, *numbers)
+
+    @staticmethod
+    def decode(buffer: Tensor, index: Tensor | None, out: Tensor, fmt: Format) -> None:
+        """Write the decoded rows of ``buffer``, in the order of ``index``, into ``out``."""
+        _operators().decode(buffer, _int32(index), out, *_format_numbers(fmt, out.shape[1]))
+
+
+def _format_numbers(fmt: Format, width: int) -> tuple[int, int, int, bool, int, int]:
+    """The numbers by which a kernel knows a format, in the order of its operator."""
+    layout = row_layout(fmt, width)
+    rule, mbs = SCALE_RULES[fmt.scale_rule], fmt.factor_rule is not None
+    mantissa_bits = MANTISSA_BITS[fmt.element]
+    return mantissa_bits, fmt.block, rule, mbs, layout.codes_end, layout.scales_start
+
+
+def _int32(index: Tensor | None) -> Tensor | None:
+    return None if index is None else index.to(torch.int32).contiguous()
+
+
+def _operators() -> Any:
+    cuda_impl.load_library()
+    return torch.ops.moe_locality_cuda
 
 
 # -- the reference ---------------------------------------------------------------------------------

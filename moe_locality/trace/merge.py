@@ -1,4 +1,4 @@
-"""What traces have in common: their join and their identity.
+"""What traces have in common: their fields, their join and their identity.
 
 The same layers of other tokens (ranks) are concatenated; other layers of the same tokens (pipeline
 stages) are joined. The content hash does not depend on the order of rows, layers and tables.
@@ -14,10 +14,29 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_locality.errors import TraceError
-from moe_locality.trace.validate import LAYER_FIELDS, ROW_FIELDS, UNKNOWN
 
 if TYPE_CHECKING:
     from moe_locality.trace.schema import RoutingTrace
+
+PREFILL, DECODE, TRAIN, UNKNOWN = 0, 1, 2, 255
+STAGE_NAMES = {PREFILL: "prefill", DECODE: "decode", TRAIN: "train", UNKNOWN: "unknown"}
+
+ROW_FIELDS = (
+    "expert_ids",
+    "expert_weights",
+    "expert_load",
+    "request_id",
+    "position",
+    "stage",
+    "domain_id",
+    "rank",
+    "step",
+    "step_tokens",
+)
+"""Fields with one entry per row: per token (kind "tokens") or per step (kind "load")."""
+
+LAYER_FIELDS = ("expert_ids", "expert_weights", "expert_load")
+"""Row fields whose second axis is the MoE layer."""
 
 _CHUNK_ROWS = 65_536
 

@@ -56,8 +56,7 @@ from moe_locality.trace.reading import (
     text_lines,
     whole_json,
 )
-from moe_locality.trace.schema import DECODE, PREFILL, UNKNOWN, RoutingTrace
-from moe_locality.trace.validate import MAX_EXPERTS, check_ids
+from moe_locality.trace.schema import DECODE, MAX_EXPERTS, PREFILL, UNKNOWN, RoutingTrace, check_ids
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")

@@ -26,8 +26,7 @@ from moe_locality.trace.reading import (
     text_lines,
     whole_json,
 )
-from moe_locality.trace.schema import UNKNOWN, RoutingTrace
-from moe_locality.trace.validate import MAX_EXPERTS
+from moe_locality.trace.schema import MAX_EXPERTS, UNKNOWN, RoutingTrace
 
 Tokens = Iterator[tuple[str, Any]]
 

@@ -10,7 +10,7 @@ pytest.importorskip("pydantic")
 
 from moe_locality.trace import read_trace
 from moe_locality.trace.recorder import attach
-from moe_locality.trace.recorder.ring import Ring
+from moe_locality.trace.recorder.writer import Ring
 from tests.recorder_models import GateWitness, MoeModel, inputs
 
 pytestmark = pytest.mark.gpu

@@ -32,9 +32,9 @@ from moe_locality.placement.bounds.relaxation import (
     start_prices,
 )
 from moe_locality.placement.costs import evaluate
+from moe_locality.placement.counting import map_layers
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.problem import Homes, resolve_homes
-from moe_locality.placement.threads import map_layers
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 

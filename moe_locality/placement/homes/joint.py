@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moe_locality.placement.counting import compiled_picks_by_home
+from moe_locality.placement.counting import compiled_picks_by_home, map_layers
 from moe_locality.placement.homes import capacitated
 from moe_locality.placement.homes.assign import scores_of_known
 from moe_locality.placement.homes.predictor import (
@@ -32,8 +32,7 @@ from moe_locality.placement.homes.predictor import (
 )
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.problem import Problem, Solution, align_trace, make_plan
-from moe_locality.placement.search import assign, coactivation, load_noise
-from moe_locality.placement.threads import map_layers
+from moe_locality.placement.search import coactivation, load_noise
 
 CLUSTER_STARTS = 3
 FIRST_ROUNDS = 3
@@ -53,8 +52,8 @@ class _Setup:
     predict: str
     known: KnownTokens
     ids: np.ndarray  # [T, L, K]
-    tables: assign.Tables
-    layers: list[assign.Layer]
+    tables: coactivation.Tables
+    layers: list[coactivation.Layer]
     linear: list[float]  # [L] copies of the linear layout
     price: float  # of imbalance, during the search for homes
     limit: list[float]  # [L] imbalance that no layer should exceed
@@ -117,8 +116,10 @@ def _prepare(problem: Problem) -> _Setup:
     requests, predict = requests_of(trace), default_prediction(trace)
     ids = np.ascontiguousarray(trace.expert_ids)
     assert trace.request_id is not None
-    tables = assign.count_tables(ids, trace.request_id, trace.num_experts)
-    layers = map_layers(lambda layer: assign.make_layer(problem, tables, layer), trace.num_layers)
+    tables = coactivation.count_tables(ids, trace.request_id, trace.num_experts)
+    layers = map_layers(
+        lambda layer: coactivation.make_layer(problem, tables, layer), trace.num_layers
+    )
     seeds = [coactivation.seed_of(problem, layer) for layer in range(len(layers))]
     _, allowed, price = coactivation.place_on_nodes(layers, problem.max_imbalance, seeds)
     return _Setup(
@@ -130,7 +131,7 @@ def _prepare(problem: Problem) -> _Setup:
         ids=ids,
         tables=tables,
         layers=layers,
-        linear=[assign.linear_layout(layer).copies for layer in layers],
+        linear=[coactivation.linear_layout(layer).copies for layer in layers],
         price=CHEAPER * price,
         limit=[load_noise.limit_of(most, problem.max_imbalance) for most in allowed],
     )
@@ -195,17 +196,17 @@ def _place_on_nodes(
         if pins is not None:
             layer = replace(layer, pin=_by_group(pins[row], problem.group_of))
         if warm is None:
-            start = assign.lightest_first(layer.load, layer.sizes)
+            start = coactivation.lightest_first(layer.load, layer.sizes)
         else:
             start = _one_of_group(warm[row], problem.group_of)
-        node_of = assign.place(
+        node_of = coactivation.place(
             layer,
             data.linear[row],
             data.price,
             data.limit[row],
             coactivation.seed_of(problem, number * 4099 + row),
             start,
-            again=warm is not None and not assign.is_small(layer),
+            again=warm is not None and not coactivation.is_small(layer),
         )
         return coactivation.expand_groups(problem, node_of)
 

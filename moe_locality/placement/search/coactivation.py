@@ -6,7 +6,10 @@ imbalance costs adds up over the layers: all layers are searched for the fewest 
 price times the expected imbalance, which makes them share the allowed imbalance best (Everett,
 Operations Research 11, 1963). The price is found by trying. Inside a node every rank is equally
 near, so there experts that are picked together are kept apart: that levels the ranks, over the
-whole trace and in each batch.
+whole trace and in each batch. Each layer has several placements between the most level and the
+fewest copies, of which one is chosen.
+
+Shapes: T tokens, L layers, K picks, E experts, M nodes, U units.
 """
 
 from __future__ import annotations
@@ -18,14 +21,14 @@ from typing import Any
 
 import numpy as np
 
+from moe_locality.placement import counting
 from moe_locality.placement.baselines import pack_replicas, replicate
 from moe_locality.placement.costs import BATCH_TOKENS
+from moe_locality.placement.counting import map_layers
 from moe_locality.placement.problem import Problem, RankLists, Solution, log_warning, make_plan
-from moe_locality.placement.search import assign, load_noise, replicas
-from moe_locality.placement.search.assign import lightest_first
+from moe_locality.placement.search import load_noise, replicas, swaps
 from moe_locality.placement.search.load_noise import limit_of
-from moe_locality.placement.search.swaps import anneal
-from moe_locality.placement.threads import map_layers
+from moe_locality.placement.search.swaps import HOT, anneal, patterns, refine_exact
 
 _log = logging.getLogger(__name__)
 
@@ -125,7 +128,7 @@ class Placed:
     load: np.ndarray
 
 
-def solve_coactivation(problem: Problem, tables: assign.Tables | None = None) -> Solution:
+def solve_coactivation(problem: Problem, tables: Tables | None = None) -> Solution:
     """Fewest copies, with the nodes as level as allowed on unseen requests. ``tables``: counts of
     the trace, where known.
     """
@@ -151,7 +154,7 @@ def solve_coactivation(problem: Problem, tables: assign.Tables | None = None) ->
 def place_layers(
     problem: Problem,
     *,
-    tables: assign.Tables | None = None,
+    tables: Tables | None = None,
     replica_rounds: int = REPLICA_ROUNDS,
 ) -> Placed:
     """Place the experts of all layers, level in the mean over them.
@@ -163,10 +166,10 @@ def place_layers(
     assert ids is not None
     assert request_id is not None
     if tables is None:
-        tables = assign.count_tables(ids, request_id, problem.trace.num_experts)
+        tables = count_tables(ids, request_id, problem.trace.num_experts)
     num_layers = ids.shape[1]
     seeds = [seed_of(problem, layer) for layer in range(num_layers)]
-    seen = map_layers(lambda layer: assign.make_layer(problem, tables, layer), num_layers)
+    seen = map_layers(lambda layer: make_layer(problem, tables, layer), num_layers)
     found, allowed, price = place_on_nodes(seen, problem.max_imbalance, seeds)
     node_of = [expand_groups(problem, some.node_of) for some in found]
     replicated: list[replicas.Candidate] = []
@@ -179,7 +182,7 @@ def place_layers(
         if replicated:
             members = [np.flatnonzero(held) for held in replicated[layer].held]
             served = replicated[layer].served_load
-        weight = assign.pair_weight(tables.pairs[layer])
+        weight = counting.pair_weight(tables.pairs[layer])
         return _finish(problem, weight, served, members, seeds[layer])
 
     rows = map_layers(finish, num_layers)
@@ -193,14 +196,14 @@ def place_layers(
 
 
 def place_on_nodes(
-    layers: Sequence[assign.Layer], max_imbalance: float, seeds: Sequence[int]
-) -> tuple[list[assign.Candidate], list[float], float]:
+    layers: Sequence[Layer], max_imbalance: float, seeds: Sequence[int]
+) -> tuple[list[Candidate], list[float], float]:
     """Experts to nodes, level in the mean over the layers: the fewest copies that this allows.
 
     Returns:
         (placements, imbalance allowed in each layer, what an imbalance higher by one is worth).
     """
-    tried = map_layers(lambda place: assign.fixed_candidates(layers[place]), len(layers))
+    tried = map_layers(lambda place: fixed_candidates(layers[place]), len(layers))
     allowed = [max(max_imbalance, found[-1].imbalance) for found in tried]
     limits = [limit_of(most, max_imbalance) for most in allowed]
 
@@ -209,8 +212,8 @@ def place_on_nodes(
 
     def search_to(place: int, price: float, turn: int, most: float) -> float:
         layer, found = layers[place], tried[place]
-        if assign.searchable(layer):
-            found.append(assign.searched(layer, found, price, most, seeds[place] + turn))
+        if searchable(layer):
+            found.append(searched(layer, found, price, most, seeds[place] + turn))
         return found[-1].imbalance
 
     def search_lower(place: int) -> None:
@@ -219,7 +222,7 @@ def place_on_nodes(
 
     def refine_exact(place: int) -> None:
         layer, start = layers[place], tried[place][chosen[place]]
-        tried[place].append(assign.refined(layer, start, price, limits[place], seeds[place]))
+        tried[place].append(refined(layer, start, price, limits[place], seeds[place]))
 
     def choose() -> list[int]:
         for place, layer in enumerate(layers):
@@ -228,7 +231,7 @@ def place_on_nodes(
                 tried[place] = [c for c in tried[place] if c.copies <= most]
         return load_noise.allocate(tried, allowed, max_imbalance)
 
-    small = all(assign.is_small(layer) for layer in layers)
+    small = all(is_small(layer) for layer in layers)
     price = search_lagrangian(search, allowed, ROUNDS if small else FEW_ROUNDS)
     if len(layers) < FEW_LAYERS:
         map_layers(search_lower, len(layers))
@@ -280,7 +283,7 @@ def _finish(
 
 def _replicate(
     problem: Problem,
-    layers: Sequence[assign.Layer],
+    layers: Sequence[Layer],
     node_of: Sequence[np.ndarray],
     allowed: Sequence[float],
     seeds: Sequence[int],
@@ -364,3 +367,241 @@ def order_like_linear(nodes: list[list[int]], size: float) -> list[int]:
         order[int(column)] = int(row)
         overlap[row, :] = overlap[:, column] = -1
     return order
+
+
+STEPS, MOST_STEPS = 400, 80_000
+"""Swaps tried for a placement of a layer: per expert, and at most."""
+
+AGAIN, AGAIN_TEMPERATURE = 5, 0.03
+"""A large layer that goes on from what was found at another price: with so many times fewer swaps,
+and this share of the first temperature."""
+
+REFINE_STEPS = 0.1
+"""Swaps tried on the exact copies, per cube of the number of experts."""
+
+REFINE_EXPERTS = 64
+"""Most experts for the exact search: with more, its sample of tokens is fitted, not the traffic."""
+
+_SAMPLE_PICKS = 1 << 17
+_EXACT_PICKS = 1 << 19
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tables:
+    """Counts of all layers of a trace, made in one pass over it.
+
+    pairs: uint32 [L, E, E], tokens that picked both, in pairs[e, f] or pairs[f, e].
+    unit_load: uint32 [L, U, E], picks by unit (request); load: int64 [L, E].
+    """
+
+    pairs: np.ndarray
+    unit_load: np.ndarray
+    load: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """What the search sees of one layer; its experts may be groups of experts that stay together.
+
+    patterns: see ``refine_exact.patterns``, of every so many tokens.
+    weight: [E, E] tokens that picked both; load: [E] picks; pin: [E, M] picks by home node.
+    sizes: experts on each node.
+    """
+
+    patterns: tuple[np.ndarray, np.ndarray, np.ndarray]
+    weight: np.ndarray
+    load: np.ndarray
+    pin: np.ndarray
+    noise: load_noise.Noise
+    sizes: tuple[int, ...]
+    grouped: bool = False
+    by_pick: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A placement of one layer: copies are visits per token (for the objective "picks": remote
+    picks per pick), imbalance is the expected one.
+    """
+
+    node_of: np.ndarray
+    copies: float
+    imbalance: float
+
+
+def count_tables(ids: np.ndarray, request_id: np.ndarray, num_experts: int) -> Tables:
+    """Count pairs, loads and loads by request of ids [T, L, K]."""
+    pairs, unit_load = counting.count_pairs(ids, num_experts, load_noise.units_of(request_id))
+    return Tables(pairs=pairs, unit_load=unit_load, load=unit_load.sum(axis=1, dtype=np.int64))
+
+
+def make_layer(problem: Problem, tables: Tables, layer: int) -> Layer:
+    """The search's view of a layer; with groups, whole groups are its experts."""
+    whole = problem.trace.expert_ids
+    assert whole is not None
+    experts, nodes = problem.trace.num_experts, problem.num_nodes
+    most = _EXACT_PICKS if experts <= REFINE_EXPERTS else _SAMPLE_PICKS
+    stride = max(-(-whole.shape[0] * whole.shape[2] // most), 1)
+    ids = np.ascontiguousarray(whole[::stride, layer])
+    home, pin = problem.home_node, np.zeros((experts, nodes))
+    if problem.home_rank is not None:
+        part = whole[:, layer : layer + 1]
+        pin = counting.picks_by_home(part, experts, home, nodes)[0].T.astype(np.float64)
+        home = home[::stride]
+    weight = counting.pair_weight(tables.pairs[layer])
+    load, unit_load = tables.load[layer].astype(np.float64), tables.unit_load[layer]
+    if problem.group_of is not None:
+        onto = (problem.group_of == np.arange(problem.group_of.max() + 1)[:, None]).astype(float)
+        ids = _group_ids(ids, problem.group_of)
+        weight = counting.pairs_of_layer(ids, len(onto))
+        load, unit_load, pin = onto @ load, unit_load @ onto.T, onto @ pin
+        experts = len(onto)
+    if problem.objective == "picks":  # experts do not attract each other, only homes do
+        weight = np.zeros_like(weight)
+    if experts <= REFINE_EXPERTS:
+        rows = patterns(ids, experts, home)
+    else:
+        rows = (ids, home, np.ones(len(ids)))
+    return Layer(
+        patterns=rows,
+        weight=weight,
+        load=load,
+        pin=pin,
+        noise=load_noise.noise_of(unit_load) if problem.unseen else load_noise.no_noise(experts),
+        sizes=tuple(experts // nodes + (n < experts % nodes) for n in range(nodes)),
+        grouped=problem.group_of is not None,
+        by_pick=problem.objective == "picks",
+    )
+
+
+def _group_ids(ids: np.ndarray, group_of: np.ndarray) -> np.ndarray:
+    """Groups that each token of ids [T, K] picks, each once, -1 for the rest."""
+    table = np.append(group_of, -1).astype(np.int16)
+    groups = np.sort(table[ids], axis=1)
+    groups[:, 1:][groups[:, 1:] == groups[:, :-1]] = -1
+    return groups
+
+
+def lightest_first(load: np.ndarray, sizes: tuple[int, ...] | list[int]) -> np.ndarray:
+    """[E] block of each expert: heaviest first, into the lightest block with room."""
+    order = np.argsort(-load, kind="stable")
+    return swaps.pack(load.astype(np.float64), order, np.array(sizes, dtype=np.int64))
+
+
+def fixed_candidates(layer: Layer) -> list[Candidate]:
+    """The linear layout, and experts packed by loads alone."""
+    found = [linear_layout(layer)]
+    if searchable(layer):
+        found.append(_candidate(layer, lightest_first(layer.load, layer.sizes)))
+    return found
+
+
+def linear_layout(layer: Layer) -> Candidate:
+    """Consecutive experts on each node."""
+    return _candidate(layer, np.repeat(np.arange(len(layer.sizes)), layer.sizes))
+
+
+def is_small(layer: Layer) -> bool:
+    """Whether exact copies are searched too."""
+    return len(layer.load) <= REFINE_EXPERTS
+
+
+def searchable(layer: Layer) -> bool:
+    """Whether placements of the layer differ."""
+    return len(layer.sizes) > 1 and bool(layer.load.any())
+
+
+def searched(
+    layer: Layer, found: list[Candidate], price: float, limit: float, seed: int
+) -> Candidate:
+    """What ``place`` finds for a layer after ``fixed_candidates`` and the others in ``found``.
+
+    A large layer goes on from the last one, a small one begins anew: so the layers differ in how
+    far they go, and share what is allowed better.
+    """
+    linear, packed, last = found[0].copies, found[1].node_of, found[-1].node_of
+    if len(found) == 2 or is_small(layer):
+        return _candidate(layer, place(layer, linear, price, limit, seed, packed))
+    return _candidate(layer, place(layer, linear, price, limit, seed, last, again=True))
+
+
+def place(
+    layer: Layer,
+    linear_copies: float,
+    price: float,
+    limit: float,
+    seed: int,
+    start: np.ndarray,
+    *,
+    again: bool = False,
+) -> np.ndarray:
+    """[E] node of each expert, with few copies plus ``price`` times the expected imbalance.
+
+    Args:
+        linear_copies: of the linear layout of this layer.
+        price: copies per token (picks per pick) that an imbalance higher by one is worth.
+        limit: imbalance that the layer should not exceed.
+        start: [E] node of each expert; ``again``: it was found so, at another price.
+    """
+    worth = 1.0  # of a copy, or remote pick, in the search
+    if not layer.by_pick:  # pairs and copies are taken for shares of all pairs and of linear's
+        most = layer.weight.sum() / 2 + layer.pin.sum()
+        worth = most / max(linear_copies * layer.patterns[2].sum(), 1.0)
+    per_pick = _per_pick(layer, price) * worth
+    most = limit * layer.load.sum() / len(layer.sizes)
+    steps = min(STEPS * len(layer.load), MOST_STEPS)
+    temperature = HOT
+    if again:
+        steps, temperature = steps // AGAIN, HOT * AGAIN_TEMPERATURE
+    return anneal(
+        layer.weight,
+        layer.pin,
+        layer.load,
+        layer.noise,
+        per_pick,
+        most,
+        start,
+        steps,
+        seed,
+        temperature,
+    )
+
+
+def _per_pick(layer: Layer, price: float) -> float:
+    """Copies (remote picks) in all that one pick on the busiest node is worth at a ``price``."""
+    units = layer.load.sum() if layer.by_pick else layer.patterns[2].sum()
+    return price * float(units) * len(layer.sizes) / max(float(layer.load.sum()), 1.0)
+
+
+def refined(layer: Layer, start: Candidate, price: float, limit: float, seed: int) -> Candidate:
+    """``start`` searched on the exact copies, where its layer is small enough."""
+    experts, num_nodes = len(layer.load), len(layer.sizes)
+    if not is_small(layer) or not searchable(layer) or layer.by_pick:
+        return start
+    node_of, _ = refine_exact(
+        layer.patterns,
+        layer.load,
+        layer.noise,
+        _per_pick(layer, price),
+        limit * layer.load.sum() / num_nodes,
+        start.node_of,
+        num_nodes,
+        int(REFINE_STEPS * experts**3),
+        seed,
+    )
+    return _candidate(layer, node_of)
+
+
+def _candidate(layer: Layer, node_of: np.ndarray) -> Candidate:
+    if layer.by_pick:
+        away = layer.load.sum() - layer.pin[np.arange(len(node_of)), node_of].sum()
+        copies = float(away) / max(float(layer.load.sum()), 1.0)
+    else:
+        ids, home, count = layer.patterns
+        visits = swaps.count_pattern_visits(ids, home, count, node_of, len(layer.sizes))
+        copies = visits / max(float(count.sum()), 1.0)
+    return Candidate(
+        node_of=node_of,
+        copies=copies,
+        imbalance=load_noise.expected_imbalance(node_of, layer.load, layer.noise, len(layer.sizes)),
+    )

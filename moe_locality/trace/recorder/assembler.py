@@ -28,7 +28,7 @@ from moe_locality.trace.recorder.labels import (
     generates,
     layout_of,
 )
-from moe_locality.trace.recorder.ring import (
+from moe_locality.trace.recorder.writer import (
     Block,
     Entry,
     HostPicks,
@@ -37,11 +37,11 @@ from moe_locality.trace.recorder.ring import (
     Replays,
     Ring,
     RingFull,
+    WriterThread,
     is_capturing,
     logical_lookup,
     ring_capacity,
 )
-from moe_locality.trace.recorder.writer import WriterThread
 
 logger = logging.getLogger(__name__)
 

@@ -1,21 +1,448 @@
-"""The writer thread: takes blocks out of the ring, builds rows [T, L, K] and writes shards."""
+"""Picks on their way to the disk: a bounded ring, filled by the hooks on the device and emptied on
+the host, and the writer thread, which builds rows [T, L, K] of what is in it and writes shards.
+
+With CUDA there are two buffers of the same layout, one on the device and one in pinned host
+memory. The hooks write into the first without waiting; ``send`` copies a finished region to the
+second on a stream of its own. Elsewhere there is one buffer in host memory. A region is written
+again only after ``release``, which its reader calls when the copy has arrived: no other ordering is
+needed.
+
+A replay of a CUDA graph runs no Python, so there the recording is in the graph: while it is
+captured, the hooks write into buffers that were made before, at places that are computed on the
+device. ``cursor`` counts the replays and ``(cursor - 1) % slots`` is the slot of this one. Outside
+the graph, ``drain`` copies what is new to the host; replays that were overwritten before that are
+counted. (TensorRT-LLM records routing in the same way, NVIDIA/TensorRT-LLM #18397.)
+"""
 
 from __future__ import annotations
 
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from moe_locality.errors import TraceError
 from moe_locality.trace.parquet import ShardWriter
-from moe_locality.trace.recorder.labels import BlockLabels, spread
-from moe_locality.trace.recorder.ring import Block, HostPicks, Ring
+from moe_locality.trace.recorder.labels import Annotation, BlockLabels, Layout, spread
+
+_BLOCKS_OF_ROOM = 2
+"""A ring has room for this many forward passes: one is copied while one is filled."""
+
+
+class RingFull(Exception):
+    """No room within the time allowed."""
+
+
+class Ring:
+    """One producer reserves regions in order, one consumer releases them in order.
+
+    Offsets are virtual: they only grow; ``% capacity`` is the place. A region never wraps.
+
+    Memory: ``capacity`` * 2 bytes, twice that with weights; on CUDA as much again in pinned memory.
+    """
+
+    def __init__(self, capacity: int, device: torch.device, weights: bool) -> None:
+        self.capacity = capacity
+        self.device = device
+        on_cuda = device.type == "cuda"
+        # a tensor made under inference_mode could not be written by a later training step
+        with torch.inference_mode(False):
+            self._host = _buffers(capacity, torch.device("cpu"), weights, pinned=on_cuda)
+            self._device = _buffers(capacity, device, weights, False) if on_cuda else self._host
+            self._stream = torch.cuda.Stream(device) if on_cuda else None
+        self._arrays = [buffer.numpy() for buffer in self._host]
+        self._head = 0
+        self._tail = 0
+        self._released = threading.Condition()
+
+    @property
+    def head(self) -> int:
+        """Offset after the last reserved region."""
+        return self._head
+
+    def is_empty(self) -> bool:
+        return self._tail >= self._head
+
+    def wait_empty(self, timeout_s: float) -> bool:
+        """Wait until every region is released; False when that takes too long."""
+        with self._released:
+            return self._released.wait_for(self.is_empty, timeout_s)
+
+    def reserve(self, count: int, timeout_s: float) -> int:
+        """Return the offset of ``count`` free elements in a row.
+
+        Raises:
+            RingFull: the consumer did not make room within ``timeout_s``.
+        """
+        start = self._head
+        if start % self.capacity + count > self.capacity:
+            start += self.capacity - start % self.capacity
+        end = start + count
+        if end - self._tail > self.capacity:
+            deadline = time.monotonic() + timeout_s
+            with self._released:
+                while end - self._tail > self.capacity:
+                    left = deadline - time.monotonic()
+                    if left <= 0 or not self._released.wait(left):
+                        raise RingFull
+        self._head = end
+        return start
+
+    def rewind(self, head: int) -> None:
+        """Give back everything reserved since the head was there."""
+        self._head = head
+
+    def fill(self, offset: int, ids: torch.Tensor, weights: torch.Tensor | None) -> None:
+        """Write [T, K] picks (any strides, any device) at ``offset``, without waiting for them."""
+        place = offset % self.capacity
+        for buffer, values in zip(self._device, (ids, weights), strict=False):
+            if values is not None:
+                target = buffer.as_strided(values.shape, (values.shape[1], 1), place)
+                target.copy_(values, non_blocking=self._stream is not None)
+
+    def send(self, start: int, end: int) -> torch.cuda.Event | None:
+        """Begin the copy of [start, end) to the host; return the event that marks its arrival."""
+        if self._stream is None:
+            return None
+        with torch.cuda.device(self.device), torch.inference_mode(False):
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self._stream):
+                for source, target in zip(self._device, self._host, strict=True):
+                    for a, b in self._spans(start, end):
+                        target[a:b].copy_(source[a:b], non_blocking=True)
+                event = torch.cuda.Event(blocking=True)  # the writer sleeps, it does not spin
+                event.record(self._stream)
+        return event
+
+    def _spans(self, start: int, end: int) -> list[tuple[int, int]]:
+        first, last = start % self.capacity, end % self.capacity or self.capacity
+        if first < last:
+            return [(first, last)]
+        return [(first, self.capacity), (0, last)]
+
+    def read(self, offset: int, count: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Views of ``count`` ids (int16) and weights (float16) on the host, valid until release."""
+        place = offset % self.capacity
+        views = [array[place : place + count] for array in self._arrays]
+        return views[0], views[1] if len(views) > 1 else None
+
+    def release(self, end: int) -> None:
+        """Free everything before ``end``."""
+        with self._released:
+            self._tail = max(self._tail, end)
+            self._released.notify_all()
+
+
+def ring_capacity(elements_per_token: int, ring_tokens: int, block_tokens: int) -> int:
+    """Elements for ``ring_tokens`` tokens, or for two forward passes if that is more."""
+    return elements_per_token * max(ring_tokens, _BLOCKS_OF_ROOM * block_tokens)
+
+
+def _buffers(
+    capacity: int, device: torch.device, weights: bool, pinned: bool
+) -> tuple[torch.Tensor, ...]:
+    dtypes = (torch.int16, torch.float16) if weights else (torch.int16,)
+    return tuple(
+        torch.empty(capacity, dtype=dtype, device=device, pin_memory=pinned) for dtype in dtypes
+    )
+
+
+class Entry(NamedTuple):
+    """Where the picks of one layer lie in the ring."""
+
+    layer: int
+    offset: int
+    top_k: int
+    slot_to_logical: np.ndarray | None
+    """int [E + 1] lookup whose last entry is -1, or None where ids are logical already."""
+
+
+@dataclass(slots=True)
+class Block:
+    """T tokens of one forward pass. ``entries`` grows while the layers run."""
+
+    num_tokens: int
+    annotation: Annotation
+    told: Annotation
+    """What the hooks came with; not ``annotation`` where that did not fit the tokens."""
+    layout: Layout
+    step: int
+    training: bool
+    thread: int
+    """Identity of the thread that runs the forward pass."""
+    recorded: bool
+    """False: this step is not sampled, or the block was given up."""
+    start: int = 0
+    """Ring offset at which the block begins."""
+    end: int = 0
+    request_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """int64, one per sequence or per token; empty where the labels do not fit."""
+    starts: np.ndarray | None = None
+    """Where the requests go on, one position per request id; None: nothing is continued."""
+    forward_index: int = 0
+    layers_seen: set[int] = field(default_factory=set)
+    entries: list[Entry] = field(default_factory=list)
+    arrived: Any = None
+    """CUDA event after which the picks are in host memory; None: they are."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far the forward passes inside one annotation have come."""
+
+    annotation: Annotation
+    forward_index: int = 0
+    request_ids: np.ndarray | None = None
+    """Numbers of sequences without request ids, kept for the rest of a generation."""
+
+
+def logical_lookup(slot_to_logical: Any) -> np.ndarray:
+    """Return int16 [E + 1] from a map [E]: index -1 ("no pick") gives -1."""
+    return np.append(np.asarray(slot_to_logical), -1).astype(np.int16)
+
+
+_KEPT: list[ReplayRing] = []
+"""Rings that a graph writes to. A graph keeps no tensor alive, so their memory is never freed."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Capture:
+    """One forward pass inside a captured graph. ``layers``: (layer, K, module) in their order.
+
+    ``slot``: place of the running replay, int64 [1] on the device.
+    """
+
+    number: int
+    annotation: Annotation
+    shape: tuple[int, int] | None
+    training: bool
+    ring: ReplayRing
+    slot: torch.Tensor
+    layers: list[tuple[int, int, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replayed:
+    """One replay of a captured forward pass, on the host.
+
+    ``ids`` int16 [layers of the capture, T, K], ``weights`` float16 of that shape or None;
+    ``tick``: number of the replay among all of this recorder, from 1.
+    """
+
+    capture: Capture
+    tick: int
+    ids: np.ndarray
+    weights: np.ndarray | None
+
+
+class ReplayRing:
+    """Slots for the picks of T tokens in L layers, on the device.
+
+    Memory: slots * L * T * K * 2 bytes, twice that with weights.
+    """
+
+    def __init__(
+        self, slots: int, layers: int, tokens: int, top_k: int, device: torch.device, weights: bool
+    ) -> None:
+        self.slots, self.tokens = slots, tokens
+        shape = (layers, slots, tokens, top_k)
+        with torch.inference_mode(False):
+            self.ids = torch.full(shape, -1, dtype=torch.int16, device=device)
+            self.weights = None
+            if weights:
+                self.weights = torch.zeros(shape, dtype=torch.float16, device=device)
+            self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
+            self.ticks = torch.zeros(slots, dtype=torch.int64, device=device)
+            self.captures = torch.full((slots,), -1, dtype=torch.int64, device=device)
+        self.drained = 0
+
+    def begin(self, number: int, tick: torch.Tensor) -> torch.Tensor:
+        """Take the next slot for the capture of this number; runs in the graph.
+
+        ``tick`` int64 [1] counts the replays of all rings.
+        """
+        self.cursor.add_(1)
+        tick.add_(1)
+        slot = torch.remainder(self.cursor - 1, self.slots)
+        self.ticks.index_copy_(0, slot, tick)
+        self.captures.index_copy_(0, slot, torch.full_like(slot, number))
+        return slot
+
+    def write(
+        self, slot: torch.Tensor, layer: int, ids: torch.Tensor, weights: torch.Tensor | None
+    ) -> None:
+        """Write the picks [T, K] of a layer; runs in the graph."""
+        top_k = ids.shape[1]
+        for buffer, values in ((self.ids, ids), (self.weights, weights)):
+            if buffer is not None and values is not None:
+                place = buffer[layer, :, :, :top_k]
+                place.index_copy_(0, slot, values.to(buffer.dtype)[None])
+
+    def drain(self, captures: list[Capture]) -> tuple[list[Replayed], int]:
+        """Return the replays since the last call, oldest first, and how many were overwritten.
+
+        Waits for the device.
+        """
+        if self.ids.is_cuda:
+            torch.cuda.synchronize(self.ids.device)
+        end = int(self.cursor)
+        first = max(self.drained, end - self.slots)
+        place = torch.arange(first, end, device=self.ids.device) % self.slots
+        ids = self.ids.index_select(1, place).cpu().numpy()
+        weights = None
+        if self.weights is not None:
+            weights = self.weights.index_select(1, place).cpu().numpy()
+        ticks = self.ticks.index_select(0, place).tolist()
+        numbers = self.captures.index_select(0, place).tolist()
+        # a replay that another thread began meanwhile has written over the oldest
+        torn = min(max(0, int(self.cursor) - self.slots - first), end - first)
+        lost, self.drained = first - self.drained + torn, end
+        found = []
+        for index in range(torn, end - first):
+            capture = captures[numbers[index]]
+            rows = [layer for layer, _, _ in capture.layers]
+            found.append(
+                Replayed(
+                    capture=capture,
+                    tick=ticks[index],
+                    ids=ids[rows, index],
+                    weights=None if weights is None else weights[rows, index],
+                )
+            )
+        return found, lost
+
+
+class Replays:
+    """The rings of a recorder, one for every number of tokens, and what was captured into them.
+
+    ``slots``: replays that a ring holds between two drains; 0: nothing is recorded in graphs.
+    """
+
+    def __init__(self, slots: int, num_layers: int, weights: bool) -> None:
+        self.slots = slots
+        self._num_layers, self._weights = num_layers, weights
+        self._rings: dict[tuple[int, torch.device], ReplayRing] = {}
+        self._ticks: dict[torch.device, torch.Tensor] = {}
+        self._captures: list[Capture] = []
+        self._open: Capture | None = None
+        self._notes: list[Annotation] = []
+        self._first_tick = 1
+
+    def prepare(self, tokens: int, top_k: int, device: torch.device) -> None:
+        """Make the ring for forward passes of this shape, before a graph of one is captured."""
+        key = (tokens, device)
+        if not self.slots or not tokens or key in self._rings:
+            return
+        if device not in self._ticks:
+            with torch.inference_mode(False):
+                self._ticks[device] = torch.zeros(1, dtype=torch.int64, device=device)
+        self._rings[key] = ReplayRing(
+            self.slots, self._num_layers, tokens, top_k, device, self._weights
+        )
+
+    def add(
+        self,
+        places: tuple[int, ...],
+        module: Any,
+        ids: torch.Tensor,
+        weights: torch.Tensor | None,
+        shape: tuple[int, int] | None,
+        annotation: Annotation,
+    ) -> bool:
+        """Write the picks of a layer into the graph that is being captured; False: no ring."""
+        capture = self._open
+        seen = [] if capture is None else [known for known, _, _ in capture.layers]
+        layer = next((place for place in places if place not in seen), None)
+        if capture is None or layer is None:
+            layer = places[0]
+            ring = self._rings.get((len(ids), ids.device))
+            if ring is None or ids.shape[1] > ring.ids.shape[3]:
+                return False
+            number = len(self._captures)
+            capture = self._open = Capture(
+                number=number,
+                annotation=Annotation(stage=annotation.stage),
+                shape=shape,
+                training=module.training,
+                ring=ring,
+                slot=ring.begin(number, self._ticks[ids.device]),
+            )
+            self._captures.append(capture)
+            if ring not in _KEPT:
+                _KEPT.append(ring)
+        if len(ids) != capture.ring.tokens or ids.shape[1] > capture.ring.ids.shape[3]:
+            return False
+        capture.ring.write(capture.slot, layer, ids, weights)
+        capture.layers.append((layer, ids.shape[1], module))
+        return True
+
+    def end(self) -> None:
+        """The forward pass that was captured is over."""
+        self._open = None
+
+    def note(self, annotation: Annotation) -> None:
+        """Label the replay that was launched last."""
+        self._notes.append(annotation)
+
+    def drain(self) -> tuple[list[tuple[Replayed, Annotation]], int, int]:
+        """Return the replays since the last call with their labels, in the order in which they ran,
+        the tokens that were overwritten, and in how many replays.
+
+        Labels are those of ``note`` where every replay had one; else nothing but the stage that
+        was in force at the capture. Waits for the device.
+        """
+        found: list[Replayed] = []
+        tokens = replays = 0
+        for ring in self._rings.values():
+            new, lost = ring.drain(self._captures)
+            found += new
+            replays += lost
+            tokens += lost * ring.tokens
+        found.sort(key=lambda replayed: replayed.tick)
+        notes, self._notes = self._notes, []
+        ran = len(found) + replays
+        first, self._first_tick = self._first_tick, self._first_tick + ran
+        if len(notes) != ran:
+            return [(r, r.capture.annotation) for r in found], tokens, replays
+        return [(r, notes[r.tick - first]) for r in found], tokens, replays
+
+    @property
+    def notes(self) -> int:
+        """Labels that wait for their replays."""
+        return len(self._notes)
+
+    @property
+    def captured(self) -> bool:
+        """Whether a graph records."""
+        return bool(self._captures)
+
+
+class HostPicks:
+    """Picks that lie on the host, with the methods of a ring that a writer uses."""
+
+    def __init__(self, ids: np.ndarray, weights: np.ndarray | None) -> None:
+        self._arrays = [ids.reshape(-1)] + ([] if weights is None else [weights.reshape(-1)])
+
+    def read(self, offset: int, count: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """As ``Ring.read``."""
+        views = [array[offset : offset + count] for array in self._arrays]
+        return views[0], views[1] if len(views) > 1 else None
+
+    def release(self, end: int) -> None:
+        """Nothing waits for it."""
+
+
+def is_capturing(ids: torch.Tensor) -> bool:
+    """Whether what is run now goes into a CUDA graph and not to the device."""
+    return ids.is_cuda and torch.cuda.is_current_stream_capturing()
+
 
 logger = logging.getLogger(__name__)
 

@@ -110,7 +110,7 @@ def test_independent_pairs_are_those_of_shuffled_picks(routing_data, name):
 def test_count_coactivation_does_not_depend_on_threads(threads, monkeypatch):
     trace = make_trace(threads, num_tokens=60, top_k=3)
     expected = count_coactivation(trace).pairs
-    monkeypatch.setattr("moe_locality.placement.threads.processors", lambda: threads)
+    monkeypatch.setattr("moe_locality.placement.counting.processors", lambda: threads)
     found = count_coactivation(trace)
     np.testing.assert_array_equal(found.pairs, expected)
     np.testing.assert_array_equal(found.load, trace.load())

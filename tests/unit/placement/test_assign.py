@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from moe_locality.errors import PlacementError
-from moe_locality.placement import evaluate, solve
+from moe_locality.placement import counting, evaluate, solve
 from moe_locality.placement.problem import Problem
-from moe_locality.placement.search import assign, coactivation, load_noise
+from moe_locality.placement.search import coactivation, load_noise
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 from tests.unit.placement.cases import random_trace
@@ -57,8 +57,8 @@ def test_count_tables_are_the_counts_of_the_trace_whatever_the_threads(monkeypat
     trace = random_trace(rng, tokens=9000, layers=3, experts=10, top_k=3, requests=40)
     found = []
     for count in (1, 2):
-        monkeypatch.setattr("moe_locality.placement.threads.processors", lambda n=count: n)
-        found.append(assign.count_tables(trace.expert_ids, trace.request_id, 10))
+        monkeypatch.setattr("moe_locality.placement.counting.processors", lambda n=count: n)
+        found.append(coactivation.count_tables(trace.expert_ids, trace.request_id, 10))
     one, two = found
     for name in ("pairs", "unit_load", "load"):
         assert (getattr(one, name) == getattr(two, name)).all()
@@ -70,8 +70,8 @@ def test_count_tables_are_the_counts_of_the_trace_whatever_the_threads(monkeypat
         np.put_along_axis(picked, ids.astype(np.int64), 1, axis=1)  # -1 is the last column
         together = picked[:, :10].T @ picked[:, :10]
         np.fill_diagonal(together, 0)
-        assert (assign.pair_weight(one.pairs[layer]) == together).all()
-        assert (assign.pairs_of_layer(ids, 10) == together).all()
+        assert (counting.pair_weight(one.pairs[layer]) == together).all()
+        assert (counting.pairs_of_layer(ids, 10) == together).all()
         by_unit = np.zeros_like(one.unit_load[layer])
         np.add.at(by_unit, unit, picked[:, :10].astype(np.uint32))
         assert (one.unit_load[layer] == by_unit).all()
@@ -83,7 +83,7 @@ def test_place_layers_is_the_same_with_any_number_of_threads(monkeypatch):
     problem = problem_of(trace, ClusterTopology.uniform(4, 2), num_slots=24)
     placed = []
     for count in (1, 2, 5):
-        monkeypatch.setattr("moe_locality.placement.threads.processors", lambda n=count: n)
+        monkeypatch.setattr("moe_locality.placement.counting.processors", lambda n=count: n)
         placed.append(coactivation.place_layers(problem))
     assert placed[0].rows == placed[1].rows == placed[2].rows
     assert placed[0].expected == placed[1].expected == placed[2].expected
@@ -93,13 +93,13 @@ def test_place_at_a_higher_price_finds_level_placements_and_refining_pays():
     rng = np.random.default_rng(2)
     trace = random_trace(rng, tokens=4000, layers=1, experts=32, top_k=4, requests=200, skew=2)
     problem = problem_of(trace, ClusterTopology.uniform(4, 2))
-    tables = assign.count_tables(trace.expert_ids, trace.request_id, 32)
-    layer = assign.make_layer(problem, tables, 0)
-    tried = assign.fixed_candidates(layer)
-    found = [assign.searched(layer, tried, price, 1.5, 0) for price in (0.1, 1.0, 10.0)]
+    tables = coactivation.count_tables(trace.expert_ids, trace.request_id, 32)
+    layer = coactivation.make_layer(problem, tables, 0)
+    tried = coactivation.fixed_candidates(layer)
+    found = [coactivation.searched(layer, tried, price, 1.5, 0) for price in (0.1, 1.0, 10.0)]
     assert [c.copies for c in found] == sorted(c.copies for c in found)
     assert [c.imbalance for c in found] == sorted((c.imbalance for c in found), reverse=True)
-    better = assign.refined(layer, found[1], 1.0, 1.5, 0)
+    better = coactivation.refined(layer, found[1], 1.0, 1.5, 0)
     assert np.bincount(better.node_of).tolist() == [8] * 4
     cost, before = (c.copies + 1.0 * c.imbalance for c in (better, found[1]))
     assert cost <= before + 2e-3  # the search draws fewer samples than the rating
@@ -109,8 +109,8 @@ def test_layers_share_what_imbalance_is_allowed():
     rng = np.random.default_rng(9)
     trace = random_trace(rng, tokens=4000, layers=3, experts=16, top_k=4, requests=400)
     problem = problem_of(trace, ClusterTopology.uniform(4, 1))
-    tables = assign.count_tables(trace.expert_ids, trace.request_id, 16)
-    layers = [assign.make_layer(problem, tables, layer) for layer in range(3)]
+    tables = coactivation.count_tables(trace.expert_ids, trace.request_id, 16)
+    layers = [coactivation.make_layer(problem, tables, layer) for layer in range(3)]
     copies = []
     for most in (1.02, 1.05, 1.1, 1.2):
         found, allowed, _ = coactivation.place_on_nodes(layers, most, [0, 1, 2])

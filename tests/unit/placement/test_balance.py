@@ -113,7 +113,7 @@ def test_balance_is_the_same_with_any_number_of_threads(monkeypatch):
     load = np.random.default_rng(0).random((20, 32)) ** 3
     tables = []
     for count in (1, 2, 5):
-        monkeypatch.setattr("moe_locality.placement.threads.processors", lambda n=count: n)
+        monkeypatch.setattr("moe_locality.placement.counting.processors", lambda n=count: n)
         tables.append(balance(load, 2, 4, 40))
     np.testing.assert_array_equal(tables[0], tables[1])
     np.testing.assert_array_equal(tables[0], tables[2])

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_locality.placement.search import load_noise
-from moe_locality.placement.search.assign import lightest_first
+from moe_locality.placement.search.coactivation import lightest_first
 
 
 class Some(NamedTuple):

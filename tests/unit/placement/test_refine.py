@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from moe_locality.placement.counting import pairs_of_layer
 from moe_locality.placement.search import load_noise, swaps
-from moe_locality.placement.search.assign import pairs_of_layer
 from moe_locality.placement.search.swaps import anneal, patterns, refine_exact
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from moe_locality.placement import evaluate, solve
 from moe_locality.placement.plan import PlacementPlan, choose_serving_nodes
-from moe_locality.placement.search import assign, load_noise, replica_moves, replicas
+from moe_locality.placement.search import coactivation, load_noise, replica_moves, replicas
 from moe_locality.topology import ClusterTopology
 from tests.unit.placement.cases import random_trace
 
@@ -242,7 +242,7 @@ def begun(trace, nodes, slots, home, limit, seed):
     """The greedy start from experts in linear order."""
     ids = np.ascontiguousarray(trace.expert_ids[:, 0])
     experts, load = trace.num_experts, trace.load()[0].astype(float)
-    tables = assign.count_tables(trace.expert_ids, trace.request_id, experts)
+    tables = coactivation.count_tables(trace.expert_ids, trace.request_id, experts)
     noise = load_noise.noise_of(tables.unit_load[0])
     node_of = np.arange(experts) // (experts // nodes)
     return replicas.begin(ids, node_of, load, home, slots, noise, limit, seed)

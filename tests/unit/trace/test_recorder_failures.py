@@ -17,7 +17,7 @@ import torch
 from moe_locality.errors import TraceError
 from moe_locality.trace import parquet, read_trace
 from moe_locality.trace.recorder import RoutingRecorder, annotate, attach, writer
-from moe_locality.trace.recorder.ring import Ring, RingFull
+from moe_locality.trace.recorder.writer import Ring, RingFull
 from tests.recorder_models import MoeModel, inputs
 
 ROOT = Path(__file__).parents[3]
