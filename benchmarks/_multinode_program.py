@@ -5,7 +5,6 @@ gradient of every case are compared with those of one process.
 """
 
 import json
-import os
 import socket
 import sys
 import time
@@ -20,7 +19,7 @@ import torch.distributed as dist
 from _multinode_layers import Layer, build, distance, loss_of, reference, tokens
 from torch import Tensor, nn
 
-from moe_locality.compat import avoid_cpu_jit
+from moe_locality.compat import avoid_cpu_jit, end_distributed
 from moe_locality.dispatch.traffic import counters
 from moe_locality.dispatch.transport import ALL_KINDS
 from moe_locality.topology import ClusterTopology, discover_topology, prepare_groups
@@ -145,9 +144,7 @@ def main() -> None:
     dist.all_gather_object(everyone, mine)
     if dist.get_rank() == 0:
         Path(sys.argv[-1]).write_text(json.dumps(everyone))
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # threads of gloo may abort an interpreter that ends (pytorch issue 190489)
+    end_distributed()
 
 
 if __name__ == "__main__":

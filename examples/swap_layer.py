@@ -16,7 +16,7 @@ from deepspeed.moe.layer import MoE
 from torch import nn
 
 import moe_locality  # line 1 of 3
-from moe_locality.compat import avoid_cpu_jit
+from moe_locality.compat import avoid_cpu_jit, end_distributed
 
 DS_CONFIG = {
     "train_micro_batch_size_per_gpu": 8,
@@ -78,8 +78,8 @@ def main() -> None:
         print(f"layer {type(model.moe).__module__}.{type(model.moe).__name__}", flush=True)
         for step, loss in enumerate(losses):
             print(f"step {step} loss {loss:.6f}", flush=True)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    del model  # its layers hold process groups
+    end_distributed()
 
 
 if __name__ == "__main__":

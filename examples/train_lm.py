@@ -29,6 +29,7 @@ import torch.distributed as dist
 from lm import data, evaluation, training
 from lm.model import build_model, preset
 
+from moe_locality.compat import avoid_cpu_jit, end_distributed
 from moe_locality.tracking import git_commit
 
 
@@ -157,8 +158,6 @@ def start_distributed() -> None:
     """Join the process group; on a CPU, DeepSpeed must not compile its shared-memory op for it."""
     training.share_cores()
     if not torch.cuda.is_available():
-        from moe_locality.compat import avoid_cpu_jit
-
         avoid_cpu_jit()
     deepspeed.init_distributed(verbose=False)
 
@@ -327,8 +326,7 @@ def run() -> None:
         sys.stdout.flush()
         os._exit(1)
     if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+        end_distributed()
 
 
 if __name__ == "__main__":

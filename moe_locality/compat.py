@@ -8,6 +8,7 @@ PyPI's ``apex`` is a toolkit for web applications and has nothing to do with NVI
 it is recognized by its files.
 """
 
+import gc
 import importlib.util
 import types
 from collections.abc import Sequence
@@ -52,7 +53,27 @@ def avoid_cpu_jit() -> None:
     """
     import deepspeed.ops
 
+    # its functions have the default group as default argument: imported later (every optimizer
+    # does, with torch._dynamo) they would keep it for ever, see end_distributed
+    import torch.distributed.nn  # noqa: F401
+
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def end_distributed() -> None:
+    """End all process groups, and with gloo their threads. Collective; the last call of a program.
+
+    A group ends when nothing holds it: whatever holds the engine or its model has to be gone, and
+    on a CPU :func:`avoid_cpu_jit` has to come before the groups are made. A thread of gloo that is
+    left may drop the tensor of its last collective while the interpreter ends, which aborts the
+    process (``terminate called without an active exception``).
+    """
+    import deepspeed.comm
+    import torch.distributed as dist
+
+    gc.collect()  # an engine is part of reference cycles
+    dist.barrier()
+    deepspeed.comm.destroy_process_group()  # torch's alone leaves the groups to DeepSpeed's globals
 
 
 def init_stock_moe(stock: type, module: Any, *args: Any, **kwargs: Any) -> None:

@@ -12,8 +12,9 @@ import logging
 import os
 import pickle
 import socket
+import weakref
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -55,8 +56,10 @@ logger = logging.getLogger(__name__)
 _READ_LIMIT = timedelta(seconds=30)
 """How long the first rank waits for the others to have read what was exchanged."""
 
+_KINDS = ("ep", "edp", "intra_node", "inter_node")
+
 _exchanges: Counter[str] = Counter()
-_built: dict[str, "ExpertParallelGroups"] = {}
+_built: dict[str, Callable[[], "ExpertParallelGroups | None"]] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,20 +126,32 @@ def build_groups(layout: GroupLayout) -> ExpertParallelGroups:
         TopologyError: on all ranks, when the layouts of two ranks differ or are not for this world.
     """
     digest = layout.digest()
-    reuse = _alive(_built.get(digest))
-    answers = exchange_objects((digest, layout.num_ranks, reuse))
+    found = _built.get(digest, lambda: None)()
+    answers = exchange_objects((digest, layout.num_ranks, _alive(found)))
     _check_agreement([answer[:2] for answer in answers], len(answers))
-    if all(answer[2] for answer in answers):
-        return _built[digest]
+    if found is not None and all(answer[2] for answer in answers):
+        return found
     groups = {ranks: _new_group(ranks) for ranks in _in_one_order(layout)}
-    mine = {
-        name: group_of(getattr(layout, f"{name}_groups"), dist.get_rank())
-        for name in ("ep", "edp", "intra_node", "inter_node")
-    }
+    mine = {name: group_of(getattr(layout, f"{name}_groups"), dist.get_rank()) for name in _KINDS}
     fields: dict[str, Any] = {f"{name}_group": groups[ranks] for name, ranks in mine.items()}
     fields |= {f"{name}_ranks": ranks for name, ranks in mine.items()}
-    built = ExpertParallelGroups(layout=layout, **fields)
-    _built[digest] = built
+    return _remember(ExpertParallelGroups(layout=layout, **fields))
+
+
+def _remember(built: ExpertParallelGroups) -> ExpertParallelGroups:
+    """Let later calls find the groups, as long as torch has them.
+
+    Weak references: one that is kept past ``destroy_process_group`` keeps the threads of the group,
+    which can abort the interpreter at its end (``compat.end_distributed``).
+    """
+    groups = {f"{name}_group": weakref.ref(getattr(built, f"{name}_group")) for name in _KINDS}
+    rest = dataclasses.replace(built, **dict.fromkeys(groups))
+
+    def recall() -> ExpertParallelGroups | None:
+        found: dict[str, Any] = {name: group() for name, group in groups.items()}
+        return dataclasses.replace(rest, **found) if all(found.values()) else None
+
+    _built[built.layout.digest()] = recall
     return built
 
 
@@ -163,7 +178,7 @@ def _alive(built: ExpertParallelGroups | None) -> bool:
     if built is None:
         return False
     try:
-        for name in ("ep", "edp", "intra_node", "inter_node"):
+        for name in _KINDS:
             ranks = dist.get_process_group_ranks(getattr(built, f"{name}_group"))
             if tuple(ranks) != getattr(built, f"{name}_ranks"):
                 return False
@@ -235,15 +250,16 @@ def prepare_groups(
     result: dict[int, ExpertParallelGroups] = {}
     for layout in layouts:
         built = dataclasses.replace(build_groups(layout), topology=topology)
-        result[layout.ep_size] = _built[layout.digest()] = built
-        register_with_deepspeed(result[layout.ep_size], layout.ep_size)
+        result[layout.ep_size] = _remember(built)
+        register_with_deepspeed(built, layout.ep_size)
     return result
 
 
 def built_groups(ep_ranks: Sequence[int]) -> ExpertParallelGroups | None:
     """Return the groups of this rank whose EP group has these ranks, if they were built."""
     wanted = tuple(sorted(ep_ranks))
-    return next((g for g in _built.values() if g.ep_ranks == wanted and _alive(g)), None)
+    built = (recall() for recall in _built.values())
+    return next((g for g in built if g is not None and g.ep_ranks == wanted and _alive(g)), None)
 
 
 # -- the cluster -----------------------------------------------------------------------------------

@@ -110,13 +110,38 @@ def launch(script: Path, *arguments: str, limit_s: float = 200) -> subprocess.Co
     )
 
 
+COUNTS_THREADS_AT_THE_END = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {examples!r})
+import train_lm
+
+def threads_of_gloo():
+    names = (file.read_text() for file in Path("/proc/self/task").glob("*/comm"))
+    return sum("gloo" in name for name in names)
+
+end = train_lm.end_distributed
+
+def end_distributed():
+    before = threads_of_gloo()
+    end()
+    print(f"threads of gloo: some {{before > 0}}, then {{threads_of_gloo()}}", flush=True)
+
+train_lm.end_distributed = end_distributed
+train_lm.run()
+"""
+
+
 @pytest.mark.slow
 def test_train_record_stop_resume_and_evaluate_under_the_launcher(tmp_path):
+    """And both runs end clean: a thread of gloo that outlives its group may abort the process."""
+    script = tmp_path / "train_and_count.py"
+    script.write_text(COUNTS_THREADS_AT_THE_END.format(examples=str(SCRIPT.parent)))
     checkpoint, trace = tmp_path / "checkpoint", tmp_path / "trace"
     common = ("--preset", "tiny", "--steps", "6", "--num-nodes", "2")
 
     first = launch(
-        SCRIPT,
+        script,
         *(*common, "--layer", "stock", "--out", str(tmp_path / "whole")),
         *("--trace", str(trace), "--trace-from", "5", "--save-checkpoint", str(checkpoint)),
     )
@@ -130,11 +155,13 @@ def test_train_record_stop_resume_and_evaluate_under_the_launcher(tmp_path):
     assert recorded.filter(stages=[TRAIN]).request_ids.max() < 4 * 64
 
     again = launch(
-        SCRIPT,
+        script,
         *(*common, "--layer", "locality", "--out", str(tmp_path / "again"), "--eval-only"),
         *("--load-checkpoint", str(checkpoint), "--continue-steps", "2"),
     )
     assert again.returncode == 0, again.stdout[-4000:]
+    for run in (first, again):
+        assert run.stdout.count("threads of gloo: some True, then 0") == 2
     rows = [read_evaluation(tmp_path / name / "evaluation.npz") for name in ("whole", "again")]
     found = compare_evaluations(*rows)
     assert found["max_logit_difference"] < 1e-4

@@ -20,6 +20,7 @@ if dist.get_rank() == 0:
     with open(sys.argv[-1], "w") as file:
         json.dump([found.to_dict(), told.to_dict()], file)
 dist.barrier()
+dist.destroy_process_group()
 """
 
 

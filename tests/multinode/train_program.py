@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 import moe_locality
-from moe_locality.compat import avoid_cpu_jit
+from moe_locality.compat import avoid_cpu_jit, end_distributed
 
 EXPERTS, TOP_K, WIDTH = 8, 4, 512
 TOKENS, STEPS = 192, 3
@@ -141,7 +141,7 @@ def main() -> None:
     torch.set_num_threads(1)
     what, out = sys.argv[-2], Path(sys.argv[-1])
     {"wire": wire, "until-broken": until_broken}[what](out)
-    dist.destroy_process_group()
+    end_distributed()
 
 
 if __name__ == "__main__":

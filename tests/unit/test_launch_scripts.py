@@ -193,7 +193,7 @@ import argparse, json, os
 import deepspeed, torch
 from deepspeed.moe.layer import MoE
 import moe_locality
-from moe_locality.compat import avoid_cpu_jit
+from moe_locality.compat import avoid_cpu_jit, end_distributed
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int)
@@ -228,6 +228,8 @@ if engine.global_rank == 0:
     placed = engine.moe_locality.plan is not None
     print("MY OWN:", json.dumps({"steps": args.steps, "placed": placed}), flush=True)
 engine.destroy()
+del engine, model
+end_distributed()
 """
 
 
