@@ -90,7 +90,7 @@ def build(case: dict[str, Any], sizes: dict[str, Any], topology: Any) -> tuple[A
 def build_auto_ep(
     case: dict[str, Any], sizes: dict[str, Any], dtype: torch.dtype
 ) -> tuple[Any, list[Layer]]:
-    """As ``deepspeed.initialize`` makes them of a Qwen3-MoE of transformers (5.0 to 5.22)."""
+    """As ``deepspeed.initialize`` makes them of a Qwen3-MoE of transformers."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     config = Qwen3MoeConfig(

@@ -123,9 +123,9 @@ def why_no_auto_ep() -> str | None:
         found = version("transformers")
     except PackageNotFoundError:
         found = "none"
-    if found != "none" and (5, 0) <= tuple(int(n) for n in found.split(".")[:2]) < (5, 23):
+    if found != "none" and int(found.split(".")[0]) >= 5:
         return None
-    return f"found transformers {found}, AutoEP of DeepSpeed 0.19.8 needs 5.0 to 5.22"
+    return f"found transformers {found}, AutoEP of DeepSpeed 0.19.8 needs 5.0 or newer"
 
 
 def step_cases(sizes: dict[str, Any], plan_path: str) -> list[dict[str, Any]]:

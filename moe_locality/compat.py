@@ -8,8 +8,10 @@ PyPI's ``apex`` is a toolkit for web applications and has nothing to do with NVI
 it is recognized by its files.
 """
 
+import functools
 import gc
 import importlib.util
+import inspect
 import types
 from collections.abc import Sequence
 from importlib import metadata
@@ -74,6 +76,34 @@ def end_distributed() -> None:
     gc.collect()  # an engine is part of reference cycles
     dist.barrier()
     deepspeed.comm.destroy_process_group()  # torch's alone leaves the groups to DeepSpeed's globals
+
+
+def let_auto_ep_read_recorders() -> bool:
+    """Let DeepSpeed's AutoEP run with transformers 5.23 and newer; return whether that was needed.
+
+    AutoEP (up to 0.19.8) asks the registry of output recorders for ``get(key, default)``. It was a
+    dict up to transformers 5.22; since then it is a subclass whose ``get`` takes a model alone, and
+    AutoEP ends in a TypeError. Here a second argument means the plain ``dict.get`` of before.
+    """
+    try:
+        from transformers.utils import output_capturing
+    except ImportError:
+        return False
+    registry = getattr(output_capturing, "_CAN_RECORD_REGISTRY", None)
+    kind = type(registry)
+    if kind is dict or not isinstance(registry, dict) or "get" not in vars(kind):
+        return False
+    own = kind.get
+    if len(inspect.signature(own, follow_wrapped=False).parameters) != 2:
+        return False
+
+    @functools.wraps(own)
+    def get(self: Any, key: Any, *default: Any) -> Any:
+        plain = default or isinstance(key, str)
+        return dict.get(self, key, *default) if plain else own(self, key)
+
+    kind.get = get
+    return True
 
 
 def init_stock_moe(stock: type, module: Any, *args: Any, **kwargs: Any) -> None:

@@ -20,6 +20,7 @@ WANTED = (
     ("torch", "2.10", "recording and running", "deepspeed"),
     ("deepspeed", "0.19.4", "running", "deepspeed"),
     ("transformers", "5.0", "Hugging Face models", "hf"),
+    ("accelerate", "1.0", "expert parallelism of Hugging Face models", "hf"),
     ("matplotlib", "3.8", "reports", "report"),
     ("wandb", "0.20", "tracking", "wandb"),
     ("mpi4py", "4", "clusters under MPI", "mpi"),
@@ -84,8 +85,8 @@ def _package(name: str, least: str, purpose: str, extra: str | None) -> dict[str
         problem = f"found {name} {found}, expected at least {least}: pip install -U {name}"
     elif found is None and extra is None and name != "triton":
         problem = f"found no {name}, which moe-locality needs: install moe-locality again"
-    elif name == "transformers" and found is not None and _numbers(found) >= (5, 23):
-        note = "for DeepSpeed's AutoEP, which breaks on 5.23: pip install 'transformers<5.23'"
+    elif name == "transformers" and found is not None and _numbers(found) < (5, 23):
+        note = "its own expert parallelism needs 5.23: pip install -U transformers"
     install = None if found or extra is None else f"pip install 'moe-locality[{extra}]'"
     return {
         "name": name,

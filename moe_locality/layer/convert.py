@@ -161,7 +161,9 @@ def initialize(*args: Any, **kwargs: Any) -> Any:
     _init_distributed(bound)
     section, ds_config, plan = _agree_on_inputs(bound)
     topology = None
-    if section.enabled and not _auto_ep(ds_config):
+    if _auto_ep(ds_config):
+        compat.let_auto_ep_read_recorders()
+    elif section.enabled:
         topology = _prepare_model(model, section, ds_config, plan, bound.get("mpu"))
         if plan is not None and not plan.is_permutation:
             args, kwargs = (), _with_replicas(bound)

@@ -122,8 +122,10 @@ def record_autoep(rank, _world, folder):
     import deepspeed
     from transformers import MixtralConfig, MixtralForCausalLM
 
+    from moe_locality import compat
     from moe_locality.trace.recorder import attach
 
+    compat.let_auto_ep_read_recorders()
     torch.manual_seed(0)
     model = MixtralForCausalLM(
         MixtralConfig(

@@ -196,3 +196,23 @@ def test_the_model_parallel_unit_is_where_deepspeed_keeps_it(monkeypatch):
     assert compat.model_parallel_unit() is None
     monkeypatch.setattr(groups, "mpu", "the unit")
     assert compat.model_parallel_unit() == "the unit"
+
+
+def test_let_auto_ep_read_recorders_gives_the_registry_the_get_of_a_dict(monkeypatch):
+    """What AutoEP asks works, what transformers asks stays, and a second call changes nothing."""
+    from transformers.utils import output_capturing
+
+    kind = type(output_capturing._CAN_RECORD_REGISTRY)
+    if kind is dict:
+        pytest.skip("this transformers has a plain dict: nothing to mend")
+    monkeypatch.setattr(kind, "get", getattr(kind.get, "__wrapped__", kind.get))  # as installed
+    registry, model = kind(), nn.Linear(1, 1)
+    registry[model] = {"router_logits": 1}
+    assert compat.let_auto_ep_read_recorders()
+    assert not compat.let_auto_ep_read_recorders()
+    missing = object()
+    assert registry.get("no such class", missing) is missing
+    assert registry.get("no such class") is None
+    assert registry.get(str(nn.Linear), missing) == {"router_logits": 1}
+    assert registry.get(model) == {"router_logits": 1}
+    assert registry.get(nn.Bilinear(1, 1, 1)) == {}
