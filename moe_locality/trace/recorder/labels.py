@@ -464,8 +464,8 @@ class Sequences:
         shape = _tokens_shape(given)
         if shape is None or explicit.stage == "decode" or explicit.positions is not None:
             return explicit
-        cache: Any = given.get("past_key_values")
-        if not hasattr(cache, "get_seq_length") or module.training:
+        cache = _cache_of(given)
+        if cache is None or module.training:
             return _without_cache(given, shape, explicit, self._new_requests)
         past = int(cache.get_seq_length())
         keep = _mask_of(given, shape, past, explicit)
@@ -506,10 +506,10 @@ class Sequences:
 
     def returned(self, module: Any, output: Any, given: dict[str, Any], ids: np.ndarray) -> None:
         """Note a cache that a forward pass made itself: a loop by hand goes on with it."""
-        cache, shape = getattr(output, "past_key_values", None), _tokens_shape(given)
+        cache, shape = _cache_of(getattr(output, "__dict__", {})), _tokens_shape(given)
         if module.training or shape is None or len(ids) != shape[0]:
             return
-        if hasattr(cache, "get_seq_length") and cache not in self._known:
+        if cache is not None and cache not in self._known:
             self._known[cache] = Generation(
                 request_ids=ids,
                 next_position=_mask_of(given, shape, 0, Annotation()).sum(1),
@@ -527,6 +527,12 @@ def named_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     ]
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _cache_of(named: dict[str, Any]) -> Any:
+    """The cache among arguments or outputs; transformers 5.24 renamed it ``cache``."""
+    found = (named.get(name) for name in ("cache", "past_key_values"))
+    return next((cache for cache in found if hasattr(cache, "get_seq_length")), None)
 
 
 def _tokens_shape(given: dict[str, Any]) -> tuple[int, int] | None:

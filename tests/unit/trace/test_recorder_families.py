@@ -116,6 +116,8 @@ def test_attach_mxfp4_experts_of_gpt_oss(tmp_path, monkeypatch):
         def forward(self, hidden_states, routing_data, gather_idx, scatter_idx):
             return hidden_states
 
+        forward_routed = forward  # its name since transformers 5.24
+
     def routing(logits, top_k):
         seen.append(largest(logits, top_k).softmax(1).detach())
         return None, None, None
