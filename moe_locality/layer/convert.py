@@ -8,7 +8,7 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
@@ -23,6 +23,7 @@ from moe_locality.dispatch.flat import check_overflow
 from moe_locality.dispatch.traffic import reset_traffic, traffic_report
 from moe_locality.errors import ConfigError, MoeLocalityError, PlacementError, TopologyError
 from moe_locality.layer.agreement import all_succeed
+from moe_locality.layer.slots import check_nodes
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.topology.groups import discover_topology, exchange_objects, prepare_groups
@@ -311,36 +312,6 @@ def _refuse_plan_with_auto_ep(ds_config: dict[str, Any]) -> None:
         )
 
 
-def _check_nodes(
-    plan: PlacementPlan, topology: ClusterTopology, ep_groups: Sequence[Sequence[int]]
-) -> None:
-    """Raise where no expert group lies on nodes as the plan's ranks do; warn where only some do.
-
-    Every rank sees all groups, so all ranks decide alike.
-    """
-
-    def pattern(nodes: Iterable[int]) -> list[int]:
-        seen: dict[int, int] = {}
-        return [seen.setdefault(int(node), len(seen)) for node in nodes]
-
-    wanted = pattern(plan.node_of_rank)
-    found = [pattern(topology.node_of(rank) for rank in ranks) for ranks in ep_groups]
-    if wanted not in found:
-        raise PlacementError(
-            f"found a plan for expert groups on nodes {wanted} (one number per rank), expected "
-            f"{found[0]} as on this cluster ({topology.describe()}): make a plan for it with "
-            "`moe-locality place`, or correct the cluster section"
-        )
-    others = sum(nodes != wanted for nodes in found)
-    if others:
-        logger.warning(
-            "moe_locality: %d of %d expert groups lie on nodes in another way than the plan's "
-            "ranks; there it saves less",
-            others,
-            len(found),
-        )
-
-
 def _prepare_model(
     model: nn.Module,
     section: MoeLocalityConfig,
@@ -368,7 +339,7 @@ def _prepare_model(
         try:
             groups = prepare_groups(topology, sizes, order)
             if plan is not None and plan.num_ranks in groups:
-                _check_nodes(plan, topology, groups[plan.num_ranks].layout.ep_groups)
+                check_nodes(plan, topology, groups[plan.num_ranks].layout.ep_groups)
         except TopologyError:  # on all ranks alike
             if plan is not None or section.cluster is not None:
                 raise

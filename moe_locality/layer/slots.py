@@ -5,7 +5,9 @@ logical expert of slot p. Without replicas, P is E and the array is a permutatio
 several slots (on as many ranks) has *replicas*.
 """
 
+import logging
 from collections import defaultdict, deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
@@ -14,6 +16,9 @@ import numpy as np
 
 from moe_locality.errors import PlacementError
 from moe_locality.placement.plan import PlacementPlan
+from moe_locality.topology.cluster import ClusterTopology
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,6 +105,36 @@ def check_is_permutation(plan: PlacementPlan) -> None:
             "expert: weights in files and in a running engine hold every expert once, replicas are "
             "made at the start: give the plan and the checkpoint as it is to "
             "moe_locality.initialize (or apply), or make a plan with num_redundant_experts=0"
+        )
+
+
+def check_nodes(
+    plan: PlacementPlan, topology: ClusterTopology, ep_groups: Sequence[Sequence[int]]
+) -> None:
+    """Raise where no expert group lies on nodes as the plan's ranks do; warn where only some do.
+
+    Every rank sees all groups, so all ranks decide alike.
+    """
+
+    def pattern(nodes: Iterable[int]) -> list[int]:
+        seen: dict[int, int] = {}
+        return [seen.setdefault(int(node), len(seen)) for node in nodes]
+
+    wanted = pattern(plan.node_of_rank)
+    found = [pattern(topology.node_of(rank) for rank in ranks) for ranks in ep_groups]
+    if wanted not in found:
+        raise PlacementError(
+            f"found a plan for expert groups on nodes {wanted} (one number per rank), expected "
+            f"{found[0]} as on this cluster ({topology.describe()}): make a plan for it with "
+            "`moe-locality place`, or correct the cluster section"
+        )
+    others = sum(nodes != wanted for nodes in found)
+    if others:
+        logger.warning(
+            "moe_locality: %d of %d expert groups lie on nodes in another way than the plan's "
+            "ranks; there it saves less",
+            others,
+            len(found),
         )
 
 

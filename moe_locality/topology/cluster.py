@@ -303,11 +303,18 @@ def layout_groups(
         ep_groups = _chunks(node_major, ep_size)
     else:
         ep_groups = list(zip(*_chunks(node_major, topology.num_ranks // ep_size), strict=True))
+    return layout_of(topology, ep_groups, order)
+
+
+def layout_of(
+    topology: ClusterTopology, ep_groups: Iterable[Sequence[int]], order: Order = "E+D"
+) -> GroupLayout:
+    """Return the layout of expert groups of one size that are given."""
     ep_groups = tuple(sorted(tuple(sorted(group)) for group in ep_groups))
     intra, inter = _node_groups(topology, ep_groups)
     _warn_of_different_shapes(topology, ep_groups)
     return GroupLayout(
-        ep_size=ep_size,
+        ep_size=len(ep_groups[0]),
         order=order,
         ep_groups=ep_groups,
         edp_groups=tuple(tuple(sorted(ranks)) for ranks in zip(*ep_groups, strict=True)),

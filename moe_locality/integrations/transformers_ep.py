@@ -1,0 +1,362 @@
+"""Expert parallelism of Hugging Face transformers (5.23 and newer) through our dispatch.
+
+``moe_locality.register(section)`` names the implementation, ``from_pretrained`` with
+``DistributedConfig(fsdp_size=N, ep_size=N, ep_implementation="moe_locality")`` builds it for every
+experts module, and ``moe_locality.apply(model)`` puts the plan into the loaded model. The router
+stays transformers' own and routes logical experts; weights move between ranks once.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from moe_locality.config import MoeLocalityConfig, read_config
+from moe_locality.dispatch.desync import CallPosition
+from moe_locality.dispatch.dispatcher import SlotMap, TokenDispatcher, run_moe
+from moe_locality.dispatch.hierarchical import Rails, find_rails, pays
+from moe_locality.errors import ConfigError, PlacementError
+from moe_locality.integrations.expert_rows import (
+    RowExchange,
+    expert_parameters,
+    fetch_copies,
+    in_order,
+    keep_checkpoints_logical,
+    layout_rows,
+)
+from moe_locality.layer.agreement import all_agree, all_succeed
+from moe_locality.layer.slots import check_nodes
+from moe_locality.placement.plan import PlacementPlan
+from moe_locality.topology.cluster import ClusterTopology, layout_of
+from moe_locality.topology.groups import build_groups, discover_topology, exchange_objects
+from moe_locality.trace.recorder.hooks import moe_layer_ids
+
+try:
+    from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
+except ImportError as error:
+    raise ConfigError(
+        f"found no expert-parallel implementations in transformers ({error}), expected transformers"
+        " 5.23 or newer with accelerate: pip install -U 'moe-locality[hf]'"
+    ) from error
+
+NAME = "moe_locality"
+logger = logging.getLogger(__name__)
+_registered = MoeLocalityConfig()
+
+
+def register(config: MoeLocalityConfig | dict[str, Any] | str | None = None) -> None:
+    """Let ``DistributedConfig(ep_implementation="moe_locality")`` name our exchange.
+
+    Call it before ``from_pretrained``.
+
+    Args:
+        config: the ``"moe_locality"`` section (a dict, or the path of a JSON file with it) for the
+            models that are built afterwards; the defaults without it. With a ``plan``, call
+            ``moe_locality.apply(model)`` when the model is loaded: it runs only then.
+
+    Raises:
+        ConfigError: the section is wrong, or has what this front end does not do.
+    """
+    global _registered
+    section = read_config(config)
+    _refuse_settings(section)
+    _registered = section
+    EPImplementationInterface.register(NAME, LocalityEP)
+
+
+def _refuse_settings(section: MoeLocalityConfig) -> None:
+    refused = {
+        "enabled": (not section.enabled, "name another ep_implementation"),
+        "experts": (section.experts != "auto", "choose experts_implementation in from_pretrained"),
+        "online": (section.online is not None, "leave it out"),
+        "tracking": (section.tracking is not None, "leave it out"),
+        "trace": (section.trace is not None, "call moe_locality.attach(model, path)"),
+    }
+    for name, (given, advice) in refused.items():
+        if given:
+            raise ConfigError(
+                f"found {name} in the section of a transformers model, expected cluster, dispatch, "
+                f"kernels and plan: {advice}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Copies:
+    """Slots of this rank whose experts have their row on another rank.
+
+    The first ``len(own)`` slots run the experts in the rows ``own``, the others the copies.
+    """
+
+    own: Tensor
+    exchange: RowExchange
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    """copies of an earlier forward pass without gradients"""
+
+
+class LocalityEP(EPImplementation):
+    """``EPImplementation`` of transformers over :func:`moe_locality.dispatch.run_moe`.
+
+    ``order [E]``: the logical expert in each row of the stacked parameters.
+    """
+
+    def __init__(self, experts: nn.Module, ep_mesh: Any, tp_mesh: Any) -> None:
+        super().__init__(experts, ep_mesh, tp_mesh)
+        self.experts = experts
+        self.group = ep_mesh.get_group()
+        self.num_experts = self.num_local_experts * ep_mesh.size()
+        self.order = np.arange(self.num_experts)
+        self.section = _registered
+        self.keeps_checkpoints = False
+        self.waits_for_plan = self.section.plan is not None
+        self.position = CallPosition()
+        self.topology: ClusterTopology | None = None
+        self.num_slots = self.num_experts
+        self.slot_map = SlotMap()
+        self.copies: _Copies | None = None
+        self.dispatcher: TokenDispatcher | None = None
+        experts.moe_locality_ep = self  # pyright: ignore[reportArgumentType]
+
+    @torch.compiler.disable
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """``([T, D], [T, K] logical ids, [T, K])`` to ``[T, D]``. Collective over the EP group."""
+        if self.waits_for_plan:
+            raise PlacementError(
+                f"found a forward pass before the plan {self.section.plan} was applied, expected "
+                "moe_locality.apply(model) first, right after from_pretrained"
+            )
+        if self.dispatcher is None:
+            self.dispatcher = self._make_dispatcher(top_k_index.shape[1])
+        num_tokens, width = hidden_states.shape
+        given = (hidden_states, top_k_index, top_k_weights)
+        if self.tp_mesh.size() > 1:  # the ranks of a TP group hold the same tokens
+            given = tuple(self._own_slice(tensor) for tensor in given)
+        x, ids, weights = given
+        out = run_moe(
+            self.dispatcher, x, ids.to(torch.int32), weights.float(), self._run_experts
+        ).to(hidden_states.dtype)
+        if self.tp_mesh.size() == 1:
+            return out
+        whole = DTensor.from_local(
+            out.contiguous(),
+            self.tp_mesh,
+            [Shard(0)],
+            shape=torch.Size((num_tokens, width)),
+            stride=(width, 1),
+        )
+        return whole.full_tensor()
+
+    def _own_slice(self, tensor: Tensor) -> Tensor:
+        whole = DTensor.from_local(tensor, self.tp_mesh, [Replicate()], run_check=False)
+        return whole.redistribute(self.tp_mesh, [Shard(0)]).to_local()
+
+    def _run_experts(self, rows: Tensor, tokens_per_slot: tuple[int, ...]) -> Tensor:
+        if self.copies is None:
+            return self._run(rows, tokens_per_slot, torch.arange(len(tokens_per_slot)))
+        own, copies = len(self.copies.own), self._copied_parameters()
+        number, first = len(tokens_per_slot) - own, sum(tokens_per_slot[:own])
+        results = self._run(rows[:first], tokens_per_slot[:own], self.copies.own)
+        if number == 0:  # gradients for the rows of this rank come from others
+            return results + 0 * sum(copy.sum() for copy in copies.values())
+        with self._parameters(copies, number):
+            more = self._run(rows[first:], tokens_per_slot[own:], torch.arange(number))
+        return torch.cat([results, more])
+
+    def _run(self, rows: Tensor, tokens_per_slot: tuple[int, ...], row_of_slot: Tensor) -> Tensor:
+        """Run transformers' experts on rows that are ordered by slot."""
+        if rows.shape[0] == 0:  # connected with the graph, for the exchanges of the backward pass
+            row = rows.new_zeros(1, rows.shape[1]) + rows.sum(0, keepdim=True)
+            first = torch.zeros(1, 1, dtype=torch.long, device=rows.device)
+            return self.experts_forward(row, first, torch.ones_like(first, dtype=rows.dtype))[:0]
+        ids = torch.repeat_interleave(row_of_slot, torch.tensor(tokens_per_slot))
+        ids = ids.to(rows.device)[:, None]
+        return self.experts_forward(rows, ids, torch.ones_like(ids, dtype=rows.dtype))
+
+    def _copied_parameters(self) -> dict[str, Tensor]:
+        """Return the parameters of the slots that are copies. Collective over the EP group."""
+        assert self.copies is not None
+        kept, exchange = self.copies.kept, self.copies.exchange
+        if kept and not torch.is_grad_enabled():
+            return kept
+        parameters: dict[str, Any] = self.experts._parameters
+        found = fetch_copies(parameters, exchange)
+        kept.clear()
+        if not torch.is_grad_enabled():
+            kept |= found
+        return found
+
+    @contextmanager
+    def _parameters(self, given: dict[str, Tensor], number: int) -> Iterator[None]:
+        """Let the experts module have other parameters, of ``number`` experts."""
+        experts: Any = self.experts
+        own, own_number = dict(experts._parameters), experts.num_experts
+        experts._parameters.update(given)
+        experts.num_experts = number
+        try:
+            yield
+        finally:
+            experts._parameters.update(own)
+            experts.num_experts = own_number
+
+    def _make_dispatcher(self, top_k: int) -> TokenDispatcher:
+        if self.topology is None:
+            self.topology = discover_topology(cluster_config=self.section.cluster)
+        made = TokenDispatcher(
+            self.group,
+            self.topology,
+            num_slots=self.num_slots,
+            num_ranks=self.ep_mesh.size(),
+            config=self.section.dispatch,
+            kernels=self.section.kernels,
+            rails=self._rails(self.topology, top_k),
+            position=self.position,
+            slot_map=self.slot_map,
+        )
+        self.experts.traffic = made.traffic  # pyright: ignore[reportArgumentType]
+        return made
+
+    def _rails(self, topology: ClusterTopology, top_k: int) -> Rails | None:
+        """Return the position of this rank among the nodes, when the exchange needs it."""
+        ranks = tuple(dist.get_process_group_ranks(self.group))
+        exchange = self.section.dispatch.exchange
+        if exchange not in ("auto", "hierarchical") or len(ranks) == 1:
+            return None
+        if exchange == "auto" and not pays(ranks, topology, self.num_slots, top_k):
+            return None
+        everyone = {tuple(sorted(ranks)) for ranks in exchange_objects(ranks)}
+        groups = build_groups(layout_of(topology, everyone))
+        return find_rails(groups, topology, self.num_slots)
+
+    def keep_checkpoints_logical(self) -> None:
+        """Let state dicts of the experts be in the order of the logical experts, from now on."""
+        if not self.keeps_checkpoints:
+            keep_checkpoints_logical(self.experts, lambda: self.order, self.group)
+            self.keeps_checkpoints = True
+
+    def place(
+        self, name: str, slot_to_logical: np.ndarray, serving: np.ndarray, num_slots: int
+    ) -> None:
+        """Move the experts to their slots. Collective over the EP group.
+
+        ``serving [E]``: the slot of the plan that serves each expert for tokens of this rank.
+        """
+        me, size = dist.get_rank(self.group), self.ep_mesh.size()
+        order, copies = slot_to_logical.astype(np.int64), None
+        if num_slots > self.num_experts:
+            layout = layout_rows(order, size, me)
+            order, serving = layout.order, layout.slots[serving]
+            copies = _Copies(
+                own=torch.from_numpy(layout.own),
+                exchange=RowExchange.of(layout.wanted, self.num_experts // size, self.group),
+            )
+        if (order != self.order).any():
+            for parameter in expert_parameters(self.experts, name).values():
+                moved = in_order(parameter, self.order, order, self.group)
+                with torch.no_grad():
+                    parameter.to_local().copy_(moved.to_local())
+        self.order, self.copies, self.num_slots = order, copies, num_slots
+        identity = bool((serving == np.arange(self.num_experts)).all())
+        self.slot_map = SlotMap(None if identity else serving.astype(np.int64))
+        self.dispatcher, self.waits_for_plan = None, False
+
+
+def expert_layers(model: nn.Module) -> list[tuple[str, LocalityEP]]:
+    """Return (name, implementation) of every experts module that exchanges through ours."""
+    found = ((name, getattr(m, "moe_locality_ep", None)) for name, m in model.named_modules())
+    return [(name, layer) for name, layer in found if isinstance(layer, LocalityEP)]
+
+
+def apply(
+    model: nn.Module,
+    config: MoeLocalityConfig | dict[str, Any] | str | None = None,
+    *,
+    plan: PlacementPlan | None = None,
+    topology: ClusterTopology | None = None,
+) -> nn.Module:
+    """Put section and plan into a model that ``from_pretrained`` has spread over the ranks.
+
+    Collective; call it after ``from_pretrained`` and before the optimizer is made. The experts
+    move between the ranks once, layer by layer; state dicts stay in the order of the logical
+    experts. On one rank transformers builds no expert parallelism: nothing changes there.
+
+    Args:
+        config: default: the section that ``register`` was given.
+        plan: default: the plan that the section names.
+        topology: node of every rank. Default: from the section's ``cluster``, or asked from all.
+
+    Raises:
+        ConfigError, PlacementError, TopologyError: on all ranks; nothing has moved then.
+    """
+    layers = expert_layers(model)
+    if not layers:
+        return _without_layers(model)
+    section = layers[0][1].section if config is None else read_config(config)
+    topology = topology or discover_topology(cluster_config=section.cluster)
+    ep_groups = exchange_objects(dist.get_process_group_ranks(layers[0][1].group))
+
+    def check() -> tuple[PlacementPlan | None, list[int]]:
+        _refuse_settings(section)
+        found = PlacementPlan.read(section.plan) if plan is None and section.plan else plan
+        return found, [] if found is None else _rows_for(model, layers, found, topology, ep_groups)
+
+    plan, rows = all_succeed(check)
+    all_agree("moe_locality sections", section.model_dump_json())
+    all_agree("placement plans", "none" if plan is None else plan.digest())
+    for number, (name, layer) in enumerate(layers):
+        layer.section, layer.topology, layer.dispatcher = section, topology, None
+        layer.position.number, layer.position.name = number, name
+        if plan is not None:
+            me, row = dist.get_rank(layer.group), rows[number]
+            serving = plan.serving_slot()[row, me]
+            layer.place(name, plan.physical_to_logical_map[row], serving, plan.num_slots)
+            layer.keep_checkpoints_logical()
+    if dist.get_rank() == 0:
+        logger.warning(
+            "moe_locality: %d MoE layers of %s exchange their tokens (exchange %s, %s plan)",
+            len(layers),
+            type(model).__name__,
+            section.dispatch.exchange,
+            "no" if plan is None else "a",
+        )
+    return model
+
+
+def _without_layers(model: nn.Module) -> nn.Module:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        logger.warning(
+            "moe_locality: on one rank %s is transformers' own model: there is nothing to exchange",
+            type(model).__name__,
+        )
+        return model
+    raise ConfigError(
+        f"found no experts in {type(model).__name__} that exchange through moe_locality, expected "
+        "a model that was loaded with DistributedConfig(fsdp_size=N, ep_size=N, "
+        'ep_implementation="moe_locality") after moe_locality.register()'
+    )
+
+
+def _rows_for(
+    model: nn.Module,
+    layers: list[tuple[str, LocalityEP]],
+    plan: PlacementPlan,
+    topology: ClusterTopology,
+    ep_groups: list[list[int]],
+) -> list[int]:
+    """Return the row of the plan for each layer; raise where plan and model do not fit."""
+    for name, layer in layers:
+        plan.check_fits(num_experts=layer.num_experts, num_ranks=layer.ep_mesh.size())
+        for key, parameter in expert_parameters(layer.experts, name).items():
+            if parameter.to_local().shape[0] * layer.ep_mesh.size() != layer.num_experts:
+                raise ConfigError(
+                    f"found {name}.{key} split over several copies of its expert group, expected "
+                    "ep_size = fsdp_size * tp_size: a plan needs every expert whole on one rank; "
+                    "raise ep_size, or leave the plan out"
+                )
+    check_nodes(plan, topology, ep_groups)
+    return plan.rows_for(moe_layer_ids(model, [name for name, _ in layers]), len(layers))
