@@ -7,8 +7,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moe_locality.integrations import apply, register
     from moe_locality.layer.bake import bake_checkpoint
-    from moe_locality.layer.convert import apply, initialize
+    from moe_locality.layer.convert import initialize
     from moe_locality.layer.expert_store import store_experts
     from moe_locality.layer.moe import MoE
     from moe_locality.layer.relabeling import relabel
@@ -22,8 +23,9 @@ __version__ = "0.1.0"
 
 _LAZY_IMPORTS = {
     "MoE": "moe_locality.layer.moe",
-    "apply": "moe_locality.layer.convert",
+    "apply": "moe_locality.integrations",
     "initialize": "moe_locality.layer.convert",
+    "register": "moe_locality.integrations",
     "relabel": "moe_locality.layer.relabeling",
     "bake_checkpoint": "moe_locality.layer.bake",
     "relabel_state_dict": "moe_locality.layer.state_dict",
@@ -58,6 +60,7 @@ __all__ = [
     "import_trace",
     "initialize",
     "read_trace",
+    "register",
     "relabel",
     "relabel_state_dict",
     "solve",

@@ -38,6 +38,7 @@ FLOORS = {
     "moe_locality.dispatch": 4,
     "moe_locality.layer": 5,
     "moe_locality.serving": 5,
+    "moe_locality.integrations": 5.5,
     "moe_locality.tracking": 1,
     "moe_locality.report": 6,
     "moe_locality.figures": 6,
@@ -55,7 +56,7 @@ MODULE_LEVEL = {
     "torch": 3,
     "deepspeed": 5,
     "triton": None,
-    "transformers": None,
+    "transformers": 5.5,
     "wandb": None,
     "matplotlib": None,
     "mpi4py": None,
@@ -74,8 +75,9 @@ MAX_FUNCTION_LINES = 60
 MIN_LINES = 80
 
 # A budget of the whole package. Who needs more raises it here, and says what for.
-MAX_FILES = 117
-MAX_TOTAL_LINES = 37_000
+# Front ends for transformers and AutoEP: 6 files and 2,000 lines.
+MAX_FILES = 123
+MAX_TOTAL_LINES = 39_000
 
 
 def module_name(path: Path) -> str:

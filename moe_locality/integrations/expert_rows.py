@@ -10,8 +10,9 @@ Where experts have replicas, each expert has one row, which the optimizer trains
 that are fetched from it (:func:`fetch_copies`); gradients of all copies are added to that row.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,8 +21,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from moe_locality.errors import ConfigError, PlacementError
+from moe_locality.layer.agreement import gather_answers
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -48,7 +51,10 @@ class RowExchange:
         """``wanted[g]``: the rows, numbered over the group, that rank g wants, in its order."""
         me = dist.get_rank(group)
         owners = [rows // rows_per_rank for rows in wanted]
-        sent = [rows[owner == me] - me * rows_per_rank for rows, owner in zip(wanted, owners, strict=True)]
+        sent = [
+            rows[owner == me] - me * rows_per_rank
+            for rows, owner in zip(wanted, owners, strict=True)
+        ]
         mine = owners[me]
         arrival = np.argsort(mine, kind="stable")
         return cls(
@@ -197,20 +203,52 @@ def in_order(
     )
 
 
-def keep_checkpoints_logical(
-    experts: nn.Module, order: Callable[[], np.ndarray], group: "ProcessGroup"
-) -> None:
+@dataclass(eq=False, slots=True, kw_only=True, weakref_slot=True)
+class RowOrder:
+    """Which expert each row of an experts module holds: ``order [E]``, over ``group``.
+
+    ``kept``: copies that forward passes without gradients use again, until the rows change.
+    """
+
+    experts: nn.Module
+    name: str
+    order: np.ndarray
+    group: "ProcessGroup"
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+    def relayed(self, tensor: DTensor, leaving: bool) -> DTensor:
+        """Return ``tensor`` in logical order (``leaving``), or in that of the rows. Collective."""
+        logical = np.arange(len(self.order))
+        current, target = (self.order, logical) if leaving else (logical, self.order)
+        return in_order(tensor, current, target, self.group)
+
+    @property
+    def is_identity(self) -> bool:
+        return bool((self.order == np.arange(len(self.order))).all())
+
+
+def all_ranks_are_here(what: str) -> None:
+    """Raise where only some ranks read or write a state dict, instead of waiting for ever."""
+    advice = (
+        f"With a plan, {what} is collective: call it on every rank. The optimizer of a Trainer is "
+        "saved by rank 0 alone, without the experts of the others: set save_only_model=True, and "
+        "save it with transformers.distributed.checkpoint.save_optimizer_distributed"
+    )
+    gather_answers(None, what, _STATE_DICT_TIMEOUT_S, advice)
+
+
+def keep_checkpoints_logical(rows: RowOrder, first: bool) -> None:
     """Let ``state_dict`` and ``load_state_dict`` of a module see its experts in logical order.
 
-    ``order()`` is the expert of each row at that time. Both become collective over the group.
+    Both become collective; the ``first`` module of a model checks that all ranks are there.
     """
 
     def reordered(state: dict[str, Any], prefix: str, leaving: bool) -> None:
-        rows, logical = order(), np.arange(len(order()))
-        if (rows == logical).all():
+        if first:
+            all_ranks_are_here("state_dict()" if leaving else "load_state_dict()")
+        if rows.is_identity:
             return
-        current, target = (rows, logical) if leaving else (logical, rows)
-        parameters: Any = experts.named_parameters()
+        parameters: Any = rows.experts.named_parameters()
         for key, parameter in parameters:
             value = state.get(prefix + key)
             if value is None:
@@ -221,13 +259,88 @@ def keep_checkpoints_logical(
                     "split as the model's, to put its experts in the order of the plan: load it "
                     "with torch.distributed.checkpoint, or before moe_locality.apply"
                 )
-            state[prefix + key] = in_order(value, current, target, group)
+            state[prefix + key] = rows.relayed(value, leaving)
 
     def after_save(_module: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
         reordered(state, prefix, leaving=True)
 
     def before_load(_module: Any, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
+        rows.kept.clear()
         reordered(state, prefix, leaving=False)
 
-    experts.register_state_dict_post_hook(after_save)
-    experts.register_load_state_dict_pre_hook(before_load)
+    rows.experts.register_state_dict_post_hook(after_save)
+    rows.experts.register_load_state_dict_pre_hook(before_load)
+    _placed.add(rows)
+    if not _watching:
+        _watching.append(register_optimizer_step_pre_hook(_before_step))
+
+
+_STATE_DICT_TIMEOUT_S = 60.0
+_placed: "weakref.WeakSet[RowOrder]" = weakref.WeakSet()
+_watching: list[Any] = []
+_FOLLOWED = "moe_locality_follows_rows"
+
+
+def _before_step(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+    """Find the optimizers that train placed experts: at their first step, before they have state.
+
+    torch.distributed.checkpoint makes such a step itself before it loads.
+    """
+    for rows in _placed:
+        rows.kept.clear()
+    if _FOLLOWED in vars(optimizer):
+        return
+    found = _rows_of(optimizer)
+    if any(optimizer.state.get(parameter) for parameter, rows in found if rows is not None):
+        raise ConfigError(
+            f"found a {type(optimizer).__name__} whose state was loaded before its first step, "
+            "while a plan orders the experts: the moments are those of other experts; load them "
+            "with transformers.distributed.checkpoint.load_optimizer_distributed, or call "
+            "moe_locality.apply(model, optimizer=optimizer) before load_state_dict"
+        )
+    if any(rows is not None for _, rows in found):
+        keep_optimizer_logical(optimizer)
+    setattr(optimizer, _FOLLOWED, True)
+
+
+def _rows_of(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, RowOrder | None]]:
+    """Return the parameters of an optimizer, numbered as in its state dict, with their rows."""
+    order_of = {id(p): rows for rows in _placed for p in rows.experts.parameters()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return [(p, order_of.get(id(p))) for p in parameters]
+
+
+def keep_optimizer_logical(optimizer: torch.optim.Optimizer) -> None:
+    """Let the state dict of an optimizer hold the moments in the order of the logical experts."""
+    if getattr(optimizer, _FOLLOWED, None) == "hooked":
+        return
+    setattr(optimizer, _FOLLOWED, "hooked")
+
+    def reordered(state_dict: dict[str, Any], leaving: bool) -> dict[str, Any]:
+        what = "the optimizer's " + ("state_dict()" if leaving else "load_state_dict()")
+        all_ranks_are_here(what)
+        numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
+        found = dict(state_dict["state"])
+        for number, (parameter, rows) in zip(numbers, _rows_of(optimizer), strict=True):
+            if rows is None or rows.is_identity or number not in found:
+                continue
+            found[number] = {
+                key: _relayed_moment(rows, parameter, key, value, leaving)
+                for key, value in found[number].items()
+            }
+        return {**state_dict, "state": found}
+
+    optimizer.register_state_dict_post_hook(lambda _, state: reordered(state, leaving=True))
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: reordered(state, leaving=False))
+
+
+def _relayed_moment(rows: RowOrder, parameter: Any, key: str, value: Any, leaving: bool) -> Any:
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return value
+    if isinstance(value, DTensor) and value.placements == parameter.placements:
+        return rows.relayed(value, leaving)
+    raise PlacementError(
+        f"found optimizer state {key!r} {list(value.shape)} of {rows.name}, expected a DTensor "
+        "that is split as the experts: with a plan, use an optimizer that keeps its state so, "
+        "such as torch.optim.AdamW, and torch.distributed.checkpoint to load it"
+    )

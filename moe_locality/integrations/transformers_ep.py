@@ -9,7 +9,7 @@ stays transformers' own and routes logical experts; weights move between ranks o
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,10 +25,12 @@ from moe_locality.dispatch.hierarchical import Rails, find_rails, pays
 from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.integrations.expert_rows import (
     RowExchange,
+    RowOrder,
     expert_parameters,
     fetch_copies,
     in_order,
     keep_checkpoints_logical,
+    keep_optimizer_logical,
     layout_rows,
 )
 from moe_locality.layer.agreement import all_agree, all_succeed
@@ -96,24 +98,19 @@ class _Copies:
 
     own: Tensor
     exchange: RowExchange
-    kept: dict[str, Tensor] = field(default_factory=dict)
-    """copies of an earlier forward pass without gradients"""
 
 
 class LocalityEP(EPImplementation):
-    """``EPImplementation`` of transformers over :func:`moe_locality.dispatch.run_moe`.
-
-    ``order [E]``: the logical expert in each row of the stacked parameters.
-    """
+    """``EPImplementation`` of transformers over :func:`moe_locality.dispatch.run_moe`."""
 
     def __init__(self, experts: nn.Module, ep_mesh: Any, tp_mesh: Any) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
         self.experts = experts
         self.group = ep_mesh.get_group()
         self.num_experts = self.num_local_experts * ep_mesh.size()
-        self.order = np.arange(self.num_experts)
+        self.rows: RowOrder | None = None
+        """which expert each row of the stacked parameters holds, once there is a plan"""
         self.section = _registered
-        self.keeps_checkpoints = False
         self.waits_for_plan = self.section.plan is not None
         self.position = CallPosition()
         self.topology: ClusterTopology | None = None
@@ -181,7 +178,8 @@ class LocalityEP(EPImplementation):
     def _copied_parameters(self) -> dict[str, Tensor]:
         """Return the parameters of the slots that are copies. Collective over the EP group."""
         assert self.copies is not None
-        kept, exchange = self.copies.kept, self.copies.exchange
+        assert self.rows is not None
+        kept, exchange = self.rows.kept, self.copies.exchange
         if kept and not torch.is_grad_enabled():
             return kept
         parameters: dict[str, Any] = self.experts._parameters
@@ -233,12 +231,6 @@ class LocalityEP(EPImplementation):
         groups = build_groups(layout_of(topology, everyone))
         return find_rails(groups, topology, self.num_slots)
 
-    def keep_checkpoints_logical(self) -> None:
-        """Let state dicts of the experts be in the order of the logical experts, from now on."""
-        if not self.keeps_checkpoints:
-            keep_checkpoints_logical(self.experts, lambda: self.order, self.group)
-            self.keeps_checkpoints = True
-
     def place(
         self, name: str, slot_to_logical: np.ndarray, serving: np.ndarray, num_slots: int
     ) -> None:
@@ -255,12 +247,21 @@ class LocalityEP(EPImplementation):
                 own=torch.from_numpy(layout.own),
                 exchange=RowExchange.of(layout.wanted, self.num_experts // size, self.group),
             )
-        if (order != self.order).any():
+        if self.rows is None:
+            self.rows = RowOrder(
+                experts=self.experts,
+                name=name,
+                order=np.arange(self.num_experts),
+                group=self.group,
+            )
+            keep_checkpoints_logical(self.rows, first=self.position.number == 0)
+        if (order != self.rows.order).any():
             for parameter in expert_parameters(self.experts, name).values():
-                moved = in_order(parameter, self.order, order, self.group)
+                moved = in_order(parameter, self.rows.order, order, self.group)
                 with torch.no_grad():
                     parameter.to_local().copy_(moved.to_local())
-        self.order, self.copies, self.num_slots = order, copies, num_slots
+        self.rows.kept.clear()
+        self.rows.order, self.copies, self.num_slots = order, copies, num_slots
         identity = bool((serving == np.arange(self.num_experts)).all())
         self.slot_map = SlotMap(None if identity else serving.astype(np.int64))
         self.dispatcher, self.waits_for_plan = None, False
@@ -278,6 +279,7 @@ def apply(
     *,
     plan: PlacementPlan | None = None,
     topology: ClusterTopology | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> nn.Module:
     """Put section and plan into a model that ``from_pretrained`` has spread over the ranks.
 
@@ -289,6 +291,8 @@ def apply(
         config: default: the section that ``register`` was given.
         plan: default: the plan that the section names.
         topology: node of every rank. Default: from the section's ``cluster``, or asked from all.
+        optimizer: one that has taken no step and whose state is loaded next, by its own
+            ``load_state_dict``. Others are found at their first step.
 
     Raises:
         ConfigError, PlacementError, TopologyError: on all ranks; nothing has moved then.
@@ -315,7 +319,8 @@ def apply(
             me, row = dist.get_rank(layer.group), rows[number]
             serving = plan.serving_slot()[row, me]
             layer.place(name, plan.physical_to_logical_map[row], serving, plan.num_slots)
-            layer.keep_checkpoints_logical()
+    if optimizer is not None:
+        keep_optimizer_logical(optimizer)
     if dist.get_rank() == 0:
         logger.warning(
             "moe_locality: %d MoE layers of %s exchange their tokens (exchange %s, %s plan)",

@@ -1,0 +1,57 @@
+"""Front ends: whose models run through our exchange, and the one call that puts it into them."""
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from moe_locality.config import MoeLocalityConfig
+    from moe_locality.placement.plan import PlacementPlan
+    from moe_locality.topology.cluster import ClusterTopology
+
+
+def apply(
+    model: "nn.Module",
+    config: "MoeLocalityConfig | dict[str, Any] | str | None" = None,
+    *,
+    plan: "PlacementPlan | None" = None,
+    topology: "ClusterTopology | None" = None,
+    **kwargs: Any,
+) -> "nn.Module":
+    """Put our exchange, and the plan, into the MoE layers of a model, in place; return the model.
+
+    What the model is decides what is done: DeepSpeed's MoE layers are swapped
+    (:func:`moe_locality.layer.convert.apply`); a transformers model that was loaded with
+    ``ep_implementation="moe_locality"`` gets section and plan
+    (:func:`moe_locality.integrations.transformers_ep.apply`, which also takes ``optimizer``).
+
+    Args:
+        config: the ``"moe_locality"`` section, or a ds_config with it.
+        plan: place the experts too. Default: the plan that the section names.
+        topology: node of every rank. Default: from the section, or asked from all ranks.
+    """
+    given: dict[str, Any] = {"plan": plan, "topology": topology, **kwargs}
+    if _is_transformers(model):
+        from moe_locality.integrations.transformers_ep import apply as apply_to_transformers
+
+        return apply_to_transformers(model, config, **given)
+    from moe_locality.layer.convert import apply as apply_to_deepspeed
+
+    return apply_to_deepspeed(model, config, **given)
+
+
+def register(config: "MoeLocalityConfig | dict[str, Any] | str | None" = None) -> None:
+    """See :func:`moe_locality.integrations.transformers_ep.register`."""
+    from moe_locality.integrations.transformers_ep import register as register_with_transformers
+
+    register_with_transformers(config)
+
+
+def _is_transformers(model: Any) -> bool:
+    """Return whether transformers made the model, and no layer of it is DeepSpeed's MoE."""
+    theirs = sys.modules.get("transformers.modeling_utils")
+    if theirs is None or not isinstance(model, theirs.PreTrainedModel):
+        return False
+    stock = sys.modules.get("deepspeed.moe.layer")
+    return stock is None or not any(isinstance(m, stock.MoE) for m in model.modules())
