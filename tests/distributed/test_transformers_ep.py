@@ -2,12 +2,17 @@
 plan, and the same training as transformers' own exchange. Real models, tiny, on gloo ranks.
 """
 
+import logging
+import time
+
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
+from moe_locality.errors import MoeLocalityError
 from moe_locality.placement.plan import PlacementPlan
+from moe_locality.topology.cluster import ClusterTopology
 from tests.launch import run_ranks
 from tests.tolerances import LOGITS, LOSS
 
@@ -213,3 +218,394 @@ def test_apply_equals_the_whole_model(tmp_path, family):
 def test_apply_equals_the_whole_model_on_two_ranks(tmp_path):
     path = save_tiny(tmp_path, "Qwen3Moe")
     run_ranks(compare_with_whole, 2, path, CASES, timeout_s=240.0)
+
+
+def compare_rounding(rank, world, path):
+    """Distance of bfloat16 logits from float32 ones: ours and transformers' own exchange."""
+    ids, distances = inputs(rank), {}
+    exact = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        wanted = exact(ids).logits
+        theirs = load(path, world, "all_to_all", torch.bfloat16)(ids).logits
+        ours = placed(path, world, "moved", "hierarchical", dtype=torch.bfloat16)[0](ids).logits
+    for name, logits in (("theirs", theirs), ("ours", ours)):
+        distances[name] = float((logits.float() - wanted).square().mean())
+    return distances
+
+
+def test_apply_is_as_exact_in_bfloat16_as_their_exchange(tmp_path):
+    path = save_tiny(tmp_path, "Mixtral")
+    found = run_ranks(compare_rounding, 4, path, timeout_s=120.0)
+    ours, theirs = (sum(each[name] for each in found) for name in ("ours", "theirs"))
+    # the same roundings but for the sums of a token's experts: ours are in float32
+    assert ours <= 1.1 * theirs
+
+
+def count_rows(rank, world, path, folder, kind, exchange):
+    """Record a forward pass and a backward pass, and count what was sent."""
+    import moe_locality
+    from moe_locality.dispatch import traffic_report
+
+    model, plan = placed(path, world, kind, exchange)
+    recorder = moe_locality.attach(model, folder, strict=True)
+    ids = inputs(rank)
+    model(ids, labels=ids).loss.backward()
+    recorder.close()
+    rows = traffic_report(model)["rows_by_link"]
+    return plan.to_dict(), {
+        kind: rows[kind]["cross_node"] for kind in ("dispatch", "dispatch_grad")
+    }
+
+
+@pytest.mark.parametrize("kind", ["moved", "copied"])
+def test_traffic_is_what_evaluate_predicts(tmp_path, kind):
+    """A recording through this front end has all experts and the homes; rows are as predicted."""
+    from moe_locality.placement import evaluate
+    from moe_locality.trace import read_trace
+
+    path = save_tiny(tmp_path, "Qwen3Moe")
+    for exchange, cost in (("flat", "total_picks"), ("hierarchical", "total_copies")):
+        folder = tmp_path / f"{kind}-{exchange}"
+        found = run_ranks(count_rows, 4, path, str(folder), kind, exchange, timeout_s=120.0)
+        trace = read_trace(folder)
+        assert (trace.num_experts, trace.num_tokens) == (NUM_EXPERTS, 5 + 14 + 9 + 22)
+        content, rows = found[0]
+        homes = {
+            int(request): int(rank)
+            for request, rank in zip(trace.request_id, trace.rank, strict=True)
+        }
+        predicted = evaluate(
+            trace,
+            PlacementPlan.from_dict(content),
+            ClusterTopology.uniform(num_nodes=2, ranks_per_node=2),
+            homes,
+        )
+        wanted = getattr(predicted, cost)
+        assert rows == {"dispatch": wanted, "dispatch_grad": wanted}
+
+
+def train(model, optimizer, rank, steps):
+    losses = []
+    for step in steps:
+        ids = inputs(rank, seed=step % 3)
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        clip(model, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def clip(model, most):
+    """Clip the norm of all gradients, whose DTensors lie on several meshes, as the Trainer does."""
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norm = float(sum(whole(grad).double().square().sum() for grad in grads)) ** 0.5
+    for grad in grads:
+        grad.mul_(min(1.0, most / norm))
+
+
+def adam(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def train_and_resume(rank, world, path, folder):
+    """Losses of transformers' own exchange, of ours, and of ours resumed under another plan."""
+    from transformers.distributed.checkpoint import (
+        load_optimizer_distributed,
+        save_optimizer_distributed,
+    )
+
+    theirs = load(path, world, "all_to_all")
+    found = {"theirs": train(theirs, adam(theirs), rank, range(20))}
+    for kind in ("moved", "copied"):
+        model, _ = placed(path, world, kind)
+        optimizer = adam(model)
+        found[kind] = train(model, optimizer, rank, range(20))
+    model, _ = placed(path, world, "copied")
+    optimizer = adam(model)
+    train(model, optimizer, rank, range(10))
+    model.save_pretrained(f"{folder}/half", distributed_checkpoint=True)
+    save_optimizer_distributed(model, optimizer, f"{folder}/moments")
+    model.save_pretrained(f"{folder}/plain")
+    for kind, seed in (("moved", 5), ("copied", 6), (None, 0)):
+        model, _ = placed(f"{folder}/half", world, kind, seed=seed)
+        optimizer = adam(model)
+        load_optimizer_distributed(model, optimizer, f"{folder}/moments")
+        found[f"resumed {kind}"] = train(model, optimizer, rank, range(10, 20))
+    return found
+
+
+def test_apply_trains_as_their_exchange_and_resumes_under_another_plan(tmp_path):
+    """Twenty steps of AdamW with clipped gradients: replicas count once in the norm."""
+    path = save_tiny(tmp_path, "Qwen3Moe")
+    rtol, atol = LOSS["float32"]
+    everyone = run_ranks(train_and_resume, 4, path, str(tmp_path), timeout_s=240.0)
+    for found in everyone:
+        theirs = found.pop("theirs")
+        assert theirs[-1] < theirs[0]
+        for name, losses in found.items():
+            wanted = theirs[-len(losses) :]
+            np.testing.assert_allclose(losses, wanted, rtol=20 * rtol, atol=20 * atol, err_msg=name)
+    # a plain checkpoint, whose experts are in logical order
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    resumed = transformers.AutoModelForCausalLM.from_pretrained(path)
+    assert plain.state_dict().keys() == resumed.state_dict().keys()
+    ids = inputs(0, seed=10 % 3)
+    loss = float(plain(ids, labels=ids).loss.detach())
+    np.testing.assert_allclose(loss, everyone[0]["moved"][10], rtol=20 * rtol, atol=20 * atol)
+
+
+def train_with_trainer(rank, world, path, folder):
+    """Eight steps of a Trainer, with a checkpoint of the model: the losses that it logs."""
+    losses = {}
+    for name in ("all_to_all", "moved"):
+        model = load(path, world, name) if name == "all_to_all" else placed(path, world, name)[0]
+        rows = [{"input_ids": row, "labels": row} for row in torch.arange(32 * 8).view(32, 8) % 96]
+        arguments = transformers.TrainingArguments(
+            output_dir=f"{folder}/{name}",
+            per_device_train_batch_size=1,
+            learning_rate=1e-2,
+            max_steps=8,
+            logging_steps=1,
+            save_steps=8,
+            save_only_model=True,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows)
+        trainer.train()
+        losses[name] = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return losses
+
+
+def test_apply_trains_in_a_trainer_whose_checkpoints_are_in_logical_order(tmp_path):
+    path = save_tiny(tmp_path, "Qwen3Moe")
+    found = run_ranks(train_with_trainer, 4, path, str(tmp_path), timeout_s=180.0)[0]
+    assert found["moved"][-1] < found["moved"][0]
+    np.testing.assert_allclose(found["moved"], found["all_to_all"], rtol=2e-4)
+    states = [
+        transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / name / "checkpoint-8"
+        ).state_dict()
+        for name in ("all_to_all", "moved")
+    ]
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def run_layouts(rank, world, path):
+    """Other meshes than one expert group over all ranks of FSDP."""
+    whole_model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    rtol, atol = LOGITS["float32"]
+    for sizes, plan in (
+        ({"fsdp_size": 2, "tp_size": 2, "ep_size": 4}, "copied"),  # two ranks share a batch
+        ({"fsdp_size": 4, "ep_size": 2}, None),  # two copies of every expert, split by FSDP
+        ({"dp_replicate_size": 2, "fsdp_size": 2, "ep_size": 2}, None),
+    ):
+        ids = inputs(rank // sizes.get("tp_size", 1))
+        model, _ = placed(path, world, plan, **sizes)
+        whole_model.zero_grad()
+        for each in (model, whole_model):
+            each(ids, labels=ids).loss.backward()
+        for name, parameter in whole_model.named_parameters():
+            grad = parameter.grad.clone()
+            dist.all_reduce(grad)
+            grad /= world
+            scale = float(grad.abs().max()) + 1e-12
+            ours = logical(model, name, whole(model.get_parameter(name).grad))
+            torch.testing.assert_close(
+                ours / scale,
+                grad / scale,
+                rtol=rtol,
+                atol=atol,
+                msg=lambda text, name=name, sizes=sizes: f"{sizes}, {name}: {text}",
+            )
+        with torch.no_grad():
+            found, wanted = model(ids).logits, whole_model(ids).logits
+        torch.testing.assert_close(whole(found), wanted, rtol=rtol, atol=atol)
+
+
+def test_apply_with_tensor_parallelism_and_with_several_expert_groups(tmp_path):
+    run_ranks(run_layouts, 4, save_tiny(tmp_path, "Qwen3Moe"), timeout_s=180.0)
+
+
+def run_empty(rank, world, path):
+    """Tokens on some ranks only, or on none, forward and backward."""
+    from moe_locality.integrations.transformers_ep import expert_layers
+
+    model, _ = placed(path, world, "copied", "hierarchical")
+    whole_model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    ids = inputs(0)
+    model(ids)  # FSDP sets itself up at the first call of the whole model
+    name, layer = expert_layers(model)[0]
+    wanted = whole_model.get_submodule(name)
+    for busy in ((1, 2), ()):
+        tokens = 6 if rank in busy else 0
+        generator = torch.Generator().manual_seed(rank)
+        x = torch.randn(tokens, SIZES["hidden_size"], generator=generator, requires_grad=True)
+        picks = torch.stack(
+            [torch.randperm(8, generator=generator)[:2] for _ in range(tokens)] or [torch.zeros(2)]
+        )[:tokens].long()
+        weights = torch.rand(tokens, 2, generator=generator)
+        out = layer.experts(x, picks, weights)
+        out.square().sum().backward()
+        assert out.shape == x.shape == x.grad.shape
+        if tokens:
+            again = x.detach().clone().requires_grad_()
+            expected = wanted(again, picks, weights)
+            expected.square().sum().backward()
+            torch.testing.assert_close(out, expected)
+            torch.testing.assert_close(x.grad, again.grad)
+
+
+def test_apply_serves_ranks_without_tokens(tmp_path):
+    run_ranks(run_empty, 4, save_tiny(tmp_path, "Qwen3Moe"), timeout_s=120.0)
+
+
+def record_checkpointed(rank, world, path, folder):
+    import moe_locality
+
+    model, _ = placed(path, world, "moved")
+    model.gradient_checkpointing_enable()
+    model.train()
+    ids = inputs(rank)
+    with moe_locality.attach(model, folder) as recorder:
+        loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+    plain = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    assert float(loss.detach()) == pytest.approx(float(plain(ids, labels=ids).loss), rel=1e-5)
+    return recorder.close().recorded_tokens if recorder else ids.numel()
+
+
+def test_recording_with_gradient_checkpointing_records_once(tmp_path):
+    from moe_locality.trace import read_trace
+
+    path = save_tiny(tmp_path, "Qwen3Moe")
+    run_ranks(record_checkpointed, 4, path, str(tmp_path / "trace"), timeout_s=120.0)
+    assert read_trace(tmp_path / "trace").num_tokens == 5 + 14 + 9 + 22
+
+
+def refuse(rank, world, path, folder):
+    """What every rank says to each wrong input, and how long it took."""
+    import moe_locality
+    from moe_locality.integrations.transformers_ep import LocalityEP
+
+    cluster = {"cluster": {"num_nodes": 2, "ranks_per_node": 2}}
+    good = make_plan("moved", (0, 1), 2, 2)
+    wrong = {
+        "experts": PlacementPlan.linear(16, (0, 1), 2, 2),
+        "layers": PlacementPlan.linear(8, (0, 1, 2), 2, 2),
+        "ranks": PlacementPlan.linear(8, (0, 1), 4, 2),
+        "nodes": PlacementPlan.linear(8, (0, 1), 4, 1),
+    }
+    moe_locality.register(cluster)
+    model = load(path, world)
+    calls = {
+        name: lambda plan=plan: moe_locality.apply(model, plan=plan) for name, plan in wrong.items()
+    }
+    mine = good if rank else PlacementPlan.linear(8, (0, 1), 2, 2)
+    calls["differs"] = lambda: moe_locality.apply(model, plan=mine)
+    for name, value in (
+        ("trace", {"path": folder}),
+        ("online", {}),
+        ("tracking", {}),
+        ("experts mode", "loop"),
+        ("enabled", False),
+    ):
+        section = {name.split()[0]: value}
+        calls[name] = lambda section=section: moe_locality.register(section)
+    stock = load(path, world, "all_to_all")
+    calls["stock"] = lambda: moe_locality.apply(stock)
+
+    def forget_to_apply():
+        good.write(f"{folder}/plan-{rank}.json")
+        moe_locality.register({**cluster, "plan": f"{folder}/plan-{rank}.json"})
+        load(path, world)(inputs(rank))
+
+    calls["not applied"] = forget_to_apply
+
+    def place_two_copies():
+        moe_locality.register({"cluster": {"num_nodes": 2, "ranks_per_node": 2}})
+        moe_locality.apply(load(path, world, ep_size=2), plan=PlacementPlan.linear(8, (0, 1), 1, 2))
+
+    calls["two copies"] = place_two_copies
+    said = {}
+    for name, call in calls.items():
+        start = time.monotonic()
+        try:
+            call()
+            said[name] = (None, 0.0)
+        except MoeLocalityError as error:
+            said[name] = (f"{type(error).__name__}: {error}", time.monotonic() - start)
+    assert all(
+        isinstance(m.moe_locality_ep, LocalityEP)
+        for m in model.modules()
+        if hasattr(m, "moe_locality_ep")
+    )
+    return said
+
+
+REFUSALS = {
+    "experts": "experts per layer: found 16 in the plan, expected 8",
+    "layers": "MoE layers: found 3 in the plan, expected 2",
+    "ranks": "expert-parallel ranks: found 8 in the plan, expected 4",
+    "nodes": "found a plan for expert groups on nodes [0, 1, 2, 3]",
+    "differs": "found different placement plans",
+    "trace": "moe_locality.attach(model, path)",
+    "online": "found online in the section of a transformers model",
+    "tracking": "found tracking in the section of a transformers model",
+    "experts mode": "choose experts_implementation",
+    "enabled": "name another ep_implementation",
+    "stock": "found no experts in FSDPQwen3MoeForCausalLM that exchange through moe_locality",
+    "not applied": "expected moe_locality.apply(model) first",
+    "two copies": "split over several copies of its expert group",
+}
+
+
+def test_apply_refuses_on_every_rank_with_the_reason(tmp_path):
+    path = save_tiny(tmp_path, "Qwen3Moe")
+    everyone = run_ranks(refuse, 4, path, str(tmp_path), timeout_s=180.0)
+    for said in everyone:
+        for name, (message, seconds) in said.items():
+            assert message is not None, f"{name} was accepted"
+            assert REFUSALS.get(name, "") in message, name
+            assert seconds < 60
+
+
+def save_on_one_rank(rank, world, path):
+    from moe_locality.integrations import expert_rows
+
+    expert_rows._STATE_DICT_TIMEOUT_S = 3.0
+    model, _ = placed(path, world, "moved")
+    optimizer = adam(model)
+    train(model, optimizer, rank, range(1))
+    message = ""
+    for call in (model.state_dict, optimizer.state_dict):
+        if rank == 0:
+            try:
+                call()
+            except MoeLocalityError as error:
+                message += str(error)
+    dist.barrier()
+    return message
+
+
+def test_state_dict_on_one_rank_is_refused(tmp_path):
+    """As a Trainer saves its optimizer: the moments of the experts elsewhere would be lost."""
+    path = save_tiny(tmp_path, "Qwen3Moe")
+    message = run_ranks(save_on_one_rank, 2, path, timeout_s=120.0)[0]
+    assert "found no answer from ranks [1]" in message
+    assert "state_dict() is collective: call it on every rank" in message
+    assert "the optimizer's state_dict() is collective" in message
+
+
+def test_apply_on_one_rank_leaves_the_model_as_it_is(tmp_path, caplog):
+    import moe_locality
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path, "Qwen3Moe"))
+    moe_locality.register()
+    with caplog.at_level(logging.WARNING, "moe_locality"):
+        assert moe_locality.apply(model) is model
+    assert "on one rank" in caplog.text
