@@ -2,17 +2,16 @@
 
 transformers keeps the experts of a layer in stacked parameters ``[E, ...]``, DTensors of which each
 rank holds E / G consecutive rows. A *row* here is one expert of such a tensor. Rows stay where the
-plan puts them for the whole run; ``order [E]`` is the logical expert in each row. What leaves the
-model (state dicts of model and optimizer) is in the order of the logical experts, and what enters
-is taken in that order, so checkpoints are plain ones.
+plan puts them for the whole run; ``order [E]`` is the logical expert in each row. State dicts are
+in the order of the logical experts (``logical_state``).
 
 Where experts have replicas, each expert has one row, which the optimizer trains, and further copies
 that are fetched from it (:func:`fetch_copies`); gradients of all copies are added to that row.
 """
 
-import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,10 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from moe_locality.errors import ConfigError, PlacementError
-from moe_locality.layer.agreement import gather_answers
+from moe_locality.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -203,144 +200,92 @@ def in_order(
     )
 
 
-@dataclass(eq=False, slots=True, kw_only=True, weakref_slot=True)
-class RowOrder:
-    """Which expert each row of an experts module holds: ``order [E]``, over ``group``.
+class ExpertRows:
+    """The rows of one experts module, and how its slots run.
 
-    ``kept``: copies that forward passes without gradients use again, until the rows change.
+    ``order [E]``: the logical expert in each row. ``kept``: copies that forward passes without
+    gradients use again, until the rows change.
+
+    Args:
+        forward: of transformers' experts: (rows [R, D], local ids [R, 1], weights [R, 1]).
     """
 
-    experts: nn.Module
-    name: str
-    order: np.ndarray
-    group: "ProcessGroup"
-    kept: dict[str, Tensor] = field(default_factory=dict)
-
-    def relayed(self, tensor: DTensor, leaving: bool) -> DTensor:
-        """Return ``tensor`` in logical order (``leaving``), or in that of the rows. Collective."""
-        logical = np.arange(len(self.order))
-        current, target = (self.order, logical) if leaving else (logical, self.order)
-        return in_order(tensor, current, target, self.group)
+    def __init__(
+        self, experts: nn.Module, forward: Callable[..., Tensor], order: np.ndarray, group: Any
+    ) -> None:
+        self.experts, self.forward, self.order, self.group = experts, forward, order, group
+        self.name = ""
+        self.kept: dict[str, Tensor] = {}
+        self._own: Tensor | None = None
+        self._exchange: RowExchange | None = None
 
     @property
     def is_identity(self) -> bool:
         return bool((self.order == np.arange(len(self.order))).all())
 
+    def place(self, slot_to_logical: np.ndarray) -> np.ndarray:
+        """Move the experts where their slots are; return the new number ``[P]`` of each slot.
 
-def all_ranks_are_here(what: str) -> None:
-    """Raise where only some ranks read or write a state dict, instead of waiting for ever."""
-    advice = (
-        f"With a plan, {what} is collective: call it on every rank. The optimizer of a Trainer is "
-        "saved by rank 0 alone, without the experts of the others: set save_only_model=True, and "
-        "save it with transformers.distributed.checkpoint.save_optimizer_distributed"
-    )
-    gather_answers(None, what, _STATE_DICT_TIMEOUT_S, advice)
+        Collective over the group; one parameter at a time.
+        """
+        size, order = dist.get_world_size(self.group), slot_to_logical
+        slots = np.arange(len(order))
+        self._own = self._exchange = None
+        if len(order) > len(self.order):
+            layout = layout_rows(order, size, dist.get_rank(self.group))
+            order, slots = layout.order, layout.slots
+            self._own = torch.from_numpy(layout.own)
+            self._exchange = RowExchange.of(layout.wanted, len(order) // size, self.group)
+        if (order != self.order).any():
+            for parameter in expert_parameters(self.experts, self.name).values():
+                moved = in_order(parameter, self.order, order, self.group)
+                with torch.no_grad():
+                    parameter.to_local().copy_(moved.to_local())
+        self.kept.clear()
+        self.order = order
+        return slots
 
+    def run(self, rows: Tensor, tokens_per_slot: tuple[int, ...]) -> Tensor:
+        """Run the slots of this rank on ``rows [R, D]``, which are ordered by slot."""
+        if self._own is None:
+            return self._run(rows, tokens_per_slot, torch.arange(len(tokens_per_slot)))
+        own, copies = len(self._own), self._copies()
+        number, first = len(tokens_per_slot) - own, sum(tokens_per_slot[:own])
+        results = self._run(rows[:first], tokens_per_slot[:own], self._own)
+        if number == 0:  # connected with the graph: other ranks send gradients for the rows here
+            return results + 0 * sum(copy.sum() for copy in copies.values())
+        with self._parameters(copies, number):
+            more = self._run(rows[first:], tokens_per_slot[own:], torch.arange(number))
+        return torch.cat([results, more])
 
-def keep_checkpoints_logical(rows: RowOrder, first: bool) -> None:
-    """Let ``state_dict`` and ``load_state_dict`` of a module see its experts in logical order.
+    def _run(self, rows: Tensor, tokens_per_slot: tuple[int, ...], row_of_slot: Tensor) -> Tensor:
+        if rows.shape[0] == 0:  # connected with the graph, for the exchanges of the backward pass
+            row = rows.new_zeros(1, rows.shape[1]) + rows.sum(0, keepdim=True)
+            first = torch.zeros(1, 1, dtype=torch.long, device=rows.device)
+            return self.forward(row, first, torch.ones_like(first, dtype=rows.dtype))[:0]
+        ids = torch.repeat_interleave(row_of_slot, torch.tensor(tokens_per_slot))
+        ids = ids.to(rows.device)[:, None]
+        return self.forward(rows, ids, torch.ones_like(ids, dtype=rows.dtype))
 
-    Both become collective; the ``first`` module of a model checks that all ranks are there.
-    """
+    def _copies(self) -> dict[str, Tensor]:
+        """Return the parameters of the slots that are copies. Collective over the group."""
+        assert self._exchange is not None
+        if self.kept and not torch.is_grad_enabled():
+            return self.kept
+        parameters: dict[str, Any] = self.experts._parameters
+        found = fetch_copies(parameters, self._exchange)
+        self.kept = {} if torch.is_grad_enabled() else found
+        return found
 
-    def reordered(state: dict[str, Any], prefix: str, leaving: bool) -> None:
-        if first:
-            all_ranks_are_here("state_dict()" if leaving else "load_state_dict()")
-        if rows.is_identity:
-            return
-        parameters: Any = rows.experts.named_parameters()
-        for key, parameter in parameters:
-            value = state.get(prefix + key)
-            if value is None:
-                continue
-            if not isinstance(value, DTensor) or value.placements != parameter.placements:
-                raise PlacementError(
-                    f"found {prefix}{key} as {type(value).__name__}, expected a DTensor that is "
-                    "split as the model's, to put its experts in the order of the plan: load it "
-                    "with torch.distributed.checkpoint, or before moe_locality.apply"
-                )
-            state[prefix + key] = rows.relayed(value, leaving)
-
-    def after_save(_module: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-        reordered(state, prefix, leaving=True)
-
-    def before_load(_module: Any, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
-        rows.kept.clear()
-        reordered(state, prefix, leaving=False)
-
-    rows.experts.register_state_dict_post_hook(after_save)
-    rows.experts.register_load_state_dict_pre_hook(before_load)
-    _placed.add(rows)
-    if not _watching:
-        _watching.append(register_optimizer_step_pre_hook(_before_step))
-
-
-_STATE_DICT_TIMEOUT_S = 60.0
-_placed: "weakref.WeakSet[RowOrder]" = weakref.WeakSet()
-_watching: list[Any] = []
-_FOLLOWED = "moe_locality_follows_rows"
-
-
-def _before_step(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-    """Find the optimizers that train placed experts: at their first step, before they have state.
-
-    torch.distributed.checkpoint makes such a step itself before it loads.
-    """
-    for rows in _placed:
-        rows.kept.clear()
-    if _FOLLOWED in vars(optimizer):
-        return
-    found = _rows_of(optimizer)
-    if any(optimizer.state.get(parameter) for parameter, rows in found if rows is not None):
-        raise ConfigError(
-            f"found a {type(optimizer).__name__} whose state was loaded before its first step, "
-            "while a plan orders the experts: the moments are those of other experts; load them "
-            "with transformers.distributed.checkpoint.load_optimizer_distributed, or call "
-            "moe_locality.apply(model, optimizer=optimizer) before load_state_dict"
-        )
-    if any(rows is not None for _, rows in found):
-        keep_optimizer_logical(optimizer)
-    setattr(optimizer, _FOLLOWED, True)
-
-
-def _rows_of(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, RowOrder | None]]:
-    """Return the parameters of an optimizer, numbered as in its state dict, with their rows."""
-    order_of = {id(p): rows for rows in _placed for p in rows.experts.parameters()}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return [(p, order_of.get(id(p))) for p in parameters]
-
-
-def keep_optimizer_logical(optimizer: torch.optim.Optimizer) -> None:
-    """Let the state dict of an optimizer hold the moments in the order of the logical experts."""
-    if getattr(optimizer, _FOLLOWED, None) == "hooked":
-        return
-    setattr(optimizer, _FOLLOWED, "hooked")
-
-    def reordered(state_dict: dict[str, Any], leaving: bool) -> dict[str, Any]:
-        what = "the optimizer's " + ("state_dict()" if leaving else "load_state_dict()")
-        all_ranks_are_here(what)
-        numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
-        found = dict(state_dict["state"])
-        for number, (parameter, rows) in zip(numbers, _rows_of(optimizer), strict=True):
-            if rows is None or rows.is_identity or number not in found:
-                continue
-            found[number] = {
-                key: _relayed_moment(rows, parameter, key, value, leaving)
-                for key, value in found[number].items()
-            }
-        return {**state_dict, "state": found}
-
-    optimizer.register_state_dict_post_hook(lambda _, state: reordered(state, leaving=True))
-    optimizer.register_load_state_dict_pre_hook(lambda _, state: reordered(state, leaving=False))
-
-
-def _relayed_moment(rows: RowOrder, parameter: Any, key: str, value: Any, leaving: bool) -> Any:
-    if not isinstance(value, Tensor) or value.ndim == 0:
-        return value
-    if isinstance(value, DTensor) and value.placements == parameter.placements:
-        return rows.relayed(value, leaving)
-    raise PlacementError(
-        f"found optimizer state {key!r} {list(value.shape)} of {rows.name}, expected a DTensor "
-        "that is split as the experts: with a plan, use an optimizer that keeps its state so, "
-        "such as torch.optim.AdamW, and torch.distributed.checkpoint to load it"
-    )
+    @contextmanager
+    def _parameters(self, given: dict[str, Tensor], number: int) -> Iterator[None]:
+        """Let the experts module have other parameters, of ``number`` experts."""
+        experts: Any = self.experts
+        own, own_number = dict(experts._parameters), experts.num_experts
+        experts._parameters.update(given)
+        experts.num_experts = number
+        try:
+            yield
+        finally:
+            experts._parameters.update(own)
+            experts.num_experts = own_number

@@ -7,9 +7,6 @@ stays transformers' own and routes logical experts; weights move between ranks o
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,16 +20,8 @@ from moe_locality.dispatch.desync import CallPosition
 from moe_locality.dispatch.dispatcher import SlotMap, TokenDispatcher, run_moe
 from moe_locality.dispatch.hierarchical import Rails, find_rails, pays
 from moe_locality.errors import ConfigError, PlacementError
-from moe_locality.integrations.expert_rows import (
-    RowExchange,
-    RowOrder,
-    expert_parameters,
-    fetch_copies,
-    in_order,
-    keep_checkpoints_logical,
-    keep_optimizer_logical,
-    layout_rows,
-)
+from moe_locality.integrations.expert_rows import ExpertRows, expert_parameters
+from moe_locality.integrations.logical_state import keep_checkpoints_logical, keep_optimizer_logical
 from moe_locality.layer.agreement import all_agree, all_succeed
 from moe_locality.layer.slots import check_nodes
 from moe_locality.placement.plan import PlacementPlan
@@ -89,17 +78,6 @@ def _refuse_settings(section: MoeLocalityConfig) -> None:
             )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Copies:
-    """Slots of this rank whose experts have their row on another rank.
-
-    The first ``len(own)`` slots run the experts in the rows ``own``, the others the copies.
-    """
-
-    own: Tensor
-    exchange: RowExchange
-
-
 class LocalityEP(EPImplementation):
     """``EPImplementation`` of transformers over :func:`moe_locality.dispatch.run_moe`."""
 
@@ -108,15 +86,14 @@ class LocalityEP(EPImplementation):
         self.experts = experts
         self.group = ep_mesh.get_group()
         self.num_experts = self.num_local_experts * ep_mesh.size()
-        self.rows: RowOrder | None = None
-        """which expert each row of the stacked parameters holds, once there is a plan"""
+        order = np.arange(self.num_experts)
+        self.rows = ExpertRows(experts, self.experts_forward, order, self.group)
         self.section = _registered
-        self.waits_for_plan = self.section.plan is not None
+        self.has_plan, self.waits_for_plan = False, self.section.plan is not None
         self.position = CallPosition()
         self.topology: ClusterTopology | None = None
         self.num_slots = self.num_experts
         self.slot_map = SlotMap()
-        self.copies: _Copies | None = None
         self.dispatcher: TokenDispatcher | None = None
         experts.moe_locality_ep = self  # pyright: ignore[reportArgumentType]
 
@@ -135,9 +112,9 @@ class LocalityEP(EPImplementation):
         if self.tp_mesh.size() > 1:  # the ranks of a TP group hold the same tokens
             given = tuple(self._own_slice(tensor) for tensor in given)
         x, ids, weights = given
-        out = run_moe(
-            self.dispatcher, x, ids.to(torch.int32), weights.float(), self._run_experts
-        ).to(hidden_states.dtype)
+        out = run_moe(self.dispatcher, x, ids.to(torch.int32), weights.float(), self.rows.run).to(
+            hidden_states.dtype
+        )
         if self.tp_mesh.size() == 1:
             return out
         whole = DTensor.from_local(
@@ -152,55 +129,6 @@ class LocalityEP(EPImplementation):
     def _own_slice(self, tensor: Tensor) -> Tensor:
         whole = DTensor.from_local(tensor, self.tp_mesh, [Replicate()], run_check=False)
         return whole.redistribute(self.tp_mesh, [Shard(0)]).to_local()
-
-    def _run_experts(self, rows: Tensor, tokens_per_slot: tuple[int, ...]) -> Tensor:
-        if self.copies is None:
-            return self._run(rows, tokens_per_slot, torch.arange(len(tokens_per_slot)))
-        own, copies = len(self.copies.own), self._copied_parameters()
-        number, first = len(tokens_per_slot) - own, sum(tokens_per_slot[:own])
-        results = self._run(rows[:first], tokens_per_slot[:own], self.copies.own)
-        if number == 0:  # gradients for the rows of this rank come from others
-            return results + 0 * sum(copy.sum() for copy in copies.values())
-        with self._parameters(copies, number):
-            more = self._run(rows[first:], tokens_per_slot[own:], torch.arange(number))
-        return torch.cat([results, more])
-
-    def _run(self, rows: Tensor, tokens_per_slot: tuple[int, ...], row_of_slot: Tensor) -> Tensor:
-        """Run transformers' experts on rows that are ordered by slot."""
-        if rows.shape[0] == 0:  # connected with the graph, for the exchanges of the backward pass
-            row = rows.new_zeros(1, rows.shape[1]) + rows.sum(0, keepdim=True)
-            first = torch.zeros(1, 1, dtype=torch.long, device=rows.device)
-            return self.experts_forward(row, first, torch.ones_like(first, dtype=rows.dtype))[:0]
-        ids = torch.repeat_interleave(row_of_slot, torch.tensor(tokens_per_slot))
-        ids = ids.to(rows.device)[:, None]
-        return self.experts_forward(rows, ids, torch.ones_like(ids, dtype=rows.dtype))
-
-    def _copied_parameters(self) -> dict[str, Tensor]:
-        """Return the parameters of the slots that are copies. Collective over the EP group."""
-        assert self.copies is not None
-        assert self.rows is not None
-        kept, exchange = self.rows.kept, self.copies.exchange
-        if kept and not torch.is_grad_enabled():
-            return kept
-        parameters: dict[str, Any] = self.experts._parameters
-        found = fetch_copies(parameters, exchange)
-        kept.clear()
-        if not torch.is_grad_enabled():
-            kept |= found
-        return found
-
-    @contextmanager
-    def _parameters(self, given: dict[str, Tensor], number: int) -> Iterator[None]:
-        """Let the experts module have other parameters, of ``number`` experts."""
-        experts: Any = self.experts
-        own, own_number = dict(experts._parameters), experts.num_experts
-        experts._parameters.update(given)
-        experts.num_experts = number
-        try:
-            yield
-        finally:
-            experts._parameters.update(own)
-            experts.num_experts = own_number
 
     def _make_dispatcher(self, top_k: int) -> TokenDispatcher:
         if self.topology is None:
@@ -231,40 +159,18 @@ class LocalityEP(EPImplementation):
         groups = build_groups(layout_of(topology, everyone))
         return find_rails(groups, topology, self.num_slots)
 
-    def place(
-        self, name: str, slot_to_logical: np.ndarray, serving: np.ndarray, num_slots: int
-    ) -> None:
-        """Move the experts to their slots. Collective over the EP group.
+    def place(self, slot_to_logical: np.ndarray, serving: np.ndarray) -> None:
+        """Move the experts to their slots ``[P]``. Collective over the EP group.
 
-        ``serving [E]``: the slot of the plan that serves each expert for tokens of this rank.
+        ``serving [E]``: the slot that serves each expert for tokens of this rank.
         """
-        me, size = dist.get_rank(self.group), self.ep_mesh.size()
-        order, copies = slot_to_logical.astype(np.int64), None
-        if num_slots > self.num_experts:
-            layout = layout_rows(order, size, me)
-            order, serving = layout.order, layout.slots[serving]
-            copies = _Copies(
-                own=torch.from_numpy(layout.own),
-                exchange=RowExchange.of(layout.wanted, self.num_experts // size, self.group),
-            )
-        if self.rows is None:
-            self.rows = RowOrder(
-                experts=self.experts,
-                name=name,
-                order=np.arange(self.num_experts),
-                group=self.group,
-            )
-            keep_checkpoints_logical(self.rows, first=self.position.number == 0)
-        if (order != self.rows.order).any():
-            for parameter in expert_parameters(self.experts, name).values():
-                moved = in_order(parameter, self.rows.order, order, self.group)
-                with torch.no_grad():
-                    parameter.to_local().copy_(moved.to_local())
-        self.rows.kept.clear()
-        self.rows.order, self.copies, self.num_slots = order, copies, num_slots
+        serving = self.rows.place(slot_to_logical.astype(np.int64))[serving]
         identity = bool((serving == np.arange(self.num_experts)).all())
-        self.slot_map = SlotMap(None if identity else serving.astype(np.int64))
-        self.dispatcher, self.waits_for_plan = None, False
+        self.slot_map = SlotMap(None if identity else serving)
+        self.num_slots, self.dispatcher = len(slot_to_logical), None
+        if not self.has_plan:
+            keep_checkpoints_logical(self.rows, first=self.position.number == 0)
+        self.waits_for_plan, self.has_plan = False, True
 
 
 def expert_layers(model: nn.Module) -> list[tuple[str, LocalityEP]]:
@@ -315,10 +221,11 @@ def apply(
     for number, (name, layer) in enumerate(layers):
         layer.section, layer.topology, layer.dispatcher = section, topology, None
         layer.position.number, layer.position.name = number, name
+        layer.rows.name = name
         if plan is not None:
             me, row = dist.get_rank(layer.group), rows[number]
             serving = plan.serving_slot()[row, me]
-            layer.place(name, plan.physical_to_logical_map[row], serving, plan.num_slots)
+            layer.place(plan.physical_to_logical_map[row], serving)
     if optimizer is not None:
         keep_optimizer_logical(optimizer)
     if dist.get_rank() == 0:
