@@ -1,4 +1,4 @@
-"""The layers that ``_multinode_program.py`` compares: DeepSpeed's, AutoEP's and ours.
+"""The layers that ``_multinode_program.py`` compares: DeepSpeed's, transformers' and ours.
 
 All compute the same function: SwiGLU experts with weights of their own, top-k of a softmax, weights
 of a token's experts summing to one, nothing dropped. Recorded routes are replayed without a changed
@@ -6,17 +6,21 @@ gate: the first E columns of a token are scores of the experts and the gate's we
 identity, so any gate picks what was recorded. ``reference`` computes it in one process.
 """
 
+import dataclasses
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moe_locality
+from moe_locality import compat
 from moe_locality.placement import PlacementPlan
 
 Layer = Callable[[Tensor], Tensor]
@@ -76,6 +80,8 @@ def build(case: dict[str, Any], sizes: dict[str, Any], topology: Any) -> tuple[A
     dtype = getattr(torch, sizes["dtype"])
     if case["layer"] == "autoep":
         return build_auto_ep(case, sizes, dtype)
+    if case["layer"] == "transformers":
+        return build_transformers(case, sizes, dtype, topology)
     model = DeepSpeedLayers(sizes).to(dtype)
     if case["layer"] == "ours":
         plan = PlacementPlan.read(case["plan"]) if case["plan"] else None
@@ -91,6 +97,61 @@ def build_auto_ep(
     case: dict[str, Any], sizes: dict[str, Any], dtype: torch.dtype
 ) -> tuple[Any, list[Layer]]:
     """As ``deepspeed.initialize`` makes them of a Qwen3-MoE of transformers."""
+    ds_config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "expert_parallel": {
+            "enabled": True,
+            "autoep_size": int(os.environ["WORLD_SIZE"]),
+            "preset_model": "qwen3_moe",
+            **case["section"],
+        },
+    }
+    compat.let_auto_ep_read_recorders()
+    engine = deepspeed.initialize(model=qwen3_moe(sizes), config=ds_config)[0]
+    blocks: list[Any] = [layer.mlp.to(dtype) for layer in engine.module.model.layers]
+    found = {type(block).__name__ for block in blocks}
+    if found != {"AutoEPMoELayer"}:
+        raise RuntimeError(f"found {found} in the model, expected AutoEPMoELayer everywhere")
+    return engine.module, [lambda x, block=block: block(x[None])[0] for block in blocks]
+
+
+def build_transformers(
+    case: dict[str, Any], sizes: dict[str, Any], dtype: torch.dtype, topology: Any
+) -> tuple[Any, list[Layer]]:
+    """As ``from_pretrained`` makes them with transformers' own expert parallelism, or with ours.
+
+    The layers are the experts modules: routes are computed here, for both alike.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    folder, world = case["checkpoint"], int(os.environ["WORLD_SIZE"])
+    if dist.get_rank() == 0 and not Path(folder).exists():
+        qwen3_moe(sizes).to(dtype).save_pretrained(folder)
+    dist.barrier()
+    if case["ep_implementation"] == "moe_locality":
+        moe_locality.register({"dispatch": case["dispatch"]})
+    spread = DistributedConfig(
+        fsdp_size=world, ep_size=world, ep_implementation=case["ep_implementation"]
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, distributed_config=spread)
+    if case["ep_implementation"] == "moe_locality":
+        plan = PlacementPlan.read(case["plan"]) if case["plan"] else None
+        if plan is not None:  # of some layers of the recorded model, which are all of this one
+            plan = dataclasses.replace(plan, layer_ids=tuple(range(sizes["layers"])))
+        moe_locality.apply(model, plan=plan, topology=topology)
+    experts: list[Any] = [layer.mlp.experts for layer in model.model.layers]
+
+    def call(x: Tensor, module: Any) -> Tensor:
+        scores = torch.softmax(x[:, : sizes["experts"]].float(), dim=1)
+        weights, ids = scores.topk(sizes["top_k"], dim=1)
+        return module(x, ids, (weights / weights.sum(dim=1, keepdim=True)).to(x.dtype))
+
+    return model, [lambda x, module=module: call(x, module) for module in experts]
+
+
+def qwen3_moe(sizes: dict[str, Any]) -> Any:
+    """Return a Qwen3-MoE of transformers with the experts of ``expert_weights``."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     config = Qwen3MoeConfig(
@@ -114,21 +175,7 @@ def build_auto_ep(
                 gate, up, down = expert_weights(expert, sizes)
                 block.experts.gate_up_proj[expert] = torch.cat([gate, up])
                 block.experts.down_proj[expert] = down
-    ds_config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "expert_parallel": {
-            "enabled": True,
-            "autoep_size": int(os.environ["WORLD_SIZE"]),
-            "preset_model": "qwen3_moe",
-            **case["section"],
-        },
-    }
-    engine = deepspeed.initialize(model=model, config=ds_config)[0]
-    blocks: list[Any] = [layer.mlp.to(dtype) for layer in engine.module.model.layers]
-    found = {type(block).__name__ for block in blocks}
-    if found != {"AutoEPMoELayer"}:
-        raise RuntimeError(f"found {found} in the model, expected AutoEPMoELayer everywhere")
-    return engine.module, [lambda x, block=block: block(x[None])[0] for block in blocks]
+    return model
 
 
 def tokens(ids: np.ndarray, sizes: dict[str, Any]) -> Tensor:

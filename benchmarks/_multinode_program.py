@@ -38,13 +38,16 @@ class Meter:
         self.away = np.array(away)
         self._model: nn.Module | None = None
 
-    def measure(self, model: nn.Module, layer: Layer, x: Tensor) -> dict[str, Any]:
-        """Run forward and backward; return what it took. Collective."""
+    def measure(self, model: nn.Module, layer: Layer, x: Tensor, backward: bool) -> dict[str, Any]:
+        """Run forward, and backward where asked; return what it took. Collective."""
         self._model = model
         self._before = self._read_together()
         self._at_experts: dict[str, list[int]] | None = None
         start, cpu = time.perf_counter(), time.process_time()
-        loss_of(layer(x)).backward()
+        with torch.set_grad_enabled(backward):
+            loss = loss_of(layer(x))
+        if backward:
+            loss.backward()
         mine = time.perf_counter() - start
         cpu = time.process_time() - cpu
         seconds = torch.tensor(mine)
@@ -127,7 +130,8 @@ def run(given: dict[str, Any], batches: Any, topology: ClusterTopology) -> list[
         for case, (model, layers), steps in zip(cases, built, found, strict=True):
             index = step % len(layers)
             ids = batches[case["batches"]][step // len(layers), index, dist.get_rank()]
-            steps.append(meter.measure(model, layers[index], tokens(ids, sizes)))
+            x = tokens(ids, sizes)
+            steps.append(meter.measure(model, layers[index], x, given["backward"]))
     return found
 
 

@@ -12,6 +12,8 @@ steps    milliseconds of forward and backward on 4 nodes with links of 200 Mbit/
          all layers, all requests of a rank in step as when decoding, layers in turn. ``random``
          homes are drawn per request, ``predicted`` ones follow from its first tokens and the plan;
          those tokens are not replayed. All cases take turns in one run.
+frontends  the same replay through transformers' expert parallelism, with its own exchange and with
+         ours: forward and backward, and forward alone of few tokens, as when decoding.
 page     write the tables of docs/multinode.md and its pictures from the newest rows of --csv.
 
 Every case computes the same function, which is checked in the run. The times say what bytes cost
@@ -24,6 +26,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -46,6 +49,10 @@ FRAME_BYTES = 9000
 STOCK, AUTO_EP, FLAT = "DeepSpeed MoE, dropless", "DeepSpeed AutoEP", "ours, every pick"
 LINEAR = "ours, once per node, linear plan, random homes"
 PLACED = "ours, once per node, our plan, predicted homes"
+THEIRS = "transformers, all_to_all, random homes"
+HF_LINEAR = "transformers, ours, once per node, linear plan, random homes"
+HF_PLACED = "transformers, ours, once per node, our plan, predicted homes"
+HF_COMPARED = ((THEIRS, HF_LINEAR), (THEIRS, HF_PLACED), (HF_LINEAR, HF_PLACED))
 COMPARED = (
     (STOCK, LINEAR),
     (STOCK, PLACED),
@@ -78,7 +85,7 @@ def launch(
 ) -> list[dict[str, np.ndarray]]:
     """Run the cases on all nodes; return what was measured of each."""
     files = [str(nodes.folder / name) for name in ("cases.json", "batches.npz", "out.json")]
-    Path(files[0]).write_text(json.dumps({"cases": cases, **given}))
+    Path(files[0]).write_text(json.dumps({"cases": cases, "backward": True, **given}))
     np.savez(files[1], **batches)  # pyright: ignore[reportArgumentType]
     done = nodes.finish(nodes.start(PROGRAM, files), limit_s=1200)
     if done.code != 0:
@@ -144,8 +151,46 @@ def step_cases(sizes: dict[str, Any], plan_path: str) -> list[dict[str, Any]]:
     ]
 
 
+def transformers_cases(
+    sizes: dict[str, Any], plan_path: str, batches: str = "random"
+) -> list[dict[str, Any]]:
+    common = {
+        "layer": "transformers",
+        "checkpoint": str(Path(plan_path).with_name("qwen3_moe")),
+        "plan": None,
+        "batches": batches,
+        "tolerance": EXACT[sizes["dtype"]],
+    }
+    once = {"exchange": "hierarchical"}
+    mine = {**common, "ep_implementation": "moe_locality", "dispatch": once}
+    return [
+        {**common, "name": THEIRS, "ep_implementation": "all_to_all"},
+        {**mine, "name": HF_LINEAR},
+        {**mine, "name": HF_PLACED, "plan": plan_path, "batches": "predicted"},
+    ]
+
+
+def frontends_part(chosen: argparse.Namespace) -> list[dict[str, Any]]:
+    """Times of transformers' exchange and ours, in training and in decoding."""
+    made = replay(chosen, transformers_cases, HF_COMPARED, f"{steps_where(chosen)}, transformers")
+    decode = argparse.Namespace(**{**vars(chosen), "tokens": chosen.decode_tokens})
+    where = f"{steps_where(decode)}, transformers, forward only"
+    return made + replay(decode, transformers_cases, HF_COMPARED, where, backward=False)
+
+
 def steps_part(chosen: argparse.Namespace) -> list[dict[str, Any]]:
-    """Times of all cases on nodes with slow links."""
+    """Times of DeepSpeed's layers and ours on nodes with slow links."""
+    return replay(chosen, step_cases, COMPARED, steps_where(chosen))
+
+
+def replay(
+    chosen: argparse.Namespace,
+    cases_of: Callable[[dict[str, Any], str], list[dict[str, Any]]],
+    compare: Sequence[tuple[str, str]],
+    where: str,
+    backward: bool = True,
+) -> list[dict[str, Any]]:
+    """Replay recorded routes through all cases on nodes with slow links; return the rows."""
     data = Path(os.environ["MOE_LOCALITY_DATA"])
     trace = RoutingTrace.from_npz(data / f"{TRACE}.npz").select_layers(LAYERS)
     train, test = trace.split(0.7, seed=0)
@@ -169,18 +214,20 @@ def steps_part(chosen: argparse.Namespace) -> list[dict[str, Any]]:
     }
     with Nodes(chosen.nodes, slots=chosen.slots, mbit_per_s=chosen.mbit) as nodes:
         plan.write(nodes.folder / "plan.json")
-        cases = step_cases(sizes, str(nodes.folder / "plan.json"))
-        measured = launch(nodes, cases, batches, sizes=sizes, rounds=chosen.rounds, watch=False)
+        cases = cases_of(sizes, str(nodes.folder / "plan.json"))
+        given = {"sizes": sizes, "rounds": chosen.rounds, "watch": False, "backward": backward}
+        measured = launch(nodes, cases, batches, **given)
     linear = PlacementPlan.linear(sizes["experts"], LAYERS, chosen.nodes, chosen.slots)
     for case, each in zip(cases, measured, strict=True):
-        if case["layer"] == "ours":
+        if "dispatch" in case:
             used = plan if case["plan"] else linear
             rows = rows_of.predicted_rows(batches[case["batches"]], used, topology)
             expected = rows[case["dispatch"]["exchange"]].ravel()[: chosen.rounds]
-            rows_of.check_rows(case["name"], each["rows"], rows_of.DIRECTIONS * expected)
+            directions = rows_of.DIRECTIONS if backward else rows_of.DIRECTIONS // 2
+            rows_of.check_rows(case["name"], each["rows"], directions * expected)
     found = {case["name"]: each for case, each in zip(cases, measured, strict=True)}
-    compared = [(base, name) for base, name in COMPARED if base in found]
-    return rows_of.step_rows(steps_where(chosen), found, compared, chosen.mbit * 1e6 / 8)
+    compared = [(base, name) for base, name in compare if base in found]
+    return rows_of.step_rows(where, found, compared, chosen.mbit * 1e6 / 8)
 
 
 def steps_where(chosen: argparse.Namespace) -> str:
@@ -200,6 +247,8 @@ def main() -> None:
             made += uniform_part(num_nodes, chosen.uniform_tokens, payloads)
     if "steps" in chosen.parts:
         made += steps_part(chosen)
+    if "frontends" in chosen.parts:
+        made += frontends_part(chosen)
     for each in made:
         print(f"{each['case']}: {each['metric']} {each['value']} {each['unit']} ({each['note']})")
     if chosen.csv is not None:
@@ -211,12 +260,13 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     add = parser.add_argument
-    parts = ("bytes", "payload", "steps", "page")
+    parts = ("bytes", "payload", "steps", "frontends", "page")
     add("--parts", default=",".join(parts), help=f"any of {', '.join(parts)}")
     add("--nodes", type=int, default=4)
     add("--slots", type=int, default=1, help="ranks per node")
     add("--mbit", type=float, default=200, help="rate of a node's link")
     add("--tokens", type=int, default=256, help="tokens per rank and step")
+    add("--decode-tokens", type=int, default=32, help="tokens per rank of a decoding step")
     add("--width", type=int, default=1440, help="float32: as wide as gpt-oss's 2880 in bfloat16")
     add("--hidden", type=int, default=16, help="narrow experts: the links decide")
     add("--rounds", type=int, default=15)
@@ -230,7 +280,7 @@ def parse() -> argparse.Namespace:
         parser.error(f"unknown parts {sorted(unknown)}, expected any of {', '.join(parts)}")
     if "page" in chosen.parts and chosen.page is not None and chosen.csv is None:
         parser.error("--page needs --csv, whose rows it shows")
-    if "steps" in chosen.parts and "MOE_LOCALITY_DATA" not in os.environ:
+    if {"steps", "frontends"} & {*chosen.parts} and "MOE_LOCALITY_DATA" not in os.environ:
         sys.exit("MOE_LOCALITY_DATA is not set: it names the directory of real routing traces")
     return chosen
 
