@@ -487,6 +487,49 @@ def test_recording_with_gradient_checkpointing_records_once(tmp_path):
     assert read_trace(tmp_path / "trace").num_tokens == 5 + 14 + 9 + 22
 
 
+def record_generation(rank, world, path, folder):
+    """Generate with padded prompts and other lengths on every rank, split and whole, and record."""
+    import moe_locality
+
+    model, _ = placed(path, world, "copied")
+    whole_model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    prompts = torch.randint(1, 90, (2, 6), generator=torch.Generator().manual_seed(rank))
+    mask = torch.ones_like(prompts)
+    mask[0, : 1 + rank % 3] = 0
+    texts = []
+    for each, where in ((model, folder), (whole_model, f"{folder}-{rank}")):
+        with (
+            moe_locality.attach(each, where),
+            moe_locality.annotate(
+                request_ids=[10 * rank, 10 * rank + 1], stage="generate", mask=mask
+            ),
+        ):
+            length = 2 + 2 * rank
+            made = each.generate(prompts, attention_mask=mask, max_new_tokens=length, min_length=20)
+        texts.append(made.tolist())
+    assert texts[0] == texts[1]
+
+
+def test_recording_generation_knows_requests_stages_and_padding(tmp_path):
+    """Ranks that are done go on with empty steps until all are: those are not recorded."""
+    from moe_locality.trace import read_trace
+
+    path, folder = save_tiny(tmp_path, "Qwen3Moe"), tmp_path / "split"
+    run_ranks(record_generation, 4, path, str(folder), timeout_s=120.0)
+    split = read_trace(folder)
+    for rank in range(4):
+        found, wanted = split.take(split.rank == rank), read_trace(tmp_path / f"split-{rank}")
+        for trace in (found, wanted):
+            assert trace.num_tokens == 2 * (6 + 2 + 2 * rank - 1) - (1 + rank % 3)
+        orders = [np.lexsort((trace.position, trace.request_id)) for trace in (found, wanted)]
+        for name in ("request_id", "position", "stage", "expert_ids"):
+            values = [
+                getattr(trace, name)[order]
+                for trace, order in zip((found, wanted), orders, strict=True)
+            ]
+            np.testing.assert_array_equal(*values, err_msg=f"rank {rank}, {name}")
+
+
 def refuse(rank, world, path, folder):
     """What every rank says to each wrong input, and how long it took."""
     import moe_locality

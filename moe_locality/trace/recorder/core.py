@@ -23,6 +23,7 @@ from moe_locality.trace.parquet import make_directory, next_sequence
 from moe_locality.trace.recorder.assembler import Assembler, AssemblerSettings, Forward
 from moe_locality.trace.recorder.hooks import (
     Hook,
+    IdleSteps,
     MoeLayer,
     Places,
     encoder_of,
@@ -178,6 +179,8 @@ class RoutingRecorder:
         self._forward: Forward | None = None
         self._labels: Annotation | None = None
         self._sequences: Sequences | None = None
+        self._idle = False
+        """the forward pass that runs is for other ranks: nothing of it is recorded"""
         self._running = True
         self._failure: Exception | None = None
         self._closed = False
@@ -282,7 +285,7 @@ class RoutingRecorder:
         self._shape = (places, shape)
 
     def _on_routes(self, places: Places, module: torch.nn.Module, read: Any) -> None:
-        if not self._records():
+        if self._idle or not self._records():
             return
         try:
             assembler = self._assembler or self._start()
@@ -297,8 +300,15 @@ class RoutingRecorder:
 
     def _hook_forward(self, module: torch.nn.Module) -> list[Any]:
         """Hook the model that is called: its arguments label the tokens, its end ends a block."""
+        idle_steps = IdleSteps(module)
+
+        def begins(module, args, kwargs):
+            self._idle = idle_steps.taken()
+            self._forward_begins(module, args, kwargs)
+
         return [
-            module.register_forward_pre_hook(Hook(self._forward_begins), with_kwargs=True),
+            idle_steps,
+            module.register_forward_pre_hook(Hook(begins), with_kwargs=True),
             module.register_forward_hook(Hook(self._forward_ends), with_kwargs=True),
         ]
 
@@ -324,7 +334,7 @@ class RoutingRecorder:
         ]
 
     def _forward_begins(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        if not self._records():
+        if self._idle or not self._records():
             return
         if self._assembler is not None:
             if self._forward is not None:
@@ -348,7 +358,8 @@ class RoutingRecorder:
         self._labels = labels if labels is not explicit else None
 
     def _forward_ends(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not self._records():
+        idle, self._idle = self._idle, False
+        if idle or not self._records():
             return
         self._forward, labels = None, self._labels
         if self._sequences is not None and self._assembler is not None:

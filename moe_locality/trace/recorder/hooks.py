@@ -238,6 +238,41 @@ def do_nothing(*_args: Any) -> None:
     """The hook of a copied model."""
 
 
+class IdleSteps:
+    """Knows which forward passes of ``generate(synced_gpus=True)`` are for the other ranks only.
+
+    A rank whose requests are done runs its model on until all ranks are done. It stands in for the
+    method that transformers asks before every step, until :meth:`remove`.
+    """
+
+    METHOD = "_has_unfinished_sequences"
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+        self._original: Any = getattr(module, self.METHOD, None)
+        self._next = False
+        if self._original is not None:
+            vars(module)[self.METHOD] = self
+
+    def __call__(self, this_peer_finished: bool, *args: Any, **kwargs: Any) -> bool:
+        goes_on = self._original(this_peer_finished, *args, **kwargs)
+        self._next = bool(this_peer_finished) and goes_on
+        return goes_on
+
+    def taken(self) -> bool:
+        """Return whether the forward pass that begins is such a step."""
+        found, self._next = self._next, False
+        return found
+
+    def remove(self) -> None:
+        """Give the module its own method back."""
+        if vars(self._module).get(self.METHOD) is self:
+            del vars(self._module)[self.METHOD]
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a copied model asks transformers itself
+        return partial, (self._original.__func__, None)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoeLayer:
     """One MoE layer of a model, as the recorder sees it."""
