@@ -10,6 +10,8 @@ bytes     rows and bytes between nodes of a dispatch, counted on 8 gloo ranks th
           and 8 nodes: uniform routing, once per node against every pick by itself; and what
           ``evaluate`` predicts for the same routes.
 payload   bytes of a dispatch in a low-bit format against bfloat16, counted alike.
+adapter   our implementation of transformers' expert parallelism on a mesh of one rank, around a
+          real experts module, against that module alone: what the way to the experts costs.
 overlap   the residual MLP while results travel home against after it; two gloo ranks share the
           machine, so what is saved is waiting, not computing.
 
@@ -266,10 +268,58 @@ def overlap_on_rank(rank: int, world: int, rounds: int) -> list[dict]:
     ]
 
 
+def adapter_on_rank(rank: int, world: int, rounds: int) -> list[dict]:
+    del rank
+    from torch.distributed import init_device_mesh
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    from moe_locality.integrations.transformers_ep import LocalityEP, register
+
+    register()
+    sizes = {"hidden_size": 1024, "moe_intermediate_size": 768, "num_experts": 32}
+    tokens, top_k, shape = 1024, 4, {"num_hidden_layers": 1, "num_experts_per_tok": 4}
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=8, **sizes, **shape))
+    experts: Any = model.model.layers[0].mlp.experts
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ep",))
+    ours = LocalityEP(experts, mesh, mesh)
+    x = torch.randn(tokens, sizes["hidden_size"])
+    ids = uniform_routes(0, tokens, sizes["num_experts"], top_k).long()
+    weights = torch.rand(tokens, top_k)
+
+    def seconds(call: Any, backward: bool) -> tuple[float, torch.Tensor]:
+        given = x.clone().requires_grad_(backward)
+        begin = time.perf_counter()
+        with torch.set_grad_enabled(backward):
+            out = call(given, ids, weights)
+        if backward:
+            out.square().mean().backward()
+        return time.perf_counter() - begin, out.detach()
+
+    rows = []
+    for backward in (False, True):
+        a, b = (seconds(call, backward)[1] for call in (ours, experts))
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        times = [
+            (seconds(ours, backward)[0], seconds(experts, backward)[0]) for _ in range(4 * rounds)
+        ]
+        ratios = [100 * (mine / theirs - 1) for mine, theirs in times]
+        note = (
+            f"{tokens} tokens, width 1024, experts 32 x 768, k {top_k}, float32, 1 thread, experts "
+            f"{experts.config._experts_implementation}; {len(times)} rounds in turns, from "
+            f"{min(ratios):.1f} to {max(ratios):.1f} %"
+        )
+        case = "transformers adapter, one rank, " + ("training" if backward else "forward")
+        rows.append(
+            row(case, "added time", statistics.median(ratios), "%", note, "Qwen3MoeExperts")
+        )
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--csv", type=Path)
-    parser.add_argument("--parts", default="layer,bytes,payload,overlap")
+    parser.add_argument("--parts", default="layer,bytes,payload,adapter,overlap")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     parts = {
@@ -282,6 +332,7 @@ def main() -> None:
         ],
         "bytes": bytes_part,
         "payload": payload_part,
+        "adapter": lambda: run_ranks(adapter_on_rank, 1, args.rounds, timeout_s=600)[0],
         "overlap": lambda: run_ranks(overlap_on_rank, 2, 4 * args.rounds, deepspeed=True)[0],
     }
     for name in args.parts.split(","):

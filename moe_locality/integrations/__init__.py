@@ -3,6 +3,8 @@
 import sys
 from typing import TYPE_CHECKING, Any
 
+from moe_locality.errors import ConfigError
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -31,6 +33,11 @@ def apply(
         plan: place the experts too. Default: the plan that the section names.
         topology: node of every rank. Default: from the section, or asked from all ranks.
     """
+    if type(model).__name__.startswith("Peft") and hasattr(model, "peft_config"):
+        raise ConfigError(
+            f"found a {type(model).__name__}, expected the model below it: call moe_locality.apply "
+            "on the model of from_pretrained, before peft.get_peft_model"
+        )
     given: dict[str, Any] = {"plan": plan, "topology": topology, **kwargs}
     if _is_transformers(model):
         from moe_locality.integrations.transformers_ep import apply as apply_to_transformers
