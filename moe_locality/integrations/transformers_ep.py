@@ -159,12 +159,18 @@ class LocalityEP(EPImplementation):
         groups = build_groups(layout_of(topology, everyone))
         return find_rails(groups, topology, self.num_slots)
 
-    def place(self, slot_to_logical: np.ndarray, serving: np.ndarray) -> None:
-        """Move the experts to their slots ``[P]``. Collective over the EP group.
+    def configure(
+        self, section: MoeLocalityConfig, topology: ClusterTopology, number: int, name: str
+    ) -> None:
+        """Take the settings; ``number`` and ``name`` of the layer are for messages."""
+        self.section, self.topology, self.dispatcher = section, topology, None
+        self.position.number, self.position.name, self.rows.name = number, name, name
 
-        ``serving [E]``: the slot that serves each expert for tokens of this rank.
-        """
-        serving = self.rows.place(slot_to_logical.astype(np.int64))[serving]
+    def place(self, plan: PlacementPlan, row: int) -> None:
+        """Move the experts to the slots of a row of the plan. Collective over the EP group."""
+        slot_to_logical = plan.physical_to_logical_map[row].astype(np.int64)
+        serving = plan.serving_slot()[row, dist.get_rank(self.group)]
+        serving = self.rows.place(slot_to_logical)[serving]
         identity = bool((serving == np.arange(self.num_experts)).all())
         self.slot_map = SlotMap(None if identity else serving)
         self.num_slots, self.dispatcher = len(slot_to_logical), None
@@ -206,12 +212,17 @@ def apply(
     layers = expert_layers(model)
     if not layers:
         return _without_layers(model)
-    section = layers[0][1].section if config is None else read_config(config)
+
+    def read() -> MoeLocalityConfig:
+        section = layers[0][1].section if config is None else read_config(config)
+        _refuse_settings(section)
+        return section
+
+    section = all_succeed(read)
     topology = topology or discover_topology(cluster_config=section.cluster)
     ep_groups = exchange_objects(dist.get_process_group_ranks(layers[0][1].group))
 
     def check() -> tuple[PlacementPlan | None, list[int]]:
-        _refuse_settings(section)
         found = PlacementPlan.read(section.plan) if plan is None and section.plan else plan
         return found, [] if found is None else _rows_for(model, layers, found, topology, ep_groups)
 
@@ -219,13 +230,9 @@ def apply(
     all_agree("moe_locality sections", section.model_dump_json())
     all_agree("placement plans", "none" if plan is None else plan.digest())
     for number, (name, layer) in enumerate(layers):
-        layer.section, layer.topology, layer.dispatcher = section, topology, None
-        layer.position.number, layer.position.name = number, name
-        layer.rows.name = name
+        layer.configure(section, topology, number, name)
         if plan is not None:
-            me, row = dist.get_rank(layer.group), rows[number]
-            serving = plan.serving_slot()[row, me]
-            layer.place(plan.physical_to_logical_map[row], serving)
+            layer.place(plan, rows[number])
     if optimizer is not None:
         keep_optimizer_logical(optimizer)
     if dist.get_rank() == 0:

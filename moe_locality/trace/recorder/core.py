@@ -179,8 +179,7 @@ class RoutingRecorder:
         self._forward: Forward | None = None
         self._labels: Annotation | None = None
         self._sequences: Sequences | None = None
-        self._idle = False
-        """the forward pass that runs is for other ranks: nothing of it is recorded"""
+        self._idle = False  # whether the forward pass that runs is for other ranks only
         self._running = True
         self._failure: Exception | None = None
         self._closed = False
