@@ -642,10 +642,7 @@ def _figures_of_runs(
     if found:
         count = sum(len(steps) for steps, _ in found.values())
         figures.append(
-            LossData(
-                runs=found,
-                basis=Basis(how="measured", count=count, unit="steps", seed=seed),
-            )
+            LossData(runs=found, basis=Basis(how="measured", count=count, unit="steps", seed=seed))
         )
     return figures
 

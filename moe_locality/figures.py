@@ -84,9 +84,7 @@ class TrafficData:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LoadData:
-    """Expert load by domain. ``ratio`` [panels, D, E]: load over the load of a uniform router, per
-    domain.
-    """
+    """Expert load by domain. ``ratio`` [panels, D, E]: load over that of a uniform router."""
 
     ratio: np.ndarray
     domains: tuple[str, ...]
@@ -97,9 +95,7 @@ class LoadData:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SimilarityData:
-    """Similarity of domains. ``matrix`` [D, D]; its diagonal is the split-half floor: what sampling
-    alone leaves.
-    """
+    """Similarity of domains. ``matrix`` [D, D]; on its diagonal the split-half noise floor."""
 
     matrix: np.ndarray
     domains: tuple[str, ...]
@@ -110,9 +106,7 @@ class SimilarityData:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TradeoffPoint:
-    """One plan: load of the busiest node over the mean, and copies per token and layer (an interval
-    if known).
-    """
+    """One plan: load of the busiest node over the mean, and copies per token and layer."""
 
     name: str
     imbalance: float
@@ -123,9 +117,7 @@ class TradeoffPoint:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TradeoffData:
-    """Balance against locality, one point per plan. ``cap`` is the balance limit that the solver
-    was given.
-    """
+    """Balance against locality, one point per plan. ``cap``: what the solver was allowed."""
 
     points: tuple[TradeoffPoint, ...]
     basis: Basis
@@ -345,9 +337,7 @@ def _cells(axes: "Axes", values: np.ndarray, color_map: Any, norm: Any) -> Any:
 
 
 def _cell_labels(axes: "Axes", texts: list[list[str]], shades: np.ndarray) -> None:
-    """Write a text into every cell, dark on light cells and white on dark ones. ``shades`` [n, m,
-    4] RGBA.
-    """
+    """Write a text into every cell, white on dark ones. ``shades`` [n, m, 4] RGBA."""
     luminance = shades[..., :3] @ np.array([0.299, 0.587, 0.114])
     for row, line in enumerate(texts):
         for column, text in enumerate(line):

@@ -146,11 +146,7 @@ def potential(
 
 @warnings_once()
 def tradeoff(
-    trace: RoutingTrace,
-    topology: ClusterTopology,
-    *,
-    caps: Sequence[float] = CAPS,
-    seed: int = 0,
+    trace: RoutingTrace, topology: ClusterTopology, *, caps: Sequence[float] = CAPS, seed: int = 0
 ) -> list[dict[str, float]]:
     """Balance against locality: one plan per cap on the imbalance, judged on unseen requests.
 

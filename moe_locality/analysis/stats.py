@@ -88,18 +88,14 @@ def gini(load: np.ndarray) -> np.ndarray:
 
 
 def entropy_bits(load: np.ndarray) -> np.ndarray:
-    """Shannon entropy of the load as a distribution over experts, in bits, [...]; log2(E) =
-    even.
-    """
+    """Shannon entropy of the load as a distribution over experts, bits, [...]; log2(E) = even."""
     share = shares(load)
     logs = np.log2(share, out=np.zeros_like(share), where=share > 0)
     return -(share * logs).sum(axis=-1)
 
 
 def top_share(load: np.ndarray, fraction: float = 0.1) -> np.ndarray:
-    """Share of the load that the busiest ``fraction`` of experts takes (at least one expert),
-    [...].
-    """
+    """Share of the load that the busiest ``fraction`` of experts (at least one) takes, [...]."""
     num = max(int(load.shape[-1] * fraction), 1)
     return np.sort(shares(load), axis=-1)[..., -num:].sum(axis=-1)
 
@@ -132,9 +128,7 @@ def transition_counts(trace: RoutingTrace) -> np.ndarray:
 
 
 def _count(first: np.ndarray, second: np.ndarray, num: int) -> np.ndarray:
-    """int64 [E, E], occurrences of (first, second); missing picks (-1) fall into an extra row or
-    column.
-    """
+    """int64 [E, E], occurrences of (first, second); missing picks (-1) do not count."""
     bins = num + 1
     index = (first.astype(np.int64) + 1) * bins + (second + 1)
     return np.bincount(index.ravel(), minlength=bins * bins).reshape(bins, bins)[1:, 1:]
@@ -333,9 +327,7 @@ def split_half_js_bits(trace: RoutingTrace, *, num_splits: int = 8, seed: int = 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillDecode:
-    """Pearson correlation of expert frequencies, prefill of one request against decode of
-    another.
-    """
+    """Pearson correlation of expert frequencies, prefill of a request against decode of another."""
 
     num_requests: int
     same_request: float

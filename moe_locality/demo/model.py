@@ -185,11 +185,7 @@ def _place(
 ) -> PlacementPlan:
     with progress.stage("place the experts (requests of the training text)"):
         plan = solve(
-            seen,
-            topology,
-            homes="joint",
-            max_imbalance=options.max_imbalance,
-            seed=options.seed,
+            seen, topology, homes="joint", max_imbalance=options.max_imbalance, seed=options.seed
         )
         plan.write(options.out / "plan.json")
     return plan

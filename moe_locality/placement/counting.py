@@ -30,9 +30,7 @@ _NODES_PER_BYTE = 8
 
 
 def chunks(ids: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yield (rows, ids + 1 of these rows as int64 [L, rows, K]): column 0 of a table stands for "no
-    pick".
-    """
+    """Yield (rows, ids + 1 of these as int64 [L, rows, K]): 0 stands for "no pick"."""
     tokens, layers, picks = ids.shape
     step = max(_CHUNK_PICKS // max(layers * picks, 1), 1)
     for start in range(0, tokens, step):
@@ -293,9 +291,7 @@ def pair_weight(pairs: np.ndarray) -> np.ndarray:
 
 
 def pairs_of_layer(ids: np.ndarray, num_experts: int) -> np.ndarray:
-    """[E, E] float64 tokens that pick both experts, symmetric with a zero diagonal, of ids
-    [T, K].
-    """
+    """[E, E] float64 tokens that pick both experts, symmetric, zero diagonal, of ids [T, K]."""
     unit = np.zeros(len(ids), np.int64)
     return pair_weight(count_pairs(ids[:, None], num_experts, unit)[0][0])
 
@@ -303,12 +299,7 @@ def pairs_of_layer(ids: np.ndarray, num_experts: int) -> np.ndarray:
 Result = TypeVar("Result")
 
 
-def over_layers(
-    fill: Callable[[int, int], object],
-    num_layers: int,
-    *,
-    least: int = 1,
-) -> None:
+def over_layers(fill: Callable[[int, int], object], num_layers: int, *, least: int = 1) -> None:
     """Call ``fill(first, last)`` so that every layer is in one call, in several threads.
 
     ``fill`` must release the interpreter lock (``nogil``) to gain from it, and write nothing that

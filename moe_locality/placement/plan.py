@@ -163,9 +163,7 @@ def to_plain(value: Any, where: str) -> Any:
 
 
 def dump_rows(value: Any, indent: int = 0) -> str:
-    """JSON text: objects and lists of containers are spread over lines, lists of scalars stay on
-    one line.
-    """
+    """JSON text: objects and lists of containers over several lines, lists of scalars on one."""
     pad, end = " " * (indent + 1), " " * indent
     if isinstance(value, dict) and value:
         items = (
@@ -270,9 +268,7 @@ class PlacementPlan:
 
     @property
     def is_permutation(self) -> bool:
-        """True when every expert has exactly one slot: the placement is a relabelling of the
-        experts.
-        """
+        """Whether every expert has exactly one slot: the placement is a relabelling."""
         return self.num_slots == self.num_experts
 
     @property
@@ -343,9 +339,7 @@ class PlacementPlan:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> PlacementPlan:
-        """Build a plan from the parsed JSON; unknown or missing keys and other versions are
-        refused.
-        """
+        """Build a plan from parsed JSON; refuses unknown or missing keys and other versions."""
         if not isinstance(content, Mapping):
             raise PlacementError(
                 f"found a {type(content).__name__}, expected an object: a plan starts with '{{'"
@@ -394,9 +388,7 @@ class PlacementPlan:
             raise PlacementError(f"the plan {path} is not valid: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types only; ``rank_to_node`` only where nodes do not hold consecutive
-        ranks.
-        """
+        """Plain JSON types; ``rank_to_node`` only where nodes do not hold consecutive ranks."""
         content: dict[str, Any] = {
             "format_version": self.format_version,
             "model": self.model,
@@ -419,15 +411,11 @@ class PlacementPlan:
         return dump_rows(self.to_dict()) + "\n"
 
     def write(self, path: str | os.PathLike[str]) -> Path:
-        """Write the plan whole or not at all: a temporary file in the same folder, fsync,
-        rename.
-        """
+        """Write the plan whole or not at all: a temporary file in the folder, fsync, rename."""
         return replace_text(path, self.to_json())
 
     def digest(self) -> str:
-        """SHA-256 (hex) of everything that decides where tokens go: all but ``provenance`` and
-        ``costs``.
-        """
+        """SHA-256 (hex) of what decides where tokens go: all but ``provenance`` and ``costs``."""
         content = self.to_dict()
         del content["provenance"], content["costs"]
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
@@ -442,9 +430,7 @@ class PlacementPlan:
         return hash(self.digest())
 
     def validate(self) -> None:
-        """Raise PlacementError unless the plan is complete and consistent (called by the
-        constructor).
-        """
+        """Raise PlacementError unless the plan is complete and consistent."""
         check_header(self)
         check_rows(self)
 
@@ -457,9 +443,7 @@ class PlacementPlan:
         num_ranks: int | None = None,
         model: str | None = None,
     ) -> None:
-        """Raise PlacementError unless the plan fits what is given; what is None (or an empty model)
-        is not checked.
-        """
+        """Raise PlacementError unless the plan fits; None (or an empty model) is not checked."""
         layers = None if layer_ids is None else tuple(int(i) for i in layer_ids)
         rows = [
             ("experts per layer", self.num_experts, num_experts),

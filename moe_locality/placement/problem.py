@@ -67,9 +67,7 @@ class AlignedTrace:
         return counting.picks_by_home(self.ids, self.num_experts, home, homes)
 
     def node_visits(self) -> np.ndarray:
-        """[L, M, M] tokens of home node m that visit node n: int64, or the float expectation
-        without homes.
-        """
+        """[L, M, M] tokens of home node m on node n: int64; without homes expected floats."""
         assert self.ids is not None
         nodes = self.num_nodes
         first_rank = np.array([np.flatnonzero(self.node_of_rank == n)[0] for n in range(nodes)])
@@ -148,10 +146,7 @@ class AlignedTrace:
 
 
 def align_trace(
-    trace: RoutingTrace,
-    plan: PlacementPlan,
-    topology: ClusterTopology | None,
-    homes: Homes,
+    trace: RoutingTrace, plan: PlacementPlan, topology: ClusterTopology | None, homes: Homes
 ) -> AlignedTrace:
     """Check that trace, plan, cluster and homes belong together and align them.
 
@@ -322,11 +317,7 @@ class Solution:
 
 
 def make_plan(
-    problem: Problem,
-    rows: list[RankLists],
-    *,
-    by_node: bool = True,
-    load: np.ndarray | None = None,
+    problem: Problem, rows: list[RankLists], *, by_node: bool = True, load: np.ndarray | None = None
 ) -> PlacementPlan:
     """A plan from the experts of each rank, per layer.
 

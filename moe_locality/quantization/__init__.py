@@ -4,13 +4,7 @@
 packs rows into bytes, by torch, by the CUDA extension or by the kernels of ``triton_codec``.
 """
 
-from moe_locality.quantization.formats import (
-    FORMATS,
-    Format,
-    bytes_per_row,
-    get_format,
-    row_bytes,
-)
+from moe_locality.quantization.formats import FORMATS, Format, bytes_per_row, get_format, row_bytes
 from moe_locality.quantization.mx import QuantizedTensor, dequantize, fake_quantize, quantize
 from moe_locality.quantization.rows import ROW_FORMATS, decode_rows, encode_rows, permute_encode
 

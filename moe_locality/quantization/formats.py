@@ -186,9 +186,7 @@ def times_power_of_two(x: Tensor, exponent: Tensor) -> Tensor:
 
 
 def scale_of_e8m0(scales: Tensor) -> Tensor:
-    """Return the float32 value of E8M0 scales (OCP MX v1.0, 5.4.1): ``2 ** (s - 127)``, 255 is
-    NaN.
-    """
+    """Return the float32 of E8M0 scales (OCP MX v1.0, 5.4.1): ``2 ** (s - 127)``, 255 is NaN."""
     wide = scales.to(torch.int32)
     bits = torch.where(wide == 0, 0x00400000, wide << 23)  # 2^-127 is subnormal in float32
     return torch.where(wide == E8M0_NAN, 0x7FC00000, bits).view(torch.float32)

@@ -229,10 +229,7 @@ def register_with_deepspeed(groups: ExpertParallelGroups, ep_size: int) -> None:
 
 
 def prepare_groups(
-    topology: ClusterTopology,
-    ep_sizes: Iterable[int],
-    order: Order = "E+D",
-    mpu: Any = None,
+    topology: ClusterTopology, ep_sizes: Iterable[int], order: Order = "E+D", mpu: Any = None
 ) -> dict[int, ExpertParallelGroups]:
     """Lay out, build and register the groups of several EP sizes. Collective.
 

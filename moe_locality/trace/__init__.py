@@ -1,20 +1,11 @@
-"""Routing traces: which experts real tokens pick. The recorder is loaded on first use (it needs
-torch).
-"""
+"""Routing traces: which experts real tokens pick. The recorder needs torch: loaded on use."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 from moe_locality.trace.importers import import_trace
 from moe_locality.trace.io import ShardWriter, read_trace, read_trace_report, write_trace
-from moe_locality.trace.schema import (
-    DECODE,
-    PREFILL,
-    STAGE_NAMES,
-    TRAIN,
-    UNKNOWN,
-    RoutingTrace,
-)
+from moe_locality.trace.schema import DECODE, PREFILL, STAGE_NAMES, TRAIN, UNKNOWN, RoutingTrace
 
 if TYPE_CHECKING:
     from moe_locality.trace.recorder import RoutingRecorder, annotate, attach

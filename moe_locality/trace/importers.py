@@ -22,13 +22,7 @@ from moe_locality.trace import llamacpp, megatron, routed, sglang, tables
 from moe_locality.trace.io import write_trace
 from moe_locality.trace.merge import concat
 from moe_locality.trace.parquet import make_directory, replace_shards, shard_paths
-from moe_locality.trace.reading import (
-    ImportOptions,
-    Report,
-    is_count,
-    text_lines,
-    whole_json,
-)
+from moe_locality.trace.reading import ImportOptions, Report, is_count, text_lines, whole_json
 from moe_locality.trace.schema import RoutingTrace
 
 FORMATS = {

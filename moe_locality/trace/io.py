@@ -65,9 +65,7 @@ def read_trace(
 def read_trace_report(
     path: str | PathLike[str], *, strict: bool = False, layers: Collection[int] | None = None
 ) -> tuple[RoutingTrace, list[str]]:
-    """Read like ``read_trace`` and return what was left out or repaired beside the trace, one
-    sentence each.
-    """
+    """Read like ``read_trace``; return also what was left out or repaired, in sentences."""
     place = Path(path)
     if place.suffix == ".npz" and not place.is_dir():
         trace = RoutingTrace.from_npz(place)
@@ -175,8 +173,7 @@ def _holds(directory: Path, trace: RoutingTrace) -> bool:
 
 
 def _existing_shards(place: Path) -> tuple[dict[Path, tuple[int, ...]], list[str]]:
-    """Return the shards of a directory (or the one file named), and what is strange about them; see
-    ``shard_files``."""
+    """Return the shards of a directory (or the one file named), and what is strange in them."""
     if not place.exists():
         raise TraceError(
             f"found nothing at {place}, expected a trace (a directory of part-*.parquet shards, or "

@@ -93,9 +93,7 @@ def _canonical_order(trace: RoutingTrace, domain_id: np.ndarray) -> np.ndarray:
 
 
 def _fingerprint(trace: RoutingTrace) -> np.ndarray:
-    """uint64 [rows], a linear hash of each row's picks; equal rows are equal, others almost surely
-    not.
-    """
+    """uint64 [rows], a linear hash of each row's picks; almost surely differs where they do."""
     rng = np.random.default_rng(0x5EED)
     total = np.zeros(trace.num_rows, np.uint64)
     for name in ("expert_ids", "expert_weights", "expert_load", "step_tokens"):
@@ -305,9 +303,7 @@ def _in_all(groups: Sequence[RoutingTrace], name: str) -> bool:
 
 
 def _row_table(groups: Sequence[RoutingTrace], strict: bool, problems: list[str]) -> np.ndarray:
-    """int64 [groups, tokens], row of each token in each group, -1 = absent; in the row order of the
-    first group.
-    """
+    """int64 [groups, tokens], row of each token in each group, -1 = absent; order of the first."""
     names = [name for name in _KEYS[groups[0].kind] if _everywhere(groups, name)]
     keys = [np.concatenate([getattr(group, name) for group in groups]) for name in names]
     source = np.repeat(np.arange(len(groups)), [group.num_rows for group in groups])
@@ -362,11 +358,7 @@ def _rows(block: np.ndarray, rows: np.ndarray, name: str) -> np.ndarray:
 
 
 def _first_known(
-    groups: Sequence[RoutingTrace],
-    row_of: np.ndarray,
-    name: str,
-    strict: bool,
-    problems: list[str],
+    groups: Sequence[RoutingTrace], row_of: np.ndarray, name: str, strict: bool, problems: list[str]
 ) -> np.ndarray | None:
     """Take each token's value from the first stage that knows it; stages that disagree are an
     error.

@@ -465,9 +465,7 @@ def write_shard(
 
 
 def _publish(temporary: Path, path: Path) -> bool:
-    """Give the finished file its name unless the name is taken (a link fails there, a rename would
-    overwrite).
-    """
+    """Give the finished file its name unless it is taken (where a rename would overwrite)."""
     try:
         os.link(temporary, path)
     except FileExistsError:

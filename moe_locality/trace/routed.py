@@ -136,8 +136,7 @@ def _unreadable(path: Path, error: Exception) -> TraceError:
 
 
 def responses(path: Path, options: ImportOptions, number: int) -> Iterator[tuple[str, Any]]:
-    """Yield (place, response, or what is wrong with it) of a JSON file: one object per line, or one
-    object or list."""
+    """Yield (place, response or what is wrong) of a JSON file: an object per line, or one value."""
     if _has_lines(path):
         for line, text in text_lines(path, options, (number, 2)):
             if text.strip():
@@ -313,8 +312,7 @@ def _sglang_choice(
 
 
 def _sglang_picks(where: str, spot: dict[str, Any], usage: Any, options: ImportOptions) -> Sequence:
-    """``spot`` has the picks, ``usage`` the numbers of tokens, of which several choices share one
-    (None)."""
+    """``spot`` has the picks, ``usage`` the numbers of tokens; None where choices share one."""
     flat = np.frombuffer(_base64(where, spot["routed_experts"], 4), "<i4")
     usage = usage if isinstance(usage, dict) else {}
     prompt, answer = usage.get("prompt_tokens"), usage.get("completion_tokens")
@@ -628,8 +626,7 @@ def _routed_layers(where: Path, facts: dict[int, _Facts], options: ImportOptions
 def _labels(
     facts: dict[int, _Facts], sources: list[Source], options: ImportOptions
 ) -> tuple[dict[int, int], dict[int, str | None]]:
-    """Request id and domain of each request: from the table, else from the files, else its place
-    and none."""
+    """Request id and domain of each request: from the table, else the files, else its place."""
     known: Mapping[str, tuple[int | None, str | None]] = options.table or {}
     files = Counter(one.names[-1] for one in facts.values())
     numbered = len(sources) > 1 and all(

@@ -121,9 +121,7 @@ class RoutingTrace:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens recorded; for kind "load" from ``step_tokens``, else picks / top_k, else 0
-        (unknown).
-        """
+        """Tokens recorded; kind "load": ``step_tokens``, else picks / top_k, else 0 (unknown)."""
         if self.expert_ids is not None:
             return len(self.expert_ids)
         if self.step_tokens is not None:
@@ -592,7 +590,4 @@ def _load_fields(trace: RoutingTrace, num_experts: int, num_layers: int) -> dict
             f"found {trace.load_top_k} picks per token among {num_experts} experts, expected "
             f"1..{num_experts}"
         )
-    return {
-        "expert_load": load.astype(np.int64, copy=False),
-        "load_top_k": int(trace.load_top_k),
-    }
+    return {"expert_load": load.astype(np.int64, copy=False), "load_top_k": int(trace.load_top_k)}

@@ -307,8 +307,7 @@ def _draft_tokens(records: list[tuple[Path, dict[str, Any], np.ndarray]]) -> int
 
 
 def _pieces(path: Path, record: dict[str, Any], num_tokens: int, size: int) -> list[int]:
-    """Lengths of the pieces of requests in a pass; decode has one token of each, a verification
-    ``size``."""
+    """Lengths of the pieces of requests in a pass; decode has one token, verification ``size``."""
     lengths = record.get("extend_seq_lens")
     if lengths is None:
         return [size] * (num_tokens // size) + [1] * (num_tokens % size)

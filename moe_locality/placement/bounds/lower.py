@@ -409,10 +409,7 @@ class LayerTokens:
         return fixed
 
     def relaxation(
-        self,
-        max_imbalance: float,
-        fixed: np.ndarray | None = None,
-        cost: np.ndarray | None = None,
+        self, max_imbalance: float, fixed: np.ndarray | None = None, cost: np.ndarray | None = None
     ) -> Any:
         """The relaxation of this layer, see ``make_relaxation``."""
         return make_relaxation(

@@ -25,9 +25,7 @@ ANNEAL_STEPS = 500  # per request
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capacities:
-    """``tokens`` per rank (inf: no cap). With ``even`` every rank gets the same number of requests,
-    up to one.
-    """
+    """``tokens`` per rank (inf: no cap). ``even``: every rank gets as many requests, up to one."""
 
     tokens: float
     even: bool = False

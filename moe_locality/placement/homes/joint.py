@@ -70,9 +70,7 @@ class _Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Homes:
-    """Home ranks and nodes of the requests [R], their exact cost in sum, and what new requests are
-    placed by.
-    """
+    """Home ranks and nodes of the requests [R], their exact cost, and what places new requests."""
 
     rank: np.ndarray
     node: np.ndarray
@@ -82,9 +80,7 @@ class _Homes:
 
 
 def solve_joint(problem: Problem) -> Solution:
-    """A plan with ``home_profiles``, and the homes of the trace's requests as predicted for new
-    ones.
-    """
+    """A plan with ``home_profiles``, and homes of the requests as predicted for new ones."""
     data = _prepare(problem)
     best, history = _search(data)
     home_node = best.home_node

@@ -152,10 +152,7 @@ def solve_coactivation(problem: Problem, tables: Tables | None = None) -> Soluti
 
 
 def place_layers(
-    problem: Problem,
-    *,
-    tables: Tables | None = None,
-    replica_rounds: int = REPLICA_ROUNDS,
+    problem: Problem, *, tables: Tables | None = None, replica_rounds: int = REPLICA_ROUNDS
 ) -> Placed:
     """Place the experts of all layers, level in the mean over them.
 
@@ -262,11 +259,7 @@ def expand_groups(problem: Problem, node_of: np.ndarray) -> np.ndarray:
 
 
 def _finish(
-    problem: Problem,
-    weight: np.ndarray,
-    served: np.ndarray,
-    members: list[np.ndarray],
-    seed: int,
+    problem: Problem, weight: np.ndarray, served: np.ndarray, members: list[np.ndarray], seed: int
 ) -> RankLists:
     """Names of the nodes, and ranks; groups of experts get replicas inside their node."""
     order = range(problem.num_nodes)
@@ -353,9 +346,7 @@ def place_on_ranks(
 
 
 def order_like_linear(nodes: list[list[int]], size: float) -> list[int]:
-    """The node to put first, second, ... so that many experts stay where the linear layout has them
-    (greedy).
-    """
+    """The node to put first, second, ... so that many experts stay as in linear (greedy)."""
     count = len(nodes)
     overlap = np.zeros((count, count), dtype=np.int64)
     for row, members in enumerate(nodes):

@@ -139,9 +139,7 @@ def few_draws(blocks: int) -> np.ndarray:
 
 
 def samples_of(noise: Noise | None, blocks: int) -> tuple[np.ndarray, float, np.ndarray]:
-    """(covariance, deviation, draws) for a search; with nothing to vary no covariance and one
-    draw.
-    """
+    """(covariance, deviation, draws) for a search; without noise no covariance and one draw."""
     if noise is None or noise.deviation == 0:
         return np.zeros((0, 0)), 0.0, np.zeros((blocks, 1))
     return noise.covariance, noise.deviation, few_draws(blocks)

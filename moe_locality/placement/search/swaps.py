@@ -63,9 +63,7 @@ def count_pattern_visits(ids, home_block, count, block_of, num_blocks):
 
 @numba.njit(nogil=True, cache=True)
 def pack(load, order, room):
-    """[E] block of each expert: in this order, into the lightest block with room; ``room`` [B] is
-    used up.
-    """
+    """[E] block of each expert: in this order, into the lightest with room [B] (used up)."""
     block_of, sums = np.zeros(len(load), np.int64), np.zeros(len(room))
     for e in order:
         best = -1

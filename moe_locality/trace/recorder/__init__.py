@@ -15,11 +15,4 @@ from moe_locality.trace.recorder.core import (
 )
 from moe_locality.trace.recorder.labels import annotate
 
-__all__ = [
-    "Handle",
-    "NullRecorder",
-    "RecorderReport",
-    "RoutingRecorder",
-    "annotate",
-    "attach",
-]
+__all__ = ["Handle", "NullRecorder", "RecorderReport", "RoutingRecorder", "annotate", "attach"]

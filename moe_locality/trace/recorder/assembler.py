@@ -259,11 +259,7 @@ class Assembler:
         self._hand_over(block, HostPicks(parts[0], parts[1]))
 
     def _begin(
-        self,
-        num_tokens: int,
-        annotation: Annotation,
-        shape: tuple[int, int] | None,
-        training: bool,
+        self, num_tokens: int, annotation: Annotation, shape: tuple[int, int] | None, training: bool
     ) -> Block:
         if self._progress.annotation is not annotation:
             self._progress = Progress(annotation)

@@ -242,9 +242,7 @@ def layout_of(
             return Layout(num_sequences=1, length=num_tokens)
         if num_tokens % labels == 0:
             return Layout(
-                num_sequences=labels,
-                length=num_tokens // labels,
-                sequence_first=sequence_first,
+                num_sequences=labels, length=num_tokens // labels, sequence_first=sequence_first
             )
         expected = f"a divisor of {num_tokens}, the tokens of this forward pass"
     raise TraceError(
