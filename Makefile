@@ -28,11 +28,12 @@ $(READY): pyproject.toml setup.py constraints-dev.txt
 demo: $(READY) ## the main job: train, record, place, run again, compare; report in runs/demo/report.html
 	$(VENV)/bin/moe-locality demo --out $(OUT)
 
+# in the order of the folders: tests/distributed has the long files, and xdist would begin with the short ones
 test: $(READY) ## every test that needs no GPU; JOBS files at a time
-	$(PY) -m pytest -n $(JOBS) --dist loadfile
+	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-random: $(READY) ## the property tests with other examples each time; SEED=N repeats a run
-	MOE_LOCALITY_HYPOTHESIS=random $(PY) -m pytest -n $(JOBS) --dist loadfile -m "hypothesis and not gpu and not multinode" $(if $(SEED),--hypothesis-seed=$(SEED))
+	MOE_LOCALITY_HYPOTHESIS=random $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "hypothesis and not gpu and not multinode" $(if $(SEED),--hypothesis-seed=$(SEED))
 
 test-multinode: $(READY) ## tests on nodes made of network namespaces: root, iproute2, openssh-server, pdsh
 	$(PY) -m pytest -m multinode tests/multinode

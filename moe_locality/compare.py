@@ -347,6 +347,7 @@ logger = logging.getLogger(__name__)
 
 EVALUATION_NAMES = ("evaluation.npz", "eval.npz")
 WARM_UP_STEPS = 5
+LINKS = ("same_rank", "same_node", "cross_node")
 SOURCES = ("model", "ds_config", "commit", "versions", "cluster", "num_ranks", "steps", "seed")
 """What of a run's summary says what it is."""
 
@@ -556,7 +557,11 @@ def _traffic_rows(pair: tuple[Run, Run]) -> list[Row]:
     counted = [step for step in steps if step]
     per, of = (" per step", counted) if len(counted) == 2 else ("", [1, 1])
     if all(links):
-        totals = [_link_totals(link) for link in links if link]
+        totals = [
+            {link: sum(kind[link] for kind in by_kind.values()) for link in LINKS}
+            for by_kind in links
+            if by_kind
+        ]
         crossing = [total["cross_node"] / n for total, n in zip(totals, of, strict=True)]
         rows += _row("traffic/cross_node_bytes", f"bytes{per}, all directions", [*crossing])
         shares = [total["cross_node"] / max(sum(total.values()), 1) for total in totals]
@@ -579,11 +584,6 @@ def _traffic_rows(pair: tuple[Run, Run]) -> list[Row]:
     return rows
 
 
-def _link_totals(by_link: dict[str, dict[str, int]]) -> dict[str, int]:
-    links = ("same_rank", "same_node", "cross_node")
-    return {link: sum(kind[link] for kind in by_link.values()) for link in links}
-
-
 def _received(run: Run) -> np.ndarray | None:
     """[G] rows that each rank's experts worked on, or None.
 
@@ -592,8 +592,14 @@ def _received(run: Run) -> np.ndarray | None:
     """
     if (run.traffic or {}).get("load"):
         return np.asarray((run.traffic or {})["load"], dtype=np.float64)
-    matrix = ((run.traffic or {}).get("rows") or {}).get("dispatch")
-    return None if matrix is None else np.asarray(matrix, dtype=np.float64).sum(axis=0)
+    matrix = _dispatched(run, "rows")
+    return None if matrix is None else matrix.sum(axis=0)
+
+
+def _dispatched(run: Run, unit: str) -> np.ndarray | None:
+    """[G, G] rows or bytes of the dispatch from rank to rank, or None."""
+    matrix = ((run.traffic or {}).get(unit) or {}).get("dispatch")
+    return None if matrix is None else np.asarray(matrix, dtype=np.float64)
 
 
 def _time_rows(pair: tuple[Run, Run]) -> list[Row]:
@@ -611,20 +617,16 @@ def _time_rows(pair: tuple[Run, Run]) -> list[Row]:
     return rows
 
 
-def _num_rows(run: Run) -> int:
-    rows = ((run.traffic or {}).get("rows") or {}).get("dispatch")
-    return int(np.sum(rows)) if rows else 0
-
-
 def _figures_of_runs(
     pair: tuple[Run, Run], names: tuple[str, str], nodes: tuple[int, ...] | None
 ) -> list[FigureData]:
     figures: list[FigureData] = []
     seed = pair[0].summary.get("seed")
-    matrices = [((run.traffic or {}).get("bytes") or {}).get("dispatch") for run in pair]
-    if nodes is not None and all(m is not None and len(m) == len(nodes) for m in matrices):
-        rows = sum(map(_num_rows, pair))
-        before, after = (np.asarray(matrix, dtype=np.float64) / 1e6 for matrix in matrices)
+    matrices = [m for run in pair if (m := _dispatched(run, "bytes")) is not None]
+    if nodes is not None and len(matrices) == 2 and all(len(m) == len(nodes) for m in matrices):
+        counts = [rows for run in pair if (rows := _dispatched(run, "rows")) is not None]
+        rows = sum(int(count.sum()) for count in counts)
+        before, after = (matrix / 1e6 for matrix in matrices)
         figures.append(
             TrafficData(
                 before=before,

@@ -10,6 +10,7 @@ is changed.
 """
 
 import dataclasses
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -273,25 +274,17 @@ def draw(data: FigureData) -> "Figure":
 
 def svg_text(figure: "Figure") -> str:
     """Return the figure as SVG text without a date, the same bytes for the same figure."""
-    import io
-
-    import matplotlib as mpl
-
     buffer = io.StringIO()
-    with mpl.rc_context(STYLE):
+    with _matplotlib().rc_context(STYLE):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
 
 
-def png_bytes(figure: "Figure", *, dpi: int = 150) -> bytes:
+def png_bytes(figure: "Figure") -> bytes:
     """Return the figure as a PNG file in memory."""
-    import io
-
-    import matplotlib as mpl
-
     buffer = io.BytesIO()
-    with mpl.rc_context(STYLE):
-        figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    with _matplotlib().rc_context(STYLE):
+        figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
     return buffer.getvalue()
 
 
@@ -306,10 +299,9 @@ def _title(data: FigureData) -> str:
 
 
 def _color_map(name: str, low: float, high: float) -> Any:
-    import matplotlib as mpl
     from matplotlib.colors import LinearSegmentedColormap
 
-    shades = mpl.colormaps[name](np.linspace(low, high, 256))
+    shades = _matplotlib().colormaps[name](np.linspace(low, high, 256))
     return LinearSegmentedColormap.from_list(f"{name}_part", shades.tolist())
 
 
@@ -375,14 +367,6 @@ def format_value(value: object) -> str:
     return f"{value:.4g}"
 
 
-def _index_ticks(axes: "Axes", count: int, *, both: bool = True) -> None:
-    step = max(1, -(-count // 16))
-    places = np.arange(0, count, step)
-    axes.set_xticks(places + 0.5, [str(i) for i in places])
-    if both:
-        axes.set_yticks(places + 0.5, [str(i) for i in places])
-
-
 def _draw_traffic(data: TrafficData) -> "Figure":
     from matplotlib.colors import Normalize
     from matplotlib.patches import Rectangle
@@ -411,13 +395,12 @@ def _draw_traffic(data: TrafficData) -> "Figure":
         axes.set_title(f"{name}\n{short(total)} {data.unit}{data.per_name} cross nodes")
         axes.set_xlabel(f"{data.axis} of the expert")
         axes.set_ylabel(f"home {data.axis} of the token")
-        _index_ticks(axes, count)
+        places = np.arange(0, count, max(1, -(-count // 16)))
+        axes.set_xticks(places + 0.5, list(map(str, places)))
+        axes.set_yticks(places + 0.5, list(map(str, places)))
     bar = figure.colorbar(mesh, ax=list(panels), shrink=0.75, pad=0.02)
-    bar.set_label(f"{data.unit} (one scale; gray stays on its node)")
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
-    figure.suptitle(_title(data), x=0.01, ha="left", fontweight="bold", fontsize=11.5)
-    return figure
+    return _finish_map(figure, data, bar, f"{data.unit} (one scale; gray stays on its node)")
 
 
 def _draw_load(data: LoadData) -> "Figure":
@@ -442,10 +425,7 @@ def _draw_load(data: LoadData) -> "Figure":
     )
     bar = figure.colorbar(mesh, ax=list(panels), shrink=0.9, pad=0.02, aspect=30)
     bar.set_ticks(range(-3, 4), labels=["≤ ⅛", "¼", "½", "1", "2", "4", "≥ 8"])
-    bar.set_label("load ÷ uniform load")
-    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
-    figure.suptitle(_title(data), x=0.01, ha="left", fontweight="bold", fontsize=11.5)
-    return figure
+    return _finish_map(figure, data, bar, "load ÷ uniform load")
 
 
 def _draw_similarity(data: SimilarityData) -> "Figure":
@@ -470,8 +450,12 @@ def _draw_similarity(data: SimilarityData) -> "Figure":
     axes.set_xticks(np.arange(count) + 0.5, list(data.domains), rotation=40, ha="right")
     axes.set_yticks(np.arange(count) + 0.5, list(data.domains))
     bar = figure.colorbar(mesh, ax=axes, shrink=0.75, pad=0.02)
-    bar.set_label(data.measure)
-    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+    return _finish_map(figure, data, bar, data.measure)
+
+
+def _finish_map(figure: "Figure", data: FigureData, bar: Any, label: str) -> "Figure":
+    bar.set_label(label)
+    bar.outline.set_visible(False)
     figure.suptitle(_title(data), x=0.01, ha="left", fontweight="bold", fontsize=11.5)
     return figure
 

@@ -77,7 +77,7 @@ MIN_LINES = 80
 # A budget of the whole package. Who needs more raises it here, and says what for.
 # Front ends for transformers and AutoEP: 6 files and 2,000 lines.
 MAX_FILES = 123
-MAX_TOTAL_LINES = 39_000
+MAX_TOTAL_LINES = 38_800
 
 
 def module_name(path: Path) -> str:

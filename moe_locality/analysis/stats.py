@@ -175,6 +175,7 @@ def transition_mutual_information_bits(counts: np.ndarray) -> np.ndarray:
 
 
 UNKNOWN_PART = "(unknown)"
+_FILTERS = {"domain": "domains", "group": "domain_groups", "stage": "stages"}
 
 
 def jensen_shannon_bits(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -256,8 +257,9 @@ def domain_divergence(
             applied to counts whose number of tokens is unknown.
         num_splits: random halvings per part for the noise floor.
     """
-    if by not in ("domain", "group", "stage"):
+    if by not in _FILTERS:
         raise TraceError(f"found by={by!r}, expected 'domain', 'group' or 'stage'")
+    parts: Any = trace.filter  # by a keyword that differs
     names, loads = load_by(trace, by)
     tokens = _tokens_of(trace, loads)
     keep = [
@@ -272,8 +274,8 @@ def domain_divergence(
             cos[i, j] = cos[j, i] = known_mean(cosine(loads[i], loads[j]))
     floor = np.array(
         [
-            known_mean(split_half_js_bits(_part(trace, by, name), num_splits=num_splits, seed=seed))
-            for name in names
+            known_mean(split_half_js_bits(part, num_splits=num_splits, seed=seed))
+            for part in (parts(**{_FILTERS[by]: name}) for name in names)
         ]
     )
     return DomainDivergence(
@@ -283,12 +285,6 @@ def domain_divergence(
         noise_floor_bits=floor.reshape(count),
         cosine=cos,
     )
-
-
-def _part(trace: RoutingTrace, by: str, name: str) -> RoutingTrace:
-    if by == "stage":
-        return trace.filter(stages=name)
-    return trace.filter(domains=name) if by == "domain" else trace.filter(domain_groups=name)
 
 
 def _tokens_of(trace: RoutingTrace, loads: np.ndarray) -> np.ndarray:
@@ -375,13 +371,14 @@ def prefill_decode_correlation(
     first_row = np.unique(part.request_id, return_index=True)[1]  # type: ignore[arg-type]
     domain = part.tokens_only("domains").domain_id[first_row]
     own = np.eye(len(requests), dtype=bool)
+    loads = [trace.filter(stages=stage).load().ravel() for stage in (PREFILL, DECODE)]
     alike = (domain[:, None] == domain[None, :]) & ~own
     return PrefillDecode(
         num_requests=len(requests),
         same_request=known_mean(r[own]),
         same_domain=known_mean(r[alike]),
         other_domain=known_mean(r[~alike & ~own]),
-        aggregate=_pearson(trace.filter(stages=PREFILL).load(), trace.filter(stages=DECODE).load()),
+        aggregate=float(np.corrcoef(loads)[0, 1]),
     )
 
 
@@ -391,10 +388,6 @@ def _frequency(trace: RoutingTrace) -> np.ndarray:
     centered = (loads - loads.mean(axis=1, keepdims=True)).astype(np.float32)
     length = np.linalg.norm(centered, axis=1, keepdims=True)
     return np.divide(centered, length, out=np.zeros_like(centered), where=length > 0)
-
-
-def _pearson(first: np.ndarray, second: np.ndarray) -> float:
-    return float(np.corrcoef(first.ravel(), second.ravel())[0, 1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -129,8 +129,7 @@ def eplb(
     per_node = num_slots // nodes
     hierarchical = num_groups % nodes == 0 and per_node // ranks_per_node <= experts // nodes
     if not hierarchical:
-        counts = replicate(load, num_slots, ranks)
-        return pack_replicas(load, counts, ranks)
+        return eplb_global(load, ranks, num_slots)
     held: RankLists = []
     group_load = np.bincount(groups, weights=load, minlength=num_groups)
     for members in pack_replicas(group_load, np.ones(num_groups, dtype=np.int64), nodes):
@@ -225,11 +224,9 @@ def partition_mtkahypar(problem: Problem, preset: str) -> Solution:
     for layer in range(trace.num_layers):
         ids = np.ascontiguousarray(trace.expert_ids[:, layer])
         tokens = LayerTokens.of(ids, trace.num_experts, nodes, None)
-        block_of = (
-            _cut(tokens, preset.upper(), problem.seed)
-            if nodes > 1
-            else np.zeros(trace.num_experts, dtype=np.int64)
-        )
+        block_of = np.zeros(trace.num_experts, dtype=np.int64)
+        if nodes > 1:
+            block_of = _cut(tokens, preset.upper(), problem.seed)
         block_of = equalize(block_of, pairs_of_layer(ids, trace.num_experts), nodes)
         found.append([np.flatnonzero(block_of == node).tolist() for node in range(nodes)])
     return replace(_on_nodes(problem, found), notes={"preset": preset})
@@ -253,7 +250,7 @@ def equalize(block_of: np.ndarray, weight: np.ndarray, num_blocks: int) -> np.nd
 
 def _cut(tokens: Any, preset: str, seed: int) -> np.ndarray:
     """[E] block of each expert."""
-    package, environment = _mtkahypar(), _environment()
+    package, environment = _mtkahypar()
     package.set_seed(seed)
     context = environment.context_from_preset(getattr(package.PresetType, preset))
     context.set_partitioning_parameters(tokens.num_nodes, 0.001, package.Objective.KM1)
@@ -270,7 +267,9 @@ def _cut(tokens: Any, preset: str, seed: int) -> np.ndarray:
     return np.array(graph.partition(context).get_partition(), dtype=np.int64)
 
 
-def _mtkahypar() -> Any:
+@lru_cache(maxsize=1)
+def _mtkahypar() -> tuple[Any, Any]:
+    """(mt-KaHyPar, it started with one thread); a process can start it only once."""
     try:
         import mtkahypar  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -278,13 +277,7 @@ def _mtkahypar() -> Any:
             "method 'mtkahypar' needs the package mtkahypar, which is not installed: "
             "pip install mtkahypar, or use method 'coactivation'"
         ) from error
-    return mtkahypar
-
-
-@lru_cache(maxsize=1)
-def _environment() -> Any:
-    """mt-KaHyPar with one thread; a process can start it only once."""
-    return _mtkahypar().initialize(1, False)
+    return mtkahypar, mtkahypar.initialize(1, False)
 
 
 _DECIMALS = 6

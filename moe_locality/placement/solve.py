@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import moe_locality
 from moe_locality.errors import PlacementError
@@ -117,7 +118,11 @@ def _run(problem, method, joint, start, move_budget) -> Solution:
         from moe_locality.placement.refresh.improve import solve_from
 
         return solve_from(problem, start, move_budget, method, joint)
-    return _solve_joint(problem) if joint else METHODS[method].run(problem)
+    if joint:
+        from moe_locality.placement.homes.joint import solve_joint
+
+        return solve_joint(problem)
+    return METHODS[method].run(problem)
 
 
 def _signed(
@@ -148,27 +153,13 @@ def _coactivation(problem: Problem) -> Solution:
     return solve_coactivation(problem)
 
 
-def _solve_joint(problem: Problem) -> Solution:
-    from moe_locality.placement.homes.joint import solve_joint
-
-    return solve_joint(problem)
-
-
 def _eplb(problem: Problem) -> Solution:
     shape = (problem.num_nodes, problem.ranks_per_node, problem.num_slots, problem.group_of)
     rows = [baselines.eplb(load, *shape) for load in problem.trace.load()]
     return Solution(plan=make_plan(problem, rows))
 
 
-def _linear(problem: Problem) -> Solution:
-    return _same_rows(problem, baselines.linear)
-
-
-def _round_robin(problem: Problem) -> Solution:
-    return _same_rows(problem, baselines.round_robin)
-
-
-def _same_rows(problem: Problem, make: Callable[[int, int, int], baselines.RankLists]) -> Solution:
+def _same_rows(make: Callable[[int, int, int], baselines.RankLists], problem: Problem) -> Solution:
     rows = make(problem.trace.num_experts, problem.num_ranks, problem.num_slots)
     return Solution(plan=make_plan(problem, [rows] * problem.trace.num_layers, by_node=False))
 
@@ -189,10 +180,10 @@ METHODS: dict[str, Method] = {
     "eplb": Method(run=_eplb, uses_groups=True),
     "eplb_global": Method(run=baselines.solve_eplb_global),
     "hottest": Method(run=baselines.solve_hottest),
-    "linear": Method(run=_linear, uses_groups=True),
+    "linear": Method(run=partial(_same_rows, baselines.linear), uses_groups=True),
     "mtkahypar": Method(run=baselines.solve_mtkahypar, needs_tokens=True),
     "request_kmeans": Method(run=baselines.solve_request_kmeans, needs_tokens=True),
-    "round_robin": Method(run=_round_robin),
+    "round_robin": Method(run=partial(_same_rows, baselines.round_robin)),
 }
 RENAMED = {"seed": "request_kmeans"}
 """Names that a method had before; ``solve`` takes them for one more version."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.placement.plan import PlacementPlan
-from moe_locality.placement.problem import AlignedTrace, Homes, align_trace
+from moe_locality.placement.problem import Homes, align_trace
 from moe_locality.simulator.model import (
     RowCounts,
     StepModel,
@@ -141,7 +141,8 @@ def replay_steps(
         )
     homes = random_homes(trace, plan.num_ranks, seed) if homes is None else homes
     aligned = align_trace(trace, plan, topology, homes)
-    steps = draw_steps(_homes_of(aligned), aligned.num_ranks, batch_tokens, max_steps, seed)
+    assert aligned.home_rank is not None
+    steps = draw_steps(aligned.home_rank, aligned.num_ranks, batch_tokens, max_steps, seed)
     return Replay(
         steps=stack([count_rows(aligned, tokens, exchange) for tokens in steps]),
         all=count_all(aligned, exchange),
@@ -149,11 +150,6 @@ def replay_steps(
         num_tokens=trace.num_tokens,
         batch_tokens=batch_tokens,
     )
-
-
-def _homes_of(aligned: AlignedTrace) -> np.ndarray:
-    assert aligned.home_rank is not None
-    return aligned.home_rank
 
 
 def time_replay(
@@ -292,19 +288,19 @@ def sweep(
         what: a name in ``SWEEPS``. ``bandwidth`` changes the speed across nodes only; ``k`` keeps
             the first picks of each token; ``nodes`` needs ``plans_of``, which makes both plans for
             a cluster, and takes the numbers of nodes that the experts divide among.
-        plans, homes: of the baseline and of the plan.
-        values: None: defaults.
+        plans, homes: of the baseline and of the plan. values: None: defaults.
 
     Returns:
         A row per value: ``value``, ``baseline_us``, ``plan_us`` with ``_error``s, ``speedup``,
-        ``speedup_error``, and ``across_share``: of the baseline's step, what the links across nodes
-        take.
+        ``speedup_error``, and ``across_share``: of the baseline's step, that of the links.
 
     Raises:
         ConfigError: the sweep is unknown, or a value makes no sense.
     """
     if what not in SWEEPS:
         raise ConfigError(f"sweep: found {what!r}, expected one of {', '.join(SWEEPS)}")
+    if what == "nodes" and plans_of is None:
+        raise ConfigError("sweep over nodes: found no plans_of, expected a maker of plans")
     model = model or StepModel()
     options = {"exchange": model.exchange, "max_steps": max_steps, "seed": seed}
 
@@ -324,22 +320,13 @@ def sweep(
             links = _with_ratio(topology, float(value))
         elif what == "k":
             kept = replay(_first_picks(trace, _whole(value)), plans, batch_tokens)
-        else:
-            links = _with_nodes(topology, _whole(value))
-            kept = replay(trace, _plans(plans_of, links), batch_tokens, (None, None))
+        elif plans_of is not None:
+            shape = (_whole(value), topology.ranks_per_node)
+            links = ClusterTopology.uniform(*shape, **topology.tiers())
+            kept = replay(trace, plans_of(links), batch_tokens, (None, None))
         first, second = (time_replay(one, model, links, groups=groups) for one in kept)
         rows.append({"value": value, **_compare(first, second)})
     return rows
-
-
-def _plans(plans_of: Callable[[ClusterTopology], Pair] | None, topology: ClusterTopology) -> Pair:
-    if plans_of is None:
-        raise ConfigError("sweep over nodes: found no plans_of, expected a maker of plans")
-    return plans_of(topology)
-
-
-def _with_nodes(topology: ClusterTopology, nodes: int) -> ClusterTopology:
-    return ClusterTopology.uniform(nodes, topology.ranks_per_node, **topology.tiers())
 
 
 def _compare(first: Simulation, second: Simulation) -> dict[str, float]:

@@ -15,6 +15,7 @@ from examples.lm.evaluation import compare_evaluations, evaluate_requests, read_
 from examples.lm.model import build_model, preset
 from moe_locality.demo.launch import launch_command, launch_environment
 from moe_locality.trace import PREFILL, TRAIN, read_trace
+from tests.fork_launcher import forked_command
 from tests.launch import run_ranks
 from tests.tolerances import LOGITS, LOSS
 
@@ -99,9 +100,11 @@ def test_the_three_lines_leave_the_losses_as_they_were():
         assert len(set(stock)) == 4  # the model moves
 
 
-def launch(script: Path, *arguments: str, limit_s: float = 200) -> subprocess.CompletedProcess:
+def launch(
+    script: Path, *arguments: str, limit_s: float = 200, command=launch_command
+) -> subprocess.CompletedProcess:
     return subprocess.run(
-        launch_command(2, script, list(arguments)),
+        command(2, script, list(arguments)),
         env={**launch_environment(), "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -158,6 +161,7 @@ def test_train_record_stop_resume_and_evaluate_under_the_launcher(tmp_path):
         script,
         *(*common, "--layer", "locality", "--out", str(tmp_path / "again"), "--eval-only"),
         *("--load-checkpoint", str(checkpoint), "--continue-steps", "2"),
+        command=forked_command,
     )
     assert again.returncode == 0, again.stdout[-4000:]
     for run in (first, again):
@@ -200,14 +204,12 @@ def test_a_failure_on_one_rank_ends_all_with_its_message(tmp_path):
     assert "rank 1 failed, all ranks are being ended" in done.stdout
 
 
-def test_a_plan_for_the_stock_layer_is_refused_before_anything_starts(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--plan", "plan.json"],
-        env=launch_environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 2
-    assert "--plan needs --layer locality" in done.stderr
+def test_a_plan_for_the_stock_layer_is_refused_before_anything_starts(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import train_lm
+
+    with pytest.raises(SystemExit) as stop:
+        train_lm.main(["--plan", "plan.json"])
+    assert stop.value.code == 2
+    assert "--plan needs --layer locality" in capsys.readouterr().err
     assert not torch.distributed.is_initialized()

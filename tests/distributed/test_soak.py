@@ -36,7 +36,7 @@ def test_a_hundred_steps_leave_nothing_behind(tmp_path):
 
 
 def test_leaks_are_seen(tmp_path):
-    arguments = (WORLD, STEPS, tmp_path, leak_everything)
+    arguments = (WORLD, 2 * SAMPLES, tmp_path, leak_everything)
     for samples, _ in run_ranks(train_and_sample, *arguments, deepspeed=True):
         grown = growth(samples)
         assert grown["rss_kib"] > RSS_KIB, samples

@@ -16,6 +16,7 @@ from moe_locality.errors import ConfigError
 from moe_locality.layer.moe import moe_modules
 from moe_locality.layer.run_log import RunLog
 from tests.distributed import relabel_nets as nets
+from tests.fork_launcher import forked_command
 from tests.launch import run_ranks
 from tests.unit.test_tracking import ReadBack, offline  # noqa: F401  a fixture
 
@@ -288,10 +289,10 @@ for step in range(9):
 """
 
 
-def script(tmp_path, folder, plan="auto", fails="no"):
+def script(tmp_path, folder, plan="auto", fails="no", command=launch_command):
     """Somebody's script, started by DeepSpeed's launcher; it never calls engine.destroy()."""
     (tmp_path / "script.py").write_text(SCRIPT)
-    command = launch_command(2, tmp_path / "script.py", [str(tmp_path / folder), str(plan), fails])
+    command = command(2, tmp_path / "script.py", [str(tmp_path / folder), str(plan), fails])
     env = {**launch_environment(), "PYTHONPATH": str(ROOT)}  # it imports tests.distributed
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
 
@@ -315,9 +316,13 @@ def test_two_runs_of_somebodys_script_are_compared(offline, tmp_path):  # noqa: 
         ranks_per_node=1,
         physical_to_logical_map=made.physical_to_logical_map,
     ).write(plan)
-    for folder, given in (("usual", "auto"), ("placed", plan)):
-        done = script(tmp_path, folder, given)
+    for folder, given, command in (
+        ("usual", "auto", forked_command),
+        ("placed", plan, launch_command),
+    ):
+        done = script(tmp_path, folder, given, command=command)
         assert done.returncode == 0, done.stdout + done.stderr
+    assert exits(tmp_path / "usual")[0] == [0]
     codes, back = exits(tmp_path / "placed")
     assert codes == [0]
     (artifact,) = [a for a in back.of("artifact") if a.type == "plan"]

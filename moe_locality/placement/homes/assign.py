@@ -28,7 +28,7 @@ from moe_locality.placement.homes.predictor import (
     check_prediction,
     known_tokens,
     requests_of,
-    serving_of,
+    serving_of_plan,
 )
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.problem import align_trace, check_topology, log_warning
@@ -162,7 +162,7 @@ def rank_scores(
         score, predicted = domain_scores(plan, requests.domains, group_names(trace))
         return score, predicted, unseen
     aligned = align_trace(trace, plan, None, None)
-    serving = serving_of(aligned, plan, profiles.get("objective", "copies"))
+    serving = serving_of_plan(plan, profiles.get("objective", "copies"), aligned.plan_rows)
     rows, total = known_tokens(trace, requests, predict), len(requests.tokens)
     assert aligned.ids is not None
     ids, request = np.ascontiguousarray(aligned.ids[rows]), requests.index[rows]

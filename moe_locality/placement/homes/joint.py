@@ -28,7 +28,7 @@ from moe_locality.placement.homes.predictor import (
     k_means,
     known_of,
     requests_of,
-    serving_of,
+    serving_of_plan,
 )
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.problem import Problem, Solution, align_trace, make_plan
@@ -259,7 +259,8 @@ def _at_home(data: _Setup, home_node: np.ndarray) -> Problem:
 def _homes(data: _Setup, plan: PlacementPlan) -> _Homes:
     """The homes of the requests under a full plan, replicas too, and what they cost."""
     problem, tokens = data.problem, data.requests.tokens
-    serving = serving_of(align_trace(problem.trace, plan, None, None), plan, data.objective)
+    rows = align_trace(problem.trace, plan, None, None).plan_rows
+    serving = serving_of_plan(plan, data.objective, rows)
     full, expected, predictor = _costs(data, serving)
     score = scores_of_known(serving, expected, data.known.ids, data.known.request)
     caps = capacitated.Capacities(

@@ -24,14 +24,14 @@ Shapes: R requests, L layers, E experts, M nodes, F = L E.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from moe_locality.errors import PlacementError
 from moe_locality.placement.plan import PlacementPlan
-from moe_locality.placement.problem import AlignedTrace, align_trace
+from moe_locality.placement.problem import align_trace
 from moe_locality.trace.schema import PREFILL, RoutingTrace
 
 FIRST_TOKENS = 32
@@ -298,7 +298,7 @@ RANK_SHARE = 0.01
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serving:
-    """Where picks are served, as the counts of request_costs.py take it."""
+    """Where picks are served, as the counts take it."""
 
     served_node: np.ndarray  # [L, H, E]
     holders: np.ndarray  # [L, E, C] ranks
@@ -325,11 +325,6 @@ class Serving:
         count = picks_on_rank(ids, request, num_requests, self.holders, len(self.node_of_rank))
         picks = np.bincount(request, weights=(ids >= 0).sum(axis=(1, 2)), minlength=num_requests)
         return count / np.maximum(picks, 1)[:, None]
-
-
-def serving_of(aligned: AlignedTrace, plan: PlacementPlan, objective: str) -> Serving:
-    """Where ``plan`` serves the layers of the trace in ``aligned``."""
-    return serving_of_plan(plan, objective, aligned.plan_rows)
 
 
 def serving_of_plan(plan: PlacementPlan, objective: str, rows: np.ndarray | None = None) -> Serving:
@@ -407,7 +402,7 @@ def home_profiles(
 ) -> dict[str, object]:
     """What the plan should keep of the requests that it was made from, see the top of the file."""
     aligned = align_trace(trace, plan, None, homes)
-    serving = serving_of(replace(aligned, home_rank=None), plan, objective)
+    serving = serving_of_plan(plan, objective, aligned.plan_rows)
     groups = list(dict.fromkeys(trace.groups))
     group_of = np.array([groups.index(g) for g in trace.groups] + [-1])
     by_rank = aligned.picks_by_home()  # [L, G, E]

@@ -19,6 +19,7 @@ import numpy as np
 from moe_locality.errors import PlacementError
 from moe_locality.files import replace_file
 from moe_locality.placement.counting import count_coactivation
+from moe_locality.placement.search.swaps import near_blocks, swap_near
 from moe_locality.trace.schema import RoutingTrace
 
 SAMPLE_TOKENS = 8192
@@ -203,7 +204,7 @@ def swap_best(weight, pin, load, item, block_of, rank_of, block_cap, rank_cap, m
     pair = np.full((layers, 2), -1, dtype=np.int64)
     score = np.zeros(layers)
     for layer in range(layers):
-        _fill(weight[layer], pin[layer], block_of[layer], near[layer])
+        near[layer] = near_blocks(weight[layer], pin[layer], block_of[layer])
         for i in range(num):
             block_load[layer, block_of[layer, i]] += load[layer, i]
             rank_load[layer, rank_of[layer, i]] += load[layer, i]
@@ -237,10 +238,7 @@ def swap_best(weight, pin, load, item, block_of, rank_of, block_cap, rank_cap, m
 def _move(weight, load, block_of, near, block_load, i, j):
     """Exchange the blocks of two items."""
     a, b = block_of[i], block_of[j]
-    for k in range(len(load)):
-        change = weight[k, j] - weight[k, i]
-        near[k, a] += change
-        near[k, b] -= change
+    swap_near(near, weight, a, b, i, j)
     shift = load[j] - load[i]
     block_load[a] += shift
     block_load[b] -= shift
@@ -291,15 +289,6 @@ def level_best(load, item, rank_of, node_of_rank, whole_nodes, most):
         uneven[layer] = rank_load[layer].max() / max(rank_load[layer].mean(), 1e-300)
         done += 1
     return done
-
-
-@numba.njit(nogil=True, cache=True)
-def _fill(weight, pin, block_of, near):
-    """near [N, B]: pin, and the weight between an item and what is in each block."""
-    near[:] = pin
-    for i in range(len(block_of)):
-        for j in range(len(block_of)):
-            near[i, block_of[j]] += weight[i, j]
 
 
 @numba.njit(nogil=True, cache=True)

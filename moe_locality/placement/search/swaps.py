@@ -200,6 +200,16 @@ def try_swap(load, cov, unit, draws, limit, sums, mean, most, a, b, e, f):
 
 
 @numba.njit(nogil=True, cache=True)
+def near_blocks(table, pin, block_of):
+    """[E, B]: ``pin``, and the sums of ``table`` [E, E] with what is in each block."""
+    near = pin.copy()
+    for e in range(len(block_of)):
+        for f in range(len(block_of)):
+            near[e, block_of[f]] += table[e, f]
+    return near
+
+
+@numba.njit(nogil=True, cache=True)
 def swap_near(near, table, a, b, e, f):
     """Swap e of block a with f of block b in near [E, B], the sums of ``table`` [E, E] by block."""
     for g in range(len(near)):
@@ -249,10 +259,7 @@ def anneal(
 def _anneal(weight, pin, load, cov, unit, draws, price, limit, start, steps, hot, cold, seed):
     n = len(start)
     block_of, best = start.copy(), start.copy()
-    near = pin.copy()
-    for e in range(n):
-        for f in range(n):
-            near[e, block_of[f]] += weight[e, f]
+    near = near_blocks(weight, pin, block_of)
     sums, level = start_levels(load, cov, unit, draws, limit, block_of)
     mean = load.sum() / len(draws)
     score, highest = 0.0, 0.0

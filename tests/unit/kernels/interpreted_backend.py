@@ -15,9 +15,16 @@ from tests.tolerances import KERNEL_SUM
 from tests.unit.kernels import oracle
 from tests.unit.kernels.test_row_map import requests
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SHAPES = [(0, 2, 4, 8), (1, 1, 1, 5), (7, 3, 3, 16), (13, 2, 5, 31), (5, 8, 4, 64)]
-"""(T, K, E, D): no token, one expert, K = E, primes, K > E."""
+CASES = [
+    ((0, 2, 4, 8), torch.float32),  # no token
+    ((1, 1, 1, 5), torch.float32),  # one expert
+    ((7, 3, 3, 16), torch.float32),  # K = E
+    ((7, 3, 3, 16), torch.float16),
+    ((7, 3, 3, 16), torch.bfloat16),
+    ((13, 2, 5, 31), torch.bfloat16),  # primes
+    ((5, 8, 4, 64), torch.float16),  # K > E
+]
+"""(T, K, E, D) and the type of the rows, which the loops over shapes do not depend on."""
 
 
 @settings(max_examples=25, deadline=None)
@@ -52,8 +59,7 @@ def three_way(found, reference, exact, dtype):
         torch.testing.assert_close(result.double(), exact, rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
 def test_moves_are_equal_and_sums_are_near(shape, dtype):
     tokens, top_k, experts, width = shape
     ids = oracle.random_ids(tokens, top_k, experts, 5)
