@@ -8,7 +8,7 @@ PY      = $(VENV)/bin/python
 PIP     = @$(PY) -m pip install -qq --disable-pip-version-check -c constraints-dev.txt
 READY   = $(VENV)/.installed
 
-.PHONY: demo test test-random test-multinode check bench bench-multinode gpu clean
+.PHONY: demo test test-random test-families test-multinode check bench bench-multinode gpu clean
 
 # torch first and deepspeed without build isolation: its setup.py imports torch
 $(READY): pyproject.toml setup.py constraints-dev.txt
@@ -34,6 +34,9 @@ test: $(READY) ## every test that needs no GPU; JOBS files at a time
 
 test-random: $(READY) ## the property tests with other examples each time; SEED=N repeats a run
 	MOE_LOCALITY_HYPOTHESIS=random $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "hypothesis and not gpu and not multinode" $(if $(SEED),--hypothesis-seed=$(SEED))
+
+test-families: $(READY) ## all families of transformers (make test runs eight of them), JOBS at a time
+	$(PY) -m pytest -n $(JOBS) -m families
 
 test-multinode: $(READY) ## tests on nodes made of network namespaces: root, iproute2, openssh-server, pdsh
 	$(PY) -m pytest -m multinode tests/multinode

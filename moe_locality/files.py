@@ -1,6 +1,7 @@
 """Files that appear whole or not at all."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -53,3 +54,44 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
         Path(temporary).unlink(missing_ok=True)
         raise
     return target
+
+
+def check_is_new(folder: Path) -> None:
+    """Raise ConfigError unless the folder is absent or empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(
+            f"found {folder} in use, expected a new or empty folder: choose another one, or remove "
+            "it"
+        )
+
+
+def replace_folder(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
+    """Make a folder whole or not at all: ``write`` fills a new one beside it, which is renamed.
+
+    Raises:
+        ConfigError: the path is in use, or cannot be written. Whatever else ``write`` raises goes
+            through; nothing is left behind.
+    """
+    out = Path(path)
+    check_is_new(out)
+    temporary = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        umask = os.umask(0)  # mkdtemp makes private folders
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        write(temporary)
+        if out.exists():
+            out.rmdir()  # empty, as checked
+        temporary.rename(out)
+    except BaseException as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise ConfigError(
+                f"cannot write {out}: {error.strerror or error}: nothing was left behind; choose "
+                "a folder that can be written, with enough room"
+            ) from error
+        raise
+    return out

@@ -391,7 +391,9 @@ def export(
 
 
 def bake(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Checkpoint of DeepSpeed, or folder of a Hugging Face model.")
+    ],
     plan: Plan,
     out: Annotated[Path, typer.Option(help="Directory of the new checkpoint.")],
     tag: Annotated[str | None, typer.Option(help="Default: what 'latest' names.")] = None,
@@ -401,6 +403,12 @@ def bake(
     trust_parameter_order: Annotated[
         bool, typer.Option("--trust-parameter-order", help="For stock optimizer state.")
     ] = False,
+    expert_groups: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Groups that a Hugging Face router picks first (config: n_group)."
+        ),
+    ] = None,
 ) -> Result:
     """Write a checkpoint whose contiguous layout is the placement."""
     placed = moe_locality.PlacementPlan.read(plan)
@@ -416,11 +424,16 @@ def bake(
             tag=tag,
             trust_checkpoint=trust_checkpoint,
             trust_parameter_order=trust_parameter_order,
+            num_expert_groups=expert_groups,
         )
     payload = {"command": "bake", "digest": placed.digest(), **found}
     words = [f"{out}: experts in the order of {plan}"]
     if "optimizer" in found:
         words.append(f"optimizer state: {found['optimizer']}")
+    if "family" in found:
+        words.append(f"{found['family']}: {found['num_layers']} MoE layers, verified by SHA-256")
+    if found["left_out"]:
+        words.append(f"left out: {', '.join(found['left_out'])}")
     return Result(payload=payload, text=words)
 
 

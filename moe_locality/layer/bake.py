@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 
 from moe_locality.errors import ConfigError, PlacementError
-from moe_locality.files import replace_file
+from moe_locality.files import check_is_new, replace_file, replace_folder
 from moe_locality.layer.checkpoint import (
     EXPERT_STATES,
     KEY,
@@ -36,7 +35,8 @@ from moe_locality.layer.checkpoint import (
     read_file,
     resolve_tag,
 )
-from moe_locality.layer.slots import check_is_permutation, source_slots
+from moe_locality.layer.hf_checkpoint import bake_hugging_face, is_hugging_face
+from moe_locality.layer.slots import check_is_permutation, count_moves, source_slots
 from moe_locality.layer.state import GATE_ROWS
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.trace.recorder.hooks import layer_numbers
@@ -148,7 +148,7 @@ def _prefix_of(path: Path) -> str:
         raise ConfigError(
             f"{path}: found the experts of {sorted(found)}, expected those of one "
             "deepspeed.moe.layer.MoE (AutoEP checkpoints cannot be baked: put the plan into the "
-            "Hugging Face weights with relabel_state_dict, before deepspeed.initialize)"
+            "Hugging Face weights, before deepspeed.initialize: bake that folder)"
         )
     return found.pop()
 
@@ -465,11 +465,14 @@ def bake_checkpoint(
     tag: str | None = None,
     trust_checkpoint: bool = False,
     trust_parameter_order: bool = False,
+    num_expert_groups: int | None = None,
 ) -> dict[str, Any]:
-    """Write a copy of a DeepSpeed MoE checkpoint with its experts where ``plan`` wants them.
+    """Write a copy of an MoE checkpoint with its experts where ``plan`` wants them.
 
-    A checkpoint that is already placed goes from its order to the plan's; the linear plan brings
-    logical order back, bit for bit. ``out_dir`` appears whole or not at all.
+    The checkpoint is DeepSpeed's, or the folder of a Hugging Face model (``config.json`` and
+    safetensors: ``hf_checkpoint.bake_hugging_face``, to which ``num_expert_groups`` belongs).
+    A checkpoint of DeepSpeed that is already placed goes from its order to the plan's; the linear
+    plan brings logical order back, bit for bit. ``out_dir`` appears whole or not at all.
 
     Args:
         checkpoint_dir: folder with ``latest`` and one folder per tag.
@@ -490,14 +493,18 @@ def bake_checkpoint(
         PlacementError: the plan does not fit, or has replicas.
     """
     source, out = Path(checkpoint_dir), Path(out_dir)
+    if is_hugging_face(source):
+        return bake_hugging_face(source, plan, out, num_expert_groups=num_expert_groups)
     tag = resolve_tag(source, tag)
     check_is_permutation(plan)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(
-            f"found {out} in use, expected a new or empty folder: choose another one, or remove it"
-        )
+    check_is_new(out)
     job = _prepare(source / tag, plan, trust_checkpoint, trust_parameter_order)
-    _write_whole(job, out, tag)
+
+    def write(folder: Path) -> None:
+        _write(job, folder / tag)
+        (folder / "latest").write_text(tag, encoding="utf-8")
+
+    replace_folder(out, write)
     return _summarize(job, plan, source, out, tag)
 
 
@@ -542,31 +549,6 @@ def _prepare(folder: Path, plan: PlacementPlan, trusted: bool, trust_order: bool
     )
 
 
-def _write_whole(job: _Job, out: Path, tag: str) -> None:
-    """Write into a temporary sibling of ``out`` and rename it at the end."""
-    temporary = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        umask = os.umask(0)  # mkdtemp makes private folders
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
-        _write(job, temporary / tag)
-        (temporary / "latest").write_text(tag, encoding="utf-8")
-        if out.exists():
-            out.rmdir()  # empty, as checked
-        temporary.rename(out)
-    except BaseException as error:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise ConfigError(
-                f"cannot write {out}: {error.strerror or error}: nothing was left behind; choose "
-                "a folder that can be written, with enough room"
-            ) from error
-        raise
-
-
 def _write(job: _Job, folder: Path) -> None:
     folder.mkdir(parents=True)
     for path in job.files.copied:
@@ -589,8 +571,6 @@ def _write(job: _Job, folder: Path) -> None:
 
 
 def _summarize(job: _Job, plan: PlacementPlan, source: Path, out: Path, tag: str) -> dict[str, Any]:
-    per_rank = plan.slots_per_rank
-    slots = np.arange(job.files.num_experts)
     optimizer = "baked" if job.optimizer is not None else "none"
     left_out = [*job.files.other_optimizer]
     left_out += [] if job.optimizer is not None else job.files.optimizer.values()
@@ -601,10 +581,7 @@ def _summarize(job: _Job, plan: PlacementPlan, source: Path, out: Path, tag: str
         "num_layers": job.files.num_layers,
         "num_experts": job.files.num_experts,
         "plan_digest": plan.digest(),
-        "experts_moved_per_layer": [int((s != slots).sum()) for s in job.sources],
-        "experts_changing_rank_per_layer": [
-            int((s // per_rank != slots // per_rank).sum()) for s in job.sources
-        ],
+        **count_moves(job.sources, plan.slots_per_rank),
         "optimizer": optimizer if job.left_out is None else f"left out: {job.left_out}",
         "copied": [str(path.relative_to(job.files.folder)) for path in job.files.copied],
         "left_out": [path.name for path in left_out],

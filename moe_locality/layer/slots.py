@@ -203,3 +203,18 @@ def _matchings(counts: np.ndarray):
         rows, partner = linear_sum_assignment(left == 0)
         left[rows, partner] -= 1
         yield partner
+
+
+def count_moves(sources: Sequence[np.ndarray], slots_per_rank: int) -> dict[str, list[int]]:
+    """Per layer, how many experts change their slot, and how many their rank.
+
+    ``sources[layer][slot]`` is the old slot that the new one takes.
+    """
+    slots = np.arange(len(sources[0]) if sources else 0)
+    ranks = slots // slots_per_rank
+    return {
+        "experts_moved_per_layer": [int((s != slots).sum()) for s in sources],
+        "experts_changing_rank_per_layer": [
+            int((s // slots_per_rank != ranks).sum()) for s in sources
+        ],
+    }

@@ -1,15 +1,15 @@
-"""Put a placement into a state dict with the names of Hugging Face models: a pure function.
+"""Put a placement into the tensors of a Hugging Face model, by their names.
 
 Routers are ``[E, D]`` (and biases ``[E]`` or ``[1, E]``). Experts are either stacked, ``[E, …]``
 (transformers 5), or one by one, ``experts.{e}.…`` (files on the hub). A pattern is a regular
 expression for the whole name with the group ``layer`` and, where experts come one by one, the group
-``expert``.
+``expert``. ``relabel_state_dict`` works on tensors, ``hf_checkpoint`` on files, by one table.
 """
 
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,57 +18,149 @@ import torch
 from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.layer.slots import check_is_permutation, source_slots
 from moe_locality.placement.plan import PlacementPlan
+from moe_locality.trace.recorder.hooks import layer_numbers
 
-_LAYER = r".*layers\.(?P<layer>\d+)\."
-_MLP = _LAYER + r"mlp\."
-_MIXTRAL = _LAYER + r"(?:mlp|block_sparse_moe)\."
-_STACKED = r"experts\.(?:gate_up_proj|up_proj|down_proj)"
+# -- names of all families ---------------------------------------------------------------------
+
+_LAYER = r".*(?:layers|blocks)\.(?P<layer>\d+)\."
 _ONE_BY_ONE = r"experts\.(?P<expert>\d+)\..+"
+_PARTS = r"(?:gate_up_proj|(?:gate|up|down)_proj|fc[12]|w13|w[123]|(?:gate_and_up|down)_projs)"
+_QUANTISED = r"(?:[._](?:weight|bias|blocks|scales?|inv|amax|outer|denominator))*"
+_STACKED = r"experts\." + _PARTS + _QUANTISED
+_BESIDE = r"(?:.*\.)?(?:mtp|talker)\..*"
+"""Layers that predict several tokens and speech have routers and experts of their own, which no
+plan of the model's layers moves: they stay as they are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Names:
     """Patterns of a family of models: its routers with their biases, the tensors of its experts.
 
-    ``grouped``: the router may pick groups of experts first, which no tensor says.
+    ``ids``: tables whose values are numbers of experts. ``keep``: what belongs to no expert, though
+    it looks like it. ``grouped``: the router may pick groups of experts first, which no tensor
+    says. ``extra``: a router has rows past the experts (shared, zero computation), which stay.
+    ``folded``: the experts of a tensor are one below the other, ``[E * F, D]``.
     """
 
     router: str
     experts: tuple[str, ...]
+    ids: str | None = None
+    keep: tuple[str, ...] = ()
     grouped: bool = False
+    extra: bool = False
+    folded: bool = False
 
 
-def _family(block: str, router: str = r"gate\.weight", grouped: bool = False) -> Names:
-    return Names(
-        router=block + router, experts=(block + _STACKED, block + _ONE_BY_ONE), grouped=grouped
-    )
+def _family(block: str, router: str, *more: str, keep: tuple[str, ...] = (), **options) -> Names:
+    """Names below ``layers.N.`` and a block; ``more``: patterns of stacked experts."""
+    block = _LAYER + block
+    experts = tuple(block + name for name in (_STACKED, _ONE_BY_ONE, *more))
+    return Names(router=block + router, experts=experts, keep=(_BESIDE, *keep), **options)
 
 
-_BIASED = r"(?:gate\.weight|(?:gate\.)?(?:moe_statics\.)?e_score_correction_bias)"
-_GROUPED = ("deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "dots1")
-_GROUPED += ("exaone_moe", "solar_open", "mimo_v2_flash", "kimi_linear")
-_GROUPED += ("laguna",)  # has no groups, but the same names: that has to be said
+def _all(families: str, names: Names, **options: Any) -> dict[str, Names]:
+    return dict.fromkeys(families.split(), replace(names, **options))
+
+
+def _only(parts: str) -> tuple[str, ...]:
+    """Where a layer itself is the block: what is not below these parts belongs to no expert."""
+    return (rf".*(?:layers|blocks)\.\d+\.(?!(?:{parts})\.).*",)
+
+
+_MLP = r"mlp\."
+_MIXTRAL = r"(?:mlp|block_sparse_moe)\."
+_GATE = r"gate\.weight"
+_SCORE = r"(?:moe_statics\.)?e_score_correction_bias"
+_BIASED = rf"(?:{_GATE}|(?:gate\.)?{_SCORE})"
+_PLAIN = _family(_MLP, _GATE)
+_CORRECTED = _family(_MIXTRAL, _BIASED)
+_LINEAR = r"(?:input|output)_linear\.weight"
+
+_UNGROUPED = {
+    "minimax_m3_vl": _CORRECTED,
+    "laguna": _family(_MIXTRAL, rf"(?:{_GATE}|(?:gate|experts)\.{_SCORE})"),
+    "muse_spark": _family(_MLP, _BIASED, keep=(r".*\.experts\.post_expert_norm\.weight",)),
+    "kolibri1": _family(
+        r"(?:mlp|moe)\.", rf"(?:{_GATE}|gate\.{_SCORE}|router\.expert_bias)", keep=_only("mlp|moe")
+    ),
+    "step3p7": _family(
+        r"(?:mlp|moe)\.",
+        rf"(?:{_GATE}|gate\.{_SCORE}|router_bias)",
+        r"(?<=moe\.)(?:gate|up|down)_proj\.weight(?:_scale_inv)?",
+    ),
+    "deepseek_v4": _family(
+        r"(?:mlp|ffn)\.",
+        rf"gate\.(?:weight|bias|{_SCORE})",
+        ids=_LAYER + r"(?:mlp|ffn)\.gate\.tid2eid",
+    ),
+    **_all(
+        "inkling inkling2 inkling2_loop",
+        _family(_MLP, rf"gate\.(?:weight|bias|{_SCORE})", extra=True),
+    ),
+}
+"""Families without groups, by names that group-limited routers have too: that has to be said."""
 
 PRESETS = {
-    "mixtral": _family(_MIXTRAL),
-    "qwen3_moe": _family(_MLP),
-    "olmoe": _family(_MLP),
-    "gpt_oss": Names(
-        router=_MLP + r"router\.(?:weight|bias)",
-        experts=(_MLP + _STACKED + r"(?:_bias|_blocks|_scales)?",),
-    ),
-    **dict.fromkeys(_GROUPED, _family(_MIXTRAL, _BIASED, grouped=True)),
+    **{family: replace(names, grouped=True) for family, names in _UNGROUPED.items()},
+    **_all("cohere2_moe flex_olmo flint lara_mini mellum olmoe qwen2_moe qwen3_5_moe", _PLAIN),
+    **_all("qwen3_moe qwen3_next qwen3_omni_moe qwen3_vl_moe qwen4_exp", _PLAIN),
+    **_all("deepseek_v2 deepseek_ocr2 mistral4 unlimited_ocr", _PLAIN, grouped=True),
+    **_all("mixtral minimax", _family(_MIXTRAL, _GATE)),
+    "phimoe": _family(_MIXTRAL, r"(?:gate|router)\.weight"),
     "ernie4_5_moe": _family(
-        _MIXTRAL, r"(?:gate\.weight|(?:gate\.)?moe_statics\.e_score_correction_bias)"
+        _MIXTRAL, rf"(?:{_GATE}|(?:gate\.)?moe_statics\.e_score_correction_bias)"
     ),
-    **dict.fromkeys(
-        ("minimax_m2", "hy_v3"), _family(_MIXTRAL, r"(?:gate\.weight|e_score_correction_bias)")
+    "minimax_m2": _family(_MIXTRAL, rf"(?:{_GATE}|e_score_correction_bias)"),
+    **_all("axk1 axk2 beam deepseek_v3 deepseek_v32 dots1 dots3_note", _CORRECTED, grouped=True),
+    **_all("exaone_moe glm4_moe glm4_moe_lite glm4v_moe glm5_next", _CORRECTED, grouped=True),
+    **_all("glm_moe_dsa hy_v4 hy_v4_vl kimi_k25 kimi_linear", _CORRECTED, grouped=True),
+    **_all("mimo_v2_flash solar_open", _CORRECTED, grouped=True),
+    "bailing_hybrid": _family(_MLP, rf"gate\.(?:weight|expert_bias|{_SCORE})", grouped=True),
+    **_all(
+        "nemotron_h nemotron_h_omni nemotron3_5_transcribe",
+        _family(r"mixer\.", _BIASED, grouped=True),
     ),
-    "nemotron_h": _family(_LAYER + r"mixer\.", _BIASED, grouped=True),
-    "lfm2_moe": _family(_LAYER + r"feed_forward\.", r"(?:gate\.weight|expert_bias)"),
+    "mistral_large4": _family(r"(?:mlp\.)?", _GATE, grouped=True, keep=_only(r"mlp|gate|experts")),
+    **_all("gpt_oss openai_privacy_filter", _family(_MLP, r"router\.(?:weight|bias)")),
+    "hy_v3": _family(_MLP, rf"(?:(?:router\.)?gate\.weight|expert_bias|{_SCORE})"),
     "afmoe": _family(_MLP, r"(?:router\.gate\.weight|expert_bias)"),
+    "hunyuan_v1_moe": _family(_MLP, r"gate\.wg\.weight"),
+    "aria": _family(_MLP, r"router\.weight"),
+    **_all("jamba llama4", _family(r"feed_forward\.", r"router\.weight")),
+    "lfm2_moe": _family(r"feed_forward\.", r"(?:gate\.weight|expert_bias)"),
+    "jetmoe": _family(_MLP, r"router\.layer\.weight", _LINEAR, keep=(r".*\.self_attention\..*",)),
+    **_all(
+        "granitemoe granitemoe_swa granitemoehybrid granitemoeshared",
+        _family(r"block_sparse_moe\.", r"router\.(?:layer\.)?weight", _LINEAR),
+    ),
+    "gemma4": _family(
+        "", r"router\.(?:proj\.weight|per_expert_scale)", keep=_only("router|experts")
+    ),
+    "longcat_flash": _family(_MLP, rf"router\.(?:classifier\.weight|{_SCORE})", extra=True),
+    "zaya": _family(
+        _MLP,
+        r"gate\.(?:balancing_biases|router_mlp\.out_proj\.weight)",
+        extra=True,
+        keep=(r".*\.gate\.(?:down_proj|router_mlp\.(?:fc\d|norm)|router_states_scale).*",),
+    ),
+    "dbrx": _family(r"ffn\.", r"router\.layer\.weight", r"experts\.mlp\.(?:[vw]1|w2)", folded=True),
+    "switch_transformers": Names(
+        router=r".*block\.(?P<layer>\d+)\.layer\.\d+\.mlp\.router\.classifier\.weight",
+        experts=(r".*block\.(?P<layer>\d+)\..*mlp\.experts\.expert_(?P<expert>\d+)\..+",),
+    ),
 }
-"""Names of transformers 5, and of the files on the hub that it reads."""
+"""Names of all families, in transformers 5 and in the files on the hub that it reads."""
+
+NEVER_GROUPED = frozenset(_UNGROUPED)
+REFUSED = {
+    "diffusion_gemma": "its encoder and decoder share their experts, and a trace has them twice",
+    "doge": "its experts are pairs of a row and a column of keys, which no order can move alone",
+    "ernie4_5_vl_moe": "its files have experts of text and of images in one list",
+    "nllb_moe": "transformers runs its experts 0 and 1 whatever the router picks",
+    "vitpose": "it has no router: the caller names an expert",
+    "vitpose_backbone": "it has no router: the caller names an expert",
+}
+"""Families that cannot be relabelled, and why."""
 
 _SHARED = re.compile(r"shared_(?:experts?|mlp)(?:_gate)?\.")
 """In the name of what serves every token: no axis of it belongs to experts."""
@@ -102,52 +194,107 @@ def relabel_state_dict(
         ConfigError: unknown preset, or names that the patterns do not cover.
         PlacementError: the plan does not fit, has replicas, or tears a group apart.
     """
-    router, experts = _patterns(preset, router_pattern, expert_patterns)
-    check_is_permutation(plan)
-    routers = _match(state, [router])
-    layers = sorted({layer for layer, _ in routers.values()})
-    if not layers:
-        raise ConfigError(
-            f"found no router named like {router!r} in {len(state)} tensors, expected one per MoE "
-            f"layer: choose another preset ({', '.join(PRESETS)}) or give router_pattern"
-        )
-    found = _match(state, experts)
-    places = {**routers, **found}
-    _check_all_covered(state, places, plan.num_experts, keep_patterns)
-    if preset is not None and PRESETS[preset].grouped and num_expert_groups is None:
+    names = _names_of(preset, router_pattern, expert_patterns)
+    if preset is not None and names.grouped and num_expert_groups is None:
         raise ConfigError(
             f"found the preset {preset!r} and no num_expert_groups, expected it: routers of this "
             "family may pick groups of experts first; give n_group of the model's config (1: none)"
         )
-    sources = _sources(plan, current, layers)
-    if num_expert_groups:
-        check_groups(plan, num_expert_groups)
-    _check_experts(found, layers, plan.num_experts)
-    _check_tied(state, places, sources)
-    relabelled: dict[str, Any] = {}
-    for name in state:
-        layer, expert = places.get(name, (None, None))
-        if layer is None:
-            relabelled[name] = state[name]
-        elif expert is None:
-            relabelled[name] = _rows(name, state[name], sources[layer])
-        else:
-            relabelled[name] = state[_renamed(name, experts, int(sources[layer][expert]))]
-    return relabelled
+    names = replace(names, keep=(*names.keep, *keep_patterns))
+    job = Relabelling(state, plan, names, current=current, num_groups=num_expert_groups)
+    _check_tied(state, job.places, job.sources)
+    return {name: job.value(name) for name in state}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorRole:
+    """Where a tensor belongs. ``expert``: of one expert; None: rows of all. ``prefix``: the name up
+    to the number of the layer."""
+
+    layer: int
+    expert: int | None
+    ids: bool
+    prefix: str
+
+
+class Relabelling:
+    """What each tensor of a model becomes under a plan; the constructor checks all names.
+
+    Args:
+        state: name to anything with ``shape`` and ``dtype``, torch or numpy; values of a lazy
+            mapping are asked for their shapes here and for their contents by ``value`` alone.
+
+    Raises:
+        ConfigError, PlacementError: as ``relabel_state_dict``.
+    """
+
+    def __init__(
+        self,
+        state: Mapping[str, Any],
+        plan: PlacementPlan,
+        names: Names,
+        *,
+        current: PlacementPlan | None = None,
+        num_groups: int | None = None,
+    ) -> None:
+        check_is_permutation(plan)
+        self.state, self.names = state, names
+        self.places = _match(state, names)
+        found = {n: p for n, p in self.places.items() if re.fullmatch(names.router, n)}
+        self.layers = sorted({place.layer for place in found.values()})
+        if not self.layers:
+            raise ConfigError(
+                f"found no router named like {names.router!r} in {len(state)} tensors, expected "
+                "one per MoE layer: give the weights of the whole model, choose another preset, or "
+                "give router_pattern"
+            )
+        _check_all_covered(state, self.places, plan.num_experts, names.keep)
+        self.sources = _sources(plan, current, self.layers)
+        if num_groups:
+            check_groups(plan, num_groups)
+        rest = {n: p for n, p in self.places.items() if n not in found and not p.ids}
+        _check_experts(rest, self.layers, plan.num_experts, names.extra)
+
+    def value(self, name: str) -> Any:
+        """The tensor that the file or model has under ``name`` afterwards.
+
+        Raises:
+            PlacementError: its shape does not fit the plan, or that of the expert that comes here.
+        """
+        place, value = self.places.get(name), self.state[name]
+        if place is None:
+            return value
+        source = self.sources[place.layer]
+        if place.ids:
+            return _renumbered(name, value, source)
+        if place.expert is None:
+            return _rows(name, value, source, self.names)
+        if place.expert >= len(source):  # past the real ones
+            return value
+        other = _renamed(name, self.names.experts, int(source[place.expert]))
+        found = self.state.get(other)
+        if found is None or (found.shape, found.dtype) != (value.shape, value.dtype):
+            what = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
+            raise PlacementError(
+                f"found {what} under {other}, expected {value.dtype} {list(value.shape)} as {name} "
+                "is, whose place it takes: experts of one layer have to be alike"
+            )
+        return found
 
 
 def _check_tied(
     state: Mapping[str, Any],
-    places: Mapping[str, tuple[int, int | None]],
+    places: Mapping[str, TensorRole],
     sources: Mapping[int, np.ndarray],
 ) -> None:
     """Raise PlacementError where one tensor has two names that the plan moves in two ways."""
     stays = np.arange(len(next(iter(sources.values()))))
     first: dict[int, tuple[str, Any]] = {}
     for name, value in state.items():
-        layer, expert = places.get(name, (None, None))
-        way = None if layer is None else sources[layer]
-        way = None if way is None or (way == stays).all() else (way.tolist(), expert)
+        place = places.get(name)
+        way = None
+        if place is not None and (sources[place.layer] != stays).any():
+            way = (sources[place.layer].tolist(), place.expert)
         memory = value.data_ptr() if torch.is_tensor(value) else value.ctypes.data
         other, its_way = first.setdefault(memory or id(value), (name, way))
         if way != its_way:
@@ -177,49 +324,61 @@ def check_groups(plan: PlacementPlan, num_groups: int) -> None:
         )
 
 
-def _patterns(
-    preset: str | None, router: str | None, experts: Sequence[str] | None
-) -> tuple[str, list[str]]:
+def _names_of(preset: str | None, router: str | None, experts: Sequence[str] | None) -> Names:
     if preset is not None and preset not in PRESETS:
-        raise ConfigError(f"found the preset {preset!r}, expected one of {sorted(PRESETS)}")
-    names = PRESETS[preset] if preset is not None else None
-    router = router or (names.router if names else None)
-    patterns = list(experts or (names.experts if names else ()))
-    if router is None or not patterns:
+        why = f": {REFUSED[preset]}" if preset in REFUSED else ""
+        raise ConfigError(f"found the preset {preset!r}{why}, expected one of {sorted(PRESETS)}")
+    names = PRESETS[preset] if preset is not None else Names(router="", experts=())
+    names = replace(names, router=router or names.router, experts=tuple(experts or names.experts))
+    if not names.router or not names.experts:
         raise ConfigError(
             "found no names of routers and experts, expected preset= or both router_pattern= and "
             f"expert_patterns=: the presets are {sorted(PRESETS)}"
         )
-    for pattern in (router, *patterns):
+    for pattern in (names.router, *names.experts):
         if "layer" not in re.compile(pattern).groupindex:
             raise ConfigError(
                 f"found no group named layer in the pattern {pattern!r}, expected one around the "
                 r"number of the layer: write (?P<layer>\d+) there"
             )
-    return router, patterns
+    return names
 
 
-def _match(state: Mapping[str, Any], patterns: list[str]) -> dict[str, tuple[int, int | None]]:
-    """Map each name that a pattern covers to (layer, expert or None)."""
-    found = {}
+def _match(state: Mapping[str, Any], names: Names) -> dict[str, TensorRole]:
+    """The place of each name that a pattern covers and that does not stay."""
+    patterns = [re.compile(p) for p in (names.router, *names.experts, names.ids) if p]
+    kept = [re.compile(pattern) for pattern in names.keep]
+    found: dict[str, TensorRole] = {}
     for name in state:
-        for match in filter(None, (re.fullmatch(pattern, name) for pattern in patterns)):
-            groups = match.groupdict()
-            expert = groups.get("expert")
-            found[name] = (int(groups["layer"]), None if expert is None else int(expert))
+        if any(pattern.fullmatch(name) for pattern in kept):
+            continue
+        match = next(filter(None, (pattern.fullmatch(name) for pattern in patterns)), None)
+        if match is not None:
+            expert = match.groupdict().get("expert")
+            found[name] = TensorRole(
+                layer=int(match["layer"]),
+                expert=None if expert is None else int(expert),
+                ids=match.re.pattern == names.ids,
+                prefix=name[: match.end("layer")],
+            )
+    numbers = {place.prefix: place.layer for place in found.values()}
+    if len(set(numbers.values())) < len(numbers):  # encoder and decoder count from 0 each
+        counted = layer_numbers([f"{prefix}.moe" for prefix in numbers], state)
+        numbers = dict(zip(numbers, counted or range(len(numbers)), strict=True))
+        found = {name: replace(p, layer=numbers[p.prefix]) for name, p in found.items()}
     return found
 
 
 def _check_all_covered(
     state: Mapping[str, Any],
-    places: Mapping[str, tuple[int, int | None]],
+    places: Mapping[str, TensorRole],
     num_experts: int,
     keep_patterns: Sequence[str],
 ) -> None:
     """Refuse tensors that look like those of experts and that no pattern covers."""
     names: dict[int, list[str]] = {}
-    for name, (layer, _) in places.items():
-        names.setdefault(layer, []).append(name)
+    for name, place in places.items():
+        names.setdefault(place.layer, []).append(name)
     # paths of modules, which os.path understands with its own separator
     paths = ([name.replace(".", os.sep) for name in found] for found in names.values())
     blocks = tuple(os.path.commonpath(found).replace(os.sep, ".") + "." for found in paths)
@@ -262,22 +421,23 @@ def _sources(
 
 
 def _check_experts(
-    found: dict[str, tuple[int, int | None]], layers: list[int], experts: int
+    found: Mapping[str, TensorRole], layers: list[int], experts: int, extra: bool
 ) -> None:
-    alone = {layer for layer, _ in found.values()} - set(layers)
+    alone = {place.layer for place in found.values()} - set(layers)
     if alone:
         raise ConfigError(
             f"layers {sorted(alone)}: found experts and no router, expected both: give the whole "
             "state dict of the layer, and a router_pattern that covers its router"
         )
     for layer in layers:
-        numbers = {expert for at, expert in found.values() if at == layer}
+        numbers = {place.expert for place in found.values() if place.layer == layer}
         if not numbers:
             raise ConfigError(
                 f"layer {layer}: found a router and no experts, expected both: give the whole "
                 "state dict of the layer, and expert_patterns that cover its experts"
             )
-        single = numbers - {None}
+        single = {number for number in numbers if number is not None}
+        single -= {number for number in single if extra and number >= experts}
         if single and single != set(range(experts)):
             raise PlacementError(
                 f"layer {layer}: found {len(single)} experts, expected the {experts} of the plan: "
@@ -285,19 +445,39 @@ def _check_experts(
             )
 
 
-def _rows(name: str, value: Any, source: np.ndarray) -> Any:
-    rows = torch.from_numpy(source) if torch.is_tensor(value) else source
-    if value.ndim and value.shape[0] == len(source):
+def _rows(name: str, value: Any, source: np.ndarray, names: Names) -> Any:
+    shape, experts = tuple(value.shape), len(source)
+    count = shape[0] if shape else 1
+    order = np.concatenate([source, np.arange(experts, count)]) if names.extra else source
+    rows = torch.from_numpy(order) if torch.is_tensor(value) else order
+    if count == experts or (names.extra and count > experts):
         return value[rows]
-    if tuple(value.shape) == (1, len(source)):
+    if shape == (1, experts):
         return value[:, rows]
+    if names.folded and count % experts == 0:
+        return value.reshape(experts, count // experts, *shape[1:])[rows].reshape(shape)
+    if np.prod(shape) == 1 and not re.fullmatch(names.router, name):  # one scale for all experts
+        return value
     raise PlacementError(
-        f"{name}: found the shape {tuple(value.shape)}, expected {len(source)} rows, one per "
-        "expert of the plan: make a plan for this model"
+        f"{name}: found the shape {shape}, expected {experts} rows, one per expert of the plan: "
+        "make a plan for this model"
     )
 
 
-def _renamed(name: str, patterns: list[str], expert: int) -> str:
+def _renumbered(name: str, value: Any, source: np.ndarray) -> Any:
+    """A table of expert ids, where each has the number of its new slot."""
+    if bool((value < 0).any()) or bool((value >= len(source)).any()):
+        raise PlacementError(
+            f"{name}: found numbers outside 0 to {len(source) - 1}, expected those of the plan's "
+            "experts: make a plan for this model"
+        )
+    slots = np.argsort(source)
+    if torch.is_tensor(value):
+        return torch.from_numpy(slots)[value.long()].to(value.dtype)
+    return slots[value].astype(value.dtype)
+
+
+def _renamed(name: str, patterns: Sequence[str], expert: int) -> str:
     for match in filter(None, (re.fullmatch(pattern, name) for pattern in patterns)):
         if match.groupdict().get("expert") is not None:
             start, end = match.span("expert")

@@ -1,0 +1,311 @@
+"""Write a placement into the folder of a Hugging Face model: no ranks, no GPU, no model code.
+
+Every safetensors file keeps its header byte for byte: names, types, shapes and places of tensors,
+so the index and the config stay true. Only what a name holds changes: expert 3's tensors hold the
+expert that the plan puts into slot 3, and the rows of the router follow. Values are moved as bytes,
+whatever their type (bf16, fp8, MXFP4 blocks and scales), one tensor in memory at a time.
+"""
+
+import hashlib
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_locality.errors import ConfigError, PlacementError
+from moe_locality.files import check_is_new, replace_folder
+from moe_locality.layer.slots import count_moves
+from moe_locality.layer.state_dict import NEVER_GROUPED, PRESETS, REFUSED, Names, Relabelling
+from moe_locality.placement.plan import PlacementPlan
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PLAN = "moe_locality_plan.json"
+"""The plan that a folder was baked with; nothing reads it but the check against baking twice."""
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx")
+_INTEGERS = {"I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "U8": "u1"}
+_KINDS = {
+    "nemo_speechlm": "nemotron3_5_transcribe",
+    "nemotronh_omni": "nemotron_h_omni",
+    "inkling_mm_model": "inkling",
+}
+"""``model_type`` to family, where the names differ by more than an ending."""
+
+
+def is_hugging_face(folder: Path) -> bool:
+    """Whether a folder holds a Hugging Face model rather than a checkpoint of DeepSpeed."""
+    return (folder / "config.json").is_file() and not (folder / "latest").exists()
+
+
+def family_of(config: dict[str, Any]) -> str:
+    """The family of a ``config.json``, or of the part of it that has experts.
+
+    Raises:
+        ConfigError: no known family, or one that cannot be relabelled.
+    """
+    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
+    parts += [inner for part in parts[1:] for inner in part.values() if isinstance(inner, dict)]
+    kinds = [str(part["model_type"]) for part in parts if part.get("model_type")]
+    for kind in kinds:
+        plain = kind.replace("-", "_")
+        for name in (
+            plain,
+            _KINDS.get(plain, ""),
+            re.sub(r"_(?:text|thinker|mm_model)$", "", plain),
+        ):
+            if name in PRESETS:
+                return name
+            if name in REFUSED:
+                raise ConfigError(
+                    f"found a model of the family {name}, which no order of experts "
+                    f"suits: {REFUSED[name]}"
+                )
+    raise ConfigError(
+        f"found a model of the type {kinds}, expected one of the {len(PRESETS)} families with "
+        "known names (docs/relabel.md): use relabel_state_dict with patterns of your own"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _File:
+    """One safetensors file: its header as bytes, and the entry of each tensor, in file order."""
+
+    path: Path
+    head: bytes
+    entries: dict[str, dict[str, Any]]
+
+    @cached_property
+    def data(self) -> np.ndarray:
+        """uint8, the tensors' bytes; mapped, not read."""
+        if self.path.stat().st_size == len(self.head):
+            return np.zeros(0, np.uint8)
+        return np.memmap(self.path, np.uint8, mode="r", offset=len(self.head))
+
+
+def _read_header(path: Path) -> _File:
+    """
+    Raises:
+        ConfigError: the file is cut off, or no safetensors.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = file.read(8)
+            head = size + file.read(int.from_bytes(size, "little"))
+        entries = json.loads(head[8:])
+        entries.pop("__metadata__", None)
+        entries = dict(sorted(entries.items(), key=lambda item: item[1]["data_offsets"]))
+        ends = [0] + [entry["data_offsets"][1] for entry in entries.values()]
+        starts = [entry["data_offsets"][0] for entry in entries.values()]
+        whole = starts == ends[:-1] and ends[-1] + len(head) == path.stat().st_size
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}: download or copy it again") from error
+    if not whole:
+        raise ConfigError(
+            f"{path}: found {path.stat().st_size} bytes, expected those of its header, "
+            f"{ends[-1] + len(head)}, without gaps: download or copy it again"
+        )
+    return _File(path=path, head=head, entries=entries)
+
+
+class _Tensors(Mapping[str, Any]):
+    """The tensors of all files by name, as arrays that are mapped and read when they are used.
+
+    Integers keep their type, everything else is opaque: V2 for bf16, V1 for fp8.
+    """
+
+    def __init__(self, files: list[_File]) -> None:
+        self._files = {name: file for file in files for name in file.entries}
+        if sum(len(file.entries) for file in files) != len(self._files):
+            raise ConfigError("found a tensor in two safetensors files, expected it in one")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        file = self._files[name]
+        entry = file.entries[name]
+        start, end = entry["data_offsets"]
+        shape = tuple(entry["shape"])
+        count = math.prod(shape)
+        raw = file.data[start:end]
+        if count and (end - start) % count:  # several values in a byte
+            shape = (*shape[:-1], (end - start) // math.prod(shape[:-1]))
+            count = end - start
+        size = (end - start) // count if count else 1
+        kind = _INTEGERS.get(entry["dtype"], f"V{size}")
+        return raw.view(kind).reshape(shape) if count else np.zeros(shape, kind)
+
+
+def bake_hugging_face(
+    folder: Path, plan: PlacementPlan, out: Path, *, num_expert_groups: int | None = None
+) -> dict[str, Any]:
+    """Write a copy of a model's folder whose experts are in the slot order of ``plan``.
+
+    Args:
+        folder: ``config.json``, safetensors (one, or several with an index), tokenizer and more.
+        plan: a permutation; its ``layer_ids`` are the transformer layers that have experts. MoE
+            layers past the model's own (multi-token prediction) stay, unless it has them.
+        out: new (or empty) folder, which appears whole or not at all.
+        num_expert_groups: groups of a group-limited router; None: as the config says.
+
+    Returns:
+        A summary, as ``bake_checkpoint``; and the family, and the SHA-256 of every file of weights.
+
+    Raises:
+        ConfigError: no such model, an unknown family, a tensor with an expert axis that no pattern
+            covers, or files that cannot be read or written.
+        PlacementError: the plan does not fit, has replicas, or tears a group of experts apart.
+    """
+    check_is_new(out)
+    if (folder / PLAN).exists():
+        raise ConfigError(
+            f"found {PLAN} in {folder}, expected the original model: this one was baked already, "
+            "and its experts count as slots; bake the original, or remove the file if the plan "
+            "comes from a trace of this model"
+        )
+    config = _read_json(folder / "config.json")
+    family, files = family_of(config), _files_of(folder)
+    names = _names_with_kept(PRESETS[family], config, plan)
+    groups = _groups_of(config, family, names, num_expert_groups)
+    job = Relabelling(_Tensors(files), plan, names, num_groups=groups)
+    copied, left_out = _other_files(folder, files)
+    hashes: dict[str, str] = {}
+
+    def write(target: Path) -> None:
+        for path in copied:
+            place = target / path.relative_to(folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, place)
+            _check_hash(place, _hash_of(path))
+        for file in files:
+            hashes[file.path.name] = _write_file(file, job, target / file.path.name)
+        plan.write(target / PLAN)
+
+    replace_folder(out, write)
+    return {
+        "checkpoint": str(folder),
+        "out": str(out),
+        "family": family,
+        "num_layers": len(job.layers),
+        "num_experts": plan.num_experts,
+        "plan_digest": plan.digest(),
+        **count_moves([job.sources[layer] for layer in job.layers], plan.slots_per_rank),
+        "sha256": hashes,
+        "copied": [str(path.relative_to(folder)) for path in copied],
+        "left_out": [str(path.relative_to(folder)) for path in left_out],
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}: download or copy it again") from error
+
+
+def _other_files(folder: Path, files: list[_File]) -> tuple[list[Path], list[Path]]:
+    """What is copied, and other formats of the same weights, which would be in the old order."""
+    weights = {file.path for file in files}
+    found = sorted(p for p in folder.rglob("*") if p.is_file() and p not in weights)
+    found = [p for p in found if not {".git", ".cache"} & set(p.relative_to(folder).parts)]
+    return (
+        [path for path in found if path.suffix not in _WEIGHTS],
+        [path for path in found if path.suffix in _WEIGHTS],
+    )
+
+
+def _files_of(folder: Path) -> list[_File]:
+    """The files of weights that transformers reads, headers only."""
+    if (folder / INDEX).exists():
+        index = _read_json(folder / INDEX).get("weight_map", {})
+        files = [_read_header(folder / name) for name in sorted(set(index.values()))]
+        found = {name: file.path.name for file in files for name in file.entries}
+        if found != index:
+            wrong = sorted(set(found.items()) ^ set(index.items()))[0][0]
+            raise ConfigError(
+                f"{folder / INDEX}: found another place of {wrong} than the files have, expected "
+                "the index of these files: download or save the model again"
+            )
+        return files
+    if not (folder / SINGLE).exists():
+        raise ConfigError(
+            f"found neither {INDEX} nor {SINGLE} in {folder}, expected the weights as safetensors: "
+            "load the model with transformers and save it with save_pretrained"
+        )
+    return [_read_header(folder / SINGLE)]
+
+
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config that describes the language model, over what stands around it."""
+    parts = (config.get(name) for name in ("thinker_config", "text_config", "llm_config"))
+    inner = next((part for part in parts if isinstance(part, dict)), {})
+    return {**config, **(_text_config(inner) if inner else {})}
+
+
+def _names_with_kept(names: Names, config: dict[str, Any], plan: PlacementPlan) -> Names:
+    """``names``, with MoE layers past the model's own kept where the plan has none of them."""
+    layers = _text_config(config).get("num_hidden_layers")
+    if not isinstance(layers, int) or any(layer >= layers for layer in plan.layer_ids):
+        return names
+    past = rf".*layers\.(?!(?:{'|'.join(map(str, range(layers)))})\.)\d+\..*"
+    return replace(names, keep=(*names.keep, past))
+
+
+def _groups_of(config: dict[str, Any], family: str, names: Names, given: int | None) -> int | None:
+    """How many groups of experts the router picks from first; None or 1: it picks none."""
+    text = _text_config(config)
+    said = [text[name] for name in ("n_group", "num_expert_group") if name in text]
+    if given is None and not said and names.grouped and family not in NEVER_GROUPED:
+        raise ConfigError(
+            f"found no n_group in the config of this {family}, expected the number of groups that "
+            "its router picks first: give num_expert_groups (--expert-groups; 1: it picks none)"
+        )
+    return next((int(number) for number in (given, *said) if number), None)
+
+
+def _write_file(file: _File, job: Relabelling, target: Path) -> str:
+    """Write one file of weights and return its SHA-256, which was read back.
+
+    Raises:
+        ConfigError: the file reads back otherwise.
+    """
+    digest = hashlib.sha256(file.head)
+    with open(target, "wb") as out:
+        out.write(file.head)
+        for name, entry in file.entries.items():
+            value = np.ascontiguousarray(job.value(name))
+            raw = value.reshape(-1).view(np.uint8)
+            start, end = entry["data_offsets"]
+            if raw.nbytes != end - start:
+                raise PlacementError(
+                    f"{name}: found {raw.nbytes} bytes, expected {end - start}: experts of one "
+                    "layer have to be alike"
+                )
+            digest.update(raw.data)
+            out.write(raw.data)
+    _check_hash(target, digest.hexdigest())
+    return digest.hexdigest()
+
+
+def _hash_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_hash(path: Path, expected: str) -> None:
+    if (found := _hash_of(path)) != expected:
+        raise ConfigError(
+            f"{path.name}: found the SHA-256 {found} in what was written, expected {expected}: the "
+            "disk or its memory is at fault; choose another one"
+        )
