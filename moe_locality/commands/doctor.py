@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from moe_locality.commands.output import Result, table
@@ -36,6 +37,7 @@ def doctor() -> Result:
     apex_state, apex_words = nvidia_apex_state()
     tools = {name: _tool(name) for name in COMPILERS}
     backends = _backends()
+    versions = {p["name"]: p["version"] for p in packages}
     problems = [p["problem"] for p in packages if p["problem"]]
     payload = {
         "command": "doctor",
@@ -43,6 +45,7 @@ def doctor() -> Result:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {p.pop("name"): p for p in packages},
+        "front_ends": _front_ends(versions),
         "apex": {"state": apex_state, "detail": apex_words},
         "kernels": backends,
         "tools": tools,
@@ -58,13 +61,15 @@ def _show(console: Any, found: dict[str, Any]) -> None:
             name,
             p["version"] or ("missing" if p["problem"] else "not installed"),
             p["needed_for"] if p["version"] or p["problem"] else f"optional: {p['needed_for']}",
-            p["problem"] or p["note"] or p["install"] or "",
+            p["problem"] or p["install"] or "",
         )
         for name, p in found["packages"].items()
     ]
     rows.append(("NVIDIA apex", found["apex"]["state"], "optional", found["apex"]["detail"]))
     console.print(table("", ("package", "found", "for", "what to do"), rows))
-    backends = [(name, words) for name, words in found["kernels"].items()]
+    front_ends = list(found["front_ends"].items())
+    console.print(table("What runs through our exchange", ("models of", "state"), front_ends))
+    backends = list(found["kernels"].items())
     console.print(table("Kernel backends", ("backend", "state"), backends))
     tools = [(name, words or "not on PATH") for name, words in found["tools"].items()]
     console.print(table("Tools", ("tool", "found"), tools))
@@ -80,26 +85,56 @@ def _version(name: str) -> str | None:
 
 
 def _package(name: str, least: str, purpose: str, extra: str | None) -> dict[str, Any]:
-    found, problem, note = _version(name), None, None
+    found, problem = _version(name), None
     if found is not None and _numbers(found) < _numbers(least):
         problem = f"found {name} {found}, expected at least {least}: pip install -U {name}"
     elif found is None and extra is None and name != "triton":
         problem = f"found no {name}, which moe-locality needs: install moe-locality again"
-    elif name == "transformers" and found is not None and _numbers(found) < (5, 23):
-        note = "its own expert parallelism needs 5.23: pip install -U transformers"
     install = None if found or extra is None else f"pip install 'moe-locality[{extra}]'"
     return {
         "name": name,
         "version": found,
         "needed_for": purpose,
         "problem": problem,
-        "note": note,
         "install": install,
     }
 
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
+
+
+def _front_ends(versions: dict[str, str | None]) -> dict[str, str]:
+    """Say whose models can run here, or what is missing; looks at versions and files only."""
+    stock = _lacking(versions, torch="2.10", deepspeed="0.19.4")
+    auto_ep = stock or _lacking(versions, transformers="5.0")
+    if not auto_ep and not _has_file("deepspeed", "module_inject/auto_ep_layer.py"):
+        auto_ep = f"deepspeed {versions['deepspeed']} has no AutoEP: pip install -U deepspeed"
+    spread = _lacking(versions, torch="2.10", transformers="5.23", accelerate="1.0")
+    return {
+        "DeepSpeed MoE": stock or "available: moe_locality.initialize",
+        "DeepSpeed AutoEP": auto_ep or "available: moe_locality.initialize",
+        "transformers": spread or "available: moe_locality.register",
+    }
+
+
+def _lacking(versions: dict[str, str | None], **least: str) -> str:
+    """Return what of these packages is missing or too old, in words; empty where nothing is."""
+    found = {name: versions[name] for name in least}
+    short = [
+        f"{name} {least[name]}" + (f" (found {version})" if version else "")
+        for name, version in found.items()
+        if version is None or _numbers(version) < _numbers(least[name])
+    ]
+    extra = "hf" if "transformers" in least else "deepspeed"
+    return f"needs {', '.join(short)}: pip install -U 'moe-locality[{extra}]'" if short else ""
+
+
+def _has_file(package: str, name: str) -> bool:
+    """Return whether a package has a file; the package is not imported."""
+    spec = importlib.util.find_spec(package)
+    folders = spec.submodule_search_locations if spec is not None else None
+    return any((Path(folder) / name).is_file() for folder in folders or ())
 
 
 def _backends() -> dict[str, str]:

@@ -279,7 +279,8 @@ def progress(text: str) -> Iterator[Callable[[int, int, str], None]]:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Any:
-    """Return a rich table; numbers are aligned right."""
+    """Return a rich table; numbers are aligned right, and brackets stay brackets."""
+    from rich.markup import escape
     from rich.table import Table
 
     from moe_locality.report import format_value
@@ -289,7 +290,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     for name, value in zip(columns, first, strict=True):
         shown.add_column(name, justify="right" if isinstance(value, (int, float)) else "left")
     for row in rows:
-        shown.add_row(*map(format_value, row))
+        shown.add_row(*(escape(format_value(value)) for value in row))
     return shown
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -249,6 +250,7 @@ def test_doctor_lists_what_is_here():
     assert found["packages"]["numpy"]["problem"] is None
     assert found["apex"]["state"] in ("absent", "wrong", "python-only", "cuda")
     assert found["kernels"]["reference"] == "available"
+    assert found["front_ends"]["DeepSpeed MoE"].startswith("available")
     assert set(found["tools"]) == set(doctor.COMPILERS)
 
 
@@ -285,6 +287,38 @@ def test_doctor_compares_versions_by_number(installed, least, problem, monkeypat
     assert (found["problem"] is not None) is problem
 
 
+def test_doctor_says_whose_models_run_here_without_importing_them(tmp_path):
+    """Each front end by itself: without DeepSpeed, with one before AutoEP, and with everything."""
+    (tmp_path / "deepspeed").mkdir()
+    (tmp_path / "deepspeed" / "__init__.py").write_text("raise SystemExit('imported')")
+    code = (
+        "import json, sys\n"
+        "from moe_locality.commands.doctor import _front_ends\n"
+        "have = {'torch': '2.13', 'transformers': '5.24', 'accelerate': '1.9', 'deepspeed': '1'}\n"
+        "found = [_front_ends({**have, 'deepspeed': None}), _front_ends(have)]\n"
+        "open(sys.path[0] + '/deepspeed/module_inject/auto_ep_layer.py', 'w').close()\n"
+        "print(json.dumps([*found, _front_ends(have)]))\n"
+        "assert not {'torch', 'transformers', 'deepspeed'} & sys.modules.keys()\n"
+    )
+    (tmp_path / "deepspeed" / "module_inject").mkdir()
+    (tmp_path / "script.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    without, old, everything = json.loads(done.stdout)
+    lacking = "needs deepspeed 0.19.4: pip install -U 'moe-locality[deepspeed]'"
+    assert without["DeepSpeed MoE"] == without["DeepSpeed AutoEP"] == lacking
+    assert old["DeepSpeed AutoEP"] == "deepspeed 1 has no AutoEP: pip install -U deepspeed"
+    assert old["DeepSpeed MoE"].startswith("available")
+    for found in (without, everything):
+        assert found["transformers"] == "available: moe_locality.register"
+    assert all(words.startswith("available") for words in everything.values())
+
+
 def test_doctor_does_not_complain_about_what_nobody_asked_for(monkeypatch):
     """Optional packages were "missing"; another apex and an older transformers problems [F11]."""
     needed = {"numpy", "scipy", "numba", "pyarrow"}
@@ -296,11 +330,13 @@ def test_doctor_does_not_complain_about_what_nobody_asked_for(monkeypatch):
     done = run("doctor", "--json")
     found = one_json_object(done.stdout)
     assert (done.exit_code, found["problems"]) == (0, [])
-    assert "needs 5.23" in found["packages"]["transformers"]["note"]
+    why = "needs torch 2.10, transformers 5.23 (found 5.22.0), accelerate 1.0: pip install -U "
+    assert found["front_ends"]["transformers"] == f"{why}'moe-locality[hf]'"
     shown = " ".join(run("doctor").stdout.split())
     assert "Everything fits." in shown
     assert "missing" not in shown
     assert "wandb not installed optional:" in shown
+    assert "pip install 'moe-locality[solver]'" in shown  # not taken for a style
     assert found["packages"]["wandb"]["install"] == "pip install 'moe-locality[wandb]'"
 
 
@@ -359,7 +395,6 @@ def test_record_says_which_hosts_get_ranks(tmp_path):
 def test_the_page_of_the_command_line_names_only_what_exists():
     import re
     import shlex
-    from pathlib import Path
 
     page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
     group = typer.main.get_command(app)
