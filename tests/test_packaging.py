@@ -213,7 +213,8 @@ def test_everyone_tests_the_same_examples_unless_others_are_asked_for(tmp_path):
     assert "@reproduce_failure(" in output
 
 
-MODULES = {"pillow": "PIL", "pyyaml": "yaml"}
+MODULES = {"pillow": "PIL", "pyyaml": "yaml", "accelerate": "transformers"}
+"""Package → module that our code imports; transformers loads no spread model without accelerate."""
 
 
 def imported() -> set[str]:

@@ -1,6 +1,7 @@
 """The example model on several ranks, and its script under DeepSpeed's own launcher."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ import moe_locality
 from examples.lm import data, training
 from examples.lm.evaluation import compare_evaluations, evaluate_requests, read_evaluation
 from examples.lm.model import build_model, preset
-from moe_locality.demo.launch import launch_command, launch_environment
+from moe_locality.demo.launch import free_port, launch_command, launch_environment
+from moe_locality.placement.plan import PlacementPlan
 from moe_locality.trace import PREFILL, TRAIN, read_trace
 from tests.fork_launcher import forked_command
 from tests.launch import run_ranks
@@ -213,3 +215,55 @@ def test_a_plan_for_the_stock_layer_is_refused_before_anything_starts(capsys, mo
     assert stop.value.code == 2
     assert "--plan needs --layer locality" in capsys.readouterr().err
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.slow
+def test_hf_train_trains_and_saves_what_one_process_does(tmp_path, monkeypatch):
+    """Two ranks under torchrun with a plan, against a plain loop on both ranks' batches."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers.distributed.expert_parallel", reason="before 5.23")
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import hf_train
+
+    order = np.random.default_rng(0).permuted(np.tile(np.arange(16), (3, 1)), axis=1)
+    plan = PlacementPlan(
+        layer_ids=(0, 1, 2),
+        num_experts=16,
+        num_nodes=2,
+        ranks_per_node=1,
+        physical_to_logical_map=order,
+    )
+    out, steps = tmp_path / "model", 4
+    plan.write(tmp_path / "plan.json")
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+    sizes = ["--steps", str(steps), "--num-nodes", "2", "--plan", str(tmp_path / "plan.json")]
+    script = [str(free_port()), SCRIPT.with_name("hf_train.py"), "--out", out]
+    done = subprocess.run(
+        [sys.executable, *launcher, *script, *sizes],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+
+    model, trained = (
+        transformers.AutoModelForCausalLM.from_pretrained(path) for path in (out / "random", out)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    both = [hf_train.batches(None, steps + 1, 0, rank, 2) for rank in range(2)]
+    losses = []
+    for tokens in zip(*both, strict=True):
+        optimizer.zero_grad()
+        loss = sum(model(part, labels=part).loss for part in tokens) / 2
+        losses.append(float(loss.detach()))
+        if len(losses) <= steps:
+            loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        found = sum(float(trained(part, labels=part).loss) for part in tokens) / 2
+    printed = done.stdout.split(f"step {steps} loss ")[1].split()[0]
+    assert float(printed) == pytest.approx(losses[steps - 1], rel=1e-4)
+    assert found == pytest.approx(losses[steps], rel=1e-4)
+    assert losses[steps] < losses[0] - 0.1

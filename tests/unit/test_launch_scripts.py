@@ -15,7 +15,7 @@ from moe_locality.placement.plan import PlacementPlan
 
 ROOT = Path(__file__).parents[2]
 PASSED_ON = ("PYTHONPATH", "DS_ACCELERATOR", "OMP_NUM_THREADS", "WANDB_MODE", "WANDB_SILENT")
-SCRIPTS = ("record", "place", "train", "compare")
+SCRIPTS = ("record", "place", "train", "compare", "generate")
 TRAIN = str(ROOT / "examples/train_lm.py")
 
 
@@ -74,6 +74,21 @@ def test_what_each_script_runs():
     assert place == ["moe-locality", "place", "t", "-o", "p.json", "--nodes", "2"]
     (place,) = printed("place", "--nodes", "2", "--trace", "t", "--plan", "p.json")
     assert place == ["moe-locality", "place", "t", "-o", "p.json", "--nodes", "2"]
+
+
+def test_generate_runs_the_example_or_a_users_script():
+    """The ranks are those of the launcher; what it does with them is in test_examples.py."""
+    example = str(ROOT / "examples/hf_generate.py")
+    (words,) = printed("generate", "--ranks", "2", "--num-nodes", "2", "--model", "my model")
+    assert words[:4] == ["deepspeed", "--num_accelerators", "2", example]
+    assert words[4:] == ["--out", "runs/hf_generate", "--num-nodes", "2", "--model", "my model"]
+    (words,) = printed("generate", "--hostfile", "launch/hostfile.example", "--out", "o")
+    assert words[1:] == ["--hostfile", "launch/hostfile.example", example, "--out", "o"]
+    (words,) = printed("generate", "--ranks", "2", "--", "mine.py", "--plan", "p")
+    assert words == ["deepspeed", "--num_accelerators", "2", "mine.py", "--plan", "p"]
+    done = run("generate", "--out", "o", "--", "mine.py")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "give it after --" in done.stderr
 
 
 def test_compare_runs_the_usual_order_under_our_layer():
@@ -265,6 +280,23 @@ def test_a_users_script_records_is_placed_and_trained(tmp_path):
     # the run directories are read by compare, with the bytes of both, also of so few steps
     assert "traffic/cross_node_bytes" in done.stdout
     assert json.loads((tmp_path / "ds.json").read_text()) == config
+
+
+@pytest.mark.slow
+def test_generate_saves_bytes_and_writes_the_same_texts(tmp_path):
+    """The whole example: train a little, record, place, generate without and with the plan."""
+    pytest.importorskip("transformers.distributed.expert_parallel", reason="before 5.23")
+    sizes = ["--train-steps", "60", "--requests", "32", "--new-tokens", "8", "--num-nodes", "2"]
+    port = {"DEEPSPEED_ARGS": f"--master_port {free_port()}"}
+    done = run("generate", "--ranks", "4", "--out", "o", *sizes, cwd=tmp_path, **port)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads((tmp_path / "o/summary.json").read_text())
+    usual, placed = found["bytes"]
+    assert 0 < placed < 0.95 * usual
+    assert (found["requests"], found["parted"]) == (32, {})
+    plan = PlacementPlan.read(tmp_path / "o/plan.json")
+    assert (plan.num_nodes, plan.ranks_per_node, plan.num_experts) == (2, 2, 16)
+    assert f"bytes across nodes: {usual:,} in the usual order" in done.stdout
 
 
 def test_record_says_when_a_script_records_nothing(tmp_path):
