@@ -102,16 +102,14 @@ def test_the_three_lines_leave_the_losses_as_they_were():
         assert len(set(stock)) == 4  # the model moves
 
 
-def launch(
-    script: Path, *arguments: str, limit_s: float = 200, command=launch_command
-) -> subprocess.CompletedProcess:
+def launch(script: Path, *arguments: str, command=launch_command) -> subprocess.CompletedProcess:
     return subprocess.run(
         command(2, script, list(arguments)),
         env={**launch_environment(), "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=limit_s,
+        timeout=200,
     )
 
 
@@ -200,7 +198,7 @@ train_lm.run()
 def test_a_failure_on_one_rank_ends_all_with_its_message(tmp_path):
     script = tmp_path / "fails.py"
     script.write_text(FAILS_ON_RANK_1.format(examples=str(SCRIPT.parent)))
-    done = launch(script, "--preset", "tiny", "--out", str(tmp_path / "run"), limit_s=90)
+    done = launch(script, "--preset", "tiny", "--out", str(tmp_path / "run"))
     assert done.returncode != 0
     assert "the disk of rank 1 is full" in done.stdout
     assert "rank 1 failed, all ranks are being ended" in done.stdout
