@@ -153,11 +153,13 @@ def layout_rows(slot_to_logical: np.ndarray, num_ranks: int, rank: int) -> RowLa
     return RowLayout(order=np.argsort(row_of), slots=slots, own=own, wanted=wanted)
 
 
-def expert_parameters(experts: nn.Module, name: str) -> dict[str, DTensor]:
+def expert_parameters(experts: nn.Module, name: str, num_experts: int) -> dict[str, DTensor]:
     """Return the stacked parameters of an experts module that are split over the EP group.
 
+    What all experts share, such as a norm of their outputs, is not among them.
+
     Raises:
-        ConfigError: a parameter or buffer is not split by experts, so it could not be moved.
+        ConfigError: a tensor ``[E, ...]`` is not split, so its rows could not follow the experts.
     """
     found: dict[str, DTensor] = {}
     tensors = [*experts.named_parameters(), *experts.named_buffers()]
@@ -166,7 +168,7 @@ def expert_parameters(experts: nn.Module, name: str) -> dict[str, DTensor]:
             "ep",
         ):
             found[key] = tensor
-        elif tensor.ndim:
+        elif tensor.ndim and len(tensor) == num_experts:
             raise ConfigError(
                 f"found {name}.{key} {list(tensor.shape)}, which transformers does not split over "
                 "the experts, expected only stacked parameters [E, ...]: a plan cannot be applied "
@@ -216,6 +218,7 @@ class ExpertRows:
         self.experts, self.forward, self.order, self.group = experts, forward, order, group
         self.name = ""
         self.kept: dict[str, Tensor] = {}
+        self._stacked: list[str] = []
         self._own: Tensor | None = None
         self._exchange: RowExchange | None = None
 
@@ -231,18 +234,19 @@ class ExpertRows:
         size, order = dist.get_world_size(self.group), slot_to_logical
         slots = np.arange(len(order))
         self._own = self._exchange = None
+        found = expert_parameters(self.experts, self.name, len(self.order))
         if len(order) > len(self.order):
             layout = layout_rows(order, size, dist.get_rank(self.group))
             order, slots = layout.order, layout.slots
             self._own = torch.from_numpy(layout.own)
             self._exchange = RowExchange.of(layout.wanted, len(order) // size, self.group)
         if (order != self.order).any():
-            for parameter in expert_parameters(self.experts, self.name).values():
+            for parameter in found.values():
                 moved = in_order(parameter, self.order, order, self.group)
                 with torch.no_grad():
                     parameter.to_local().copy_(moved.to_local())
         self.kept.clear()
-        self.order = order
+        self.order, self._stacked = order, list(found)
         return slots
 
     def run(self, rows: Tensor, tokens_per_slot: tuple[int, ...]) -> Tensor:
@@ -273,7 +277,8 @@ class ExpertRows:
         if self.kept and not torch.is_grad_enabled():
             return self.kept
         parameters: dict[str, Any] = self.experts._parameters
-        found = fetch_copies(parameters, self._exchange)
+        rows = {key: parameters[key] for key in self._stacked}
+        found = fetch_copies(rows, self._exchange)
         self.kept = {} if torch.is_grad_enabled() else found
         return found
 

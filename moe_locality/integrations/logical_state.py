@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from moe_locality.errors import ConfigError, PlacementError
-from moe_locality.integrations.expert_rows import ExpertRows, in_order
+from moe_locality.integrations.expert_rows import ExpertRows, expert_parameters, in_order
 from moe_locality.layer.agreement import gather_answers
 
 _STATE_DICT_TIMEOUT_S = 60.0
@@ -52,8 +52,8 @@ def keep_checkpoints_logical(rows: ExpertRows, first: bool) -> None:
             all_ranks_are_here("state_dict()" if leaving else "load_state_dict()")
         if rows.is_identity:
             return
-        parameters: Any = rows.experts.named_parameters()
-        for key, parameter in parameters:
+        parameters = expert_parameters(rows.experts, rows.name, len(rows.order))
+        for key, parameter in parameters.items():
             value = state.get(prefix + key)
             if value is None:
                 continue
@@ -103,7 +103,11 @@ def _before_step(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> 
 
 def _rows_of(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, ExpertRows | None]]:
     """Return the parameters of an optimizer, numbered as in its state dict, with their rows."""
-    order_of = {id(p): rows for rows in _placed for p in rows.experts.parameters()}
+    order_of = {
+        id(parameter): rows
+        for rows in _placed
+        for parameter in expert_parameters(rows.experts, rows.name, len(rows.order)).values()
+    }
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return [(p, order_of.get(id(p))) for p in parameters]
 

@@ -270,7 +270,7 @@ def _rows_for(
     """Return the row of the plan for each layer; raise where plan and model do not fit."""
     for name, layer in layers:
         plan.check_fits(num_experts=layer.num_experts, num_ranks=layer.ep_mesh.size())
-        for key, parameter in expert_parameters(layer.experts, name).items():
+        for key, parameter in expert_parameters(layer.experts, name, layer.num_experts).items():
             if parameter.to_local().shape[0] * layer.ep_mesh.size() != layer.num_experts:
                 raise ConfigError(
                     f"found {name}.{key} split over several copies of its expert group, expected "
