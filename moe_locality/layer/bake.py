@@ -25,6 +25,7 @@ import torch
 from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.files import check_is_new, replace_file, replace_folder
 from moe_locality.layer.checkpoint import (
+    EXPERT_KEY,
     EXPERT_STATES,
     KEY,
     MODEL_STATES,
@@ -33,6 +34,8 @@ from moe_locality.layer.checkpoint import (
     orders_of,
     read_entry,
     read_file,
+    renumbered,
+    renumbered_key,
     resolve_tag,
 )
 from moe_locality.layer.hf_checkpoint import bake_hugging_face, is_hugging_face
@@ -43,7 +46,6 @@ from moe_locality.trace.recorder.hooks import layer_numbers
 
 logger = logging.getLogger(__name__)
 
-EXPERT_KEY = re.compile(r"(.*)\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.(.+)")
 _SAMPLED_BYTES = 256  # of a tensor, compared first
 
 
@@ -166,10 +168,7 @@ def write_experts(
         old = int(sources[layer][slot])
         read = partial(read_file, files.experts[layer, old, mp], trusted=trusted)
         tied.check(layer, read)
-        _write_file(
-            {_renumbered(key, slot): value for key, value in read().items()},
-            folder / files.experts[layer, slot, mp].name,
-        )
+        _write_file(renumbered(read(), slot), folder / files.experts[layer, slot, mp].name)
 
 
 class _TiedTensors:
@@ -209,14 +208,6 @@ class _TiedTensors:
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-
-
-def _renumbered(key: str, slot: int) -> str:
-    """Return the key of an expert's tensor with another number."""
-    match = EXPERT_KEY.fullmatch(key)
-    if match is None:
-        return key
-    return f"{match[1]}.deepspeed_moe.experts.deepspeed_experts.{slot}.{match[3]}"
 
 
 def bake_dense(
@@ -305,7 +296,7 @@ class OptimizerStates:
                     source = sources[layer_of[match[1]]]
                     slot = int(source[rank * self.per_rank + int(match[2])])
                     there = self.states[slot // self.per_rank, mp]["optimizer"]["state"]
-                    state = there.get(index_of[_renumbered(name, slot % self.per_rank)])
+                    state = there.get(index_of[renumbered_key(name, slot % self.per_rank)])
                 if state is not None:
                     new[i] = state
             yield (rank, mp), baked

@@ -60,6 +60,7 @@ from moe_locality.placement.plan import PlacementPlan
 KEY = "moe_locality"
 FORMAT_VERSION = 1
 MODEL_STATES = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+EXPERT_KEY = re.compile(r"(.*)\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.(.+)")
 EXPERT_STATES = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
 OPTIMIZER_STATES = re.compile(r"expp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 
@@ -439,7 +440,7 @@ class ExpertFiles:
             expert = int(replicas.slot_to_logical[slot])
             if replicas.primary_slots[expert] != slot:
                 return None  # the expert is in the file of another slot
-            state_dict, path = _keys(state_dict, slot, expert), _numbered(path, expert)
+            state_dict, path = renumbered(state_dict, expert), _numbered(path, expert)
         return self._save(state_dict, path, *args, **kwargs)
 
     def load(self, path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -451,7 +452,7 @@ class ExpertFiles:
         layer = int(EXPERT_STATES.fullmatch(Path(path).name)[1])  # pyright: ignore
         wanted = int(replicas.slot_to_logical[slot])
         number = int(np.flatnonzero(self.orders[layer] == wanted)[0])
-        return _keys(self._load(_numbered(path, number), *args, **kwargs), number, slot)
+        return renumbered(self._load(_numbered(path, number), *args, **kwargs), slot)
 
     def _slot_of(self, path: Any) -> tuple[LayerReplicas, int] | None:
         match = EXPERT_STATES.fullmatch(Path(path).name)
@@ -466,9 +467,15 @@ def _numbered(path: Any, number: int) -> str:
     return str(Path(path).with_name(name))
 
 
-def _keys(state: dict[str, Any], old: int, new: int) -> dict[str, Any]:
-    head = ".deepspeed_moe.experts.deepspeed_experts."
-    return {key.replace(f"{head}{old}.", f"{head}{new}."): value for key, value in state.items()}
+def renumbered_key(key: str, number: int) -> str:
+    """The key of an expert's tensor with another number; other keys stay."""
+    match = EXPERT_KEY.fullmatch(key)
+    return key if match is None else f"{key[: match.start(2)]}{number}{key[match.end(2) :]}"
+
+
+def renumbered(state: dict[str, Any], number: int) -> dict[str, Any]:
+    """The tensors of one expert under another number."""
+    return {renumbered_key(key, number): value for key, value in state.items()}
 
 
 def slots_of(engine: Any) -> list[list[int]] | None:

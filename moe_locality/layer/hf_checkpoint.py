@@ -33,6 +33,7 @@ PLAN = "moe_locality_plan.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx")
 _INTEGERS = {"I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "U8": "u1"}
 _KINDS = {
+    "kimi_k2": "deepseek_v3",
     "nemo_speechlm": "nemotron3_5_transcribe",
     "nemotronh_omni": "nemotron_h_omni",
     "inkling_mm_model": "inkling",
@@ -98,7 +99,10 @@ def _read_header(path: Path) -> _File:
     try:
         with open(path, "rb") as file:
             size = file.read(8)
-            head = size + file.read(int.from_bytes(size, "little"))
+            length = int.from_bytes(size, "little")
+            if length > path.stat().st_size:  # a pointer of git LFS begins with text
+                raise ValueError(f"no safetensors file: it begins with {size!r}")
+            head = size + file.read(length)
         entries = json.loads(head[8:])
         entries.pop("__metadata__", None)
         entries = dict(sorted(entries.items(), key=lambda item: item[1]["data_offsets"]))
@@ -231,8 +235,8 @@ def _files_of(folder: Path) -> list[_File]:
         index = _read_json(folder / INDEX).get("weight_map", {})
         files = [_read_header(folder / name) for name in sorted(set(index.values()))]
         found = {name: file.path.name for file in files for name in file.entries}
-        if found != index:
-            wrong = sorted(set(found.items()) ^ set(index.items()))[0][0]
+        wrong = next((name for name in sorted(index) if found.get(name) != index[name]), None)
+        if wrong is not None:
             raise ConfigError(
                 f"{folder / INDEX}: found another place of {wrong} than the files have, expected "
                 "the index of these files: download or save the model again"

@@ -27,9 +27,9 @@ _ONE_BY_ONE = r"experts\.(?P<expert>\d+)\..+"
 _PARTS = r"(?:gate_up_proj|(?:gate|up|down)_proj|fc[12]|w13|w[123]|(?:gate_and_up|down)_projs)"
 _QUANTISED = r"(?:[._](?:weight|bias|blocks|scales?|inv|amax|outer|denominator))*"
 _STACKED = r"experts\." + _PARTS + _QUANTISED
-_BESIDE = r"(?:.*\.)?(?:mtp|talker)\..*"
-"""Layers that predict several tokens and speech have routers and experts of their own, which no
-plan of the model's layers moves: they stay as they are."""
+_BESIDE = r"(?:.*\.)?(?:mtp|talker|visual|vision_(?:tower|encoder|model))\..*"
+"""Layers that predict several tokens, speech and images have routers and experts of their own,
+which no plan of the language model's layers moves: they stay as they are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,7 +202,7 @@ def relabel_state_dict(
         )
     names = replace(names, keep=(*names.keep, *keep_patterns))
     job = Relabelling(state, plan, names, current=current, num_groups=num_expert_groups)
-    _check_tied(state, job.places, job.sources)
+    _check_tied(state, job.roles, job.sources)
     return {name: job.value(name) for name in state}
 
 
@@ -239,20 +239,20 @@ class Relabelling:
     ) -> None:
         check_is_permutation(plan)
         self.state, self.names = state, names
-        self.places = _match(state, names)
-        found = {n: p for n, p in self.places.items() if re.fullmatch(names.router, n)}
-        self.layers = sorted({place.layer for place in found.values()})
+        self.roles = _match(state, names)
+        found = {n: p for n, p in self.roles.items() if re.fullmatch(names.router, n)}
+        self.layers = sorted({role.layer for role in found.values()})
         if not self.layers:
             raise ConfigError(
                 f"found no router named like {names.router!r} in {len(state)} tensors, expected "
                 "one per MoE layer: give the weights of the whole model, choose another preset, or "
                 "give router_pattern"
             )
-        _check_all_covered(state, self.places, plan.num_experts, names.keep)
+        _check_all_covered(state, self.roles, plan.num_experts, names.keep)
         self.sources = _sources(plan, current, self.layers)
         if num_groups:
             check_groups(plan, num_groups)
-        rest = {n: p for n, p in self.places.items() if n not in found and not p.ids}
+        rest = {n: p for n, p in self.roles.items() if n not in found and not p.ids}
         _check_experts(rest, self.layers, plan.num_experts, names.extra)
 
     def value(self, name: str) -> Any:
@@ -261,17 +261,17 @@ class Relabelling:
         Raises:
             PlacementError: its shape does not fit the plan, or that of the expert that comes here.
         """
-        place, value = self.places.get(name), self.state[name]
-        if place is None:
+        role, value = self.roles.get(name), self.state[name]
+        if role is None:
             return value
-        source = self.sources[place.layer]
-        if place.ids:
+        source = self.sources[role.layer]
+        if role.ids:
             return _renumbered(name, value, source)
-        if place.expert is None:
+        if role.expert is None:
             return _rows(name, value, source, self.names)
-        if place.expert >= len(source):  # past the real ones
+        if role.expert >= len(source):  # past the real ones
             return value
-        other = _renamed(name, self.names.experts, int(source[place.expert]))
+        other = _renamed(name, self.names.experts, int(source[role.expert]))
         found = self.state.get(other)
         if found is None or (found.shape, found.dtype) != (value.shape, value.dtype):
             what = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
@@ -284,17 +284,17 @@ class Relabelling:
 
 def _check_tied(
     state: Mapping[str, Any],
-    places: Mapping[str, TensorRole],
+    roles: Mapping[str, TensorRole],
     sources: Mapping[int, np.ndarray],
 ) -> None:
     """Raise PlacementError where one tensor has two names that the plan moves in two ways."""
     stays = np.arange(len(next(iter(sources.values()))))
     first: dict[int, tuple[str, Any]] = {}
     for name, value in state.items():
-        place = places.get(name)
+        role = roles.get(name)
         way = None
-        if place is not None and (sources[place.layer] != stays).any():
-            way = (sources[place.layer].tolist(), place.expert)
+        if role is not None and (sources[role.layer] != stays).any():
+            way = (sources[role.layer].tolist(), role.expert)
         memory = value.data_ptr() if torch.is_tensor(value) else value.ctypes.data
         other, its_way = first.setdefault(memory or id(value), (name, way))
         if way != its_way:
@@ -345,7 +345,7 @@ def _names_of(preset: str | None, router: str | None, experts: Sequence[str] | N
 
 
 def _match(state: Mapping[str, Any], names: Names) -> dict[str, TensorRole]:
-    """The place of each name that a pattern covers and that does not stay."""
+    """The role of each name that a pattern covers and that does not stay."""
     patterns = [re.compile(p) for p in (names.router, *names.experts, names.ids) if p]
     kept = [re.compile(pattern) for pattern in names.keep]
     found: dict[str, TensorRole] = {}
@@ -361,7 +361,7 @@ def _match(state: Mapping[str, Any], names: Names) -> dict[str, TensorRole]:
                 ids=match.re.pattern == names.ids,
                 prefix=name[: match.end("layer")],
             )
-    numbers = {place.prefix: place.layer for place in found.values()}
+    numbers = {role.prefix: role.layer for role in found.values()}
     if len(set(numbers.values())) < len(numbers):  # encoder and decoder count from 0 each
         counted = layer_numbers([f"{prefix}.moe" for prefix in numbers], state)
         numbers = dict(zip(numbers, counted or range(len(numbers)), strict=True))
@@ -371,21 +371,21 @@ def _match(state: Mapping[str, Any], names: Names) -> dict[str, TensorRole]:
 
 def _check_all_covered(
     state: Mapping[str, Any],
-    places: Mapping[str, TensorRole],
+    roles: Mapping[str, TensorRole],
     num_experts: int,
     keep_patterns: Sequence[str],
 ) -> None:
     """Refuse tensors that look like those of experts and that no pattern covers."""
     names: dict[int, list[str]] = {}
-    for name, place in places.items():
-        names.setdefault(place.layer, []).append(name)
+    for name, role in roles.items():
+        names.setdefault(role.layer, []).append(name)
     # paths of modules, which os.path understands with its own separator
     paths = ([name.replace(".", os.sep) for name in found] for found in names.values())
     blocks = tuple(os.path.commonpath(found).replace(os.sep, ".") + "." for found in paths)
     missed = [
         name
         for name, value in state.items()
-        if name not in places
+        if name not in roles
         and not any(re.fullmatch(pattern, name) for pattern in keep_patterns)
         and (
             ".experts." in name
@@ -423,14 +423,14 @@ def _sources(
 def _check_experts(
     found: Mapping[str, TensorRole], layers: list[int], experts: int, extra: bool
 ) -> None:
-    alone = {place.layer for place in found.values()} - set(layers)
+    alone = {role.layer for role in found.values()} - set(layers)
     if alone:
         raise ConfigError(
             f"layers {sorted(alone)}: found experts and no router, expected both: give the whole "
             "state dict of the layer, and a router_pattern that covers its router"
         )
     for layer in layers:
-        numbers = {place.expert for place in found.values() if place.layer == layer}
+        numbers = {role.expert for role in found.values() if role.layer == layer}
         if not numbers:
             raise ConfigError(
                 f"layer {layer}: found a router and no experts, expected both: give the whole "
