@@ -79,7 +79,7 @@ def build(case: dict[str, Any], sizes: dict[str, Any], topology: Any) -> tuple[A
     """Return the model of a case and its L layers."""
     dtype = getattr(torch, sizes["dtype"])
     if case["layer"] == "autoep":
-        return build_auto_ep(case, sizes, dtype)
+        return build_auto_ep(case, sizes, dtype, topology)
     if case["layer"] == "transformers":
         return build_transformers(case, sizes, dtype, topology)
     model = DeepSpeedLayers(sizes).to(dtype)
@@ -94,24 +94,27 @@ def build(case: dict[str, Any], sizes: dict[str, Any], topology: Any) -> tuple[A
 
 
 def build_auto_ep(
-    case: dict[str, Any], sizes: dict[str, Any], dtype: torch.dtype
+    case: dict[str, Any], sizes: dict[str, Any], dtype: torch.dtype, topology: Any
 ) -> tuple[Any, list[Layer]]:
-    """As ``deepspeed.initialize`` makes them of a Qwen3-MoE of transformers."""
+    """As ``deepspeed.initialize`` makes them of a Qwen3-MoE; with ``dispatch``, our exchange."""
     ds_config = {
         "train_micro_batch_size_per_gpu": 1,
         "expert_parallel": {
             "enabled": True,
             "autoep_size": int(os.environ["WORLD_SIZE"]),
             "preset_model": "qwen3_moe",
-            **case["section"],
         },
     }
     compat.let_auto_ep_read_recorders()
     engine = deepspeed.initialize(model=qwen3_moe(sizes), config=ds_config)[0]
     blocks: list[Any] = [layer.mlp.to(dtype) for layer in engine.module.model.layers]
+    wanted = "AutoEPMoELayer"
+    if "dispatch" in case:
+        wanted, section = "LocalityAutoEPMoELayer", {"dispatch": case["dispatch"]}
+        moe_locality.apply(engine, section, plan=plan_of(case, sizes), topology=topology)
     found = {type(block).__name__ for block in blocks}
-    if found != {"AutoEPMoELayer"}:
-        raise RuntimeError(f"found {found} in the model, expected AutoEPMoELayer everywhere")
+    if found != {wanted}:
+        raise RuntimeError(f"found {found} in the model, expected {wanted} everywhere")
     return engine.module, [lambda x, block=block: block(x[None])[0] for block in blocks]
 
 
@@ -136,10 +139,7 @@ def build_transformers(
     )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, distributed_config=spread)
     if case["ep_implementation"] == "moe_locality":
-        plan = PlacementPlan.read(case["plan"]) if case["plan"] else None
-        if plan is not None:  # of some layers of the recorded model, which are all of this one
-            plan = dataclasses.replace(plan, layer_ids=tuple(range(sizes["layers"])))
-        moe_locality.apply(model, plan=plan, topology=topology)
+        moe_locality.apply(model, plan=plan_of(case, sizes), topology=topology)
     experts: list[Any] = [layer.mlp.experts for layer in model.model.layers]
 
     def call(x: Tensor, module: Any) -> Tensor:
@@ -148,6 +148,14 @@ def build_transformers(
         return module(x, ids, (weights / weights.sum(dim=1, keepdim=True)).to(x.dtype))
 
     return model, [lambda x, module=module: call(x, module) for module in experts]
+
+
+def plan_of(case: dict[str, Any], sizes: dict[str, Any]) -> PlacementPlan | None:
+    """Return the plan of a case, made for some layers of a model, for all layers of this one."""
+    if not case["plan"]:
+        return None
+    plan = PlacementPlan.read(case["plan"])
+    return dataclasses.replace(plan, layer_ids=tuple(range(sizes["layers"])))
 
 
 def qwen3_moe(sizes: dict[str, Any]) -> Any:

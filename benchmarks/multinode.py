@@ -53,6 +53,13 @@ THEIRS = "transformers, all_to_all, random homes"
 HF_LINEAR = "transformers, ours, once per node, linear plan, random homes"
 HF_PLACED = "transformers, ours, once per node, our plan, predicted homes"
 HF_COMPARED = ((THEIRS, HF_LINEAR), (THEIRS, HF_PLACED), (HF_LINEAR, HF_PLACED))
+AUTO_EP_LINEAR = "DeepSpeed AutoEP, ours, once per node, linear plan, random homes"
+AUTO_EP_PLACED = "DeepSpeed AutoEP, ours, once per node, our plan, predicted homes"
+AUTO_EP_COMPARED = (
+    (AUTO_EP, AUTO_EP_LINEAR),
+    (AUTO_EP, AUTO_EP_PLACED),
+    (AUTO_EP_LINEAR, AUTO_EP_PLACED),
+)
 COMPARED = (
     (STOCK, LINEAR),
     (STOCK, PLACED),
@@ -140,7 +147,7 @@ def step_cases(sizes: dict[str, Any], plan_path: str) -> list[dict[str, Any]]:
     theirs = [{"name": STOCK, "layer": "deepspeed", **exact}]
     reason = why_no_auto_ep()
     if reason is None:
-        theirs.append({"name": AUTO_EP, "layer": "autoep", "section": {}, **exact})
+        theirs.append({"name": AUTO_EP, "layer": "autoep", **exact})
     else:
         print(f"left out {AUTO_EP}: {reason}")
     return [
@@ -168,6 +175,21 @@ def transformers_cases(
         {**mine, "name": HF_LINEAR},
         {**mine, "name": HF_PLACED, "plan": plan_path, "batches": "predicted"},
     ]
+
+
+def auto_ep_cases(sizes: dict[str, Any], plan_path: str) -> list[dict[str, Any]]:
+    common = {"layer": "autoep", "plan": None, "tolerance": EXACT[sizes["dtype"]]}
+    mine = {**common, "dispatch": {"exchange": "hierarchical"}}
+    return [
+        {**common, "name": AUTO_EP, "batches": "random"},
+        {**mine, "name": AUTO_EP_LINEAR, "batches": "random"},
+        {**mine, "name": AUTO_EP_PLACED, "plan": plan_path, "batches": "predicted"},
+    ]
+
+
+def auto_ep_part(chosen: argparse.Namespace) -> list[dict[str, Any]]:
+    """Times of AutoEP with its own exchange and with ours, in training."""
+    return replay(chosen, auto_ep_cases, AUTO_EP_COMPARED, f"{steps_where(chosen)}, AutoEP")
 
 
 def frontends_part(chosen: argparse.Namespace) -> list[dict[str, Any]]:
@@ -249,6 +271,8 @@ def main() -> None:
         made += steps_part(chosen)
     if "frontends" in chosen.parts:
         made += frontends_part(chosen)
+    if "autoep" in chosen.parts:
+        made += auto_ep_part(chosen)
     for each in made:
         print(f"{each['case']}: {each['metric']} {each['value']} {each['unit']} ({each['note']})")
     if chosen.csv is not None:
@@ -260,7 +284,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     add = parser.add_argument
-    parts = ("bytes", "payload", "steps", "frontends", "page")
+    parts = ("bytes", "payload", "steps", "frontends", "autoep", "page")
     add("--parts", default=",".join(parts), help=f"any of {', '.join(parts)}")
     add("--nodes", type=int, default=4)
     add("--slots", type=int, default=1, help="ranks per node")
@@ -280,7 +304,7 @@ def parse() -> argparse.Namespace:
         parser.error(f"unknown parts {sorted(unknown)}, expected any of {', '.join(parts)}")
     if "page" in chosen.parts and chosen.page is not None and chosen.csv is None:
         parser.error("--page needs --csv, whose rows it shows")
-    if {"steps", "frontends"} & {*chosen.parts} and "MOE_LOCALITY_DATA" not in os.environ:
+    if {"steps", "frontends", "autoep"} & {*chosen.parts} and "MOE_LOCALITY_DATA" not in os.environ:
         sys.exit("MOE_LOCALITY_DATA is not set: it names the directory of real routing traces")
     return chosen
 

@@ -1,4 +1,5 @@
-"""A pytest plugin that runs DeepSpeed's own MoE tests with our layer in the place of its own.
+"""A pytest plugin that runs DeepSpeed's own tests of MoE and AutoEP with our layers in the place of
+its own.
 
 docs/deepspeed.md has the commands. Importing this module makes the switch, so that the workers
 which DeepSpeed's tests start are switched too (it is preloaded into their fork server). On a
@@ -90,6 +91,44 @@ def switch_layers(variant: str) -> None:
     LocalityMOELayer.forward = marked_forward
 
 
+def switch_auto_ep(variant: str) -> None:
+    """Adopt the AutoEP layers of every engine that DeepSpeed builds; a layer that runs leaves a
+    mark. An engine with what our exchange refuses stays stock.
+    """
+    from moe_locality.compat import let_auto_ep_read_recorders
+
+    let_auto_ep_read_recorders()
+    if variant == "stock":
+        return
+    import numpy as np
+
+    from moe_locality.config import MoeLocalityConfig
+    from moe_locality.errors import ConfigError
+    from moe_locality.integrations import autoep
+
+    init, route = deepspeed.DeepSpeedEngine.__init__, autoep.LocalityAutoEPMoELayer._deepep_route
+
+    def adopting_init(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        layers = dict(autoep.auto_ep_layers(self.module))
+        try:
+            names = autoep.adopt(self, MoeLocalityConfig(), None) if layers else []
+        except ConfigError:
+            return
+        if names and variant == "reversed" and self.zero_optimization_stage() < 3:
+            ours = [(name, layers[name]) for name in names]
+            orders = [np.arange(layer.num_experts)[::-1].copy() for _, layer in ours]
+            autoep.place_stacked(ours, orders, self)
+            autoep.wrap_checkpoints(self)
+
+    def marked_route(self, *args):
+        (Path(os.environ[MARKS]) / str(os.getpid())).touch()
+        return route(self, *args)
+
+    deepspeed.DeepSpeedEngine.__init__ = adopting_init
+    autoep.LocalityAutoEPMoELayer._deepep_route = marked_route
+
+
 def pytest_configure(config):
     if os.environ.get("PYTHONPATH", "").split(os.pathsep)[0] != str(ROOT):
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
@@ -116,3 +155,4 @@ avoid_compilers()
 allow_fp16()
 mend_older_tests()
 switch_layers(os.environ[VARIANT])
+switch_auto_ep(os.environ[VARIANT])

@@ -39,6 +39,7 @@ FLOORS = {
     "moe_locality.layer": 5,
     "moe_locality.serving": 5,
     "moe_locality.integrations": 5.5,
+    "moe_locality.integrations.autoep": 5,
     "moe_locality.tracking": 1,
     "moe_locality.report": 6,
     "moe_locality.figures": 6,

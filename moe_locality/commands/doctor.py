@@ -68,7 +68,7 @@ def _show(console: Any, found: dict[str, Any]) -> None:
     rows.append(("NVIDIA apex", found["apex"]["state"], "optional", found["apex"]["detail"]))
     console.print(table("", ("package", "found", "for", "what to do"), rows))
     front_ends = list(found["front_ends"].items())
-    console.print(table("Front ends", ("models of", "state"), front_ends))
+    console.print(table("What runs through our exchange", ("models of", "state"), front_ends))
     backends = list(found["kernels"].items())
     console.print(table("Kernel backends", ("backend", "state"), backends))
     tools = [(name, words or "not on PATH") for name, words in found["tools"].items()]
@@ -113,7 +113,7 @@ def _front_ends(versions: dict[str, str | None]) -> dict[str, str]:
     spread = _lacking(versions, torch="2.10", transformers="5.23", accelerate="1.0")
     return {
         "DeepSpeed MoE": stock or "available: moe_locality.initialize",
-        "DeepSpeed AutoEP": auto_ep or "recorded: moe_locality.initialize",
+        "DeepSpeed AutoEP": auto_ep or "available: moe_locality.initialize",
         "transformers": spread or "available: moe_locality.register",
     }
 

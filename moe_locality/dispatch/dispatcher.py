@@ -28,7 +28,7 @@ from moe_locality.config import DispatchConfig
 from moe_locality.dispatch.deepep import DeepEPTransport
 from moe_locality.dispatch.desync import CallPosition, announce_process
 from moe_locality.dispatch.flat import FixedTransport, FlatTransport
-from moe_locality.dispatch.hierarchical import HierarchicalTransport, Rails
+from moe_locality.dispatch.hierarchical import HierarchicalTransport, Rails, find_rails, pays
 from moe_locality.dispatch.transport import (
     AllToAllGroup,
     Codec,
@@ -43,6 +43,7 @@ from moe_locality.dispatch.transport import (
 from moe_locality.errors import ConfigError, TopologyError
 from moe_locality.kernels import ops
 from moe_locality.topology.cluster import ClusterTopology
+from moe_locality.topology.groups import built_groups
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -92,6 +93,12 @@ class SlotMap:
     def __init__(self, slot_of_expert: np.ndarray | None = None) -> None:
         self.slot_of_expert = slot_of_expert
         self._on: dict[torch.device, Tensor] = {}
+
+    @classmethod
+    def of(cls, slot_to_logical: np.ndarray) -> "SlotMap":
+        """Return the map of a permutation ``[E]``: the expert of each slot."""
+        stays = bool((slot_to_logical == np.arange(len(slot_to_logical))).all())
+        return cls(None if stays else np.argsort(slot_to_logical))
 
     def on(self, device: torch.device) -> Tensor:
         """Return the map as a tensor ``[E]`` on ``device``."""
@@ -524,6 +531,41 @@ def _deepep(
         )
     return DeepEPTransport(
         group=group, num_slots=num_slots, max_tokens=config.deepep_max_tokens_per_rank, clock=clock
+    )
+
+
+def layer_dispatcher(
+    ep_group: "ProcessGroup | None",
+    topology: ClusterTopology | None,
+    *,
+    num_slots: int,
+    num_ranks: int,
+    top_k: int,
+    config: DispatchConfig,
+    **options: Any,
+) -> TokenDispatcher:
+    """Return the dispatcher of a layer, in two stages where ``config`` asks for it or it pays.
+
+    Topology and rails are those of the groups that were built for these ranks, where any were.
+    Arguments as of :class:`TokenDispatcher`; ``top_k``: routes per token.
+    """
+    ranks = group_ranks(ep_group, num_ranks)
+    groups = built_groups(ranks)
+    if topology is None and groups is not None:
+        topology = groups.topology
+    rails = None
+    if groups is not None and topology is not None and num_ranks > 1:
+        staged = config.exchange == "auto" and pays(ranks, topology, num_slots, top_k)
+        if staged or config.exchange == "hierarchical":
+            rails = find_rails(groups, topology, num_slots)
+    return TokenDispatcher(
+        ep_group,
+        topology,
+        num_slots=num_slots,
+        num_ranks=num_ranks,
+        config=config,
+        rails=rails,
+        **options,
     )
 
 

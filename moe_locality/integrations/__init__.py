@@ -24,7 +24,8 @@ def apply(
     """Put our exchange, and the plan, into the MoE layers of a model, in place; return the model.
 
     What the model is decides what is done: DeepSpeed's MoE layers are swapped
-    (:func:`moe_locality.layer.convert.apply`); a transformers model that was loaded with
+    (:func:`moe_locality.layer.convert.apply`), those that AutoEP built get section and plan
+    (:mod:`moe_locality.integrations.autoep`); a transformers model that was loaded with
     ``ep_implementation="moe_locality"`` gets section and plan
     (:func:`moe_locality.integrations.transformers_ep.apply`, which also takes ``optimizer``).
 
@@ -56,9 +57,12 @@ def register(config: "MoeLocalityConfig | dict[str, Any] | str | None" = None) -
 
 
 def _is_transformers(model: Any) -> bool:
-    """Return whether transformers made the model, and no layer of it is DeepSpeed's MoE."""
+    """Return whether transformers made the model, and no layer of it is DeepSpeed's."""
     theirs = sys.modules.get("transformers.modeling_utils")
     if theirs is None or not isinstance(model, theirs.PreTrainedModel):
         return False
     stock = sys.modules.get("deepspeed.moe.layer")
-    return stock is None or not any(isinstance(m, stock.MoE) for m in model.modules())
+    kinds = () if stock is None else (stock.MoE,)
+    return not any(
+        isinstance(m, kinds) or getattr(m, "_is_autoep_layer", False) for m in model.modules()
+    )

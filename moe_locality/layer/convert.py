@@ -23,7 +23,7 @@ from moe_locality.dispatch.flat import check_overflow
 from moe_locality.dispatch.traffic import reset_traffic, traffic_report
 from moe_locality.errors import ConfigError, MoeLocalityError, PlacementError, TopologyError
 from moe_locality.layer.agreement import all_succeed
-from moe_locality.layer.slots import check_nodes
+from moe_locality.layer.slots import check_is_permutation, check_nodes
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.topology.groups import discover_topology, exchange_objects, prepare_groups
@@ -59,6 +59,9 @@ def apply(
     Parameters, hooks and names stay the same objects, so an optimizer or a checkpoint made before
     stays valid. A second call changes nothing.
 
+    An engine whose layers AutoEP built is given as ``model`` after ``deepspeed.initialize``: its
+    layers get the exchange, and the plan moves experts with their optimizer state. Collective then.
+
     Args:
         config: the ``"moe_locality"`` section, or a ds_config with it.
         plan: place the experts too: their weights move between the ranks (collective, and before
@@ -72,6 +75,11 @@ def apply(
         PlacementError: the plan does not fit the model.
     """
     section = read_config(config)
+    if plan is None and section.plan is not None:
+        plan = PlacementPlan.read(section.plan)
+    if any(getattr(module, "_is_autoep_layer", False) for module in model.modules()):
+        _adopt_auto_ep(model, section, topology, plan)
+        return model
     layers = moe_modules(model)
     if not layers:
         raise ConfigError(
@@ -79,8 +87,6 @@ def apply(
             "moe_locality swaps DeepSpeed's MoE layers (for Hugging Face models, put the plan into "
             "the weights with moe_locality.layer.relabel_state_dict)"
         )
-    if plan is None and section.plan is not None:
-        plan = PlacementPlan.read(section.plan)
     if plan is not None:
         plan.check_fits(num_experts=max(module.num_experts for _, module in layers))
         plan_rows(model, plan)
@@ -145,8 +151,9 @@ def initialize(*args: Any, **kwargs: Any) -> Any:
     :class:`~moe_locality.layer.convert.LocalityRuntime`). Everything is read from the section
     ``"moe_locality"`` of the ds_config; without it, the layers are swapped.
 
-    With the ``expert_parallel`` section (DeepSpeed's AutoEP, which builds its own layers), only the
-    recorder is attached. With a model-parallel unit or a pipeline, DeepSpeed makes the groups.
+    With the ``expert_parallel`` section, the layers that DeepSpeed's AutoEP builds get exchange and
+    plan (:mod:`moe_locality.integrations.autoep`). With a model-parallel unit or a pipeline,
+    DeepSpeed makes the groups.
 
     With ``"enabled": false`` DeepSpeed's layers stay; the recorder and the log are attached.
 
@@ -162,17 +169,22 @@ def initialize(*args: Any, **kwargs: Any) -> Any:
     _init_distributed(bound)
     section, ds_config, plan = _agree_on_inputs(bound)
     topology = None
-    if _auto_ep(ds_config):
+    auto_ep = _auto_ep(ds_config)
+    if auto_ep:
         compat.let_auto_ep_read_recorders()
+        if section.enabled:
+            topology = _prepare_auto_ep(section, ds_config, plan, bound.get("mpu"))
     elif section.enabled:
         topology = _prepare_model(model, section, ds_config, plan, bound.get("mpu"))
         if plan is not None and not plan.is_permutation:
             args, kwargs = (), _with_replicas(bound)
     result = deepspeed.initialize(*args, **kwargs)
     module: Any = result[0].module
+    if auto_ep and section.enabled:
+        _adopt_auto_ep(result[0], section, topology, plan)
     runtime = LocalityRuntime(model=module, config=section, plan=plan, topology=topology)
     attach_runtime(result[0], runtime, ds_config)
-    if topology is not None and moe_modules(module):
+    if topology is not None and not auto_ep and moe_modules(module):
         wrap_checkpoints(result[0])
     return result
 
@@ -255,13 +267,16 @@ def _agree_on_inputs(
         section = read_config({SECTION: ds_config.get(SECTION, {})})
         _refuse_frozen_experts(bound, ds_config)
         if section.plan is not None:
-            _refuse_plan_with_auto_ep(ds_config)
             plan = PlacementPlan.read(section.plan)
             _refuse_clipping(plan, ds_config)
-            layers = moe_modules(bound["model"])
-            sizes = {module.num_experts for _, module in layers}
-            plan.check_fits(num_experts=max(sizes, default=None))
-            plan_rows(bound["model"], plan)
+            if _auto_ep(ds_config):  # its layers do not exist yet
+                check_is_permutation(plan)
+                plan.check_fits(num_ranks=ds_config["expert_parallel"].get("autoep_size"))
+            else:
+                layers = moe_modules(bound["model"])
+                sizes = {module.num_experts for _, module in layers}
+                plan.check_fits(num_experts=max(sizes, default=None))
+                plan_rows(bound["model"], plan)
     except MoeLocalityError as error:
         failure = error
     facts = {
@@ -302,13 +317,68 @@ def _auto_ep(ds_config: dict[str, Any]) -> bool:
     return bool((ds_config.get("expert_parallel") or {}).get("enabled"))
 
 
-def _refuse_plan_with_auto_ep(ds_config: dict[str, Any]) -> None:
-    if _auto_ep(ds_config):
-        raise ConfigError(
-            "plans are not supported with the expert_parallel section: AutoEP lays experts out "
-            "itself, in the order of the weights that it gets; put the plan into them, "
-            "model.load_state_dict(moe_locality.layer.relabel_state_dict(model.state_dict(), plan, "
-            "preset=...)), and leave it out of the section"
+def _adopt_auto_ep(
+    engine: Any,
+    section: MoeLocalityConfig,
+    topology: ClusterTopology | None,
+    plan: PlacementPlan | None,
+) -> None:
+    try:
+        from moe_locality.integrations.autoep import adopt as adopt_auto_ep
+    except ImportError as error:
+        if not (error.name or "").startswith("deepspeed"):
+            raise
+        why = f"the AutoEP of DeepSpeed {deepspeed.__version__} has no place for another exchange"
+        if plan is not None:
+            raise ConfigError(
+                f"found a plan, and {why}, expected DeepSpeed 0.19.8 or newer: upgrade it, or put "
+                "the plan into the weights first: moe_locality.layer.relabel_state_dict"
+            ) from error
+        logger.warning("moe_locality: AutoEP's layers keep their own exchange: %s", why)
+        return
+    adopted = adopt_auto_ep(engine, section, topology, plan)
+    if adopted:
+        log_dist(
+            f"moe_locality: {len(adopted)} AutoEP layers use its exchange "
+            f"({section.dispatch.exchange}, {'a' if plan else 'no'} plan)",
+            ranks=[0],
+            level=logging.WARNING,
+        )
+
+
+def _prepare_auto_ep(
+    section: MoeLocalityConfig, ds_config: dict[str, Any], plan: PlacementPlan | None, mpu: Any
+) -> ClusterTopology:
+    """Find the nodes, and make the expert groups that AutoEP will use. Collective."""
+    topology = discover_topology(cluster_config=section.cluster)
+    ep_size = ds_config["expert_parallel"].get("autoep_size", 1)
+    folded = (ds_config.get("tensor_parallel") or {}).get("autotp_size", 1) > 1
+    if ep_size > 1 and mpu is None and not folded:
+        _make_groups({ep_size}, topology, section, ds_config, plan)
+    return topology
+
+
+def _make_groups(
+    sizes: set[int],
+    topology: ClusterTopology,
+    section: MoeLocalityConfig,
+    ds_config: dict[str, Any],
+    plan: PlacementPlan | None,
+) -> None:
+    """Make expert groups that follow the nodes, where plan or cluster section ask for it or can."""
+    order = "D+E" if ds_config.get("use_data_before_expert_parallelism") else "E+D"
+    try:
+        groups = prepare_groups(topology, sizes, order)
+        if plan is not None and plan.num_ranks in groups:
+            check_nodes(plan, topology, groups[plan.num_ranks].layout.ep_groups)
+    except TopologyError:  # on all ranks alike
+        if plan is not None or section.cluster is not None:
+            raise
+        logger.warning(
+            "moe_locality: the expert groups cannot follow the nodes (%s), so DeepSpeed makes "
+            "its own",
+            topology.describe(),
+            exc_info=True,
         )
 
 
@@ -335,20 +405,7 @@ def _prepare_model(
         )
     sizes = {module.ep_size for _, module in moe_modules(model)}
     if sizes and not pipeline and data_only:
-        order = "D+E" if ds_config.get("use_data_before_expert_parallelism") else "E+D"
-        try:
-            groups = prepare_groups(topology, sizes, order)
-            if plan is not None and plan.num_ranks in groups:
-                check_nodes(plan, topology, groups[plan.num_ranks].layout.ep_groups)
-        except TopologyError:  # on all ranks alike
-            if plan is not None or section.cluster is not None:
-                raise
-            logger.warning(
-                "moe_locality: the expert groups cannot follow the nodes (%s), so DeepSpeed makes "
-                "its own",
-                topology.describe(),
-                exc_info=True,
-            )
+        _make_groups(sizes, topology, section, ds_config, plan)
     if sizes or not pipeline:  # a pipeline stage may be without an MoE layer
         apply(model, section, plan=plan, topology=topology)
     return topology
@@ -361,8 +418,8 @@ def _prepare_model(
 class LocalityRuntime:
     """Configuration, placement, cluster and recorder of an engine.
 
-    ``topology`` is None with AutoEP, whose layers count no traffic. ``recorder`` is None where the
-    section has no ``trace``, ``online`` where it has no ``online``, ``log`` where no ``tracking``.
+    ``topology`` is None where the layers stay DeepSpeed's, ``recorder`` where the section has no
+    ``trace``, ``online`` where it has no ``online``, ``log`` where no ``tracking``.
     """
 
     model: nn.Module
@@ -378,8 +435,8 @@ class LocalityRuntime:
         report = traffic_report(self.model, self.topology, group)
         if not report["per_layer"]:
             logger.warning(
-                "moe_locality: nothing was counted: AutoEP's layers, DeepSpeed's padded dispatch "
-                "and layers that have not run yet count no traffic"
+                "moe_locality: nothing was counted: AutoEP's own exchange, DeepSpeed's padded "
+                "dispatch and layers that have not run yet count no traffic"
             )
         return report
 

@@ -32,11 +32,10 @@ from moe_locality.dispatch.desync import CallPosition
 from moe_locality.dispatch.dispatcher import (
     SlotMap,
     TokenDispatcher,
-    group_ranks,
+    layer_dispatcher,
     run_moe,
     warn_if_lossy,
 )
-from moe_locality.dispatch.hierarchical import Rails, find_rails, pays
 from moe_locality.dispatch.transport import TrafficCounter
 from moe_locality.errors import ConfigError, PlacementError, TopologyError
 from moe_locality.kernels import ops
@@ -49,7 +48,7 @@ from moe_locality.layer.experts import (
 from moe_locality.layer.slots import LayerReplicas
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.topology.cluster import ClusterTopology
-from moe_locality.topology.groups import built_groups, discover_topology, prepare_groups
+from moe_locality.topology.groups import discover_topology, prepare_groups
 from moe_locality.trace.recorder.hooks import moe_layer_ids
 
 compat.require_deepspeed()
@@ -153,9 +152,8 @@ class LocalityTopKGate(TopKGate):
     def set_slot_to_logical(self, slot_to_logical: np.ndarray) -> None:
         """Say which logical expert each slot holds (checked by :func:`set_slot_to_logical`)."""
         self.slot_to_logical = slot_to_logical
-        identity = bool((slot_to_logical == np.arange(len(slot_to_logical))).all())
         # not a buffer: it must not be saved, cast, or made on the meta device
-        self._placed = SlotMap(None if identity else np.argsort(slot_to_logical))
+        self._placed = SlotMap.of(slot_to_logical)
 
     def set_serving_slots(self, serving_slots: np.ndarray | None) -> None:
         """Say which slot serves each expert for this rank's tokens (``[E]``), where experts have
@@ -291,33 +289,20 @@ class LocalityMOELayer(MOELayer):
 
     def _get_dispatcher(self) -> TokenDispatcher:
         if self.dispatcher is None:
-            if self.topology is None:
-                groups = built_groups(group_ranks(self.ep_group, self.ep_size))
-                self.topology = None if groups is None else groups.topology
-            self.dispatcher = TokenDispatcher(
+            self.dispatcher = layer_dispatcher(
                 self.ep_group,
                 self.topology,
                 num_slots=self.ep_size * self.num_local_experts,
                 num_ranks=self.ep_size,
+                top_k=self.gate.k,
                 config=self.dispatch_config,
                 comm=deepspeed.comm,
                 kernels=self.kernels,
-                rails=self._rails(),
                 position=self.call_position,
             )
+            self.topology = self.dispatcher.traffic.topology
         self.dispatcher.slot_map = self.gate.slot_map  # a relabelled layer has a new one
         return self.dispatcher
-
-    def _rails(self) -> Rails | None:
-        """Return the position of this rank among the nodes, when the exchange needs it."""
-        exchange, num_slots = self.dispatch_config.exchange, self.ep_size * self.num_local_experts
-        if exchange == "flat" or self.topology is None or self.ep_size == 1:
-            return None
-        ranks = group_ranks(self.ep_group, self.ep_size)
-        groups = built_groups(ranks)
-        if exchange == "auto" and not pays(ranks, self.topology, num_slots, self.gate.k):
-            return None
-        return None if groups is None else find_rails(groups, self.topology, num_slots)
 
     def _timer(self, name: str, start: bool = False) -> float:
         if not self.wall_clock_breakdown:

@@ -13,10 +13,11 @@ references stay valid.
 """
 
 import hashlib
+import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -28,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_locality.errors import PlacementError
-from moe_locality.layer.agreement import LostRanks, gather_answers
+from moe_locality.layer.agreement import LostRanks, all_agree, all_succeed, gather_answers
 from moe_locality.layer.slots import Step, count_moved, plan_steps, reverse_step, source_slots
 from moe_locality.layer.state import (
     StateSource,
@@ -38,10 +39,14 @@ from moe_locality.layer.state import (
     gate_shards,
     no_state,
     pack,
+    stacked_shards,
+    state_source,
     unpack,
     whole_bytes,
     whole_tensors,
 )
+
+logger = logging.getLogger(__name__)
 
 NUM_BUFFERS = 3
 """Flat buffers per rank during a move: room for so many experts with all their state."""
@@ -179,7 +184,6 @@ class _Layer:
             raise failure
 
 
-@torch.no_grad()
 def relabel_layer(
     module: Any,
     current: np.ndarray,
@@ -190,12 +194,45 @@ def relabel_layer(
     name: str = "the layer",
     timeout_s: float = TIMEOUT_S,
 ) -> MoveReport:
+    """Take a ``deepspeed.moe.layer.MoE`` from one slot order to another; see :func:`move_experts`.
+
+    ``state``: what the optimizer keeps for a parameter.
+    """
+
+    def find_shards() -> tuple[list[list[TensorShard]], list[TensorShard]]:
+        layer = module.deepspeed_moe
+        experts = [expert_shards(expert, state) for expert in layer.experts.deepspeed_experts]
+        return experts, gate_shards(layer.gate, state)
+
+    return move_experts(
+        find_shards,
+        current,
+        target,
+        num_ranks=module.ep_size,
+        group=group,
+        name=name,
+        timeout_s=timeout_s,
+    )
+
+
+@torch.no_grad()
+def move_experts(
+    find_shards: Callable[[], tuple[list[list[TensorShard]], list[TensorShard]]],
+    current: np.ndarray,
+    target: np.ndarray,
+    *,
+    num_ranks: int,
+    group: dist.ProcessGroup | None,
+    name: str = "the layer",
+    timeout_s: float = TIMEOUT_S,
+) -> MoveReport:
     """Take a layer from one slot order to another; collective over all ranks.
 
     Args:
-        module: a ``deepspeed.moe.layer.MoE``.
-        group: its EP group; None where ``ep_size`` is 1.
-        state: what the optimizer keeps for a parameter.
+        find_shards: what moves with the expert of each slot of this rank, and the tensors of the
+            gate that have a row per expert (none where the gate is in logical order).
+        current, target: ``[E]``, the expert of each slot.
+        group: its EP group of ``num_ranks``; None where that is 1.
         timeout_s: see ``TIMEOUT_S``.
 
     Raises:
@@ -204,18 +241,18 @@ def relabel_layer(
         PlacementError: a rank failed, and the roll-back failed too.
     """
     started = time.monotonic()
-    ranks = module.ep_size
-    report = MoveReport(num_layers=1, num_experts_moved=count_moved(current, target, ranks))
-    steps = plan_steps(current, target, ranks)
+    report = MoveReport(num_layers=1, num_experts_moved=count_moved(current, target, num_ranks))
+    steps = plan_steps(current, target, num_ranks)
     if not steps:
         return report
-    layer, gate = _open(module, group, state, name, report, timeout_s)
+    layer, gate = _open(find_shards, len(current) // num_ranks, group, name, report, timeout_s)
     done: list[Step] = []
     try:
         for step in steps:
             _run_step(layer, step)
             done.append(step)
-        _permute_gate(layer, gate, source_slots(current, target))
+        if gate:
+            _permute_gate(layer, gate, source_slots(current, target))
     except RolledBackError as failure:
         for step in reversed(done):
             with _fatal(name, failure):
@@ -225,26 +262,70 @@ def relabel_layer(
     return report
 
 
+def place_stacked(
+    layers: Sequence[tuple[str, Any]], orders: Sequence[np.ndarray], engine: Any = None
+) -> None:
+    """Move the experts of named layers to the slots of ``orders``, with their optimizer state.
+
+    Collective over all ranks. A layer that fails is in its old order on all ranks and says so.
+
+    Args:
+        layers: with ``experts`` (parameters ``[e, ...]``), ``ep_size``, ``ep_group``, the order
+            ``slot_to_logical [E]`` and ``set_order``, which states a new one; their router is in
+            logical order, and stays.
+        engine: the DeepSpeed engine whose optimizer state moves along.
+
+    Raises:
+        ConfigError: optimizer state that cannot move.
+    """
+    state = no_state if engine is None else all_succeed(lambda: state_source(engine))
+    text = repr([(name, order.tolist()) for (name, _), order in zip(layers, orders, strict=True)])
+    all_agree("plans", hashlib.sha256(text.encode()).hexdigest())
+    total = MoveReport()
+    with signals_deferred():
+        for (name, module), order in zip(layers, orders, strict=True):
+            report = move_experts(
+                lambda experts=module.experts: (stacked_shards(experts, state), []),
+                module.slot_to_logical,
+                order,
+                num_ranks=module.ep_size,
+                group=module.ep_group,
+                name=name,
+            )
+            module.set_order(order)
+            total.add(report)
+    logger.info(
+        "placed %d MoE layers in %.2f s: %d experts changed rank, %d bytes left this rank",
+        total.num_layers,
+        total.elapsed_s,
+        total.num_experts_moved,
+        total.sent_bytes,
+    )
+
+
 def _open(
-    module: Any, group: Any, state: StateSource, name: str, report: MoveReport, timeout_s: float
+    find_shards: Callable[[], tuple[list[list[TensorShard]], list[TensorShard]]],
+    per_rank: int,
+    group: Any,
+    name: str,
+    report: MoveReport,
+    timeout_s: float,
 ) -> tuple[_Layer, list[TensorShard]]:
     """Find what moves and allocate the buffers, before anything changes."""
-    experts = list(module.deepspeed_moe.experts.deepspeed_experts)
-    first = (0 if group is None else dist.get_rank(group)) * len(experts)
+    first = (0 if group is None else dist.get_rank(group)) * per_rank
     layer = _Layer(
         name=name,
         slots={},
         group=group,
-        per_rank=len(experts),
+        per_rank=per_rank,
         buffers=[],
         report=report,
         timeout_s=timeout_s,
     )
     gate: list[TensorShard] = []
     with layer.guard():
-        for number, expert in enumerate(experts):
-            layer.slots[first + number] = expert_shards(expert, state)
-        gate = gate_shards(module.deepspeed_moe.gate, state)
+        experts, gate = find_shards()
+        layer.slots = {first + number: shards for number, shards in enumerate(experts)}
         largest = max(flat_bytes(layer.slots[first]), flat_bytes(gate))
         locals_ = (s.local for s in layer.slots[first])
         device = wire_device(group, next((t for t in locals_ if t is not None), None))

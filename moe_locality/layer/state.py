@@ -53,6 +53,18 @@ class TensorShard:
     def num_bytes(self) -> int:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
+    def row(self, number: int) -> "TensorShard":
+        """Return ``self[number]``, of the first axis, as a shard that shares the memory."""
+        shape = self.shape[1:]
+        if self.group is None or self.local is None:
+            local = None if self.local is None else self.local.detach()[number]
+            return replace(self, shape=shape, local=local, start=0)
+        size = torch.Size(shape).numel()
+        first = max(self.start, number * size)
+        last = min(self.start + self.local.numel(), (number + 1) * size)
+        local = self.local[first - self.start : last - self.start] if first < last else None
+        return replace(self, shape=shape, local=local, start=max(first - number * size, 0))
+
 
 StateSource = Callable[[Tensor], list[TensorShard]]
 """What an optimizer keeps for a parameter; shards are named by the state alone ("exp_avg")."""
@@ -153,6 +165,28 @@ def expert_shards(expert: nn.Module, state: StateSource) -> list[TensorShard]:
     for name, parameter in expert.named_parameters():
         found += parameter_shards(name, parameter, state)
     return sorted(found, key=lambda shard: shard.group is not None)
+
+
+def stacked_shards(experts: nn.Module, state: StateSource) -> list[list[TensorShard]]:
+    """Return what moves with each expert of a module whose parameters are ``[e, ...]``.
+
+    Raises:
+        ConfigError: an optimizer state has another shape than its parameter.
+    """
+    found: list[list[TensorShard]] = []
+    for name, parameter in experts.named_parameters():
+        found = found or [[] for _ in parameter]
+        for shard in parameter_shards(name, parameter, state):
+            if shard.shape == tuple(parameter.shape):
+                for number, shards in enumerate(found):
+                    shards.append(shard.row(number))
+            elif torch.Size(shard.shape).numel() != 1:  # a step counter is that of all experts
+                raise ConfigError(
+                    f"{shard.name}: found an optimizer state of shape {shard.shape}, expected "
+                    f"{tuple(parameter.shape)} like its parameter: it cannot follow the experts; "
+                    "use an optimizer such as Adam, or no plan"
+                )
+    return [sorted(shards, key=lambda shard: shard.group is not None) for shards in found]
 
 
 def parameter_shards(name: str, parameter: Tensor, state: StateSource) -> Iterator[TensorShard]:

@@ -34,6 +34,7 @@ from moe_locality.topology.cluster import (
     Order,
     group_of,
     layout_groups,
+    layout_of,
 )
 from moe_locality.topology.sources import NODE_VARIABLE, RANKS_PER_NODE_VARIABLE
 
@@ -250,6 +251,30 @@ def prepare_groups(
         result[layout.ep_size] = _remember(built)
         register_with_deepspeed(built, layout.ep_size)
     return result
+
+
+def follow_groups(
+    ep_size: int, cluster: "ClusterConfig | None"
+) -> tuple[ClusterTopology, GroupLayout]:
+    """Find the nodes, and make groups inside and across them for the expert groups of DeepSpeed.
+
+    Collective. ``initialize`` makes expert groups that follow the nodes; here they are what they
+    are.
+
+    Raises:
+        TopologyError: on all ranks, where the nodes are not to be told or there are no groups.
+    """
+    topology = discover_topology(cluster_config=cluster)
+    found = registered_expert_ranks(ep_size)
+    everyone = exchange_objects(None if found is None else tuple(sorted(found[0])))
+    if None in everyone:
+        raise TopologyError(
+            f"found no expert groups of ep_size {ep_size} in DeepSpeed, expected them: call "
+            "deepspeed.initialize first"
+        )
+    layout = layout_of(topology, set(everyone))
+    _remember(dataclasses.replace(build_groups(layout), topology=topology))
+    return topology, layout
 
 
 def built_groups(ep_ranks: Sequence[int]) -> ExpertParallelGroups | None:
