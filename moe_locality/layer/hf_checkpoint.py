@@ -164,7 +164,8 @@ def bake_hugging_face(
         num_expert_groups: groups of a group-limited router; None: as the config says.
 
     Returns:
-        A summary, as ``bake_checkpoint``; and the family, and the SHA-256 of every file of weights.
+        A summary, as ``bake_checkpoint``; and the family, the numbers of the layers, and the
+        SHA-256 of every file of weights.
 
     Raises:
         ConfigError: no such model, an unknown family, a tensor with an expert axis that no pattern
@@ -202,6 +203,7 @@ def bake_hugging_face(
         "out": str(out),
         "family": family,
         "num_layers": len(job.layers),
+        "layer_ids": job.layers,
         "num_experts": plan.num_experts,
         "plan_digest": plan.digest(),
         **count_moves([job.sources[layer] for layer in job.layers], plan.slots_per_rank),

@@ -23,6 +23,7 @@ from moe_locality.layer.state_dict import (
     relabel_state_dict,
 )
 from moe_locality.placement import PlacementPlan
+from moe_locality.trace.recorder.hooks import find_moe_layers, moe_layer_ids
 from tests import tolerances
 from tests.unit.trace.families import build, families, inputs
 
@@ -84,15 +85,17 @@ def sized(family, experts):
     [f if f in FAST else pytest.param(f, marks=pytest.mark.families) for f in sorted(PRESETS)],
 )
 def test_bake_checkpoint_every_family(family, tmp_path):
-    """Logits of plain transformers stay with a baked folder and with a relabelled state dict, and
-    what moves is what grows with the number of experts."""
+    """Logits of plain transformers stay with a baked folder and with a relabelled state dict, what
+    moves is what grows with the number of experts, and layers have the numbers of a trace."""
     model = build(family)
     model.save_pretrained(tmp_path / "model", max_shard_size="40KB")
     state = {name: value.clone() for name, value in model.state_dict().items()}
     layers = layers_of(state, family)
     plan = plan_of(layers, seed=1)
     summary = bake_checkpoint(tmp_path / "model", plan, tmp_path / "placed", num_expert_groups=1)
-    assert summary["num_layers"] == len(layers)
+    recorded = [layer.name for layer in find_moe_layers(model)]
+    assert summary["layer_ids"] == layers == (moe_layer_ids(model, recorded) or layers)
+    assert len(recorded) == len(layers)
     assert summary["left_out"] == []
     expected, found = (loaded(model, tmp_path / name, family) for name in ("model", "placed"))
     rtol, atol = tolerances.LOGITS["float32"]
