@@ -1,5 +1,6 @@
 """DeepSpeed AutoEP with our exchange and placement against stock AutoEP, on several ranks."""
 
+import dataclasses
 import sys
 
 import numpy as np
@@ -414,3 +415,44 @@ def test_auto_ep_universal_checkpoints(tmp_path):
     reversed_plan(tmp_path, 2, nodes=1)
     kinds = {"stock": None, "placed": {"plan": f"{tmp_path}/plan.json"}}
     run_ranks(loads_universal, 2, str(tmp_path), kinds, deepspeed=True, timeout_s=300)
+
+
+def other_families(rank, world, folder):
+    """Group-limited routers, shared experts, a dense layer first: the router stays in its order."""
+    import transformers as tf
+
+    deepseek = {
+        **SIZES,
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+    }
+    mixtral = {**SIZES, "num_local_experts": 4}
+    kinds = {
+        "deepseek_v3": lambda: tf.DeepseekV3ForCausalLM(tf.DeepseekV3Config(**deepseek)),
+        "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**mixtral)),
+    }
+    for preset, make in kinds.items():
+        runs = []
+        for section in (None, {"plan": f"{folder}/{preset}.json"}):
+            torch.manual_seed(0)
+            engine = start(world, section, model=make(), preset_model=preset)
+            runs.append(train(engine, rank))
+            engine.destroy()
+        np.testing.assert_allclose(runs[1], runs[0], *LOSS["float32"], err_msg=preset)
+
+
+def test_initialize_auto_ep_places_other_families(tmp_path):
+    reversed_plan(tmp_path, 2, nodes=1)
+    plan = PlacementPlan.read(tmp_path / "plan.json")
+    plan.write(tmp_path / "mixtral.json")
+    dataclasses.replace(plan, layer_ids=(1, 2)).write(tmp_path / "deepseek_v3.json")
+    run_ranks(other_families, 2, str(tmp_path), deepspeed=True, timeout_s=240)
