@@ -28,6 +28,7 @@ from deepspeed.module_inject.auto_ep_layer import (
 )
 from torch import Tensor, nn
 
+from moe_locality.compat import registered_expert_ranks
 from moe_locality.config import DispatchConfig, MoeLocalityConfig
 from moe_locality.dispatch.desync import CallPosition
 from moe_locality.dispatch.dispatcher import SlotMap, TokenDispatcher, layer_dispatcher, run_moe
@@ -40,7 +41,7 @@ from moe_locality.layer.slots import check_is_permutation, check_nodes
 from moe_locality.layer.state import is_engine, stacked_shards, state_source
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.topology.cluster import ClusterTopology
-from moe_locality.topology.groups import follow_groups
+from moe_locality.topology.groups import discover_topology, follow_groups
 from moe_locality.trace.recorder.hooks import moe_layer_ids
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,9 @@ def adopt(
     layers = auto_ep_layers(engine.module if is_engine(engine) else engine)  # pyright: ignore
     ours, orders = all_succeed(lambda: _check(engine, layers, section, plan))
     if ours and topology is None:
-        topology, layout = follow_groups(ours[0][1].ep_size, section.cluster)
+        topology = discover_topology(cluster_config=section.cluster)
+        found = registered_expert_ranks(ours[0][1].ep_size)
+        layout = follow_groups(None if found is None else found[0], topology)
         if plan is not None:
             check_nodes(plan, topology, layout.ep_groups)
     for number, (name, layer) in enumerate(ours):

@@ -17,16 +17,15 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moe_locality.config import MoeLocalityConfig, read_config
 from moe_locality.dispatch.desync import CallPosition
-from moe_locality.dispatch.dispatcher import SlotMap, TokenDispatcher, run_moe
-from moe_locality.dispatch.hierarchical import Rails, find_rails, pays
+from moe_locality.dispatch.dispatcher import SlotMap, TokenDispatcher, layer_dispatcher, run_moe
 from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.integrations.expert_rows import ExpertRows, expert_parameters
 from moe_locality.integrations.logical_state import keep_checkpoints_logical, keep_optimizer_logical
 from moe_locality.layer.agreement import all_agree, all_succeed
 from moe_locality.layer.slots import check_nodes
 from moe_locality.placement.plan import PlacementPlan
-from moe_locality.topology.cluster import ClusterTopology, layout_of
-from moe_locality.topology.groups import build_groups, discover_topology, exchange_objects
+from moe_locality.topology.cluster import ClusterTopology
+from moe_locality.topology.groups import discover_topology, exchange_objects, follow_groups
 from moe_locality.trace.recorder.hooks import moe_layer_ids
 
 try:
@@ -131,33 +130,24 @@ class LocalityEP(EPImplementation):
         return whole.redistribute(self.tp_mesh, [Shard(0)]).to_local()
 
     def _make_dispatcher(self, top_k: int) -> TokenDispatcher:
+        size, config = self.ep_mesh.size(), self.section.dispatch
         if self.topology is None:
             self.topology = discover_topology(cluster_config=self.section.cluster)
-        made = TokenDispatcher(
+        if config.exchange in ("auto", "hierarchical") and size > 1:
+            follow_groups(dist.get_process_group_ranks(self.group), self.topology)
+        made = layer_dispatcher(
             self.group,
             self.topology,
             num_slots=self.num_slots,
-            num_ranks=self.ep_mesh.size(),
-            config=self.section.dispatch,
+            num_ranks=size,
+            top_k=top_k,
+            config=config,
             kernels=self.section.kernels,
-            rails=self._rails(self.topology, top_k),
             position=self.position,
             slot_map=self.slot_map,
         )
         self.experts.traffic = made.traffic  # pyright: ignore[reportArgumentType]
         return made
-
-    def _rails(self, topology: ClusterTopology, top_k: int) -> Rails | None:
-        """Return the position of this rank among the nodes, when the exchange needs it."""
-        ranks = tuple(dist.get_process_group_ranks(self.group))
-        exchange = self.section.dispatch.exchange
-        if exchange not in ("auto", "hierarchical") or len(ranks) == 1:
-            return None
-        if exchange == "auto" and not pays(ranks, topology, self.num_slots, top_k):
-            return None
-        everyone = {tuple(sorted(ranks)) for ranks in exchange_objects(ranks)}
-        groups = build_groups(layout_of(topology, everyone))
-        return find_rails(groups, topology, self.num_slots)
 
     def configure(
         self, section: MoeLocalityConfig, topology: ClusterTopology, number: int, name: str
@@ -171,8 +161,7 @@ class LocalityEP(EPImplementation):
         slot_to_logical = plan.physical_to_logical_map[row].astype(np.int64)
         serving = plan.serving_slot()[row, dist.get_rank(self.group)]
         serving = self.rows.place(slot_to_logical)[serving]
-        identity = bool((serving == np.arange(self.num_experts)).all())
-        self.slot_map = SlotMap(None if identity else serving)
+        self.slot_map = SlotMap(serving)
         self.num_slots, self.dispatcher = len(slot_to_logical), None
         if not self.has_plan:
             keep_checkpoints_logical(self.rows, first=self.position.number == 0)

@@ -253,28 +253,26 @@ def prepare_groups(
     return result
 
 
-def follow_groups(
-    ep_size: int, cluster: "ClusterConfig | None"
-) -> tuple[ClusterTopology, GroupLayout]:
-    """Find the nodes, and make groups inside and across them for the expert groups of DeepSpeed.
+def follow_groups(ep_ranks: Sequence[int] | None, topology: ClusterTopology) -> GroupLayout:
+    """Make groups inside and across the nodes for expert groups that exist. Collective.
 
-    Collective. ``initialize`` makes expert groups that follow the nodes; here they are what they
-    are.
+    ``initialize`` makes expert groups that follow the nodes; here they are what they are.
+
+    Args:
+        ep_ranks: those of this rank's expert group, None where there is none.
 
     Raises:
-        TopologyError: on all ranks, where the nodes are not to be told or there are no groups.
+        TopologyError: on all ranks, where a rank has no expert group.
     """
-    topology = discover_topology(cluster_config=cluster)
-    found = registered_expert_ranks(ep_size)
-    everyone = exchange_objects(None if found is None else tuple(sorted(found[0])))
+    everyone = exchange_objects(None if ep_ranks is None else tuple(sorted(ep_ranks)))
     if None in everyone:
         raise TopologyError(
-            f"found no expert groups of ep_size {ep_size} in DeepSpeed, expected them: call "
-            "deepspeed.initialize first"
+            f"found no expert group on rank {everyone.index(None)}, expected one on every rank: "
+            "call deepspeed.initialize first"
         )
     layout = layout_of(topology, set(everyone))
     _remember(dataclasses.replace(build_groups(layout), topology=topology))
-    return topology, layout
+    return layout
 
 
 def built_groups(ep_ranks: Sequence[int]) -> ExpertParallelGroups | None:
