@@ -92,6 +92,11 @@ def relabel(
             raise ConfigError(
                 f"found a {type(model).__name__}, expected a torch module or a DeepSpeed engine"
             )
+        if any(getattr(module, "_is_autoep_layer", False) for module in model.modules()):
+            raise ConfigError(
+                "found layers of DeepSpeed AutoEP, expected deepspeed.moe.layer.MoE: place their "
+                "experts with moe_locality.apply(engine, plan=plan)"
+            )
         targets = plan_targets(model, plan, group)
         for target in targets:
             check_no_gradients(target.module, target.name)

@@ -322,6 +322,8 @@ def refusals(rank, world, folder):
     refused(PlacementError, "ranks: found 2 in the plan, expected 1", plan, autoep_size=1)
     refused(ConfigError, "'online'", {"online": {"enabled": True}})
     engine = start(world, None)
+    with pytest.raises(ConfigError, match=r"with moe_locality.apply\(engine, plan=plan\)"):
+        moe_locality.relabel(engine, PlacementPlan.read(plan["plan"]))
     for _, layer in auto_ep_layers(engine.module):
         layer.async_split_plan = rank == 1
     with pytest.raises(ConfigError, match="async_split_plan=True"):  # on rank 0 too
