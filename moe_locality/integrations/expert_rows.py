@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from moe_locality.errors import ConfigError
@@ -156,11 +157,14 @@ def layout_rows(slot_to_logical: np.ndarray, num_ranks: int, rank: int) -> RowLa
 def expert_parameters(experts: nn.Module, name: str, num_experts: int) -> dict[str, DTensor]:
     """Return the stacked parameters of an experts module that are split over the EP group.
 
-    What all experts share, such as a norm of their outputs, is not among them.
+    What all experts share, such as a norm of their outputs, is not among them. FSDP's gathered
+    copies are dropped first: they are other tensors than those that are trained and saved.
 
     Raises:
         ConfigError: a tensor ``[E, ...]`` is not split, so its rows could not follow the experts.
     """
+    if isinstance(experts, FSDPModule):
+        experts.reshard()
     found: dict[str, DTensor] = {}
     tensors = [*experts.named_parameters(), *experts.named_buffers()]
     for key, tensor in tensors:
@@ -226,10 +230,11 @@ class ExpertRows:
     def is_identity(self) -> bool:
         return bool((self.order == np.arange(len(self.order))).all())
 
-    def place(self, slot_to_logical: np.ndarray) -> np.ndarray:
+    def place(self, slot_to_logical: np.ndarray, others: Sequence[DTensor] = ()) -> np.ndarray:
         """Move the experts where their slots are; return the new number ``[P]`` of each slot.
 
-        Collective over the group; one parameter at a time.
+        Collective over the group; one tensor at a time. ``others``: tensors with a row for each
+        expert, such as moments, which move with the parameters.
         """
         size, order = dist.get_world_size(self.group), slot_to_logical
         slots = np.arange(len(order))
@@ -241,10 +246,10 @@ class ExpertRows:
             self._own = torch.from_numpy(layout.own)
             self._exchange = RowExchange.of(layout.wanted, len(order) // size, self.group)
         if (order != self.order).any():
-            for parameter in found.values():
-                moved = in_order(parameter, self.order, order, self.group)
+            for tensor in (*found.values(), *others):
+                moved = in_order(tensor, self.order, order, self.group)
                 with torch.no_grad():
-                    parameter.to_local().copy_(moved.to_local())
+                    tensor.to_local().copy_(moved.to_local())
         self.kept.clear()
         self.order, self._stacked = order, list(found)
         return slots

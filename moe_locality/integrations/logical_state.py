@@ -17,11 +17,13 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.integrations.expert_rows import ExpertRows, expert_parameters, in_order
 from moe_locality.layer.agreement import gather_answers
+from moe_locality.topology.groups import exchange_objects
 
 _STATE_DICT_TIMEOUT_S = 60.0
-_FOLLOWED = "moe_locality_follows_rows"
 _placed: "weakref.WeakSet[ExpertRows]" = weakref.WeakSet()
 _watching: list[Any] = []
+_followed: "dict[int, weakref.ref[torch.optim.Optimizer]]" = {}
+"""Optimizers by their numbers, which are the same on all ranks: they step in the same order."""
 
 
 def all_ranks_are_here(what: str) -> None:
@@ -75,30 +77,46 @@ def keep_checkpoints_logical(rows: ExpertRows, first: bool) -> None:
     rows.experts.register_state_dict_post_hook(after_save)
     rows.experts.register_load_state_dict_pre_hook(before_load)
     _placed.add(rows)
+
+
+def watch_optimizers() -> None:
+    """Follow every optimizer from its first step on.
+
+    torch.distributed.checkpoint makes such a step itself before it loads.
+    """
     if not _watching:
         _watching.append(register_optimizer_step_pre_hook(_before_step))
 
 
 def _before_step(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-    """Find the optimizers that train placed experts: at their first step, before they have state.
-
-    torch.distributed.checkpoint makes such a step itself before it loads.
-    """
     for rows in _placed:
         rows.kept.clear()
-    if _FOLLOWED in vars(optimizer):
-        return
-    found = _rows_of(optimizer)
-    if any(optimizer.state.get(parameter) for parameter, rows in found if rows is not None):
-        raise ConfigError(
-            f"found a {type(optimizer).__name__} whose state was loaded before its first step, "
-            "while a plan orders the experts: the moments are those of other experts; load them "
-            "with transformers.distributed.checkpoint.load_optimizer_distributed, or call "
-            "moe_locality.apply(model, optimizer=optimizer) before load_state_dict"
-        )
-    if any(rows is not None for _, rows in found):
-        keep_optimizer_logical(optimizer)
-    setattr(optimizer, _FOLLOWED, True)
+    follow_optimizer(optimizer)
+
+
+def followed_optimizers() -> list[torch.optim.Optimizer]:
+    """Return the optimizers that are followed and that live on all ranks. Collective."""
+    alive = {number: ref() for number, ref in _followed.items()}
+    numbers = [number for number, optimizer in alive.items() if optimizer is not None]
+    everywhere = set(numbers).intersection(*exchange_objects(numbers))
+    return [optimizer for number in sorted(everywhere) if (optimizer := alive[number]) is not None]
+
+
+def tensors_beside(rows: ExpertRows, optimizers: list[torch.optim.Optimizer]) -> list[DTensor]:
+    """Return the gradients and moments of an experts module: they move with its parameters.
+
+    Raises:
+        PlacementError: an optimizer keeps its state in another form.
+    """
+    found = []
+    for parameter in expert_parameters(rows.experts, rows.name, len(rows.order)).values():
+        if isinstance(parameter.grad, DTensor):
+            found.append(parameter.grad)
+        for optimizer in optimizers:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor) and value.ndim:
+                    found.append(_split_as(parameter, rows, key, value))
+    return found
 
 
 def _rows_of(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, ExpertRows | None]]:
@@ -112,18 +130,33 @@ def _rows_of(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, ExpertRows 
     return [(p, order_of.get(id(p))) for p in parameters]
 
 
-def keep_optimizer_logical(optimizer: torch.optim.Optimizer) -> None:
-    """Let the state dict of an optimizer hold the moments in the order of the logical experts."""
-    if getattr(optimizer, _FOLLOWED, None) == "hooked":
+def follow_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Let the state dict of an optimizer hold the moments in the order of the logical experts.
+
+    Raises:
+        ConfigError: it already has moments, in logical order, of experts that lie otherwise.
+    """
+    if any(ref() is optimizer for ref in _followed.values()):
         return
-    setattr(optimizer, _FOLLOWED, "hooked")
+    placed = [parameter for parameter, rows in _rows_of(optimizer) if rows is not None]
+    if any(optimizer.state.get(parameter) for parameter in placed):
+        raise ConfigError(
+            f"found a {type(optimizer).__name__} whose state was loaded before its first step, "
+            "while a plan orders the experts: the moments are those of other experts; load them "
+            "with transformers.distributed.checkpoint.load_optimizer_distributed, or call "
+            "moe_locality.apply(model, optimizer=optimizer) before load_state_dict"
+        )
+    _followed[len(_followed)] = weakref.ref(optimizer)
 
     def reordered(state_dict: dict[str, Any], leaving: bool) -> dict[str, Any]:
+        owners = _rows_of(optimizer)
+        if all(rows is None for _, rows in owners):
+            return state_dict
         what = "the optimizer's " + ("state_dict()" if leaving else "load_state_dict()")
         all_ranks_are_here(what)
         numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
         found = dict(state_dict["state"])
-        for number, (parameter, rows) in zip(numbers, _rows_of(optimizer), strict=True):
+        for number, (parameter, rows) in zip(numbers, owners, strict=True):
             if rows is None or rows.is_identity or number not in found:
                 continue
             found[number] = {
@@ -139,8 +172,12 @@ def keep_optimizer_logical(optimizer: torch.optim.Optimizer) -> None:
 def _reordered_moment(rows: ExpertRows, parameter: Any, key: str, value: Any, leaving: bool) -> Any:
     if not isinstance(value, Tensor) or value.ndim == 0:
         return value
+    return _reordered(rows, _split_as(parameter, rows, key, value), leaving)
+
+
+def _split_as(parameter: Any, rows: ExpertRows, key: str, value: Tensor) -> DTensor:
     if isinstance(value, DTensor) and value.placements == parameter.placements:
-        return _reordered(rows, value, leaving)
+        return value
     raise PlacementError(
         f"found optimizer state {key!r} {list(value.shape)} of {rows.name}, expected a DTensor "
         "that is split as the experts: with a plan, use an optimizer that keeps its state so, "

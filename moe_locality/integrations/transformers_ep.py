@@ -20,7 +20,13 @@ from moe_locality.dispatch.desync import CallPosition
 from moe_locality.dispatch.dispatcher import SlotMap, TokenDispatcher, layer_dispatcher, run_moe
 from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.integrations.expert_rows import ExpertRows, expert_parameters
-from moe_locality.integrations.logical_state import keep_checkpoints_logical, keep_optimizer_logical
+from moe_locality.integrations.logical_state import (
+    follow_optimizer,
+    followed_optimizers,
+    keep_checkpoints_logical,
+    tensors_beside,
+    watch_optimizers,
+)
 from moe_locality.layer.agreement import all_agree, all_succeed
 from moe_locality.layer.slots import check_nodes
 from moe_locality.placement.plan import PlacementPlan
@@ -94,6 +100,7 @@ class LocalityEP(EPImplementation):
         self.num_slots = self.num_experts
         self.slot_map = SlotMap()
         self.dispatcher: TokenDispatcher | None = None
+        watch_optimizers()
         experts.moe_locality_ep = self  # pyright: ignore[reportArgumentType]
 
     @torch.compiler.disable
@@ -156,11 +163,14 @@ class LocalityEP(EPImplementation):
         self.section, self.topology, self.dispatcher = section, topology, None
         self.position.number, self.position.name, self.rows.name = number, name, name
 
-    def place(self, plan: PlacementPlan, row: int) -> None:
-        """Move the experts to the slots of a row of the plan. Collective over the EP group."""
+    def place(self, plan: PlacementPlan, row: int, others: list[DTensor]) -> None:
+        """Move the experts to the slots of a row of the plan. Collective over the EP group.
+
+        ``others``: gradients and moments, which move with them.
+        """
         slot_to_logical = plan.physical_to_logical_map[row].astype(np.int64)
         serving = plan.serving_slot()[row, dist.get_rank(self.group)]
-        serving = self.rows.place(slot_to_logical)[serving]
+        serving = self.rows.place(slot_to_logical, others)[serving]
         self.slot_map = SlotMap(serving)
         self.num_slots, self.dispatcher = len(slot_to_logical), None
         if not self.has_plan:
@@ -184,15 +194,16 @@ def apply(
 ) -> nn.Module:
     """Put section and plan into a model that ``from_pretrained`` has spread over the ranks.
 
-    Collective; call it after ``from_pretrained`` and before the optimizer is made. The experts
-    move between the ranks once, layer by layer; state dicts stay in the order of the logical
-    experts. On one rank transformers builds no expert parallelism: nothing changes there.
+    Collective; call it after ``from_pretrained``, and again for another plan. The experts move
+    between the ranks, layer by layer, with their gradients and moments; state dicts stay in the
+    order of the logical experts. On one rank transformers builds no expert parallelism: nothing
+    changes there.
 
     Args:
         config: default: the section that ``register`` was given.
         plan: default: the plan that the section names.
         topology: node of every rank. Default: from the section's ``cluster``, or asked from all.
-        optimizer: one that has taken no step and whose state is loaded next, by its own
+        optimizer: one whose state is loaded before its first step, by its own
             ``load_state_dict``. Others are found at their first step.
 
     Raises:
@@ -205,34 +216,43 @@ def apply(
     def read() -> MoeLocalityConfig:
         section = layers[0][1].section if config is None else read_config(config)
         _refuse_settings(section)
+        if optimizer is not None:
+            follow_optimizer(optimizer)
         return section
 
     section = all_succeed(read)
     topology = topology or discover_topology(cluster_config=section.cluster)
     ep_groups = exchange_objects(dist.get_process_group_ranks(layers[0][1].group))
 
-    def check() -> tuple[PlacementPlan | None, list[int]]:
-        found = PlacementPlan.read(section.plan) if plan is None and section.plan else plan
-        return found, [] if found is None else _rows_for(model, layers, found, topology, ep_groups)
+    optimizers = followed_optimizers()
 
-    plan, rows = all_succeed(check)
+    def check() -> tuple[PlacementPlan | None, list[int], list[list[DTensor]]]:
+        found = PlacementPlan.read(section.plan) if plan is None and section.plan else plan
+        if found is None:
+            return None, [], []
+        rows = _rows_for(model, layers, found, topology, ep_groups)
+        return found, rows, [tensors_beside(layer.rows, optimizers) for _, layer in layers]
+
+    plan, rows, others = all_succeed(check)
     all_agree("moe_locality sections", section.model_dump_json())
     all_agree("placement plans", "none" if plan is None else plan.digest())
     for number, (name, layer) in enumerate(layers):
         layer.configure(section, topology, number, name)
         if plan is not None:
-            layer.place(plan, rows[number])
-    if optimizer is not None:
-        keep_optimizer_logical(optimizer)
+            layer.place(plan, rows[number], others[number])
     if dist.get_rank() == 0:
-        logger.warning(
-            "moe_locality: %d MoE layers of %s exchange their tokens (exchange %s, %s plan)",
-            len(layers),
-            type(model).__name__,
-            section.dispatch.exchange,
-            "no" if plan is None else "a",
-        )
+        _say(model, layers)
     return model
+
+
+def _say(model: nn.Module, layers: list[tuple[str, LocalityEP]]) -> None:
+    logger.warning(
+        "moe_locality: %d MoE layers of %s exchange their tokens (exchange %s, %s plan)",
+        len(layers),
+        type(model).__name__,
+        layers[0][1].section.dispatch.exchange,
+        "a" if layers[0][1].has_plan else "no",
+    )
 
 
 def _without_layers(model: nn.Module) -> nn.Module:

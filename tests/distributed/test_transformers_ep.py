@@ -356,6 +356,38 @@ def test_apply_trains_as_their_exchange_and_resumes_under_another_plan(tmp_path)
     np.testing.assert_allclose(loss, everyone[0]["moved"][10], rtol=20 * rtol, atol=20 * atol)
 
 
+def train_under_three_plans(rank, world, path):
+    """Plan after plan while training, with FSDP's gathered weights kept; compared with no plan."""
+    import moe_locality
+
+    found = []
+    for kinds in ((None, None, None), (None, "moved", "copied"), ("moved", "copied", "moved")):
+        model, _ = placed(path, world, kinds[0])
+        optimizer, losses = adam(model), []
+        for seed, kind in enumerate(kinds):
+            ids = inputs(rank, seed=seed)
+            model(ids, labels=ids).loss.backward()  # gradients wait for the next step
+            if kind is not None:
+                model.set_reshard_after_forward(False)
+                with torch.no_grad():
+                    model(ids)
+                moe_locality.apply(model, plan=make_plan(kind, (0, 1), 2, 1, seed=seed))
+                model.set_reshard_after_forward(True)
+            losses += train(model, optimizer, rank, range(2))
+        state = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+        for number, values in optimizer.state_dict()["state"].items():
+            state |= {f"{number} {key}": whole(value) for key, value in values.items()}
+        found.append((losses, state))
+    for losses, state in found[1:]:
+        np.testing.assert_allclose(losses, found[0][0], rtol=1e-5)
+        for name, tensor in state.items():
+            torch.testing.assert_close(tensor, found[0][1][name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_apply_again_moves_gradients_and_moments(tmp_path):
+    run_ranks(train_under_three_plans, 2, save_tiny(tmp_path, "Qwen3Moe"), timeout_s=120.0)
+
+
 def train_with_trainer(rank, world, path, folder):
     """Eight steps of a Trainer, with a checkpoint of the model: the losses that it logs."""
     losses = {}
