@@ -9,6 +9,7 @@ message.
 import contextlib
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -47,10 +48,19 @@ def examples_folder() -> Path:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port that nobody listens on now, below those that the kernel gives out.
+
+    The ranks bind it seconds later: one of the kernel's may be another connection's by then.
+    """
+    for _ in range(100):
+        port = 10_000 + secrets.randbelow(20_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise BackendUnavailable(
+        "found no free TCP port of 100 tried between 10000 and 29999, expected one for the ranks "
+        "to meet at: end the programs that listen there"
+    )
 
 
 def launch_environment() -> dict[str, str]:

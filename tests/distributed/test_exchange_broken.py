@@ -3,19 +3,20 @@
 import multiprocessing
 import os
 import signal
-import socket
 import time
 import traceback
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from moe_locality.demo.launch import free_port
 from moe_locality.dispatch import TokenDispatcher, desync
 from moe_locality.errors import MoeLocalityError
 from tests.launch import preload
 
-WAIT_S = 6  # of the process group
+WAIT_S = 6  # of an exchange, once all ranks are there
 LIMIT_S = 60  # on a machine that does other things too
 
 
@@ -27,11 +28,12 @@ def leaves(how):
 
 def on_rank(rank, folder, victim, how, store):
     try:
-        limit = timedelta(seconds=WAIT_S)
+        limit = timedelta(seconds=LIMIT_S)
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=3, timeout=limit)
         dispatcher = TokenDispatcher(num_slots=6, num_ranks=3)
         x, slots = torch.randn(6, 8), torch.arange(6).reshape(6, 1) % 6
         dispatcher.dispatch(x, slots, torch.ones(6, 1))
+        _set_pg_timeout(timedelta(seconds=WAIT_S), dist.group.WORLD)
         if rank == victim:
             leaves(how)
         started = time.monotonic()
@@ -45,12 +47,6 @@ def on_rank(rank, folder, victim, how, store):
     except BaseException:
         traceback.print_exc()
     os._exit(0)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_the_survivors_are_told_which_rank_is_gone(tmp_path):

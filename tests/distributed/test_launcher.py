@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from moe_locality.demo.launch import free_port
+
 ROOT = Path(__file__).parents[2]
 
 PROGRAM = """
@@ -22,12 +24,6 @@ if dist.get_rank() == 0:
 dist.barrier()
 dist.destroy_process_group()
 """
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_two_launchers_on_one_machine_are_two_nodes(tmp_path):

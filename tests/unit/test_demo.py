@@ -1,6 +1,7 @@
 """The demo without its runs: whose directory it takes, when runs agree, what the report says."""
 
 import json
+import socket
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from moe_locality import demo
 from moe_locality.compare import Candidate, Run, compare_plans
-from moe_locality.demo import MARKER, run_demo
+from moe_locality.demo import MARKER, launch, run_demo
 from moe_locality.demo.checks import GAP_TOLERANCE, check_agreement, check_prediction
 from moe_locality.demo.model import balance_line, flips_line
 from moe_locality.errors import ConfigError, MoeLocalityError
@@ -313,3 +314,16 @@ def test_the_line_of_the_balance_says_whether_the_cap_was_kept():
 def test_the_marker_is_plain_json(tmp_path):
     make(tmp_path, "plan.json")
     assert json.loads((tmp_path / MARKER).read_text()) == {"made": ["plan.json"]}
+
+
+def test_free_port_is_not_one_that_the_kernel_gives_out_or_that_is_taken(monkeypatch):
+    """A port of the kernel's own range may be another connection's before the ranks bind it."""
+    taken, free, *_ = ports = sorted({launch.free_port() for _ in range(50)})
+    assert ports[0] >= 1024
+    assert ports[-1] < 32_768  # where the kernel's own begin on Linux
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", taken))
+        other.listen()
+        drawn = iter([taken - 10_000, free - 10_000])
+        monkeypatch.setattr(launch.secrets, "randbelow", lambda count: next(drawn))
+        assert launch.free_port() == free
