@@ -427,8 +427,10 @@ def test_apply_trains_in_a_trainer_whose_checkpoints_are_in_logical_order(tmp_pa
         torch.testing.assert_close(states[1][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def run_layouts(rank, world, path):
+def run_layouts(rank, world, path, folder):
     """Other meshes than one expert group over all ranks of FSDP."""
+    import moe_locality
+
     whole_model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     rtol, atol = LOGITS["float32"]
     for sizes, plan in (
@@ -439,8 +441,11 @@ def run_layouts(rank, world, path):
         ids = inputs(rank // sizes.get("tp_size", 1))
         model, _ = placed(path, world, plan, **sizes)
         whole_model.zero_grad()
+        recorder = moe_locality.attach(model, f"{folder}/{sizes}", strict=True)
         for each in (model, whole_model):
             each(ids, labels=ids).loss.backward()
+        first = rank % sizes.get("tp_size", 1) == 0  # of the ranks that have the same tokens
+        assert recorder.close().recorded_tokens == first * ids.numel(), sizes
         for name, parameter in whole_model.named_parameters():
             grad = parameter.grad.clone()
             dist.all_reduce(grad)
@@ -460,7 +465,8 @@ def run_layouts(rank, world, path):
 
 
 def test_apply_with_tensor_parallelism_and_with_several_expert_groups(tmp_path):
-    run_ranks(run_layouts, 4, save_tiny(tmp_path, "Qwen3Moe"), timeout_s=180.0)
+    path = save_tiny(tmp_path, "Qwen3Moe")
+    run_ranks(run_layouts, 4, path, str(tmp_path), timeout_s=180.0)
 
 
 def run_empty(rank, world, path):

@@ -33,6 +33,7 @@ from moe_locality.trace.recorder.hooks import (
     moe_layer_ids,
     of_one_size,
     pipeline_rank,
+    repeats_tokens,
 )
 from moe_locality.trace.recorder.labels import (
     Annotation,
@@ -179,10 +180,10 @@ class RoutingRecorder:
         self._forward: Forward | None = None
         self._labels: Annotation | None = None
         self._sequences: Sequences | None = None
-        self._idle = False  # whether the forward pass that runs is for other ranks only
-        self._running = True
+        # whether the forward pass that runs is for other ranks only; whether another rank records
+        self._idle = self._repeats = False
+        self._running, self._closed = True, False
         self._failure: Exception | None = None
-        self._closed = False
         self._step, self._explicit_steps = 0, global_step is not None
         _OPEN.add(self)
 
@@ -299,7 +300,7 @@ class RoutingRecorder:
 
     def _hook_forward(self, module: torch.nn.Module) -> list[Any]:
         """Hook the model that is called: its arguments label the tokens, its end ends a block."""
-        idle_steps = IdleSteps(module)
+        self._repeats, idle_steps = repeats_tokens(module), IdleSteps(module)
 
         def begins(module, args, kwargs):
             self._idle = idle_steps.taken()
@@ -369,9 +370,12 @@ class RoutingRecorder:
             self._finish()  # else the next forward pass does: drafts may be rejected until then
 
     def _records(self) -> bool:
-        """False after a failure or close, in a forked child, and in backward (recomputation)."""
+        """False after a failure or close, in a forked child, and in backward (recomputation).
+
+        And where another rank records the same tokens.
+        """
         if self._running:
-            return not self._tracker.is_bw
+            return not (self._repeats or self._tracker.is_bw)
         if self._settings.strict and self._failure is not None and not self._closed:
             raise TraceError(f"recording stopped: {self._failure}") from self._failure
         return False

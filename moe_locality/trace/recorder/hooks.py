@@ -488,6 +488,18 @@ def pipeline_rank(model: torch.nn.Module) -> int | None:
     return None
 
 
+def repeats_tokens(model: torch.nn.Module) -> bool:
+    """Whether another rank records the tokens of this one: the first of its tensor-parallel group.
+
+    transformers gives the ranks of such a group the same batch.
+    """
+    for module in model.modules():
+        mesh: Any = getattr(module, "_device_mesh", None)
+        if "tp" in (getattr(mesh, "mesh_dim_names", None) or ()):
+            return mesh.get_local_rank("tp") > 0
+    return False
+
+
 def _first_axes(values: list[Any]) -> tuple[int, int] | None:
     for value in values:
         if isinstance(value, torch.Tensor):
