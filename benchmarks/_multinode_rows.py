@@ -183,6 +183,11 @@ def _ratio(base: Mapping[str, np.ndarray], ours: Mapping[str, np.ndarray], key: 
     return float(base[key].sum() / ours[key].sum())
 
 
+def wire_over_counted(mine: Mapping[str, np.ndarray]) -> float:
+    """Percent that the links carried more than our counters say: headers and counts."""
+    return float(100 * (mine["sent"].sum() / mine["counted"].sum() - 1))
+
+
 def step_rows(
     where: str,
     found: Mapping[str, Mapping[str, np.ndarray]],
@@ -208,6 +213,11 @@ def step_rows(
                 "ms",
                 f"measured bytes over the rate of the link; {note}",
                 kind="simulated",
+            ),
+            *(
+                [row(case, "wire over counted", wire_over_counted(mine), "%", note)]
+                if mine["counted"].all()
+                else []
             ),
             row(case, "CPU of all ranks", 1e3 * float(np.median(mine["cpu_s"])), "ms", note),
         ]

@@ -165,6 +165,11 @@ def _check(
 ) -> tuple[list[tuple[str, Any]], list[np.ndarray] | None]:
     """Return the layers to adopt, and the slot order of the plan for each."""
     ours = [(name, m) for name, m in layers if _stays_because(name, m, plan) is None]
+    if ours and section.experts != "auto":
+        raise ConfigError(
+            f"found experts={section.experts!r} in the moe_locality section, expected it left out: "
+            "use_grouped_mm of the expert_parallel section says how AutoEP's experts run"
+        )
     for name, module in ours:
         if type(module) not in (AutoEPMoELayer, LocalityAutoEPMoELayer):
             raise ConfigError(

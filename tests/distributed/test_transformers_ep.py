@@ -4,13 +4,14 @@ plan, and the same training as transformers' own exchange. Real models, tiny, on
 
 import logging
 import time
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-from moe_locality.errors import MoeLocalityError
+from moe_locality.errors import ConfigError, MoeLocalityError
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.topology.cluster import ClusterTopology
 from tests.launch import run_ranks
@@ -680,6 +681,18 @@ def test_state_dict_on_one_rank_is_refused(tmp_path):
     assert "found no answer from ranks [1]" in message
     assert "state_dict() is collective: call it on every rank" in message
     assert "the optimizer's state_dict() is collective" in message
+
+
+def test_apply_refuses_a_model_that_peft_has_wrapped():
+    import moe_locality
+
+    class PeftModelForCausalLM(torch.nn.Module):
+        """As peft's, of which only the name and the attribute are asked for."""
+
+        peft_config: ClassVar[dict] = {}
+
+    with pytest.raises(ConfigError, match="before peft"):
+        moe_locality.apply(PeftModelForCausalLM())
 
 
 def test_apply_on_one_rank_leaves_the_model_as_it_is(tmp_path, caplog):
