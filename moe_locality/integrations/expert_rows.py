@@ -210,7 +210,7 @@ class ExpertRows:
     """The rows of one experts module, and how its slots run.
 
     ``order [E]``: the logical expert in each row. ``kept``: copies that forward passes without
-    gradients use again, until the rows change.
+    gradients use again, until the rows change (torch counts what is written in place).
 
     Args:
         forward: of transformers' experts: (rows [R, D], local ids [R, 1], weights [R, 1]).
@@ -222,7 +222,8 @@ class ExpertRows:
         self.experts, self.forward, self.order, self.group = experts, forward, order, group
         self.name = ""
         self.kept: dict[str, Tensor] = {}
-        self._stacked: list[str] = []
+        self._stacked: dict[str, DTensor] = {}
+        self._versions: list[int] = []
         self._own: Tensor | None = None
         self._exchange: RowExchange | None = None
 
@@ -251,7 +252,7 @@ class ExpertRows:
                 with torch.no_grad():
                     tensor.to_local().copy_(moved.to_local())
         self.kept.clear()
-        self.order, self._stacked = order, list(found)
+        self.order, self._stacked = order, found
         return slots
 
     def run(self, rows: Tensor, tokens_per_slot: tuple[int, ...]) -> Tensor:
@@ -279,12 +280,13 @@ class ExpertRows:
     def _copies(self) -> dict[str, Tensor]:
         """Return the parameters of the slots that are copies. Collective over the group."""
         assert self._exchange is not None
-        if self.kept and not torch.is_grad_enabled():
+        versions = [parameter._version for parameter in self._stacked.values()]
+        if self.kept and versions == self._versions and not torch.is_grad_enabled():
             return self.kept
         parameters: dict[str, Any] = self.experts._parameters
         rows = {key: parameters[key] for key in self._stacked}
         found = fetch_copies(rows, self._exchange)
-        self.kept = {} if torch.is_grad_enabled() else found
+        self.kept, self._versions = {} if torch.is_grad_enabled() else found, versions
         return found
 
     @contextmanager

@@ -497,9 +497,14 @@ def run_empty(rank, world, path):
             expected.square().sum().backward()
             torch.testing.assert_close(out, expected)
             torch.testing.assert_close(x.grad, again.grad)
+    with torch.no_grad():
+        model(ids)  # keeps the copies
+        for parameter in (*model.parameters(), *whole_model.parameters()):
+            parameter.mul_(1.5)
+        torch.testing.assert_close(model(ids).logits, whole_model(ids).logits)
 
 
-def test_apply_serves_ranks_without_tokens(tmp_path):
+def test_apply_serves_ranks_without_tokens_and_sees_weights_that_change(tmp_path):
     run_ranks(run_empty, 4, save_tiny(tmp_path, "Qwen3Moe"), timeout_s=120.0)
 
 
