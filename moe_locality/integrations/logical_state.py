@@ -139,7 +139,8 @@ def follow_optimizer(optimizer: torch.optim.Optimizer) -> None:
     if any(ref() is optimizer for ref in _followed.values()):
         return
     placed = [parameter for parameter, rows in _rows_of(optimizer) if rows is not None]
-    if any(optimizer.state.get(parameter) for parameter in placed):
+    states = [state for p in placed if (state := optimizer.state.get(p))]
+    if any(float(state.get("step", 1)) for state in states):  # Adagrad's has no steps at first
         raise ConfigError(
             f"found a {type(optimizer).__name__} whose state was loaded before its first step, "
             "while a plan orders the experts: the moments are those of other experts; load them "
