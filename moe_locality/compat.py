@@ -90,7 +90,7 @@ def let_auto_ep_read_recorders() -> bool:
     except ImportError:
         return False
     registry = getattr(output_capturing, "_CAN_RECORD_REGISTRY", None)
-    kind = type(registry)
+    kind: Any = type(registry)
     if kind is dict or not isinstance(registry, dict) or "get" not in vars(kind):
         return False
     own = kind.get
