@@ -7,7 +7,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moe_locality.integrations import apply, register
+    from moe_locality.integrations import apply
+    from moe_locality.integrations.transformers_ep import register
     from moe_locality.layer.bake import bake_checkpoint
     from moe_locality.layer.convert import initialize
     from moe_locality.layer.expert_store import store_experts
@@ -25,7 +26,7 @@ _LAZY_IMPORTS = {
     "MoE": "moe_locality.layer.moe",
     "apply": "moe_locality.integrations",
     "initialize": "moe_locality.layer.convert",
-    "register": "moe_locality.integrations",
+    "register": "moe_locality.integrations.transformers_ep",
     "relabel": "moe_locality.layer.relabeling",
     "bake_checkpoint": "moe_locality.layer.bake",
     "relabel_state_dict": "moe_locality.layer.state_dict",

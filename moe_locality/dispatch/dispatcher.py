@@ -91,14 +91,15 @@ class SlotMap:
     """
 
     def __init__(self, slot_of_expert: np.ndarray | None = None) -> None:
+        if slot_of_expert is not None and (slot_of_expert == np.arange(len(slot_of_expert))).all():
+            slot_of_expert = None  # nothing to look up
         self.slot_of_expert = slot_of_expert
         self._on: dict[torch.device, Tensor] = {}
 
     @classmethod
     def of(cls, slot_to_logical: np.ndarray) -> "SlotMap":
         """Return the map of a permutation ``[E]``: the expert of each slot."""
-        stays = bool((slot_to_logical == np.arange(len(slot_to_logical))).all())
-        return cls(None if stays else np.argsort(slot_to_logical))
+        return cls(np.argsort(slot_to_logical))
 
     def on(self, device: torch.device) -> Tensor:
         """Return the map as a tensor ``[E]`` on ``device``."""

@@ -49,13 +49,6 @@ def apply(
     return apply_to_deepspeed(model, config, **given)
 
 
-def register(config: "MoeLocalityConfig | dict[str, Any] | str | None" = None) -> None:
-    """See :func:`moe_locality.integrations.transformers_ep.register`."""
-    from moe_locality.integrations.transformers_ep import register as register_with_transformers
-
-    register_with_transformers(config)
-
-
 def _is_transformers(model: Any) -> bool:
     """Return whether transformers made the model, and no layer of it is DeepSpeed's."""
     theirs = sys.modules.get("transformers.modeling_utils")

@@ -31,7 +31,12 @@ from moe_locality.layer.agreement import all_agree, all_succeed
 from moe_locality.layer.slots import check_nodes
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.topology.cluster import ClusterTopology
-from moe_locality.topology.groups import discover_topology, exchange_objects, follow_groups
+from moe_locality.topology.groups import (
+    built_groups,
+    discover_topology,
+    exchange_objects,
+    follow_groups,
+)
 from moe_locality.trace.recorder.hooks import moe_layer_ids
 
 try:
@@ -141,7 +146,10 @@ class LocalityEP(EPImplementation):
         if self.topology is None:
             self.topology = discover_topology(cluster_config=self.section.cluster)
         if config.exchange in ("auto", "hierarchical") and size > 1:
-            follow_groups(dist.get_process_group_ranks(self.group), self.topology)
+            ranks = dist.get_process_group_ranks(self.group)
+            groups = built_groups(ranks)  # by an earlier layer, on all ranks alike
+            if groups is None or groups.topology != self.topology:
+                follow_groups(ranks, self.topology)
         made = layer_dispatcher(
             self.group,
             self.topology,
@@ -163,15 +171,16 @@ class LocalityEP(EPImplementation):
         self.section, self.topology, self.dispatcher = section, topology, None
         self.position.number, self.position.name, self.rows.name = number, name, name
 
-    def place(self, plan: PlacementPlan, row: int, others: list[DTensor]) -> None:
-        """Move the experts to the slots of a row of the plan. Collective over the EP group.
+    def place(
+        self, slot_to_logical: np.ndarray, serving: np.ndarray, others: list[DTensor]
+    ) -> None:
+        """Move the experts to their slots ``[P]``. Collective over the EP group.
 
-        ``others``: gradients and moments, which move with them.
+        ``serving [G, E]``: the slot that serves each expert for the tokens of each rank.
+        ``others``: gradients and moments, which move with the experts.
         """
-        slot_to_logical = plan.physical_to_logical_map[row].astype(np.int64)
-        serving = plan.serving_slot()[row, dist.get_rank(self.group)]
-        serving = self.rows.place(slot_to_logical, others)[serving]
-        self.slot_map = SlotMap(serving)
+        slots = self.rows.place(slot_to_logical.astype(np.int64), others)
+        self.slot_map = SlotMap(slots[serving[dist.get_rank(self.group)]])
         self.num_slots, self.dispatcher = len(slot_to_logical), None
         if not self.has_plan:
             keep_checkpoints_logical(self.rows, first=self.position.number == 0)
@@ -223,7 +232,6 @@ def apply(
     section = all_succeed(read)
     topology = topology or discover_topology(cluster_config=section.cluster)
     ep_groups = exchange_objects(dist.get_process_group_ranks(layers[0][1].group))
-
     optimizers = followed_optimizers()
 
     def check() -> tuple[PlacementPlan | None, list[int], list[list[DTensor]]]:
@@ -238,8 +246,10 @@ def apply(
     all_agree("placement plans", "none" if plan is None else plan.digest())
     for number, (name, layer) in enumerate(layers):
         layer.configure(section, topology, number, name)
-        if plan is not None:
-            layer.place(plan, rows[number], others[number])
+    if plan is not None:
+        serving = plan.serving_slot()
+        for (_, layer), row, beside in zip(layers, rows, others, strict=True):
+            layer.place(plan.physical_to_logical_map[row], serving[row], beside)
     if dist.get_rank() == 0:
         _say(model, layers)
     return model
