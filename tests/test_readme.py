@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -51,13 +52,38 @@ def test_commands_and_their_options_exist():
         assert not missing, f"moe-locality {words[1]} has no {missing}"
 
 
-def test_every_figure_names_its_row():
-    """A table row with figures ends in the `benchmark: metric` of results.csv that it is taken
-    from.
+FIGURE = re.compile(r"`(main_job|placement|recorder_overhead|multinode): ([^`]+)`")
+
+
+def _prints(value: float, line: str) -> bool:
+    """Whether a number of the line is ``value``, rounded to the digits that the line gives it."""
+    words = re.findall(r"-?\d+(?:\.\d+)?(?:e-?\d+)?", line.replace("\u2212", "-").replace(",", ""))
+    for word in words:
+        digits, _, power = word.partition("e")
+        step = 10.0 ** (int(power or 0) - len(digits.partition(".")[2]))
+        if abs(float(word) - value) <= 0.5001 * step:
+            return True
+    return False
+
+
+def test_every_figure_is_the_value_of_its_row():
+    """A paragraph or table row with figures names the `benchmark: metric` of results.csv, and
+    one of its numbers is the value of such a row.
     """
+    known = defaultdict(list)
     with (ROOT / "benchmarks" / "results.csv").open(encoding="utf-8") as file:
-        known = {(row["benchmark"], row["metric"]) for row in csv.DictReader(file)}
-    named = re.findall(r"`(main_job|placement|recorder_overhead): ([^`]+)`", README)
+        for row in csv.DictReader(file):
+            known[row["benchmark"], row["metric"]].append(float(row["value"]))
+    lines = [line for line in README.split("\n") if line.startswith("|")]
+    lines += [text for text in README.split("\n\n") if not text.startswith("|")]
+    named = [(pair, line) for line in lines for pair in FIGURE.findall(line)]
     assert named, "the README shows figures of the demo"
-    unknown = [pair for pair in named if tuple(pair) not in known]
+    unknown = [pair for pair, _ in named if pair not in known]
     assert not unknown, f"not in results.csv: {unknown}"
+    header = "case of the rows"  # a table's head names the rows of the figures below it
+    wrong = [
+        (pair, line)
+        for pair, line in named
+        if header not in line and not any(_prints(value, line) for value in known[pair])
+    ]
+    assert not wrong, f"no number there is the value of such a row: {wrong}"
