@@ -102,6 +102,9 @@ def evaluate(
         Path | None, typer.Option(help="Plan to move from, for the cost of moving.")
     ] = None,
     row_bytes: Annotated[float | None, typer.Option(help="Bytes of one token on the wire.")] = None,
+    rule: Annotated[
+        str | None, typer.Option(help="sglang: serve copies as SGLang does; else as planned.")
+    ] = None,
     held_out: HeldOut = 0.0,
     seed: Seed = 0,
 ) -> Result:
@@ -114,7 +117,7 @@ def evaluate(
         ranks = homes_of(homes, placed)
         old = None if baseline is None else read_fitting_plan(baseline, content)
         costs = moe_locality.evaluate(
-            content, placed, homes=ranks, row_bytes=row_bytes, baseline=old
+            content, placed, homes=ranks, row_bytes=row_bytes, baseline=old, rule=rule
         )
         base = linear_plan(content, topology_of(placed))
         linear = (
@@ -355,12 +358,12 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="vllm, vllm-ranks, vllm-ascend, sglang; autoep: no released DeepSpeed reads it."
+            help="sglang, trtllm, vllm-ascend; read by no release: vllm, vllm-ranks, autoep."
         ),
     ],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Map to write (JSON).")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Map to write: JSON, trtllm YAML.")],
     num_hidden_layers: Annotated[
-        int | None, typer.Option(min=1, help="Transformer layers, for sglang.")
+        int | None, typer.Option(min=1, help="Transformer layers: sglang needs it.")
     ] = None,
     layers: Annotated[
         str | None,
@@ -369,14 +372,16 @@ def export(
         ),
     ] = None,
 ) -> Result:
-    """Write a plan as the map of a serving engine or of DeepSpeed's AutoEP."""
-    from moe_locality.placement.export import write_export
+    """Write a plan as the map of a serving engine, and say what starts the engine with it."""
+    from moe_locality.placement.export import launch_lines, write_export
 
     check_writable(out, "map", plan)
     placed = moe_locality.PlacementPlan.read(plan)
     write_export(placed, out, to, num_hidden_layers, layer_numbers(layers))
+    launch = launch_lines(placed, to, out, str(plan))
     payload = {
         "command": "export",
+        "launch": launch,
         "plan": plan,
         "digest": placed.digest(),
         "target": to,
@@ -387,7 +392,7 @@ def export(
     replicas = placed.num_redundant_experts
     kept = f", {replicas} redundant experts per layer" if replicas else ""
     words = f"{out}: {placed.num_layers} MoE layers for {to}, {placed.num_ranks} ranks{kept}"
-    return Result(payload=payload, text=(words,))
+    return Result(payload=payload, text=(words, *launch))
 
 
 def bake(

@@ -84,6 +84,7 @@ def evaluate(
     baseline: PlacementPlan | None = None,
     expert_bytes: float | None = None,
     batch_tokens: int = BATCH_TOKENS,
+    rule: str | None = None,
 ) -> Costs:
     """The costs of ``plan`` on ``trace``, see ``Costs``.
 
@@ -95,11 +96,13 @@ def evaluate(
         baseline, expert_bytes: plan to move from, and the size of one expert's weights.
         batch_tokens: tokens of a batch for ``straggler`` and ``distinct``, all ranks together; in a
             trace of counts every step is a batch.
+        rule: which copy of an expert serves a token; None: as the plan says, "sglang": as SGLang
+            does (``sglang_serving_slots``).
 
     Raises:
         PlacementError: the plan does not fit the trace, the cluster or the homes.
     """
-    aligned = align_trace(trace, plan, topology, homes)
+    aligned = align_trace(trace, plan, topology, homes, rule)
     if plan.expert_load is not None:
         warn_of_absent_experts(plan.expert_load, plan.layer_ids)
     if batch_tokens < 1:

@@ -41,7 +41,11 @@ def chunks(ids: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
 
 
 def node_visits(
-    ids: np.ndarray, served_node: np.ndarray, home_node: np.ndarray, num_nodes: int
+    ids: np.ndarray,
+    served_node: np.ndarray,
+    home_node: np.ndarray,
+    num_nodes: int,
+    num_homes: int | None = None,
 ) -> np.ndarray:
     """How many tokens of home node m have a pick that is served on node n.
 
@@ -49,20 +53,21 @@ def node_visits(
         ids: [T, L, K], -1 = no pick.
         served_node: [L, H, E] the node that serves expert e for a home on node h; H = 1: the same
             for all homes.
-        home_node: [T], the home node of each token, below M.
+        home_node: [T], the home node of each token, below M, or its home of ``num_homes``.
 
     Returns:
-        [L, M, M] int64; a token counts once per (m, n), n = m included.
+        [L, M, M] int64, or [L, num_homes, M]; a token counts once per (m, n), n = m included.
     """
     layers, homes, experts = served_node.shape
-    visits = np.zeros((layers, num_nodes, num_nodes), dtype=np.int64)
+    rows = num_homes or num_nodes
+    visits = np.zeros((layers, rows, num_nodes), dtype=np.int64)
     for first in range(0, num_nodes, _NODES_PER_BYTE):
         # one bit per node of this block: the picks of a token are or-ed into one byte
         bit = served_node - first
         inside = (bit >= 0) & (bit < _NODES_PER_BYTE)
         table = np.zeros((layers, homes, experts + 1), dtype=np.uint8)
         table[:, :, 1:] = np.where(inside, 1 << np.where(inside, bit, 0), 0)
-        patterns = _count_patterns(ids, table.reshape(layers, -1), homes, home_node, num_nodes)
+        patterns = _count_patterns(ids, table.reshape(layers, -1), homes, home_node, rows)
         width = min(_NODES_PER_BYTE, num_nodes - first)
         bits = (np.arange(256)[:, None] >> np.arange(width)) & 1
         visits[:, :, first : first + width] = patterns @ bits

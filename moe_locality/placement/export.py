@@ -1,25 +1,28 @@
 """Plans in the formats that serving engines and DeepSpeed read, and plans from engine maps.
 
-``TARGETS`` names them. What each engine takes:
+``TARGETS`` names the formats, ``launch_lines`` what starts an engine with the file, and
+``sglang_serving_slots`` says which copy SGLang serves. What each engine takes:
 
+* ``sglang``: ``{"physical_to_logical_map": rows}``, one row per *transformer* layer, dense or not:
+  ``--init-expert-location FILE.json`` (srt/eplb/expert_location.py of SGLang 0.5.23). Only that
+  key: SGLang passes every key on as an argument. With replicas too.
+* ``trtllm``: the YAML of TensorRT-LLM's ``moe_config.load_balancer``, a static assignment: rows by
+  *transformer* layer (examples/wide_ep/ep_load_balancer). With replicas too.
+* ``vllm-ascend``: the experts of every device of every *MoE* layer: ``eplb_config.expert_map_path``
+  (vllm_ascend/eplb/core/eplb_utils.py of vllm-ascend 0.23.0, which takes the devices in the order
+  of the file). With replicas too.
 * ``vllm``: a list of rows, slot → logical expert, one row per *MoE* layer: ``eplb_config.
-  initial_expert_map_path`` of vllm-project/vllm PR 49572. With replicas too.
+  initial_expert_map_path`` of vllm-project/vllm PR 49572. No released vLLM (up to 0.33.0) reads it.
 * ``vllm-ranks``: ``{"expert_to_ep_rank": [E]}``, the rank of every expert: ``--expert-placement-
   file`` of vllm-project/vllm PR 34811 (issue 34297). One list for all layers, no replicas; a rank
-  holds its experts in rising order.
-* ``sglang``: ``{"physical_to_logical_map": rows}``, one row per *transformer* layer, dense or not:
-  ``--init-expert-location FILE.json`` (sgl-project/sglang, srt/eplb/expert_location.py). Only that
-  key: SGLang passes every key on as an argument. With replicas start it with
-  ``--ep-num-redundant-experts``.
+  holds its experts in rising order. No released vLLM reads it either.
 * ``autoep``: layer id → the placement descriptor of DeepSpeed's AutoEP checkpoints
   (deepspeed/checkpoint/autoep_affine.py, 0.19.8). With replicas too.
-* ``vllm-ascend``: the experts of every device of every *MoE* layer: ``expert_map_path`` of
-  vllm-project/vllm-ascend (vllm_ascend/eplb/adaptor/vllm_adaptor.py writes the same). With replicas
-  too.
 """
 
 import json
 import os
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -64,17 +67,20 @@ def to_vllm_ranks(plan: PlacementPlan) -> dict[str, list[int]]:
     return {"expert_to_ep_rank": rank_of[0]}
 
 
-def to_engine_dict(plan: PlacementPlan, num_hidden_layers: int | None = None) -> dict[str, Any]:
-    """``{"physical_to_logical_map": [rows][P]}``, what SGLang's ``--init-expert-location`` holds.
-
-    SGLang wants one row for each *transformer* layer: with ``num_hidden_layers`` the layers without
-    experts get the linear row; without it there is a row per MoE layer.
+def to_sglang_map(plan: PlacementPlan, num_hidden_layers: int | None) -> dict[str, Any]:
+    """``{"physical_to_logical_map": [rows][P]}`` with a row for each *transformer* layer; the
+    layers without experts get the linear row.
 
     Raises:
-        PlacementError: a layer of the plan is not below ``num_hidden_layers``.
+        PlacementError: ``num_hidden_layers`` is not given, which a plan cannot know, or a layer of
+            the plan is not below it.
     """
     if num_hidden_layers is None:
-        return {"physical_to_logical_map": to_vllm_map(plan)}
+        raise PlacementError(
+            f"found a plan of the MoE layers {list(plan.layer_ids)[:4]} ... and no number of "
+            "transformer layers, expected it, for SGLang reads a row for each, dense ones too: "
+            "give num_hidden_layers=, as the model's config has it"
+        )
     if max(plan.layer_ids) >= num_hidden_layers or min(plan.layer_ids) < 0:
         raise PlacementError(
             f"found layer ids up to {max(plan.layer_ids)} in the plan, expected them below "
@@ -85,19 +91,14 @@ def to_engine_dict(plan: PlacementPlan, num_hidden_layers: int | None = None) ->
     return {"physical_to_logical_map": [of_layer.get(i, filler) for i in range(num_hidden_layers)]}
 
 
-def to_sglang_map(plan: PlacementPlan, num_hidden_layers: int | None = None) -> dict[str, Any]:
-    """``to_engine_dict`` with a row for every transformer layer.
-
-    Raises:
-        PlacementError: ``num_hidden_layers`` is not given; a plan cannot know it.
-    """
-    if num_hidden_layers is None:
-        raise PlacementError(
-            f"found a plan of the MoE layers {list(plan.layer_ids)[:4]} ... and no number of "
-            "transformer layers, expected it, for SGLang reads a row for each, dense ones too: "
-            "give num_hidden_layers=, as the model's config has it"
-        )
-    return to_engine_dict(plan, num_hidden_layers)
+def to_trtllm(plan: PlacementPlan) -> dict[str, Any]:
+    """The load balancer of TensorRT-LLM, static; its layers are transformer layers."""
+    rows = zip(plan.layer_ids, plan.physical_to_logical_map.tolist(), strict=True)
+    return {
+        "num_slots": plan.num_slots,
+        "layer_updates_per_iter": 0,
+        "initial_global_assignments": dict(sorted(rows)),
+    }
 
 
 def with_layers(
@@ -167,13 +168,19 @@ def to_vllm_ascend(plan: PlacementPlan) -> dict[str, Any]:
 
 
 TARGETS = {
+    "sglang": to_sglang_map,
+    "trtllm": lambda plan, _: to_trtllm(plan),
+    "vllm-ascend": lambda plan, _: to_vllm_ascend(plan),
     "vllm": lambda plan, _: to_vllm_map(plan),
     "vllm-ranks": lambda plan, _: to_vllm_ranks(plan),
-    "sglang": to_sglang_map,
     "autoep": lambda plan, _: to_autoep_descriptors(plan),
-    "vllm-ascend": lambda plan, _: to_vllm_ascend(plan),
 }
 """Name of each target → function of (plan, num_hidden_layers or None) that returns JSON types."""
+
+BY_SUFFIX = {"sglang": ".json", "vllm-ascend": ".json"}
+"""Engines that take a file by the end of its name."""
+
+BY_TRANSFORMER_LAYER = ("sglang", "trtllm")
 
 
 def write_export(
@@ -183,18 +190,25 @@ def write_export(
     num_hidden_layers: int | None = None,
     layers: Sequence[int] | None = None,
 ) -> Path:
-    """Write a plan as JSON for one of ``TARGETS``, whole or not at all.
+    """Write a plan for one of ``TARGETS``, whole or not at all: as JSON, for ``trtllm`` as YAML.
 
     ``layers``: see ``with_layers``.
 
     Raises:
         PlacementError: the target is unknown or cannot hold this plan, or the file cannot be
-        written.
+            written or would not be read under this name.
     """
     if target not in TARGETS:
         raise PlacementError(f"found target {target!r}, expected one of: {', '.join(TARGETS)}")
-    plan = with_layers(plan, layers, num_hidden_layers if target == "sglang" else None)
-    text = json.dumps(TARGETS[target](plan, num_hidden_layers)) + "\n"
+    suffix = BY_SUFFIX.get(target, "")
+    if not Path(path).name.endswith(suffix):
+        raise PlacementError(
+            f"found the name {Path(path).name} for a map of {target}, which takes a file only by "
+            f"the end {suffix}: give such a name"
+        )
+    known = num_hidden_layers if target in BY_TRANSFORMER_LAYER else None
+    content = TARGETS[target](with_layers(plan, layers, known), num_hidden_layers)
+    text = _yaml(content) if target == "trtllm" else json.dumps(content) + "\n"
     try:
         return replace_text(path, text)
     except OSError as error:
@@ -204,11 +218,97 @@ def write_export(
         ) from error
 
 
-def write_engine_map(
-    plan: PlacementPlan, path: str | os.PathLike[str], num_hidden_layers: int | None = None
-) -> Path:
-    """Write ``to_engine_dict`` as JSON."""
-    return replace_text(path, json.dumps(to_engine_dict(plan, num_hidden_layers)))
+def _yaml(content: dict[str, Any]) -> str:
+    """A line for each key, and for each layer."""
+    *settings, (name, rows) = content.items()
+    lines = [f"{key}: {value}" for key, value in settings] + [f"{name}:"]
+    return "\n".join(lines + [f"  {layer}: {row}" for layer, row in rows.items()]) + "\n"
+
+
+def launch_lines(
+    plan: PlacementPlan, target: str, path: str | os.PathLike[str], plan_path: str = "PLAN"
+) -> tuple[str, ...]:
+    """What starts the engine of a target with the file, and what it does with the plan."""
+    ranks, copies = plan.num_ranks, plan.num_redundant_experts
+    in_turn = f"takes the {copies} copies in turn, near or far: use a plan without replicas"
+    if target == "sglang":
+        redundant = f" --ep-num-redundant-experts {copies}" if copies else ""
+        return (
+            f"start with: --init-expert-location {path}{redundant} --tp-size {ranks} --ep-size "
+            f"{ranks} --attn-dp-size {ranks} --nnodes {plan.num_nodes} --moe-a2a-backend deepep",
+            "without an a2a backend every rank computes all tokens, and the map saves nothing",
+            "the home of a request: header X-Data-Parallel-Rank, or routed_dp_rank in its body",
+            *(("which copies it serves: moe-locality evaluate --rule sglang",) if copies else ()),
+        )
+    if target == "trtllm":
+        return (
+            f"start with: trtllm-serve MODEL --tp_size {ranks} --ep_size {ranks} "
+            "--extra_llm_api_options OPTIONS.yaml, where OPTIONS.yaml has",
+            "  enable_attention_dp: true",
+            f"  moe_config: {{backend: WIDEEP, load_balancer: {path}}}",
+            "without attention DP, EP over several ranks and WIDEEP it is left out silently",
+            *((f"TensorRT-LLM {in_turn}",) if copies else ()),
+        )
+    if target == "vllm-ascend":
+        config = json.dumps({"eplb_config": {"expert_map_path": str(path)}})
+        return (
+            f"start with: --enable-expert-parallel --additional-config '{config}', tensor parallel "
+            f"x data parallel size {ranks}",
+            "the home of a request: header X-data-parallel-rank",
+            *((f"vllm-ascend {in_turn}",) if copies else ()),
+        )
+    if target == "autoep":
+        return ("no released DeepSpeed (up to 0.19.8) reads it: use moe_locality.initialize",)
+    baked = f"moe-locality bake MODEL --plan {plan_path} --out BAKED"
+    return (
+        "no released vLLM (up to 0.33.0) reads a map: this file is for an open pull request",
+        "stock vLLM runs a plan without replicas as a model in its order: " + baked,
+        f"then start with: vllm serve BAKED --enable-expert-parallel --data-parallel-size {ranks} "
+        "--all2all-backend deepep_high_throughput; home of a request: header X-data-parallel-rank",
+    )
+
+
+def sglang_serving_slots(plan: PlacementPlan) -> np.ndarray:
+    """[L, G, E] int32: the slot that SGLang (0.5.23, dispatch ``static``) serves expert e with for
+    tokens of data-parallel rank g.
+
+    The first slot on the same rank; else, where not all slots are on one node, the first one on the
+    same node; else one by lot, which deals the slots evenly to the ranks that are left. Every rank
+    draws from its own generator, seeded with 42, for what it cannot serve near, layer after layer.
+    """
+    rows = to_sglang_map(plan, max(plan.layer_ids) + 1)["physical_to_logical_map"]
+    table = np.empty((len(rows), plan.num_ranks, plan.num_experts), dtype=np.int32)
+    lots = [random.Random(42) for _ in range(plan.num_ranks)]
+    for layer, row in enumerate(rows):
+        held: list[list[int]] = [[] for _ in range(plan.num_experts)]
+        for slot, expert in enumerate(row):
+            held[expert].append(slot)
+        for expert, slots in enumerate(held):
+            near = [_near_slot(slots, rank, plan) for rank in range(plan.num_ranks)]
+            far = [rank for rank, slot in enumerate(near) if slot < 0]
+            for place, rank in enumerate(far):
+                near[rank] = _dealt(slots, len(far), lots[rank])[place]
+            table[layer, :, expert] = near
+    return table[list(plan.layer_ids)]
+
+
+def _near_slot(slots: list[int], rank: int, plan: PlacementPlan) -> int:
+    """The slot that SGLang finds near a rank, or -1; its nodes hold consecutive ranks."""
+    per_rank, per_node = plan.slots_per_rank, plan.slots_per_rank * plan.ranks_per_node
+    same_rank = [slot for slot in slots if slot // per_rank == rank]
+    node = rank // plan.ranks_per_node
+    same_node = [slot for slot in slots if slot // per_node == node]
+    if len(slots) == 1 or same_rank:
+        return (same_rank or slots)[0]
+    return same_node[0] if 0 < len(same_node) < len(slots) else -1
+
+
+def _dealt(slots: list[int], count: int, lot: random.Random) -> list[int]:
+    """``count`` slots, each as often as any other or once more, in random order."""
+    times, rest = divmod(count, len(slots))
+    dealt = slots * times + lot.sample(slots, rest)
+    lot.shuffle(dealt)
+    return dealt
 
 
 def from_engine_map(
@@ -223,7 +323,7 @@ def from_engine_map(
     """The plan that a map of any of ``TARGETS`` but ``autoep`` describes, to judge or compare.
 
     Args:
-        content: the parsed JSON.
+        content: the parsed JSON or YAML.
         layer_ids: [L] MoE layers of the model. A map with as many rows has one for each; one with
             more has a row per transformer layer.
 
@@ -237,6 +337,8 @@ def from_engine_map(
         rows = [row for _ in layer_ids]
     elif isinstance(content, Mapping) and "layer_list" in content:
         rows = [_slots_of_devices(layer, ranks) for layer in _list(content["layer_list"])]
+    elif isinstance(content, Mapping) and "initial_global_assignments" in content:
+        rows = _rows_by_layer(content["initial_global_assignments"], layer_ids)
     elif isinstance(content, Mapping):
         rows = content.get("physical_to_logical_map")
     if not isinstance(rows, list) or not rows or not layer_ids:
@@ -271,6 +373,18 @@ def from_engine_map(
 
 def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
+
+
+def _rows_by_layer(rows: Any, layer_ids: Sequence[int]) -> list[Any]:
+    """The row of each layer of TensorRT-LLM's load balancer."""
+    of_layer = {str(layer): row for layer, row in rows.items()} if isinstance(rows, Mapping) else {}
+    absent = [layer for layer in layer_ids if str(layer) not in of_layer]
+    if absent:
+        raise PlacementError(
+            f"found no row for the layers {absent[:5]} in initial_global_assignments (it has "
+            f"{list(of_layer)[:5]} ...): give the map of this model"
+        )
+    return [of_layer[str(layer)] for layer in layer_ids]
 
 
 def _slots_of_devices(layer: Any, num_ranks: int) -> list[Any]:

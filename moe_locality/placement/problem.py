@@ -15,6 +15,7 @@ import numpy as np
 
 from moe_locality.errors import PlacementError
 from moe_locality.placement import counting
+from moe_locality.placement.export import sglang_serving_slots
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
@@ -68,24 +69,39 @@ class AlignedTrace:
 
     def node_visits(self) -> np.ndarray:
         """[L, M, M] tokens of home node m on node n: int64; without homes expected floats."""
+        first_rank = np.unique(self.node_of_rank, return_index=True)[1]
+        served = self.node_of_rank[self.served_rank]  # [L, G, E]
+        nearest = served[:, first_rank]  # [L, M, E]
+        if (served == nearest[:, self.node_of_rank]).all():  # one rank of a node stands for all
+            return self._visits(nearest, self.node_of_rank, self.num_nodes)
+        by_rank = self._visits(served, np.arange(self.num_ranks), self.num_nodes)
+        visits = np.zeros((self.num_layers, self.num_nodes, self.num_nodes), by_rank.dtype)
+        np.add.at(visits.swapaxes(0, 1), self.node_of_rank, by_rank.swapaxes(0, 1))
+        return visits
+
+    def rank_visits(self) -> np.ndarray:
+        """[L, G, G] tokens at home on rank g with a pick served on rank r: as ``node_visits``."""
+        return self._visits(self.served_rank, np.arange(self.num_ranks), self.num_ranks)
+
+    def _visits(self, served: np.ndarray, home_of_rank: np.ndarray, places: int) -> np.ndarray:
+        """[L, H, N] tokens of each home with a pick in each place, ``served`` [L, H, E] the place
+        of an expert; without homes expected floats, all homes alike.
+        """
         assert self.ids is not None
-        nodes = self.num_nodes
-        first_rank = np.array([np.flatnonzero(self.node_of_rank == n)[0] for n in range(nodes)])
-        # the serving node depends on the home node alone, so one rank of each node stands for all
-        served = self.node_of_rank[self.served_rank[:, first_rank]]  # [L, M, E]
+        homes = served.shape[1]
         if not self.has_replicas:
             served = served[:, :1]
         if self.home_rank is not None:
-            home_node = self.node_of_rank[self.home_rank].astype(np.int64)
-            return counting.node_visits(self.ids, served, home_node, nodes)
+            home = home_of_rank[self.home_rank].astype(np.int64)
+            return counting.node_visits(self.ids, served, home, places, homes)
         anywhere = np.zeros(len(self.ids), dtype=np.int64)
-        visits = np.empty((self.num_layers, nodes, nodes), dtype=np.int64)
-        for node in range(served.shape[1]):
-            one = counting.node_visits(self.ids, served[:, node : node + 1], anywhere, nodes)
-            visits[:, node] = one[:, 0]
+        visits = np.empty((self.num_layers, homes, places), dtype=np.int64)
+        for home in range(served.shape[1]):
+            one = counting.node_visits(self.ids, served[:, home : home + 1], anywhere, places, 1)
+            visits[:, home] = one[:, 0]
         if not self.has_replicas:
             visits[:] = visits[:, :1].copy()
-        return visits / nodes
+        return visits / homes
 
     def rank_batches(self, batch_tokens: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield ([B, L, G] picks per rank, [B, L, G] slots of the rank that they use) of batches,
@@ -146,14 +162,22 @@ class AlignedTrace:
 
 
 def align_trace(
-    trace: RoutingTrace, plan: PlacementPlan, topology: ClusterTopology | None, homes: Homes
+    trace: RoutingTrace,
+    plan: PlacementPlan,
+    topology: ClusterTopology | None,
+    homes: Homes,
+    rule: str | None = None,
 ) -> AlignedTrace:
     """Check that trace, plan, cluster and homes belong together and align them.
+
+    ``rule``: who serves a pick; None: as the plan says, "sglang": as SGLang does.
 
     Raises:
         PlacementError: something does not fit; the message says what.
     """
     check_topology(plan, topology)
+    if rule not in (None, "sglang"):
+        raise PlacementError(f"rule: found {rule!r}, expected 'sglang', or none: the plan's own")
     if trace.num_experts != plan.num_experts:
         raise PlacementError(
             f"found a trace with {trace.num_experts} experts per layer and a plan with "
@@ -181,7 +205,7 @@ def align_trace(
         home_rank=resolve_homes(trace, plan.num_ranks, homes),
         node_of_rank=plan.node_of_rank,
         table=plan.physical_to_logical_map[rows],
-        served_slot=plan.serving_slot()[rows],
+        served_slot=(plan.serving_slot() if rule is None else sglang_serving_slots(plan))[rows],
         has_replicas=not plan.is_permutation,
     )
 

@@ -468,6 +468,7 @@ def test_export_writes_the_map_of_an_engine(made, tmp_path):
     plan = PlacementPlan.read(folder / "plan.json")
     done = answer("export", folder / "plan.json", "--to", "vllm", "-o", tmp_path / "vllm.json")
     assert done["digest"] == placed["digest"]
+    assert f"bake MODEL --plan {folder / 'plan.json'}" in "\n".join(done["launch"])
     rows = json.loads((tmp_path / "vllm.json").read_text())
     assert rows == plan.physical_to_logical_map.tolist()
     words = ("export", folder / "plan.json", "--to", "sglang", "-o", tmp_path / "sglang.json")

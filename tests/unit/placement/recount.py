@@ -7,17 +7,18 @@ on the home rank serves, else one on the home node, else one on the least loaded
 import json
 
 
-def recount(text, tokens, home_of_token=None):
+def recount(text, tokens, home_of_token=None, served=None):
     """(copies, picks) summed over tokens and layers, [L] node and [L] rank max / mean.
 
     ``tokens``: per token and layer the list of picks. Without homes: the mean over all homes.
+    ``served``: [L][G][E] the rank that serves, where another rule says so.
     """
     plan = json.loads(text)
     ranks, node = plan["num_nodes"] * plan["ranks_per_node"], rank_to_node(plan)
     copies = picks = 0
     loads = []
     for layer, row in enumerate(plan["physical_to_logical_map"]):
-        serves = serving(plan, layer, row)
+        serves = serving(plan, layer, row) if served is None else served[layer]
         load = [0] * ranks
         for token, by_layer in enumerate(tokens):
             homes = range(ranks) if home_of_token is None else [home_of_token[token]]

@@ -8,17 +8,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_locality.errors import PlacementError
 from moe_locality.placement import PlacementPlan, evaluate, solve
+from moe_locality.placement.export import sglang_serving_slots
 from moe_locality.topology.cluster import ClusterTopology
 from tests.unit.placement.cases import plans_with_traces, random_trace
 from tests.unit.placement.recount import recount
 
 
-def check(trace, plan, homes):
+def check(trace, plan, homes, rule=None):
     text = plan.to_json()
-    costs = evaluate(trace, PlacementPlan.from_dict(json.loads(text)), homes=homes)
+    costs = evaluate(trace, PlacementPlan.from_dict(json.loads(text)), homes=homes, rule=rule)
     home_of_token = None if homes is None else trace.rank.tolist()
-    copies, picks, node, rank = recount(text, trace.expert_ids.tolist(), home_of_token)
+    served = None if rule is None else sglang_serving_slots(plan) // plan.slots_per_rank
+    copies, picks, node, rank = recount(text, trace.expert_ids.tolist(), home_of_token, served)
     if homes is not None:
         assert (costs.total_copies, costs.total_picks) == (copies, picks)
     units = trace.num_tokens * trace.num_layers
@@ -29,10 +32,17 @@ def check(trace, plan, homes):
 
 
 @settings(max_examples=25, deadline=None)
-@given(plans_with_traces(), st.sampled_from([None, "trace"]))
-def test_any_plan_costs_what_its_file_says(case, homes):
+@given(plans_with_traces(), st.sampled_from([None, "trace"]), st.sampled_from([None, "sglang"]))
+def test_any_plan_costs_what_its_file_says(case, homes, rule):
+    """Ranks of a node may go to different nodes under SGLang's rule."""
     plan, trace = case
-    check(trace, plan, homes)
+    check(trace, plan, homes, rule)
+
+
+def test_evaluate_knows_two_rules():
+    trace = random_trace(np.random.default_rng(0), tokens=9, layers=1, experts=4, top_k=2)
+    with pytest.raises(PlacementError, match="rule: found 'eplb', expected 'sglang'"):
+        evaluate(trace, PlacementPlan.linear(4, [0], 2, 1), rule="eplb")
 
 
 @pytest.mark.parametrize("homes", [None, "trace"])
