@@ -140,14 +140,21 @@ def build_transformers(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, distributed_config=spread)
     if case["ep_implementation"] == "moe_locality":
         moe_locality.apply(model, plan=plan_of(case, sizes), topology=topology)
-    experts: list[Any] = [layer.mlp.experts for layer in model.model.layers]
+
+    with torch.no_grad():  # FSDP sets itself up at the first call of the whole model
+        model(torch.zeros(1, 1, dtype=torch.long))
 
     def call(x: Tensor, module: Any) -> Tensor:
         scores = torch.softmax(x[:, : sizes["experts"]].float(), dim=1)
         weights, ids = scores.topk(sizes["top_k"], dim=1)
         return module(x, ids, (weights / weights.sum(dim=1, keepdim=True)).to(x.dtype))
 
-    return model, [lambda x, module=module: call(x, module) for module in experts]
+    return model, [lambda x, module=module: call(x, module) for module in experts_of(model)]
+
+
+def experts_of(model: Any) -> list[Any]:
+    """Return the experts module of every layer of a transformers model."""
+    return [layer.mlp.experts for layer in model.model.layers]
 
 
 def plan_of(case: dict[str, Any], sizes: dict[str, Any]) -> PlacementPlan | None:

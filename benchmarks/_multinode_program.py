@@ -4,11 +4,13 @@
 gradient of every case are compared with those of one process.
 """
 
+import functools
 import json
 import socket
 import sys
 import time
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-from _multinode_layers import Layer, build, distance, loss_of, reference, tokens
+from _multinode_layers import Layer, build, distance, experts_of, loss_of, reference, tokens
 from torch import Tensor, nn
 
 from moe_locality.compat import avoid_cpu_jit, end_distributed
@@ -40,9 +42,7 @@ class Meter:
 
     def measure(self, model: nn.Module, layer: Layer, x: Tensor, backward: bool) -> dict[str, Any]:
         """Run forward, and backward where asked; return what it took. Collective."""
-        self._model = model
-        self._before = self._read_together()
-        self._at_experts: dict[str, list[int]] | None = None
+        self._begin(model)
         start, cpu = time.perf_counter(), time.process_time()
         with torch.set_grad_enabled(backward):
             loss = loss_of(layer(x))
@@ -57,6 +57,48 @@ class Meter:
         if self._at_experts is not None:
             found["dispatch"] = self._at_experts
         return found
+
+    def generate(self, model: Any, prompts: Tensor, routes: Tensor) -> list[dict[str, Any]]:
+        """Let ``model.generate`` decode; return what each step took, the prompts' excluded.
+
+        A step is from the begin of one forward pass to that of the next. Collective.
+
+        Args:
+            prompts: ``[B, P]`` token ids of this rank.
+            routes: ``[S, L, B, K]`` experts that the tokens of each of S steps are sent to, with
+                the weights that the router gave its own picks.
+        """
+        self._begin(model)
+        stamps: list[tuple[float, float, dict[str, list[int]]]] = []
+
+        def stamp(*_: Any) -> None:
+            stamps.append((time.perf_counter(), time.process_time(), self._read()))
+
+        def replay(layer: int, given: tuple[Tensor, Tensor, Tensor]) -> Any:
+            step = len(stamps) - 2  # the first pass is that of the prompts
+            return None if step < 0 else (given[0], routes[step, layer], given[2])
+
+        hooks = [model.register_forward_pre_hook(stamp)]
+        for layer, experts in enumerate(experts_of(model)):
+            hook = functools.partial(lambda number, _, given: replay(number, given), layer)
+            hooks.append(experts.register_forward_pre_hook(hook))
+        sizes = {"max_new_tokens": len(routes) + 1, "min_new_tokens": len(routes) + 1}
+        mask = torch.ones_like(prompts)
+        self.texts = model.generate(prompts, attention_mask=mask, do_sample=False, **sizes)
+        stamp()
+        for hook in hooks:
+            hook.remove()
+        mine = torch.tensor([now[0] - before[0] for before, now in pairwise(stamps[1:])])
+        dist.all_reduce(mine, op=dist.ReduceOp.MAX)
+        return [
+            {"seconds": float(s), "cpu_s": now[1] - before[1], "step": since(before[2], now[2])}
+            for s, (before, now) in zip(mine, pairwise(stamps[1:]), strict=True)
+        ]
+
+    def _begin(self, model: nn.Module) -> None:
+        self._model = model
+        self._before = self._read_together()
+        self._at_experts: dict[str, list[int]] | None = None
 
     def watch(self, model: nn.Module) -> None:
         """Note what was sent when the experts begin."""
@@ -126,12 +168,36 @@ def run(given: dict[str, Any], batches: Any, topology: ClusterTopology) -> list[
             check(case, layer, chosen, sizes)
         if given["watch"]:
             meter.watch(model)
+    if given.get("generate"):
+        return decode(cases, built, batches, meter)
     for step in range(given["rounds"]):
         for case, (model, layers), steps in zip(cases, built, found, strict=True):
             index = step % len(layers)
             ids = batches[case["batches"]][step // len(layers), index, dist.get_rank()]
             x = tokens(ids, sizes)
             steps.append(meter.measure(model, layers[index], x, given["backward"]))
+    return found
+
+
+def decode(
+    cases: list[dict], built: list[tuple[Any, Any]], batches: Any, meter: Meter
+) -> list[list[dict]]:
+    """Return what every step of ``generate`` took on this rank; routes ``[R, S, L, G, B, K]``.
+
+    Raises:
+        RuntimeError: cases with the same routes write other texts.
+    """
+    found: list[list[dict[str, Any]]] = [[] for _ in cases]
+    rounds = len(batches[f"generate {cases[0]['batches']}"])
+    for each in range(rounds):
+        texts: dict[str, Tensor] = {}
+        for case, (model, _), steps in zip(cases, built, found, strict=True):
+            routes = batches[f"generate {case['batches']}"][each, :, :, dist.get_rank()]
+            model.eval().set_reshard_after_forward(False)  # dense weights stay gathered
+            prompts = torch.arange(2 * routes.shape[2]).view(-1, 2) % 8
+            steps += meter.generate(model, prompts, torch.from_numpy(routes.astype(np.int64)))
+            if not texts.setdefault(case["batches"], meter.texts).equal(meter.texts):
+                raise RuntimeError(f"{case['name']} writes other texts than the cases before it")
     return found
 
 

@@ -14,6 +14,9 @@ steps    milliseconds of forward and backward on 4 nodes with links of 200 Mbit/
          those tokens are not replayed. All cases take turns in one run.
 frontends  the same replay through transformers' expert parallelism, with its own exchange and with
          ours: forward and backward, and forward alone of few tokens, as when decoding.
+generate  decoding steps of transformers' ``model.generate`` with both exchanges: a model of as many
+         MoE layers as are replayed, whose tokens go where the recorded ones went. Nothing is timed
+         apart: attention, sampling and what keeps the ranks in step are in it.
 page     write the tables of docs/multinode.md and its pictures from the newest rows of --csv.
 
 Every case computes the same function, which is checked in the run. The times say what bytes cost
@@ -200,6 +203,13 @@ def frontends_part(chosen: argparse.Namespace) -> list[dict[str, Any]]:
     return made + replay(decode, transformers_cases, HF_COMPARED, where, backward=False)
 
 
+def generate_part(chosen: argparse.Namespace) -> list[dict[str, Any]]:
+    """Times of a decoding step of ``generate`` with transformers' exchange and with ours."""
+    decode = argparse.Namespace(**{**vars(chosen), "tokens": chosen.decode_tokens})
+    where = f"{steps_where(decode)}, {len(LAYERS)} MoE layers, transformers, generate"
+    return replay(decode, transformers_cases, HF_COMPARED, where, False, chosen.decode_steps)
+
+
 def steps_part(chosen: argparse.Namespace) -> list[dict[str, Any]]:
     """Times of DeepSpeed's layers and ours on nodes with slow links."""
     return replay(chosen, step_cases, COMPARED, steps_where(chosen))
@@ -211,8 +221,12 @@ def replay(
     compare: Sequence[tuple[str, str]],
     where: str,
     backward: bool = True,
+    decode_steps: int = 0,
 ) -> list[dict[str, Any]]:
-    """Replay recorded routes through all cases on nodes with slow links; return the rows."""
+    """Replay recorded routes through all cases on nodes with slow links; return the rows.
+
+    A step is one layer, or with ``decode_steps`` one step of ``generate``, so many at a time.
+    """
     data = Path(os.environ["MOE_LOCALITY_DATA"])
     trace = RoutingTrace.from_npz(data / f"{TRACE}.npz").select_layers(LAYERS)
     train, test = trace.split(0.7, seed=0)
@@ -223,7 +237,7 @@ def replay(
         "random": {int(request): int(rng.integers(ranks)) for request in test.request_ids},
         "predicted": assign_homes(test, plan, topology, predict=f"first:{PREDICT}"),
     }
-    groups = -(-chosen.rounds // len(LAYERS))
+    groups = chosen.rounds * decode_steps or -(-chosen.rounds // len(LAYERS))
     cut = {"ranks": ranks, "tokens": chosen.tokens, "steps": groups, "skip": PREDICT}
     batches = {name: rows_of.replayed_batches(test, home, **cut) for name, home in homes.items()}
     sizes = {
@@ -238,13 +252,19 @@ def replay(
         plan.write(nodes.folder / "plan.json")
         cases = cases_of(sizes, str(nodes.folder / "plan.json"))
         given = {"sizes": sizes, "rounds": chosen.rounds, "watch": False, "backward": backward}
-        measured = launch(nodes, cases, batches, **given)
+        given["generate"] = bool(decode_steps)
+        rounds = {
+            f"generate {name}": routes.reshape(chosen.rounds, decode_steps, *routes.shape[1:])
+            for name, routes in (batches.items() if decode_steps else ())
+        }
+        measured = launch(nodes, cases, batches | rounds, **given)
     linear = PlacementPlan.linear(sizes["experts"], LAYERS, chosen.nodes, chosen.slots)
     for case, each in zip(cases, measured, strict=True):
         if "dispatch" in case:
             used = plan if case["plan"] else linear
             rows = rows_of.predicted_rows(batches[case["batches"]], used, topology)
-            expected = rows[case["dispatch"]["exchange"]].ravel()[: chosen.rounds]
+            rows = rows[case["dispatch"]["exchange"]]
+            expected = rows.sum(1) if decode_steps else rows.ravel()[: chosen.rounds]
             directions = rows_of.DIRECTIONS if backward else rows_of.DIRECTIONS // 2
             rows_of.check_rows(case["name"], each["rows"], directions * expected)
     found = {case["name"]: each for case, each in zip(cases, measured, strict=True)}
@@ -271,6 +291,8 @@ def main() -> None:
         made += steps_part(chosen)
     if "frontends" in chosen.parts:
         made += frontends_part(chosen)
+    if "generate" in chosen.parts:
+        made += generate_part(chosen)
     if "autoep" in chosen.parts:
         made += auto_ep_part(chosen)
     for each in made:
@@ -284,13 +306,14 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     add = parser.add_argument
-    parts = ("bytes", "payload", "steps", "frontends", "autoep", "page")
+    parts = ("bytes", "payload", "steps", "frontends", "generate", "autoep", "page")
     add("--parts", default=",".join(parts), help=f"any of {', '.join(parts)}")
     add("--nodes", type=int, default=4)
     add("--slots", type=int, default=1, help="ranks per node")
     add("--mbit", type=float, default=200, help="rate of a node's link")
     add("--tokens", type=int, default=256, help="tokens per rank and step")
     add("--decode-tokens", type=int, default=32, help="tokens per rank of a decoding step")
+    add("--decode-steps", type=int, default=8, help="steps of a call of generate")
     add("--width", type=int, default=1440, help="float32: as wide as gpt-oss's 2880 in bfloat16")
     add("--hidden", type=int, default=16, help="narrow experts: the links decide")
     add("--rounds", type=int, default=15)
@@ -304,7 +327,9 @@ def parse() -> argparse.Namespace:
         parser.error(f"unknown parts {sorted(unknown)}, expected any of {', '.join(parts)}")
     if "page" in chosen.parts and chosen.page is not None and chosen.csv is None:
         parser.error("--page needs --csv, whose rows it shows")
-    if {"steps", "frontends", "autoep"} & {*chosen.parts} and "MOE_LOCALITY_DATA" not in os.environ:
+    if {"steps", "frontends", "generate", "autoep"} & {
+        *chosen.parts
+    } and "MOE_LOCALITY_DATA" not in os.environ:
         sys.exit("MOE_LOCALITY_DATA is not set: it names the directory of real routing traces")
     return chosen
 
