@@ -76,10 +76,10 @@ MAX_FUNCTION_LINES = 60
 MIN_LINES = 80
 
 # A budget of the whole package. Who needs more raises it here, and says what for.
-# Front ends for transformers and AutoEP: 6 files and 2,000 lines. Maps and transports of other
+# Front ends for transformers and AutoEP: 6 files and 2,100 lines. Maps and transports of other
 # engines: 700 lines.
 MAX_FILES = 123
-MAX_TOTAL_LINES = 39_500
+MAX_TOTAL_LINES = 39_600
 
 
 def module_name(path: Path) -> str:

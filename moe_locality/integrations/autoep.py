@@ -42,7 +42,7 @@ from moe_locality.layer.state import is_engine, stacked_shards, state_source
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.topology.groups import discover_topology, follow_groups
-from moe_locality.trace.recorder.hooks import moe_layer_ids
+from moe_locality.trace.recorder.hooks import moe_layer_ids, route_hooks
 
 logger = logging.getLogger(__name__)
 _KEEP_STOCK = "set enabled to false in the moe_locality section"
@@ -54,6 +54,7 @@ class LocalityAutoEPMoELayer(AutoEPMoELayer):
     ``slot_to_logical [E]``: the expert of each slot; slot s is in row ``s % e`` of rank ``s // e``.
     """
 
+    calls_route_hooks = True
     dispatch_config: DispatchConfig
     kernels: ops.Backend
     topology: ClusterTopology | None
@@ -73,6 +74,8 @@ class LocalityAutoEPMoELayer(AutoEPMoELayer):
     def _deepep_route(self, tokens: Tensor, ro: RouterOutput) -> Tensor:
         """``tokens [T, H]`` to ``[T, H]``: dispatch, experts, combine."""
         dispatcher, ids, scores = self._get_dispatcher(), ro.selected_experts, ro.top_scores
+        for record in route_hooks(self).values():
+            record(ids, scores)
         if self.score_apply == "post":
             return run_moe(dispatcher, tokens, ids, scores, self._run_experts)
         # the score scales what an expert reads, so every route is a row of its own

@@ -187,20 +187,37 @@ def test_initialize_auto_ep_with_empty_ranks(score_apply):
 
 
 def rows_are_predicted(rank, world, folder):
-    """Count what each exchange sends while a step is recorded."""
+    """Count what each exchange sends while two steps are recorded.
+
+    Something else than the router has the last word on the experts: what is recorded is what the
+    exchange got, whether the layers were ours when the recorder was attached or became so.
+    """
+    import moe_locality
+    from moe_locality.dispatch import traffic_report
+    from moe_locality.integrations.autoep import auto_ep_layers
+
+    def next_experts(_module, _args, output):
+        return output[0], (output[1] + 1) % SIZES["num_experts"], *output[2:]
+
     found = {}
     for exchange in ("flat", "hierarchical"):
         section = {
             "plan": f"{folder}/plan.json",
             "cluster": {"num_nodes": 2, "ranks_per_node": world // 2},
             "dispatch": {"exchange": exchange},
-            "trace": {"path": f"{folder}/{exchange}"},
         }
-        engine = start(world, section)
+        traced = {**section, "trace": {"path": f"{folder}/{exchange}"}}
+        engine = start(world, traced if exchange == "flat" else None)
+        if exchange == "hierarchical":
+            recorder = moe_locality.attach(engine, f"{folder}/{exchange}", strict=True)
+            moe_locality.apply(engine, section)
+        for _, layer in auto_ep_layers(engine.module):
+            layer.router.register_forward_hook(next_experts)
         train(engine, rank, steps=2)
-        report = engine.moe_locality.traffic_report()
+        report = traffic_report(engine.module)
         found[exchange] = (report["rows_by_link"], report["by_link"])
         engine.destroy()
+    recorder.close()
     return found
 
 

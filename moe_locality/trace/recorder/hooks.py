@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -430,11 +430,18 @@ def hook_layer(
             on_shape(places, _first_axes([*args, *kwargs.values()]))
 
         handles.append(layer.parent.register_forward_pre_hook(Hook(before), with_kwargs=True))
-    handles.append(_hook_router(places, layer, on_routes))
-    return handles
+    return handles + _hook_router(places, layer, on_routes)
 
 
-def _hook_router(places: Places, layer: MoeLayer, on_routes: OnRoutes) -> RemovableHandle:
+def route_hooks(module: Any) -> OrderedDict[int, Callable[..., None]]:
+    """Return the hooks that an exchange of ours calls with ``(ids [T, K], weights [T, K])``.
+
+    They stand on the layer, also before it is ours. A class of ours says ``calls_route_hooks``.
+    """
+    return vars(module).setdefault("route_hooks", OrderedDict())
+
+
+def _hook_router(places: Places, layer: MoeLayer, on_routes: OnRoutes) -> list[Any]:
     def experts(module, args, kwargs):
         on_routes(places, module, lambda weights: layer.read(module, args, kwargs, weights))
 
@@ -442,15 +449,27 @@ def _hook_router(places: Places, layer: MoeLayer, on_routes: OnRoutes) -> Remova
         on_routes(places, module, lambda weights: layer.read(module, args, output, weights))
 
     def router(module, _args, output):
-        on_routes(places, module, lambda weights: read_autoep_router(output, weights))
+        if not getattr(layer.parent, "calls_route_hooks", False):
+            on_routes(places, module, lambda weights: read_autoep_router(output, weights))
+
+    def exchanged(ids, scores):
+        def read(weights: bool) -> Routes:
+            return Routes(ids, scores.detach() if weights else None)
+
+        on_routes(places, layer.module, read)
 
     def gate(module, _args, output):
         on_routes(places, module, lambda weights: read_deepspeed_gate(output, module.k, weights))
 
     if layer.kind == "transformers":
-        return layer.module.register_forward_pre_hook(Hook(experts), with_kwargs=True)
+        return [layer.module.register_forward_pre_hook(Hook(experts), with_kwargs=True)]
     hooks = {"autoep": router, "deepspeed": gate, "output": output_of}
-    return layer.module.register_forward_hook(Hook(hooks[layer.kind]))
+    handles: list[Any] = [layer.module.register_forward_hook(Hook(hooks[layer.kind]))]
+    if layer.kind == "autoep" and layer.parent is not None:
+        seam = route_hooks(layer.parent)
+        handles.append(RemovableHandle(seam))
+        seam[handles[-1].id] = Hook(exchanged)
+    return handles
 
 
 def input_axes(values: Iterable[Any]) -> tuple[int, int] | None:
