@@ -37,7 +37,7 @@ FLOORS = {
     "moe_locality.compat": 4,
     "moe_locality.dispatch": 4,
     "moe_locality.layer": 5,
-    "moe_locality.serving": 5,
+    "moe_locality.serving": 6,
     "moe_locality.integrations": 5.5,
     "moe_locality.integrations.autoep": 5,
     "moe_locality.tracking": 1,
@@ -77,9 +77,9 @@ MIN_LINES = 80
 
 # A budget of the whole package. Who needs more raises it here, and says what for.
 # Front ends for transformers and AutoEP: 6 files and 2,100 lines. Maps and transports of other
-# engines: 700 lines.
-MAX_FILES = 123
-MAX_TOTAL_LINES = 39_600
+# engines: 700 lines. Serving: 14 files and 4,500 lines.
+MAX_FILES = 137
+MAX_TOTAL_LINES = 44_100
 
 
 def module_name(path: Path) -> str:

@@ -7,6 +7,7 @@ stays transformers' own and routes logical experts; weights move between ranks o
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,8 @@ except ImportError as error:
     ) from error
 
 NAME = "moe_locality"
+OnRoutes = Callable[["LocalityEP", Tensor, Tensor], Tensor]
+"""(layer, hidden states [T, D], ids [T, K]) -> the ids that are sent; -1 is not."""
 logger = logging.getLogger(__name__)
 _registered = MoeLocalityConfig()
 
@@ -105,6 +108,7 @@ class LocalityEP(EPImplementation):
         self.num_slots = self.num_experts
         self.slot_map = SlotMap()
         self.dispatcher: TokenDispatcher | None = None
+        self.on_routes: OnRoutes | None = None
         watch_optimizers()
         experts.moe_locality_ep = self  # pyright: ignore[reportArgumentType]
 
@@ -118,6 +122,8 @@ class LocalityEP(EPImplementation):
             )
         if self.dispatcher is None:
             self.dispatcher = self._make_dispatcher(top_k_index.shape[1])
+        if self.on_routes is not None:
+            top_k_index = self.on_routes(self, hidden_states, top_k_index)
         num_tokens, width = hidden_states.shape
         given = (hidden_states, top_k_index, top_k_weights)
         if self.tp_mesh.size() > 1:  # the ranks of a TP group hold the same tokens

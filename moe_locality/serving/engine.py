@@ -1,0 +1,434 @@
+"""The engine: requests in, results out as they finish, a token for every running sequence per step.
+
+Every rank has an engine over the same model and serves requests of its own; all ranks step
+together (:mod:`moe_locality.serving.lockstep`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moe_locality.dispatch.traffic import local_traffic, reset_traffic
+from moe_locality.layer.agreement import all_agree, all_succeed
+from moe_locality.serving.cache import Rows, assemble, check_cache, pass_inputs
+from moe_locality.serving.lockstep import LockStep, RouteTap
+from moe_locality.serving.requests import (
+    CompletionOutput,
+    Request,
+    RequestError,
+    RequestOutput,
+    SamplingParams,
+    as_request,
+    check_prompt,
+)
+from moe_locality.serving.sampling import Choice, choose, draw, seed_of
+from moe_locality.serving.scheduler import (
+    Decode,
+    Limits,
+    Prefill,
+    RequestState,
+    Scheduler,
+    Sequence,
+    Work,
+)
+from moe_locality.trace.recorder import annotate
+
+OnToken = Callable[[Sequence, int], None]
+OnStep = Callable[[dict[str, Any]], None]
+WAITING, MORE, RUNS = range(3)  # the words of a rank in a step
+
+
+class Engine:
+    """Continuous batching of a transformers model, one engine per rank. Making one is collective.
+
+    Args:
+        model: from ``from_pretrained``, spread over the ranks or whole.
+        tokenizer: for prompts and stops that are texts, and for the text of results.
+        limits: what this rank may hold; the same on all ranks.
+        seed: for requests that have none of their own.
+        on_token: called with (sequence, token) for every new token.
+        on_step: called with the counts of every step, see :meth:`step_counts`.
+
+    Raises:
+        ConfigError: the model cannot be served so, on all ranks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any = None,
+        *,
+        limits: Limits | None = None,
+        seed: int = 0,
+        on_token: OnToken | None = None,
+        on_step: OnStep | None = None,
+    ) -> None:
+        self.model: Any = model.eval()
+        self.tokenizer: Any = tokenizer
+        self.seed = seed
+        self.limits = limits or Limits()
+        self.on_token, self.on_step = on_token, on_step
+        self.device: torch.device = self.model.device
+        self.recurrent = all_succeed(lambda: check_cache(model))
+        all_agree("settings of the engine", repr((self.limits, seed)))
+        self.config: Any = self.model.config.get_text_config(decoder=True)
+        self.eos = _eos_tokens(self.model)
+        parameters = inspect.signature(self.model.forward).parameters
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
+        self.tap = RouteTap(model)
+        self.lockstep = LockStep(model, self.tap, self.device)
+        self.scheduler = Scheduler(self.limits, pads=not self.recurrent)
+        self._batch: Rows | None = None
+        self._batch_of: list[Sequence] = []
+        self._arrived = self._steps = 0
+        self._seconds: dict[str, float] = defaultdict(float)
+        self.lockstep.warm_up(lambda: self._forward(Rows.empty(self.config, 1), [[0]]))
+        reset_traffic(model)
+
+    # -- requests in, results out
+
+    def generate(
+        self, requests: Iterable[Any], sampling_params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
+        """Yield the results of this rank's requests as they finish. Collective: on every rank.
+
+        Args:
+            requests: ``Request``, dicts, texts or lists of token ids; taken as there is room.
+            sampling_params: of those that have none.
+        """
+        source, default = iter(requests), sampling_params or SamplingParams()
+        more = True
+        while True:
+            outputs = []
+            while more and len(self.scheduler.waiting) < self.limits.max_num_seqs:
+                try:
+                    value = next(source)
+                except StopIteration:
+                    more = False
+                    break
+                outputs += self.add_request(value, default)
+            yield from outputs
+            finished = self.step(more)
+            if finished is None:
+                return
+            yield from finished
+
+    def add_request(
+        self, value: Any, sampling_params: SamplingParams | None = None
+    ) -> list[RequestOutput]:
+        """Take a request; one that cannot be served comes back with its ``error``."""
+        number, self._arrived = self._arrived, self._arrived + 1
+        request_id: Any = value.get("request_id", number) if isinstance(value, dict) else number
+        try:
+            if isinstance(value, RequestError):
+                raise value
+            request = as_request(value, number, sampling_params or SamplingParams())
+            request_id = request.request_id
+            self.scheduler.add(self._state_of(request, number))
+        except (RequestError, TypeError) as error:
+            return [self._refused(request_id, error)]
+        return []
+
+    def _refused(self, request_id: Any, error: Exception) -> RequestOutput:
+        rank = self.lockstep.rank
+        if not isinstance(request_id, (int, str)):
+            request_id = repr(request_id)
+        return RequestOutput(
+            request_id=request_id,
+            prompt_token_ids=[],
+            outputs=[],
+            error=str(error),
+            arrival=rank,
+            home=rank,
+        )
+
+    def _state_of(self, request: Request, number: int) -> RequestState:
+        ids, params = request.prompt_token_ids, request.sampling_params
+        if not isinstance(request.request_id, (int, str)):
+            raise RequestError(
+                f"found request_id {request.request_id!r}, expected a number or text"
+            )
+        if (ids is None) == (request.prompt is None):
+            raise RequestError("found both or none of prompt and prompt_token_ids, expected one")
+        if self.tokenizer is None and (request.prompt is not None or params.stop):
+            raise RequestError("found a text, expected token ids: give the engine a tokenizer")
+        if request.prompt is not None:
+            if not isinstance(request.prompt, str):
+                raise RequestError(f"found prompt {request.prompt!r}, expected a text")
+            tokenize: Any = self.tokenizer
+            ids = tokenize(request.prompt)["input_ids"]
+        prompt = check_prompt(ids, self.config.vocab_size)
+        room = max(self.limits.max_model_len - len(prompt), 1)
+        most = room if params.max_tokens is None else min(params.max_tokens, room)
+        state = RequestState(
+            request_id=request.request_id,
+            prompt=prompt,
+            params=dataclasses.replace(params, max_tokens=most),
+            seed=seed_of(params, request.request_id, self.seed),
+            number=number,
+            arrival=self.lockstep.rank,
+            home=self.lockstep.rank,
+            domain=request.domain,
+            began=time.monotonic(),
+        )
+        self.scheduler.check(state)
+        return state
+
+    # -- a step
+
+    def step(self, more: bool = False) -> list[RequestOutput] | None:
+        """One pass on every rank. Collective. Returns what finished here; None: all is done.
+
+        Args:
+            more: whether this rank has requests that it has not added yet.
+        """
+        self._seconds.clear()
+        work = self.scheduler.next_work()
+        with self._timed("control"):
+            words = self.lockstep.meet([len(self.scheduler), int(more), int(work is not None)])
+        if not words.any():
+            return None
+        before = self._counted()
+        finished: list[RequestOutput] = []
+        if words[:, RUNS].any():
+            with self._timed("model"):
+                logits = self._run(work)
+            if work is not None and logits is not None:
+                with self._timed("sample"):
+                    finished = self._take_tokens(work, logits)
+        self._steps += 1
+        if self.on_step is not None:
+            self.on_step(self.step_counts(work, before))
+        return finished
+
+    def _run(self, work: Work | None) -> Tensor | None:
+        if work is None:
+            self.lockstep.idle()
+            return None
+        if isinstance(work, Prefill):
+            return self._prefill(work)
+        with self._timed("rows"):
+            batch = self._compose(work.sequences)
+        states = [sequence.request for sequence in work.sequences]
+        tokens = [[sequence.token_ids[-1]] for sequence in work.sequences]
+        return self._forward(batch, tokens, states, "decode")
+
+    def _prefill(self, work: Prefill) -> Tensor | None:
+        first = work.requests[0]
+        rows = first.rows if first.computed else Rows.empty(self.config, len(work.requests))
+        tokens = [
+            state.prompt[state.computed : state.computed + count]
+            for state, count in zip(work.requests, work.chunks, strict=True)
+        ]
+        logits = self._forward(rows, tokens, work.requests, "prefill")
+        for i, state in enumerate(work.requests):
+            state.rows = rows if len(work.requests) == 1 else assemble([(rows, i)])
+        done = [
+            self.scheduler.was_read(state, count)
+            for state, count in zip(work.requests, work.chunks, strict=True)
+        ]
+        return logits if all(done) else None
+
+    def _compose(self, sequences: list[Sequence]) -> Rows:
+        """Return the caches of these sequences as one batch; nothing moves where it is the same."""
+        if sequences == self._batch_of and self._batch is not None:
+            return self._batch
+        place = {id(sequence): i for i, sequence in enumerate(self._batch_of)}
+        picks = []
+        for sequence in sequences:
+            index = place.get(id(sequence))
+            source = sequence.request.rows if index is None else self._batch
+            picks.append((source, index or 0))
+        self._batch, self._batch_of = assemble(picks), list(sequences)
+        for sequence in sequences:
+            sequence.request.rows = None
+        return self._batch
+
+    def _forward(
+        self,
+        rows: Rows,
+        tokens: list[list[int]],
+        states: list[RequestState] | None = None,
+        stage: str = "prefill",
+    ) -> Tensor:
+        """Run the model on the next tokens of each row: logits ``[B, V]`` of the last ones."""
+        given = pass_inputs(rows, tokens)
+        valid = given.pop("valid")
+        padded = bool((~valid).any())
+        self.tap.valid = valid.reshape(-1).to(self.device) if padded else None
+        labels: Any = contextlib.nullcontext()
+        if states is not None:  # for a recorder, where one is attached
+            labels = annotate(
+                request_ids=[self._recorded_id(state) for state in states],
+                stage=stage,
+                positions=given["position_ids"],
+                mask=valid if padded else None,
+                domains=[s.domain or "" for s in states] if any(s.domain for s in states) else None,
+            )
+        given = {name: value.to(self.device) for name, value in given.items()}
+        with torch.no_grad(), labels:
+            output = self.model(
+                **given, **{self._cache_name: rows.cache}, use_cache=True, logits_to_keep=1
+            )
+        rows.lengths = [old + len(new) for old, new in zip(rows.lengths, tokens, strict=True)]
+        return output.logits[:, -1]
+
+    def _recorded_id(self, state: RequestState) -> int:
+        if isinstance(state.request_id, int) and state.request_id >= 0:
+            return state.request_id
+        return state.number * self.lockstep.size + state.arrival
+
+    # -- tokens
+
+    def _take_tokens(self, work: Work, logits: Tensor) -> list[RequestOutput]:
+        if isinstance(work, Decode):
+            self._append(work.sequences, logits)
+            self.scheduler.drop_finished()
+            states = {id(s.request): s.request for s in work.sequences if s.finish_reason}
+            return [output for state in states.values() for output in self._result(state)]
+        finished = []
+        for row, state in enumerate(work.requests):
+            state.sequences = [Sequence(state, index) for index in range(state.params.n)]
+            self._append(state.sequences, logits[row : row + 1].expand(state.params.n, -1))
+            state.seconds["first_token"] = time.monotonic() - state.began
+            finished += self._result(state)
+            self.scheduler.is_ready(state)
+            if all(sequence.finish_reason for sequence in state.sequences):
+                self.scheduler.leaves(state)
+        return finished
+
+    def _append(self, sequences: list[Sequence], logits: Tensor) -> None:
+        params = [sequence.request.params for sequence in sequences]
+        draws = [
+            draw(s.request.seed, s.index, len(s.token_ids)) if p.temperature > 0 else 0.0
+            for s, p in zip(sequences, params, strict=True)
+        ]
+        for sequence, choice in zip(sequences, choose(logits, params, draws), strict=True):
+            self._note(sequence, choice)
+
+    def _note(self, sequence: Sequence, choice: Choice) -> None:
+        """Add a token to a sequence and see whether it ends."""
+        params, token = sequence.request.params, choice.token
+        sequence.token_ids.append(token)
+        if choice.logprobs is not None:
+            sequence.logprobs.append(choice.logprobs)
+        if token in params.stop_token_ids:
+            sequence.finish_reason, sequence.stop_reason = "stop", token
+        elif token in self.eos and not params.ignore_eos:
+            sequence.finish_reason = "stop"
+        elif len(sequence.token_ids) >= (params.max_tokens or 0):
+            sequence.finish_reason = "length"
+        if params.stop:
+            text = self.tokenizer.decode(sequence.token_ids, skip_special_tokens=True)
+            found = [(text.find(stop), stop) for stop in params.stop if stop in text]
+            if found:
+                place, stop = min(found)
+                sequence.text = text[:place]
+                sequence.finish_reason, sequence.stop_reason = "stop", stop
+        if self.on_token is not None:
+            self.on_token(sequence, token)
+
+    def _result(self, state: RequestState) -> list[RequestOutput]:
+        """The result of a request, once all its sequences have ended."""
+        if not all(sequence.finish_reason for sequence in state.sequences):
+            return []
+        state.seconds["finished"] = time.monotonic() - state.began
+        outputs = []
+        for s in state.sequences:
+            text, logs = s.text, s.logprobs or None
+            if text is None and self.tokenizer is not None:
+                text = self.tokenizer.decode(s.token_ids, skip_special_tokens=True)
+            chosen = [logs[i][token] for i, token in enumerate(s.token_ids)] if logs else None
+            outputs.append(
+                CompletionOutput(
+                    index=s.index,
+                    token_ids=s.token_ids,
+                    text=text,
+                    cumulative_logprob=None if chosen is None else sum(chosen),
+                    logprobs=logs,
+                    finish_reason=s.finish_reason,
+                    stop_reason=s.stop_reason,
+                )
+            )
+        return [
+            RequestOutput(
+                request_id=state.request_id,
+                prompt_token_ids=state.prompt,
+                outputs=outputs,
+                arrival=state.arrival,
+                home=self.lockstep.rank,
+                seconds=state.seconds,
+            )
+        ]
+
+    # -- counts
+
+    @contextlib.contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._seconds[stage] += time.perf_counter() - began
+
+    def _counted(self) -> dict[str, Any] | None:
+        if self.on_step is None:
+            return None
+        return local_traffic(self.model, None)["sent"]
+
+    def step_counts(self, work: Work | None, before: dict[str, Any] | None) -> dict[str, Any]:
+        """What this rank did in a step: plain data.
+
+        ``step``, ``kind`` (prefill, decode, idle), ``tokens`` (that the model was given),
+        ``sequences``, ``waiting``, ``ready``, ``kv_tokens`` (reserved), ``seconds {stage: s}``,
+        ``bytes`` and ``rows`` ``{kind: [same rank, same node, across nodes]}`` that this rank sent,
+        ``control_bytes`` since the start.
+        """
+        kind = "idle" if work is None else type(work).__name__.lower()
+        tokens = sequences = 0
+        if isinstance(work, Prefill):
+            tokens, sequences = sum(work.chunks), len(work.requests)
+        elif isinstance(work, Decode):
+            tokens = sequences = len(work.sequences)
+        sent: dict[str, Any] = {}
+        now = local_traffic(self.model, None)["sent"]
+        for name, key in (("bytes", "by_link"), ("rows", "rows_by_link")):
+            old = (before or {}).get(key, {})
+            sent[name] = {
+                link: (np.array(sums) - np.array(old.get(link, [0, 0, 0]))).tolist()
+                for link, sums in now.get(key, {}).items()
+            }
+        return {
+            "step": self._steps,
+            "kind": kind,
+            "tokens": tokens,
+            "sequences": sequences,
+            "waiting": len(self.scheduler.waiting),
+            "ready": len(self.scheduler.ready),
+            "kv_tokens": self.scheduler.kv_tokens,
+            "seconds": dict(self._seconds),
+            **sent,
+            "control_bytes": self.lockstep.control_bytes,
+        }
+
+
+def _eos_tokens(model: Any) -> frozenset[int]:
+    settings = getattr(model, "generation_config", None)
+    found = getattr(settings, "eos_token_id", None)
+    if found is None:
+        found = getattr(model.config.get_text_config(decoder=True), "eos_token_id", None)
+    if found is None:
+        return frozenset()
+    if isinstance(found, (list, tuple)):
+        return frozenset(int(token) for token in found)
+    if isinstance(found, Tensor):
+        return frozenset(found.reshape(-1).tolist())
+    return frozenset([int(found)])

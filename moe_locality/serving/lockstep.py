@@ -1,0 +1,123 @@
+"""Keep ranks in step: every rank takes part in every exchange of every MoE layer, with tokens or
+without.
+
+A rank that has nothing to run enters the exchanges alone, with no rows: it needs no forward pass.
+Dense weights are gathered once, before the first step, so that in a step only the exchange and one
+small collective travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moe_locality.errors import ConfigError
+from moe_locality.integrations.transformers_ep import LocalityEP, expert_layers
+
+
+def world() -> tuple[int, int]:
+    """Return (rank, number of ranks)."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+class RouteTap:
+    """Sees the picks of every MoE layer in a forward pass, and drops those of padding.
+
+    ``valid [T]``: which tokens are real, None: all of them. ``picks``: of the pass so far, ids
+    ``[T, K]`` per layer in the order of the layers, kept where ``keeps`` is set.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = [layer for _, layer in expert_layers(model)]
+        self.order: list[tuple[LocalityEP, int, int, torch.dtype]] = []
+        self.valid: Tensor | None = None
+        self.keeps, self.learns = False, False
+        self.picks: dict[int, Tensor] = {}
+        for layer in self.layers:
+            layer.on_routes = self.on_routes
+
+    def on_routes(self, layer: LocalityEP, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Take the picks ``ids [T, K]`` of a layer; return those that are sent."""
+        if self.learns:
+            self.order.append((layer, hidden.shape[1], ids.shape[1], hidden.dtype))
+        if self.keeps:
+            self.picks[self.layers.index(layer)] = ids
+        if self.valid is None:
+            return ids
+        if len(self.valid) != len(ids):
+            raise ConfigError(
+                f"found {len(ids)} tokens in an experts module of a pass of {len(self.valid)}, "
+                "expected as many: this model is not served; use model.generate"
+            )
+        return ids.masked_fill(~self.valid[:, None], -1)
+
+    def take_picks(self) -> np.ndarray | None:
+        """Return the picks of the pass: int16 ``[T, L, K]``, and forget them."""
+        if not self.picks:
+            return None
+        stacked = torch.stack([self.picks[number] for number in sorted(self.picks)], dim=1)
+        self.picks = {}
+        return stacked.to(torch.int16).cpu().numpy()
+
+    def close(self) -> None:
+        """Leave the layers as they were."""
+        for layer in self.layers:
+            layer.on_routes = None
+
+
+class LockStep:
+    """The part of the engine that talks with the other ranks in every step.
+
+    Args:
+        run: runs the model on one token, once more for every call.
+    """
+
+    def __init__(self, model: nn.Module, tap: RouteTap, device: torch.device) -> None:
+        self.rank, self.size = world()
+        self.model, self.tap, self.device = model, tap, device
+        self.control_bytes = 0
+        wide = [name for name, layer in expert_layers(model) if layer.tp_mesh.size() > 1]
+        if wide:
+            raise ConfigError(
+                f"found tensor parallelism at {wide[0]}, expected ranks with requests of their own:"
+                " load the model with tp_size=1"
+            )
+
+    def warm_up(self, run: Callable[[], Any]) -> None:
+        """Gather the dense weights for good and learn the order of the layers. Collective.
+
+        FSDP2 drops the weights of a pass that began before it was told to keep them, and those of
+        its root at the end of the first one: two passes.
+        """
+        keep = getattr(self.model, "set_reshard_after_forward", None)
+        if keep is not None:
+            keep(False)
+        run()
+        self.tap.learns = True
+        run()
+        self.tap.learns = False
+
+    @torch.no_grad()
+    def idle(self) -> None:
+        """Take part in the exchanges of one pass without a token."""
+        for layer, width, top_k, dtype in self.tap.order:
+            nothing = torch.empty(0, width, dtype=dtype, device=self.device)
+            routes = torch.empty(0, top_k, dtype=torch.int64, device=self.device)
+            layer.experts(nothing, routes, torch.empty(0, top_k, dtype=dtype, device=self.device))
+
+    def meet(self, word: list[int]) -> np.ndarray:
+        """Exchange a few counts: returns ``[G, len(word)]``, what each rank said. Collective."""
+        mine = torch.tensor(word, dtype=torch.int64)
+        if self.size == 1:
+            return mine[None].numpy()
+        everyone = torch.empty(self.size * len(word), dtype=torch.int64, device=self.device)
+        dist.all_gather_into_tensor(everyone, mine.to(self.device))
+        self.control_bytes += 8 * len(word) * (self.size - 1)
+        return everyone.view(self.size, -1).cpu().numpy()

@@ -1,0 +1,274 @@
+"""Which requests of a rank run in the next step. Plain data: no model, no process group.
+
+A step is one forward pass on every rank. A rank with prompts to read and sequences to continue does
+both in turns, so neither waits for the other; a long prompt is read in chunks. Requests start in
+the order of their arrival, and one that does not fit yet keeps later ones waiting: none starves.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from moe_locality.errors import ConfigError
+from moe_locality.serving.requests import RequestError, RequestId, SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a rank may hold and run; the names are vLLM's.
+
+    Args:
+        max_num_seqs: sequences that are continued together.
+        max_num_batched_tokens: tokens of one step, padding included; longer prompts come in chunks.
+        max_model_len: tokens of a sequence, prompt and continuation.
+        max_num_kv_tokens: tokens in the caches of this rank (default: ``max_num_seqs *
+            max_model_len``). The batch counts as a rectangle, rows times the longest of them.
+        max_num_ready: prompts that are read before there is a row for them.
+    """
+
+    max_num_seqs: int = 16
+    max_num_batched_tokens: int = 512
+    max_model_len: int = 2048
+    max_num_kv_tokens: int | None = None
+    max_num_ready: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"max_num_seqs": 1, "max_num_batched_tokens": 1, "max_model_len": 2}
+        for name, low in (*least.items(), ("max_num_ready", 0)):
+            if getattr(self, name) < low:
+                raise ConfigError(f"found {name}={getattr(self, name)}, expected at least {low}")
+        if self.max_num_seqs > self.max_num_batched_tokens:
+            raise ConfigError(
+                f"found max_num_seqs={self.max_num_seqs} and max_num_batched_tokens="
+                f"{self.max_num_batched_tokens}, expected a token for every sequence: raise it"
+            )
+
+    @property
+    def kv_room(self) -> int:
+        """Tokens in the caches of a rank."""
+        if self.max_num_kv_tokens is not None:
+            return self.max_num_kv_tokens
+        return self.max_num_seqs * self.max_model_len
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One continuation of a request."""
+
+    request: RequestState
+    index: int
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, float]] = field(default_factory=list)
+    text: str | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True, eq=False)
+class RequestState:
+    """A request on its way. ``computed``: tokens of its prompt that are in its cache ``rows``;
+    ``number``: its place in the order of arrival; ``picks``: the routing of its prompt, a part
+    ``[t, L, K]`` per pass, where it was asked for; ``profile [L, E]``: how often it used experts.
+    """
+
+    request_id: RequestId
+    prompt: list[int]
+    params: SamplingParams
+    seed: int
+    number: int
+    arrival: int = 0
+    home: int | None = None
+    domain: str | None = None
+    computed: int = 0
+    rows: Any = None
+    sequences: list[Sequence] = field(default_factory=list)
+    picks: list[np.ndarray] = field(default_factory=list)
+    profile: np.ndarray | None = None
+    began: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a sequence at its end, at most."""
+        return len(self.prompt) + (self.params.max_tokens or 0)
+
+    @property
+    def reserve(self) -> int:
+        """Tokens that its continuations will have in the caches, at most."""
+        return self.params.n * self.longest
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """Read these prompts on, ``chunks [B]`` tokens of each."""
+
+    requests: list[RequestState]
+    chunks: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """Continue these sequences by one token each."""
+
+    sequences: list[Sequence]
+
+
+Work = Prefill | Decode
+Choose = Callable[[ListLike[RequestState], ListLike[Sequence]], int]
+"""(the ready ones, those that run) -> which of the ready ones joins next."""
+
+
+def first_come(ready: ListLike[RequestState], running: ListLike[Sequence]) -> int:
+    """Choose the one that came first."""
+    del running
+    return min(range(len(ready)), key=lambda i: ready[i].number)
+
+
+class Scheduler:
+    """The requests of one rank: waiting, being read, ready, running.
+
+    Args:
+        pads: whether prompts of different length are read together.
+        choose: which of the ready requests takes a free row. The oldest one does as soon as
+            ``patience`` others have overtaken it.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        pads: bool = True,
+        choose: Choose = first_come,
+        patience: int | None = None,
+    ) -> None:
+        self.limits, self.pads, self.choose = limits, pads, choose
+        self.patience = 4 * limits.max_num_seqs if patience is None else patience
+        self.waiting: deque[RequestState] = deque()
+        self.reading: list[RequestState] = []
+        self.ready: list[RequestState] = []
+        self.running: list[Sequence] = []
+        self._overtaken = 0
+        self._read_last = False
+
+    def check(self, state: RequestState) -> None:
+        """Raise RequestError where the request can never run here."""
+        limits = self.limits
+        if len(state.prompt) >= limits.max_model_len:
+            raise RequestError(
+                f"found a prompt of {len(state.prompt)} tokens, expected fewer than max_model_len="
+                f"{limits.max_model_len}: shorten it, or raise max_model_len"
+            )
+        if state.params.n > limits.max_num_seqs:
+            raise RequestError(
+                f"found n={state.params.n}, expected at most max_num_seqs={limits.max_num_seqs}"
+            )
+        if state.reserve > limits.kv_room:
+            raise RequestError(
+                f"found a request of {state.params.n} x {state.longest} tokens, expected at most "
+                f"max_num_kv_tokens={limits.kv_room}: lower max_tokens or n"
+            )
+
+    def add(self, state: RequestState) -> None:
+        """Take a request: to be read, or ready where its prompt was read elsewhere."""
+        if state.sequences:
+            self.ready.append(state)
+        elif state.computed:
+            self.reading.append(state)
+        else:
+            self.waiting.append(state)
+
+    def __len__(self) -> int:
+        running = {id(sequence.request) for sequence in self.running}
+        return len(self.waiting) + len(self.reading) + len(self.ready) + len(running)
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens in the caches that are reserved."""
+        return self._rectangle(self.running) + sum(s.reserve for s in (*self.reading, *self.ready))
+
+    @staticmethod
+    def _rectangle(sequences: Iterable[Sequence]) -> int:
+        lengths = [sequence.request.longest for sequence in sequences]
+        return len(lengths) * max(lengths, default=0)
+
+    def next_work(self) -> Work | None:
+        """What this rank runs in the next step; None: nothing."""
+        self._join()
+        reads = not (self._read_last and self.running)
+        work = self._next_prefill() if reads else None
+        self._read_last = work is not None
+        if work is None and self.running:
+            return Decode(list(self.running))
+        return work
+
+    def _join(self) -> None:
+        """Give free rows to requests that are ready."""
+        while self.ready:
+            oldest = first_come(self.ready, self.running)
+            index = oldest
+            if self._overtaken < self.patience:
+                index = self.choose(self.ready, self.running)
+            if not self._fits(self.ready[index]):
+                index = oldest
+                if not self._fits(self.ready[index]):
+                    return
+            self._overtaken = 0 if index == oldest else self._overtaken + 1
+            self.running += self.ready.pop(index).sequences
+
+    def _fits(self, state: RequestState) -> bool:
+        after = [*self.running, *state.sequences]
+        if len(after) > self.limits.max_num_seqs:
+            return False
+        parked = sum(s.reserve for s in (*self.reading, *self.ready)) - state.reserve
+        return self._rectangle(after) + parked <= self.limits.kv_room
+
+    def _next_prefill(self) -> Prefill | None:
+        budget = self.limits.max_num_batched_tokens
+        if self.reading:
+            state = min(self.reading, key=lambda s: s.number)
+            return Prefill([state], [min(budget, len(state.prompt) - state.computed)])
+        taken: list[RequestState] = []
+        longest = 0
+        while self.waiting and self._may_read(self.waiting[0]):
+            length = len(self.waiting[0].prompt)
+            uneven = taken and length != longest and not self.pads
+            if taken and (uneven or (len(taken) + 1) * max(longest, length) > budget):
+                break
+            longest = max(longest, length)
+            taken.append(self.waiting.popleft())
+            self.reading.append(taken[-1])
+        if not taken:
+            return None
+        return Prefill(taken, [min(budget, len(state.prompt)) for state in taken])
+
+    def _may_read(self, state: RequestState) -> bool:
+        held = sum(s.params.n for s in (*self.reading, *self.ready)) + len(self.running)
+        most = self.limits.max_num_seqs + self.limits.max_num_ready
+        room = self.kv_tokens + state.reserve <= self.limits.kv_room
+        return room and held + state.params.n <= most
+
+    def was_read(self, state: RequestState, tokens: int) -> bool:
+        """Note that tokens of a prompt are in its cache; return whether it was read to its end."""
+        state.computed += tokens
+        return state.computed == len(state.prompt)
+
+    def leaves(self, state: RequestState) -> None:
+        """Forget a request that is being read or ready: it ended, or moves to another rank."""
+        for held in (self.reading, self.ready):
+            if state in held:
+                held.remove(state)
+
+    def is_ready(self, state: RequestState) -> None:
+        """The prompt was read; its continuations wait for rows."""
+        self.reading.remove(state)
+        self.ready.append(state)
+
+    def drop_finished(self) -> None:
+        """Free the rows of sequences that have ended."""
+        self.running = [s for s in self.running if s.finish_reason is None]

@@ -1,0 +1,222 @@
+"""The engine on one rank: what it takes, refuses and returns, on a tiny whole model."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from moe_locality.errors import ConfigError
+from moe_locality.trace import read_trace
+
+transformers = pytest.importorskip("transformers")
+serving = pytest.importorskip("moe_locality.serving", reason="transformers before 5.23")
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 2,
+}
+LIMITS = {"max_num_seqs": 3, "max_num_batched_tokens": 16, "max_model_len": 40}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**SIZES, sliding_window=None)
+    return transformers.MixtralForCausalLM(config).eval()
+
+
+class Letters:
+    """A tokenizer: token t is the character number t of its alphabet."""
+
+    alphabet = "".join(chr(33 + i) for i in range(64))
+
+    def __call__(self, text):
+        return {"input_ids": [self.alphabet.index(letter) for letter in text]}
+
+    def decode(self, ids, skip_special_tokens=True):
+        return "".join(self.alphabet[i] for i in ids)
+
+
+def engine_of(model, tokenizer=None, **options):
+    limits = serving.Limits(**{**LIMITS, **options.pop("limits", {})})
+    return serving.Engine(model, tokenizer, limits=limits, **options)
+
+
+def greedy(model, ids, count):
+    output = model.generate(
+        torch.tensor([ids]),
+        max_new_tokens=count,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return output[0, len(ids) :].tolist()
+
+
+def prompts(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 64, rng.integers(1, 25)).tolist() for _ in range(count)]
+
+
+def test_generate_takes_texts_tokens_dicts_and_requests(model):
+    params = serving.SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    ids = prompts(1)[0]
+    text = Letters().decode(ids)
+    given = [
+        text,
+        ids,
+        {"prompt": text, "request_id": "a", "temperature": 0, "max_tokens": 4},
+        {"prompt_token_ids": ids, "sampling_params": {"temperature": 0, "max_tokens": 4}},
+        serving.Request(request_id=9, prompt_token_ids=ids, sampling_params=params),
+    ]
+    outputs = list(engine_of(model, Letters()).generate(given, params))
+    wanted = greedy(model, ids, 4)
+    assert sorted(map(str, (output.request_id for output in outputs))) == ["0", "1", "3", "9", "a"]
+    for output in outputs:
+        assert output.prompt_token_ids == ids
+        assert output.outputs[0].token_ids == wanted
+        assert output.outputs[0].text == Letters().decode(wanted)
+        assert output.outputs[0].finish_reason == "length"
+        assert json.loads(output.to_json())["outputs"][0]["token_ids"] == wanted
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"prompt_token_ids": []},
+        {"prompt_token_ids": [64]},
+        {"prompt_token_ids": [1.5]},
+        {"prompt_token_ids": ["x"]},
+        {"prompt_token_ids": 5},
+        {"prompt": "ab", "prompt_token_ids": [1]},
+        {"prompt": 5},
+        {},
+        {"prompt_token_ids": [1], "temprature": 1},
+        {"prompt_token_ids": [1], "max_tokens": 0},
+        {"prompt_token_ids": [1], "sampling_params": [3]},
+        {"prompt_token_ids": [1], "request_id": [3]},
+        {"prompt_token_ids": [1] * 40},
+        {"prompt_token_ids": [1], "n": 4},
+        None,
+        5,
+    ],
+)
+def test_generate_refuses_a_wrong_request_alone(model, wrong):
+    good = {"prompt_token_ids": [1, 2], "temperature": 0, "max_tokens": 3}
+    outputs = list(engine_of(model, Letters()).generate([good, wrong, good]))
+    refused = [output for output in outputs if output.error]
+    assert len(refused) == 1
+    assert refused[0].error.startswith("found ")
+    served = [output.outputs[0].token_ids for output in outputs if not output.error]
+    assert served == [greedy(model, [1, 2], 3)] * 2
+
+
+def test_generate_refuses_texts_without_a_tokenizer(model):
+    (output,) = engine_of(model).generate(["ab"])
+    assert "tokenizer" in output.error
+
+
+def test_generate_ends_at_stop_tokens_stop_texts_and_the_models_own(model):
+    ids = prompts(1, seed=3)[0]
+    plain = greedy(model, ids, 12)
+    letters = Letters()
+    base = {"prompt_token_ids": ids, "temperature": 0, "max_tokens": 12}
+    token = plain[4]
+    cut = plain.index(token) + 1
+    engine = engine_of(model, letters)
+    (output,) = engine.generate([{**base, "stop_token_ids": [token]}])
+    assert output.outputs[0].token_ids == plain[:cut]
+    assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == ("stop", token)
+    stop = letters.decode(plain[3:5])
+    (output,) = engine.generate([{**base, "stop": stop}])
+    whole = letters.decode(plain)
+    assert output.outputs[0].text == whole[: whole.index(stop)]
+    assert output.outputs[0].stop_reason == stop
+    engine.eos = frozenset([token])
+    (output,) = engine.generate([base])
+    assert output.outputs[0].token_ids == plain[:cut]
+    assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == ("stop", None)
+    (output,) = engine.generate([{**base, "ignore_eos": True}])
+    assert output.outputs[0].token_ids == plain
+
+
+def test_generate_samples_the_same_tokens_in_any_batch(model):
+    requests = [
+        {"prompt_token_ids": ids, "request_id": i, "seed": i, "max_tokens": 8, "n": 1 + i % 3}
+        for i, ids in enumerate(prompts(8, seed=1))
+    ]
+    together = {o.request_id: o for o in engine_of(model).generate(requests)}
+    for request in requests:
+        (alone,) = engine_of(model, limits={"max_num_batched_tokens": 5}).generate([request])
+        found = [c.token_ids for c in together[request["request_id"]].outputs]
+        assert found == [c.token_ids for c in alone.outputs]
+        assert len({tuple(tokens) for tokens in found}) == request["n"]
+
+
+def test_generate_returns_log_probabilities(model):
+    request = {"prompt_token_ids": [3, 4, 5], "temperature": 0, "max_tokens": 4, "logprobs": 2}
+    (output,) = engine_of(model).generate([request])
+    found = output.outputs[0]
+    ids = [3, 4, 5]
+    for token, logs in zip(found.token_ids, found.logprobs, strict=True):
+        with torch.no_grad():
+            wanted = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        best = wanted.topk(2).indices.tolist()
+        assert logs == pytest.approx({i: float(wanted[i]) for i in best}, abs=1e-4)
+        ids.append(token)
+    chosen = [logs[t] for t, logs in zip(found.token_ids, found.logprobs, strict=True)]
+    assert found.cumulative_logprob == pytest.approx(sum(chosen))
+
+
+def test_generate_streams_tokens_and_takes_requests_as_there_is_room(model):
+    seen, taken = [], []
+
+    def source():
+        for number, ids in enumerate(prompts(9, seed=5)):
+            taken.append(len(seen))
+            yield {"prompt_token_ids": ids, "request_id": number, "max_tokens": 6, "seed": number}
+
+    engine = engine_of(model, on_token=lambda s, token: seen.append((s.request.request_id, token)))
+    outputs = list(engine.generate(source()))
+    assert taken[-1] > 0
+    for output in outputs:
+        mine = [token for number, token in seen if number == output.request_id]
+        assert mine == output.outputs[0].token_ids
+
+
+def test_generate_is_recorded_with_requests_positions_and_stages(model, tmp_path):
+    import moe_locality
+
+    requests = [
+        {"prompt_token_ids": ids, "request_id": 50 + i, "temperature": 0, "max_tokens": 5}
+        for i, ids in enumerate(prompts(5, seed=7))
+    ]
+    engine = engine_of(model)
+    with moe_locality.attach(model, tmp_path / "trace"):
+        outputs = {o.request_id: o for o in engine.generate(requests)}
+    trace = read_trace(tmp_path / "trace")
+    for request in requests:
+        mine = trace.request_id == request["request_id"]
+        prompt = len(request["prompt_token_ids"])
+        tokens = len(outputs[request["request_id"]].outputs[0].token_ids)
+        assert sorted(trace.position[mine]) == list(range(prompt + tokens - 1))
+        assert (trace.stage[mine] == 0).sum() == prompt
+        assert (trace.stage[mine] == 1).sum() == tokens - 1
+
+
+def test_engine_refuses_caches_that_it_cannot_join():
+    config = transformers.DeepseekV32Config(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, first_k_dense_replace=1,
+        num_attention_heads=2, num_key_value_heads=2, q_lora_rank=8, kv_lora_rank=8,
+        qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, intermediate_size=16,
+        n_routed_experts=4, index_n_heads=2, index_head_dim=16,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="DynamicIndexedLayer"):
+        engine_of(transformers.DeepseekV32ForCausalLM(config))
