@@ -304,7 +304,8 @@ def costs_table(title: str, named: Mapping[str, dict[str, Any] | None]) -> Any:
     known = {name: costs for name, costs in named.items() if costs is not None}
     columns = [*known.values()]
     rows = []
-    for metric in SHOWN:
+    elsewhere = any(costs.get("transport", "once_per_node") != "once_per_node" for costs in columns)
+    for metric in (*SHOWN, "idle", "crossing") if elsewhere else SHOWN:
         values = [costs[metric] for costs in columns]
         first, last = values[0], values[-1]
         ratio = round(last / first, 3) if first and last and len(values) > 1 else None

@@ -55,7 +55,9 @@ JointHomes = Annotated[
     str | None, typer.Option(help="joint: place requests together with experts.")
 ]
 MaxHomeImbalance = Annotated[float, typer.Option(help="With joint homes: cap on tokens per rank.")]
-Objective = Annotated[str, typer.Option(help="With joint homes: lower copies, or picks.")]
+Objective = Annotated[
+    str, typer.Option(help="copies; rank_copies: sent once per rank; with joint homes: picks.")
+]
 ExpertGroups = Annotated[
     int | None, typer.Option(min=1, help="Groups of a group-limited router, kept whole.")
 ]
@@ -226,7 +228,8 @@ def _judged(
     if trial.home_profiles is not None:
         found["homes"] = default_prediction(unseen)
         homes = moe_locality.assign_homes(unseen, trial, topology, predict=found["homes"])
-    change = expected_change(unseen, base, trial, topology, homes, blocks)
+    by_rank = options["objective"] == "rank_copies"
+    change = expected_change(unseen, base, trial, topology, homes, blocks, by_rank=by_rank)
     before = moe_locality.evaluate(unseen, base, topology)
     goal = "rank_imbalance" if method in LEVELLERS else options["objective"]
     gained = _gains(change, goal, before.node_imbalance > options["max_imbalance"])

@@ -105,6 +105,12 @@ def evaluate(
     rule: Annotated[
         str | None, typer.Option(help="sglang: serve copies as SGLang does; else as planned.")
     ] = None,
+    transport: Annotated[
+        str, typer.Option(help="once_per_node, per_pick, per_rank or allgather.")
+    ] = "once_per_node",
+    batch_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of a batch, all ranks together.")
+    ] = 512,
     held_out: HeldOut = 0.0,
     seed: Seed = 0,
 ) -> Result:
@@ -116,15 +122,13 @@ def evaluate(
         placed = read_fitting_plan(plan, content)
         ranks = homes_of(homes, placed)
         old = None if baseline is None else read_fitting_plan(baseline, content)
+        options: dict[str, Any] = {"row_bytes": row_bytes, "batch_tokens": batch_tokens}
+        options |= {"transport": transport}
         costs = moe_locality.evaluate(
-            content, placed, homes=ranks, row_bytes=row_bytes, baseline=old, rule=rule
+            content, placed, homes=ranks, baseline=old, rule=rule, **options
         )
         base = linear_plan(content, topology_of(placed))
-        linear = (
-            None
-            if base is None
-            else brief(moe_locality.evaluate(content, base, row_bytes=row_bytes))
-        )
+        linear = None if base is None else brief(moe_locality.evaluate(content, base, **options))
     payload = {
         "command": "evaluate",
         "trace": trace,

@@ -5,6 +5,8 @@ A token t with home node h and picks S_l(t) in layer l costs
 * ``copies``: nodes other than h that serve some pick (the token is sent once to each),
 * ``picks``:  picks served on another node than h (what a transport without de-duplication sends).
 
+``TRANSPORTS`` says what crosses nodes under the transports of other engines.
+
 With replicas the serving slot is ``plan.serving_slot()[layer, home rank, expert]``. Without homes
 the cost is the exact expectation over homes drawn uniformly from all ranks, independent of the
 picks. Without replicas that makes ``picks`` K(M-1)/M for every placement: only ``copies`` then
@@ -32,6 +34,12 @@ from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 
 BATCH_TOKENS = 512
+TRANSPORTS = ("once_per_node", "per_pick", "per_rank", "allgather")
+"""How a token is sent: once to each node that serves it (this package, DeepEP's normal kernels),
+for each pick (plain all-to-all, DeepEP's low-latency kernels), once to each rank that serves it
+(the one-sided all-to-all of FlashInfer and TensorRT-LLM), or to every node whatever it picks
+(all-gather and reduce-scatter, the default of vLLM).
+"""
 _ENOUGH_PICKS = 16
 _log = logging.getLogger(__name__)
 
@@ -47,6 +55,8 @@ class Costs:
     straggler: max / mean of the picks served per rank in a batch of ``batch_tokens`` consecutive
         tokens, mean over the batches. Without homes it is taken on the expected loads of a batch.
     distinct: experts that a rank computes at all in such a batch, mean over ranks and batches.
+    idle: probability that a rank has no pick in such a batch, mean over ranks and batches.
+    crossing: rows that cross nodes in the dispatch, per token per layer, with the ``transport``.
     move: fraction of slots whose expert was not on that rank in ``baseline``, or, with
         ``expert_bytes``, the bytes to fetch per layer; nan without a baseline.
     total_copies, total_picks: exact integers over all layers where homes are given, else None.
@@ -59,11 +69,14 @@ class Costs:
     rank_imbalance: float
     straggler: float
     distinct: float
+    idle: float
+    crossing: float
     move: float
     per_layer: dict[str, np.ndarray]
     layer_ids: tuple[int, ...]
     num_tokens: int
     batch_tokens: int
+    transport: str = TRANSPORTS[0]
     total_copies: int | None = None
     total_picks: int | None = None
 
@@ -85,6 +98,7 @@ def evaluate(
     expert_bytes: float | None = None,
     batch_tokens: int = BATCH_TOKENS,
     rule: str | None = None,
+    transport: str = TRANSPORTS[0],
 ) -> Costs:
     """The costs of ``plan`` on ``trace``, see ``Costs``.
 
@@ -98,6 +112,7 @@ def evaluate(
             trace of counts every step is a batch.
         rule: which copy of an expert serves a token; None: as the plan says, "sglang": as SGLang
             does (``sglang_serving_slots``).
+        transport: of ``TRANSPORTS``, for ``crossing``.
 
     Raises:
         PlacementError: the plan does not fit the trace, the cluster or the homes.
@@ -105,10 +120,7 @@ def evaluate(
     aligned = align_trace(trace, plan, topology, homes, rule)
     if plan.expert_load is not None:
         warn_of_absent_experts(plan.expert_load, plan.layer_ids)
-    if batch_tokens < 1:
-        raise PlacementError(f"batch_tokens: found {batch_tokens}, expected at least 1: correct it")
-    if row_bytes is not None and not 0 < row_bytes < math.inf:
-        raise PlacementError(f"row_bytes: found {row_bytes}, expected a number above 0: correct it")
+    _check_settings(batch_tokens, row_bytes, transport)
     rows: dict[str, np.ndarray] = {}
     totals: tuple[int | None, int | None] = (None, None)
     by_rank = _rank_traffic(aligned)
@@ -120,7 +132,8 @@ def evaluate(
         totals = _traffic_costs(aligned, by_rank, rows, row_bytes or 1)
     rows["node_imbalance"] = imbalance(_by_node(served, aligned.node_of_rank, axis=1))
     rows["rank_imbalance"] = imbalance(served)
-    rows["straggler"], rows["distinct"] = _batch_costs(aligned, batch_tokens)
+    rows["straggler"], rows["distinct"], rows["idle"] = _batch_costs(aligned, batch_tokens)
+    rows["crossing"] = _crossing(aligned, transport, rows)
     rows["move"] = _moved(aligned, plan, baseline)
     if expert_bytes is not None:
         rows["move"] = rows["move"] * plan.num_slots * expert_bytes
@@ -130,9 +143,21 @@ def evaluate(
         layer_ids=aligned.layer_ids,
         num_tokens=trace.num_tokens,
         batch_tokens=batch_tokens,
+        transport=transport,
         total_copies=totals[0],
         total_picks=totals[1],
     )
+
+
+def _check_settings(batch_tokens: int, row_bytes: float | None, transport: str) -> None:
+    if batch_tokens < 1:
+        raise PlacementError(f"batch_tokens: found {batch_tokens}, expected at least 1: correct it")
+    if row_bytes is not None and not 0 < row_bytes < math.inf:
+        raise PlacementError(f"row_bytes: found {row_bytes}, expected a number above 0: correct it")
+    if transport not in TRANSPORTS:
+        raise PlacementError(
+            f"transport: found {transport!r}, expected one of {', '.join(TRANSPORTS)}"
+        )
 
 
 def warn_of_absent_experts(load: np.ndarray, layer_ids: Sequence[int] | np.ndarray) -> None:
@@ -224,15 +249,31 @@ def _traffic_costs(
     return int(visits.sum()), round(float((between * remote).sum()))
 
 
-def _batch_costs(aligned: AlignedTrace, batch_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Straggler and distinct, [L] each; expected values where the home decides and is not given."""
+def _crossing(aligned: AlignedTrace, transport: str, rows: dict[str, np.ndarray]) -> np.ndarray:
+    """[L] rows that cross nodes per token with the transport."""
+    if transport == "allgather":
+        return np.full(aligned.num_layers, aligned.num_nodes - 1.0)
+    if transport != "per_rank" or aligned.ids is None:
+        return rows["picks" if transport == "per_pick" else "copies"]
+    return _rank_copies(aligned) / len(aligned.ids)
+
+
+def _rank_copies(aligned: AlignedTrace) -> np.ndarray:
+    """[L] ranks of other nodes that serve a pick, summed over the tokens."""
+    remote = aligned.node_of_rank[:, None] != aligned.node_of_rank
+    return (aligned.rank_visits() * remote).sum(axis=(1, 2))
+
+
+def _batch_costs(aligned: AlignedTrace, batch_tokens: int) -> np.ndarray:
+    """[3, L] straggler, distinct, idle; expected values where the home decides and is not given."""
     batches = 0
-    straggler, distinct = np.zeros(aligned.num_layers), np.zeros(aligned.num_layers)
-    for loads, active in aligned.rank_batches(batch_tokens):  # [B, L, G] each
-        straggler += imbalance(loads).sum(axis=0)
-        distinct += active.mean(axis=2).sum(axis=0)
+    costs = np.zeros((3, aligned.num_layers))
+    for loads, active, idle in aligned.rank_batches(batch_tokens):  # [B, L, G] each
+        costs[0] += imbalance(loads).sum(axis=0)
+        costs[1] += active.mean(axis=2).sum(axis=0)
+        costs[2] += idle.mean(axis=2).sum(axis=0)
         batches += len(loads)
-    return straggler / batches, distinct / batches
+    return costs / batches
 
 
 def _moved(
@@ -276,15 +317,24 @@ def copies_of_blocks(
     topology: ClusterTopology | None,
     homes: Homes,
     blocks: np.ndarray | None,
+    *,
+    by_rank: bool = False,
 ) -> np.ndarray | None:
-    """[B] copies of each block, summed over its tokens and all layers; None without blocks."""
+    """[B] copies of each block, summed over its tokens and all layers; None without blocks.
+
+    ``by_rank``: ranks of other nodes instead of nodes.
+    """
     if blocks is None or trace.expert_ids is None:
         return None
     totals = []
     for block in range(int(blocks.max()) + 1):
         rows = blocks == block
         part = homes[rows] if isinstance(homes, np.ndarray) else homes
-        visits = align_trace(trace.take(rows), plan, topology, part).node_visits()
+        aligned = align_trace(trace.take(rows), plan, topology, part)
+        if by_rank:
+            totals.append(_rank_copies(aligned).sum())
+            continue
+        visits = aligned.node_visits()
         totals.append(visits.sum() - np.trace(visits.sum(axis=0)))
     return np.array(totals, dtype=np.float64)
 
@@ -317,20 +367,29 @@ def expected_change(
     topology: ClusterTopology | None,
     homes: Homes,
     blocks: np.ndarray,
+    *,
+    by_rank: bool = False,
 ) -> dict[str, tuple[float, float, float] | None]:
     """(change, low, high) of costs from ``base``, requests anywhere, to ``plan`` with ``homes``.
 
     Shares of the base, -0.2 is a fifth less, with their 95 % interval over the blocks of requests;
-    copies, picks, node_imbalance and rank_imbalance. None: the base has nothing to change.
+    copies, picks, node_imbalance and rank_imbalance, with ``by_rank`` rank_copies too. None: the
+    base has nothing to change.
     """
     both = ((base, None), (plan, homes))
-    copies = [copies_of_blocks(trace, some, topology, at, blocks) for some, at in both]
+    kinds = {"copies": False, "rank_copies": True} if by_rank else {"copies": False}
+    copies = {
+        name: [
+            copies_of_blocks(trace, some, topology, at, blocks, by_rank=kind) for some, at in both
+        ]
+        for name, kind in kinds.items()
+    }
     traffic = [_traffic_of_blocks(trace, some, topology, at, blocks) for some, at in both]
     node = plan.node_of_rank
     remote = node[:, None] != node
     picks = [(some * remote).sum(axis=(1, 2, 3)) for some in traffic]
     found: dict[str, tuple[float, float, float] | None] = {}
-    for name, (first, last) in (("copies", copies), ("picks", picks)):
+    for name, (first, last) in (*copies.items(), ("picks", picks)):
         reach = ratio_interval(first, last)
         if reach is None or first is None or last is None:
             found[name] = None

@@ -103,9 +103,9 @@ class AlignedTrace:
             visits[:] = visits[:, :1].copy()
         return visits / homes
 
-    def rank_batches(self, batch_tokens: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield ([B, L, G] picks per rank, [B, L, G] slots of the rank that they use) of batches,
-        expected values where homes decide and are not given.
+    def rank_batches(self, batch_tokens: int) -> Iterator[tuple[np.ndarray, ...]]:
+        """Yield ([B, L, G] picks per rank, slots of the rank that they use, probability that it has
+        none) of batches, expected values where homes decide and are not given.
         """
         ranks, per_rank = self.num_ranks, self.num_slots // self.num_ranks
         certain = self.home_rank is not None or not self.has_replicas
@@ -113,13 +113,14 @@ class AlignedTrace:
             served, home = self.served_slot, self.home_rank
             if home is None or not self.has_replicas:
                 served, home = served[:, :1], np.zeros(len(self.ids), dtype=np.int64)
-            yield from counting.rank_batches(
-                self.ids, batch_tokens, served, home, (ranks, per_rank)
-            )
+            shape = (ranks, per_rank)
+            for picks, used in counting.rank_batches(self.ids, batch_tokens, served, home, shape):
+                yield picks, used, picks == 0
             return
         for picks, used in self._slot_batches(batch_tokens):
             shape = (len(picks), self.num_layers, ranks, per_rank)
-            yield picks.reshape(shape).sum(axis=3), used.reshape(shape).sum(axis=3)
+            used = used.reshape(shape)
+            yield picks.reshape(shape).sum(axis=3), used.sum(axis=3), np.prod(1 - used, axis=3)
 
     def _slot_batches(self, batch_tokens: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield ([B, L, P] picks per slot, [B, L, P] probability that the slot is used) of batches.
@@ -401,8 +402,15 @@ def check_objective(
             f"max_home_imbalance: found {max_home_imbalance}, expected at least 1 (it is max / "
             "mean of the tokens per home rank)"
         )
-    if objective not in ("copies", "picks"):
-        raise PlacementError(f"objective: found {objective!r}, expected 'copies' or 'picks'")
+    if objective not in ("copies", "picks", "rank_copies"):
+        raise PlacementError(
+            f"objective: found {objective!r}, expected 'copies', 'picks' or 'rank_copies'"
+        )
+    if objective == "rank_copies" and (joint or num_redundant_experts):
+        raise PlacementError(
+            "objective='rank_copies': found joint homes or redundant experts, expected neither: "
+            "use objective='copies', and look at evaluate's transport 'per_rank'"
+        )
     if objective == "picks" and not joint:
         raise PlacementError(
             "objective='picks': found no joint homes; with requests anywhere every placement has "

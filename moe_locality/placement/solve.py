@@ -73,8 +73,8 @@ def solve(
             "joint": homes and placement are found together, and ``home_profiles`` is filled.
         expert_groups: number of equal consecutive groups, or the group of each expert; a group
             stays on one node (group-limited routers). Only methods that can keep that.
-        objective: what ``homes="joint"`` lowers: ``copies`` (a token is sent once per node) or
-            ``picks`` (for transports that send every pick by itself).
+        objective: ``copies`` (a token is sent once per node), ``rank_copies`` (once per rank;
+            ``max_imbalance`` is then of the ranks), with ``homes="joint"`` also ``picks`` (each).
         max_home_imbalance: most max / mean of the tokens per home rank that ``homes="joint"`` aims
             at; the more, the better requests can be sorted, and the more tokens one rank has.
         seed: of every random choice.
@@ -114,6 +114,8 @@ def _current_name(method: str) -> str:
 
 
 def _run(problem, method, joint, start, move_budget) -> Solution:
+    if problem.objective == "rank_copies":
+        return _by_rank(problem, method, start)
     if start is not None:
         from moe_locality.placement.refresh.improve import solve_from
 
@@ -123,6 +125,21 @@ def _run(problem, method, joint, start, move_budget) -> Solution:
 
         return solve_joint(problem)
     return METHODS[method].run(problem)
+
+
+def _by_rank(problem: Problem, method: str, start: PlacementPlan | None) -> Solution:
+    """Fewest ranks per token: the plan of a cluster in which every rank is a node."""
+    if method != "coactivation" or start is not None or problem.group_of is not None:
+        raise PlacementError(
+            f"objective='rank_copies': found method {method!r}, a start or expert groups, "
+            "expected method='coactivation' alone"
+        )
+    topology = problem.topology
+    apart = ClusterTopology.uniform(topology.num_ranks, 1)
+    found = _coactivation(replace(problem, topology=apart, objective="copies"))
+    shape = {"num_nodes": topology.num_nodes, "ranks_per_node": topology.ranks_per_node}
+    plan = replace(found.plan, **shape, rank_to_node=tuple(topology.rank_to_node))
+    return replace(found, plan=plan, notes={**found.notes, "objective": "rank_copies"})
 
 
 def _signed(

@@ -54,6 +54,7 @@ def test_objective_home_cap_and_groups_reach_the_solver(folder, tmp_path):
             {"homes": "joint", "max_home_imbalance": 1.5},
         ),
         (("--expert-groups", "4"), {"expert_groups": 4}),
+        (("--objective", "rank_copies"), {"objective": "rank_copies"}),
     ):
         judged = answer(*words, *options)["judged"]
         plan = solve(read_trace(trace), ClusterTopology.uniform(2, 2), **arguments)

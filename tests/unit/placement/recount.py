@@ -8,14 +8,14 @@ import json
 
 
 def recount(text, tokens, home_of_token=None, served=None):
-    """(copies, picks) summed over tokens and layers, [L] node and [L] rank max / mean.
+    """(copies, rank copies, picks) over tokens and layers, [L] node and [L] rank max / mean.
 
     ``tokens``: per token and layer the list of picks. Without homes: the mean over all homes.
     ``served``: [L][G][E] the rank that serves, where another rule says so.
     """
     plan = json.loads(text)
     ranks, node = plan["num_nodes"] * plan["ranks_per_node"], rank_to_node(plan)
-    copies = picks = 0
+    copies = by_rank = picks = 0
     loads = []
     for layer, row in enumerate(plan["physical_to_logical_map"]):
         serves = serving(plan, layer, row) if served is None else served[layer]
@@ -25,6 +25,7 @@ def recount(text, tokens, home_of_token=None, served=None):
             for home in homes:
                 at = [serves[home][e] for e in by_layer[layer] if e >= 0]
                 copies += len({node[rank] for rank in at} - {node[home]}) / len(homes)
+                by_rank += sum(node[rank] != node[home] for rank in set(at)) / len(homes)
                 picks += sum(node[rank] != node[home] for rank in at) / len(homes)
                 for rank in at:
                     load[rank] += 1 / len(homes)
@@ -33,7 +34,7 @@ def recount(text, tokens, home_of_token=None, served=None):
         [sum(load[r] for r in range(ranks) if node[r] == n) for n in range(plan["num_nodes"])]
         for load in loads
     ]
-    return copies, picks, [peak(some) for some in by_node], [peak(some) for some in loads]
+    return copies, by_rank, picks, [peak(some) for some in by_node], [peak(some) for some in loads]
 
 
 def peak(loads):

@@ -13,6 +13,7 @@ from moe_locality.trace.schema import RoutingTrace
 from tests.unit.placement.cases import plans, plans_with_traces, random_plan, random_trace
 
 SCALARS = ("copies", "picks", "link", "node_imbalance", "rank_imbalance", "straggler", "distinct")
+SCALARS += ("idle", "crossing")
 quick = settings(max_examples=40, deadline=None)
 
 
@@ -93,7 +94,7 @@ def test_batches_with_homes_are_those_of_the_definition(case, batch_tokens):
     costs = evaluate(trace, plan, homes="trace", batch_tokens=batch_tokens)
     size = min(batch_tokens, trace.num_tokens)
     served = plan.serving_slot()
-    straggler, distinct = [], []
+    straggler, distinct, idle = [], [], []
     for start in range(0, trace.num_tokens - size + 1, size):
         for layer in range(plan.num_layers):
             load, used = [0] * plan.num_ranks, set()
@@ -105,6 +106,8 @@ def test_batches_with_homes_are_those_of_the_definition(case, batch_tokens):
                         used.add(slot)
             straggler.append(max(load) / (sum(load) / len(load)) if sum(load) else 1)
             distinct.append(len(used) / plan.num_ranks)
+            idle.append(load.count(0) / plan.num_ranks)
+    assert costs.idle == pytest.approx(np.mean(idle))
     assert costs.straggler == pytest.approx(np.mean(straggler))
     assert costs.distinct == pytest.approx(np.mean(distinct))
 
@@ -215,7 +218,7 @@ def test_compiled_counts_equal_the_plain_ones(monkeypatch, homes, slots):
     monkeypatch.setattr("moe_locality.placement.counting._CHUNK_PICKS", 60)  # groups of batches
     found = evaluate(trace, plan, homes=homes, batch_tokens=64).to_dict()
     for name in SCALARS:  # batches are added up in another order, the rest is equal to the last bit
-        exact = name not in ("straggler", "distinct")
+        exact = name not in ("straggler", "distinct", "idle")
         assert found[name] == (plain[name] if exact else pytest.approx(plain[name], rel=1e-12))
         assert found["per_layer"][name] == pytest.approx(plain["per_layer"][name], rel=1e-12)
     assert found["total_copies"] == plain["total_copies"]
@@ -279,9 +282,34 @@ def test_a_trace_of_counts_gives_balance_alone():
     assert costs.node_imbalance == costs.rank_imbalance == 12 / 8
     assert costs.straggler == (1.0 + 2.0) / 2
     assert costs.distinct == (1.5 + 1.0) / 2
+    assert costs.idle == 0.25
+    assert np.isnan(costs.crossing)
     assert costs.num_tokens == 8
     with pytest.raises(PlacementError, match="homes for a trace of counts"):
         evaluate(trace, PlacementPlan.linear(4, [0], 2, 1), homes={0: 1})
+
+
+def test_evaluate_says_what_crosses_nodes_under_each_transport():
+    """Nodes {0, 1} and {2, 3}; the token picks the experts of ranks 1, 2 and twice 3, at home on
+    rank 0; an all-gather sends it to every node whatever it picks.
+    """
+    trace = RoutingTrace(
+        model="",
+        num_experts=8,
+        layer_ids=np.array([0]),
+        expert_ids=np.array([[[2, 4, 6, 7]]], dtype=np.int16),
+        request_id=np.array([0]),
+        position=np.array([0]),
+        rank=np.array([0], dtype=np.int32),
+    )
+    plan = PlacementPlan.linear(8, [0], 2, 2)
+    crossing = {"once_per_node": 1, "per_pick": 3, "per_rank": 2, "allgather": 1}
+    for transport, rows in crossing.items():
+        costs = evaluate(trace, plan, homes="trace", transport=transport)
+        assert (costs.crossing, costs.transport) == (rows, transport)
+        assert costs.idle == 0.25
+    with pytest.raises(PlacementError, match="transport: found 'tcp', expected one of once_per"):
+        evaluate(trace, plan, transport="tcp")
 
 
 def test_a_part_of_the_layers_is_matched_by_layer_id():

@@ -21,12 +21,18 @@ def check(trace, plan, homes, rule=None):
     costs = evaluate(trace, PlacementPlan.from_dict(json.loads(text)), homes=homes, rule=rule)
     home_of_token = None if homes is None else trace.rank.tolist()
     served = None if rule is None else sglang_serving_slots(plan) // plan.slots_per_rank
-    copies, picks, node, rank = recount(text, trace.expert_ids.tolist(), home_of_token, served)
+    copies, by_rank, picks, node, rank = recount(
+        text, trace.expert_ids.tolist(), home_of_token, served
+    )
     if homes is not None:
         assert (costs.total_copies, costs.total_picks) == (copies, picks)
     units = trace.num_tokens * trace.num_layers
     assert costs.copies == pytest.approx(copies / units, rel=1e-9, abs=1e-12)
     assert costs.picks == pytest.approx(picks / units, rel=1e-9, abs=1e-12)
+    expected = {"once_per_node": copies, "per_pick": picks, "per_rank": by_rank}
+    for transport, total in expected.items():
+        some = evaluate(trace, plan, homes=homes, rule=rule, transport=transport)
+        assert some.crossing == pytest.approx(total / units, rel=1e-9, abs=1e-12)
     assert costs.per_layer["node_imbalance"] == pytest.approx(np.array(node))
     assert costs.per_layer["rank_imbalance"] == pytest.approx(np.array(rank))
 

@@ -120,6 +120,22 @@ def test_the_cap_on_node_loads_is_kept_in_the_mean_and_within_twice_it_everywher
     assert evaluate(train, free).copies <= evaluate(train, plan).copies
 
 
+def test_solve_for_rank_copies_keeps_experts_picked_together_on_one_rank():
+    """The opposite of what is best where a token is sent once per node."""
+    trace, _ = planted(np.random.default_rng(3), blocks=8, top_k=2, stray=0.0)
+    topology = ClusterTopology(rank_to_node=(0, 1, 0, 1, 0, 1, 0, 1))
+    options = {"max_imbalance": 1.5, "seed": 1}
+    plans = [solve(trace, topology, objective=o, **options) for o in ("copies", "rank_copies")]
+    apart, together = (evaluate(trace, plan, transport="per_rank").crossing for plan in plans)
+    assert together == pytest.approx(0.5)  # one rank, on the other node for half the homes
+    assert apart == pytest.approx(1.0)
+    assert plans[1].rank_to_node == topology.rank_to_node
+    assert plans[1].provenance["objective"] == "rank_copies"
+    for change in ({"homes": "joint"}, {"num_redundant_experts": 8}, {"method": "eplb"}):
+        with pytest.raises(PlacementError, match="objective='rank_copies'"):
+            solve(trace, topology, objective="rank_copies", **change)
+
+
 def test_a_collapsed_layer_is_placed_as_level_as_it_can_be_and_noted():
     rng = np.random.default_rng(3)
     ids = np.zeros((500, 2, 1), dtype=np.int16)
