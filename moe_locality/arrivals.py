@@ -85,6 +85,12 @@ class ArrivingHomes:
         Raises:
             PlacementError: an array of another shape, ids that are no experts, negative tokens.
         """
+        return self.assign_scored(self.score(expert_ids), tokens)
+
+    def score(self, expert_ids: np.ndarray) -> np.ndarray:
+        """[G] how well each rank suits a request with these picks (see :meth:`assign`); it may be
+        computed on another rank than the one that assigns.
+        """
         ids = np.asarray(expert_ids)
         layers, experts = self._shape
         if ids.ndim != 3 or ids.shape[1] != layers or ids.dtype.kind not in "iu":
@@ -97,9 +103,12 @@ class ArrivingHomes:
                 f"expert_ids: found {int(ids.min())} to {int(ids.max())}, expected -1 to "
                 f"{experts - 1}: give logical ids"
             )
+        return self._score(np.ascontiguousarray(ids, dtype=np.int16)) - self._price
+
+    def assign_scored(self, score: np.ndarray, tokens: int) -> int:
+        """:meth:`assign` for a ``score [G]``."""
         if tokens < 0:
             raise PlacementError(f"tokens: found {tokens}, expected 0 or more")
-        score = self._score(np.ascontiguousarray(ids, dtype=np.int16)) - self._price
         mean = (int(self._tokens.sum()) + tokens) / len(self._tokens)
         self._requests += 1
         if self._requests < HORIZON_REQUESTS * len(self._tokens):

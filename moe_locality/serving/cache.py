@@ -194,6 +194,11 @@ def row_tensors(cache: DynamicCache) -> Iterator[Tensor]:
             yield from (layer.keys, layer.values)
 
 
+def row_bytes(rows: Rows) -> int:
+    """How many bytes :func:`pack_row` gives for a batch of one row."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in row_tensors(rows.cache))
+
+
 def pack_row(rows: Rows, row: int) -> Tensor:
     """Return the bytes of one row: uint8 ``[N]``, its own columns without padding."""
     alone = assemble([(rows, row)])

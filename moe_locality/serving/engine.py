@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from moe_locality.dispatch.traffic import local_traffic, reset_traffic
 from moe_locality.layer.agreement import all_agree, all_succeed
+from moe_locality.placement.plan import PlacementPlan
 from moe_locality.serving.cache import Rows, assemble, check_cache, pass_inputs
+from moe_locality.serving.homes import HandOver, HomeRule, plan_rows
 from moe_locality.serving.lockstep import LockStep, RouteTap
 from moe_locality.serving.requests import (
     CompletionOutput,
@@ -45,7 +47,7 @@ from moe_locality.trace.recorder import annotate
 
 OnToken = Callable[[Sequence, int], None]
 OnStep = Callable[[dict[str, Any]], None]
-WAITING, MORE, RUNS = range(3)  # the words of a rank in a step
+HELD, MORE, RUNS, OFFERS, ROOM, SURPLUS = range(6)  # the words of a rank in a step
 
 
 class Engine:
@@ -55,6 +57,8 @@ class Engine:
         model: from ``from_pretrained``, spread over the ranks or whole.
         tokenizer: for prompts and stops that are texts, and for the text of results.
         limits: what this rank may hold; the same on all ranks.
+        homes: which rank continues a request (:class:`~moe_locality.serving.homes.HomeRule`).
+        plan: of the model's experts, for homes that are chosen by it.
         seed: for requests that have none of their own.
         on_token: called with (sequence, token) for every new token.
         on_step: called with the counts of every step, see :meth:`step_counts`.
@@ -69,6 +73,8 @@ class Engine:
         tokenizer: Any = None,
         *,
         limits: Limits | None = None,
+        homes: str = "arrival",
+        plan: PlacementPlan | None = None,
         seed: int = 0,
         on_token: OnToken | None = None,
         on_step: OnStep | None = None,
@@ -80,20 +86,30 @@ class Engine:
         self.on_token, self.on_step = on_token, on_step
         self.device: torch.device = self.model.device
         self.recurrent = all_succeed(lambda: check_cache(model))
-        all_agree("settings of the engine", repr((self.limits, seed)))
+        told = repr((self.limits, homes, seed, plan and plan.digest()))
+        all_agree("settings of the engine", told)
         self.config: Any = self.model.config.get_text_config(decoder=True)
         self.eos = _eos_tokens(self.model)
         parameters = inspect.signature(self.model.forward).parameters
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         self.tap = RouteTap(model)
         self.lockstep = LockStep(model, self.tap, self.device)
-        self.scheduler = Scheduler(self.limits, pads=not self.recurrent)
+        rows = all_succeed(lambda: plan_rows(model, plan) if plan and self.tap.layers else [])
+        rule = HomeRule(homes, self.lockstep.size, plan=plan, rows=rows, seed=seed)
+        self.handover = HandOver(rule, self.lockstep.rank, self.device)
+        self.scheduler = Scheduler(self.limits, pads=not self.recurrent, stages=rule.reads_routes)
+        self._like = Rows.empty(self.config, 1)
+        self._surplus = 0
         self._batch: Rows | None = None
         self._batch_of: list[Sequence] = []
         self._arrived = self._steps = 0
         self._seconds: dict[str, float] = defaultdict(float)
-        self.lockstep.warm_up(lambda: self._forward(Rows.empty(self.config, 1), [[0]]))
+        self.lockstep.warm_up(self._warm)
         reset_traffic(model)
+
+    def _warm(self) -> None:
+        self._like = Rows.empty(self.config, 1)
+        self._forward(self._like, [[0]])
 
     # -- requests in, results out
 
@@ -134,9 +150,14 @@ class Engine:
                 raise value
             request = as_request(value, number, sampling_params or SamplingParams())
             request_id = request.request_id
-            self.scheduler.add(self._state_of(request, number))
+            state = self._state_of(request, number)
         except (RequestError, TypeError) as error:
             return [self._refused(request_id, error)]
+        if state.due_at == 0:
+            self.scheduler.park(state)
+            self.handover.offer(state)
+        else:
+            self.scheduler.add(state)
         return []
 
     def _refused(self, request_id: Any, error: Exception) -> RequestOutput:
@@ -177,8 +198,8 @@ class Engine:
             seed=seed_of(params, request.request_id, self.seed),
             number=number,
             arrival=self.lockstep.rank,
-            home=self.lockstep.rank,
             domain=request.domain,
+            due_at=self.handover.rule.due_at(len(prompt)),
             began=time.monotonic(),
         )
         self.scheduler.check(state)
@@ -195,21 +216,51 @@ class Engine:
         self._seconds.clear()
         work = self.scheduler.next_work()
         with self._timed("control"):
-            words = self.lockstep.meet([len(self.scheduler), int(more), int(work is not None)])
-        if not words.any():
+            words = self.lockstep.meet(self._word(work, more))
+        if not words[:, :RUNS].any():
             return None
         before = self._counted()
+        with self._timed("homes"):
+            self._send_home(words)
         finished: list[RequestOutput] = []
         if words[:, RUNS].any():
             with self._timed("model"):
                 logits = self._run(work)
-            if work is not None and logits is not None:
+            if work is not None:
                 with self._timed("sample"):
                     finished = self._take_tokens(work, logits)
+        with self._timed("homes"):
+            self._receive()
         self._steps += 1
         if self.on_step is not None:
             self.on_step(self.step_counts(work, before))
         return finished
+
+    def _word(self, work: Work | None, more: bool) -> list[int]:
+        """What this rank tells the others before a step."""
+        held = len(self.scheduler) + len(self.handover)
+        room = self.limits.kv_room - self.scheduler.kv_tokens
+        surplus, self._surplus = self._surplus, 0
+        return [held, int(more), int(work is not None), len(self.handover.due), room, surplus]
+
+    def _send_home(self, words: np.ndarray) -> None:
+        handover = self.handover
+        if not handover.rule.moves:
+            return
+        handover.rule.correct(words[:, SURPLUS].tolist())
+        for state in handover.choose(words[:, OFFERS].tolist()):
+            self.scheduler.stays(state)
+        self.scheduler.incoming += handover.start(words[:, ROOM])
+        self.scheduler.holds = handover.waits_for(self.lockstep.rank)
+
+    def _receive(self) -> None:
+        came, left = self.handover.arrived(self._like)
+        for state in left:
+            self.scheduler.leaves(state)
+        for state in came:
+            self.scheduler.incoming -= state.reserve if state.computed else 0
+            state.due_at = None
+            self.scheduler.add(state)
 
     def _run(self, work: Work | None) -> Tensor | None:
         if work is None:
@@ -230,14 +281,21 @@ class Engine:
             state.prompt[state.computed : state.computed + count]
             for state, count in zip(work.requests, work.chunks, strict=True)
         ]
+        self.tap.keeps = any(state.due_at for state in work.requests)
         logits = self._forward(rows, tokens, work.requests, "prefill")
+        self._keep_picks(work)
         for i, state in enumerate(work.requests):
             state.rows = rows if len(work.requests) == 1 else assemble([(rows, i)])
-        done = [
-            self.scheduler.was_read(state, count)
-            for state, count in zip(work.requests, work.chunks, strict=True)
-        ]
-        return logits if all(done) else None
+        return logits
+
+    def _keep_picks(self, work: Prefill) -> None:
+        """Give every request the picks of its own tokens: the last ones of its row."""
+        self.tap.keeps, picks = False, self.tap.take_picks()
+        if picks is None:
+            return
+        by_row = picks.reshape(len(work.requests), -1, *picks.shape[1:])
+        for state, count, mine in zip(work.requests, work.chunks, by_row, strict=True):
+            state.picks.append(mine[len(mine) - count :])
 
     def _compose(self, sequences: list[Sequence]) -> Rows:
         """Return the caches of these sequences as one batch; nothing moves where it is the same."""
@@ -290,21 +348,31 @@ class Engine:
 
     # -- tokens
 
-    def _take_tokens(self, work: Work, logits: Tensor) -> list[RequestOutput]:
+    def _take_tokens(self, work: Work, logits: Tensor | None) -> list[RequestOutput]:
+        assert logits is not None
         if isinstance(work, Decode):
             self._append(work.sequences, logits)
             self.scheduler.drop_finished()
             states = {id(s.request): s.request for s in work.sequences if s.finish_reason}
             return [output for state in states.values() for output in self._result(state)]
         finished = []
-        for row, state in enumerate(work.requests):
-            state.sequences = [Sequence(state, index) for index in range(state.params.n)]
-            self._append(state.sequences, logits[row : row + 1].expand(state.params.n, -1))
-            state.seconds["first_token"] = time.monotonic() - state.began
-            finished += self._result(state)
-            self.scheduler.is_ready(state)
-            if all(sequence.finish_reason for sequence in state.sequences):
-                self.scheduler.leaves(state)
+        for row, (state, count) in enumerate(zip(work.requests, work.chunks, strict=True)):
+            if self.scheduler.was_read(state, count):
+                finished += self._first_tokens(state, logits[row : row + 1])
+            ended = state.sequences and all(s.finish_reason for s in state.sequences)
+            if state.computed == state.due_at and not ended:
+                self.scheduler.park(state)
+                self.handover.offer(state)
+        return finished
+
+    def _first_tokens(self, state: RequestState, logits: Tensor) -> list[RequestOutput]:
+        state.sequences = [Sequence(state, index) for index in range(state.params.n)]
+        self._append(state.sequences, logits.expand(state.params.n, -1))
+        state.seconds["first_token"] = time.monotonic() - state.began
+        self.scheduler.is_ready(state)
+        finished = self._result(state)
+        if finished:
+            self.scheduler.leaves(state)
         return finished
 
     def _append(self, sequences: list[Sequence], logits: Tensor) -> None:
@@ -343,6 +411,10 @@ class Engine:
         if not all(sequence.finish_reason for sequence in state.sequences):
             return []
         state.seconds["finished"] = time.monotonic() - state.began
+        if state.home is not None:  # chosen for as many tokens as it might have had
+            self._surplus += state.reserve - sum(
+                len(state.prompt) + len(s.token_ids) for s in state.sequences
+            )
         outputs = []
         for s in state.sequences:
             text, logs = s.text, s.logprobs or None
@@ -389,8 +461,9 @@ class Engine:
 
         ``step``, ``kind`` (prefill, decode, idle), ``tokens`` (that the model was given),
         ``sequences``, ``waiting``, ``ready``, ``kv_tokens`` (reserved), ``seconds {stage: s}``,
-        ``bytes`` and ``rows`` ``{kind: [same rank, same node, across nodes]}`` that this rank sent,
-        ``control_bytes`` since the start.
+        ``bytes`` and ``rows`` ``{kind: [same rank, same node, across nodes]}`` that this rank sent;
+        since the start: ``control_bytes``, ``handover_bytes`` (by link, as above), ``moved``
+        requests that went to another home.
         """
         kind = "idle" if work is None else type(work).__name__.lower()
         tokens = sequences = 0
@@ -417,6 +490,8 @@ class Engine:
             "seconds": dict(self._seconds),
             **sent,
             "control_bytes": self.lockstep.control_bytes,
+            "handover_bytes": list(self.handover.sent_bytes),
+            "moved": self.handover.moved,
         }
 
 

@@ -75,6 +75,7 @@ class RequestState:
     """A request on its way. ``computed``: tokens of its prompt that are in its cache ``rows``;
     ``number``: its place in the order of arrival; ``picks``: the routing of its prompt, a part
     ``[t, L, K]`` per pass, where it was asked for; ``profile [L, E]``: how often it used experts.
+    ``due_at``: its prompt is read so far before its ``home`` is chosen; None: it has one.
     """
 
     request_id: RequestId
@@ -86,6 +87,7 @@ class RequestState:
     home: int | None = None
     domain: str | None = None
     computed: int = 0
+    due_at: int | None = None
     rows: Any = None
     sequences: list[Sequence] = field(default_factory=list)
     picks: list[np.ndarray] = field(default_factory=list)
@@ -124,10 +126,18 @@ Choose = Callable[[ListLike[RequestState], ListLike[Sequence]], int]
 """(the ready ones, those that run) -> which of the ready ones joins next."""
 
 
+def _read_to(state: RequestState) -> int:
+    return len(state.prompt) if state.due_at is None else state.due_at
+
+
+def _age(state: RequestState) -> tuple[int, int]:
+    return state.number, state.arrival
+
+
 def first_come(ready: ListLike[RequestState], running: ListLike[Sequence]) -> int:
     """Choose the one that came first."""
     del running
-    return min(range(len(ready)), key=lambda i: ready[i].number)
+    return min(range(len(ready)), key=lambda i: _age(ready[i]))
 
 
 class Scheduler:
@@ -137,6 +147,8 @@ class Scheduler:
         pads: whether prompts of different length are read together.
         choose: which of the ready requests takes a free row. The oldest one does as soon as
             ``patience`` others have overtaken it.
+        stages: whether prompts are read here before their home is known. They have half of the
+            room: the other half is left to requests that come, so ranks never wait in a circle.
     """
 
     def __init__(
@@ -146,13 +158,16 @@ class Scheduler:
         pads: bool = True,
         choose: Choose = first_come,
         patience: int | None = None,
+        stages: bool = False,
     ) -> None:
-        self.limits, self.pads, self.choose = limits, pads, choose
+        self.limits, self.pads, self.choose, self.stages = limits, pads, choose, stages
         self.patience = 4 * limits.max_num_seqs if patience is None else patience
         self.waiting: deque[RequestState] = deque()
         self.reading: list[RequestState] = []
         self.ready: list[RequestState] = []
         self.running: list[Sequence] = []
+        self.parked: list[RequestState] = []
+        self.incoming, self.holds = 0, False
         self._overtaken = 0
         self._read_last = False
 
@@ -168,10 +183,12 @@ class Scheduler:
             raise RequestError(
                 f"found n={state.params.n}, expected at most max_num_seqs={limits.max_num_seqs}"
             )
-        if state.reserve > limits.kv_room:
+        room = limits.kv_room // 2 if self.stages else limits.kv_room
+        if state.reserve > room:
+            half = "half of " if self.stages else ""
             raise RequestError(
                 f"found a request of {state.params.n} x {state.longest} tokens, expected at most "
-                f"max_num_kv_tokens={limits.kv_room}: lower max_tokens or n"
+                f"{half}max_num_kv_tokens={limits.kv_room}: lower max_tokens or n"
             )
 
     def add(self, state: RequestState) -> None:
@@ -185,12 +202,18 @@ class Scheduler:
 
     def __len__(self) -> int:
         running = {id(sequence.request) for sequence in self.running}
-        return len(self.waiting) + len(self.reading) + len(self.ready) + len(running)
+        held = (self.waiting, self.reading, self.ready, self.parked, running)
+        return sum(map(len, held))
 
     @property
     def kv_tokens(self) -> int:
         """Tokens in the caches that are reserved."""
-        return self._rectangle(self.running) + sum(s.reserve for s in (*self.reading, *self.ready))
+        return self._rectangle(self.running) + self._beside_batch()
+
+    def _beside_batch(self) -> int:
+        parked = (state for state in self.parked if state.computed)
+        held = (*self.reading, *self.ready, *parked)
+        return self.incoming + sum(state.reserve for state in held)
 
     @staticmethod
     def _rectangle(sequences: Iterable[Sequence]) -> int:
@@ -225,18 +248,18 @@ class Scheduler:
         after = [*self.running, *state.sequences]
         if len(after) > self.limits.max_num_seqs:
             return False
-        parked = sum(s.reserve for s in (*self.reading, *self.ready)) - state.reserve
-        return self._rectangle(after) + parked <= self.limits.kv_room
+        others = self._beside_batch() - state.reserve
+        return self._rectangle(after) + others <= self.limits.kv_room
 
     def _next_prefill(self) -> Prefill | None:
         budget = self.limits.max_num_batched_tokens
         if self.reading:
-            state = min(self.reading, key=lambda s: s.number)
-            return Prefill([state], [min(budget, len(state.prompt) - state.computed)])
+            state = min(self.reading, key=_age)
+            return Prefill([state], [min(budget, _read_to(state) - state.computed)])
         taken: list[RequestState] = []
         longest = 0
         while self.waiting and self._may_read(self.waiting[0]):
-            length = len(self.waiting[0].prompt)
+            length = _read_to(self.waiting[0])
             uneven = taken and length != longest and not self.pads
             if taken and (uneven or (len(taken) + 1) * max(longest, length) > budget):
                 break
@@ -245,13 +268,17 @@ class Scheduler:
             self.reading.append(taken[-1])
         if not taken:
             return None
-        return Prefill(taken, [min(budget, len(state.prompt)) for state in taken])
+        return Prefill(taken, [min(budget, _read_to(state)) for state in taken])
 
     def _may_read(self, state: RequestState) -> bool:
+        if self.holds or self.kv_tokens + state.reserve > self.limits.kv_room:
+            return False
+        if state.due_at is not None:
+            staged = [s for s in (*self.reading, *self.parked) if s.due_at is not None]
+            room = sum(s.reserve for s in staged) + state.reserve <= self.limits.kv_room // 2
+            return room and len(staged) < self.limits.max_num_seqs
         held = sum(s.params.n for s in (*self.reading, *self.ready)) + len(self.running)
-        most = self.limits.max_num_seqs + self.limits.max_num_ready
-        room = self.kv_tokens + state.reserve <= self.limits.kv_room
-        return room and held + state.params.n <= most
+        return held + state.params.n <= self.limits.max_num_seqs + self.limits.max_num_ready
 
     def was_read(self, state: RequestState, tokens: int) -> bool:
         """Note that tokens of a prompt are in its cache; return whether it was read to its end."""
@@ -259,10 +286,21 @@ class Scheduler:
         return state.computed == len(state.prompt)
 
     def leaves(self, state: RequestState) -> None:
-        """Forget a request that is being read or ready: it ended, or moves to another rank."""
-        for held in (self.reading, self.ready):
+        """Forget a request without sequences in the batch: it ended, or is at another rank."""
+        for held in (self.reading, self.ready, self.parked):
             if state in held:
                 held.remove(state)
+
+    def park(self, state: RequestState) -> None:
+        """Keep a request until its home is chosen and, where that is another rank, it has left."""
+        self.leaves(state)
+        self.parked.append(state)
+
+    def stays(self, state: RequestState) -> None:
+        """Go on with a parked request, whose home is here."""
+        self.leaves(state)
+        state.due_at = None
+        self.add(state)
 
     def is_ready(self, state: RequestState) -> None:
         """The prompt was read; its continuations wait for rows."""

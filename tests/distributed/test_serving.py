@@ -2,6 +2,7 @@
 and our exchange, must give the tokens of the whole model's own ``generate``.
 """
 
+import tempfile
 from collections import Counter
 
 import numpy as np
@@ -80,6 +81,79 @@ def test_generate_gives_the_tokens_of_the_whole_model(tmp_path, case):
     assert kinds[:3] == [{"prefill", "decode", "idle"}] * 3 or "idle" in kinds[3]
     assert kinds[3] == {"idle"}
     assert len({len(of_rank) for of_rank in steps}) == 1
+
+
+def plan_with_homes(path, world):
+    """A plan of joint homes for the model, from a recording of other prompts. On every rank."""
+    import moe_locality
+    from moe_locality.topology.cluster import ClusterTopology
+    from moe_locality.topology.groups import exchange_objects
+
+    rank, plan = torch.distributed.get_rank(), None
+    if rank == 0:
+        whole = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        with tempfile.TemporaryDirectory() as folder:
+            with moe_locality.attach(whole, folder), torch.no_grad():
+                for i in range(48):
+                    ids = torch.randint(0, SIZES["vocab_size"], (1, 16))
+                    with moe_locality.annotate([i], domains=f"d{i % 3}", stage="prefill"):
+                        whole(ids)
+            trace = moe_locality.read_trace(folder)
+        nodes = ClusterTopology.uniform(num_nodes=2, ranks_per_node=world // 2)
+        plan = moe_locality.solve(trace, nodes, homes="joint", max_imbalance=1.5)
+    return exchange_objects(plan)[0]
+
+
+def serve_at_homes(rank, world, path, options):
+    """Serve the same requests under every option; return the tokens and where they were decoded."""
+    import moe_locality
+    from moe_locality.serving import Engine, Limits
+
+    model, _ = placed(path, world, None)
+    plan = plan_with_homes(path, world)
+    moe_locality.apply(model, plan=plan)
+    requests = prompts_of(rank, 6 if rank < world - 1 else 0)
+    for i, request in enumerate(requests):
+        request |= {"domain": f"d{i % 4}", "n": 1 + i % 2}
+    found = {}
+    for homes in options:
+        limits = Limits(
+            max_num_seqs=4, max_num_batched_tokens=24, max_model_len=64, max_num_kv_tokens=200
+        )
+        steps = []
+        engine = Engine(model, limits=limits, homes=homes, plan=plan, on_step=steps.append)
+        outputs = list(engine.generate(requests))
+        tokens = {o.request_id: [c.token_ids for c in o.outputs] for o in outputs}
+        places = {o.request_id: (o.arrival, o.home) for o in outputs}
+        assert not [o.error for o in outputs if o.error]
+        found[homes] = tokens, places, steps[-1]["moved"], steps[-1]["handover_bytes"]
+        assert all(step["kv_tokens"] <= 200 for step in steps)
+    return found, {request["request_id"] for request in requests}
+
+
+def test_homes_change_where_requests_decode_and_not_their_tokens(tmp_path):
+    """[F17.2] Every request ends once, at its home, with the tokens that it has at its arrival."""
+    path = save_tiny(tmp_path, "Mixtral", sliding_window=8)
+    options = ["arrival", "predicted", "first:4", "domain", "random", "round_robin"]
+    results = run_ranks(serve_at_homes, 4, path, options, timeout_s=300.0)
+    asked = set().union(*(ids for _, ids in results))
+    wanted = None
+    for homes in options:
+        tokens, places, moved, sent = {}, {}, 0, np.zeros(3, int)
+        for rank, (found, _) in enumerate(results):
+            own_tokens, own_places, own_moved, own_sent = found[homes]
+            assert not tokens.keys() & own_tokens.keys()
+            assert all(home == rank for _, home in own_places.values())
+            tokens |= own_tokens
+            places |= own_places
+            moved, sent = moved + own_moved, sent + own_sent
+        assert tokens.keys() == asked
+        wanted = wanted or tokens
+        assert tokens == wanted, homes
+        away = sum(arrival != home for arrival, home in places.values())
+        assert moved == away
+        assert (away == 0) == (homes == "arrival")
+        assert (sent[1] + sent[2] > 0) == (away > 0)
 
 
 def serve_and_count(rank, world, path):
