@@ -221,6 +221,65 @@ def test_apply_equals_the_whole_model_on_two_ranks(tmp_path):
     run_ranks(compare_with_whole, 2, path, CASES, timeout_s=240.0)
 
 
+def count_bytes_read(_rank, world, path):
+    """Bytes of expert tensors that this rank takes out of the files, and that it keeps."""
+    import safetensors
+    from transformers import modeling_utils
+
+    from moe_locality.integrations.transformers_ep import expert_layers
+
+    read = []  # (key of the tensor, bytes)
+
+    class CountedSlice:
+        def __init__(self, key, inner):
+            self.key, self.inner = key, inner
+
+        def __getitem__(self, index):
+            found = self.inner[index]
+            read.append((self.key, found.nbytes))
+            return found
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+    class CountedFile:
+        def __init__(self, *args, **kwargs):
+            self.inner = safetensors.safe_open(*args, **kwargs)
+
+        def get_slice(self, key):
+            return CountedSlice(key, self.inner.get_slice(key))
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+    modeling_utils.safe_open = CountedFile
+    model, _ = placed(path, world, "moved")
+    experts = sum(size for key, size in read if ".experts." in key)
+    kept = sum(
+        parameter.to_local().nbytes
+        for _, layer in expert_layers(model)
+        for parameter in layer.experts.parameters()
+    )
+    return {"experts": experts, "rest": sum(size for _, size in read) - experts, "kept": kept}
+
+
+@pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss"])
+def test_no_rank_reads_or_holds_all_experts(tmp_path, family):
+    """Experts that are files' tensors one by one, and stacked ones, over several files; with a plan
+    the others' rows come from the ranks that have read them.
+    """
+    path = save_tiny(tmp_path, family)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model.save_pretrained(f"{path}-split", max_shard_size="40KB")
+    assert len(list(tmp_path.glob(f"{family}-split/*.safetensors"))) > 2
+    sizes = {True: 0, False: 0}
+    for name, parameter in model.named_parameters():
+        sizes[".experts." in name] += parameter.nbytes
+    for found in run_ranks(count_bytes_read, 4, f"{path}-split", timeout_s=120.0):
+        assert found["experts"] == found["kept"] == sizes[True] // 4
+        assert 0 < found["rest"] <= sizes[False]
+
+
 def compare_rounding(rank, world, path):
     """Distance of bfloat16 logits from float32 ones: ours and transformers' own exchange."""
     ids, distances = inputs(rank), {}
