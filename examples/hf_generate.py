@@ -22,12 +22,13 @@ import torch
 import torch.distributed as dist
 
 import moe_locality
+from moe_locality.compat import end_distributed
 from moe_locality.dispatch.traffic import reset_traffic, traffic_report
 from moe_locality.topology import discover_topology, exchange_objects
 
 sys.path.insert(0, str(Path(__file__).parent))
 from hf_record import prompt_tokens
-from hf_train import load_spread, say, start_distributed, stop_distributed, train
+from hf_train import load_spread, say, start_distributed, train
 from lm.data import Requests, assign_ranks, build_requests
 from lm.training import rank_and_size
 
@@ -72,7 +73,8 @@ def main(arguments: list[str] | None = None) -> None:
     moe_locality.apply(model, plan=plan)
     placed = generate(model, served, homes, args.new_tokens, args.model)
     end = model.generation_config.eos_token_id
-    stop_distributed()
+    del model  # it holds process groups, whose threads have to end before the interpreter does
+    end_distributed()
     if rank == 0:
         end = end if isinstance(end, list) else [end]
         report(usual, placed, end, out / "summary.json")
@@ -161,9 +163,11 @@ def report(usual: dict[str, Any], placed: dict[str, Any], end: list[int], path: 
         SystemExit: a text differs where the model was not in two minds.
     """
     parted: dict[int, float] = {}  # request id -> how far ahead the best token was
+    compared = 0
     for request, (tokens, ahead) in usual["answers"].items():
         pairs = zip(tokens, placed["answers"][request][0], ahead, strict=False)
         for token, other, lead in pairs:
+            compared += 1
             if token != other:
                 parted[request] = lead
             if token != other or token in end:
@@ -172,7 +176,8 @@ def report(usual: dict[str, Any], placed: dict[str, Any], end: list[int], path: 
     change = f" ({after / before - 1:+.1%})" if before else ": there is one node"
     say(f"bytes across nodes: {before:,} in the usual order, {after:,} with the plan{change}")
     say(f"texts: {count - len(parted)} of {count} are the same {parted or ''}")
-    summary = {"bytes": [before, after], "requests": count, "parted": parted}
+    say(f"tokens: {len(parted)} of {compared} differ, at equal logits")
+    summary = {"bytes": [before, after], "requests": count, "tokens": compared, "parted": parted}
     path.write_text(json.dumps(summary) + "\n", encoding="utf-8")
     if max(parted.values(), default=0.0) > ROUNDING:
         sys.exit(f"texts differ beyond rounding: {parted}")

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 import moe_locality
+from moe_locality.compat import end_distributed
 
 sys.path.insert(0, str(Path(__file__).parent))
 from hf_record import prompt_tokens
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     start_distributed(args.num_nodes)
     train(args.out, args.model, steps=args.steps, seed=args.seed, plan=args.plan)
-    stop_distributed()
+    end_distributed()
 
 
 def train(
@@ -137,11 +138,6 @@ def start_distributed(num_nodes: int | None = None) -> tuple[int, int]:
     if num_nodes:
         os.environ["MOE_LOCALITY_RANKS_PER_NODE"] = str(num_ranks // num_nodes)
     return rank, num_ranks
-
-
-def stop_distributed() -> None:
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def say(text: str) -> None:

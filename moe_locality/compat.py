@@ -12,6 +12,7 @@ import functools
 import gc
 import importlib.util
 import inspect
+import sys
 import types
 from collections.abc import Sequence
 from importlib import metadata
@@ -55,27 +56,42 @@ def avoid_cpu_jit() -> None:
     """
     import deepspeed.ops
 
-    # its functions have the default group as default argument: imported later (every optimizer
-    # does, with torch._dynamo) they would keep it for ever, see end_distributed
-    import torch.distributed.nn  # noqa: F401
-
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def end_distributed() -> None:
     """End all process groups, and with gloo their threads. Collective; the last call of a program.
 
-    A group ends when nothing holds it: whatever holds the engine or its model has to be gone, and
-    on a CPU :func:`avoid_cpu_jit` has to come before the groups are made. A thread of gloo that is
-    left may drop the tensor of its last collective while the interpreter ends, which aborts the
-    process (``terminate called without an active exception``).
+    A group ends when nothing holds it: whatever holds the engine or the model has to be gone.
+    A thread of gloo that is left may drop the tensor of its last collective while the interpreter
+    ends, which aborts the process (``terminate called without an active exception``).
     """
-    import deepspeed.comm
     import torch.distributed as dist
 
     gc.collect()  # an engine is part of reference cycles
     dist.barrier()
-    deepspeed.comm.destroy_process_group()  # torch's alone leaves the groups to DeepSpeed's globals
+    _let_go_of_groups()
+    comm = sys.modules.get("deepspeed.comm")
+    if comm is not None and comm.is_initialized():
+        comm.destroy_process_group()  # torch's alone leaves the groups to DeepSpeed's globals
+    else:
+        dist.destroy_process_group()
+
+
+def _let_go_of_groups() -> None:
+    """Drop what holds process groups for ever: device meshes, which caches of DTensor keep, and
+    default arguments of functions that were defined when there was a default group (None is it).
+    """
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    for held in gc.get_objects():
+        if type(held) is DeviceMesh:
+            getattr(held, "_pg_registry", {}).clear()
+        elif type(held) is types.FunctionType and held.__defaults__:
+            held.__defaults__ = tuple(
+                None if type(default) is ProcessGroup else default for default in held.__defaults__
+            )
 
 
 def let_auto_ep_read_recorders() -> bool:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,30 +117,55 @@ def launch(script: Path, *arguments: str, command=launch_command) -> subprocess.
 COUNTS_THREADS_AT_THE_END = """
 import sys
 from pathlib import Path
+from typing import Any
 sys.path.insert(0, {examples!r})
-import train_lm
+import {module}
 
 def threads_of_gloo():
     names = (file.read_text() for file in Path("/proc/self/task").glob("*/comm"))
     return sum("gloo" in name for name in names)
 
-end = train_lm.end_distributed
+end = {module}.end_distributed
 
 def end_distributed():
     before = threads_of_gloo()
     end()
     print(f"threads of gloo: some {{before > 0}}, then {{threads_of_gloo()}}", flush=True)
 
-train_lm.end_distributed = end_distributed
-train_lm.run()
+{module}.end_distributed = end_distributed
+{module}.{call}
 """
+
+
+def counting(folder: Path, module: str, call: str = "main()") -> Path:
+    """Write a script that runs an example and counts threads at its end."""
+    script = folder / "counts.py"
+    text = COUNTS_THREADS_AT_THE_END.format(examples=str(SCRIPT.parent), module=module, call=call)
+    script.write_text(text)
+    return script
+
+
+def torchrun(num_ranks: int, script: Path, *arguments: Any) -> str:
+    """Run a script under torchrun; return what the ranks said."""
+    pytest.importorskip("transformers.distributed.expert_parallel", reason="before 5.23")
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
+    done = subprocess.run(
+        [sys.executable, *launcher, "--master-port", str(free_port()), script, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert done.stdout.count("threads of gloo: some True, then 0") == num_ranks, done.stdout
+    return done.stdout
 
 
 @pytest.mark.slow
 def test_train_record_stop_resume_and_evaluate_under_the_launcher(tmp_path):
     """And both runs end clean: a thread of gloo that outlives its group may abort the process."""
-    script = tmp_path / "train_and_count.py"
-    script.write_text(COUNTS_THREADS_AT_THE_END.format(examples=str(SCRIPT.parent)))
+    script = counting(tmp_path, "train_lm", "run()")
     checkpoint, trace = tmp_path / "checkpoint", tmp_path / "trace"
     common = ("--preset", "tiny", "--steps", "6", "--num-nodes", "2")
 
@@ -233,18 +259,8 @@ def test_hf_train_trains_and_saves_what_one_process_does(tmp_path, monkeypatch):
     )
     out, steps = tmp_path / "model", 4
     plan.write(tmp_path / "plan.json")
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
-    sizes = ["--steps", str(steps), "--num-nodes", "2", "--plan", str(tmp_path / "plan.json")]
-    script = [str(free_port()), SCRIPT.with_name("hf_train.py"), "--out", out]
-    done = subprocess.run(
-        [sys.executable, *launcher, *script, *sizes],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
+    sizes = ["--steps", str(steps), "--num-nodes", "2", "--plan", tmp_path / "plan.json"]
+    printed = torchrun(2, counting(tmp_path, "hf_train"), "--out", out, *sizes)
 
     model, trained = (
         transformers.AutoModelForCausalLM.from_pretrained(path) for path in (out / "random", out)
@@ -261,7 +277,18 @@ def test_hf_train_trains_and_saves_what_one_process_does(tmp_path, monkeypatch):
             optimizer.step()
     with torch.no_grad():
         found = sum(float(trained(part, labels=part).loss) for part in tokens) / 2
-    printed = done.stdout.split(f"step {steps} loss ")[1].split()[0]
+    printed = printed.split(f"step {steps} loss ")[1].split()[0]
     assert float(printed) == pytest.approx(losses[steps - 1], rel=1e-4)
     assert found == pytest.approx(losses[steps], rel=1e-4)
     assert losses[steps] < losses[0] - 0.1
+
+
+@pytest.mark.slow
+def test_hf_generate_has_the_same_texts_for_fewer_bytes_with_a_plan(tmp_path):
+    """On four ranks as two nodes, and ends without threads of gloo."""
+    sizes = ["--requests", "32", "--new-tokens", "16", "--train-steps", "40", "--num-nodes", "2"]
+    said = torchrun(4, counting(tmp_path, "hf_generate"), "--out", tmp_path / "run", *sizes)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    usual, placed = summary["bytes"]
+    assert 0 < placed < usual, said
+    assert len(summary["parted"]) <= 1e-3 * summary["tokens"], said

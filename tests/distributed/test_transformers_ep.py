@@ -114,13 +114,13 @@ def make_plan(kind, layer_ids, num_nodes, ranks_per_node, seed=0):
     )
 
 
-def placed(path, world, kind, exchange="auto", seed=0, **sizes):
-    """A loaded model with our exchange and a plan; its ranks are on two nodes."""
+def placed(path, world, kind, exchange="auto", seed=0, num_nodes=2, **sizes):
+    """A loaded model with our exchange and a plan."""
     import moe_locality
     from moe_locality.integrations.transformers_ep import expert_layers
     from moe_locality.trace.recorder.hooks import moe_layer_ids
 
-    nodes = (2, world // 2) if world > 1 else (1, 1)
+    nodes = (num_nodes, world // num_nodes)
     section = {
         "cluster": {"num_nodes": nodes[0], "ranks_per_node": nodes[1]},
         "dispatch": {"exchange": exchange},
@@ -153,7 +153,7 @@ def logical(model, name, tensor):
     return tensor
 
 
-def compare_with_whole(rank, world, path, cases):
+def compare_with_whole(rank, world, path, cases, num_nodes=2):
     """Forward, backward, generation and state dict of each case against the unsplit model."""
     whole_model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     ids = inputs(rank)
@@ -191,9 +191,9 @@ def compare_with_whole(rank, world, path, cases):
         )
 
     for kind, exchange in cases:
-        model, _ = placed(path, world, kind, exchange)
+        model, _ = placed(path, world, kind, exchange, num_nodes=num_nodes)
         found = results(model, False)
-        where = f"plan {kind}, exchange {exchange}"
+        where = f"plan {kind}, exchange {exchange}, {num_nodes} nodes"
         close(found[0], expected[0], LOGITS, f"{where}, logits")
         close(found[1], expected[1], LOSS, f"{where}, loss")
         for ours, theirs in zip(found[2], expected[2], strict=True):
@@ -214,11 +214,6 @@ CASES = [(None, "flat"), ("moved", "hierarchical"), ("copied", "flat"), ("copied
 def test_apply_equals_the_whole_model(tmp_path, family):
     path = save_tiny(tmp_path, family)
     run_ranks(compare_with_whole, 4, path, CASES, timeout_s=240.0)
-
-
-def test_apply_equals_the_whole_model_on_two_ranks(tmp_path):
-    path = save_tiny(tmp_path, "Qwen3Moe")
-    run_ranks(compare_with_whole, 2, path, CASES, timeout_s=240.0)
 
 
 def count_bytes_read(_rank, world, path):
@@ -278,27 +273,6 @@ def test_no_rank_reads_or_holds_all_experts(tmp_path, family):
     for found in run_ranks(count_bytes_read, 4, f"{path}-split", timeout_s=120.0):
         assert found["experts"] == found["kept"] == sizes[True] // 4
         assert 0 < found["rest"] <= sizes[False]
-
-
-def compare_rounding(rank, world, path):
-    """Distance of bfloat16 logits from float32 ones: ours and transformers' own exchange."""
-    ids, distances = inputs(rank), {}
-    exact = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    with torch.no_grad():
-        wanted = exact(ids).logits
-        theirs = load(path, world, "all_to_all", torch.bfloat16)(ids).logits
-        ours = placed(path, world, "moved", "hierarchical", dtype=torch.bfloat16)[0](ids).logits
-    for name, logits in (("theirs", theirs), ("ours", ours)):
-        distances[name] = float((logits.float() - wanted).square().mean())
-    return distances
-
-
-def test_apply_is_as_exact_in_bfloat16_as_their_exchange(tmp_path):
-    path = save_tiny(tmp_path, "Mixtral")
-    found = run_ranks(compare_rounding, 4, path, timeout_s=120.0)
-    ours, theirs = (sum(each[name] for each in found) for name in ("ours", "theirs"))
-    # the same roundings but for the sums of a token's experts: ours are in float32
-    assert ours <= 1.1 * theirs
 
 
 def count_rows(rank, world, path, folder, kind, exchange):
@@ -495,6 +469,7 @@ def run_layouts(rank, world, path, folder):
     rtol, atol = LOGITS["float32"]
     for sizes, plan in (
         ({"fsdp_size": 2, "tp_size": 2, "ep_size": 4}, "copied"),  # two ranks share a batch
+        ({"fsdp_size": 2, "tp_size": 2, "ep_size": 2}, None),  # and are an expert group
         ({"fsdp_size": 4, "ep_size": 2}, None),  # two copies of every expert, split by FSDP
         ({"dp_replicate_size": 2, "fsdp_size": 2, "ep_size": 2}, None),
     ):
