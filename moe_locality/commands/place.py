@@ -58,6 +58,7 @@ MaxHomeImbalance = Annotated[float, typer.Option(help="With joint homes: cap on 
 Objective = Annotated[
     str, typer.Option(help="copies; rank_copies: sent once per rank; with joint homes: picks.")
 ]
+OneLayout = Annotated[bool, typer.Option("--one-layout", help="The same places in all layers.")]
 ExpertGroups = Annotated[
     int | None, typer.Option(min=1, help="Groups of a group-limited router, kept whole.")
 ]
@@ -91,6 +92,7 @@ def place(
     max_home_imbalance: MaxHomeImbalance = 1.05,
     objective: Objective = "copies",
     expert_groups: ExpertGroups = None,
+    one_layout: OneLayout = False,
     start: Start = None,
     move_budget: MoveBudget = None,
     held_out: HeldOut = 0.0,
@@ -109,7 +111,7 @@ def place(
     options |= {"max_imbalance": max_imbalance, "max_home_imbalance": max_home_imbalance}
     options |= {"homes": homes, "objective": objective, "expert_groups": expert_groups}
     options |= {"move_budget": MOVE_BUDGET if move_budget is None else move_budget}
-    options |= {"seed": seed, "start": old}
+    options |= {"seed": seed, "start": old, "one_layout": one_layout}
     with progress(f"placing {trace}"), warnings_once():
         content = moe_locality.read_trace(trace)
         train, test = split(content, held_out, seed)

@@ -305,6 +305,7 @@ class Problem:
     group_of: np.ndarray | None
     seed: int
     objective: str = "copies"
+    one_layout: bool = False
     max_home_imbalance: float = 1.05
     unseen: bool = True
 

@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
+
+import numpy as np
 
 import moe_locality
 from moe_locality.errors import PlacementError
@@ -57,29 +60,28 @@ def solve(
     seed: int = 0,
     start: PlacementPlan | None = None,
     move_budget: float = 0.02,
+    one_layout: bool = False,
 ) -> PlacementPlan:
     """Find where the experts of every layer should live. The same arguments give the same plan.
 
     Args:
-        trace: what to optimize for; ``coactivation`` needs a trace of tokens, the others take
-            counts.
+        trace: what to optimize for, of tokens; counts are enough without ``coactivation``.
         method: ``coactivation`` (fewest copies under the cap), ``balance`` (level ranks from loads
-            alone), ``eplb`` (the published rule for the same), or another of ``METHODS``.
+            alone), or another of ``METHODS``.
         num_redundant_experts: slots beyond one per expert.
         max_imbalance: most max / mean of the node loads that ``coactivation`` expects on *unseen*
             requests, in the mean over the layers, see search/load_noise.py. Layers where packing
             by loads alone would be less level may be as unlevel as that; provenance notes them.
         homes: None = requests live anywhere; a dict or array as in ``evaluate``: they live there;
             "joint": homes and placement are found together, and ``home_profiles`` is filled.
-        expert_groups: number of equal consecutive groups, or the group of each expert; a group
-            stays on one node (group-limited routers). Only methods that can keep that.
+        expert_groups: number of consecutive groups, or that of each expert: whole on one node.
         objective: ``copies`` (a token is sent once per node), ``rank_copies`` (once per rank;
             ``max_imbalance`` is then of the ranks), with ``homes="joint"`` also ``picks`` (each).
-        max_home_imbalance: most max / mean of the tokens per home rank that ``homes="joint"`` aims
-            at; the more, the better requests can be sorted, and the more tokens one rank has.
+        max_home_imbalance: most max / mean of the tokens per home rank, with ``homes="joint"``.
         seed: of every random choice.
         start: improve this plan (and its replicas) instead, moving at most the share
             ``move_budget`` of its slots; with ``coactivation`` or ``balance``. See refresh/.
+        one_layout: the same places in all layers.
 
     Raises:
         PlacementError: the arguments do not fit each other; the message says what to change.
@@ -99,6 +101,7 @@ def solve(
         group_of=check_groups(trace.num_experts, topology.num_nodes, expert_groups),
         objective=objective,
         max_home_imbalance=max_home_imbalance,
+        one_layout=one_layout,
         seed=seed,
     )
     found = _run(problem, method, joint, start, move_budget)
@@ -114,6 +117,8 @@ def _current_name(method: str) -> str:
 
 
 def _run(problem, method, joint, start, move_budget) -> Solution:
+    if problem.one_layout:
+        return _in_one_layout(problem, method, joint, start)
     if problem.objective == "rank_copies":
         return _by_rank(problem, method, start)
     if start is not None:
@@ -142,6 +147,39 @@ def _by_rank(problem: Problem, method: str, start: PlacementPlan | None) -> Solu
     return replace(found, plan=plan, notes={**found.notes, "objective": "rank_copies"})
 
 
+def _in_one_layout(
+    problem: Problem, method: str, joint: bool, start: PlacementPlan | None
+) -> Solution:
+    """The same places in all layers: those of a layer that all tokens of all layers go through."""
+    if joint or start is not None or problem.objective != "copies":
+        raise PlacementError(
+            "one_layout: found joint homes, a start or another objective than copies, expected "
+            "none of them: leave it out"
+        )
+    trace, whole = problem.trace, _layers_as_one(problem, METHODS[method].needs_tokens)
+    found = (
+        _coactivation(whole, problem) if method == "coactivation" else METHODS[method].run(whole)
+    )
+    table = np.repeat(found.plan.physical_to_logical_map, trace.num_layers, axis=0)
+    layers = {"layer_ids": tuple(int(i) for i in trace.layer_ids), "expert_load": trace.load()}
+    plan = replace(found.plan, physical_to_logical_map=table, **layers)
+    return replace(found, plan=plan, notes={**found.notes, "one_layout": True})
+
+
+def _layers_as_one(problem: Problem, needs_tokens: bool) -> Problem:
+    """The problem with one layer, which has the picks of all; without ``needs_tokens`` counts."""
+    trace, ids, count = problem.trace, problem.trace.expert_ids, problem.trace.num_layers
+    one: dict[str, Any] = {"model": trace.model, "num_experts": trace.num_experts}
+    one["layer_ids"] = np.zeros(1, int)
+    if not needs_tokens or ids is None or trace.request_id is None:
+        load = trace.load().sum(axis=0)[None, None]
+        return replace(problem, trace=RoutingTrace(**one, expert_load=load, load_top_k=trace.top_k))
+    one["expert_ids"] = np.concatenate([ids[:, layer : layer + 1] for layer in range(count)])
+    one |= {name: np.tile(getattr(trace, name), count) for name in ("request_id", "position")}
+    home = None if problem.home_rank is None else np.tile(problem.home_rank, count)
+    return replace(problem, trace=RoutingTrace(**one), home_rank=home)
+
+
 def _signed(
     problem: Problem, found: Solution, homes: Homes, method: str, joint: bool
 ) -> PlacementPlan:
@@ -164,10 +202,19 @@ def _signed(
     return replace(found.plan, provenance=provenance, costs=costs)
 
 
-def _coactivation(problem: Problem) -> Solution:
-    from moe_locality.placement.search.coactivation import solve_coactivation
+def _coactivation(problem: Problem, apart: Problem | None = None) -> Solution:
+    """``apart``: the problem whose layers the only layer of this one stands for."""
+    from moe_locality.placement.search import coactivation, load_noise
 
-    return solve_coactivation(problem)
+    if apart is None:
+        return coactivation.solve_coactivation(problem)
+    tables = coactivation.tables_of(apart)
+    layers = [coactivation.make_layer(apart, tables, i) for i in range(apart.trace.num_layers)]
+    loads = np.stack([layer.load for layer in layers])
+    noise = load_noise.shared_noise([layer.noise for layer in layers], loads)
+    tables = coactivation.tables_of(problem)
+    layer = replace(coactivation.make_layer(problem, tables, 0), noise=noise)
+    return coactivation.solve_coactivation(problem, tables, [layer])
 
 
 def _eplb(problem: Problem) -> Solution:

@@ -463,7 +463,7 @@ BAD_VALUES = {
 """Parameter of a command → values that it must refuse; GONE: a path where nothing is."""
 ANY_VALUE = {"model", "script", "wandb", "wandb_dir", "group", "record trace"}
 SWITCHES = {"help", "as_json", "debug", "overwrite", "bound", "prove", "equal_requests"}
-SWITCHES |= {"trust_checkpoint", "trust_parameter_order"}
+SWITCHES |= {"one_layout", "trust_checkpoint", "trust_parameter_order"}
 TOGETHER = (
     ("place", "--start", "plan.json", "--homes", "joint"),
     ("place", "--start", "plan.json", "--move-budget", "7"),
@@ -473,6 +473,7 @@ TOGETHER = (
     ("place", "--objective", "rank_copies", "--method", "eplb"),
     ("place", "--objective", "rank_copies", "--redundant-experts", "4"),
     ("place", "--expert-groups", "4", "--method", "seed"),
+    ("place", "--one-layout", "--homes", "joint"),
     ("group", "--predict", "domain"),
     ("export", "--to", "sglang", "--num-hidden-layers", "2"),
     ("simulate", "--sweep", "k", "--figure", "t.npz/new.svg"),

@@ -55,6 +55,7 @@ def test_objective_home_cap_and_groups_reach_the_solver(folder, tmp_path):
         ),
         (("--expert-groups", "4"), {"expert_groups": 4}),
         (("--objective", "rank_copies"), {"objective": "rank_copies"}),
+        (("--one-layout",), {"one_layout": True}),
     ):
         judged = answer(*words, *options)["judged"]
         plan = solve(read_trace(trace), ClusterTopology.uniform(2, 2), **arguments)

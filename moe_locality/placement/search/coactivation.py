@@ -128,11 +128,13 @@ class Placed:
     load: np.ndarray
 
 
-def solve_coactivation(problem: Problem, tables: Tables | None = None) -> Solution:
+def solve_coactivation(
+    problem: Problem, tables: Tables | None = None, layers: Sequence[Layer] | None = None
+) -> Solution:
     """Fewest copies, with the nodes as level as allowed on unseen requests. ``tables``: counts of
-    the trace, where known.
+    the trace, where known; ``layers``: what the search is to see of its layers.
     """
-    placed = place_layers(problem, tables=tables)
+    placed = place_layers(problem, tables=tables, layers=layers)
     found: dict[str, Any] = {
         "expected_imbalance": round(sum(placed.expected) / len(placed.expected), 6)
     }
@@ -152,21 +154,23 @@ def solve_coactivation(problem: Problem, tables: Tables | None = None) -> Soluti
 
 
 def place_layers(
-    problem: Problem, *, tables: Tables | None = None, replica_rounds: int = REPLICA_ROUNDS
+    problem: Problem,
+    *,
+    tables: Tables | None = None,
+    layers: Sequence[Layer] | None = None,
+    replica_rounds: int = REPLICA_ROUNDS,
 ) -> Placed:
     """Place the experts of all layers, level in the mean over them.
 
-    The number of threads changes no result. ``tables``: counts of the trace, where known.
-    ``replica_rounds``: prices of imbalance that are tried with replicas.
+    The number of threads changes no result. ``tables``: counts of the trace, where known;
+    ``layers``: what the search is to see of its layers. ``replica_rounds``: prices of imbalance
+    that are tried with replicas.
     """
-    ids, request_id = problem.trace.expert_ids, problem.trace.request_id
-    assert ids is not None
-    assert request_id is not None
     if tables is None:
-        tables = count_tables(ids, request_id, problem.trace.num_experts)
-    num_layers = ids.shape[1]
+        tables = tables_of(problem)
+    num_layers = problem.trace.num_layers
     seeds = [seed_of(problem, layer) for layer in range(num_layers)]
-    seen = map_layers(lambda layer: make_layer(problem, tables, layer), num_layers)
+    seen = layers or map_layers(lambda layer: make_layer(problem, tables, layer), num_layers)
     found, allowed, price = place_on_nodes(seen, problem.max_imbalance, seeds)
     node_of = [expand_groups(problem, some.node_of) for some in found]
     replicated: list[replicas.Candidate] = []
@@ -418,6 +422,14 @@ class Candidate:
     node_of: np.ndarray
     copies: float
     imbalance: float
+
+
+def tables_of(problem: Problem) -> Tables:
+    """``count_tables`` of the trace of a problem."""
+    ids, request_id = problem.trace.expert_ids, problem.trace.request_id
+    assert ids is not None
+    assert request_id is not None
+    return count_tables(ids, request_id, problem.trace.num_experts)
 
 
 def count_tables(ids: np.ndarray, request_id: np.ndarray, num_experts: int) -> Tables:

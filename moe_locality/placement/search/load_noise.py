@@ -82,6 +82,22 @@ def no_noise(experts: int) -> Noise:
     return Noise(covariance=np.zeros((experts, experts)), deviation=0.0)
 
 
+def shared_noise(noises: Sequence[Noise], loads: np.ndarray) -> Noise:
+    """The noise of one layer that stands for several with the same placement.
+
+    Its load is the sum of ``loads`` [L, E]; the imbalance to expect of it is about the mean of
+    theirs: a node's share varies from layer to layer, and in each from sample to sample.
+    """
+    layers, total = len(loads), loads.sum()
+    apart = loads - loads.sum(axis=1, keepdims=True) * (loads.sum(axis=0) / max(total, 1))
+    covariance = apart.T @ apart
+    for some in noises:
+        covariance += some.covariance * some.deviation**2
+    covariance *= layers
+    scale = _LARGEST / max(float(np.sqrt(np.abs(covariance).max())), 1.0)
+    return Noise(covariance=np.rint(covariance * scale**2), deviation=1 / scale)
+
+
 def expected_imbalance(block_of: np.ndarray, load: np.ndarray, noise: Noise, blocks: int) -> float:
     """Mean of max / mean of the block loads over unseen samples; 1 for a layer without picks.
 

@@ -118,3 +118,29 @@ def test_allocate_keeps_the_budget_and_is_near_the_best(data):
     got = sum(c[i] for c, i in zip(copies, chosen, strict=True))
     widest = max(max(c) - min(c) for c in copies)
     assert best - 1e-9 <= got <= best + widest  # one layer's step at most is lost to rounding
+
+
+def test_shared_noise_expects_the_mean_imbalance_of_the_layers():
+    """Layers whose loads are drawn: one layer that stands for all has their mean of max / mean."""
+    rng = np.random.default_rng(3)
+    share = 1 + 0.2 * rng.standard_normal((400, 16))
+    loads = 1000 * share / share.sum(axis=1, keepdims=True)
+    block_of = np.arange(16) // 4
+    mean = np.mean([np.bincount(block_of, weights=some).max() / 250 for some in loads])
+    noise = load_noise.shared_noise([load_noise.no_noise(16)] * 400, loads)
+    assert load_noise.expected_imbalance(block_of, loads.sum(axis=0), noise, 4) == pytest.approx(
+        mean, rel=0.02
+    )
+    same = np.repeat(loads[:1], 5, axis=0)  # layers that are alike, each with noise: that of one
+    units = rng.gamma(2.0, 1.0, (60, 16))
+    alone = load_noise.noise_of(units)
+    load = np.repeat(units.sum(axis=0)[None], 5, axis=0)
+    together = load_noise.shared_noise([alone] * 5, load)
+    expected = load_noise.expected_imbalance(block_of, load[0], alone, 4)
+    assert load_noise.expected_imbalance(block_of, load.sum(axis=0), together, 4) == pytest.approx(
+        expected
+    )
+    quiet = load_noise.shared_noise([load_noise.no_noise(16)] * 5, same)
+    assert load_noise.expected_imbalance(block_of, same.sum(axis=0), quiet, 4) == pytest.approx(
+        np.bincount(block_of, weights=same[0]).max() / 250
+    )

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from moe_locality.analysis import analyze
 from moe_locality.errors import PlacementError
 from moe_locality.placement import PlacementPlan, assign_homes, evaluate, solve
+from moe_locality.placement.export import write_export
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 from tests.unit.placement.cases import random_trace
@@ -134,6 +135,35 @@ def test_solve_for_rank_copies_keeps_experts_picked_together_on_one_rank():
     for change in ({"homes": "joint"}, {"num_redundant_experts": 8}, {"method": "eplb"}):
         with pytest.raises(PlacementError, match="objective='rank_copies'"):
             solve(trace, topology, objective="rank_copies", **change)
+
+
+@pytest.mark.parametrize("method", ["coactivation", "eplb", "balance", "linear"])
+@pytest.mark.parametrize("redundant", [0, 8])
+def test_solve_with_one_layout_places_all_layers_alike(method, redundant, tmp_path):
+    rng = np.random.default_rng(5)
+    trace = random_trace(rng, tokens=300, layers=4, experts=16, top_k=3, requests=20, skew=2)
+    options = {"method": method, "num_redundant_experts": redundant, "one_layout": True}
+    plan = solve(trace, ClusterTopology.uniform(4, 2), max_imbalance=1.3, **options)
+    rows = plan.physical_to_logical_map.tolist()
+    assert rows == [rows[0]] * 4
+    assert plan.layer_ids == tuple(trace.layer_ids)
+    assert (plan.expert_load == trace.load()).all()
+    assert plan.provenance["one_layout"] is True
+    if not redundant:
+        write_export(plan, tmp_path / "ranks.json", "vllm-ranks")
+    if method == "coactivation" and not redundant:
+        for change in ({"homes": "joint"}, {"start": plan}, {"objective": "rank_copies"}):
+            with pytest.raises(PlacementError, match="one_layout: found joint homes, a start or"):
+                solve(trace, ClusterTopology.uniform(4, 2), **options | change)
+
+
+def test_solve_with_one_layout_finds_blocks_that_all_layers_share():
+    rng = np.random.default_rng(6)
+    trace, member = planted(rng, stray=0.05)
+    several = trace_of(np.repeat(trace.expert_ids, 3, axis=1), experts=16)
+    plan = solve(several, ClusterTopology.uniform(4, 1), one_layout=True, max_imbalance=1.3)
+    found = {frozenset(rank) for rank in plan.physical_to_logical_map[0].reshape(4, 4).tolist()}
+    assert found == {frozenset(block) for block in member.tolist()}
 
 
 def test_a_collapsed_layer_is_placed_as_level_as_it_can_be_and_noted():
