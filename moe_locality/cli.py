@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from moe_locality.commands import doctor, place, plans, reports, traces
+from moe_locality.commands import doctor, place, plans, reports, serve, traces
 from moe_locality.commands.output import DEBUG_FLAG, JSON_FLAG, as_command, guard, in_flags
 
 
@@ -82,6 +82,7 @@ for _body in (
     reports.report,
     traces.record,
     plans.bench,
+    serve.serve,
     doctor.doctor,
     reports.demo,
 ):

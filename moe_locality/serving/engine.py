@@ -47,7 +47,7 @@ from moe_locality.trace.recorder import annotate
 
 OnToken = Callable[[Sequence, int], None]
 OnStep = Callable[[dict[str, Any]], None]
-HELD, MORE, RUNS, OFFERS, ROOM, SURPLUS = range(6)  # the words of a rank in a step
+HELD, MORE, RUNS, OFFERS, ROOM, SURPLUS, DRAINS = range(7)  # the words of a rank in a step
 
 
 class Engine:
@@ -99,7 +99,8 @@ class Engine:
         self.handover = HandOver(rule, self.lockstep.rank, self.device)
         self.scheduler = Scheduler(self.limits, pads=not self.recurrent, stages=rule.reads_routes)
         self._like = Rows.empty(self.config, 1)
-        self._surplus = 0
+        self._surplus = self.unserved = 0
+        self._drains = self._stopped = False
         self._batch: Rows | None = None
         self._batch_of: list[Sequence] = []
         self._arrived = self._steps = 0
@@ -122,10 +123,27 @@ class Engine:
             requests: ``Request``, dicts, texts or lists of token ids; taken as there is room.
             sampling_params: of those that have none.
         """
-        source, default = iter(requests), sampling_params or SamplingParams()
+        try:
+            yield from self._generate(iter(requests), sampling_params or SamplingParams())
+        except GeneratorExit:  # the caller has enough; the other ranks still count on this one
+            self.drain()
+            while self.step() is not None:
+                pass
+            raise
+
+    def drain(self) -> None:
+        """Start no further requests, on any rank, and finish those that have begun.
+
+        May be called at any time, by a signal handler too. ``generate`` then ends; ``unserved``
+        counts the requests that this rank had taken and not begun.
+        """
+        self._drains = True
+
+    def _generate(self, source: Iterator[Any], default: SamplingParams) -> Iterator[RequestOutput]:
         more = True
         while True:
             outputs = []
+            more = more and not self._stopped
             while more and len(self.scheduler.waiting) < self.limits.max_num_seqs:
                 try:
                     value = next(source)
@@ -144,10 +162,13 @@ class Engine:
     ) -> list[RequestOutput]:
         """Take a request; one that cannot be served comes back with its ``error``."""
         number, self._arrived = self._arrived, self._arrived + 1
-        request_id: Any = value.get("request_id", number) if isinstance(value, dict) else number
+        request_id: Any = number
         try:
             if isinstance(value, RequestError):
+                request_id = number if value.request_id is None else value.request_id
                 raise value
+            if isinstance(value, dict):
+                request_id = value.get("request_id", number)
             request = as_request(value, number, sampling_params or SamplingParams())
             request_id = request.request_id
             state = self._state_of(request, number)
@@ -214,9 +235,13 @@ class Engine:
             more: whether this rank has requests that it has not added yet.
         """
         self._seconds.clear()
+        if self._stopped:
+            self.unserved += self.scheduler.forget_waiting()
         work = self.scheduler.next_work()
         with self._timed("control"):
             words = self.lockstep.meet(self._word(work, more))
+        if words[:, DRAINS].any():
+            self._stopped = True
         if not words[:, :RUNS].any():
             return None
         before = self._counted()
@@ -241,7 +266,8 @@ class Engine:
         held = len(self.scheduler) + len(self.handover)
         room = self.limits.kv_room - self.scheduler.kv_tokens
         surplus, self._surplus = self._surplus, 0
-        return [held, int(more), int(work is not None), len(self.handover.due), room, surplus]
+        runs, offers = int(work is not None), len(self.handover.due)
+        return [held, int(more), runs, offers, room, surplus, int(self._drains)]
 
     def _send_home(self, words: np.ndarray) -> None:
         handover = self.handover
@@ -324,15 +350,15 @@ class Engine:
         valid = given.pop("valid")
         padded = bool((~valid).any())
         self.tap.valid = valid.reshape(-1).to(self.device) if padded else None
-        labels: Any = contextlib.nullcontext()
-        if states is not None:  # for a recorder, where one is attached
-            labels = annotate(
-                request_ids=[self._recorded_id(state) for state in states],
-                stage=stage,
-                positions=given["position_ids"],
-                mask=valid if padded else None,
-                domains=[s.domain or "" for s in states] if any(s.domain for s in states) else None,
-            )
+        told: dict[str, Any] = {"mask": valid if padded else None}
+        if states is None:  # the warm-up is nobody's
+            told = {"mask": torch.zeros_like(valid), "request_ids": [0]}
+        elif any(state.domain for state in states):
+            told["domains"] = [state.domain or "" for state in states]
+        if states is not None:
+            told["request_ids"] = [self._recorded_id(state) for state in states]
+        # for a recorder, where one is attached
+        labels = annotate(stage=stage, positions=given["position_ids"], **told)
         given = {name: value.to(self.device) for name, value in given.items()}
         with torch.no_grad(), labels:
             output = self.model(

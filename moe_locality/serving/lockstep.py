@@ -16,8 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe_locality.dispatch.desync import ask_ranks
 from moe_locality.errors import ConfigError
 from moe_locality.integrations.transformers_ep import LocalityEP, expert_layers
+from moe_locality.layer.agreement import LostRanks
 
 
 def world() -> tuple[int, int]:
@@ -118,6 +120,14 @@ class LockStep:
         if self.size == 1:
             return mine[None].numpy()
         everyone = torch.empty(self.size * len(word), dtype=torch.int64, device=self.device)
-        dist.all_gather_into_tensor(everyone, mine.to(self.device))
+        try:
+            dist.all_gather_into_tensor(everyone, mine.to(self.device))
+        except RuntimeError as error:
+            ranks = range(self.size)
+            told = ask_ranks(ranks, ranks, "between two steps of the engine")
+            raise LostRanks(
+                f"the ranks did not meet for the next step of the engine on rank {self.rank}: one "
+                f"of them died or left. {told} The backend says: {error}"
+            ) from error
         self.control_bytes += 8 * len(word) * (self.size - 1)
         return everyone.view(self.size, -1).cpu().numpy()

@@ -15,7 +15,9 @@ RequestId = int | str
 
 
 class RequestError(ConfigError):
-    """One request is malformed or too long; it is refused alone."""
+    """One request is malformed or too long; it is refused alone. ``request_id``: where known."""
+
+    request_id: RequestId | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,12 +179,23 @@ def check_prompt(ids: Any, vocab_size: int) -> list[int]:
 
 
 def read_requests(path: str | Path) -> Iterator[Any]:
-    """Yield the lines of a JSONL file; a line that is no JSON comes as a :class:`RequestError`."""
+    """Yield the requests of a JSONL file: objects, texts or lists of token ids, one a line.
+
+    Those without a ``request_id`` get the number of their line, from 0. A line that is no JSON
+    comes as a :class:`RequestError`.
+    """
     with Path(path).open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(lines):
             if not line.strip():
                 continue
             try:
-                yield json.loads(line)
+                value = json.loads(line)
             except ValueError as error:
-                yield RequestError(f"{path}, line {number}: found no JSON ({error})")
+                wrong = RequestError(f"found no JSON in line {number + 1} of {path} ({error})")
+                wrong.request_id = number
+                yield wrong
+                continue
+            if not isinstance(value, dict):
+                name = "prompt" if isinstance(value, str) else "prompt_token_ids"
+                value = {name: value}
+            yield {"request_id": number, **value}

@@ -130,14 +130,15 @@ def _read_to(state: RequestState) -> int:
     return len(state.prompt) if state.due_at is None else state.due_at
 
 
-def _age(state: RequestState) -> tuple[int, int]:
+def request_age(state: RequestState) -> tuple[int, int]:
+    """What requests are ordered by, the oldest first."""
     return state.number, state.arrival
 
 
 def first_come(ready: ListLike[RequestState], running: ListLike[Sequence]) -> int:
     """Choose the one that came first."""
     del running
-    return min(range(len(ready)), key=lambda i: _age(ready[i]))
+    return min(range(len(ready)), key=lambda i: request_age(ready[i]))
 
 
 class Scheduler:
@@ -254,7 +255,7 @@ class Scheduler:
     def _next_prefill(self) -> Prefill | None:
         budget = self.limits.max_num_batched_tokens
         if self.reading:
-            state = min(self.reading, key=_age)
+            state = min(self.reading, key=request_age)
             return Prefill([state], [min(budget, _read_to(state) - state.computed)])
         taken: list[RequestState] = []
         longest = 0
@@ -306,6 +307,12 @@ class Scheduler:
         """The prompt was read; its continuations wait for rows."""
         self.reading.remove(state)
         self.ready.append(state)
+
+    def forget_waiting(self) -> int:
+        """Forget the requests that have not begun; return how many there were."""
+        count = len(self.waiting)
+        self.waiting.clear()
+        return count
 
     def drop_finished(self) -> None:
         """Free the rows of sequences that have ended."""

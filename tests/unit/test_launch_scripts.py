@@ -15,7 +15,7 @@ from moe_locality.placement.plan import PlacementPlan
 
 ROOT = Path(__file__).parents[2]
 PASSED_ON = ("PYTHONPATH", "DS_ACCELERATOR", "OMP_NUM_THREADS", "WANDB_MODE", "WANDB_SILENT")
-SCRIPTS = ("record", "place", "train", "compare", "generate")
+SCRIPTS = ("record", "place", "train", "compare", "generate", "serve")
 TRAIN = str(ROOT / "examples/train_lm.py")
 
 
@@ -74,6 +74,24 @@ def test_what_each_script_runs():
     assert place == ["moe-locality", "place", "t", "-o", "p.json", "--nodes", "2"]
     (place,) = printed("place", "--nodes", "2", "--trace", "t", "--plan", "p.json")
     assert place == ["moe-locality", "place", "t", "-o", "p.json", "--nodes", "2"]
+
+
+def test_serve_runs_the_command_on_every_rank():
+    arguments = ("in.jsonl", "--model", "my model", "--out", "o")
+    (words,) = printed("serve", "--ranks", "2", "--plan", "p.json", *arguments)
+    module = ["--no_local_rank", "--module", "moe_locality.cli", "serve"]
+    assert words == [
+        "deepspeed",
+        "--num_accelerators",
+        "2",
+        *module,
+        *arguments,
+        "--plan",
+        "p.json",
+    ]
+    done = run("serve", "--", "mine.py")
+    assert done.returncode == 2
+    assert "REQUESTS" in done.stderr
 
 
 def test_generate_runs_the_example_or_a_users_script():

@@ -1,0 +1,122 @@
+"""The command that serves a file of requests. Started by a launcher, it runs on every rank."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moe_locality.commands.inputs import Seed
+from moe_locality.commands.output import Result
+
+if TYPE_CHECKING:
+    from moe_locality.placement import PlacementPlan
+
+_SEQS = "Sequences that a rank continues together."
+_TOKENS = "Tokens of a step; longer prompts come in chunks."
+_HOMES = "arrival, predicted, first:N, domain, random or round_robin."
+
+
+def serve(
+    requests: Annotated[Path, typer.Argument(help="Requests: JSONL, one a line.")],
+    model: Annotated[str, typer.Option(help="Directory or name of a Hugging Face model.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the results.")],
+    plan: Annotated[Path | None, typer.Option(help="Placement plan (JSON).")] = None,
+    homes: Annotated[str, typer.Option(help=f"Which rank decodes a request: {_HOMES}")] = "arrival",
+    max_num_seqs: Annotated[int, typer.Option(help=_SEQS)] = 16,
+    max_num_batched_tokens: Annotated[int, typer.Option(help=_TOKENS)] = 512,
+    max_model_len: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
+    max_num_kv_tokens: Annotated[int | None, typer.Option(help="Tokens in the caches.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="New tokens of a request that says none.")] = 16,
+    temperature: Annotated[float, typer.Option(help="Of a request that says none.")] = 1.0,
+    dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16.")] = "auto",
+    trace: Annotated[Path | None, typer.Option(help="Also record the routing there.")] = None,
+    seed: Seed = 0,
+) -> Result:
+    """Serve requests with a Hugging Face MoE model, on one rank or under a launcher."""
+    from moe_locality.placement import PlacementPlan
+    from moe_locality.serving import Engine, Limits, SamplingParams
+    from moe_locality.serving.jobs import serve_file
+
+    params = SamplingParams(temperature=temperature, max_tokens=max_tokens)
+    limits = Limits(
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=max_model_len,
+        max_num_kv_tokens=max_num_kv_tokens,
+    )
+    if not requests.is_file():
+        raise typer.BadParameter(f"there is no file {requests}")
+    found = None if plan is None else PlacementPlan.read(plan)
+    rank = _join_ranks()
+    loaded, tokenizer = _load(model, dtype, found)
+    recorder = None
+    if trace is not None:
+        import moe_locality
+
+        recorder = moe_locality.attach(loaded, trace)
+    engine = Engine(loaded, tokenizer, limits=limits, homes=homes, plan=found, seed=seed)
+    total = serve_file(engine, requests, out, params)
+    if recorder is not None:
+        recorder.close()
+    del engine, loaded
+    _leave_ranks()
+    if rank:
+        raise SystemExit(0)  # the first rank speaks for all
+    served = ", ".join(f"{total[name]} {name}" for name in ("served", "refused", "unserved"))
+    text = [
+        f"{served}: {out}",
+        f"{total['tokens']:,} new tokens, {total['tokens_per_s']:.1f} per second",
+    ]
+    if "bytes" in total:
+        text.append(
+            f"{total['bytes']['cross_node']:,} bytes across nodes in the exchange, "
+            f"{total['handover_bytes']['cross_node']:,} with {total['moved']} requests that moved"
+        )
+    return Result(payload={"command": "serve", "out": str(out), **total}, text=text)
+
+
+def _join_ranks() -> int:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    torch.distributed.init_process_group()
+    return torch.distributed.get_rank()
+
+
+def _leave_ranks() -> None:
+    import gc
+
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        gc.collect()  # groups end when nothing holds them
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _load(path: str, dtype: str, plan: PlacementPlan | None) -> tuple[Any, Any]:
+    """Return the model, spread over the ranks, and its tokenizer (None where it has none)."""
+    import torch.distributed as dist
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import moe_locality
+
+    tokenizer = None
+    with contextlib.suppress(OSError, ValueError, KeyError):  # without one, requests are token ids
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    if not dist.is_initialized():
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype), tokenizer
+    from transformers.distributed import DistributedConfig
+
+    size = dist.get_world_size()
+    moe_locality.register()
+    spread = DistributedConfig(fsdp_size=size, ep_size=size, ep_implementation="moe_locality")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, distributed_config=spread)
+    return moe_locality.apply(model, plan=plan), tokenizer

@@ -1,0 +1,114 @@
+"""A file of requests served by all ranks: results on disk as they come, and what ends a job early.
+
+Every rank takes its share of the lines and appends each result to a file of its own when it is
+there; a job that is started again goes on with what has no result yet. The first SIGTERM or SIGINT
+drains: what has begun is finished on all ranks, nothing else is started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from moe_locality.dispatch.traffic import traffic_report
+from moe_locality.serving.engine import Engine
+from moe_locality.serving.requests import RequestOutput, SamplingParams, read_requests
+from moe_locality.topology.groups import exchange_objects
+
+
+def result_file(out: Path, rank: int) -> Path:
+    """The file of the results that end on a rank."""
+    return out / f"rank-{rank}.jsonl"
+
+
+def read_results(out: str | Path) -> Iterator[dict[str, Any]]:
+    """Yield the results in a directory; a line that was cut off by the end of its rank is none."""
+    for path in sorted(Path(out).glob("rank-*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                yield json.loads(line)
+
+
+def serve_file(
+    engine: Engine,
+    requests: str | Path,
+    out: str | Path,
+    params: SamplingParams | None = None,
+    *,
+    on_result: Callable[[RequestOutput], None] | None = None,
+) -> dict[str, Any]:
+    """Serve the requests of a JSONL file that have no result in ``out`` yet. Collective.
+
+    Line i is the request of rank i modulo the number of ranks. Returns what was done on all ranks:
+    ``served``, ``refused``, ``unserved`` (after a signal), ``tokens`` (new ones), ``seconds``,
+    ``tokens_per_s``, ``moved`` (requests to another home), and bytes sent, by link: ``bytes`` of
+    the exchange, ``handover_bytes``.
+    """
+    rank, size = engine.lockstep.rank, engine.lockstep.size
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    done = {json.dumps(result["request_id"]) for result in read_results(out)}
+    if size > 1:  # before any rank writes
+        done = set().union(*exchange_objects(done))
+    counts = {"served": 0, "refused": 0, "tokens": 0}
+    began = time.perf_counter()
+    path = result_file(out, rank)
+    torn = path.exists() and not path.read_bytes().endswith(b"\n")
+    with path.open("a", encoding="utf-8") as results, draining(engine):
+        if torn and path.stat().st_size:
+            results.write("\n")
+        for output in engine.generate(_share(requests, rank, size, done), params):
+            results.write(output.to_json() + "\n")
+            results.flush()
+            counts["refused" if output.error else "served"] += 1
+            counts["tokens"] += sum(len(one.token_ids) for one in output.outputs)
+            if on_result is not None:
+                on_result(output)
+    counts["unserved"], counts["moved"] = engine.unserved, engine.handover.moved
+    everyone = exchange_objects((counts, engine.handover.sent_bytes)) if size > 1 else None
+    everyone = everyone or [(counts, engine.handover.sent_bytes)]
+    seconds = time.perf_counter() - began
+    total: dict[str, Any] = {name: sum(own[name] for own, _ in everyone) for name in counts}
+    total |= {"seconds": seconds, "tokens_per_s": total["tokens"] / seconds}
+    links = traffic_report(engine.model)["by_link"] if size > 1 else None
+    names = ("same_rank", "same_node", "cross_node")
+    if links is not None:
+        total["bytes"] = {name: sum(kind[name] for kind in links.values()) for name in names}
+    sums = [sum(column) for column in zip(*(sent for _, sent in everyone), strict=True)]
+    return total | {"handover_bytes": dict(zip(names, sums, strict=True))}
+
+
+def _share(requests: str | Path, rank: int, size: int, done: set[str]) -> Iterator[Any]:
+    for number, value in enumerate(read_requests(requests)):
+        told = value["request_id"] if isinstance(value, dict) else value.request_id
+        if number % size == rank and json.dumps(told) not in done:
+            yield value
+
+
+@contextlib.contextmanager
+def draining(engine: Engine) -> Iterator[None]:
+    """Drain the engine at the first SIGTERM or SIGINT; the second one interrupts."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def asked(number: int, frame: Any) -> None:
+        del frame
+        engine.drain()
+        for one in before:
+            signal.signal(one, signal.default_int_handler)
+
+    for number in before:
+        signal.signal(number, asked)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

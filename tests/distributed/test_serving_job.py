@@ -1,0 +1,134 @@
+"""Jobs of the serving engine: results on disk as they come, signals, and ranks that die."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch.distributed as dist
+
+from tests.distributed.fault_cases import END_S, VICTIM, WORLD, die, end_together, note_fault
+from tests.distributed.test_serving import expected, placed, plan_with_homes, prompts_of
+from tests.distributed.test_transformers_ep import save_tiny
+from tests.launch import run_ranks
+from tests.unit.test_launch_scripts import run
+
+pytest.importorskip("transformers")
+
+LIMITS = {"max_num_seqs": 4, "max_num_batched_tokens": 24, "max_model_len": 64}
+
+
+def write_requests(path, count, max_tokens=None):
+    requests = [{**request, "request_id": i} for i, request in enumerate(prompts_of(0, count))]
+    for request in requests:
+        request["max_tokens"] = max_tokens or request["max_tokens"]
+    path.write_text("".join(json.dumps(request) + "\n" for request in requests))
+    return requests
+
+
+def tokens_in(out):
+    from moe_locality.serving.jobs import read_results
+
+    return {r["request_id"]: r["outputs"][0]["token_ids"] for r in read_results(out)}
+
+
+def engine_of(path, world, homes="arrival", **options):
+    from moe_locality.serving import Engine, Limits
+
+    model, _ = placed(path, world, None)
+    plan = plan_with_homes(path, world) if homes == "predicted" else None
+    return Engine(model, limits=Limits(**LIMITS), homes=homes, plan=plan, **options)
+
+
+def drained_then_finished(rank, world, path, folder):
+    """Serve with a signal on one rank, then again without one."""
+    from moe_locality.serving.jobs import serve_file
+
+    results = []
+
+    def signalled(result):
+        results.append(result)
+        if rank == 1 and len(results) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    engine = engine_of(path, world)
+    first = serve_file(engine, folder / "in.jsonl", folder / "out", on_result=signalled)
+    assert signal.getsignal(signal.SIGTERM) is before
+    seen = tokens_in(folder / "out")
+    dist.barrier()
+    second = serve_file(engine_of(path, world), folder / "in.jsonl", folder / "out")
+    return first, seen, second
+
+
+def test_serve_file_drains_at_a_signal_and_goes_on_when_started_again(tmp_path):
+    """[F17 faults] What has begun is finished on all ranks; the rest is served by the next job."""
+    path = save_tiny(tmp_path, "Mixtral")
+    requests = write_requests(tmp_path / "in.jsonl", 60)
+    results = run_ranks(drained_then_finished, 4, path, tmp_path, timeout_s=300.0)
+    first, seen, second = results[0]
+    assert [other[0]["served"] for other in results] == [first["served"]] * 4
+    assert 0 < first["served"] == len(seen) < 60
+    assert second["served"] == 60 - first["served"]
+    assert second["refused"] == first["refused"] == 0
+    assert tokens_in(tmp_path / "out") == expected(path, requests)
+
+
+def dies_while_serving(rank, folder, path, homes, kind):
+    from moe_locality.serving.jobs import serve_file
+
+    def on_step(counts):
+        served = len(tokens_in(folder / "out")) > 8
+        moved = kind != "handover" or counts["moved"] > 2
+        if rank == VICTIM and served and moved and (counts["kind"] == kind or kind == "handover"):
+            note_fault(folder)
+            die()
+
+    engine = engine_of(path, WORLD, homes, on_step=on_step)
+    serve_file(engine, folder / "in.jsonl", folder / "out")
+
+
+@pytest.mark.parametrize("kind", ["prefill", "decode", "handover"])
+def test_serve_file_ends_on_all_ranks_when_one_dies(tmp_path, kind):
+    """[F17 faults] Soon, with a message that names the rank; what was finished is on disk."""
+    path = save_tiny(tmp_path, "Mixtral")
+    requests = write_requests(tmp_path / "in.jsonl", 200)
+    homes = "predicted" if kind == "handover" else "arrival"
+    said, seconds = end_together(dies_while_serving, tmp_path, path, homes, kind)
+    assert seconds < END_S
+    assert sorted(said) == [rank for rank in range(WORLD) if rank != VICTIM]
+    for one in said.values():
+        assert one["error"] is not None
+        assert f"{VICTIM}" in one["text"], one["text"]
+        assert "died or left" in one["text"] or "exited" in one["text"], one["text"]
+    found = tokens_in(tmp_path / "out")
+    assert 8 < len(found) < 200
+    wanted = expected(path, [request for request in requests if request["request_id"] in found])
+    assert found == wanted
+
+
+def test_serve_is_one_command_on_all_ranks(tmp_path):
+    """[F17.1] launch/serve.sh, on real launched ranks: results, refusals, one summary."""
+    from moe_locality.demo.launch import free_port
+
+    path = save_tiny(tmp_path, "Mixtral")
+    requests = write_requests(tmp_path / "in.jsonl", 10)
+    with (tmp_path / "in.jsonl").open("a") as lines:
+        lines.write('{"prompt_token_ids": [1], "temperature": -1}\nno json\n')
+    port = {"DEEPSPEED_ARGS": f"--master_port {free_port()}"}
+    done = run(
+        "serve", "--ranks", "2", str(tmp_path / "in.jsonl"), "--model", path,
+        "--out", str(tmp_path / "out"), "--max-num-seqs", "4", "--max-model-len", "64",
+        "--dtype", "float32", "--trace", str(tmp_path / "trace"), cwd=tmp_path, **port,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("10 served, 2 refused, 0 unserved") == 1
+    from moe_locality.serving.jobs import read_results
+    from moe_locality.trace import read_trace
+
+    results = {r["request_id"]: r for r in read_results(tmp_path / "out")}
+    assert results[10]["error"].startswith("found temperature=-1")
+    assert "no JSON in line 12" in results[11]["error"]
+    found = {i: results[i]["outputs"][0]["token_ids"] for i in range(10)}
+    assert found == expected(path, requests)
+    assert set(read_trace(tmp_path / "trace").request_id.tolist()) == set(range(10))
