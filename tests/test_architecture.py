@@ -27,6 +27,7 @@ FLOORS = {
     "moe_locality.topology.groups": 4,
     "moe_locality.placement": 2,
     "moe_locality.placement.plan": 1,
+    "moe_locality.placement.serving": 1,
     "moe_locality.placement.export": 1,
     "moe_locality.analysis": 2,
     "moe_locality.arrivals": 2,
@@ -77,9 +78,9 @@ MIN_LINES = 80
 
 # A budget of the whole package. Who needs more raises it here, and says what for.
 # Front ends for transformers and AutoEP: 6 files and 2,100 lines. Maps and transports of other
-# engines: 700 lines. Serving: 14 files and 4,500 lines.
-MAX_FILES = 137
-MAX_TOTAL_LINES = 44_100
+# engines: 700 lines. Serving: 14 files and 4,500 lines. Serving rule: 2 files, 1,100 lines.
+MAX_FILES = 139
+MAX_TOTAL_LINES = 45_200
 
 
 def module_name(path: Path) -> str:

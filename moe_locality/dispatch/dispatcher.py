@@ -42,6 +42,7 @@ from moe_locality.dispatch.transport import (
 )
 from moe_locality.errors import ConfigError, TopologyError
 from moe_locality.kernels import ops
+from moe_locality.placement.plan import PlacementPlan
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.topology.groups import built_groups
 
@@ -87,19 +88,47 @@ class SlotMap:
     """The slot that serves each logical expert for the tokens of this rank.
 
     ``slot_of_expert [E]``; None where expert e is in slot e. Where experts have replicas, each rank
-    has its own map.
+    has its own map; ``[E, X]`` slots in order of preference where the picks of a token decide (rule
+    "visited", ``placement/serving.py``), with ``nodes [E, X]`` of these slots.
     """
 
-    def __init__(self, slot_of_expert: np.ndarray | None = None) -> None:
-        if slot_of_expert is not None and (slot_of_expert == np.arange(len(slot_of_expert))).all():
+    def __init__(
+        self,
+        slot_of_expert: np.ndarray | None = None,
+        nodes: np.ndarray | None = None,
+        home_node: int = 0,
+    ) -> None:
+        if (
+            nodes is None
+            and slot_of_expert is not None
+            and (slot_of_expert == np.arange(len(slot_of_expert))).all()
+        ):
             slot_of_expert = None  # nothing to look up
-        self.slot_of_expert = slot_of_expert
+        self.slot_of_expert, self.nodes, self.home_node = slot_of_expert, nodes, home_node
         self._on: dict[torch.device, Tensor] = {}
+        self._nodes_on: dict[torch.device, Tensor] = {}
 
     @classmethod
     def of(cls, slot_to_logical: np.ndarray) -> "SlotMap":
         """Return the map of a permutation ``[E]``: the expert of each slot."""
         return cls(np.argsort(slot_to_logical))
+
+    @classmethod
+    def of_plan(cls, plan: PlacementPlan, rank: int) -> "list[SlotMap]":
+        """Return the map of each layer of ``plan`` for the tokens of a rank of the EP group."""
+        choices = plan.slot_choices(rank)
+        if choices.shape[2] == 1:
+            return [cls(some[:, 0].astype(np.int64)) for some in choices]
+        node_of_slot = plan.node_of_rank[plan.rank_of_slot].astype(np.int64)
+        nodes = np.where(choices >= 0, node_of_slot[choices], -1)
+        home = int(plan.node_of_rank[rank])
+        return [cls(*both, home) for both in zip(choices, nodes, strict=True)]
+
+    def renumbered(self, slots: np.ndarray) -> "SlotMap":
+        """Return the map where slot p, on the same rank, has the number ``slots[p]``."""
+        given = np.arange(len(slots)) if self.slot_of_expert is None else self.slot_of_expert
+        found = np.where(given >= 0, slots[given], -1).astype(given.dtype)
+        return SlotMap(found, self.nodes, self.home_node)
 
     def on(self, device: torch.device) -> Tensor:
         """Return the map as a tensor ``[E]`` on ``device``."""
@@ -108,10 +137,16 @@ class SlotMap:
             self._on[device] = torch.from_numpy(self.slot_of_expert).to(device)
         return self._on[device]
 
-    def slot_ids(self, topk_ids: Tensor) -> Tensor:
-        """Map logical expert ids (-1 = dropped) to slots, in the same shape and dtype."""
+    def slot_ids(self, topk_ids: Tensor, kernels: ops.Backend = "auto") -> Tensor:
+        """Map logical expert ids ``[T, K]`` (-1 = dropped) to slots, same shape and dtype."""
         if self.slot_of_expert is None:
             return topk_ids
+        if self.nodes is not None:
+            device = topk_ids.device
+            if device not in self._nodes_on:
+                self._nodes_on[device] = torch.from_numpy(self.nodes).to(device)
+            choices = (self.on(device), self._nodes_on[device], self.home_node)
+            return ops.serve_visited(topk_ids, *choices, backend=kernels)
         slots = self.on(topk_ids.device).to(topk_ids.dtype)
         return torch.where(topk_ids < 0, topk_ids, slots[topk_ids.clamp_min(0).long()])
 
@@ -238,6 +273,7 @@ class TokenDispatcher:
         self.num_slots = num_slots
         self.position = position or CallPosition()
         self.slot_map = slot_map or SlotMap()
+        self.kernels: ops.Backend = kernels
         clock = StageClock(config.timing)
         self.traffic = TrafficCounter(ranks=ranks, topology=topology, clock=clock)
         self.transport = make_transport(
@@ -369,7 +405,7 @@ def run_moe(
             around the two exchanges, such as timers.
     """
     with stage("dispatch"):
-        slot_ids = dispatcher.slot_map.slot_ids(topk_ids)
+        slot_ids = dispatcher.slot_map.slot_ids(topk_ids, dispatcher.kernels)
         routed = dispatcher.dispatch(x, slot_ids, topk_weights)
     expert_out = run_experts(routed.rows, routed.tokens_per_local_expert)
     with stage("combine"):

@@ -177,16 +177,14 @@ class LocalityEP(EPImplementation):
         self.section, self.topology, self.dispatcher = section, topology, None
         self.position.number, self.position.name, self.rows.name = number, name, name
 
-    def place(
-        self, slot_to_logical: np.ndarray, serving: np.ndarray, others: list[DTensor]
-    ) -> None:
+    def place(self, slot_to_logical: np.ndarray, serving: SlotMap, others: list[DTensor]) -> None:
         """Move the experts to their slots ``[P]``. Collective over the EP group.
 
-        ``serving [G, E]``: the slot that serves each expert for the tokens of each rank.
+        ``serving``: the slot that serves each expert for the tokens of this rank.
         ``others``: gradients and moments, which move with the experts.
         """
         slots = self.rows.place(slot_to_logical.astype(np.int64), others)
-        self.slot_map = SlotMap(slots[serving[dist.get_rank(self.group)]])
+        self.slot_map = serving.renumbered(slots)
         self.num_slots, self.dispatcher = len(slot_to_logical), None
         if not self.has_plan:
             keep_checkpoints_logical(self.rows, first=self.position.number == 0)
@@ -253,7 +251,7 @@ def apply(
     for number, (name, layer) in enumerate(layers):
         layer.configure(section, topology, number, name)
     if plan is not None:
-        serving = plan.serving_slot()
+        serving = SlotMap.of_plan(plan, dist.get_rank(layers[0][1].group))
         for (_, layer), row, beside in zip(layers, rows, others, strict=True):
             layer.place(plan.physical_to_logical_map[row], serving[row], beside)
     if dist.get_rank() == 0:

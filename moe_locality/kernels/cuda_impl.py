@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_locality.errors import ConfigError
+from moe_locality.kernels import reference
 
 LIBRARY = "_C_cuda.abi3.so"
 NO_LIMIT = 2**31 - 1
@@ -61,6 +62,10 @@ def row_map(slot_ids: Tensor, num_slots: int, capacity: int, num_rows: int) -> t
         used = int(offsets[-1])  # the one wait for the device
         row_route, row_token = row_route[:used], row_token[:used]
     return row_route, row_token, *others, *rest
+
+
+def serve_visited(ids: Tensor, slots: Tensor, nodes: Tensor, home_node: int) -> Tensor:
+    return reference.serve_visited(ids, slots, nodes, home_node)  # no kernel in csrc/ yet
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:

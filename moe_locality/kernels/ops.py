@@ -122,6 +122,21 @@ def row_map(
     return RowMap(**dict(zip(MAP_FIELDS, made, strict=True)), padded=num_rows is not None)
 
 
+def serve_visited(
+    topk_ids: Tensor, slots: Tensor, nodes: Tensor, home_node: int, *, backend: Backend = "auto"
+) -> Tensor:
+    """Return the slot that serves each pick of tokens at home on one rank, by the token's other
+    picks: ``placement.serving.serve_visited`` on a device. Shape and dtype of ``topk_ids``.
+
+    Args:
+        topk_ids: ``[T, K]`` integer logical ids, -1 where a route is dropped.
+        slots: ``[E, X]`` int32, the slots that may serve an expert, the preferred one first, -1
+            where there are fewer.
+        nodes: ``[E, X]`` int64, the node of each, -1 likewise; at most 62 nodes.
+    """
+    return _call("serve_visited", backend, topk_ids, slots, nodes, home_node)
+
+
 def permute(x: Tensor, index: Tensor | RowMap, *, backend: Backend = "auto") -> Tensor:
     """Return ``rows[n] = x[index[n]]``: ``[T, D]`` to ``[N, D]``.
 
@@ -280,6 +295,8 @@ MAP_FIELDS = (
 SCHEMAS = {
     "row_map": "(Tensor slot_ids, int num_slots, int capacity, SymInt num_rows, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "serve_visited": "(Tensor ids, Tensor slots, Tensor nodes, int home_node, str backend) "
+    "-> Tensor",
     "gather": "(Tensor x, Tensor index, str backend) -> Tensor",
     "permute": "(Tensor x, Tensor row_token, Tensor positions, Tensor? slot_offsets, str backend) "
     "-> Tensor",
@@ -335,6 +352,7 @@ def _fake_combine_backward(
 
 
 _FAKES: dict[str, Any] = {
+    "serve_visited": lambda ids, *_: ids.new_empty(ids.shape),
     "row_map": _fake_row_map,
     "gather": _fake_gather,
     "permute": _fake_gather,

@@ -15,7 +15,33 @@ from torch.nn.functional import embedding_bag
 
 from moe_locality.errors import ConfigError
 
-__all__ = ["combine", "combine_backward", "gather", "permute", "row_map"]
+__all__ = ["combine", "combine_backward", "gather", "permute", "row_map", "serve_visited"]
+
+
+def serve_visited(ids: Tensor, slots: Tensor, nodes: Tensor, home_node: int) -> Tensor:
+    expert = ids.long()
+    there = expert >= 0
+    at = expert.clamp_min(0)
+    one = torch.ones((), dtype=torch.int64, device=ids.device)
+    mask = one.new_full((len(ids),), 1 << home_node)
+    found = torch.where(there, slots[at, 0], -1)
+    if slots.shape[1] == 1:
+        return found.to(ids.dtype)
+    later = there & (nodes[at, 1] >= 0)
+    for k in range(ids.shape[1]):
+        mask = mask | torch.where(there[:, k] & ~later[:, k], one << nodes[at[:, k], 0], 0)
+    order = torch.where(later, expert, -1).argsort(dim=1)  # rising ids; like ids serve alike
+    for place in order.t():
+        picked = expert.gather(1, place[:, None])[:, 0]
+        real = later.gather(1, place[:, None])[:, 0]
+        choices = nodes[picked.clamp_min(0)]  # [T, X]
+        visited = (choices >= 0) & ((mask[:, None] >> choices.clamp_min(0)) & 1 > 0)
+        choice = visited.int().argmax(dim=1, keepdim=True)  # the first one, else the preferred one
+        slot = slots[picked.clamp_min(0)].gather(1, choice)
+        served = real[:, None] & (expert == picked[:, None])
+        found = torch.where(served, slot, found)
+        mask = mask | torch.where(real, one << choices.gather(1, choice)[:, 0], 0)
+    return found.to(ids.dtype)
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:

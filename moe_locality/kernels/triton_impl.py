@@ -74,6 +74,19 @@ def _new_map(ids: Tensor, num_slots: int, num_rows: int) -> tuple[Tensor, ...]:
     return make(num_rows), make(num_rows), make(*ids.shape), *counts
 
 
+def serve_visited(ids: Tensor, slots: Tensor, nodes: Tensor, home_node: int) -> Tensor:
+    found = torch.empty_like(ids, memory_format=torch.contiguous_format)
+    num_tokens, top_k = ids.shape
+    if found.numel() == 0:
+        return found
+    size = {"K": top_k, "K2": _power_of_two(top_k), "X": slots.shape[1], "BT": 64}
+    tables = (slots.contiguous(), nodes.contiguous())
+    grid = (-(-num_tokens // size["BT"]),)
+    kernels = _kernels()
+    kernels.serve_kernel[grid](ids, *ids.stride(), *tables, found, num_tokens, home_node, **size)
+    return found
+
+
 def gather(x: Tensor, index: Tensor) -> Tensor:
     kernels = _kernels()
 

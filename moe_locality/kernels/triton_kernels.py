@@ -27,6 +27,56 @@ def _slots_of(ids, stride_t, stride_k, token, k, num_tokens, num_slots, K: tl.co
     return tl.where((slot >= 0) & (slot < num_slots), slot, num_slots)
 
 
+@triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_home"])
+def serve_kernel(
+    ids, stride_t, stride_k, slots, nodes, found, num_tokens, num_home,
+    K: tl.constexpr, K2: tl.constexpr, X: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """found[t, k]: the slot that serves each pick of tokens at home on node ``num_home``.
+
+    Picks that X nodes may serve follow those with one, in rising order of their ids.
+    """
+    token = tl.program_id(0) * BT + tl.arange(0, BT)
+    k = tl.arange(0, K2)
+    real = (token < num_tokens)[:, None] & (k < K)[None, :]
+    where = token[:, None].to(tl.int64) * stride_t + k[None, :] * stride_k
+    expert = tl.load(ids + where, mask=real, other=-1).to(tl.int32)
+    there = expert >= 0
+    at = tl.where(there, expert, 0) * X
+    served = tl.load(slots + at, mask=there, other=-1)
+    if X > 1:
+        one = tl.full((BT, K2), 1, tl.int64)
+        first = tl.load(nodes + at, mask=there, other=0).to(tl.int64)
+        later = there & (tl.load(nodes + at + 1, mask=there, other=-1) >= 0)
+        bits = tl.where(there & (later == 0), one << first, 0)
+        alone = tl.full((BT,), 1, tl.int64)
+        visited = tl.reduce(bits, 1, _either) | (alone << num_home)
+        last = tl.full((BT,), -1, tl.int32)
+        for _ in tl.static_range(K):
+            open = later & (expert > last[:, None])
+            picked = tl.min(tl.where(open, expert, 2147483647), axis=1)
+            some = picked < 2147483647
+            row = tl.where(some, picked, 0) * X
+            slot = tl.load(slots + row, mask=some, other=-1)
+            node = tl.load(nodes + row, mask=some, other=0).to(tl.int64)
+            for x in tl.static_range(X):  # from the last choice to the first: the first one stays
+                other = tl.load(nodes + row + (X - 1 - x), mask=some, other=-1).to(tl.int64)
+                bit = (visited >> tl.where(other >= 0, other, 0)) & 1
+                met = (other >= 0) & (bit > 0)
+                node = tl.where(met, other, node)
+                named = tl.load(slots + row + (X - 1 - x), mask=some, other=-1)
+                slot = tl.where(met, named, slot)
+            visited = tl.where(some, visited | (alone << node), visited)
+            served = tl.where(later & (expert == picked[:, None]), slot[:, None], served)
+            last = tl.where(some, picked, last)
+    tl.store(found + token[:, None] * K + k[None, :], served, mask=real)
+
+
 @triton.jit(do_not_specialize=["num_tokens", "num_slots"])
 def count_kernel(
     ids, stride_t, stride_k, counts, num_tokens, num_slots,

@@ -155,11 +155,11 @@ class LocalityTopKGate(TopKGate):
         # not a buffer: it must not be saved, cast, or made on the meta device
         self._placed = SlotMap.of(slot_to_logical)
 
-    def set_serving_slots(self, serving_slots: np.ndarray | None) -> None:
-        """Say which slot serves each expert for this rank's tokens (``[E]``), where experts have
-        replicas; None: the one slot that holds it.
+    def set_serving_slots(self, serving: SlotMap | None) -> None:
+        """Say which slot serves each expert for this rank's tokens, where experts have replicas;
+        None: the one slot that holds it.
         """
-        self._serving = None if serving_slots is None else SlotMap(serving_slots)
+        self._serving = serving
 
     @property
     def slot_map(self) -> SlotMap:

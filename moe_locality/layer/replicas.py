@@ -2,7 +2,7 @@
 
 Every rank of an EP group holds P / G expert modules, one for each of its slots. The model computes
 the same function: the router keeps its E rows, in logical order, and each rank sends a token to
-the replica that serves its own tokens (``PlacementPlan.serving_slot``).
+the replica that serves its own tokens (``placement/serving.py``).
 
 Replicas are added before ``deepspeed.initialize``, so that optimizer, ZeRO and expert-data-parallel
 groups see the parameters of all slots. The modules that a rank has stay the same objects and come
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_locality import compat
+from moe_locality.dispatch.dispatcher import SlotMap
 from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.layer.agreement import all_succeed
 from moe_locality.layer.moe import moe_modules, plan_rows, set_slot_to_logical
@@ -76,10 +77,12 @@ def add_replicas(
 
     targets, facts = all_succeed(check)
     agree_on_layers(plan.digest(), facts)
-    serving = plan.serving_slot()
+    maps: dict[int, list[SlotMap]] = {}
     for row, target in zip(plan_rows(model, plan), targets, strict=True):
         if target.module.deepspeed_moe.replicas is None:
-            _build(target, serving[row].astype(np.int64))
+            rank = dist.get_rank(target.group)
+            maps[rank] = maps.get(rank) or SlotMap.of_plan(plan, rank)
+            _build(target, maps[rank][row])
     logger.info(
         "moe_locality: %d slots for %d experts in %d MoE layers",
         plan.num_slots,
@@ -214,8 +217,8 @@ def _facts(target: Target) -> Any:
 
 
 @torch.no_grad()
-def _build(target: Target, serving: np.ndarray) -> None:
-    """Make and fill the modules of a layer's slots; update layer and gate. ``serving [G, E]``."""
+def _build(target: Target, serving: SlotMap) -> None:
+    """Make and fill the modules of a layer's slots; update layer and gate."""
     module, group = target.module, target.group
     assert group is not None, "replicas need several ranks"
     layer: Any = module.deepspeed_moe
@@ -240,7 +243,7 @@ def _build(target: Target, serving: np.ndarray) -> None:
         part.num_local_experts = replicas.slots_per_rank
     permute_gate(layer.gate, np.argsort(current))
     set_slot_to_logical(module, np.arange(module.num_experts))
-    layer.gate.set_serving_slots(serving[replicas.ep_rank])
+    layer.gate.set_serving_slots(serving)
     layer.replicas, layer.dispatcher = replicas, None
 
 

@@ -7,8 +7,8 @@ A token t with home node h and picks S_l(t) in layer l costs
 
 ``TRANSPORTS`` says what crosses nodes under the transports of other engines.
 
-With replicas the serving slot is ``plan.serving_slot()[layer, home rank, expert]``. Without homes
-the cost is the exact expectation over homes drawn uniformly from all ranks, independent of the
+With replicas the rule of the plan says which slot serves a pick (``serving.py``). Without homes the
+cost is the exact expectation over homes drawn uniformly from all ranks, independent of the
 picks. Without replicas that makes ``picks`` K(M-1)/M for every placement: only ``copies`` then
 tells plans apart.
 
@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import PlacementError
+from moe_locality.placement import counting
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.problem import AlignedTrace, Homes, align_trace, log_warning
 from moe_locality.topology.cluster import ClusterTopology
@@ -215,6 +216,10 @@ def _rank_traffic(aligned: AlignedTrace) -> np.ndarray:
     """[L, G, G] float64 picks by home rank and serving rank; integers below 2**53 are exact."""
     layers, ranks = aligned.num_layers, aligned.num_ranks
     matrix = np.zeros((layers, ranks, ranks))
+    if aligned.choices is not None:
+        slots = counting.map_layers(lambda layer: aligned.served_by_token(layer)[1], layers)
+        matrix = np.stack(slots).reshape(layers, ranks, ranks, -1).sum(axis=3).astype(np.float64)
+        return matrix if aligned.home_rank is not None else matrix / ranks
     shares = aligned.picks_by_home()  # [L, G, E]; without homes one row, the same for every home
     served_rank = aligned.served_rank
     for layer in range(layers):

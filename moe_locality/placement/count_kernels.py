@@ -112,18 +112,70 @@ def add_pairs(ids, unit, first, last, pairs, load):
 
 
 @numba.njit(nogil=True, cache=True)
-def remote_by_home(ids, request, num_requests, served_node, num_nodes, by_pick):
+def serve_token(row, home, choices, found, later):
+    """Fill found [K] with the node that serves each pick of a token at home on node ``home``, -1
+    for no pick; return the nodes visited, home included, as bits.
+
+    ``serving.serve_visited`` compiled. ``choices`` [E, X]: nodes that may serve an expert for this
+    home, padded with -1. ``later`` [K] is a work array.
+    """
+    mask, count = np.int64(1) << home, 0
+    several = choices.shape[1] > 1
+    for pick in range(len(row)):
+        e = row[pick]
+        if e < 0:
+            found[pick] = -1
+        elif several and choices[e, 1] >= 0:
+            place = count  # rising ids
+            while place > 0 and row[later[place - 1]] > e:
+                later[place] = later[place - 1]
+                place -= 1
+            later[place] = pick
+            count += 1
+        else:
+            found[pick] = choices[e, 0]
+            mask |= np.int64(1) << choices[e, 0]
+    for place in range(count):
+        pick = later[place]
+        nodes = choices[row[pick]]
+        chosen = nodes[0]
+        for node in nodes:
+            if node < 0:
+                break
+            if mask >> node & 1:
+                chosen = node
+                break
+        found[pick] = chosen
+        mask |= np.int64(1) << chosen
+    return mask
+
+
+@numba.njit(nogil=True, cache=True)
+def serve_tokens(ids, home, choices, found):
+    """Fill found [T, K] with the node that serves each pick of ids [T, K], -1 for none.
+
+    ``home`` [T] home node of the tokens; ``choices`` [M, E, X] of one layer.
+    """
+    later = np.empty(ids.shape[1], np.int64)
+    for token in range(len(ids)):
+        serve_token(ids[token], home[token], choices[home[token]], found[token], later)
+
+
+@numba.njit(nogil=True, cache=True)
+def remote_by_home(ids, request, num_requests, choices, num_nodes, by_pick):
     """[R, M] float64 whole numbers: what the tokens of a request send to other nodes, by home node.
 
     Args:
         ids: [T, L, K], -1 = no pick; request: [T] below ``num_requests``.
-        served_node: [L, H, E] node that serves the expert for a home on node h.
+        choices: [L, H, E, X] nodes that may serve the expert for a home on node h; X = 1: the node
+            that does.
         by_pick: count every remote pick; else every remote node of a token once (copies).
     """
     tokens, layers, picks = ids.shape
-    homes = served_node.shape[1]
+    homes = choices.shape[1]
     cost = np.zeros((num_requests, num_nodes))
     seen = np.full(num_nodes, -1, dtype=np.int64)
+    found, later = np.empty(picks, np.int64), np.empty(picks, np.int64)
     tick = 0
     for token in range(tokens):
         row = cost[request[token]]
@@ -131,11 +183,15 @@ def remote_by_home(ids, request, num_requests, served_node, num_nodes, by_pick):
             for home in range(homes):
                 tick += 1
                 sent, local = 0, 0
-                for pick in range(picks):
-                    e = ids[token, layer, pick]
-                    if e < 0:
+                if choices.shape[3] > 1:
+                    serve_token(ids[token, layer], home, choices[layer, home], found, later)
+                else:
+                    for pick in range(picks):
+                        e = ids[token, layer, pick]
+                        found[pick] = choices[layer, home, e, 0] if e >= 0 else -1
+                for node in found:
+                    if node < 0:
                         continue
-                    node = served_node[layer, home, e]
                     if by_pick or seen[node] != tick:
                         seen[node] = tick
                         sent += 1

@@ -25,14 +25,14 @@ from moe_locality.trace.io import read_pieces
 from moe_locality.trace.schema import RoutingTrace
 
 COMPILED_PICKS = 1 << 23
-_CHUNK_PICKS = 1 << 20
+CHUNK_PICKS = 1 << 20
 _NODES_PER_BYTE = 8
 
 
 def chunks(ids: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
     """Yield (rows, ids + 1 of these as int64 [L, rows, K]): 0 stands for "no pick"."""
     tokens, layers, picks = ids.shape
-    step = max(_CHUNK_PICKS // max(layers * picks, 1), 1)
+    step = max(CHUNK_PICKS // max(layers * picks, 1), 1)
     for start in range(0, tokens, step):
         rows = slice(start, min(start + step, tokens))
         part = ids[rows].transpose(1, 0, 2).astype(np.int64)
@@ -141,7 +141,7 @@ def picks_by_batch(
         columns = num_experts + 1
         table = np.zeros((*served_slot.shape[:2], columns), dtype=np.int64)
         table[:, :, 1:] = served_slot + 1
-    group = max(_CHUNK_PICKS // max(layers * max(width, batch_tokens * ids.shape[2]), 1), 1)
+    group = max(CHUNK_PICKS // max(layers * max(width, batch_tokens * ids.shape[2]), 1), 1)
     batches = tokens // batch_tokens
     layer_of = np.arange(layers)[:, None, None]
     for first in range(0, batches, group):
@@ -177,7 +177,7 @@ def rank_batches(
     table[:, :, 1:] = served_slot + 1
     table = table.reshape(layers, -1)
     size = min(batch_tokens, tokens)
-    group = max(_CHUNK_PICKS // (layers * ranks), 1)
+    group = max(CHUNK_PICKS // (layers * ranks), 1)
     for start in range(0, tokens // size, group):
         count = min(group, tokens // size - start)
         rows = slice(start * size, (start + count) * size)

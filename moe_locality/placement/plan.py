@@ -6,8 +6,8 @@ slots than experts means that some experts have *replicas*. Every error names th
 expert or slot that is wrong. Shapes: L MoE layers, E experts, P slots, G ranks, X most replicas of
 one expert.
 
-Which replica serves which home (``choose_serving_slots``) is a pure function of the plan, so all
-ranks agree without communication.
+Which replica serves a pick is a pure function of the plan, the home and the token's picks
+(``serving.py``), so all ranks agree without communication.
 
 Not here: how a plan is found (``solve``) and what it costs (``evaluate``).
 """
@@ -21,7 +21,7 @@ import math
 import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import numpy as np
 
 from moe_locality.errors import PlacementError
 from moe_locality.files import replace_text
+from moe_locality.placement import serving
 
 FORMAT_VERSION = 1
 
@@ -100,6 +101,18 @@ def check_header(plan: PlacementPlan) -> None:
             f"found {slots} slots per layer, expected a multiple of the {plan.num_ranks} ranks "
             f"({plan.num_nodes} nodes x {plan.ranks_per_node}): every rank holds as many slots; "
             f"add {-slots % plan.num_ranks} redundant experts or change the number of ranks"
+        )
+    if plan.serving_rule not in serving.RULES or (
+        plan.serving_rule == "visited" and plan.num_nodes > serving.MOST_NODES
+    ):
+        raise PlacementError(
+            f"serving_rule: found {plan.serving_rule!r} for {plan.num_nodes} nodes, expected one "
+            f"of {serving.RULES}, and at most {serving.MOST_NODES} nodes for 'visited': correct it"
+        )
+    if plan.serving_nodes is not None and plan.serving_rule != "visited":
+        raise PlacementError(
+            f"serving_nodes: found some with serving_rule {plan.serving_rule!r}, expected "
+            "'visited': leave them out"
         )
     load = plan.expert_load
     if load is not None and (load.shape != (rows, plan.num_experts) or load.min() < 0):
@@ -186,7 +199,16 @@ _REQUIRED = (
     "physical_to_logical_map",
     "ranks_per_node",
 )
-_OPTIONAL = ("costs", "expert_load", "home_profiles", "model", "provenance", "rank_to_node")
+_OPTIONAL = (
+    "costs",
+    "expert_load",
+    "home_profiles",
+    "model",
+    "provenance",
+    "rank_to_node",
+    "serving_nodes",
+    "serving_rule",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -205,6 +227,9 @@ class PlacementPlan:
         expert_load: [L, E] int64 tokens per expert that the plan was made for; decides which
             replica serves which home.
         rank_to_node: [G] node of each rank; None = rank r is on node ``r // ranks_per_node``.
+        serving_rule: which copy serves a pick, see ``serving.py``: "home" or "visited".
+        serving_nodes: [L, M, E, X] nodes that may serve an expert under "visited", see
+            ``node_choices``; None = all that hold it, the least loaded one preferred.
 
     Raises:
         PlacementError: names the layer and the expert or slot that is wrong.
@@ -221,6 +246,8 @@ class PlacementPlan:
     costs: dict[str, Any] = field(default_factory=dict)
     expert_load: np.ndarray | None = None
     rank_to_node: tuple[int, ...] | None = None
+    serving_rule: str = "home"
+    serving_nodes: np.ndarray | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -245,6 +272,11 @@ class PlacementPlan:
         if self.home_profiles is not None:
             put(self, "home_profiles", to_plain(self.home_profiles, "home_profiles"))
         self.validate()
+        if self.serving_nodes is not None:
+            nodes = np.array(self.serving_nodes, dtype=np.int64)
+            serving.check_choices(nodes, self.held_by_node)
+            nodes.setflags(write=False)
+            put(self, "serving_nodes", nodes)
 
     @property
     def num_layers(self) -> int:
@@ -301,15 +333,53 @@ class PlacementPlan:
         table[np.arange(self.num_layers)[:, None], expert, replica] = order
         return table
 
+    @property
+    def held_by_node(self) -> np.ndarray:
+        """[L, E, M] bool, the nodes that hold each expert."""
+        node_of_slot = self.node_of_rank[self.rank_of_slot]
+        args = (self.physical_to_logical_map, node_of_slot, self.num_experts)
+        return serving.count_on_nodes(*args) > 0
+
+    def node_choices(self) -> np.ndarray:
+        """[L, M, E, X] nodes that may serve expert e for homes on node m, padded with -1.
+
+        The first one that the token visits anyway serves, else the first one; under the rule "home"
+        X is 1.
+        """
+        if self.serving_nodes is not None:
+            return self.serving_nodes
+        firsts = [list(self.rank_to_node or ()).index(node) for node in range(self.num_nodes)]
+        served = self.node_of_rank[self.rank_of_slot[self.serving_slot()[:, firsts]]]
+        if self.serving_rule == "home":
+            return served[..., None].astype(np.int64)
+        return serving.order_nodes(self.held_by_node, served)
+
+    def slot_choices(self, rank: int) -> np.ndarray:
+        """[L, E, X] int32: ``node_choices`` as slots, for tokens whose home is ``rank``.
+
+        A pure function of the plan: every rank computes its own without talking.
+        """
+        nodes = self.node_choices()[:, self.node_of_rank[rank]]  # [L, E, X]
+        served = self.serving_slot()
+        if self.serving_rule == "home":
+            return served[:, rank, :, None]
+        expert = np.arange(self.num_experts)[:, None]
+        node_of_slot = self.node_of_rank[self.rank_of_slot]
+        rows = []
+        for table, some, own in zip(self.physical_to_logical_map, nodes, served, strict=True):
+            slots = serving.slots_on_nodes(table, own, node_of_slot, self.node_of_rank)[rank]
+            rows.append(np.where(some >= 0, slots[some, expert], -1))
+        return np.stack(rows).astype(np.int32)
+
     def serving_slot(self) -> np.ndarray:
-        """[L, G, E] int32: the slot that serves expert e for a token whose home is rank g.
+        """[L, G, E] int32: the slot that serves expert e for a token whose home is rank g, under
+        the rule "home".
 
         The replica on the same rank, else one on the same node, else the least loaded one. All
         ranks of a node name the same slot for an expert that their node lacks, so that a token can
-        be sent once per node. A pure function of the plan: every rank computes the same table
-        without talking.
+        be sent once per node.
         """
-        return choose_serving_slots(
+        return serving.choose_serving_slots(
             self.logical_to_physical_map, self.rank_of_slot, self.node_of_rank, self.expert_load
         )
 
@@ -357,8 +427,14 @@ class PlacementPlan:
                 f"found unknown keys {unknown} and missing keys {missing}, expected "
                 f"{sorted((*_REQUIRED, *_OPTIONAL))}: correct the file or make the plan again"
             )
+        fields = dict(content)
+        packed = fields.pop("serving_nodes", None)
         try:
-            return cls(**dict(content))
+            found = cls(**fields)
+            if packed is None:
+                return found
+            nodes = serving.unpack_choices(packed, found.held_by_node)
+            return replace(found, serving_nodes=nodes)
         except TypeError as error:
             raise PlacementError(
                 f"a value has the wrong type: {error}: correct the file or make the plan again"
@@ -388,7 +464,9 @@ class PlacementPlan:
             raise PlacementError(f"the plan {path} is not valid: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; ``rank_to_node`` only where nodes do not hold consecutive ranks."""
+        """Plain JSON types; ``rank_to_node`` only where nodes do not hold consecutive ranks,
+        ``serving_rule`` and ``serving_nodes`` only for the rule "visited".
+        """
         content: dict[str, Any] = {
             "format_version": self.format_version,
             "model": self.model,
@@ -404,6 +482,11 @@ class PlacementPlan:
         }
         if any(node != r // self.ranks_per_node for r, node in enumerate(self.rank_to_node or ())):
             content["rank_to_node"] = list(self.rank_to_node or ())
+        if self.serving_rule != "home":
+            content["serving_rule"] = self.serving_rule
+        if self.serving_nodes is not None:
+            held = self.held_by_node
+            content["serving_nodes"] = serving.pack_choices(self.serving_nodes, held)
         return content
 
     def to_json(self) -> str:
@@ -491,140 +574,3 @@ class PlacementPlan:
 
 
 __all__ = ["FORMAT_VERSION", "PlacementPlan"]
-
-
-def choose_serving_slots(
-    logical_to_physical_map: np.ndarray,
-    rank_of_slot: np.ndarray,
-    node_of_rank: np.ndarray,
-    expert_load: np.ndarray | None,
-) -> np.ndarray:
-    """[L, G, E] int32: the slot that serves expert e for tokens whose home is rank g.
-
-    Same rank, else same node, else the least loaded one: the least loaded node, and of several
-    slots there the one on the least loaded rank; ties to the lowest node, then to the lowest slot.
-    Loads assume that homes are spread evenly; experts are decided in falling order of
-    ``expert_load`` ([L, E], None or an all-zero row = all equal), after everything that leaves no
-    choice. Integer arithmetic throughout.
-    """
-    slots_of = np.asarray(logical_to_physical_map)
-    num_ranks = len(node_of_rank)
-    if slots_of.shape[2] == 1:
-        return np.repeat(slots_of[:, None, :, 0], num_ranks, axis=1).astype(np.int32)
-    load = _whole_loads(expert_load, slots_of.shape[:2])
-    node_of_slot = node_of_rank[rank_of_slot]
-    on_node = np.zeros((*slots_of.shape[:2], int(node_of_rank.max()) + 1), dtype=np.int64)
-    layer, expert, copy = np.nonzero(slots_of >= 0)
-    np.add.at(on_node, (layer, expert, node_of_slot[slots_of[layer, expert, copy]]), 1)
-    served_node = choose_serving_nodes(on_node > 0, load)
-    return _choose_slots(slots_of, served_node, on_node, load, rank_of_slot, node_of_rank)
-
-
-def choose_serving_nodes(held: np.ndarray, load: np.ndarray) -> np.ndarray:
-    """[L, M, E] int64: the node that serves expert e for homes on node m.
-
-    Args:
-        held: [L, E, M] bool, the nodes that hold each expert.
-        load: [L, E] int64 tokens per expert; unit of the node loads: tokens of one home node.
-    """
-    layers, experts, nodes = held.shape
-    rows = np.arange(layers)
-    served = np.where(held, np.arange(nodes), held.argmax(axis=2)[..., None])  # [L, E, M]
-    copies = held.sum(axis=2)
-    own = held * load[..., None]
-    node_load = (own * np.where(copies == 1, nodes, 1)[..., None]).sum(axis=1)  # [L, M]
-    # replicated experts first, in falling order of load, in every layer
-    order = np.lexsort((np.broadcast_to(np.arange(experts), copies.shape), -load, copies == 1))
-    open_homes = ~held & (copies > 1)[..., None]
-    for place in range(int((copies > 1).sum(axis=1).max(initial=0))):
-        expert = order[:, place]
-        for home in range(nodes):
-            ask = np.flatnonzero(open_homes[rows, expert, home])
-            if not len(ask):
-                continue
-            e = expert[ask]
-            node = np.where(held[ask, e], node_load[ask], _NEVER).argmin(axis=1)
-            served[ask, e, home] = node
-            node_load[ask, node] += load[ask, e]
-    return served.transpose(0, 2, 1)
-
-
-_NEVER = np.iinfo(np.int64).max
-
-
-def _choose_slots(slots_of, served_node, on_node, load, rank_of_slot, node_of_rank) -> np.ndarray:
-    """[L, G, E]: the slot on the serving node; where it has several, by rank load."""
-    layers, experts = slots_of.shape[:2]
-    num_ranks = len(node_of_rank)
-    rank_of = np.where(slots_of >= 0, rank_of_slot[slots_of], -1)  # [L, E, X]
-    node_of = np.where(slots_of >= 0, node_of_rank[rank_of], -1)
-    table = np.empty((layers, num_ranks, experts), dtype=np.int32)
-    rank_load = np.zeros((layers, num_ranks), dtype=np.int64)
-    open_choice = np.zeros((layers, num_ranks, experts), dtype=bool)
-    layer, expert = np.indices((layers, experts))
-    for home, home_node in enumerate(node_of_rank):
-        node = served_node[:, home_node]
-        fits = node_of == node[..., None]
-        own = rank_of == home
-        pick = np.where(own.any(axis=2), own.argmax(axis=2), fits.argmax(axis=2))
-        slot = np.take_along_axis(slots_of, pick[..., None], axis=2)[..., 0]
-        table[:, home] = slot
-        several = on_node[layer, expert, node] > 1
-        open_choice[:, home] = several & ~own.any(axis=2)
-        sure = ~open_choice[:, home]
-        np.add.at(rank_load, (layer[sure], rank_of_slot[slot[sure]]), load[sure])
-    if open_choice.any():
-        _choose_ranks(
-            slots_of,
-            rank_of,
-            node_of,
-            load,
-            node_of_rank,
-            table,
-            rank_load,
-            open_choice,
-            served_node,
-        )
-    return table
-
-
-def _choose_ranks(
-    slots_of, rank_of, node_of, load, node_of_rank, table, rank_load, open_choice, served_node
-) -> None:
-    """Decide the open choices in falling order of load: a remote node as one, local ranks alone."""
-    layers, _, _ = slots_of.shape
-    rows = np.arange(layers)
-    order = np.lexsort(
-        (np.broadcast_to(np.arange(load.shape[1]), load.shape), -load, ~open_choice.any(axis=1))
-    )
-    for place in range(int(open_choice.any(axis=1).sum(axis=1).max())):
-        expert = order[:, place]
-        for home_node in range(int(node_of_rank.max()) + 1):
-            homes = np.flatnonzero(node_of_rank == home_node)
-            node = served_node[rows, home_node, expert]
-            remote = node != home_node
-            for position, home in enumerate(homes):
-                ask = open_choice[rows, home, expert] & (~remote | (position == 0))
-                at = np.flatnonzero(ask)
-                if not len(at):
-                    continue
-                e = expert[at]
-                fits = node_of[at, e] == node[at, None]
-                there = np.where(fits, rank_load[at[:, None], rank_of[at, e]], _NEVER)
-                pick = there.argmin(axis=1)
-                ranks = rank_of[at, e, pick]
-                far = remote[at]
-                table[at, home, e] = slots_of[at, e, pick]
-                shared = at[far]
-                table[shared[:, None], homes[None, :], expert[shared][:, None]] = slots_of[
-                    shared, expert[shared], pick[far]
-                ][:, None]
-                rank_load[at, ranks] += load[at, e] * np.where(far, len(homes), 1)
-
-
-def _whole_loads(expert_load, shape) -> np.ndarray:
-    """[L, E] int64; a layer without any load counts as evenly loaded."""
-    if expert_load is None:
-        return np.ones(shape, dtype=np.int64)
-    load = np.asarray(expert_load).astype(np.int64)
-    return np.where(load.any(axis=1, keepdims=True), load, 1)

@@ -17,6 +17,7 @@ from moe_locality.errors import PlacementError
 from moe_locality.placement import counting
 from moe_locality.placement.export import sglang_serving_slots
 from moe_locality.placement.plan import PlacementPlan
+from moe_locality.placement.serving import slots_on_nodes
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 
@@ -37,8 +38,10 @@ class AlignedTrace:
     home_rank: np.ndarray | None  # [T]
     node_of_rank: np.ndarray  # [G]
     table: np.ndarray  # [L, P] expert of each slot
-    served_slot: np.ndarray  # [L, G, E]
+    served_slot: np.ndarray  # [L, G, E], under the rule "home"
     has_replicas: bool
+    choices: np.ndarray | None = None
+    """[L, M, E, X] ``plan.node_choices()`` where the picks of a token decide (rule "visited")."""
 
     @property
     def num_layers(self) -> int:
@@ -67,8 +70,80 @@ class AlignedTrace:
             home, homes = np.zeros(len(self.ids), dtype=np.int64), 1
         return counting.picks_by_home(self.ids, self.num_experts, home, homes)
 
+    def slots_of(self, ids: np.ndarray, home: np.ndarray, first: int) -> np.ndarray:
+        """[T, l, K] int64 slot that serves each pick of the layers from ``first`` on; anything for
+        no pick. ``ids`` [T, l, K], ``home`` [T] ranks.
+        """
+        expert = np.maximum(ids, 0).astype(np.int64)
+        place = np.arange(ids.shape[1])[None, :, None]
+        if self.choices is None:
+            slots = self.served_slot[first : first + ids.shape[1]]
+            return slots[place, home[:, None, None] if self.has_replicas else 0, expert]
+        found = np.empty(ids.shape, dtype=np.int64)
+        for layer in range(ids.shape[1]):
+            nodes = self.serve(ids[:, layer], self.node_of_rank[home], first + layer)
+            table = self.slots_on_nodes(first + layer)
+            found[:, layer] = table[home[:, None], nodes, expert[:, layer]]
+        return found
+
+    def serve(self, ids: np.ndarray, home_node: np.ndarray, layer: int) -> np.ndarray:
+        """[T, K] int64 node that serves each pick of ids [T, K], -1 for none, by the picks."""
+        from moe_locality.placement.count_kernels import serve_tokens
+
+        assert self.choices is not None
+        found = np.empty(ids.shape, dtype=np.int64)
+        serve_tokens(ids, home_node.astype(np.int64), self.choices[layer], found)
+        return found
+
+    def slots_on_nodes(self, layer: int) -> np.ndarray:
+        """[G, M, E], see ``serving.slots_on_nodes``."""
+        node_of_slot = np.repeat(self.node_of_rank, self.num_slots // self.num_ranks)
+        args = (self.table[layer], self.served_slot[layer], node_of_slot, self.node_of_rank)
+        return slots_on_nodes(*args)
+
+    def served_by_token(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """([M, M] tokens of home node m on node n, m included; [G, P] picks by home rank and slot)
+        of a layer where the picks decide, int64.
+
+        Without homes every token counts once for each home.
+        """
+        assert self.ids is not None
+        nodes, ranks, experts = self.num_nodes, self.num_ranks, self.num_experts
+        visits = np.zeros((nodes, nodes), dtype=np.int64)
+        table = self.slots_on_nodes(layer)
+        by_rank = self.home_rank is not None
+        counts = np.zeros((ranks if by_rank else nodes, nodes * experts), dtype=np.int64)
+        step = max(counting.CHUNK_PICKS // self.ids.shape[2], 1)
+        for start in range(0, len(self.ids), step):
+            ids = np.ascontiguousarray(self.ids[start : start + step, layer])
+            homes: list = list(range(nodes))
+            if self.home_rank is not None:
+                homes = [self.home_rank[start : start + step]]
+            for one in homes:
+                home = np.broadcast_to(one, len(ids))
+                node = self.node_of_rank[home] if by_rank else home
+                served = self.serve(ids, node, layer)
+                there = served >= 0
+                key = (home[:, None] * nodes + served) * experts + ids
+                counts += np.bincount(key[there], minlength=counts.size).reshape(counts.shape)
+                bits = np.where(there, np.int64(1) << np.maximum(served, 0), 0)
+                mask = np.bitwise_or.reduce(bits, axis=1)
+                for place in range(nodes):
+                    visits[:, place] += np.bincount(node[mask >> place & 1 > 0], minlength=nodes)
+        slots = np.zeros((ranks, self.num_slots), dtype=np.int64)
+        for rank in range(ranks):
+            mine = counts[rank if by_rank else self.node_of_rank[rank]]
+            held = table[rank].ravel() >= 0
+            np.add.at(slots[rank], table[rank].ravel()[held], mine[held])
+        return visits, slots
+
     def node_visits(self) -> np.ndarray:
         """[L, M, M] tokens of home node m on node n: int64; without homes expected floats."""
+        if self.choices is not None:
+            found = counting.map_layers(lambda i: self.served_by_token(i)[0], self.num_layers)
+            return (
+                np.stack(found) if self.home_rank is not None else np.stack(found) / self.num_nodes
+            )
         first_rank = np.unique(self.node_of_rank, return_index=True)[1]
         served = self.node_of_rank[self.served_rank]  # [L, G, E]
         nearest = served[:, first_rank]  # [L, M, E]
@@ -81,7 +156,32 @@ class AlignedTrace:
 
     def rank_visits(self) -> np.ndarray:
         """[L, G, G] tokens at home on rank g with a pick served on rank r: as ``node_visits``."""
+        if self.choices is not None:
+            found = counting.map_layers(self._rank_visits_by_token, self.num_layers)
+            return (
+                np.stack(found) if self.home_rank is not None else np.stack(found) / self.num_ranks
+            )
         return self._visits(self.served_rank, np.arange(self.num_ranks), self.num_ranks)
+
+    def _rank_visits_by_token(self, layer: int) -> np.ndarray:
+        """[G, G] int64 of a layer where the picks decide; without homes a token counts at each."""
+        assert self.ids is not None
+        ranks, visits = self.num_ranks, np.zeros(self.num_ranks**2, dtype=np.int64)
+        step = max(counting.CHUNK_PICKS // self.ids.shape[2], 1)
+        for start in range(0, len(self.ids), step):
+            ids = self.ids[start : start + step, layer : layer + 1]
+            homes: list = list(range(ranks))
+            if self.home_rank is not None:
+                homes = [self.home_rank[start : start + step]]
+            for one in homes:
+                home = np.broadcast_to(one, len(ids))
+                slots = self.slots_of(ids, home, layer)
+                at = np.where(ids >= 0, slots // (self.num_slots // ranks), -1)[:, 0]
+                at.sort(axis=1)
+                new = at >= 0
+                new[:, 1:] &= at[:, 1:] != at[:, :-1]
+                visits += np.bincount((home[:, None] * ranks + at)[new], minlength=ranks**2)
+        return visits.reshape(ranks, ranks)
 
     def _visits(self, served: np.ndarray, home_of_rank: np.ndarray, places: int) -> np.ndarray:
         """[L, H, N] tokens of each home with a pick in each place, ``served`` [L, H, E] the place
@@ -109,6 +209,7 @@ class AlignedTrace:
         """
         ranks, per_rank = self.num_ranks, self.num_slots // self.num_ranks
         certain = self.home_rank is not None or not self.has_replicas
+        certain &= self.choices is None
         if certain and self.ids is not None and self.ids.size >= counting.COMPILED_PICKS:
             served, home = self.served_slot, self.home_rank
             if home is None or not self.has_replicas:
@@ -129,6 +230,9 @@ class AlignedTrace:
         with the share of homes that the slot serves, and n picks use it with probability 1 - (1 -
         share)^n.
         """
+        if self.choices is not None and self.home_rank is not None:
+            yield from self._batches_by_token(batch_tokens)
+            return
         if self.home_rank is not None and self.has_replicas:
             assert self.ids is not None
             for counts in counting.picks_by_batch(
@@ -148,6 +252,18 @@ class AlignedTrace:
             else:
                 yield picks * share, 1 - (1 - share) ** picks
 
+    def _batches_by_token(self, batch_tokens: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """``_slot_batches`` with homes where the picks decide: one batch after the other."""
+        assert self.ids is not None
+        assert self.home_rank is not None
+        size = min(batch_tokens, len(self.ids))
+        for start in range(0, len(self.ids) // size * size, size):
+            ids, home = self.ids[start : start + size], self.home_rank[start : start + size]
+            key = self.slots_of(ids, home, 0) + np.arange(self.num_layers)[:, None] * self.num_slots
+            shape = (1, self.num_layers, self.num_slots)
+            counts = np.bincount(key[ids >= 0], minlength=shape[1] * shape[2]).reshape(shape)
+            yield counts, counts > 0
+
     def _expert_batches(self, batch_tokens: int) -> Iterator[np.ndarray]:
         if self.ids is not None:
             return counting.picks_by_batch(self.ids, self.num_experts, batch_tokens, None, None)
@@ -155,9 +271,16 @@ class AlignedTrace:
         return iter([self.load_rows])
 
     def _share_of_homes(self) -> np.ndarray:
-        """[L, P] share of the home ranks that a slot serves (its expert's picks)."""
+        """[L, P] share of its expert's picks that a slot serves, over all homes (and tokens, where
+        the picks decide).
+        """
         serves = np.zeros((self.num_layers, self.num_slots))
         for layer in range(self.num_layers):
+            if self.choices is not None:
+                slots = self.served_by_token(layer)[1].sum(axis=0)
+                whole = np.bincount(self.table[layer], weights=slots, minlength=self.num_experts)
+                serves[layer] = slots * self.num_ranks / np.maximum(whole, 1)[self.table[layer]]
+                continue
             serves[layer] = np.bincount(self.served_slot[layer].ravel(), minlength=self.num_slots)
         return serves / self.num_ranks
 
@@ -171,14 +294,17 @@ def align_trace(
 ) -> AlignedTrace:
     """Check that trace, plan, cluster and homes belong together and align them.
 
-    ``rule``: who serves a pick; None: as the plan says, "sglang": as SGLang does.
+    ``rule``: who serves a pick; None: as the plan says; "home": by the table of that rule
+    (``placement.serving``); "sglang": as SGLang does.
 
     Raises:
         PlacementError: something does not fit; the message says what.
     """
     check_topology(plan, topology)
-    if rule not in (None, "sglang"):
-        raise PlacementError(f"rule: found {rule!r}, expected 'sglang', or none: the plan's own")
+    if rule not in (None, "home", "sglang"):
+        raise PlacementError(
+            f"rule: found {rule!r}, expected 'home' or 'sglang', or none: the plan's own"
+        )
     if trace.num_experts != plan.num_experts:
         raise PlacementError(
             f"found a trace with {trace.num_experts} experts per layer and a plan with "
@@ -196,6 +322,9 @@ def align_trace(
             f"{list(plan.layer_ids)[:5]} ...): evaluate a plan on a trace of the same model"
         )
     rows = np.array([row_of[int(i)] for i in trace.layer_ids])
+    decided = rule is None and plan.serving_rule == "visited" and not plan.is_permutation
+    if decided and trace.expert_ids is None:
+        decided = False  # counts do not say what goes together: as under the rule "home"
     return AlignedTrace(
         layer_ids=tuple(int(i) for i in trace.layer_ids),
         plan_rows=rows,
@@ -206,8 +335,9 @@ def align_trace(
         home_rank=resolve_homes(trace, plan.num_ranks, homes),
         node_of_rank=plan.node_of_rank,
         table=plan.physical_to_logical_map[rows],
-        served_slot=(plan.serving_slot() if rule is None else sglang_serving_slots(plan))[rows],
+        served_slot=(sglang_serving_slots(plan) if rule == "sglang" else plan.serving_slot())[rows],
         has_replicas=not plan.is_permutation,
+        choices=plan.node_choices()[rows] if decided else None,
     )
 
 
@@ -295,6 +425,7 @@ class Problem:
     """What a solver gets: the checked arguments of ``solve``.
 
     unseen: whether ``max_imbalance`` is meant on requests that are not in the trace.
+    serving_rule: see ``placement.serving``.
     """
 
     trace: RoutingTrace
@@ -308,6 +439,7 @@ class Problem:
     one_layout: bool = False
     max_home_imbalance: float = 1.05
     unseen: bool = True
+    serving_rule: str = "home"
 
     @property
     def num_nodes(self) -> int:
@@ -343,12 +475,18 @@ class Solution:
 
 
 def make_plan(
-    problem: Problem, rows: list[RankLists], *, by_node: bool = True, load: np.ndarray | None = None
+    problem: Problem,
+    rows: list[RankLists],
+    *,
+    by_node: bool = True,
+    load: np.ndarray | None = None,
+    serving_nodes: np.ndarray | None = None,
 ) -> PlacementPlan:
     """A plan from the experts of each rank, per layer.
 
     ``by_node``: the lists go through the ranks of node 0, then of node 1 and so on; else through
-    the ranks as they are numbered. ``load``: [L, E] of the trace, where known.
+    the ranks as they are numbered. ``load``: [L, E] of the trace, where known. ``serving_nodes``:
+    [L, M, E, X] of a plan for the rule "visited".
     """
     order = list(range(problem.num_ranks))
     if by_node:
@@ -365,6 +503,8 @@ def make_plan(
         physical_to_logical_map=table.reshape(len(rows), -1),
         expert_load=problem.trace.load() if load is None else load,
         rank_to_node=problem.topology.rank_to_node,
+        serving_rule="home" if serving_nodes is None else "visited",
+        serving_nodes=serving_nodes,
     )
 
 

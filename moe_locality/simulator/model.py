@@ -256,10 +256,8 @@ def _count_layers(
     layers, ranks = ids.shape[1], aligned.num_ranks
     layer = np.arange(layers)[None, :, None]
     there = ids >= 0
-    expert = np.where(there, ids, 0).astype(np.int64)
-    slots = aligned.served_slot[first : first + layers]
+    slot = aligned.slots_of(ids, home, first)
     home = home[:, None, None]
-    slot = slots[layer, home if aligned.has_replicas else 0, expert]
     server = (slot // (aligned.num_slots // ranks)).astype(np.int64)
     count = _Counter(layers, aligned.node_of_rank)
     if rails is None:

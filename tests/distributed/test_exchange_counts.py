@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe_locality.config import DispatchConfig
-from moe_locality.dispatch import TokenDispatcher, traffic_report
+from moe_locality.dispatch import SlotMap, TokenDispatcher, traffic_report
 from moe_locality.dispatch.hierarchical import find_rails
 from moe_locality.placement import evaluate
 from moe_locality.placement.plan import PlacementPlan
@@ -18,6 +18,9 @@ from moe_locality.topology.groups import build_groups, layout_groups
 from moe_locality.trace import RoutingTrace
 from tests.launch import run_ranks
 from tests.unit.placement.cases import random_plan
+
+CASES = ("", "home", "visited")
+"""Without replicas; with them, by the rule that says which one serves a pick."""
 
 WORLD, TOKENS, EXPERTS, TOP_K, WIDTH = 8, 96, 32, 8, 8
 
@@ -29,9 +32,9 @@ def routes_of(rank: int) -> np.ndarray:
     return np.where(rng.random(ids.shape) < 0.1 * (rank % 2), -1, ids)
 
 
-def case_of(nodes: int, replicas: bool) -> tuple[PlacementPlan, RoutingTrace]:
+def case_of(nodes: int, rule: str) -> tuple[PlacementPlan, RoutingTrace]:
     per_node = WORLD // nodes
-    if replicas:
+    if rule:
         plan = random_plan(
             np.random.default_rng(nodes),
             layers=1,
@@ -39,6 +42,7 @@ def case_of(nodes: int, replicas: bool) -> tuple[PlacementPlan, RoutingTrace]:
             nodes=nodes,
             ranks_per_node=per_node,
             slots_per_rank=EXPERTS // WORLD + 2,
+            serving_rule=rule,
         )
     else:
         plan = PlacementPlan.linear(EXPERTS, [0], nodes, per_node)
@@ -67,10 +71,10 @@ def counted_on_rank(rank, world):
     for nodes in (2, 4, 8):
         topology = ClusterTopology.uniform(nodes, world // nodes)
         groups = build_groups(layout_groups(topology, world))
-        for replicas in (False, True):
-            plan, _ = case_of(nodes, replicas)
+        for rule in CASES:
+            plan, _ = case_of(nodes, rule)
             ids = routes_of(rank)
-            slots = np.where(ids < 0, -1, plan.serving_slot()[0, rank][np.maximum(ids, 0)])
+            slots = SlotMap.of_plan(plan, rank)[0].slot_ids(torch.from_numpy(ids))
             for exchange in ("flat", "hierarchical"):
                 dispatcher = TokenDispatcher(
                     topology=topology,
@@ -80,12 +84,12 @@ def counted_on_rank(rank, world):
                 )
                 x = torch.ones(TOKENS, WIDTH, requires_grad=True)
                 weights = torch.ones(TOKENS, TOP_K, requires_grad=True)
-                routed = dispatcher.dispatch(x, torch.tensor(slots).int(), weights)
+                routed = dispatcher.dispatch(x, slots.int(), weights)
                 dispatcher.combine(routed.rows * 2, routed.handle).sum().backward()
                 model = torch.nn.Module()
                 model.traffic = dispatcher.traffic  # pyright: ignore[reportAttributeAccessIssue]
                 report = traffic_report(model)
-                found[nodes, replicas, exchange] = {
+                found[nodes, rule, exchange] = {
                     kind: (report["rows_by_link"][kind], report["by_link"][kind])
                     for kind in ("dispatch", "combine", "dispatch_grad", "combine_grad")
                 }
@@ -94,15 +98,15 @@ def counted_on_rank(rank, world):
 
 def test_counted_is_predicted_with_and_without_replicas():
     found = run_ranks(counted_on_rank, WORLD)[0]
-    assert len(found) == 12
-    for (nodes, replicas, exchange), by_kind in found.items():
-        plan, trace = case_of(nodes, replicas)
+    assert len(found) == 18
+    for (nodes, rule, exchange), by_kind in found.items():
+        plan, trace = case_of(nodes, rule)
         topology = ClusterTopology.uniform(nodes, WORLD // nodes)
         costs = evaluate(trace, plan, topology, {rank: rank for rank in range(WORLD)})
         predicted = costs.total_picks if exchange == "flat" else costs.total_copies
         assert predicted is not None
         for kind, (rows, sizes) in by_kind.items():
-            where = (nodes, replicas, exchange, kind)
+            where = (nodes, rule, exchange, kind)
             assert rows["cross_node"] == predicted, where
             assert sizes["cross_node"] == predicted * WIDTH * 4, where
 

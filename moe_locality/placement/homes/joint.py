@@ -226,7 +226,7 @@ def _one_of_group(node_of: np.ndarray, group_of: np.ndarray | None) -> np.ndarra
 def _serving(data: _Setup, node_of: np.ndarray) -> Serving:
     """Serving of nodes alone: every node stands for one rank."""
     return Serving(
-        served_node=np.ascontiguousarray(node_of[:, None, :]),
+        choices=np.ascontiguousarray(node_of[:, None, :, None]),
         holders=np.ascontiguousarray(node_of[:, :, None]),
         node_of_rank=np.arange(data.problem.num_nodes),
         by_pick=data.objective == "picks",

@@ -300,7 +300,7 @@ RANK_SHARE = 0.01
 class Serving:
     """Where picks are served, as the counts take it."""
 
-    served_node: np.ndarray  # [L, H, E]
+    choices: np.ndarray  # [L, H, E, X] nodes that may serve, see PlacementPlan.node_choices
     holders: np.ndarray  # [L, E, C] ranks
     node_of_rank: np.ndarray  # [G]
     by_pick: bool
@@ -314,7 +314,7 @@ class Serving:
         from moe_locality.placement.count_kernels import remote_by_home
 
         total = remote_by_home(
-            ids, request, num_requests, self.served_node, self.num_nodes, self.by_pick
+            ids, request, num_requests, self.choices, self.num_nodes, self.by_pick
         )
         return total / max(ids.shape[1], 1)
 
@@ -331,13 +331,11 @@ def serving_of_plan(plan: PlacementPlan, objective: str, rows: np.ndarray | None
     """Where ``plan`` serves the picks of its layers, or of these ``rows`` of it."""
     node = plan.node_of_rank
     rows = np.arange(plan.num_layers) if rows is None else rows
-    first = np.array([np.flatnonzero(node == n)[0] for n in range(plan.num_nodes)])
-    # one rank of each node stands for all
-    served = node[plan.rank_of_slot[plan.serving_slot()[rows][:, first]]]
+    choices = plan.node_choices()[rows]
     slots = plan.logical_to_physical_map[rows]
     holders = np.where(slots >= 0, plan.rank_of_slot[np.maximum(slots, 0)], -1)
     return Serving(
-        served_node=np.ascontiguousarray(served[:, :1] if plan.is_permutation else served),
+        choices=np.ascontiguousarray(choices[:, :1] if plan.is_permutation else choices),
         holders=np.ascontiguousarray(holders),
         node_of_rank=node,
         by_pick=objective == "picks",

@@ -119,6 +119,7 @@ def relevel(
         physical_to_logical_map=_settle(plan.physical_to_logical_map, rank_of, plan.num_ranks),
         expert_load=np.rint(load).astype(np.int64),
         home_profiles=None,
+        serving_nodes=None,  # of the old places
     )
 
 
@@ -242,7 +243,8 @@ def _settle(old: np.ndarray, rank_of: np.ndarray, num_ranks: int) -> np.ndarray:
 def _weigh(plan, table, state, topology, figures) -> Refresh:
     """Put moves and savings side by side."""
     expert_bytes, copy_bytes, tokens_per_step, steps = figures
-    new = replace(plan, physical_to_logical_map=table, expert_load=np.rint(state.load).astype(int))
+    load = np.rint(state.load).astype(int)
+    new = replace(plan, physical_to_logical_map=table, expert_load=load, serving_nodes=None)
     moved, move_us = moves(plan, new, topology, expert_bytes)
     before, after, error = sampled_copies(plan, new, state)
     saved_us = None
@@ -396,7 +398,7 @@ def sampled_copies(old, new, state) -> tuple[float, float, float]:
 
 def _copies(plan: PlacementPlan, ids: np.ndarray) -> np.ndarray:
     """[T] copies of each token per layer, expected over uniform home nodes."""
-    served = serving_of_plan(plan, "copies").served_node
+    served = serving_of_plan(plan, "copies").choices
     each = np.arange(len(ids))
     found = remote_by_home(ids, each, len(ids), served, plan.num_nodes, False)
     return found.sum(axis=1) / plan.num_nodes / len(served)

@@ -15,7 +15,8 @@ from moe_locality.kernels import triton_impl, triton_kernels
 
 POINTERS = {
     "rows": "*bf16", "x": "*bf16", "out": "*bf16", "grad": "*bf16", "grad_rows": "*bf16",
-    "weights": "*fp32", "grad_weights": "*fp32", "index": "*i64", "tokens_per_slot": "*i64",
+    "weights": "*fp32", "grad_weights": "*fp32", "index": "*i64", "nodes": "*i64",
+    "tokens_per_slot": "*i64",
 }  # fmt: skip
 NUMBERS = {"num_", "token_blocks", "stride", "capacity"}
 WIDE = {"D": 4096, "K": 8, "BT": 1, "BD": 2048, "BR": 2}
@@ -34,6 +35,8 @@ def cases():
     """Yield (name, kernel, constants)."""
     for name, constants in MOVES.items():
         yield name, getattr(triton_kernels, name), constants
+    serve = {"K": 8, "K2": 8, "X": 3, "BT": 64}
+    yield "serve_kernel", triton_kernels.serve_kernel, serve
     for label, tokens in (("", 4096), (" of one block", 64)):
         shape = triton_impl.map_shape(tokens, 8, 256)
         one = shape.pop("blocks") == 1

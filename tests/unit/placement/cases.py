@@ -1,9 +1,12 @@
 """Hypothesis strategies: small valid plans and traces."""
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import strategies as st
 
 from moe_locality.placement.plan import PlacementPlan
+from moe_locality.placement.serving import RULES
 from moe_locality.trace.schema import RoutingTrace
 
 
@@ -30,7 +33,7 @@ def random_plan(rng, *, layers, experts, nodes, ranks_per_node, slots_per_rank, 
 
 
 @st.composite
-def plans(draw, replicas=True, experts=None):
+def plans(draw, replicas=True, experts=None, rules=("home",)):
     nodes, per_node = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     ranks = nodes * per_node
     slots = draw(st.integers(1, 3))
@@ -43,7 +46,7 @@ def plans(draw, replicas=True, experts=None):
     nodes_of = [r // per_node for r in range(ranks)]
     if draw(st.booleans()):
         nodes_of = rng.permutation(nodes_of).tolist()
-    return random_plan(
+    plan = random_plan(
         rng,
         layers=layers,
         experts=experts,
@@ -52,7 +55,23 @@ def plans(draw, replicas=True, experts=None):
         slots_per_rank=slots,
         expert_load=load,
         rank_to_node=tuple(nodes_of),
+        serving_rule=draw(st.sampled_from(rules)),
     )
+    if plan.serving_rule == "visited" and draw(st.booleans()):
+        plan = replace(plan, serving_nodes=random_choices(rng, plan))
+    return plan
+
+
+def random_choices(rng, plan):
+    """Lists of some of the nodes that hold an expert, in any order, of all of a plan."""
+    found = np.full((plan.num_layers, plan.num_nodes, plan.num_experts, plan.num_nodes), -1)
+    for layer, held in enumerate(plan.held_by_node):
+        for node in range(plan.num_nodes):
+            for expert in range(plan.num_experts):
+                some = rng.permutation(np.flatnonzero(held[expert]))[: rng.integers(1, 4)]
+                some = [node] if held[expert, node] else some
+                found[layer, node, expert, : len(some)] = some
+    return found
 
 
 def random_trace(
@@ -78,8 +97,8 @@ def random_trace(
 
 
 @st.composite
-def plans_with_traces(draw, replicas=True):
-    plan = draw(plans(replicas=replicas))
+def plans_with_traces(draw, replicas=True, rules=RULES):
+    plan = draw(plans(replicas=replicas, rules=rules))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     trace = random_trace(
         rng,

@@ -1,7 +1,8 @@
 """Costs of a plan from its JSON text and the picks alone: shares no code with the package.
 
 Written from docs: a token is sent once to each other node that serves one of its picks; a replica
-on the home rank serves, else one on the home node, else one on the least loaded node.
+on the home rank serves, else one on the home node, else (rule "visited") one on a node that the
+token visits anyway, else one on the least loaded node.
 """
 
 import json
@@ -17,13 +18,13 @@ def recount(text, tokens, home_of_token=None, served=None):
     ranks, node = plan["num_nodes"] * plan["ranks_per_node"], rank_to_node(plan)
     copies = by_rank = picks = 0
     loads = []
-    for layer, row in enumerate(plan["physical_to_logical_map"]):
-        serves = serving(plan, layer, row) if served is None else served[layer]
+    serve = server(plan, served)
+    for layer in range(len(plan["physical_to_logical_map"])):
         load = [0] * ranks
         for token, by_layer in enumerate(tokens):
             homes = range(ranks) if home_of_token is None else [home_of_token[token]]
             for home in homes:
-                at = [serves[home][e] for e in by_layer[layer] if e >= 0]
+                at = [rank for rank in serve(layer, home, by_layer[layer]) if rank is not None]
                 copies += len({node[rank] for rank in at} - {node[home]}) / len(homes)
                 by_rank += sum(node[rank] != node[home] for rank in set(at)) / len(homes)
                 picks += sum(node[rank] != node[home] for rank in at) / len(homes)
@@ -35,6 +36,56 @@ def recount(text, tokens, home_of_token=None, served=None):
         for load in loads
     ]
     return copies, by_rank, picks, [peak(some) for some in by_node], [peak(some) for some in loads]
+
+
+def server(plan, served=None):
+    """Who serves: (layer, home rank, picks) -> the rank of each pick, None for no pick.
+
+    ``served`` [L][G][E]: ranks that serve instead of those of the plan's rule.
+    """
+    rows, node = plan["physical_to_logical_map"], rank_to_node(plan)
+    tables = (
+        served
+        if served is not None
+        else [serving(plan, layer, row) for layer, row in enumerate(rows)]
+    )
+    size = len(rows[0]) // len(node)
+
+    def serve(layer, home, picks):
+        table, row, visited, found = tables[layer], rows[layer], {node[home]}, {}
+        if served is not None or plan.get("serving_rule", "home") == "home":
+            return [None if e < 0 else table[home][e] for e in picks]
+        lists = {e: nodes_for(plan, layer, table, home, e) for e in picks if e >= 0}
+        for e in sorted(lists, key=lambda e: (len(lists[e]) > 1, e)):
+            at = next((n for n in lists[e] if n in visited), lists[e][0])
+            if len(lists[e]) == 1:
+                visited |= {lists[f][0] for f in lists if len(lists[f]) == 1}
+            visited.add(at)
+            there = [s // size for s, held in enumerate(row) if held == e]
+            there = [rank for rank in there if node[rank] == at]
+            found[e] = table[home][e] if table[home][e] in there else there[node[home] % len(there)]
+        return [found.get(e) for e in picks]
+
+    return serve
+
+
+def nodes_for(plan, layer, table, home, e):
+    """The nodes that may serve an expert for a home rank, the preferred one first."""
+    row, node = plan["physical_to_logical_map"][layer], rank_to_node(plan)
+    size, nodes = len(row) // len(node), plan["num_nodes"]
+    holders = {}
+    for slot, held in enumerate(row):
+        holders.setdefault(held, set()).add(node[slot // size])
+    if node[home] in holders[e]:
+        return [node[home]]
+    first = node[table[home][e]]
+    if plan.get("serving_nodes") is None or len(holders[e]) == 1:
+        return [first, *sorted(holders[e] - {first})]
+    several = sorted(x for x in holders if len(holders[x]) > 1)
+    flat = plan["serving_nodes"][layer]
+    width = len(flat) // (len(several) * nodes)
+    start = (several.index(e) * nodes + node[home]) * width
+    return [n for n in flat[start : start + width] if n >= 0]
 
 
 def peak(loads):

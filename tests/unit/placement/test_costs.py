@@ -11,6 +11,7 @@ from moe_locality.placement.plan import PlacementPlan
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 from tests.unit.placement.cases import plans, plans_with_traces, random_plan, random_trace
+from tests.unit.placement.recount import server
 
 SCALARS = ("copies", "picks", "link", "node_imbalance", "rank_imbalance", "straggler", "distinct")
 SCALARS += ("idle", "crossing")
@@ -19,7 +20,7 @@ quick = settings(max_examples=40, deadline=None)
 
 def brute_force(trace, plan, home_of_token):
     """The definitions, token by token."""
-    served, node = plan.serving_slot(), plan.rank_to_node
+    serve, node = server(plan.to_dict()), plan.rank_to_node
     layers, ranks, nodes = plan.num_layers, plan.num_ranks, plan.num_nodes
     copies, picks = [0] * layers, [0] * layers
     sent = np.zeros((layers, nodes, nodes), dtype=int)
@@ -27,10 +28,9 @@ def brute_force(trace, plan, home_of_token):
     for token, home in enumerate(home_of_token):
         for layer in range(layers):
             reached = set()
-            for expert in trace.expert_ids[token, layer].tolist():
-                if expert < 0:
+            for rank in serve(layer, home, trace.expert_ids[token, layer].tolist()):
+                if rank is None:
                     continue
-                rank = served[layer, home, expert] // plan.slots_per_rank
                 matrix[layer, home, rank] += 1
                 if node[rank] != node[home]:
                     picks[layer] += 1
@@ -93,17 +93,18 @@ def test_batches_with_homes_are_those_of_the_definition(case, batch_tokens):
     plan, trace = case
     costs = evaluate(trace, plan, homes="trace", batch_tokens=batch_tokens)
     size = min(batch_tokens, trace.num_tokens)
-    served = plan.serving_slot()
+    serve = server(plan.to_dict())
     straggler, distinct, idle = [], [], []
     for start in range(0, trace.num_tokens - size + 1, size):
         for layer in range(plan.num_layers):
             load, used = [0] * plan.num_ranks, set()
             for token in range(start, start + size):
-                for expert in trace.expert_ids[token, layer].tolist():
+                picks = trace.expert_ids[token, layer].tolist()
+                ranks = serve(layer, int(trace.rank[token]), picks)
+                for expert, rank in zip(picks, ranks, strict=True):
                     if expert >= 0:
-                        slot = served[layer, trace.rank[token], expert]
-                        load[slot // plan.slots_per_rank] += 1
-                        used.add(slot)
+                        load[rank] += 1
+                        used.add((rank, expert))
             straggler.append(max(load) / (sum(load) / len(load)) if sum(load) else 1)
             distinct.append(len(used) / plan.num_ranks)
             idle.append(load.count(0) / plan.num_ranks)
@@ -200,7 +201,7 @@ def test_chunks_of_tokens_add_up(monkeypatch):
     plan = random_plan(rng, layers=3, experts=12, nodes=3, ranks_per_node=2, slots_per_rank=3)
     trace = random_trace(rng, tokens=500, layers=3, experts=12, top_k=4, ranks=6)
     whole = [evaluate(trace, plan, homes=h, batch_tokens=64).to_dict() for h in (None, "trace")]
-    monkeypatch.setattr("moe_locality.placement.counting._CHUNK_PICKS", 900)
+    monkeypatch.setattr("moe_locality.placement.counting.CHUNK_PICKS", 900)
     parts = [evaluate(trace, plan, homes=h, batch_tokens=64).to_dict() for h in (None, "trace")]
     for one, other in zip(whole, parts, strict=True):
         for name in SCALARS:
@@ -215,7 +216,7 @@ def test_compiled_counts_equal_the_plain_ones(monkeypatch, homes, slots):
     trace = random_trace(rng, tokens=300, layers=3, experts=40, top_k=4, ranks=10)
     plain = evaluate(trace, plan, homes=homes, batch_tokens=64).to_dict()
     monkeypatch.setattr("moe_locality.placement.counting.COMPILED_PICKS", 1)
-    monkeypatch.setattr("moe_locality.placement.counting._CHUNK_PICKS", 60)  # groups of batches
+    monkeypatch.setattr("moe_locality.placement.counting.CHUNK_PICKS", 60)  # groups of batches
     found = evaluate(trace, plan, homes=homes, batch_tokens=64).to_dict()
     for name in SCALARS:  # batches are added up in another order, the rest is equal to the last bit
         exact = name not in ("straggler", "distinct", "idle")

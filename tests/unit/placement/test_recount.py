@@ -47,7 +47,7 @@ def test_any_plan_costs_what_its_file_says(case, homes, rule):
 
 def test_evaluate_knows_two_rules():
     trace = random_trace(np.random.default_rng(0), tokens=9, layers=1, experts=4, top_k=2)
-    with pytest.raises(PlacementError, match="rule: found 'eplb', expected 'sglang'"):
+    with pytest.raises(PlacementError, match="rule: found 'eplb', expected 'home' or 'sglang'"):
         evaluate(trace, PlacementPlan.linear(4, [0], 2, 1), rule="eplb")
 
 

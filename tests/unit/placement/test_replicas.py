@@ -6,8 +6,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moe_locality.placement import evaluate, solve
-from moe_locality.placement.plan import PlacementPlan, choose_serving_nodes
+from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.search import coactivation, load_noise, replica_moves, replicas
+from moe_locality.placement.serving import choose_serving_nodes
 from moe_locality.topology import ClusterTopology
 from tests.unit.placement.cases import random_trace
 

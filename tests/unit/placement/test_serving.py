@@ -1,12 +1,21 @@
-"""Which replica serves which home."""
+"""Which replica serves which pick."""
+
+import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_locality.placement.plan import choose_serving_nodes
-from tests.unit.placement.cases import plans, random_plan
+from moe_locality.dispatch import SlotMap
+from moe_locality.errors import PlacementError
+from moe_locality.placement.plan import PlacementPlan
+from moe_locality.placement.problem import align_trace
+from moe_locality.placement.serving import choose_serving_nodes, serve_visited
+from tests.unit.placement.cases import plans, plans_with_traces, random_plan
+from tests.unit.placement.recount import server
 
 
 @settings(max_examples=60, deadline=None)
@@ -78,6 +87,99 @@ def test_remote_homes_prefer_the_least_loaded_node_then_the_heaviest_expert_choo
     # node 0 has 5 + 9 + 3 x 4 = 26, node 1 has 5 + 9 + 3 x 3 = 23: expert 1 goes to node 1 (32),
     # then expert 0 to node 0
     assert served[0, 2].tolist() == [0, 1, 0, 1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(plans_with_traces(rules=("visited",)), st.randoms(use_true_random=False))
+def test_visited_serves_alike_everywhere_whatever_the_order_of_the_picks(case, random):
+    """[F1] Written by hand from the file, numpy, compiled, torch in either order of the picks."""
+    plan, trace = case
+    serve = server(plan.to_dict())
+    aligned = align_trace(trace, plan, None, "trace")
+    node_of_slot = plan.node_of_rank[plan.rank_of_slot]
+    columns = random.sample(range(trace.top_k), trace.top_k)
+    for rank in range(plan.num_ranks):
+        rows, home = np.flatnonzero(trace.rank == rank), int(plan.node_of_rank[rank])
+        maps, choices = SlotMap.of_plan(plan, rank), plan.slot_choices(rank)
+        for layer in range(plan.num_layers):
+            ids = trace.expert_ids[rows, layer].astype(np.int64)
+            by_hand = [serve(layer, rank, row) for row in ids.tolist()]
+            found = serve_visited(ids, choices[layer], node_of_slot, home)
+            mixed = serve_visited(ids[:, columns], choices[layer], node_of_slot, home)
+            assert (mixed == found[:, columns]).all()
+            torch_ids = torch.from_numpy(ids[:, columns]).int()
+            assert maps[layer].slot_ids(torch_ids).tolist() == mixed.tolist()
+            there = ids >= 0
+            ranks = np.where(there, found // plan.slots_per_rank, -1)
+            assert ranks.tolist() == [[-1 if r is None else r for r in row] for row in by_hand]
+            held = plan.physical_to_logical_map[layer]
+            assert (held[found[there]] == ids[there]).all()
+            counted = aligned.slots_of(trace.expert_ids[rows], trace.rank[rows], 0)[:, layer]
+            assert (counted[there] == found[there]).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(plans(rules=("visited",)))
+def test_a_file_keeps_the_rule_and_its_nodes(plan):
+    again = PlacementPlan.from_dict(json.loads(plan.to_json()))
+    assert again == plan
+    assert again.serving_rule == "visited"
+    assert again.digest() == plan.digest() != replace_rule(plan, "home").digest()
+    assert (again.slot_choices(0) == plan.slot_choices(0)).all()
+    assert "serving_rule" not in replace_rule(plan, "home").to_dict()
+
+
+def replace_rule(plan, rule):
+    return replace(plan, serving_rule=rule, serving_nodes=None)
+
+
+def two_copies(**rest):
+    """Three nodes of one rank; expert 0 is on nodes 0 and 1, the others on one node each."""
+    return PlacementPlan(
+        layer_ids=(0,), num_experts=5, num_nodes=3, ranks_per_node=1,
+        physical_to_logical_map=[[0, 1, 0, 2, 3, 4]], serving_rule="visited", **rest,
+    )  # fmt: skip
+
+
+def test_visited_prefers_home_then_a_visited_node_then_the_first_of_the_list():
+    plan = two_copies(expert_load=[[5, 9, 0, 0, 0]])  # node 0 has more load
+    node_of_slot = plan.node_of_rank[plan.rank_of_slot]
+
+    def nodes(rank, picks):
+        slots = serve_visited(np.array([picks]), plan.slot_choices(rank)[0], node_of_slot, rank)
+        return [int(node_of_slot[s]) for s in slots[0]]
+
+    assert nodes(0, [0, 2]) == [0, 1]  # at home, though node 1 is visited
+    assert nodes(2, [0, 1]) == [0, 0]  # node 0 is visited anyway
+    assert nodes(2, [0, 3]) == [1, 2]  # nothing but home is visited: node 1 has less load
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([[0, -1, 1, -1, 2, 0]], "expert 0 is served for homes on node 2 by nodes \\[2, 0\\]"),
+        ([[0, -1, 1, -1, -1, 0]], "for homes on node 2 by nodes \\[-1, 0\\]"),
+        ([[1, 0, 1, -1, 0, 1]], "for homes on node 0"),
+        ([[0, -1, 1, -1, 0, 0]], "for homes on node 2 by nodes"),
+        ([[0, 1, 0, 1]], "rows that do not fit the map"),
+        ([[0.5, 1, 0]], "rows that do not fit the map"),
+        ([], "rows that do not fit the map"),
+    ],
+)
+def test_serving_nodes_that_cannot_be_are_refused(rows, message):
+    content = two_copies().to_dict() | {"serving_nodes": rows}
+    with pytest.raises(PlacementError, match=message):
+        PlacementPlan.from_dict(content)
+
+
+def test_serving_rule_must_be_known_and_alone_names_nodes():
+    with pytest.raises(PlacementError, match="serving_rule: found 'nearest'"):
+        replace(two_copies(), serving_rule="nearest")
+    nodes = two_copies().node_choices()
+    with pytest.raises(PlacementError, match="serving_nodes: found some with serving_rule 'home'"):
+        replace(two_copies(), serving_rule="home", serving_nodes=nodes)
+    with pytest.raises(PlacementError, match="at most 62 nodes"):
+        replace(PlacementPlan.linear(63, [0], 63, 1), serving_rule="visited")
 
 
 def _by_hand(plan):

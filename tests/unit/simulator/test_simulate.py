@@ -17,6 +17,7 @@ from moe_locality.simulator.simulate import draw_steps, random_homes
 from moe_locality.topology import ClusterTopology
 from moe_locality.trace import RoutingTrace
 from tests.unit.placement.cases import plans_with_traces
+from tests.unit.placement.recount import server
 
 FLAT = StepModel(hidden_size=8, exchange="flat")
 HIERARCHICAL = StepModel(hidden_size=8, exchange="hierarchical")
@@ -66,7 +67,7 @@ def test_rows_by_link_are_those_of_the_traffic_matrix(case):
 def test_hierarchical_rows_by_brute_force(case):
     """Stage one: a row per token and node, over the rail; stage two: a row per pick."""
     plan, trace = case
-    served = plan.serving_slot() // plan.slots_per_rank
+    serve = server(plan.to_dict())
     nodes = plan.node_of_rank
     members = [np.flatnonzero(nodes == n).tolist() for n in range(plan.num_nodes)]
     expected = np.zeros((plan.num_ranks, plan.num_ranks), int)
@@ -74,8 +75,8 @@ def test_hierarchical_rows_by_brute_force(case):
         home = int(trace.rank[token])
         index = members[nodes[home]].index(home)
         for layer in range(trace.num_layers):
-            picks = [int(e) for e in trace.expert_ids[token, layer] if e >= 0]
-            ranks = [int(served[layer, home, e]) for e in picks]
+            ranks = serve(layer, home, trace.expert_ids[token, layer].tolist())
+            ranks = [rank for rank in ranks if rank is not None]
             for node in {int(nodes[r]) for r in ranks}:
                 expected[home, members[node][index]] += 1
             for rank in ranks:
@@ -112,17 +113,15 @@ def test_counts_of_steps_add_up_and_distinct_is_the_number_of_experts_used(case)
     for name in ("local", "inside_sent", "across_sent", "computed"):
         total = sum(getattr(part, name) for part in parts)
         np.testing.assert_array_equal(getattr(whole, name), total)
-    served = plan.serving_slot()
+    serve = server(plan.to_dict())
     for layer in range(trace.num_layers):
-        slots = {
-            int(served[layer, trace.rank[t], e])
-            for t in range(trace.num_tokens)
-            for e in trace.expert_ids[t, layer]
-            if e >= 0
-        }
-        counts = np.bincount(
-            [slot // plan.slots_per_rank for slot in slots], minlength=plan.num_ranks
-        )
+        used = set()
+        for token, home in enumerate(trace.rank.tolist()):
+            picks = trace.expert_ids[token, layer].tolist()
+            used |= {
+                (r, e) for r, e in zip(serve(layer, home, picks), picks, strict=True) if e >= 0
+            }
+        counts = np.bincount([rank for rank, _ in used], minlength=plan.num_ranks)
         np.testing.assert_array_equal(whole.distinct[layer], counts)
 
 
