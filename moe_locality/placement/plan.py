@@ -29,7 +29,17 @@ import numpy as np
 
 from moe_locality.errors import PlacementError
 from moe_locality.files import replace_text
-from moe_locality.placement import serving
+from moe_locality.placement.serving import (
+    MOST_NODES,
+    RULES,
+    check_choices,
+    choose_serving_slots,
+    count_on_nodes,
+    order_nodes,
+    pack_choices,
+    slots_on_nodes,
+    unpack_choices,
+)
 
 FORMAT_VERSION = 1
 
@@ -102,12 +112,12 @@ def check_header(plan: PlacementPlan) -> None:
             f"({plan.num_nodes} nodes x {plan.ranks_per_node}): every rank holds as many slots; "
             f"add {-slots % plan.num_ranks} redundant experts or change the number of ranks"
         )
-    if plan.serving_rule not in serving.RULES or (
-        plan.serving_rule == "visited" and plan.num_nodes > serving.MOST_NODES
+    if plan.serving_rule not in RULES or (
+        plan.serving_rule == "visited" and plan.num_nodes > MOST_NODES
     ):
         raise PlacementError(
             f"serving_rule: found {plan.serving_rule!r} for {plan.num_nodes} nodes, expected one "
-            f"of {serving.RULES}, and at most {serving.MOST_NODES} nodes for 'visited': correct it"
+            f"of {RULES}, and at most {MOST_NODES} nodes for 'visited': correct it"
         )
     if plan.serving_nodes is not None and plan.serving_rule != "visited":
         raise PlacementError(
@@ -274,7 +284,7 @@ class PlacementPlan:
         self.validate()
         if self.serving_nodes is not None:
             nodes = np.array(self.serving_nodes, dtype=np.int64)
-            serving.check_choices(nodes, self.held_by_node)
+            check_choices(nodes, self.held_by_node)
             nodes.setflags(write=False)
             put(self, "serving_nodes", nodes)
 
@@ -338,7 +348,7 @@ class PlacementPlan:
         """[L, E, M] bool, the nodes that hold each expert."""
         node_of_slot = self.node_of_rank[self.rank_of_slot]
         args = (self.physical_to_logical_map, node_of_slot, self.num_experts)
-        return serving.count_on_nodes(*args) > 0
+        return count_on_nodes(*args) > 0
 
     def node_choices(self) -> np.ndarray:
         """[L, M, E, X] nodes that may serve expert e for homes on node m, padded with -1.
@@ -352,7 +362,7 @@ class PlacementPlan:
         served = self.node_of_rank[self.rank_of_slot[self.serving_slot()[:, firsts]]]
         if self.serving_rule == "home":
             return served[..., None].astype(np.int64)
-        return serving.order_nodes(self.held_by_node, served)
+        return order_nodes(self.held_by_node, served)
 
     def slot_choices(self, rank: int) -> np.ndarray:
         """[L, E, X] int32: ``node_choices`` as slots, for tokens whose home is ``rank``.
@@ -367,7 +377,7 @@ class PlacementPlan:
         node_of_slot = self.node_of_rank[self.rank_of_slot]
         rows = []
         for table, some, own in zip(self.physical_to_logical_map, nodes, served, strict=True):
-            slots = serving.slots_on_nodes(table, own, node_of_slot, self.node_of_rank)[rank]
+            slots = slots_on_nodes(table, own, node_of_slot, self.node_of_rank)[rank]
             rows.append(np.where(some >= 0, slots[some, expert], -1))
         return np.stack(rows).astype(np.int32)
 
@@ -379,7 +389,7 @@ class PlacementPlan:
         ranks of a node name the same slot for an expert that their node lacks, so that a token can
         be sent once per node.
         """
-        return serving.choose_serving_slots(
+        return choose_serving_slots(
             self.logical_to_physical_map, self.rank_of_slot, self.node_of_rank, self.expert_load
         )
 
@@ -433,7 +443,7 @@ class PlacementPlan:
             found = cls(**fields)
             if packed is None:
                 return found
-            nodes = serving.unpack_choices(packed, found.held_by_node)
+            nodes = unpack_choices(packed, found.held_by_node)
             return replace(found, serving_nodes=nodes)
         except TypeError as error:
             raise PlacementError(
@@ -486,7 +496,7 @@ class PlacementPlan:
             content["serving_rule"] = self.serving_rule
         if self.serving_nodes is not None:
             held = self.held_by_node
-            content["serving_nodes"] = serving.pack_choices(self.serving_nodes, held)
+            content["serving_nodes"] = pack_choices(self.serving_nodes, held)
         return content
 
     def to_json(self) -> str:
