@@ -13,6 +13,7 @@ measured on this machine. Parts:
     partitioner  mt-KaHyPar at equal balance (where the package mtkahypar is installed)
     transfer     plans made on one family of domains (1000 tokens at least), judged on another
     grouping     distinct experts of batches of requests, with and without predicted homes
+    transports   what crosses nodes where a token is sent once per node, or per rank; one layout
     public       public implementations of EPLB that can be imported
     scale        seconds for 58 layers x 256 experts x 1M tokens
 
@@ -39,10 +40,11 @@ from placement_checks import (
     scale_rows,
     transfer_rows,
 )
-from placement_grouping import grouping_rows
+from placement_grouping import TRANSPORT_CASES, grouping_rows, transport_rows
 from placement_rows import Row, target_table
 
-PARTS = ("targets", "bounds", "partitioner", "transfer", "grouping", "public", "scale", "peers")
+PARTS = ("targets", "bounds", "partitioner", "transfer", "grouping", "transports", "public")
+PARTS += ("scale", "peers")
 REPLICAS = (0.125, 0.25)
 
 
@@ -72,6 +74,9 @@ def rows_of(part: str, options: argparse.Namespace) -> Iterator[Row]:
         yield from transfer_rows(folder)
     elif part == "grouping":
         yield from grouping_rows(folder)
+    elif part == "transports":
+        work = [(transport_rows, folder, *case) for case in TRANSPORT_CASES]
+        yield from side_by_side(work, options.processes)
     elif part == "public":
         yield from public_rows(folder)
     else:

@@ -1,4 +1,5 @@
-"""Distinct experts that a batch of requests wakes up: requests at random, or of one home.
+"""Distinct experts that a batch of requests wakes up, requests at random or of one home; and what
+crosses nodes under the transports of other engines.
 
 A step of decoding computes one token of each request of a batch. Every expert that any of them
 picks must be read from memory once, so fewer distinct experts per step are less memory traffic
@@ -7,18 +8,29 @@ picks must be read from memory once, so fewer distinct experts per step are less
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from placement_cases import GPT, parts
 from placement_rows import Row
 
-from moe_locality.placement import assign_homes, solve
+from moe_locality.placement import assign_homes, evaluate, solve
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace import RoutingTrace
 
 BATCH_REQUESTS = 16
 SHUFFLES = 5
 SKIPPED = {"first:16": 16, "first:32": 32, "prefill": 0}  # what homes were predicted from
+
+BATCH_TOKENS = 64
+TRANSPORT_CASES = ((GPT, 4, 2), ("deepseek_v2_lite_esft_tasks", 4, 4))
+PLANS: dict[str, dict[str, Any]] = {
+    "linear": {"method": "linear"},
+    "eplb": {"method": "eplb"},
+    "copies, cap 1.05": {"max_imbalance": 1.05},
+    "rank_copies, cap 1.1": {"objective": "rank_copies", "max_imbalance": 1.1},
+    "one layout, cap 1.05": {"one_layout": True, "max_imbalance": 1.05},
+}
 
 
 def grouping_rows(folder: Path) -> Iterator[Row]:
@@ -47,6 +59,31 @@ def grouping_rows(folder: Path) -> Iterator[Row]:
                 f"against homes at random; mean of {SHUFFLES} orders of {len(steps)} held-out "
                 f"requests, steps after the tokens that homes were predicted from",
             )
+
+
+def transport_rows(folder: Path, name: str, nodes: int, per_node: int) -> list[Row]:
+    """Rows across nodes under two transports and the imbalance, against linear; homes at random."""
+    data, topology = parts(folder, name), ClusterTopology.uniform(nodes, per_node)
+    plans = {label: solve(data.train, topology, **options) for label, options in PLANS.items()}
+    rows = []
+    for transport in ("once_per_node", "per_rank"):
+        costs = {
+            label: evaluate(data.test, plan, transport=transport, batch_tokens=BATCH_TOKENS)
+            for label, plan in plans.items()
+        }
+        base = costs["linear"].crossing
+        for label, cost in costs.items():
+            case = f"transports: {name} {nodes} nodes x {per_node}, {label}"
+            value = 100 * (cost.crossing / base - 1)
+            note = f"{cost.crossing:.4f} rows per token and layer; {data.words}"
+            rows.append(Row(case=case, metric=f"crossing_{transport}", value=value, note=note))
+            if transport == "per_rank":
+                for metric in ("node_imbalance", "rank_imbalance", "straggler", "idle"):
+                    note = f"batches of {BATCH_TOKENS} tokens" * (metric in ("straggler", "idle"))
+                    rows.append(
+                        Row(case=case, metric=metric, value=getattr(cost, metric), note=note)
+                    )
+    return rows
 
 
 def steps_of(trace: RoutingTrace, skipped: int) -> dict[int, np.ndarray]:
