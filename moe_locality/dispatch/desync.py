@@ -36,6 +36,7 @@ earlier exchange found out of step (0: none); the position code of that rank."""
 
 NO_REPORT = (0, 0)
 _MARK = 0x4D4C  # first 16 bits of a code; rows or memory read as a header do not begin with it
+_FAILED = 0x4D46  # those of a rank whose routes cannot be sent
 _numbers: dict[tuple[int, ...], Iterator[int]] = defaultdict(itertools.count)
 _positions: dict[tuple[int, ...], "weakref.WeakSet[CallPosition]"] = defaultdict(weakref.WeakSet)
 
@@ -45,10 +46,11 @@ class CallPosition:
 
     ``number``: index of the layer in its model. Where it is unknown, layers are numbered in the
     order of their first call, which is the same on all ranks of a group. ``name`` is for messages.
+    ``failure``: why this call cannot send its routes; its peers hear of it with the counts.
     """
 
     def __init__(self, number: int | None = None, name: str = "") -> None:
-        self.number, self.name, self.calls = number, name, 0
+        self.number, self.name, self.calls, self.failure = number, name, 0, ""
 
     def enter(self, ranks: tuple[int, ...]) -> None:
         """Count one call over the group of ``ranks``."""
@@ -59,7 +61,8 @@ class CallPosition:
 
     def code(self) -> int:
         """Return mark, layer number and calls packed into one positive int64."""
-        return _MARK << 48 | ((self.number or 0) & 0xFFFF) << 32 | (self.calls & 0xFFFFFFFF)
+        mark = _FAILED if self.failure else _MARK
+        return mark << 48 | ((self.number or 0) & 0xFFFF) << 32 | (self.calls & 0xFFFFFFFF)
 
     def __str__(self) -> str:
         named = f" ({self.name})" if self.name else ""
@@ -67,7 +70,7 @@ class CallPosition:
 
 
 class DesyncError(MoeLocalityError):
-    """Ranks of one group are at different layers or calls.
+    """Ranks of one group are at different layers or calls, or one cannot send its routes.
 
     ``codes``: position code of each rank that is known. ``report``: (1 + rank, code) of a rank at
     another position than this one, to forward to ranks that have not heard of it.
@@ -97,7 +100,8 @@ def check_headers(
         DesyncError: names the ranks and their positions.
     """
     mine = headers[list(ranks).index(me)][0]
-    if known is None and all(code == mine and not told for code, told, _ in headers):
+    same = all(code == mine and not told for code, told, _ in headers)
+    if known is None and same and not position.failure:
         return
     codes = dict(known.codes) if known is not None else {}
     codes |= {rank: header[0] for rank, header in zip(ranks, headers, strict=True)}
@@ -105,6 +109,10 @@ def check_headers(
         if told and _readable(code):
             codes.setdefault(told - 1, theirs)
     report = next(((rank + 1, code) for rank, code in codes.items() if code != mine), NO_REPORT)
+    failed = sorted(rank for rank, code in codes.items() if code >> 48 == _FAILED)
+    if failed:
+        why = position.failure or "their routes name experts that do not exist: see their errors"
+        raise DesyncError(f"ranks {failed} gave up in {position}: {why}", codes, report)
     raise DesyncError(_message(codes, _names(position)), codes, report)
 
 
@@ -133,7 +141,7 @@ def all_calls() -> str:
 
 
 def _readable(code: int) -> bool:
-    return code >> 48 == _MARK
+    return code >> 48 in (_MARK, _FAILED)
 
 
 def _names(position: CallPosition) -> dict[int, str]:

@@ -348,6 +348,32 @@ class TokenDispatcher:
 
         return Pending(finish)
 
+    def checked(self, topk_ids: Tensor) -> Tensor:
+        """Return logical ids that name experts.
+
+        Where one does not, the exchange of counts will raise on all ranks of the group, and nothing
+        is sent. Nothing is checked on a GPU, which would be waited for, or where no counts travel.
+
+        Raises:
+            ConfigError: an id is too large, and this rank is the whole group.
+        """
+        self.position.failure = ""
+        uncounted = isinstance(self.transport, (FixedTransport, DeepEPTransport))
+        if uncounted or topk_ids.is_cuda or not topk_ids.numel():
+            return topk_ids
+        known, largest = self.slot_map.slot_of_expert, int(topk_ids.max())
+        count = self.num_slots if known is None else len(known)
+        if largest < count:
+            return topk_ids
+        failure = (
+            f"found expert {largest} in the routes, expected at most {count - 1}: look at what "
+            "picks the experts"
+        )
+        if len(self.traffic.ranks) == 1:
+            raise ConfigError(failure)
+        self.position.failure = failure
+        return torch.full_like(topk_ids, -1)
+
     def combine(self, expert_out: Tensor, handle: DispatchHandle) -> Tensor:
         """Bring the experts' results back and add them up per token, by their weights.
 
@@ -405,7 +431,8 @@ def run_moe(
             around the two exchanges, such as timers.
     """
     with stage("dispatch"):
-        slot_ids = dispatcher.slot_map.slot_ids(topk_ids, dispatcher.kernels)
+        ids = dispatcher.checked(topk_ids)
+        slot_ids = dispatcher.slot_map.slot_ids(ids, dispatcher.kernels)
         routed = dispatcher.dispatch(x, slot_ids, topk_weights)
     expert_out = run_experts(routed.rows, routed.tokens_per_local_expert)
     with stage("combine"):
@@ -587,7 +614,7 @@ def layer_dispatcher(
     Arguments as of :class:`TokenDispatcher`; ``top_k``: routes per token.
     """
     ranks = group_ranks(ep_group, num_ranks)
-    groups = built_groups(ranks)
+    groups = built_groups(ranks, topology)
     if topology is None and groups is not None:
         topology = groups.topology
     rails = None

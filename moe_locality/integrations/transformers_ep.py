@@ -153,8 +153,7 @@ class LocalityEP(EPImplementation):
             self.topology = discover_topology(cluster_config=self.section.cluster)
         if config.exchange in ("auto", "hierarchical") and size > 1:
             ranks = dist.get_process_group_ranks(self.group)
-            groups = built_groups(ranks)  # by an earlier layer, on all ranks alike
-            if groups is None or groups.topology != self.topology:
+            if built_groups(ranks, self.topology) is None:  # by an earlier layer, on all alike
                 follow_groups(ranks, self.topology)
         made = layer_dispatcher(
             self.group,

@@ -22,7 +22,7 @@ from moe_locality.dispatch.desync import all_calls, announce_departure
 from moe_locality.dispatch.flat import check_overflow
 from moe_locality.dispatch.traffic import reset_traffic, traffic_report
 from moe_locality.errors import ConfigError, MoeLocalityError, PlacementError, TopologyError
-from moe_locality.layer.agreement import all_succeed
+from moe_locality.layer.agreement import all_agree, all_succeed
 from moe_locality.layer.slots import check_is_permutation, check_nodes
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.topology.cluster import ClusterTopology
@@ -74,12 +74,13 @@ def apply(
         ConfigError: the model has no DeepSpeed MoE layer, or one that cannot be swapped.
         PlacementError: the plan does not fit the model.
     """
-    section = read_config(config)
-    if plan is None and section.plan is not None:
-        plan = PlacementPlan.read(section.plan)
     if any(getattr(module, "_is_autoep_layer", False) for module in model.modules()):
+        section, plan = all_succeed(lambda: _section_and_plan(config, plan))
+        all_agree("moe_locality sections", section.model_dump_json(exclude={"plan", "tracking"}))
+        all_agree("placement plans", "none" if plan is None else plan.digest())
         _adopt_auto_ep(model, section, topology, plan)
         return model
+    section, plan = _section_and_plan(config, plan)
     layers = moe_modules(model)
     if not layers:
         raise ConfigError(
@@ -101,6 +102,15 @@ def apply(
     if plan is not None:
         (relabel if plan.is_permutation else add_replicas)(model, plan)
     return model
+
+
+def _section_and_plan(
+    config: MoeLocalityConfig | dict[str, Any] | str | None, plan: PlacementPlan | None
+) -> tuple[MoeLocalityConfig, PlacementPlan | None]:
+    section = read_config(config)
+    if plan is not None or section.plan is None:
+        return section, plan
+    return section, PlacementPlan.read(section.plan)
 
 
 def _swap(

@@ -275,11 +275,22 @@ def follow_groups(ep_ranks: Sequence[int] | None, topology: ClusterTopology) -> 
     return layout
 
 
-def built_groups(ep_ranks: Sequence[int]) -> ExpertParallelGroups | None:
-    """Return the groups of this rank whose EP group has these ranks, if they were built."""
+def built_groups(
+    ep_ranks: Sequence[int], topology: ClusterTopology | None = None
+) -> ExpertParallelGroups | None:
+    """Return the groups of this rank whose EP group has these ranks, if they were built.
+
+    With a ``topology``, only groups that were laid out for the same nodes (models may have
+    clusters of their own).
+    """
     wanted = tuple(sorted(ep_ranks))
-    built = (recall() for recall in _built.values())
-    return next((g for g in built if g is not None and g.ep_ranks == wanted and _alive(g)), None)
+    for groups in (recall() for recall in _built.values()):
+        if groups is None or groups.ep_ranks != wanted or not _alive(groups):
+            continue
+        laid_out = groups.topology or topology
+        if topology is None or laid_out is None or laid_out.rank_to_node == topology.rank_to_node:
+            return groups
+    return None
 
 
 # -- the cluster -----------------------------------------------------------------------------------

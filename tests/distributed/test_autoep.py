@@ -39,7 +39,16 @@ def qwen():
     return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**SIZES))
 
 
-def start(world, section, stage=0, dtype="float32", model=None, universal=False, **expert_parallel):
+def start(
+    world,
+    section,
+    stage=0,
+    dtype="float32",
+    model=None,
+    universal=False,
+    tensor_parallel=None,
+    **expert_parallel,
+):
     """An engine of a tiny Qwen3-MoE; ``section`` None: stock AutoEP."""
     import deepspeed
 
@@ -50,6 +59,8 @@ def start(world, section, stage=0, dtype="float32", model=None, universal=False,
     compat.let_auto_ep_read_recorders()
     config = config_of(stage, dtype)
     config["checkpoint"] = {"load_universal": universal}
+    if tensor_parallel is not None:
+        config["tensor_parallel"] = tensor_parallel
     config["expert_parallel"] = {
         "enabled": True,
         "autoep_size": world,
@@ -346,6 +357,14 @@ def refusals(rank, world, folder):
         layer.async_split_plan = rank == 1
     with pytest.raises(ConfigError, match="async_split_plan=True"):  # on rank 0 too
         moe_locality.apply(engine, {})
+    for _, layer in auto_ep_layers(engine.module):
+        layer.async_split_plan = False
+    absent = {"plan": f"{folder}/absent.json"} if rank == 1 else plan
+    with pytest.raises(PlacementError, match=r"absent\.json"):  # in time, on rank 0 too
+        moe_locality.apply(engine, absent)
+    other = {"plan": f"{folder}/other.json"} if rank == 1 else plan
+    with pytest.raises(PlacementError, match="found different placement plans"):
+        moe_locality.apply(engine, other)
     for section, ep_size in (({}, 1), ({"enabled": False}, world)):
         engine = start(world, section, autoep_size=ep_size)
         assert {type(m) for _, m in auto_ep_layers(engine.module)} == {AutoEPMoELayer}
@@ -374,8 +393,52 @@ def test_initialize_auto_ep_of_an_older_deepspeed(tmp_path):
 def test_auto_ep_refusals_rise_on_all_ranks(tmp_path):
     reversed_plan(tmp_path, 2, nodes=1)
     plan_of([[0, 1, 2, 3]] * 3, 1, 2).write(tmp_path / "three.json")
+    plan_of([[1, 0, 3, 2]] * 2, 1, 2).write(tmp_path / "other.json")
     nets.plan_of(2).write(tmp_path / "replicas.json")
     run_ranks(refusals, 2, str(tmp_path), deepspeed=True, timeout_s=240)
+
+
+def other_exchanges_stay(rank, world, folder, options, why):
+    """AutoEP's own exchange stays where it is another than the one that ours replaces."""
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+
+    from moe_locality.integrations.autoep import auto_ep_layers
+
+    engine = start(world, {}, **options)
+    assert {type(m) for _, m in auto_ep_layers(engine.module)} == {AutoEPMoELayer}
+    if "tensor_parallel" in options:  # DeepEP needs a GPU
+        train(engine, rank // 2, steps=1)
+    with pytest.raises(ConfigError, match=f"found a plan, and {why}"):
+        start(world, {"plan": f"{folder}/plan.json"}, **options)
+
+
+COLUMNS = {"patterns": [r".*self_attn\.[qkv]_proj\.weight$"], "partition_type": "column"}
+ROWS = {"patterns": [r".*self_attn\.o_proj\.weight$"], "partition_type": "row"}
+FOLDED = {"use_default_specs": False, "layer_specs": [COLUMNS, ROWS]}
+
+
+@pytest.mark.parametrize(
+    ("world", "options", "why"),
+    [
+        (
+            4,
+            {
+                "autoep_size": 2,
+                "tensor_parallel": {"autotp_size": 2, "partition_config": FOLDED},
+            },
+            "AutoTP folding is on",
+        ),
+        (
+            2,
+            {"comm_backend": "deepep", "comm_max_tokens_per_rank": 64, "dtype": "bfloat16"},
+            "comm_backend is deepep",
+        ),
+    ],
+    ids=["folding", "deepep"],
+)
+def test_initialize_auto_ep_leaves_other_exchanges_alone(tmp_path, world, options, why):
+    reversed_plan(tmp_path, 2, nodes=1)
+    run_ranks(other_exchanges_stay, world, str(tmp_path), options, why, deepspeed=True)
 
 
 def zero_3_and_recomputation(rank, world):

@@ -1,14 +1,18 @@
 """The exchange between ranks: where every row goes, its gradient, and what was counted."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
 
-from moe_locality.dispatch.dispatcher import TokenDispatcher
+from moe_locality.config import DispatchConfig
+from moe_locality.dispatch.desync import CallPosition
+from moe_locality.dispatch.dispatcher import SlotMap, TokenDispatcher, layer_dispatcher, run_moe
 from moe_locality.dispatch.traffic import traffic_report
 from moe_locality.dispatch.transport import KINDS
-from moe_locality.errors import TopologyError
-from moe_locality.topology import ClusterTopology
+from moe_locality.errors import MoeLocalityError, TopologyError
+from moe_locality.topology import ClusterTopology, prepare_groups
 from tests.launch import run_ranks
 
 TOKENS = (5, 0, 9, 2)  # per rank; one has none
@@ -126,6 +130,42 @@ def two_groups_count_in_global_ranks(rank, world):
 
 def test_groups_inside_a_world():
     run_ranks(two_groups_count_in_global_ranks, 4)
+
+
+def routes_to_no_expert(rank, _world, exchange):
+    """Rank 1 names an expert that does not exist, with and without a map of slots; then none does:
+    what each rank is told, and how long it waited.
+    """
+    topology = ClusterTopology.uniform(2, 2)
+    prepare_groups(topology, [4])
+    said = []
+    for order in (None, np.arange(8)[::-1]):
+        options = {"num_slots": 8, "num_ranks": 4, "top_k": 2, "position": CallPosition(0, "mlp")}
+        slots = SlotMap() if order is None else SlotMap.of(order)
+        config = DispatchConfig(exchange=exchange)
+        dispatcher = layer_dispatcher(None, topology, config=config, slot_map=slots, **options)
+        x, weights = torch.ones(3, 4), torch.ones(3, 2)
+        for ids in ([0, 8] if rank == 1 else [0, 1], [0, 7]):
+            start, call = time.monotonic(), (dispatcher, x, torch.tensor([ids] * 3), weights)
+            try:
+                out = run_moe(*call, lambda rows, _: 2 * rows)
+                assert torch.equal(out, 4 * x)
+                said.append(("", 0.0))
+            except MoeLocalityError as error:
+                said.append((str(error), time.monotonic() - start))
+    return said
+
+
+@pytest.mark.parametrize("exchange", ["flat", "hierarchical"])
+def test_run_moe_raises_on_all_ranks_where_one_names_no_expert(exchange):
+    """Nobody waits for the timeout of the group, and the next step works."""
+    for rank, said in enumerate(run_ranks(routes_to_no_expert, 4, exchange)):
+        for at in (0, 2):
+            message, seconds = said[at]
+            assert message.startswith("ranks [1] gave up in layer 0 (mlp), call 1: "), message
+            assert ("found expert 8 in the routes, expected at most 7" in message) == (rank == 1)
+            assert seconds < 20
+            assert said[at + 1] == ("", 0.0)
 
 
 def wrong_group_size_is_refused(rank, world):

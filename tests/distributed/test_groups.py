@@ -18,6 +18,7 @@ from moe_locality.topology import (
     exchange_objects,
     layout_groups,
 )
+from moe_locality.topology.groups import built_groups, follow_groups
 from tests.launch import run_ranks
 
 KINDS = ("ep", "edp", "intra_node", "inter_node")
@@ -85,6 +86,21 @@ def different_layouts(rank, world):
     three = layout_groups(topology, 2, "D+E" if rank == 3 else "E+D")
     small = layout_groups(ClusterTopology.uniform(1, 2), 2)
     return [caught(build_groups, layout) for layout in (other, three, small)]
+
+
+def groups_of_two_clusters(rank, _world):
+    clusters = [ClusterTopology.uniform(2, 2), ClusterTopology.from_node_names("abab")]
+    layouts = [follow_groups(range(4), cluster) for cluster in clusters]
+    assert built_groups(range(4)) is not None
+    assert built_groups(range(4), ClusterTopology.uniform(4, 1)) is None
+    for cluster, layout in zip(clusters, layouts, strict=True):
+        found = built_groups(range(4), cluster)
+        assert found.layout == layout
+        assert {cluster.node_of(r) for r in found.intra_node_ranks} == {cluster.node_of(rank)}
+
+
+def test_built_groups_are_those_of_the_same_nodes():
+    run_ranks(groups_of_two_clusters, 4)
 
 
 def test_ranks_that_disagree_all_raise_and_name_the_odd_ones():
