@@ -10,6 +10,7 @@ for is not available here; 130 interrupted.
 
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated, Any
 
 import typer
@@ -36,9 +37,17 @@ class _Commands(TyperGroup):
             sys.exit(code)
         return code
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Take two words for a command where there is one: ``bench paper``."""
+        name = " ".join(args[:2])
+        if len(args) > 1 and name in self.commands:
+            return name, self.commands[name], args[2:]
+        return super().resolve_command(ctx, args)
+
     def _flags(self, words: Sequence[str]) -> dict[str, str]:
         """Parameter of the command that ``words`` name → its longest flag."""
-        names = [word for word in words if word in self.commands]
+        pairs = map(" ".join, pairwise(words))
+        names = [word for word in (*pairs, *words) if word in self.commands]
         known = self.commands[names[0]].params if names else []
         flags = {str(one.name): max(one.opts, key=len) for one in known}
         return {name: flag for name, flag in flags.items() if flag.startswith("--")}
@@ -82,11 +91,12 @@ for _body in (
     reports.report,
     traces.record,
     plans.bench,
+    plans.bench_paper,
     serve.serve,
     doctor.doctor,
     reports.demo,
 ):
-    app.command(_body.__name__.rstrip("_"))(as_command(_body))
+    app.command(_body.__name__.rstrip("_").replace("_", " "))(as_command(_body))
 
 
 def main() -> None:

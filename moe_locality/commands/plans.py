@@ -31,7 +31,7 @@ from moe_locality.commands.inputs import (
     topology_of,
 )
 from moe_locality.commands.output import SHOWN, Result, brief, costs_table, progress, table
-from moe_locality.errors import PlacementError, TopologyError
+from moe_locality.errors import ConfigError, PlacementError, TopologyError
 
 if TYPE_CHECKING:
     from moe_locality import ClusterTopology, PlacementPlan, RoutingTrace
@@ -491,5 +491,32 @@ def bench(
         title = f"{topology.describe()}; costs predicted on {test.num_tokens:,} {kind} tokens"
         cells = [(r["method"], r["seconds"], *(r[name] for name in SHOWN)) for r in rows]
         console.print(table(title, head, cells))
+
+    return Result(payload=payload, show=show)
+
+
+def bench_paper(
+    trace: Trace,
+    nodes: Annotated[
+        int | None, typer.Option(help="Nodes that the 4 ranks stand for, 2 or 4. Default: both.")
+    ] = None,
+    seed: Seed = 0,
+) -> Result:
+    """Repeat the experiment of arXiv 2604.23150 on a trace, beside the paper's figures."""
+    from moe_locality.demo import paper
+
+    if nodes not in (None, *paper.NODES):
+        raise ConfigError(f"--nodes: found {nodes}, expected 2 or 4: they share 4 ranks")
+    content = moe_locality.read_trace(trace)
+    with progress("replaying decode") as update:
+        found = paper.paper_on_trace(
+            content, nodes=paper.NODES if nodes is None else (nodes,), seed=seed, progress=update
+        )
+    payload = {"command": "bench paper", "trace": content.content_hash(), **found}
+
+    def show(console: Any) -> None:
+        for title, head, rows in paper.tables(found):
+            console.print(table(title, head, rows))
+        console.print("\n".join(paper.lines(found)), highlight=False)
 
     return Result(payload=payload, show=show)

@@ -309,12 +309,18 @@ def solve_request_kmeans(problem: Problem) -> Solution:
 
 
 def cluster_homes(
-    trace: RoutingTrace, plan: PlacementPlan, topology: ClusterTopology, *, predict: str
+    trace: RoutingTrace,
+    plan: PlacementPlan,
+    topology: ClusterTopology,
+    *,
+    predict: str,
+    band: float | None = None,
 ) -> dict[int, int]:
     """Request id → rank: on the node of the nearest cluster, its rank with the fewest tokens.
 
     predict: the tokens to look at, ``prefill``, ``first:N`` or ``oracle``. As published, nothing
-    levels the nodes.
+    levels the nodes. With a ``band``, clusters whose cosine is within it of the best one's are as
+    good, and of the ranks of their nodes the one with the fewest tokens is taken.
     """
     table = (plan.home_profiles or {}).get("cluster_centers")
     if table is None:
@@ -324,11 +330,16 @@ def cluster_homes(
         )
     requests = requests_of(trace)
     points = _signatures(trace, requests.index, known_tokens(trace, requests, predict))
-    node_of = nearest_center(points, np.asarray(table, dtype=np.float64).reshape(len(table), -1))
+    centers = np.asarray(table, dtype=np.float64).reshape(len(table), -1)
+    if band is None:
+        near = nearest_center(points, centers)[:, None] == np.arange(len(centers))
+    else:
+        cosine = points @ (centers / np.linalg.norm(centers, axis=1, keepdims=True)).T
+        near = cosine >= cosine.max(axis=1, keepdims=True) - band
     filled = np.zeros(topology.num_ranks)
     homes = {}
-    for request, node, tokens in zip(requests.request_ids, node_of, requests.tokens, strict=True):
-        ranks = topology.ranks_of(int(node))
+    for request, nodes, tokens in zip(requests.request_ids, near, requests.tokens, strict=True):
+        ranks = [r for node in np.flatnonzero(nodes) for r in topology.ranks_of(int(node))]
         rank = min(ranks, key=lambda r: (filled[r], r))
         filled[rank] += tokens
         homes[int(request)] = int(rank)
