@@ -15,7 +15,7 @@ from typing import Any
 
 from _results import append_rows
 
-from moe_locality.demo.paper import MAX_IMBALANCE, paper_on_trace
+from moe_locality.demo.paper import paper_on_trace
 from moe_locality.trace import RoutingTrace
 
 TRACES = ("gpt_oss_20b_benchmarks", "llama4_maverick_mmlu", "deepseek_v2_lite_esft_tasks")
@@ -28,7 +28,7 @@ def rows_of(name: str, found: dict[str, Any]) -> Iterator[dict[str, Any]]:
         where = f"{name} {one['num_nodes']} nodes x {one['ranks_per_node']} ranks"
         note = (
             f"{one['judged_tokens']} decode tokens of {one['judged_requests']} held-out requests; "
-            f"homes predicted from {one['predicted_from']}; max_imbalance {MAX_IMBALANCE:g}"
+            f"homes predicted from {one['predicted_from']}; max_imbalance {one['max_imbalance']:g}"
         )
         for case in one["conditions"]:
             label = f"{where}, {case['name']}"
