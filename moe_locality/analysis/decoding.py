@@ -151,7 +151,8 @@ def step_costs(
     for layer in range(aligned.num_layers):
         ids = aligned.ids[:, layer].astype(np.int64)
         there = ids >= 0
-        served = aligned.served_rank[layer][home[:, None], ids]
+        slots = aligned.slots_of(aligned.ids[:, layer : layer + 1], home, layer)[:, 0]
+        served = slots // (aligned.num_slots // ranks)
         pair = (batch[:, None] * ranks + served)[there]
         picks = np.bincount(pair, minlength=steps * ranks * ranks).reshape(steps, ranks, ranks)
         visited = np.zeros((len(ids), nodes), dtype=bool)
