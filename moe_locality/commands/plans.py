@@ -103,7 +103,8 @@ def evaluate(
     ] = None,
     row_bytes: Annotated[float | None, typer.Option(help="Bytes of one token on the wire.")] = None,
     rule: Annotated[
-        str | None, typer.Option(help="sglang: serve copies as SGLang does; else as planned.")
+        str | None,
+        typer.Option(help="How an engine serves copies: sglang or in_turn; else as planned."),
     ] = None,
     transport: Annotated[
         str, typer.Option(help="once_per_node, per_pick, per_rank or allgather.")

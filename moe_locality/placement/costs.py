@@ -111,8 +111,8 @@ def evaluate(
         baseline, expert_bytes: plan to move from, and the size of one expert's weights.
         batch_tokens: tokens of a batch for ``straggler`` and ``distinct``, all ranks together; in a
             trace of counts every step is a batch.
-        rule: which copy of an expert serves a token; None: as the plan says, "sglang": as SGLang
-            does (``sglang_serving_slots``).
+        rule: which copy of an expert serves a token; None: as the plan says; "sglang" and "in_turn"
+            (vllm-ascend, TensorRT-LLM): as those engines do (``engine_serving_slots``).
         transport: of ``TRANSPORTS``, for ``crossing``.
 
     Raises:

@@ -1,7 +1,7 @@
 """Plans in the formats that serving engines and DeepSpeed read, and plans from engine maps.
 
 ``TARGETS`` names the formats, ``launch_lines`` what starts an engine with the file, and
-``sglang_serving_slots`` says which copy SGLang serves. What each engine takes:
+``engine_serving_slots`` says which copy of an expert an engine serves. What each engine takes:
 
 * ``sglang``: ``{"physical_to_logical_map": rows}``, one row per *transformer* layer, dense or not:
   ``--init-expert-location FILE.json`` (srt/eplb/expert_location.py of SGLang 0.5.23). Only that
@@ -177,6 +177,9 @@ TARGETS = {
 }
 """Name of each target → function of (plan, num_hidden_layers or None) that returns JSON types."""
 
+ENGINE_RULES = ("sglang", "in_turn")
+"""Which copy of an expert other engines serve: ``engine_serving_slots``."""
+
 BY_SUFFIX = {"sglang": ".json", "vllm-ascend": ".json"}
 """Engines that take a file by the end of its name."""
 
@@ -230,7 +233,9 @@ def launch_lines(
 ) -> tuple[str, ...]:
     """What starts the engine of a target with the file, and what it does with the plan."""
     ranks, copies = plan.num_ranks, plan.num_redundant_experts
-    in_turn = f"takes the {copies} copies in turn, near or far: use a plan without replicas"
+    in_turn = (
+        f"takes the {copies} copies in turn, near or far: see moe-locality evaluate --rule in_turn"
+    )
     if target == "sglang":
         redundant = f" --ep-num-redundant-experts {copies}" if copies else ""
         return (
@@ -266,6 +271,22 @@ def launch_lines(
         f"then start with: vllm serve BAKED --enable-expert-parallel --data-parallel-size {ranks} "
         "--all2all-backend deepep_high_throughput; home of a request: header X-data-parallel-rank",
     )
+
+
+def engine_serving_slots(plan: PlacementPlan, rule: str) -> np.ndarray:
+    """[L, G, E] int32: the slot that serves expert e for tokens of data-parallel rank g.
+
+    Args:
+        rule: "sglang", see ``sglang_serving_slots``; "in_turn": of n copies, rank g takes number g
+            modulo n, wherever it is. So does vllm-ascend (0.23.0, without tensor parallelism);
+            TensorRT-LLM takes the copies in turn token by token, which is the same on average.
+    """
+    if rule == "sglang":
+        return sglang_serving_slots(plan)
+    slots = plan.logical_to_physical_map  # [L, E, X]
+    ranks = np.arange(plan.num_ranks)[:, None]
+    turn = ranks % plan.logical_replica_count[:, None]  # [L, G, E]
+    return np.take_along_axis(slots[:, None], turn[..., None], axis=3)[..., 0]
 
 
 def sglang_serving_slots(plan: PlacementPlan) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 
 from moe_locality.errors import PlacementError
 from moe_locality.placement import counting
-from moe_locality.placement.export import sglang_serving_slots
+from moe_locality.placement.export import ENGINE_RULES, engine_serving_slots
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.serving import slots_on_nodes
 from moe_locality.topology.cluster import ClusterTopology
@@ -295,15 +295,15 @@ def align_trace(
     """Check that trace, plan, cluster and homes belong together and align them.
 
     ``rule``: who serves a pick; None: as the plan says; "home": by the table of that rule
-    (``placement.serving``); "sglang": as SGLang does.
+    (``placement.serving``); of ``ENGINE_RULES``: see ``engine_serving_slots``.
 
     Raises:
         PlacementError: something does not fit; the message says what.
     """
     check_topology(plan, topology)
-    if rule not in (None, "home", "sglang"):
+    if rule not in (None, "home", *ENGINE_RULES):
         raise PlacementError(
-            f"rule: found {rule!r}, expected 'home' or 'sglang', or none: the plan's own"
+            f"rule: found {rule!r}, expected 'home', 'sglang' or 'in_turn', or none: the plan's own"
         )
     if trace.num_experts != plan.num_experts:
         raise PlacementError(
@@ -322,6 +322,7 @@ def align_trace(
             f"{list(plan.layer_ids)[:5]} ...): evaluate a plan on a trace of the same model"
         )
     rows = np.array([row_of[int(i)] for i in trace.layer_ids])
+    engine = engine_serving_slots(plan, rule) if rule in ENGINE_RULES else None
     decided = rule is None and plan.serving_rule == "visited" and not plan.is_permutation
     if decided and trace.expert_ids is None:
         decided = False  # counts do not say what goes together: as under the rule "home"
@@ -335,7 +336,7 @@ def align_trace(
         home_rank=resolve_homes(trace, plan.num_ranks, homes),
         node_of_rank=plan.node_of_rank,
         table=plan.physical_to_logical_map[rows],
-        served_slot=(sglang_serving_slots(plan) if rule == "sglang" else plan.serving_slot())[rows],
+        served_slot=(plan.serving_slot() if engine is None else engine)[rows],
         has_replicas=not plan.is_permutation,
         choices=plan.node_choices()[rows] if decided else None,
     )

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from moe_locality.errors import PlacementError
 from moe_locality.placement.export import (
     TARGETS,
+    engine_serving_slots,
     from_engine_map,
     launch_lines,
     sglang_serving_slots,
@@ -237,7 +238,7 @@ def test_a_map_of_vllm_ascend():
     ("target", "words"),
     [
         ("sglang", ("--init-expert-location F", "--ep-num-redundant-experts 1", "routed_dp_rank")),
-        ("trtllm", ("load_balancer: F", "enable_attention_dp: true", "copies in turn")),
+        ("trtllm", ("load_balancer: F", "enable_attention_dp: true", "--rule in_turn")),
         ("vllm-ascend", ('{"eplb_config": {"expert_map_path": "F"}}', "copies in turn")),
         (
             "vllm",
@@ -300,3 +301,15 @@ def test_sglang_serving_slots_deal_far_copies_evenly_with_the_generator_of_pytho
     draw.shuffle(dealt)
     assert first[2:6].tolist() == dealt
     assert np.bincount(first)[[0, 14]].tolist() == [4, 4]
+
+
+@settings(max_examples=20, deadline=None)
+@given(plans())
+def test_engine_serving_slots_in_turn_are_copies_of_the_expert_one_rank_after_the_other(plan):
+    served = engine_serving_slots(plan, "in_turn")
+    for row, held in enumerate(plan.logical_to_physical_map.tolist()):
+        for expert, slots in enumerate(held):
+            slots = [slot for slot in slots if slot >= 0]
+            expected = [slots[rank % len(slots)] for rank in range(plan.num_ranks)]
+            assert served[row, :, expert].tolist() == expected
+    assert (engine_serving_slots(plan, "sglang") == sglang_serving_slots(plan)).all()

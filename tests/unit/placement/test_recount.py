@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moe_locality.errors import PlacementError
 from moe_locality.placement import PlacementPlan, evaluate, solve
-from moe_locality.placement.export import sglang_serving_slots
+from moe_locality.placement.export import engine_serving_slots
 from moe_locality.topology.cluster import ClusterTopology
 from tests.unit.placement.cases import plans_with_traces, random_trace
 from tests.unit.placement.recount import recount
@@ -20,7 +20,7 @@ def check(trace, plan, homes, rule=None):
     text = plan.to_json()
     costs = evaluate(trace, PlacementPlan.from_dict(json.loads(text)), homes=homes, rule=rule)
     home_of_token = None if homes is None else trace.rank.tolist()
-    served = None if rule is None else sglang_serving_slots(plan) // plan.slots_per_rank
+    served = None if rule is None else engine_serving_slots(plan, rule) // plan.slots_per_rank
     copies, by_rank, picks, node, rank = recount(
         text, trace.expert_ids.tolist(), home_of_token, served
     )
@@ -38,16 +38,20 @@ def check(trace, plan, homes, rule=None):
 
 
 @settings(max_examples=25, deadline=None)
-@given(plans_with_traces(), st.sampled_from([None, "trace"]), st.sampled_from([None, "sglang"]))
+@given(
+    plans_with_traces(),
+    st.sampled_from([None, "trace"]),
+    st.sampled_from([None, "sglang", "in_turn"]),
+)
 def test_any_plan_costs_what_its_file_says(case, homes, rule):
-    """Ranks of a node may go to different nodes under SGLang's rule."""
+    """Ranks of a node may go to different nodes under the rules of engines."""
     plan, trace = case
     check(trace, plan, homes, rule)
 
 
-def test_evaluate_knows_two_rules():
+def test_evaluate_knows_the_rules_of_engines():
     trace = random_trace(np.random.default_rng(0), tokens=9, layers=1, experts=4, top_k=2)
-    with pytest.raises(PlacementError, match="rule: found 'eplb', expected 'home' or 'sglang'"):
+    with pytest.raises(PlacementError, match="rule: found 'eplb', expected 'home', 'sglang' or"):
         evaluate(trace, PlacementPlan.linear(4, [0], 2, 1), rule="eplb")
 
 
