@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from placement_cases import GPT, parts
-from placement_rows import Row
+from placement_cases import GPT, Parts, parts
+from placement_rows import Row, against
 
-from moe_locality.placement import assign_homes, evaluate, solve
+from moe_locality.placement import PlacementPlan, assign_homes, evaluate, solve
+from moe_locality.placement.export import ENGINE_RULES
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace import RoutingTrace
 
@@ -83,6 +84,20 @@ def transport_rows(folder: Path, name: str, nodes: int, per_node: int) -> list[R
                     rows.append(
                         Row(case=case, metric=metric, value=getattr(cost, metric), note=note)
                     )
+    return rows + rule_rows(data, topology, plans["linear"])
+
+
+def rule_rows(data: Parts, topology: ClusterTopology, linear: PlacementPlan) -> list[Row]:
+    """A plan with 25 % replicas, its copies served as planned and as other engines serve them."""
+    redundant, rows = data.train.num_experts // 4, []
+    plan = solve(data.train, topology, num_redundant_experts=redundant, max_imbalance=1.05)
+    base, shape = evaluate(data.test, linear), f"{topology.num_nodes} nodes x"
+    for rule in (None, *ENGINE_RULES):
+        cost = evaluate(data.test, plan, rule=rule)
+        words = f"{redundant} replicas, cap 1.05, served {rule or 'as planned'}"
+        case = f"engines: {data.name} {shape} {topology.ranks_per_node}, {words}"
+        for metric, value in against(cost, base).items():
+            rows.append(Row(case=case, metric=metric, value=value, note=data.words))
     return rows
 
 

@@ -279,7 +279,7 @@ def engine_serving_slots(plan: PlacementPlan, rule: str) -> np.ndarray:
     Args:
         rule: "sglang", see ``sglang_serving_slots``; "in_turn": of n copies, rank g takes number g
             modulo n, wherever it is. So does vllm-ascend (0.23.0, without tensor parallelism);
-            TensorRT-LLM takes the copies in turn token by token, which is the same on average.
+            TensorRT-LLM takes the copies in turn token by token: as many picks for each.
     """
     if rule == "sglang":
         return sglang_serving_slots(plan)
