@@ -37,6 +37,11 @@ if TYPE_CHECKING:
     from moe_locality import ClusterTopology, PlacementPlan, RoutingTrace
     from moe_locality.simulator import Simulation, StepModel
 
+ALLGATHER = (
+    "an all-gather sends every token to every node, whatever the plan: a plan can only level the "
+    "ranks and leave fewer of them idle"
+)
+
 
 def group(
     trace: Trace,
@@ -123,8 +128,7 @@ def evaluate(
         placed = read_fitting_plan(plan, content)
         ranks = homes_of(homes, placed)
         old = None if baseline is None else read_fitting_plan(baseline, content)
-        options: dict[str, Any] = {"row_bytes": row_bytes, "batch_tokens": batch_tokens}
-        options |= {"transport": transport}
+        options = {"row_bytes": row_bytes, "batch_tokens": batch_tokens, "transport": transport}
         costs = moe_locality.evaluate(
             content, placed, homes=ranks, baseline=old, rule=rule, **options
         )
@@ -150,6 +154,8 @@ def evaluate(
             words += "; in-sample: the plan was made from these requests"
         console.print(f"{plan} on {trace}: {words}", soft_wrap=True)
         console.print(costs_table("Predicted", {"linear": linear, "plan": brief(costs)}))
+        if transport == "allgather":
+            console.print(ALLGATHER, soft_wrap=True)
 
     return Result(payload=payload, show=show)
 

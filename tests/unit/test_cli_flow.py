@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from moe_locality.cli import app
-from moe_locality.placement import PlacementPlan
+from moe_locality.placement import PlacementPlan, evaluate
 from moe_locality.trace import read_trace, write_trace
 from tests.unit.made_trace import DOMAINS, make_trace
 
@@ -461,6 +461,23 @@ def test_the_real_trace_of_gpt_oss_from_place_to_report(routing_data, tmp_path):
     assert reported["comparison"]["notes"] == []
     assert page.stat().st_size < 2_000_000
     assert "Placement of openai/gpt-oss-20b" in page.read_text()
+
+
+def test_evaluate_counts_for_the_transport_and_the_rule_of_another_engine(made):
+    folder, _ = made
+    words = ("evaluate", folder / "trace.npz", "--plan", folder / "plan.json")
+    plan = PlacementPlan.read(folder / "plan.json")
+    trace = read_trace(folder / "trace.npz")
+    for transport in ("per_rank", "allgather"):
+        done = answer(*words, "--transport", transport, "--batch-tokens", 8, "--rule", "in_turn")
+        options = {"transport": transport, "batch_tokens": 8, "rule": "in_turn"}
+        costs = evaluate(trace, plan, **options)
+        found = done["crossing"], done["idle"], done["transport"]
+        assert found == (costs.crossing, costs.idle, transport)
+    assert done["crossing"] == done["linear"]["crossing"] == plan.num_nodes - 1
+    told = run(*words, "--transport", "allgather")
+    assert "crossing" in told.stdout
+    assert "whatever the plan" in told.stdout
 
 
 def test_export_writes_the_map_of_an_engine(made, tmp_path):
