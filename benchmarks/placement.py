@@ -15,6 +15,7 @@ measured on this machine. Parts:
     grouping     distinct experts of batches of requests, with and without predicted homes
     transports   what crosses nodes where a token is sent once per node, or per rank; one layout
     public       public implementations of EPLB that can be imported
+    calibration  the imbalance promised for unseen requests against theirs, over many splits
     scale        seconds for 58 layers x 256 experts x 1M tokens
 
 ``benchmarks/balance.py`` and ``benchmarks/refresh.py`` time the balance-only mode and the refresh.
@@ -29,6 +30,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from _results import append_rows
+from placement_calibration import CALIBRATED, calibration_rows
 from placement_cases import GOALS, goal_rows, peer_rows, token_traces
 from placement_checks import (
     BOUND_EFFORT,
@@ -43,8 +45,8 @@ from placement_checks import (
 from placement_grouping import TRANSPORT_CASES, grouping_rows, transport_rows
 from placement_rows import Row, target_table
 
-PARTS = ("targets", "bounds", "partitioner", "transfer", "grouping", "transports", "public")
-PARTS += ("scale", "peers")
+PARTS = ("targets", "calibration", "bounds", "partitioner", "transfer", "grouping", "transports")
+PARTS += ("public", "scale", "peers")
 REPLICAS = (0.125, 0.25)
 
 
@@ -63,6 +65,9 @@ def rows_of(part: str, options: argparse.Namespace) -> Iterator[Row]:
             [(peer_rows, folder, name, *case) for name in names for case in cases],
             options.processes,
         )
+    elif part == "calibration":
+        work = [(calibration_rows, folder, *case) for case in CALIBRATED]
+        yield from side_by_side(work, options.processes)
     elif part == "bounds":
         work = [(bound_rows, folder, name) for name in BOUND_EFFORT]
         yield from side_by_side(work, options.processes)

@@ -121,7 +121,7 @@ def peer_rows(folder: Path, name: str, nodes: int, share: float) -> list[Row]:
     if extra:
         del named["round_robin"]
         named["hottest"] = {"method": "hottest"}
-    named["ours"] = {}
+    named["ours"] = {"max_imbalance": 1.05}
     where = f"{name} {nodes} nodes x {topology.ranks_per_node} ranks, {share:.1%} replicas"
     for label, options in named.items():
         _, costs, seconds = made(data, topology, num_redundant_experts=extra, **options)
@@ -163,7 +163,7 @@ class Goal:
     limit: str = "node_imbalance"
     metric: str = "copies_vs_linear"
     replicas: float = 0.0
-    caps: tuple[float, ...] = (1.05,)
+    caps: tuple[float | str, ...] = (1.05,)
 
 
 _JOINT = {"homes": "joint"}
@@ -225,6 +225,33 @@ GOALS = (
     Goal(
         trace=LLAMA,
         nodes=4,
+        target=-33,
+        label="predicted homes, default cap",
+        options=_JOINT,
+        most=1.10,
+        caps=("auto",),
+    ),
+    Goal(
+        trace=GPT,
+        nodes=8,
+        target=-16,
+        label="default cap, as level as EPLB + 0.03",
+        options={},
+        slack=0.03,
+        caps=("auto",),
+    ),
+    Goal(
+        trace=GPT,
+        nodes=4,
+        target=-31,
+        label="predicted homes, default cap",
+        options=_JOINT,
+        most=1.06,
+        caps=("auto",),
+    ),
+    Goal(
+        trace=LLAMA,
+        nodes=4,
         target=-34,
         label="predicted homes (home tokens up to 1.1), as level as linear",
         options=_UNEVEN,
@@ -245,13 +272,13 @@ GOALS = (
 
 
 def best_cap(
-    costs_at: Callable[[float], Costs], goal: Goal, caps: Sequence[float], most: float
-) -> tuple[float, Costs]:
+    costs_at: Callable[[float | str], Costs], goal: Goal, caps: Sequence[float | str], most: float
+) -> tuple[float | str, Costs]:
     """(cap, costs) of the fewest copies (picks) that keep the limit, along rising caps.
 
     The most level plan stands for all where none keeps it.
     """
-    best: tuple[float, Costs] | None = None
+    best: tuple[float | str, Costs] | None = None
     for cap in caps:
         costs = costs_at(cap)
         fits = getattr(costs, goal.limit) <= most
@@ -267,7 +294,7 @@ def best_cap(
     return best
 
 
-def _fits(found: tuple[float, Costs], goal: Goal, most: float) -> bool:
+def _fits(found: tuple[float | str, Costs], goal: Goal, most: float) -> bool:
     return getattr(found[1], goal.limit) <= most
 
 
@@ -301,7 +328,7 @@ def goal_rows(folder: Path, goal: Goal, seeds: int, split_seed: int = 0) -> list
     most = limit_of(folder, goal, split_seed)
     options = {"num_redundant_experts": extra, **goal.options}
 
-    def costs_of(cap: float, seed: int = 0) -> Costs:
+    def costs_of(cap: float | str, seed: int = 0) -> Costs:
         return made(data, topology, max_imbalance=cap, seed=seed, **options)[1]
 
     cap, first = best_cap(costs_of, goal, goal.caps, most - SEEDS_DIFFER)
@@ -314,7 +341,7 @@ def goal_rows(folder: Path, goal: Goal, seeds: int, split_seed: int = 0) -> list
     )
     if split_seed:
         case += f", split seed {split_seed}"
-    note = f"{data.words}, split seed {split_seed}; max_imbalance {cap:g}; solver seeds: {spread}"
+    note = f"{data.words}, split seed {split_seed}; max_imbalance {cap}; solver seeds: {spread}"
     rows = [
         Row(
             case=case,

@@ -28,14 +28,17 @@ from moe_locality.placement.homes.predictor import default_prediction
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.problem import align_trace, warnings_once
 from moe_locality.placement.solve import solve
+from moe_locality.simulator import StepModel, simulate
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 
 HELD_OUT = 0.3
-MAX_IMBALANCE = 1.05  # the default of place
+MAX_IMBALANCE = 1.05
 MIN_SAVING = 0.03
 """Below this share of the copies a placement is called not worth it: a plan has to be kept, loaded
 and moved to, and the exchange is only part of a step."""
+STEP_TOKENS, STEPS = 512, 32
+"""Tokens per rank of a simulated step, and steps."""
 CAPS = (1.01, 1.02, 1.05, 1.1, 1.2, 1.5)
 REPLICA_SHARE = 0.125
 
@@ -146,28 +149,58 @@ def potential(
 
 @warnings_once()
 def tradeoff(
-    trace: RoutingTrace, topology: ClusterTopology, *, caps: Sequence[float] = CAPS, seed: int = 0
+    trace: RoutingTrace,
+    topology: ClusterTopology,
+    *,
+    caps: Sequence[float | str] = CAPS,
+    seed: int = 0,
+    **options: Any,
 ) -> list[dict[str, float]]:
     """Balance against locality: one plan per cap on the imbalance, judged on unseen requests.
 
+    Args:
+        caps: each as ``max_imbalance`` of ``solve``; options: its other arguments.
+
     Returns:
         rising caps; each with "max_imbalance" (what was allowed), "node_imbalance" (what unseen
-        requests see), "copies" and "saving" against the linear layout.
+        requests see), "copies", "saving" against the linear layout and "step_us" (a step of the
+        exchange that sends a token once per node, simulated with the figures of the cluster).
     """
     train, test = _parts(trace, seed)
-    base = evaluate(test, solve(train, topology, method="linear"), topology).copies
+    linear = solve(train, topology, method="linear")
+    base = evaluate(test, linear, topology).copies
     points = []
-    for cap in sorted(caps):
-        costs = evaluate(test, solve(train, topology, max_imbalance=cap, seed=seed), topology)
+    for cap in caps:
+        plan = solve(train, topology, max_imbalance=cap, seed=seed, **options)
+        homes = None
+        if plan.home_profiles is not None:
+            homes = assign_homes(test, plan, topology, predict=default_prediction(test))
+        costs = evaluate(test, plan, topology, homes)
         points.append(
             {
-                "max_imbalance": float(cap),
+                "max_imbalance": plan.provenance["max_imbalance"],
                 "node_imbalance": costs.node_imbalance,
                 "copies": costs.copies,
                 "saving": 1 - costs.copies / base if base else 0.0,
+                "step_us": _step_us(test, plan, topology, homes, seed),
             }
         )
-    return points
+    return sorted(points, key=lambda point: point["max_imbalance"])
+
+
+def _step_us(
+    test: RoutingTrace,
+    plan: PlacementPlan,
+    topology: ClusterTopology,
+    homes: dict[int, int] | None,
+    seed: int,
+) -> float:
+    """Simulated time of a step, of as many tokens as give at least four steps where there are."""
+    tokens = min(STEP_TOKENS, max(test.num_tokens // (4 * topology.num_ranks), 1))
+    model = StepModel(exchange="hierarchical")
+    return simulate(
+        test, plan, topology, homes, model=model, batch_tokens=tokens, max_steps=STEPS, seed=seed
+    ).group_step_us
 
 
 def grouping_ceiling(trace: RoutingTrace, plan: PlacementPlan, topology: ClusterTopology) -> float:
@@ -249,7 +282,7 @@ class _Judge:
             words += ["--method linear"]
         elif with_homes:
             words += ["--homes joint"]
-        if plan.provenance["max_imbalance"] != MAX_IMBALANCE:
+        if plan.provenance["method"] != "linear":
             words += [f"--max-imbalance {plan.provenance['max_imbalance']:g}"]
         if plan.num_redundant_experts:
             words += [f"--redundant-experts {plan.num_redundant_experts}"]

@@ -29,7 +29,7 @@ Homes = Annotated[Path | None, typer.Option(help="Home rank of each request (JSO
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 HeldOut = Annotated[float, typer.Option(help="Share of the requests that no plan is made from.")]
 MaxImbalance = Annotated[
-    float, typer.Option(help="Cap on max/mean load to expect on new requests.")
+    str, typer.Option(help="Cap on max/mean load to expect on new requests: auto, or a number.")
 ]
 Report = Annotated[Path | None, typer.Option(help="Also write an HTML report.")]
 WandbMode = Annotated[str, typer.Option(help="offline, online or disabled.")]

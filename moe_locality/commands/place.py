@@ -34,15 +34,18 @@ from moe_locality.commands.inputs import (
     split,
     topology_of,
 )
-from moe_locality.commands.output import Result, brief, costs_table, progress
+from moe_locality.commands.output import Result, brief, costs_table, progress, table
 from moe_locality.errors import PlacementError
 
 if TYPE_CHECKING:
     from moe_locality import ClusterTopology, PlacementPlan, RoutingTrace
     from moe_locality.placement import Costs
 
+AUTO = "auto"
 MOVE_BUDGET = 0.02
 BOUND_SECONDS = 10.0
+CURVE = (AUTO, "auto+0.01", "auto+0.05", "auto+0.15")
+"""Caps that are shown beside each other where the cap is to be found; the first is the default."""
 LEVELLERS = ("balance", "eplb", "eplb_global")
 """Methods for level ranks; the others are for fewer copies."""
 OURS = ("coactivation", "balance")
@@ -61,6 +64,10 @@ Objective = Annotated[
 OneLayout = Annotated[bool, typer.Option("--one-layout", help="The same places in all layers.")]
 ExpertGroups = Annotated[
     int | None, typer.Option(min=1, help="Groups of a group-limited router, kept whole.")
+]
+SamplingUnit = Annotated[
+    str | None,
+    typer.Option(help="What new requests come in: auto, request, domain, or how many neighbors."),
 ]
 Start = Annotated[Path | None, typer.Option(help="Improve this plan instead, with few moves.")]
 MoveBudget = Annotated[
@@ -87,7 +94,7 @@ def place(
     hostfile: Hostfile = None,
     method: Method = "coactivation",
     redundant_experts: RedundantExperts = 0,
-    max_imbalance: MaxImbalance = 1.05,
+    max_imbalance: MaxImbalance = AUTO,
     homes: JointHomes = None,
     max_home_imbalance: MaxHomeImbalance = 1.05,
     objective: Objective = "copies",
@@ -99,6 +106,7 @@ def place(
     bound: Bound = False,
     bound_seconds: BoundSeconds = None,
     prove: Prove = False,
+    sampling_unit: SamplingUnit = None,
     seed: Seed = 0,
 ) -> Result:
     """Compute where the experts should live, or improve a plan with few moves."""
@@ -112,32 +120,42 @@ def place(
     options |= {"homes": homes, "objective": objective, "expert_groups": expert_groups}
     options |= {"move_budget": MOVE_BUDGET if move_budget is None else move_budget}
     options |= {"seed": seed, "start": old, "one_layout": one_layout}
+    options |= {"sampling_unit": _unit(sampling_unit)}
     with progress(f"placing {trace}"), warnings_once():
         content = moe_locality.read_trace(trace)
         train, test = split(content, held_out, seed)
-        if old is not None:
-            _check_start(old, start, content, redundant_experts)
+        _check_start(old, start, content, redundant_experts)
+        curve = _curve(train, test, topology, options, with_times=cluster is not None)
         begun = time.perf_counter()
         plan = moe_locality.solve(train, topology, **options)
         seconds = time.perf_counter() - begun
         judged = _judged(plan, train, test, topology, options)
         if judged["kept"] == "linear":
             plan = _usual_order(train, topology, redundant_experts)
-        shown = _costs(plan, train, test, topology, options)
     plan = _signed(plan, content, held_out, judged)
     plan.write(out)
     payload = {"command": "place", "plan": out, "method": method, "seconds": seconds}
-    payload |= {"digest": plan.digest(), "cluster": topology.to_dict()}
-    payload |= {"trace": train.content_hash(), "costs": plan.costs, "certificate": None}
-    payload |= {"extra_expert_weights": plan.num_redundant_experts / plan.num_experts}
-    payload |= {"judged": judged, **shown}
+    payload |= _facts(plan, train, topology) | {"judged": judged, "curve": curve}
+    payload |= _costs(plan, train, test, topology, old)
     result = Result(payload=payload, show=_shown(topology.describe(), held_out, payload))
-    effort = BOUND_SECONDS if bound_seconds is None else bound_seconds
-    if not (bound or prove or bound_seconds) or not effort:
+    if not (bound or prove or bound_seconds) or bound_seconds == 0:
         return result
-    options = {"max_imbalance": max_imbalance, "seconds": effort, "prove": prove}
+    effort = bound_seconds or BOUND_SECONDS
+    options = {"max_imbalance": _cap_of(plan), "seconds": effort, "prove": prove}
     then = functools.partial(_bounded, plan, out, train, topology, payload, options)
     return dataclasses.replace(result, then=then)
+
+
+def _facts(plan: PlacementPlan, trace: RoutingTrace, topology: ClusterTopology) -> dict[str, Any]:
+    """Return what a new plan is, for the answer of the command."""
+    return {
+        "digest": plan.digest(),
+        "cluster": topology.to_dict(),
+        "trace": trace.content_hash(),
+        "costs": plan.costs,
+        "certificate": None,
+        "extra_expert_weights": plan.num_redundant_experts / plan.num_experts,
+    }
 
 
 def _check_options(
@@ -156,6 +174,66 @@ def _check_options(
         )
 
 
+def _unit(given: str | None) -> str | int | None:
+    """Return the sampling unit: a word, or a number of neighbors."""
+    return int(given) if given is not None and given.isdigit() else given
+
+
+def _cap_of(plan: PlacementPlan) -> float:
+    """Return the cap on node loads that a plan was made for; that of 1.05 where it had none."""
+    found = plan.provenance.get("max_imbalance")
+    return found if isinstance(found, float) else 1.05
+
+
+def _expected_of(plan: PlacementPlan) -> float | None:
+    return plan.provenance.get("expected_imbalance")
+
+
+def _curve(
+    train: RoutingTrace,
+    test: RoutingTrace | None,
+    topology: ClusterTopology,
+    options: dict[str, Any],
+    *,
+    with_times: bool,
+) -> list[dict[str, Any]] | None:
+    """Return plans under several caps, made from part of the requests and judged on others, with
+    the one to take ``chosen``; its cap goes into ``options``. None where no cap is to be found.
+
+    The requests that the plan is judged on in the end are not among them. ``with_times``: the
+    bandwidths are known, so the plan with the shortest simulated step is taken.
+    """
+    from moe_locality.analysis.potential import HELD_OUT, tradeoff
+    from moe_locality.placement.costs import NUM_BLOCKS
+
+    fixed = options["method"] != "coactivation" or options["start"] is not None
+    if options["max_imbalance"] != AUTO or fixed or train.kind != "tokens":
+        return None
+    if test is None and len(train.request_ids) > 1:
+        train = train.split(1 - HELD_OUT, options["seed"])[0]
+    if len(train.request_ids) * HELD_OUT < NUM_BLOCKS[0] or topology.num_nodes == 1:
+        return None
+    given = {name: part for name, part in options.items() if name != "max_imbalance"}
+    points: list[dict[str, Any]] = []
+    for name in CURVE:
+        points += [{"cap": name, **p} for p in tradeoff(train, topology, caps=(name,), **given)]
+    chosen = points[0]
+    if with_times:  # a difference of half a per cent is no reason to be less level
+        shortest = min(point["step_us"] for point in points)
+        near = [point for point in points if point["step_us"] <= 1.005 * shortest]
+        chosen = min(near, key=lambda point: point["node_imbalance"])
+    options["max_imbalance"] = chosen["cap"]
+    points.sort(key=lambda point: point["max_imbalance"])
+    return [{**point, "chosen": point is chosen} for point in points]
+
+
+def _curve_table(points: list[dict[str, Any]]) -> Any:
+    columns = ("cap", "max_imbalance", "copies", "node_imbalance", "step us, simulated", "")
+    names = ("cap", "max_imbalance", "copies", "node_imbalance", "step_us")
+    rows = [(*(p[name] for name in names), "chosen" if p["chosen"] else "") for p in points]
+    return table("Caps, from part of the requests, on others", columns, rows)
+
+
 def _start_on(
     start: Path | None, cluster_options: tuple[Any, ...]
 ) -> tuple[PlacementPlan | None, ClusterTopology]:
@@ -167,11 +245,13 @@ def _start_on(
 
 
 def _check_start(
-    plan: PlacementPlan, path: Path | None, trace: RoutingTrace, redundant_experts: int
+    plan: PlacementPlan | None, path: Path | None, trace: RoutingTrace, redundant_experts: int
 ) -> None:
     """Raise PlacementError where the plan to improve does not fit the trace, or where
     ``redundant_experts`` asks for other replicas than it has.
     """
+    if plan is None:
+        return
     check_plan_fits(plan, path, trace)
     if redundant_experts not in (0, plan.num_redundant_experts):
         raise PlacementError(
@@ -187,11 +267,6 @@ def _usual_order(
     """Return the plan that engines assume without one; without replicas where that is possible."""
     extra = redundant_experts if trace.num_experts % topology.num_ranks else 0
     return moe_locality.solve(trace, topology, method="linear", num_redundant_experts=extra)
-
-
-def _transport(options: dict[str, Any]) -> str:
-    """Return the transport that the objective is for."""
-    return "per_rank" if options["objective"] == "rank_copies" else "once_per_node"
 
 
 def _judged(
@@ -235,21 +310,21 @@ def _judged(
     if trial.home_profiles is not None:
         found["homes"] = default_prediction(unseen)
         homes = moe_locality.assign_homes(unseen, trial, topology, predict=found["homes"])
-    transport = _transport(options)
-    by_rank = transport == "per_rank"
+    by_rank = options["objective"] == "rank_copies"
     change = expected_change(unseen, base, trial, topology, homes, blocks, by_rank=by_rank)
-    before = moe_locality.evaluate(unseen, base, topology, transport=transport)
+    before = moe_locality.evaluate(unseen, base, topology)
     goal = "rank_imbalance" if method in LEVELLERS else options["objective"]
-    gained = _gains(change, goal, before.node_imbalance > options["max_imbalance"])
+    gained = _gains(change, goal, before.node_imbalance > _cap_of(trial))
     keep = "plan" if gained or old is not None or method not in OURS else "linear"
     found |= {"gained": gained, "kept": keep, "goal": goal, "reason": None}
+    found |= {"cap": _cap_of(trial), "expected_imbalance": _expected_of(trial)}
     found |= {"requests": len(unseen.request_ids), "fit_requests": len(fit.request_ids)}
     parts = {name: None if x is None else [round(y, 6) for y in x] for name, x in change.items()}
     found["change"] = {name: x and x[0] for name, x in parts.items()}
     found["interval"] = {name: x and x[1:] for name, x in parts.items()}
     found["before"], found["after"] = (
         brief(before),
-        brief(moe_locality.evaluate(unseen, trial, topology, homes, transport=transport)),
+        brief(moe_locality.evaluate(unseen, trial, topology, homes)),
     )
     return found
 
@@ -292,7 +367,7 @@ def _costs(
     train: RoutingTrace,
     test: RoutingTrace | None,
     topology: ClusterTopology,
-    options: dict[str, Any],
+    old: PlacementPlan | None,
 ) -> dict[str, Any]:
     """Return the costs on held-out requests, and those of linear and of the start on the same ones.
 
@@ -300,18 +375,16 @@ def _costs(
     """
     from moe_locality.placement.homes.predictor import default_prediction
 
-    base, old, transport = linear_plan(train, topology), options["start"], _transport(options)
+    base = linear_plan(train, topology)
     trace = train if test is None else test
     predict = default_prediction(trace) if plan.home_profiles is not None and test else None
 
     def cost(some: PlacementPlan, before: PlacementPlan | None = None) -> Costs:
         homes = moe_locality.assign_homes(trace, some, predict=predict) if predict else None
-        given = {"baseline": before, "transport": transport}
-        return moe_locality.evaluate(trace, some, topology, homes, **given)
+        return moe_locality.evaluate(trace, some, topology, homes, baseline=before)
 
     judged: dict[str, Any] = {"held_out": None, "held_out_homes": predict, "start": None}
-    usual = base and moe_locality.evaluate(trace, base, topology, transport=transport)
-    judged["linear"] = None if usual is None else brief(usual)
+    judged["linear"] = None if base is None else brief(moe_locality.evaluate(trace, base, topology))
     after = cost(plan, old) if test is not None or old is not None else None
     if test is not None and after is not None:
         judged["held_out"] = brief(after)
@@ -348,6 +421,8 @@ def _shown(cluster: str, held_out: float, payload: dict[str, Any]) -> Callable[[
             words = f"{start['moved_slots']} slots moved, {start['moved_share']:.1%} of all"
             console.print(words)
         console.print(costs_table(f"Predicted {where}", found))
+        if payload["curve"] is not None:
+            console.print(_curve_table(payload["curve"]))
         for line in _judged_words(judged):
             console.print(line, soft_wrap=True)
 
@@ -366,11 +441,20 @@ def _judged_words(judged: dict[str, Any]) -> list[str]:
             low, high = judged["interval"][name]
             words.append(f"{name} {part:+.1%} ({low:+.1%} to {high:+.1%})")
     at = f", with homes by {judged['homes']}" if "homes" in judged else ""
+    level, cap = judged["after"]["node_imbalance"], judged["cap"]
+    expected = judged["expected_imbalance"]
     lines = [
         f"expected on new requests{at}, against {usual}: {', '.join(words) or 'no change'} (95 % "
         f"interval; a plan from {judged['fit_requests']} requests, judged on "
         f"{judged['requests']} others)"
     ]
+    if expected is not None and level > max(cap, expected):
+        lines.append(
+            f"node_imbalance was {level:.3f} on these {judged['requests']} requests, above the cap "
+            f"of {cap:.3f} ({expected:.3f} was expected in the mean over possible requests, "
+            f"{usual} has {judged['before']['node_imbalance']:.3f}): give a lower --max-imbalance, "
+            "or record more requests"
+        )
     if judged["kept"] == "linear":
         lines.append("nothing is gained for sure: wrote the usual order instead of the plan found")
     elif not judged["gained"]:

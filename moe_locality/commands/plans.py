@@ -460,7 +460,7 @@ def bench(
     method: Annotated[
         list[str] | None, typer.Option(help="Method; may be repeated. Default: all.")
     ] = None,
-    max_imbalance: MaxImbalance = 1.05,
+    max_imbalance: MaxImbalance = "auto",
     held_out: HeldOut = 0.3,
     seed: Seed = 0,
 ) -> Result:

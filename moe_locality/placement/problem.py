@@ -396,6 +396,9 @@ def _ranks_of_requests(request_id: np.ndarray, homes: Mapping[int, int]) -> np.n
     return np.array([homes[int(q)] for q in present], dtype=np.int64)[index]
 
 
+AUTO = "auto"
+"""A cap (or what requests come in) that is to be found from the trace."""
+
 RankLists = list[list[int]]
 """The experts of each rank, for one layer."""
 
@@ -425,7 +428,11 @@ def log_warning(log: logging.Logger, text: str, *figures: object) -> None:
 class Problem:
     """What a solver gets: the checked arguments of ``solve``.
 
-    unseen: whether ``max_imbalance`` is meant on requests that are not in the trace.
+    slack: each layer has a cap of its own, this much above what it can reach (``AUTO``); then
+        ``max_imbalance`` has no meaning. None: ``max_imbalance`` holds.
+    worth: least share of the usual order's copies that an imbalance higher by one must save.
+    sampling_unit: what requests come in, see ``load_noise.sampling_units``.
+    unseen: whether the cap is meant on requests that are not in the trace.
     serving_rule: see ``placement.serving``.
     """
 
@@ -439,6 +446,9 @@ class Problem:
     objective: str = "copies"
     one_layout: bool = False
     max_home_imbalance: float = 1.05
+    slack: float | None = None
+    worth: float = 0.0
+    sampling_unit: str | int = "request"
     unseen: bool = True
     serving_rule: str = "home"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from moe_locality.placement import baselines
 from moe_locality.placement.costs import evaluate
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.problem import (
+    AUTO,
     Homes,
     Problem,
     Solution,
@@ -29,6 +31,10 @@ from moe_locality.placement.problem import (
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 
+AUTO_SLACK, AUTO_WORTH = 0.08, 0.6
+"""The cap that is found: each layer may be this much less level than loads alone can make it, as
+long as an imbalance higher by 0.01 saves this share of 1 % of the usual order's copies.
+"""
 _FEW_ROWS = 4096
 
 
@@ -52,7 +58,7 @@ def solve(
     *,
     method: str = "coactivation",
     num_redundant_experts: int = 0,
-    max_imbalance: float = 1.05,
+    max_imbalance: float | str = AUTO,
     homes: Homes = None,
     expert_groups: int | Sequence[int] | None = None,
     objective: str = "copies",
@@ -61,6 +67,7 @@ def solve(
     start: PlacementPlan | None = None,
     move_budget: float = 0.02,
     one_layout: bool = False,
+    sampling_unit: str | int | None = None,
 ) -> PlacementPlan:
     """Find where the experts of every layer should live. The same arguments give the same plan.
 
@@ -70,8 +77,7 @@ def solve(
             alone), or another of ``METHODS``.
         num_redundant_experts: slots beyond one per expert.
         max_imbalance: most max / mean of the node loads that ``coactivation`` expects on *unseen*
-            requests, in the mean over the layers, see search/load_noise.py. Layers where packing
-            by loads alone would be less level may be as unlevel as that; provenance notes them.
+            requests, mean over the layers; sampling_unit: what those come in; see ``read_cap``.
         homes: None = requests live anywhere; a dict or array as in ``evaluate``: they live there;
             "joint": homes and placement are found together, and ``home_profiles`` is filled.
         expert_groups: number of consecutive groups, or that of each expert: whole on one node.
@@ -87,25 +93,72 @@ def solve(
         PlacementError: the arguments do not fit each other; the message says what to change.
     """
     method = _current_name(method)
-    _check_arguments(trace, method, max_imbalance, homes, expert_groups)
+    cap = read_cap(max_imbalance, sampling_unit, start)
+    _check_arguments(trace, method, cap["max_imbalance"], homes, expert_groups)
     joint = isinstance(homes, str) and homes == "joint"
     check_objective(objective, joint, num_redundant_experts, max_home_imbalance)
-    if start is not None:
-        num_redundant_experts = start.num_redundant_experts
+    extra = num_redundant_experts if start is None else start.num_redundant_experts
     problem = Problem(
         trace=trace,
         topology=topology,
-        num_slots=check_slots(trace.num_experts, topology, num_redundant_experts),
-        max_imbalance=max_imbalance,
+        num_slots=check_slots(trace.num_experts, topology, extra),
         home_rank=None if joint else resolve_homes(trace, topology.num_ranks, homes),
         group_of=check_groups(trace.num_experts, topology.num_nodes, expert_groups),
         objective=objective,
         max_home_imbalance=max_home_imbalance,
         one_layout=one_layout,
         seed=seed,
+        **cap,
     )
     found = _run(problem, method, joint, start, move_budget)
     return _signed(problem, found, found.homes if joint else homes, method, joint)
+
+
+def read_cap(
+    max_imbalance: float | str, sampling_unit: str | int | None, start: PlacementPlan | None
+) -> dict[str, Any]:
+    """Return what ``Problem`` has to know of the cap on imbalance.
+
+    Args:
+        max_imbalance: a number: of all layers; those that packing by loads alone cannot make as
+            level may be as unlevel as that. "auto": a cap for each layer, up to ``AUTO_SLACK``
+            above what packing by loads alone is expected to reach there, as far as it saves enough
+            copies, and never above the usual order's. "auto+0.1": with this slack, whatever it
+            saves. With a start, "auto" is the cap that it was made for.
+        sampling_unit: "request"; "domain"; a number of requests next to each other (a session, a
+            document); "auto": as many as the trace shows to be alike. None: "auto" where the cap
+            is, "request" for a cap that is a number.
+
+    Raises:
+        PlacementError: it is none of these.
+    """
+    cap, slack, worth = max_imbalance, None, 0.0
+    if isinstance(cap, str):
+        word, plus, more = cap.partition("+")
+        try:
+            cap = 1.05 if word == AUTO else float(cap)
+            if word == AUTO:
+                slack, worth = (float(more), 0.0) if plus else (AUTO_SLACK, AUTO_WORTH)
+        except ValueError:
+            slack = -1.0
+        if slack is not None and not 0 <= slack < math.inf:
+            raise PlacementError(
+                f"max_imbalance: found {max_imbalance!r}, expected a number of at least 1, 'auto', "
+                "or 'auto+' and how much more than loads alone can reach, such as 'auto+0.05'"
+            )
+    if slack is not None and start is not None:
+        made_for = start.provenance.get("max_imbalance")
+        slack, worth = None, 0.0
+        cap = float(made_for) if isinstance(made_for, int | float) and made_for >= 1 else 1.05
+    unit = sampling_unit
+    if unit is None:
+        unit = "request" if slack is None else AUTO
+    if unit not in (AUTO, "request", "domain") and not (isinstance(unit, int) and unit > 0):
+        raise PlacementError(
+            f"sampling_unit: found {unit!r}, expected 'auto', 'request', 'domain' or a number of "
+            "requests next to each other"
+        )
+    return {"max_imbalance": cap, "slack": slack, "worth": worth, "sampling_unit": unit}
 
 
 def _current_name(method: str) -> str:
@@ -186,15 +239,12 @@ def _signed(
     """The plan with its costs on the trace, and where it is from."""
     with ThreadPoolExecutor(1) as pool:  # hashing needs no interpreter lock
         identity = pool.submit(problem.trace.content_hash)
-        transport = "per_rank" if problem.objective == "rank_copies" else "once_per_node"
-        costs = evaluate(
-            problem.trace, found.plan, problem.topology, homes, transport=transport
-        ).to_dict()
+        costs = evaluate(problem.trace, found.plan, problem.topology, homes).to_dict()
     provenance = {
         "method": method,
         "trace": identity.result(),
         "seed": problem.seed,
-        "max_imbalance": problem.max_imbalance,
+        **({"max_imbalance": problem.max_imbalance} if problem.slack is None else {}),
         "num_redundant_experts": problem.num_slots - problem.trace.num_experts,
         "homes": "joint" if joint else ("uniform" if homes is None else "given"),
         "moe_locality": moe_locality.__version__,
@@ -211,11 +261,11 @@ def _coactivation(problem: Problem, apart: Problem | None = None) -> Solution:
 
     if apart is None:
         return coactivation.solve_coactivation(problem)
-    tables = coactivation.tables_of(apart)
+    tables = coactivation.count_tables(apart.trace, apart.sampling_unit)
     layers = [coactivation.make_layer(apart, tables, i) for i in range(apart.trace.num_layers)]
     loads = np.stack([layer.load for layer in layers])
     noise = load_noise.shared_noise([layer.noise for layer in layers], loads)
-    tables = coactivation.tables_of(problem)
+    tables = coactivation.count_tables(problem.trace, problem.sampling_unit)
     layer = replace(coactivation.make_layer(problem, tables, 0), noise=noise)
     return coactivation.solve_coactivation(problem, tables, [layer])
 

@@ -97,7 +97,7 @@ def test_evaluate_a_plan_made_from_all_requests_is_in_sample_on_some_of_them(mad
     trace, plan = made[0] / "trace.npz", tmp_path / "plan.json"
     some = ("--held-out", "0.3")
     assert answer("evaluate", trace, "--plan", made[0] / "plan.json", *some)["in_sample"] is True
-    answer("place", trace, "--nodes", 4, "--ranks-per-node", 2, *some, "-o", plan)
+    answer("place", trace, *LOOSE, *some, "-o", plan)
     assert answer("evaluate", trace, "--plan", plan, *some)["in_sample"] is False
     assert answer("evaluate", trace, "--plan", plan, *some, "--seed", 1)["in_sample"] is True
     compared = answer("compare", trace, "--plan", plan, *some, "--seed", 1)

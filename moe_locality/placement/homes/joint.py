@@ -32,7 +32,7 @@ from moe_locality.placement.homes.predictor import (
 )
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.problem import Problem, Solution, align_trace, make_plan
-from moe_locality.placement.search import coactivation, load_noise
+from moe_locality.placement.search import coactivation
 
 CLUSTER_STARTS = 3
 FIRST_ROUNDS = 3
@@ -111,13 +111,12 @@ def _prepare(problem: Problem) -> _Setup:
     trace = problem.trace
     requests, predict = requests_of(trace), default_prediction(trace)
     ids = np.ascontiguousarray(trace.expert_ids)
-    assert trace.request_id is not None
-    tables = coactivation.count_tables(ids, trace.request_id, trace.num_experts)
+    tables = coactivation.count_tables(trace, problem.sampling_unit)
     layers = map_layers(
         lambda layer: coactivation.make_layer(problem, tables, layer), trace.num_layers
     )
     seeds = [coactivation.seed_of(problem, layer) for layer in range(len(layers))]
-    _, allowed, price = coactivation.place_on_nodes(layers, problem.max_imbalance, seeds)
+    _, caps, price = coactivation.place_on_nodes(problem, layers, seeds)
     return _Setup(
         problem=problem,
         objective=problem.objective,
@@ -129,7 +128,7 @@ def _prepare(problem: Problem) -> _Setup:
         layers=layers,
         linear=[coactivation.linear_layout(layer).copies for layer in layers],
         price=CHEAPER * price,
-        limit=[load_noise.limit_of(most, problem.max_imbalance) for most in allowed],
+        limit=[cap.most for cap in caps],
     )
 
 

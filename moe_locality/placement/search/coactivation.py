@@ -27,8 +27,9 @@ from moe_locality.placement.costs import BATCH_TOKENS
 from moe_locality.placement.counting import map_layers
 from moe_locality.placement.problem import Problem, RankLists, Solution, log_warning, make_plan
 from moe_locality.placement.search import load_noise, replicas, swaps
-from moe_locality.placement.search.load_noise import limit_of
+from moe_locality.placement.search.load_noise import Cap, Units
 from moe_locality.placement.search.swaps import HOT, anneal, patterns, refine_exact
+from moe_locality.trace.schema import RoutingTrace
 
 _log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ def search_lagrangian(
     allowed: Sequence[float],
     rounds: int,
     first: float = FIRST_MULTIPLIER,
+    least: float = 0.0,
 ) -> float:
     """Search all layers at prices that come nearer to the mean imbalance allowed.
 
@@ -52,11 +54,12 @@ def search_lagrangian(
         search: called with (place of a layer, price, round), by several threads; returns the
             expected imbalance of what it found.
         allowed: imbalance of each layer.
+        least: price below which an imbalance that is allowed is not worth having.
 
     Returns:
         the price that would come next.
     """
-    target, price = float(np.mean(allowed)) - 1, first
+    target, price = float(np.mean(allowed)) - 1, max(first, least)
     known: list[tuple[float, float]] = []
 
     def one(place: int) -> float:
@@ -65,7 +68,7 @@ def search_lagrangian(
     for _ in range(rounds):
         levels = map_layers(one, len(allowed))
         known.append((price, float(np.mean(levels)) - 1))
-        price = next_multiplier(known, target)
+        price = max(next_multiplier(known, target), least)
     return price
 
 
@@ -117,13 +120,15 @@ _SCALE = 2.0**36  # weights are rounded to integers below this: sums of E^2 of t
 class Placed:
     """Layers placed: ``rows`` the experts of each rank (ranks in node order) per layer.
 
-    expected: imbalance of the nodes expected on unseen requests, per layer.
+    expected: imbalance of the nodes expected on unseen requests, per layer; caps: what was allowed.
     notes: by row of the layer, what is worth saying in provenance.
     load: [L, E] of all layers of the trace.
     """
 
     rows: list[RankLists]
     expected: list[float]
+    caps: list[Cap]
+    sampling_unit: str | int
     notes: dict[int, dict[str, Any]]
     load: np.ndarray
 
@@ -138,6 +143,11 @@ def solve_coactivation(
     found: dict[str, Any] = {
         "expected_imbalance": round(sum(placed.expected) / len(placed.expected), 6)
     }
+    if problem.slack is not None:
+        allowed = float(np.mean([cap.allowed for cap in placed.caps]))
+        found |= {"max_imbalance": round(allowed, 6), "imbalance_slack": problem.slack}
+    if problem.sampling_unit != "request":
+        found["sampling_unit"] = placed.sampling_unit
     if placed.notes:
         ids = problem.trace.layer_ids
         found["layer_notes"] = {str(int(ids[row])): note for row, note in placed.notes.items()}
@@ -167,15 +177,15 @@ def place_layers(
     that are tried with replicas.
     """
     if tables is None:
-        tables = tables_of(problem)
+        tables = count_tables(problem.trace, problem.sampling_unit)
     num_layers = problem.trace.num_layers
     seeds = [seed_of(problem, layer) for layer in range(num_layers)]
     seen = layers or map_layers(lambda layer: make_layer(problem, tables, layer), num_layers)
-    found, allowed, price = place_on_nodes(seen, problem.max_imbalance, seeds)
+    found, caps, price = place_on_nodes(problem, seen, seeds)
     node_of = [expand_groups(problem, some.node_of) for some in found]
     replicated: list[replicas.Candidate] = []
     if problem.num_slots > problem.trace.num_experts and problem.group_of is None:
-        replicated = _replicate(problem, seen, node_of, allowed, seeds, price, replica_rounds)
+        replicated = _replicate(problem, seen, node_of, caps, seeds, price, replica_rounds)
 
     def finish(layer: int) -> RankLists:
         members = [np.flatnonzero(node_of[layer] == n) for n in range(problem.num_nodes)]
@@ -189,27 +199,40 @@ def place_layers(
     rows = map_layers(finish, num_layers)
     expected = [some.imbalance for some in replicated or found]
     notes = {
-        layer: _note(tables.load[layer], expected[layer], allowed[layer])
+        layer: _note(tables.load[layer], expected[layer], caps[layer].allowed)
         for layer in range(num_layers)
-        if allowed[layer] > problem.max_imbalance or not tables.load[layer].any()
+        if (problem.slack is None and caps[layer].allowed > problem.max_imbalance)
+        or not tables.load[layer].any()
     }
-    return Placed(rows=rows, expected=expected, notes=notes, load=tables.load)
+    return Placed(
+        rows=rows,
+        expected=expected,
+        caps=caps,
+        sampling_unit=tables.units.of,
+        notes=notes,
+        load=tables.load,
+    )
 
 
 def place_on_nodes(
-    layers: Sequence[Layer], max_imbalance: float, seeds: Sequence[int]
-) -> tuple[list[Candidate], list[float], float]:
+    problem: Problem, layers: Sequence[Layer], seeds: Sequence[int]
+) -> tuple[list[Candidate], list[Cap], float]:
     """Experts to nodes, level in the mean over the layers: the fewest copies that this allows.
 
     Returns:
-        (placements, imbalance allowed in each layer, what an imbalance higher by one is worth).
+        (placements, caps of the layers, what an imbalance higher by one is worth).
     """
     tried = map_layers(lambda place: fixed_candidates(layers[place]), len(layers))
-    allowed = [max(max_imbalance, found[-1].imbalance) for found in tried]
-    limits = [limit_of(most, max_imbalance) for most in allowed]
+    caps = [
+        load_noise.cap_of(
+            found[0].imbalance, found[-1].imbalance, problem.max_imbalance, problem.slack
+        )
+        for found in tried
+    ]
+    least = _least(problem, [found[0].copies for found in tried])
 
     def search(place: int, price: float, turn: int) -> float:
-        return search_to(place, price, turn, limits[place])
+        return search_to(place, price, turn, caps[place].most)
 
     def search_to(place: int, price: float, turn: int, most: float) -> float:
         layer, found = layers[place], tried[place]
@@ -219,27 +242,34 @@ def place_on_nodes(
 
     def search_lower(place: int) -> None:
         for turn, share in enumerate(LOWER):
-            search_to(place, share * price, ROUNDS + turn, allowed[place])
+            search_to(place, share * price, ROUNDS + turn, caps[place].allowed)
 
     def refine_exact(place: int) -> None:
         layer, start = layers[place], tried[place][chosen[place]]
-        tried[place].append(refined(layer, start, price, limits[place], seeds[place]))
+        tried[place].append(refined(layer, start, price, caps[place].most, seeds[place]))
 
     def choose() -> list[int]:
         for place, layer in enumerate(layers):
             if layer.grouped:  # a group-limited router is made for its linear layout: never above
                 most = tried[place][0].copies
                 tried[place] = [c for c in tried[place] if c.copies <= most]
-        return load_noise.allocate(tried, allowed, max_imbalance)
+        return load_noise.allocate(tried, caps, least)
 
     small = all(is_small(layer) for layer in layers)
-    price = search_lagrangian(search, allowed, ROUNDS if small else FEW_ROUNDS)
+    allowed = [cap.allowed for cap in caps]
+    rounds = ROUNDS if small else FEW_ROUNDS
+    price = search_lagrangian(search, allowed, rounds, least=least)
     if len(layers) < FEW_LAYERS:
         map_layers(search_lower, len(layers))
     chosen = choose()
     map_layers(refine_exact, len(layers))
     chosen = choose()
-    return [some[i] for some, i in zip(tried, chosen, strict=True)], allowed, price
+    return [some[i] for some, i in zip(tried, chosen, strict=True)], caps, price
+
+
+def _least(problem: Problem, linear_copies: Sequence[float]) -> float:
+    """Copies of a layer that an imbalance higher by one has to save."""
+    return problem.worth * float(np.mean(linear_copies))
 
 
 def seed_of(problem: Problem, number: int) -> int:
@@ -282,7 +312,7 @@ def _replicate(
     problem: Problem,
     layers: Sequence[Layer],
     node_of: Sequence[np.ndarray],
-    allowed: Sequence[float],
+    caps: Sequence[Cap],
     seeds: Sequence[int],
     price: float,
     rounds: int,
@@ -293,7 +323,7 @@ def _replicate(
     per_node = problem.num_slots // problem.num_nodes
 
     def begin(place: int) -> replicas.Start:
-        layer, most = layers[place], limit_of(allowed[place], problem.max_imbalance)
+        layer, most = layers[place], caps[place].most
         mine = np.ascontiguousarray(ids[:, place])
         return replicas.begin(
             mine, node_of[place], layer.load, home_node, per_node, layer.noise, most, seeds[place]
@@ -307,8 +337,9 @@ def _replicate(
         tried[place].append(found)
         return found.imbalance
 
+    allowed = [cap.allowed for cap in caps]
     search_lagrangian(search, allowed, rounds, first=CHEAPER * price)
-    chosen = load_noise.allocate(tried, allowed, problem.max_imbalance)
+    chosen = load_noise.allocate(tried, caps)
     return [some[i] for some, i in zip(tried, chosen, strict=True)]
 
 
@@ -387,11 +418,13 @@ class Tables:
 
     pairs: uint32 [L, E, E], tokens that picked both, in pairs[e, f] or pairs[f, e].
     unit_load: uint32 [L, U, E], picks by unit (request); load: int64 [L, E].
+    units: what the units are.
     """
 
     pairs: np.ndarray
     unit_load: np.ndarray
     load: np.ndarray
+    units: Units
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -424,18 +457,13 @@ class Candidate:
     imbalance: float
 
 
-def tables_of(problem: Problem) -> Tables:
-    """``count_tables`` of the trace of a problem."""
-    ids, request_id = problem.trace.expert_ids, problem.trace.request_id
-    assert ids is not None
-    assert request_id is not None
-    return count_tables(ids, request_id, problem.trace.num_experts)
-
-
-def count_tables(ids: np.ndarray, request_id: np.ndarray, num_experts: int) -> Tables:
-    """Count pairs, loads and loads by request of ids [T, L, K]."""
-    pairs, unit_load = counting.count_pairs(ids, num_experts, load_noise.units_of(request_id))
-    return Tables(pairs=pairs, unit_load=unit_load, load=unit_load.sum(axis=1, dtype=np.int64))
+def count_tables(trace: RoutingTrace, sampling_unit: str | int = "request") -> Tables:
+    """Count pairs, loads and loads by sampling unit of a trace of tokens."""
+    assert trace.expert_ids is not None
+    units = load_noise.sampling_units(trace, sampling_unit)
+    pairs, unit_load = counting.count_pairs(trace.expert_ids, trace.num_experts, units.unit)
+    load = unit_load.sum(axis=1, dtype=np.int64)
+    return Tables(pairs=pairs, unit_load=unit_load, load=load, units=units)
 
 
 def make_layer(problem: Problem, tables: Tables, layer: int) -> Layer:
@@ -465,12 +493,16 @@ def make_layer(problem: Problem, tables: Tables, layer: int) -> Layer:
         rows = patterns(ids, experts, home)
     else:
         rows = (ids, home, np.ones(len(ids)))
+    noise = load_noise.no_noise(experts)
+    if problem.unseen:
+        own_error = 1.0 if problem.slack is None else load_noise.OWN_ERROR
+        noise = load_noise.noise_of(unit_load, tables.units, own_error)
     return Layer(
         patterns=rows,
         weight=weight,
         load=load,
         pin=pin,
-        noise=load_noise.noise_of(unit_load) if problem.unseen else load_noise.no_noise(experts),
+        noise=noise,
         sizes=tuple(experts // nodes + (n < experts % nodes) for n in range(nodes)),
         grouped=problem.group_of is not None,
         by_pick=problem.objective == "picks",

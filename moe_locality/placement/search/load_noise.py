@@ -23,15 +23,29 @@ from typing import Protocol
 import numba
 import numpy as np
 
+from moe_locality.errors import PlacementError
+from moe_locality.trace.schema import RoutingTrace
+
 UNSEEN_SHARE = 3 / 7
 """Size of the unseen sample that an imbalance is expected for, as a share of the trace: what a
 70 / 30 split holds out. A larger sample is more level, a smaller one less."""
+
+OWN_ERROR = 0.5
+"""How much of the error of the trace's own loads is added to that of the unseen ones, under a cap
+that is found. A plan that levels the loads of the trace fits their error, so all of it comes back
+on unseen requests; in a plan that does not, it is in the loads already. Plans under such a cap are
+between the two.
+"""
 
 MAX_UNITS = 512
 """Requests beyond this number are bundled, which leaves the expected covariance what it is."""
 
 MIN_REQUESTS = 8
 """With fewer requests, stretches of consecutive tokens stand for requests."""
+
+_LOOKED_AT, _STRETCH, _TOKENS, _LAYERS = 512, 32, 1 << 17, 8
+"""Requests, neighbors among them, tokens and layers that ``neighbors_alike`` looks at."""
+_SHUFFLES, _GROWTH = 99, 1.1
 
 _DRAWS = 1024
 _FEW = 32
@@ -51,30 +65,200 @@ class Noise:
     deviation: float
 
 
-def units_of(request_id: np.ndarray) -> np.ndarray:
-    """[T] int64 unit of each token: its request, bundled to at most ``MAX_UNITS``.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Units:
+    """What of a trace comes independently of the rest.
+
+    unit: [T] int64 unit of each token. of: "request", "domain" or a number of requests next to
+        each other.
+    stratum: [U] domain of each unit; squares: [S] sum, over the requests of a domain, of their
+        tokens squared. Both None where a unit may be of any domain.
+    """
+
+    unit: np.ndarray
+    of: str | int = "request"
+    stratum: np.ndarray | None = None
+    squares: np.ndarray | None = None
+
+
+def units_of(request_id: np.ndarray, size: int = 1) -> np.ndarray:
+    """[T] int64 unit of each token: ``size`` requests next to each other in number, bundled to at
+    most ``MAX_UNITS``.
 
     Neighbors in number go to different bundles, for they may come from one source.
     """
     requests, unit = np.unique(request_id, return_inverse=True)
-    if len(requests) >= MIN_REQUESTS:
-        return unit.astype(np.int64) % MAX_UNITS
+    if len(requests) >= max(MIN_REQUESTS, 2 * size):
+        return unit.astype(np.int64) // size % MAX_UNITS
     tokens = len(request_id)
     return np.arange(tokens) * min(64, max(tokens, 1)) // max(tokens, 1)
 
 
-def noise_of(unit_load: np.ndarray) -> Noise:
-    """The noise of a layer from the loads [U, E] of its units."""
-    counts = unit_load[unit_load.sum(axis=1) > 0].astype(np.float64)
+def sampling_units(trace: RoutingTrace, of: str | int) -> Units:
+    """The units that requests come in.
+
+    Args:
+        of: "request", each by itself; "domain", domains as a whole; a number of requests that are
+            next to each other; "auto", as many neighbors as are found to be alike.
+
+    Raises:
+        PlacementError: "domain" for a trace with fewer than two domains.
+    """
+    assert trace.request_id is not None
+    if isinstance(of, int):
+        return Units(unit=units_of(trace.request_id, of), of=of)
+    if of == "domain":
+        found = np.zeros(0) if trace.domain_id is None else np.unique(trace.domain_id)
+        if len(found) < 2:
+            raise PlacementError(
+                f"sampling_unit: found 'domain' for a trace with {len(found)} domains, expected "
+                "at least 2: use 'auto', or record the requests with domains"
+            )
+        assert trace.domain_id is not None
+        domain = np.unique(trace.domain_id, return_inverse=True)[1]
+        return Units(unit=domain.astype(np.int64) % MAX_UNITS, of="domain")
+    if of == "auto":
+        size = neighbors_alike(trace)
+        if size > 1:
+            return _units_of_neighbors(trace, size)
+    return Units(unit=units_of(trace.request_id))
+
+
+def _requests_by_domain(trace: RoutingTrace) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """([R] request ids ordered by domain, then number; [R] their domains; [T] place there)."""
+    assert trace.request_id is not None
+    ids, first, index = np.unique(trace.request_id, return_index=True, return_inverse=True)
+    domain = np.zeros(len(ids), np.int64) if trace.domain_id is None else trace.domain_id[first]
+    order = np.lexsort((ids, domain))
+    place = np.empty(len(ids), dtype=np.int64)
+    place[order] = np.arange(len(ids))
+    return ids[order], domain[order], place[index]
+
+
+def _units_of_neighbors(trace: RoutingTrace, size: int) -> Units:
+    """Blocks of ``size`` requests of one domain; the mix of domains varies request by request."""
+    _, domain, place = _requests_by_domain(trace)
+    stratum_of, count = np.unique(domain, return_inverse=True, return_counts=True)[1:]
+    begin = np.cumsum(count) - count
+    block = (np.arange(len(domain)) - begin[stratum_of]) // size
+    blocks = -(-count // size)
+    kept = np.minimum(blocks, np.maximum(2, MAX_UNITS * blocks // blocks.sum()))
+    unit = (np.cumsum(kept) - kept)[stratum_of] + block % kept[stratum_of]
+    tokens = np.bincount(place, minlength=len(domain)).astype(np.float64)
+    return Units(
+        unit=unit[place],
+        of=size,
+        stratum=np.repeat(np.arange(len(count)), kept),
+        squares=np.bincount(stratum_of, weights=tokens**2),
+    )
+
+
+def neighbors_alike(trace: RoutingTrace) -> int:
+    """How many requests next to each other in number (of one domain) come from one source: a power
+    of 2, found from the trace; 1 where neighbors are no more alike than any two of their domain.
+
+    With deviations e_r of the loads of request r from those of its domain, blocks of b requests
+    have sum |e_b|^2 / sum |e_r|^2 = 1 + (b - 1) rho where rho is the intra-class correlation
+    (Kish, Survey Sampling, 1965, section 5.4). b doubles while that grows, and while it is larger
+    than in all of ``_SHUFFLES`` shuffles of the requests inside their domains.
+    """
+    _, domain, place = _requests_by_domain(trace)
+    if len(domain) < 4 * MIN_REQUESTS:
+        return 1
+    chosen = _stretches(len(domain))
+    alike = _likeness(trace, domain, place, chosen)
+    domain, size, last = domain[chosen], 1, float(np.trace(alike))
+    rng = np.random.default_rng(0)
+    shuffled = [np.lexsort((rng.random(len(chosen)), domain)) for _ in range(_SHUFFLES)]
+    while len(chosen) >= 2 * size * MIN_REQUESTS and last > 0:
+        block = _blocks(domain, chosen, 2 * size)
+        same = block[:, None] == block
+        found = float(alike[same].sum())
+        if found < _GROWTH * last or any(
+            found <= alike[np.ix_(some, some)][same].sum() for some in shuffled
+        ):
+            break
+        size, last = 2 * size, found
+    return size
+
+
+def _stretches(count: int) -> np.ndarray:
+    """Places of at most ``_LOOKED_AT`` of ``count`` requests, in stretches of neighbors."""
+    if count <= _LOOKED_AT:
+        return np.arange(count)
+    starts = np.linspace(0, count - _STRETCH, _LOOKED_AT // _STRETCH).astype(np.int64)
+    return np.unique((starts[:, None] + np.arange(_STRETCH)).ravel())
+
+
+def _blocks(domain: np.ndarray, chosen: np.ndarray, size: int) -> np.ndarray:
+    """[R] block of ``size`` consecutive requests of one domain."""
+    new = (np.diff(domain, prepend=-1) != 0) | (np.diff(chosen, prepend=-2) != 1)
+    begin = np.flatnonzero(new)
+    run = np.cumsum(new) - 1
+    return run * len(domain) + (np.arange(len(domain)) - begin[run]) // size
+
+
+def _likeness(
+    trace: RoutingTrace, domain: np.ndarray, place: np.ndarray, chosen: np.ndarray
+) -> np.ndarray:
+    """[R, R] sum over experts and some layers of e_r e_s, for the chosen requests."""
+    assert trace.expert_ids is not None
+    row = np.full(len(domain), -1, dtype=np.int64)
+    row[chosen] = np.arange(len(chosen))
+    tokens = np.flatnonzero(row[place] >= 0)
+    tokens = tokens[:: max(len(tokens) // _TOKENS, 1)]
+    at, experts = row[place[tokens]][:, None], trace.num_experts
+    stratum = np.unique(domain[chosen], return_inverse=True)[1]
+    alike = np.zeros((len(chosen), len(chosen)))
+    layers = trace.num_layers
+    for layer in range(0, layers, max(layers // _LAYERS, 1)):
+        picks = trace.expert_ids[tokens, layer].astype(np.int64)
+        cells = (at * experts + picks)[picks >= 0]
+        load = np.bincount(cells, minlength=len(chosen) * experts).reshape(-1, experts)
+        rest = load - load.sum(axis=1, keepdims=True) * _shares(load, stratum)[stratum]
+        norm = float((rest**2).sum())
+        if norm > 0:
+            alike += rest @ rest.T / norm
+    return alike
+
+
+def _shares(load: np.ndarray, stratum: np.ndarray) -> np.ndarray:
+    """[S, E] share of each expert in the picks of each stratum, from loads [U, E]."""
+    of = np.zeros((int(stratum.max()) + 1, load.shape[1]))
+    np.add.at(of, stratum, load)
+    return of / np.maximum(of.sum(axis=1, keepdims=True), 1)
+
+
+def noise_of(unit_load: np.ndarray, units: Units | None = None, own_error: float = 1.0) -> Noise:
+    """The noise of a layer from the loads [U, E] of its units.
+
+    ``own_error``: see ``OWN_ERROR``.
+    """
+    rest, free = _deviations(unit_load, units)
     experts = unit_load.shape[1]
-    if len(counts) < 2:
+    if len(rest) < 2:
         return no_noise(experts)
-    load = counts.sum(axis=0)
-    rest = counts - counts.sum(axis=1, keepdims=True) * (load / load.sum())
     scale = _LARGEST / max(float(np.abs(rest).max()), 1.0)
     whole = np.rint(rest * scale)
-    spread = (1 + 1 / UNSEEN_SHARE) * len(counts) / (len(counts) - 1)
+    spread = (own_error + 1 / UNSEEN_SHARE) * len(rest) / free
     return Noise(covariance=whole.T @ whole, deviation=float(np.sqrt(spread)) / scale)
+
+
+def _deviations(unit_load: np.ndarray, units: Units | None) -> tuple[np.ndarray, int]:
+    """([.., E] deviations that add up to the noise, degrees of freedom)."""
+    full = unit_load.sum(axis=1) > 0
+    counts = unit_load[full].astype(np.float64)
+    load, size = counts.sum(axis=0), counts.sum(axis=1, keepdims=True)
+    share = load / max(load.sum(), 1.0)
+    if units is None or units.stratum is None or units.squares is None:
+        return counts - size * share, len(counts) - 1
+    # units inside their domains, and how many requests come from each domain
+    stratum = units.stratum[full]
+    of = _shares(counts, stratum)
+    rest = counts - size * of[stratum]
+    rest *= np.sqrt(len(counts) / max(len(counts) - len(np.unique(stratum)), 1))
+    root = load.sum() / len(units.unit) * np.sqrt(units.squares[: len(of)])
+    return np.concatenate([rest, root[:, None] * (of - share)]), max(len(counts) + len(of), 1)
 
 
 def no_noise(experts: int) -> Noise:
@@ -170,13 +354,32 @@ class Candidate(Protocol):
     def imbalance(self) -> float: ...
 
 
-def limit_of(allowed: float, max_imbalance: float) -> float:
-    """Most imbalance that one layer may have, where ``allowed`` is what it has in the mean."""
-    return allowed + max_imbalance - 1
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cap:
+    """Imbalance of one layer: ``allowed`` in the mean over the layers, at ``most`` by itself."""
+
+    allowed: float
+    most: float
+
+
+def cap_of(linear: float, packed: float, max_imbalance: float, slack: float | None) -> Cap:
+    """The cap of a layer.
+
+    Args:
+        linear: imbalance to expect of the usual order; packed: of packing by loads alone.
+        max_imbalance: the cap of all layers, where loads alone can reach it.
+        slack: instead, each layer may be this much above what it can reach, but not above its usual
+            order.
+    """
+    if slack is None:
+        allowed = max(max_imbalance, packed)
+        return Cap(allowed=allowed, most=allowed + max_imbalance - 1)
+    allowed = min(min(linear, packed) + slack, linear)
+    return Cap(allowed=allowed, most=max(allowed, min(2 * allowed - 1, linear)))
 
 
 def allocate(
-    tried: Sequence[Sequence[Candidate]], allowed: Sequence[float], max_imbalance: float
+    tried: Sequence[Sequence[Candidate]], caps: Sequence[Cap], least: float = 0.0
 ) -> list[int]:
     """Choose one candidate per layer: fewest copies in all, with the mean imbalance as allowed.
 
@@ -186,17 +389,17 @@ def allocate(
 
     Args:
         tried: candidates of each layer.
-        allowed: imbalance of each layer; only their sum counts, but no layer gets more than
-            ``limit_of``. Where no candidate keeps to that, the most level is taken.
+        caps: only the sum of what is allowed counts, but no layer gets more than its ``most``.
+            Where no candidate keeps to that, the most level is taken.
+        least: copies that an imbalance higher by one has to save; less is not worth it.
 
     Returns:
         the index of the candidate chosen in each layer.
     """
     copies = [[some.copies for some in layer] for layer in tried]
     imbalance = [[some.imbalance for some in layer] for layer in tried]
-    limit = [limit_of(most, max_imbalance) for most in allowed]
-    budget = sum(allowed)
-    hulls = [_hull(c, i, most) for c, i, most in zip(copies, imbalance, limit, strict=True)]
+    budget = sum(cap.allowed for cap in caps)
+    hulls = [_hull(c, i, cap.most) for c, i, cap in zip(copies, imbalance, caps, strict=True)]
     chosen = [hull[0] for hull in hulls]
     spent = sum(imbalance[layer][place] for layer, place in enumerate(chosen))
     steps = []
@@ -206,8 +409,8 @@ def allocate(
             gain = copies[layer][here] - copies[layer][there]
             steps.append((-gain / max(cost, 1e-12), layer, rank, cost, there))
     blocked = set()
-    for _, layer, _, cost, there in sorted(steps):
-        if layer in blocked or spent + cost > budget:
+    for slope, layer, _, cost, there in sorted(steps):
+        if layer in blocked or spent + cost > budget or -slope < least:
             blocked.add(layer)
             continue
         chosen[layer] = there

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import numpy as np
@@ -58,7 +59,7 @@ def test_count_tables_are_the_counts_of_the_trace_whatever_the_threads(monkeypat
     found = []
     for count in (1, 2):
         monkeypatch.setattr("moe_locality.placement.counting.processors", lambda n=count: n)
-        found.append(coactivation.count_tables(trace.expert_ids, trace.request_id, 10))
+        found.append(coactivation.count_tables(trace))
     one, two = found
     for name in ("pairs", "unit_load", "load"):
         assert (getattr(one, name) == getattr(two, name)).all()
@@ -93,7 +94,7 @@ def test_place_at_a_higher_price_finds_level_placements_and_refining_pays():
     rng = np.random.default_rng(2)
     trace = random_trace(rng, tokens=4000, layers=1, experts=32, top_k=4, requests=200, skew=2)
     problem = problem_of(trace, ClusterTopology.uniform(4, 2))
-    tables = coactivation.count_tables(trace.expert_ids, trace.request_id, 32)
+    tables = coactivation.count_tables(trace)
     layer = coactivation.make_layer(problem, tables, 0)
     tried = coactivation.fixed_candidates(layer)
     found = [coactivation.searched(layer, tried, price, 1.5, 0) for price in (0.1, 1.0, 10.0)]
@@ -109,17 +110,15 @@ def test_layers_share_what_imbalance_is_allowed():
     rng = np.random.default_rng(9)
     trace = random_trace(rng, tokens=4000, layers=3, experts=16, top_k=4, requests=400)
     problem = problem_of(trace, ClusterTopology.uniform(4, 1))
-    tables = coactivation.count_tables(trace.expert_ids, trace.request_id, 16)
+    tables = coactivation.count_tables(trace)
     layers = [coactivation.make_layer(problem, tables, layer) for layer in range(3)]
     copies = []
     for most in (1.02, 1.05, 1.1, 1.2):
-        found, allowed, _ = coactivation.place_on_nodes(layers, most, [0, 1, 2])
+        some = dataclasses.replace(problem, max_imbalance=most)
+        found, caps, _ = coactivation.place_on_nodes(some, layers, [0, 1, 2])
         levels = [some.imbalance for some in found]
-        assert sum(levels) <= sum(allowed) + 1e-9
-        assert all(
-            x <= load_noise.limit_of(mean, most) + 1e-9
-            for x, mean in zip(levels, allowed, strict=True)
-        )
+        assert sum(levels) <= sum(cap.allowed for cap in caps) + 1e-9
+        assert all(x <= cap.most + 1e-9 for x, cap in zip(levels, caps, strict=True))
         copies.append(sum(some.copies for some in found))
     assert all(new < 1.005 * old for old, new in itertools.pairwise(copies))
     assert copies[-1] < 0.98 * copies[0]
@@ -190,7 +189,7 @@ def test_warned_once_for_all_layers_that_cannot_be_level(caplog):
         request_id=np.arange(100) // 10,
         position=np.arange(100),
     )
-    solve(trace, ClusterTopology.uniform(2, 1))
+    solve(trace, ClusterTopology.uniform(2, 1), max_imbalance=1.05)
     said = [r for r in caplog.records if "cannot be as level" in r.message]
     assert len(said) == 1
     assert "3 of 3 layers" in said[0].message

@@ -243,7 +243,7 @@ def begun(trace, nodes, slots, home, limit, seed):
     """The greedy start from experts in linear order."""
     ids = np.ascontiguousarray(trace.expert_ids[:, 0])
     experts, load = trace.num_experts, trace.load()[0].astype(float)
-    tables = coactivation.count_tables(trace.expert_ids, trace.request_id, experts)
+    tables = coactivation.count_tables(trace)
     noise = load_noise.noise_of(tables.unit_load[0])
     node_of = np.arange(experts) // (experts // nodes)
     return replicas.begin(ids, node_of, load, home, slots, noise, limit, seed)
