@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from moe_locality.integrations import apply
     from moe_locality.integrations.transformers_ep import register
     from moe_locality.layer.bake import bake_checkpoint
-    from moe_locality.layer.convert import initialize
+    from moe_locality.layer.convert import init_inference, initialize
     from moe_locality.layer.expert_store import store_experts
     from moe_locality.layer.moe import MoE
     from moe_locality.layer.relabeling import relabel
@@ -25,6 +25,7 @@ __version__ = "0.1.0"
 _LAZY_IMPORTS = {
     "MoE": "moe_locality.layer.moe",
     "apply": "moe_locality.integrations",
+    "init_inference": "moe_locality.layer.convert",
     "initialize": "moe_locality.layer.convert",
     "register": "moe_locality.integrations.transformers_ep",
     "relabel": "moe_locality.layer.relabeling",
@@ -59,6 +60,7 @@ __all__ = [
     "bake_checkpoint",
     "evaluate",
     "import_trace",
+    "init_inference",
     "initialize",
     "read_trace",
     "register",

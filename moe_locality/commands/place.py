@@ -136,7 +136,7 @@ def place(
     plan.write(out)
     payload = {"command": "place", "plan": out, "method": method, "seconds": seconds}
     payload |= _facts(plan, train, topology) | {"judged": judged, "curve": curve}
-    payload |= _costs(plan, train, test, topology, old)
+    payload |= _costs(plan, train, test, topology, options)
     result = Result(payload=payload, show=_shown(topology.describe(), held_out, payload))
     if not (bound or prove or bound_seconds) or bound_seconds == 0:
         return result
@@ -269,6 +269,11 @@ def _usual_order(
     return moe_locality.solve(trace, topology, method="linear", num_redundant_experts=extra)
 
 
+def _transport(options: dict[str, Any]) -> str:
+    """Return the transport that the objective is for."""
+    return "per_rank" if options["objective"] == "rank_copies" else "once_per_node"
+
+
 def _judged(
     plan: PlacementPlan,
     train: RoutingTrace,
@@ -310,9 +315,10 @@ def _judged(
     if trial.home_profiles is not None:
         found["homes"] = default_prediction(unseen)
         homes = moe_locality.assign_homes(unseen, trial, topology, predict=found["homes"])
-    by_rank = options["objective"] == "rank_copies"
+    transport = _transport(options)
+    by_rank = transport == "per_rank"
     change = expected_change(unseen, base, trial, topology, homes, blocks, by_rank=by_rank)
-    before = moe_locality.evaluate(unseen, base, topology)
+    before = moe_locality.evaluate(unseen, base, topology, transport=transport)
     goal = "rank_imbalance" if method in LEVELLERS else options["objective"]
     gained = _gains(change, goal, before.node_imbalance > _cap_of(trial))
     keep = "plan" if gained or old is not None or method not in OURS else "linear"
@@ -324,7 +330,7 @@ def _judged(
     found["interval"] = {name: x and x[1:] for name, x in parts.items()}
     found["before"], found["after"] = (
         brief(before),
-        brief(moe_locality.evaluate(unseen, trial, topology, homes)),
+        brief(moe_locality.evaluate(unseen, trial, topology, homes, transport=transport)),
     )
     return found
 
@@ -367,7 +373,7 @@ def _costs(
     train: RoutingTrace,
     test: RoutingTrace | None,
     topology: ClusterTopology,
-    old: PlacementPlan | None,
+    options: dict[str, Any],
 ) -> dict[str, Any]:
     """Return the costs on held-out requests, and those of linear and of the start on the same ones.
 
@@ -375,16 +381,18 @@ def _costs(
     """
     from moe_locality.placement.homes.predictor import default_prediction
 
-    base = linear_plan(train, topology)
+    base, old, transport = linear_plan(train, topology), options["start"], _transport(options)
     trace = train if test is None else test
     predict = default_prediction(trace) if plan.home_profiles is not None and test else None
 
     def cost(some: PlacementPlan, before: PlacementPlan | None = None) -> Costs:
         homes = moe_locality.assign_homes(trace, some, predict=predict) if predict else None
-        return moe_locality.evaluate(trace, some, topology, homes, baseline=before)
+        given = {"baseline": before, "transport": transport}
+        return moe_locality.evaluate(trace, some, topology, homes, **given)
 
     judged: dict[str, Any] = {"held_out": None, "held_out_homes": predict, "start": None}
-    judged["linear"] = None if base is None else brief(moe_locality.evaluate(trace, base, topology))
+    usual = base and moe_locality.evaluate(trace, base, topology, transport=transport)
+    judged["linear"] = None if usual is None else brief(usual)
     after = cost(plan, old) if test is not None or old is not None else None
     if test is not None and after is not None:
         judged["held_out"] = brief(after)

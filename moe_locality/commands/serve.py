@@ -11,12 +11,14 @@ import typer
 
 from moe_locality.commands.inputs import Seed
 from moe_locality.commands.output import Result
+from moe_locality.errors import ConfigError
 
 if TYPE_CHECKING:
     from moe_locality.placement import PlacementPlan
 
 _SEQS = "Sequences that a rank continues together."
 _TOKENS = "Tokens of a step; longer prompts come in chunks."
+_GROUPING = "fifo, cosine or experts."
 _HOMES = "arrival, predicted, first:N, domain, random or round_robin."
 
 
@@ -30,6 +32,8 @@ def serve(
     max_num_batched_tokens: Annotated[int, typer.Option(help=_TOKENS)] = 512,
     max_model_len: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
     max_num_kv_tokens: Annotated[int | None, typer.Option(help="Tokens in the caches.")] = None,
+    grouping: Annotated[str, typer.Option(help=f"Who joins a batch: {_GROUPING}")] = "fifo",
+    max_num_ready: Annotated[int, typer.Option(help="Prompts read ahead, to choose from.")] = 0,
     max_tokens: Annotated[int, typer.Option(help="New tokens of a request that says none.")] = 16,
     temperature: Annotated[float, typer.Option(help="Of a request that says none.")] = 1.0,
     dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16.")] = "auto",
@@ -39,6 +43,8 @@ def serve(
     """Serve requests with a Hugging Face MoE model, on one rank or under a launcher."""
     from moe_locality.placement import PlacementPlan
     from moe_locality.serving import Engine, Limits, SamplingParams
+    from moe_locality.serving.grouping import chooser
+    from moe_locality.serving.homes import HomeRule
     from moe_locality.serving.jobs import serve_file
 
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens)
@@ -47,10 +53,12 @@ def serve(
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=max_model_len,
         max_num_kv_tokens=max_num_kv_tokens,
+        max_num_ready=max_num_ready,
     )
-    if not requests.is_file():
-        raise typer.BadParameter(f"there is no file {requests}")
     found = None if plan is None else PlacementPlan.read(plan)
+    HomeRule(homes, 1 if found is None else found.num_ranks, plan=found)  # says what is wrong
+    chooser(grouping)
+    _check_files(requests, out, dtype)
     rank = _join_ranks()
     loaded, tokenizer = _load(model, dtype, found)
     recorder = None
@@ -58,7 +66,9 @@ def serve(
         import moe_locality
 
         recorder = moe_locality.attach(loaded, trace)
-    engine = Engine(loaded, tokenizer, limits=limits, homes=homes, plan=found, seed=seed)
+    engine = Engine(
+        loaded, tokenizer, limits=limits, homes=homes, plan=found, grouping=grouping, seed=seed
+    )
     total = serve_file(engine, requests, out, params)
     if recorder is not None:
         recorder.close()
@@ -66,6 +76,10 @@ def serve(
     _leave_ranks()
     if rank:
         raise SystemExit(0)  # the first rank speaks for all
+    return _told(total, out)
+
+
+def _told(total: dict[str, Any], out: Path) -> Result:
     served = ", ".join(f"{total[name]} {name}" for name in ("served", "refused", "unserved"))
     text = [
         f"{served}: {out}",
@@ -77,6 +91,20 @@ def serve(
             f"{total['handover_bytes']['cross_node']:,} with {total['moved']} requests that moved"
         )
     return Result(payload={"command": "serve", "out": str(out), **total}, text=text)
+
+
+def _check_files(requests: Path, out: Path, dtype: str) -> None:
+    known = ("auto", "float32", "float16", "bfloat16")
+    if dtype not in known:
+        raise ConfigError(f"dtype: found {dtype!r}, expected one of {known}")
+    if not requests.is_file():
+        raise ConfigError(f"requests: found no file {requests}, expected one with a request a line")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"out: found {out}, which cannot be made ({error.strerror}), expected a directory"
+        ) from error
 
 
 def _join_ranks() -> int:

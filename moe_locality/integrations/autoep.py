@@ -161,7 +161,7 @@ def adopt(
 
 
 def _check(
-    engine: nn.Module,
+    engine: Any,
     layers: Sequence[tuple[str, AutoEPMoELayer]],
     section: MoeLocalityConfig,
     plan: PlacementPlan | None,
@@ -187,28 +187,25 @@ def _check(
     if plan is None or not ours:
         return ours, None
     check_is_permutation(plan)
-    if (found := _why_unplaceable(engine)) is not None:
+    found = "a bare module" if not is_engine(engine) else None
+    if found is None and engine.zero_optimization_stage() == 3:
+        found = "ZeRO stage 3"
+    elif found is None and engine.checkpoint_engine.is_decoupled():
+        # it reads the tensors after save_checkpoint has returned, when they have moved back
+        found = "a decoupled checkpoint engine"
+    if found is not None:
         raise ConfigError(
             f"found a plan and {found}, expected an engine whose optimizer state can follow the "
             "experts (ZeRO stage 0, 1 or 2); or put the plan into the weights before "
             "deepspeed.initialize: moe_locality.layer.relabel_state_dict"
         )
     names = [name for name, _ in layers]
-    rows = plan.rows_for(moe_layer_ids(engine.module, names), len(layers))  # pyright: ignore
+    rows = plan.rows_for(moe_layer_ids(engine.module, names), len(layers))
     state = state_source(engine)
     for _, module in ours:
         plan.check_fits(num_experts=module.num_experts, num_ranks=module.ep_size)
         stacked_shards(module.experts, state)
     return ours, [plan.physical_to_logical_map[row].astype(np.int64) for row in rows]
-
-
-def _why_unplaceable(engine: Any) -> str | None:
-    if not is_engine(engine):
-        return "a bare module"
-    if engine.zero_optimization_stage() == 3:
-        return "ZeRO stage 3"
-    # it reads the tensors after save_checkpoint has returned, when they have moved back
-    return "a decoupled checkpoint engine" if engine.checkpoint_engine.is_decoupled() else None
 
 
 def _stays_because(name: str, module: AutoEPMoELayer, plan: PlacementPlan | None) -> str | None:
@@ -237,25 +234,25 @@ def wrap_checkpoints(engine: Any) -> None:
     if getattr(engine, "moe_locality_wraps_checkpoints", False):
         return
     engine.moe_locality_wraps_checkpoints = True
-    for name in ("save_checkpoint", "load_checkpoint"):
-        setattr(engine, name, _in_logical_order(engine, getattr(engine, name)))
 
-
-def _in_logical_order(engine: Any, method: Any) -> Any:
-    @functools.wraps(method)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        found = auto_ep_layers(engine.module)
-        layers: list[Any] = [item for item in found if isinstance(item[1], LocalityAutoEPMoELayer)]
-        orders = [module.slot_to_logical for _, module in layers]
-        place_stacked(layers, [np.arange(len(order)) for order in orders], engine)
-        try:
-            result = all_succeed(lambda: method(*args, **kwargs))
-        except LostRanks:
-            raise
-        except Exception:
+    def in_logical_order(method: Any) -> Any:
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found = auto_ep_layers(engine.module)
+            layers: list[Any] = [m for m in found if isinstance(m[1], LocalityAutoEPMoELayer)]
+            orders = [layer.slot_to_logical for _, layer in layers]
+            place_stacked(layers, [np.arange(len(order)) for order in orders], engine)
+            try:
+                result = all_succeed(lambda: method(*args, **kwargs))
+            except LostRanks:
+                raise
+            except Exception:
+                place_stacked(layers, orders, engine)
+                raise
             place_stacked(layers, orders, engine)
-            raise
-        place_stacked(layers, orders, engine)
-        return result
+            return result
 
-    return call
+        return call
+
+    engine.save_checkpoint = in_logical_order(engine.save_checkpoint)
+    engine.load_checkpoint = in_logical_order(engine.load_checkpoint)

@@ -76,18 +76,18 @@ def register(config: MoeLocalityConfig | dict[str, Any] | str | None = None) -> 
 
 
 def _refuse_settings(section: MoeLocalityConfig) -> None:
-    refused = {
-        "enabled": (not section.enabled, "name another ep_implementation"),
-        "experts": (section.experts != "auto", "choose experts_implementation in from_pretrained"),
-        "online": (section.online is not None, "leave it out"),
-        "tracking": (section.tracking is not None, "leave it out"),
-        "trace": (section.trace is not None, "call moe_locality.attach(model, path)"),
+    advice = {
+        "enabled": "name another ep_implementation",
+        "experts": "choose experts_implementation in from_pretrained",
+        "online": "leave it out",
+        "tracking": "leave it out",
+        "trace": "call moe_locality.attach(model, path)",
     }
-    for name, (given, advice) in refused.items():
-        if given:
+    for name, what_to_do in advice.items():
+        if getattr(section, name) != getattr(MoeLocalityConfig(), name):
             raise ConfigError(
                 f"found {name} in the section of a transformers model, expected cluster, dispatch, "
-                f"kernels and plan: {advice}"
+                f"kernels and plan: {what_to_do}"
             )
 
 
@@ -98,14 +98,13 @@ class LocalityEP(EPImplementation):
         super().__init__(experts, ep_mesh, tp_mesh)
         self.experts = experts
         self.group = ep_mesh.get_group()
-        self.num_experts = self.num_local_experts * ep_mesh.size()
+        self.num_experts = self.num_slots = self.num_local_experts * ep_mesh.size()
         order = np.arange(self.num_experts)
         self.rows = ExpertRows(experts, self.experts_forward, order, self.group)
         self.section = _registered
         self.has_plan, self.waits_for_plan = False, self.section.plan is not None
         self.position = CallPosition()
         self.topology: ClusterTopology | None = None
-        self.num_slots = self.num_experts
         self.slot_map = SlotMap()
         self.dispatcher: TokenDispatcher | None = None
         self.on_routes: OnRoutes | None = None
@@ -124,24 +123,17 @@ class LocalityEP(EPImplementation):
             self.dispatcher = self._make_dispatcher(top_k_index.shape[1])
         if self.on_routes is not None:
             top_k_index = self.on_routes(self, hidden_states, top_k_index)
-        num_tokens, width = hidden_states.shape
         given = (hidden_states, top_k_index, top_k_weights)
         if self.tp_mesh.size() > 1:  # the ranks of a TP group hold the same tokens
             given = tuple(self._own_slice(tensor) for tensor in given)
         x, ids, weights = given
-        out = run_moe(self.dispatcher, x, ids.to(torch.int32), weights.float(), self.rows.run).to(
-            hidden_states.dtype
-        )
+        out = run_moe(self.dispatcher, x, ids.to(torch.int32), weights.float(), self.rows.run)
+        out = out.to(hidden_states.dtype)
         if self.tp_mesh.size() == 1:
             return out
-        whole = DTensor.from_local(
-            out.contiguous(),
-            self.tp_mesh,
-            [Shard(0)],
-            shape=torch.Size((num_tokens, width)),
-            stride=(width, 1),
-        )
-        return whole.full_tensor()
+        shape, stride = hidden_states.shape, (hidden_states.shape[1], 1)
+        mine = (out.contiguous(), self.tp_mesh, [Shard(0)])
+        return DTensor.from_local(*mine, shape=shape, stride=stride).full_tensor()
 
     def _own_slice(self, tensor: Tensor) -> Tensor:
         whole = DTensor.from_local(tensor, self.tp_mesh, [Replicate()], run_check=False)
@@ -208,15 +200,13 @@ def apply(
 
     Collective; call it after ``from_pretrained``, and again for another plan. The experts move
     between the ranks, layer by layer, with their gradients and moments; state dicts stay in the
-    order of the logical experts. On one rank transformers builds no expert parallelism: nothing
-    changes there.
+    order of the logical experts. On one rank nothing changes.
 
     Args:
         config: default: the section that ``register`` was given.
         plan: default: the plan that the section names.
         topology: node of every rank. Default: from the section's ``cluster``, or asked from all.
-        optimizer: one whose state is loaded before its first step, by its own
-            ``load_state_dict``. Others are found at their first step.
+        optimizer: one whose state is loaded before its first step, where others are found.
 
     Raises:
         ConfigError, PlacementError, TopologyError: on all ranks; nothing has moved then.
@@ -225,47 +215,39 @@ def apply(
     if not layers:
         return _without_layers(model)
 
-    def read() -> MoeLocalityConfig:
+    def read() -> tuple[MoeLocalityConfig, PlacementPlan | None]:
         section = layers[0][1].section if config is None else read_config(config)
         _refuse_settings(section)
         if optimizer is not None:
             follow_optimizer(optimizer)
-        return section
+        return section, PlacementPlan.read(section.plan) if plan is None and section.plan else plan
 
-    section = all_succeed(read)
+    section, wanted = all_succeed(read)
+    all_agree("moe_locality sections", section.model_dump_json())
+    all_agree("placement plans", "none" if wanted is None else wanted.digest())
     topology = topology or discover_topology(cluster_config=section.cluster)
     ep_groups = exchange_objects(dist.get_process_group_ranks(layers[0][1].group))
     optimizers = followed_optimizers()
 
-    def check() -> tuple[PlacementPlan | None, list[int], list[list[DTensor]]]:
-        found = PlacementPlan.read(section.plan) if plan is None and section.plan else plan
-        if found is None:
-            return None, [], []
-        rows = _rows_for(model, layers, found, topology, ep_groups)
-        return found, rows, [tensors_beside(layer.rows, optimizers) for _, layer in layers]
+    def check() -> list[tuple[int, list[DTensor]]]:
+        rows = [] if wanted is None else _rows_for(model, layers, wanted, topology, ep_groups)
+        beside = (tensors_beside(layer.rows, optimizers) for _, layer in layers)
+        return list(zip(rows, beside, strict=False))
 
-    plan, rows, others = all_succeed(check)
-    all_agree("moe_locality sections", section.model_dump_json())
-    all_agree("placement plans", "none" if plan is None else plan.digest())
+    moves = all_succeed(check)
     for number, (name, layer) in enumerate(layers):
         layer.configure(section, topology, number, name)
-    if plan is not None:
-        serving = SlotMap.of_plan(plan, dist.get_rank(layers[0][1].group))
-        for (_, layer), row, beside in zip(layers, rows, others, strict=True):
-            layer.place(plan.physical_to_logical_map[row], serving[row], beside)
+    if wanted is not None:
+        serving = SlotMap.of_plan(wanted, dist.get_rank(layers[0][1].group))
+        for (_, layer), (row, beside) in zip(layers, moves, strict=True):
+            layer.place(wanted.physical_to_logical_map[row], serving[row], beside)
     if dist.get_rank() == 0:
-        _say(model, layers)
+        logger.warning(
+            "moe_locality: %d MoE layers of %s exchange their tokens (exchange %s, %s plan)",
+            *(len(layers), type(model).__name__, section.dispatch.exchange),
+            "a" if layers[0][1].has_plan else "no",
+        )
     return model
-
-
-def _say(model: nn.Module, layers: list[tuple[str, LocalityEP]]) -> None:
-    logger.warning(
-        "moe_locality: %d MoE layers of %s exchange their tokens (exchange %s, %s plan)",
-        len(layers),
-        type(model).__name__,
-        layers[0][1].section.dispatch.exchange,
-        "a" if layers[0][1].has_plan else "no",
-    )
 
 
 def _without_layers(model: nn.Module) -> nn.Module:

@@ -199,6 +199,68 @@ def initialize(*args: Any, **kwargs: Any) -> Any:
     return result
 
 
+def init_inference(
+    model: nn.Module,
+    config: dict[str, Any] | str | None = None,
+    *,
+    plan: PlacementPlan | None = None,
+    **kwargs: Any,
+) -> Any:
+    """``deepspeed.init_inference`` with moe_locality around it; the same arguments and result.
+
+    Before it: find the nodes, make expert groups that follow them, swap the layers, place the
+    experts. The engine gets the attribute ``moe_locality``, as that of :func:`initialize`.
+
+    Args:
+        config: of DeepSpeed's inference engine, with a section ``"moe_locality"`` or without one.
+        plan: default: the plan that the section names.
+
+    Raises:
+        ConfigError, PlacementError, TopologyError: on all ranks.
+    """
+    _init_distributed({})
+
+    def check() -> tuple[dict[str, Any], MoeLocalityConfig, PlacementPlan | None]:
+        given = dict(load_ds_config(config)) if config is not None else {}
+        section, found = _section_and_plan({SECTION: given.pop(SECTION, {})}, plan)
+        merged = given | kwargs
+        tensor_parallel: Any = merged.get("tensor_parallel") or merged.get("tp") or {}
+        refused = {
+            "replace_with_kernel_inject": merged.get("replace_with_kernel_inject"),
+            "injection_policy": merged.get("injection_policy"),
+            "online": section.online is not None,
+            "tracking": section.tracking is not None,
+            "tensor_parallel": found is not None and tensor_parallel.get("tp_size", 1) > 1,
+        }
+        for name, wrong in refused.items():
+            if wrong:
+                raise ConfigError(
+                    f"found {name} in an inference engine, expected none beside moe_locality: it "
+                    "replaces or splits the layers, or needs an optimizer; leave it out"
+                )
+        if section.enabled and found is not None and moe_modules(model):
+            plan_rows(model, found)
+        return given, section, found
+
+    given, section, found = all_succeed(check)
+    all_agree("moe_locality sections", section.model_dump_json())
+    all_agree("placement plans", "none" if found is None else found.digest())
+    topology = None
+    if section.enabled:
+        topology = _prepare_model(model, section, {}, found, None)
+        for _, module in moe_modules(model):
+            module.set_deepspeed_parallelism()
+    engine: Any = deepspeed.init_inference(model, given, **kwargs)
+    runtime = LocalityRuntime(model=model, config=section, plan=found, topology=topology)
+    engine.moe_locality = runtime
+    if section.trace is not None and section.trace.enabled:
+        from moe_locality.trace import recorder
+
+        runtime.recorder = recorder.attach(engine, section.trace, model=type(model).__name__)
+    _close_with(engine, runtime)
+    return engine
+
+
 def _with_replicas(bound: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of ``initialize`` with the parameters of replicas added."""
     found = dict(bound)

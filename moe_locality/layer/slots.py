@@ -126,7 +126,8 @@ def check_nodes(
         raise PlacementError(
             f"found a plan for expert groups on nodes {wanted} (one number per rank), expected "
             f"{found[0]} as on this cluster ({topology.describe()}): make a plan for it with "
-            "`moe-locality place`, or correct the cluster section"
+            "`moe-locality place`, or correct the cluster section (on one machine, cluster: "
+            "{num_nodes, ranks_per_node} lets ranks stand for nodes)"
         )
     others = sum(nodes != wanted for nodes in found)
     if others:

@@ -239,7 +239,10 @@ def _signed(
     """The plan with its costs on the trace, and where it is from."""
     with ThreadPoolExecutor(1) as pool:  # hashing needs no interpreter lock
         identity = pool.submit(problem.trace.content_hash)
-        costs = evaluate(problem.trace, found.plan, problem.topology, homes).to_dict()
+        transport = "per_rank" if problem.objective == "rank_copies" else "once_per_node"
+        costs = evaluate(
+            problem.trace, found.plan, problem.topology, homes, transport=transport
+        ).to_dict()
     provenance = {
         "method": method,
         "trace": identity.result(),

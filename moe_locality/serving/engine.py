@@ -22,6 +22,7 @@ from moe_locality.dispatch.traffic import local_traffic, reset_traffic
 from moe_locality.layer.agreement import all_agree, all_succeed
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.serving.cache import Rows, assemble, check_cache, pass_inputs
+from moe_locality.serving.grouping import chooser, distinct_experts, profile_of
 from moe_locality.serving.homes import HandOver, HomeRule, plan_rows
 from moe_locality.serving.lockstep import LockStep, RouteTap
 from moe_locality.serving.requests import (
@@ -59,6 +60,8 @@ class Engine:
         limits: what this rank may hold; the same on all ranks.
         homes: which rank continues a request (:class:`~moe_locality.serving.homes.HomeRule`).
         plan: of the model's experts, for homes that are chosen by it.
+        grouping: which ready request takes a free row (:mod:`moe_locality.serving.grouping`);
+            others than ``fifo`` need ``max_num_ready`` to choose from.
         seed: for requests that have none of their own.
         on_token: called with (sequence, token) for every new token.
         on_step: called with the counts of every step, see :meth:`step_counts`.
@@ -75,6 +78,7 @@ class Engine:
         limits: Limits | None = None,
         homes: str = "arrival",
         plan: PlacementPlan | None = None,
+        grouping: str = "fifo",
         seed: int = 0,
         on_token: OnToken | None = None,
         on_step: OnStep | None = None,
@@ -86,7 +90,7 @@ class Engine:
         self.on_token, self.on_step = on_token, on_step
         self.device: torch.device = self.model.device
         self.recurrent = all_succeed(lambda: check_cache(model))
-        told = repr((self.limits, homes, seed, plan and plan.digest()))
+        told = repr((self.limits, homes, grouping, seed, plan and plan.digest()))
         all_agree("settings of the engine", told)
         self.config: Any = self.model.config.get_text_config(decoder=True)
         self.eos = _eos_tokens(self.model)
@@ -97,7 +101,13 @@ class Engine:
         rows = all_succeed(lambda: plan_rows(model, plan) if plan and self.tap.layers else [])
         rule = HomeRule(homes, self.lockstep.size, plan=plan, rows=rows, seed=seed)
         self.handover = HandOver(rule, self.lockstep.rank, self.device)
-        self.scheduler = Scheduler(self.limits, pads=not self.recurrent, stages=rule.reads_routes)
+        self._profiles = grouping != "fifo"
+        self.scheduler = Scheduler(
+            self.limits,
+            pads=not self.recurrent,
+            choose=chooser(grouping),
+            stages=rule.reads_routes,
+        )
         self._like = Rows.empty(self.config, 1)
         self._surplus = self.unserved = 0
         self._drains = self._stopped = False
@@ -235,6 +245,7 @@ class Engine:
             more: whether this rank has requests that it has not added yet.
         """
         self._seconds.clear()
+        self._distinct: float | None = None
         if self._stopped:
             self.unserved += self.scheduler.forget_waiting()
         work = self.scheduler.next_work()
@@ -298,7 +309,19 @@ class Engine:
             batch = self._compose(work.sequences)
         states = [sequence.request for sequence in work.sequences]
         tokens = [[sequence.token_ids[-1]] for sequence in work.sequences]
-        return self._forward(batch, tokens, states, "decode")
+        self.tap.keeps = self.on_step is not None
+        logits = self._forward(batch, tokens, states, "decode")
+        self.tap.keeps, picks = False, self.tap.take_picks()
+        if picks is not None:
+            self._distinct = distinct_experts(picks)
+        return logits
+
+    def _add_profile(self, state: RequestState, picks: np.ndarray) -> None:
+        """Count picks ``[t, L, K]`` of a request, where requests are grouped by them."""
+        if self._profiles and self.tap.num_experts is not None:
+            counts = profile_of(picks, self.tap.num_experts)
+            state.profile = counts if state.profile is None else state.profile + counts
+            state.profiled += len(picks)
 
     def _prefill(self, work: Prefill) -> Tensor | None:
         first = work.requests[0]
@@ -307,7 +330,7 @@ class Engine:
             state.prompt[state.computed : state.computed + count]
             for state, count in zip(work.requests, work.chunks, strict=True)
         ]
-        self.tap.keeps = any(state.due_at for state in work.requests)
+        self.tap.keeps = self._profiles or any(state.due_at for state in work.requests)
         logits = self._forward(rows, tokens, work.requests, "prefill")
         self._keep_picks(work)
         for i, state in enumerate(work.requests):
@@ -321,7 +344,10 @@ class Engine:
             return
         by_row = picks.reshape(len(work.requests), -1, *picks.shape[1:])
         for state, count, mine in zip(work.requests, work.chunks, by_row, strict=True):
-            state.picks.append(mine[len(mine) - count :])
+            own = mine[len(mine) - count :]
+            self._add_profile(state, own)
+            if state.due_at is not None:
+                state.picks.append(own)
 
     def _compose(self, sequences: list[Sequence]) -> Rows:
         """Return the caches of these sequences as one batch; nothing moves where it is the same."""
@@ -480,7 +506,7 @@ class Engine:
     def _counted(self) -> dict[str, Any] | None:
         if self.on_step is None:
             return None
-        return local_traffic(self.model, None)["sent"]
+        return local_traffic(self.model, None)
 
     def step_counts(self, work: Work | None, before: dict[str, Any] | None) -> dict[str, Any]:
         """What this rank did in a step: plain data.
@@ -488,6 +514,8 @@ class Engine:
         ``step``, ``kind`` (prefill, decode, idle), ``tokens`` (that the model was given),
         ``sequences``, ``waiting``, ``ready``, ``kv_tokens`` (reserved), ``seconds {stage: s}``,
         ``bytes`` and ``rows`` ``{kind: [same rank, same node, across nodes]}`` that this rank sent;
+        ``load``: rows that its experts worked on; ``distinct``: experts that its sequences picked
+        in a layer, mean over the layers, in a decode step;
         since the start: ``control_bytes``, ``handover_bytes`` (by link, as above), ``moved``
         requests that went to another home.
         """
@@ -498,12 +526,12 @@ class Engine:
         elif isinstance(work, Decode):
             tokens = sequences = len(work.sequences)
         sent: dict[str, Any] = {}
-        now = local_traffic(self.model, None)["sent"]
+        now = local_traffic(self.model, None)
         for name, key in (("bytes", "by_link"), ("rows", "rows_by_link")):
-            old = (before or {}).get(key, {})
+            old = (before or now)["sent"].get(key, {})
             sent[name] = {
                 link: (np.array(sums) - np.array(old.get(link, [0, 0, 0]))).tolist()
-                for link, sums in now.get(key, {}).items()
+                for link, sums in now["sent"].get(key, {}).items()
             }
         return {
             "step": self._steps,
@@ -515,6 +543,8 @@ class Engine:
             "kv_tokens": self.scheduler.kv_tokens,
             "seconds": dict(self._seconds),
             **sent,
+            "load": sum(now["layers"].values()) - sum((before or now)["layers"].values()),
+            "distinct": self._distinct,
             "control_bytes": self.lockstep.control_bytes,
             "handover_bytes": list(self.handover.sent_bytes),
             "moved": self.handover.moved,

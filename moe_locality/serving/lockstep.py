@@ -8,6 +8,7 @@ small collective travel.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +18,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_locality.dispatch.desync import ask_ranks
-from moe_locality.errors import ConfigError
+from moe_locality.errors import ConfigError, TraceError
 from moe_locality.integrations.transformers_ep import LocalityEP, expert_layers
 from moe_locality.layer.agreement import LostRanks
+from moe_locality.trace.recorder.hooks import do_nothing, find_moe_layers, hook_layer
 
 
 def world() -> tuple[int, int]:
@@ -34,10 +36,18 @@ class RouteTap:
 
     ``valid [T]``: which tokens are real, None: all of them. ``picks``: of the pass so far, ids
     ``[T, K]`` per layer in the order of the layers, kept where ``keeps`` is set.
+    ``num_experts``: of a layer, None where the model has none.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = [layer for _, layer in expert_layers(model)]
+        self.num_experts: int | None = None
+        self._hooks: list[Any] = []
+        with contextlib.suppress(TraceError):  # a dense model has nothing to see
+            found = find_moe_layers(model)
+            self.num_experts = max(layer.num_experts for layer in found)
+            for number, layer in enumerate(found):
+                self._hooks += hook_layer((number,), layer, self._see, do_nothing)
         self.order: list[tuple[LocalityEP, int, int, torch.dtype]] = []
         self.valid: Tensor | None = None
         self.keeps, self.learns = False, False
@@ -49,8 +59,6 @@ class RouteTap:
         """Take the picks ``ids [T, K]`` of a layer; return those that are sent."""
         if self.learns:
             self.order.append((layer, hidden.shape[1], ids.shape[1], hidden.dtype))
-        if self.keeps:
-            self.picks[self.layers.index(layer)] = ids
         if self.valid is None:
             return ids
         if len(self.valid) != len(ids):
@@ -59,6 +67,10 @@ class RouteTap:
                 "expected as many: this model is not served; use model.generate"
             )
         return ids.masked_fill(~self.valid[:, None], -1)
+
+    def _see(self, places: tuple[int, ...], module: nn.Module, read: Any) -> None:
+        if self.keeps:
+            self.picks[places[0]] = read(False).ids
 
     def take_picks(self) -> np.ndarray | None:
         """Return the picks of the pass: int16 ``[T, L, K]``, and forget them."""
@@ -72,6 +84,8 @@ class RouteTap:
         """Leave the layers as they were."""
         for layer in self.layers:
             layer.on_routes = None
+        for hook in self._hooks:
+            hook.remove()
 
 
 class LockStep:

@@ -68,12 +68,24 @@ class SamplingParams:
             wrong |= {name: True for name in names if isinstance(getattr(self, name), (float, str))}
         except TypeError as error:
             raise RequestError(f"found sampling parameters {self} ({error})") from error
-        if found := [name for name, bad in wrong.items() if bad]:
-            values = ", ".join(f"{name}={getattr(self, name)!r}" for name in found)
-            raise RequestError(
-                f"found {values}, expected n, max_tokens >= 1, temperature, logprobs >= 0, "
-                "0 < top_p <= 1, top_k >= -1, whole numbers and texts: correct the request"
-            )
+        for name, bad in wrong.items():
+            if bad:
+                raise RequestError(
+                    f"found {name}={getattr(self, name)!r}, expected {_EXPECTED[name]}: correct it"
+                )
+
+
+_EXPECTED = {
+    "n": "a whole number of at least 1",
+    "temperature": "a number of at least 0 (0 is greedy)",
+    "top_p": "a number above 0 and at most 1",
+    "top_k": "a whole number, 0 or -1 for all tokens",
+    "max_tokens": "a whole number of at least 1, or none",
+    "logprobs": "a whole number of at least 0, or none",
+    "seed": "a whole number, or none",
+    "stop": "texts that are not empty",
+    "stop_token_ids": "token ids",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,6 +43,10 @@ class Limits:
         for name, low in (*least.items(), ("max_num_ready", 0)):
             if getattr(self, name) < low:
                 raise ConfigError(f"found {name}={getattr(self, name)}, expected at least {low}")
+        if self.max_num_kv_tokens is not None and self.max_num_kv_tokens < 2:
+            raise ConfigError(
+                f"found max_num_kv_tokens={self.max_num_kv_tokens}, expected 2 or more"
+            )
         if self.max_num_seqs > self.max_num_batched_tokens:
             raise ConfigError(
                 f"found max_num_seqs={self.max_num_seqs} and max_num_batched_tokens="
@@ -74,7 +78,8 @@ class Sequence:
 class RequestState:
     """A request on its way. ``computed``: tokens of its prompt that are in its cache ``rows``;
     ``number``: its place in the order of arrival; ``picks``: the routing of its prompt, a part
-    ``[t, L, K]`` per pass, where it was asked for; ``profile [L, E]``: how often it used experts.
+    ``[t, L, K]`` per pass, where it was asked for; ``profile [L, E]``: how often
+    ``profiled`` tokens of it picked each expert.
     ``due_at``: its prompt is read so far before its ``home`` is chosen; None: it has one.
     """
 
@@ -92,6 +97,7 @@ class RequestState:
     sequences: list[Sequence] = field(default_factory=list)
     picks: list[np.ndarray] = field(default_factory=list)
     profile: np.ndarray | None = None
+    profiled: int = 0
     began: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
 

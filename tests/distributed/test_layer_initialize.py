@@ -452,3 +452,49 @@ def test_inference_works_as_documented():
     """initialize without an optimizer and init_inference worked, written down nowhere [F11]."""
     for stock, *ours in run_ranks(infers_as_documented, 2, deepspeed=True, timeout_s=240):
         np.testing.assert_allclose(ours, [stock, stock], *LOSS["float32"])
+
+
+def infers_with_every_plan(rank, world):
+    import deepspeed  # noqa: F401
+    from deepspeed.moe.layer import MoE as Stock
+
+    import moe_locality
+
+    quiet()
+    x, y = torch.randn(2, 2, 8, WIDTH, generator=torch.Generator().manual_seed(rank))
+    plans = {
+        "stock": None,
+        "no plan": None,
+        "plan": plan_of([[2, 0, 3, 1], [3, 2, 1, 0]], 2, 1),
+        "replicas": plan_of([[2, 0, 3, 3, 1, 2], [3, 2, 0, 1, 0, 3]], 2, 1),
+    }
+    found, rows = {}, {}
+    for name, plan in plans.items():
+        net = make_net(Stock, rank, world).eval()
+        section = {"cluster": {"num_nodes": 2, "ranks_per_node": 1}, "enabled": name != "stock"}
+        config = {"moe_locality": section, "dtype": torch.float32}
+        engine = moe_locality.init_inference(net, config, plan=plan)
+        assert config.keys() == {"moe_locality", "dtype"}
+        if name == "stock":
+            for _, module in moe_locality.layer.moe.moe_modules(net):
+                module.set_deepspeed_parallelism()
+        with torch.no_grad():
+            found[name] = engine(x, y).item()
+        assert isinstance(net.moe1, moe_locality.MoE) == (name != "stock")
+        if name != "stock":
+            assert engine.moe_locality.topology.num_nodes == 2
+            rows[name] = engine.moe_locality.traffic_report()["rows_by_link"]["dispatch"]
+        engine.moe_locality.close()
+    for words in ({"replace_with_kernel_inject": True}, {"tensor_parallel": {"tp_size": 2}}):
+        with pytest.raises(ConfigError, match=next(iter(words))):
+            moe_locality.init_inference(make_net(Stock, rank, world), plan=plans["plan"], **words)
+    return found, rows
+
+
+def test_init_inference_computes_the_same_with_plan_and_replicas():
+    """[F17.8] Same outputs, groups along the nodes, traffic counted, replicas save rows."""
+    for found, rows in run_ranks(infers_with_every_plan, 2, deepspeed=True, timeout_s=240):
+        np.testing.assert_allclose(list(found.values()), found["stock"], *LOSS["float32"])
+        across = {name: links["cross_node"] for name, links in rows.items()}
+        assert across["no plan"] > 0
+        assert across["replicas"] < across["plan"]

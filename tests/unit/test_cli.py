@@ -36,6 +36,7 @@ COMMANDS = (
     "record",
     "bench",
     "bench paper",
+    "serve",
     "doctor",
     "demo",
 )
@@ -437,6 +438,7 @@ def lines(tmp_path_factory):
         "record": (),
         "bench": (trace, *cluster, "--method", "linear"),
         "bench paper": (trace,),
+        "serve": (folder / "sglang.json", "--model", folder, "--out", new),
         "doctor": (),
         "demo": ("--out", new, "--trace", trace),
     }
@@ -465,9 +467,15 @@ BAD_VALUES = {
     "windows": ("1",),
     "move_budget": ("7", "nan"),
     "row_bytes": ("-1", "nan"),
+    "requests": ("GONE",),
+    **dict.fromkeys(("dtype", "grouping"), ("wrong",)),
+    **dict.fromkeys(("max_num_seqs", "max_num_batched_tokens", "max_model_len"), ("0", "-1")),
+    **dict.fromkeys(("max_num_kv_tokens", "max_tokens"), ("0", "-1")),
+    "max_num_ready": ("-1",),
+    "temperature": ("-1", "nan"),
 }
 """Parameter of a command → values that it must refuse; GONE: a path where nothing is."""
-ANY_VALUE = {"model", "script", "wandb", "wandb_dir", "group", "record trace"}
+ANY_VALUE = {"model", "script", "wandb", "wandb_dir", "group", "record trace", "serve trace"}
 SWITCHES = {"help", "as_json", "debug", "overwrite", "bound", "prove", "equal_requests"}
 SWITCHES |= {"one_layout", "trust_checkpoint", "trust_parameter_order"}
 TOGETHER = (

@@ -191,6 +191,27 @@ def test_generate_streams_tokens_and_takes_requests_as_there_is_room(model):
         assert mine == output.outputs[0].token_ids
 
 
+@pytest.mark.parametrize("grouping", ["cosine", "experts"])
+def test_generate_gives_the_same_tokens_in_any_grouping(model, grouping):
+    requests = [
+        {"prompt_token_ids": ids, "request_id": i, "temperature": 0, "max_tokens": 2 + i % 7}
+        for i, ids in enumerate(prompts(14, seed=9))
+    ]
+    plain = {o.request_id: o for o in engine_of(model).generate(requests)}
+    steps = []
+    limits = {"max_num_ready": 6}
+    engine = engine_of(model, limits=limits, grouping=grouping, on_step=steps.append)
+    outputs = list(engine.generate(requests))
+    assert len(outputs) == 14
+    for output in outputs:
+        assert output.outputs[0].token_ids == plain[output.request_id].outputs[0].token_ids
+    order = [output.request_id for output in outputs]
+    assert order != list(plain)  # other requests ran together
+    for step in steps:
+        assert (step["distinct"] is not None) == (step["kind"] == "decode")
+        assert step["distinct"] is None or 2 <= step["distinct"] <= 4
+
+
 def test_generate_is_recorded_with_requests_positions_and_stages(model, tmp_path):
     import moe_locality
 

@@ -1,0 +1,102 @@
+"""Which of the ready requests takes a free row, so that a step touches few distinct experts.
+
+A rank reads the weights of every expert that one of its tokens picks, and sends to every node that
+has one. Requests that use the same experts therefore belong into the same steps. Each request is
+known by how often the tokens of its prompt picked each expert (``RequestState.profile``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as ListLike
+
+import numpy as np
+
+from moe_locality.errors import ConfigError
+from moe_locality.serving.scheduler import (
+    Choose,
+    RequestState,
+    Sequence,
+    first_come,
+    request_age,
+)
+
+BAND = 0.1
+"""Candidates as similar as the best one up to this count as equal (arXiv 2607.00466)."""
+TRUST_TOKENS = 16.0
+"""Tokens of a prompt at which its own picks and those of all requests weigh the same."""
+
+
+def profile_of(picks: np.ndarray, num_experts: int) -> np.ndarray:
+    """How often each expert was picked: ``[T, L, K]`` ids (-1: none) to int64 ``[L, E]``."""
+    layers = picks.shape[1]
+    place = picks.astype(np.int64) + np.arange(layers)[None, :, None] * num_experts
+    flat = np.bincount(place[picks >= 0], minlength=layers * num_experts)
+    return flat.reshape(layers, num_experts)
+
+
+def distinct_experts(picks: np.ndarray) -> float:
+    """Distinct experts that a step picks in a layer, mean over the layers: ids ``[T, L, K]``."""
+    return float(np.mean([len(np.unique(layer[layer >= 0])) for layer in picks.swapaxes(0, 1)]))
+
+
+def chooser(grouping: str) -> Choose:
+    """Return the rule of that name.
+
+    ``fifo``: the one that came first. ``cosine``: of the ready ones whose profile is as similar to
+    that of the batch as the best one's, up to :data:`BAND`, the one that came first (arXiv
+    2604.23150 groups so, arXiv 2607.00466 names the band). ``experts``: the one that is expected to
+    add fewest experts to a step.
+
+    Raises:
+        ConfigError: another name.
+    """
+    rules: dict[str, Choose] = {
+        "fifo": first_come,
+        "cosine": choose_by_cosine,
+        "experts": choose_by_experts,
+    }
+    if grouping not in rules:
+        raise ConfigError(f"found grouping={grouping!r}, expected one of {sorted(rules)}")
+    return rules[grouping]
+
+
+def choose_by_cosine(ready: ListLike[RequestState], running: ListLike[Sequence]) -> int:
+    """See :func:`chooser`."""
+    if not running or any(state.profile is None for state in ready):
+        return first_come(ready, running)
+    batch = np.mean([_unit(sequence.request) for sequence in running], axis=0)
+    similar = np.array([float(np.vdot(_unit(state), batch)) for state in ready])
+    similar /= max(float(np.linalg.norm(batch)), 1e-12)
+    return _oldest(ready, similar >= similar.max() - BAND)
+
+
+def _unit(state: RequestState) -> np.ndarray:
+    assert state.profile is not None
+    values = state.profile.reshape(-1).astype(np.float64)
+    return values / max(float(np.linalg.norm(values)), 1e-12)
+
+
+def _oldest(ready: ListLike[RequestState], among: np.ndarray) -> int:
+    return min(np.flatnonzero(among).tolist(), key=lambda i: request_age(ready[i]))
+
+
+def choose_by_experts(ready: ListLike[RequestState], running: ListLike[Sequence]) -> int:
+    """See :func:`chooser`.
+
+    A request adds expert e of layer l to a step where it picks it, with chance ``p[l, e]``, and no
+    other one does: ``sum over (l, e) of p[l, e] * (product over the running of (1 - p_r[l, e]))``.
+    What it would add to a batch of average requests is taken off: a request that needs many experts
+    anywhere is no worse here than later.
+    """
+    if not running or any(state.profile is None for state in ready):
+        return first_come(ready, running)
+    states = [*ready, *(sequence.request for sequence in running)]
+    counts = np.array([state.profile for state in states], dtype=np.float64)
+    tokens = np.array([state.profiled for state in states], dtype=np.float64)
+    overall = counts.sum(axis=0) / max(tokens.sum(), 1.0)
+    chance = counts + TRUST_TOKENS * overall
+    chance /= (tokens + TRUST_TOKENS)[:, None, None]
+    own, others = chance[: len(ready)], chance[len(ready) :]
+    free = np.prod(1 - np.minimum(others, 1), axis=0) - (1 - np.minimum(overall, 1)) ** len(others)
+    added = np.einsum("rle,le->r", own, free)
+    return _oldest(ready, added <= added.min() + 1e-12)
