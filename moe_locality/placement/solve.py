@@ -268,9 +268,9 @@ def _coactivation(problem: Problem, apart: Problem | None = None) -> Solution:
     layers = [coactivation.make_layer(apart, tables, i) for i in range(apart.trace.num_layers)]
     loads = np.stack([layer.load for layer in layers])
     noise = load_noise.shared_noise([layer.noise for layer in layers], loads)
-    tables = coactivation.count_tables(problem.trace, problem.sampling_unit)
-    layer = replace(coactivation.make_layer(problem, tables, 0), noise=noise)
-    return coactivation.solve_coactivation(problem, tables, [layer])
+    whole = coactivation.count_tables(problem.trace, problem.sampling_unit)
+    layer = replace(coactivation.make_layer(problem, whole, 0), noise=noise)
+    return coactivation.solve_coactivation(problem, replace(whole, units=tables.units), [layer])
 
 
 def _eplb(problem: Problem) -> Solution:
