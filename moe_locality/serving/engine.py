@@ -96,12 +96,13 @@ class Engine:
         self.eos = _eos_tokens(self.model)
         parameters = inspect.signature(self.model.forward).parameters
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
-        self.tap = RouteTap(model)
+        self._profiles = grouping != "fifo"
+        sees = self._profiles or on_step is not None or homes == "predicted" or ":" in homes
+        self.tap = RouteTap(model, sees=sees)
         self.lockstep = LockStep(model, self.tap, self.device)
         rows = all_succeed(lambda: plan_rows(model, plan) if plan and self.tap.layers else [])
         rule = HomeRule(homes, self.lockstep.size, plan=plan, rows=rows, seed=seed)
         self.handover = HandOver(rule, self.lockstep.rank, self.device)
-        self._profiles = grouping != "fifo"
         self.scheduler = Scheduler(
             self.limits,
             pads=not self.recurrent,
@@ -140,6 +141,10 @@ class Engine:
             while self.step() is not None:
                 pass
             raise
+
+    def close(self) -> None:
+        """Leave the model as it was, but for its dense weights, which stay gathered."""
+        self.tap.close()
 
     def drain(self) -> None:
         """Start no further requests, on any rank, and finish those that have begun.

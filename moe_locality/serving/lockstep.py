@@ -37,23 +37,30 @@ class RouteTap:
     ``valid [T]``: which tokens are real, None: all of them. ``picks``: of the pass so far, ids
     ``[T, K]`` per layer in the order of the layers, kept where ``keeps`` is set.
     ``num_experts``: of a layer, None where the model has none.
+
+    Args:
+        sees: whether picks are wanted at all: they cost a hook per layer.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, sees: bool) -> None:
         self.layers = [layer for _, layer in expert_layers(model)]
         self.num_experts: int | None = None
         self._hooks: list[Any] = []
-        with contextlib.suppress(TraceError):  # a dense model has nothing to see
-            found = find_moe_layers(model)
-            self.num_experts = max(layer.num_experts for layer in found)
-            for number, layer in enumerate(found):
-                self._hooks += hook_layer((number,), layer, self._see, do_nothing)
+        if sees:
+            self._look(model)
         self.order: list[tuple[LocalityEP, int, int, torch.dtype]] = []
         self.valid: Tensor | None = None
         self.keeps, self.learns = False, False
         self.picks: dict[int, Tensor] = {}
         for layer in self.layers:
             layer.on_routes = self.on_routes
+
+    def _look(self, model: nn.Module) -> None:
+        with contextlib.suppress(TraceError):  # a dense model has nothing to see
+            found = find_moe_layers(model)
+            self.num_experts = max(layer.num_experts for layer in found)
+            for number, layer in enumerate(found):
+                self._hooks += hook_layer((number,), layer, self._see, do_nothing)
 
     def on_routes(self, layer: LocalityEP, hidden: Tensor, ids: Tensor) -> Tensor:
         """Take the picks ``ids [T, K]`` of a layer; return those that are sent."""
@@ -83,7 +90,8 @@ class RouteTap:
     def close(self) -> None:
         """Leave the layers as they were."""
         for layer in self.layers:
-            layer.on_routes = None
+            if layer.on_routes == self.on_routes:
+                layer.on_routes = None
         for hook in self._hooks:
             hook.remove()
 

@@ -5,6 +5,7 @@ import os
 import signal
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests.distributed.fault_cases import END_S, VICTIM, WORLD, die, end_together, note_fault
@@ -13,7 +14,7 @@ from tests.distributed.test_transformers_ep import save_tiny
 from tests.launch import run_ranks
 from tests.unit.test_launch_scripts import run
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 LIMITS = {"max_num_seqs": 4, "max_num_batched_tokens": 24, "max_model_len": 64}
 
@@ -72,6 +73,28 @@ def test_serve_file_drains_at_a_signal_and_goes_on_when_started_again(tmp_path):
     assert second["served"] == 60 - first["served"]
     assert second["refused"] == first["refused"] == 0
     assert tokens_in(tmp_path / "out") == expected(path, requests)
+
+
+def serve_many(rank, world, path, folder):
+    from moe_locality.serving.jobs import serve_file
+
+    return serve_file(engine_of(path, world, "predicted"), folder / "in.jsonl", folder / "four")
+
+
+@pytest.mark.slow
+def test_serve_file_gives_the_same_tokens_on_four_ranks_as_on_one(tmp_path):
+    """[F17 faults] 500 requests of mixed lengths, homes predicted, two nodes."""
+    from moe_locality.serving import Engine, Limits
+    from moe_locality.serving.jobs import serve_file
+
+    path = save_tiny(tmp_path, "Mixtral", sliding_window=10)
+    write_requests(tmp_path / "in.jsonl", 500)
+    spread = run_ranks(serve_many, 4, path, tmp_path, timeout_s=500.0)[0]
+    assert spread["served"] == 500
+    assert spread["moved"] > 50
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    serve_file(Engine(model, limits=Limits(**LIMITS)), tmp_path / "in.jsonl", tmp_path / "one")
+    assert tokens_in(tmp_path / "four") == tokens_in(tmp_path / "one")
 
 
 def dies_while_serving(rank, folder, path, homes, kind):
