@@ -19,7 +19,7 @@ from moe_locality.demo.launch import free_port, launch_command, launch_environme
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.trace import PREFILL, TRAIN, read_trace
 from tests.fork_launcher import forked_command
-from tests.launch import run_ranks
+from tests.launch import run_ranks, skip_without_expert_parallelism
 from tests.tolerances import LOGITS, LOSS
 
 ROOT = Path(__file__).parents[2]
@@ -147,7 +147,7 @@ def counting(folder: Path, module: str, call: str = "main()") -> Path:
 
 def torchrun(num_ranks: int, script: Path, *arguments: Any) -> str:
     """Run a script under torchrun; return what the ranks said."""
-    pytest.importorskip("transformers.distributed.expert_parallel", reason="before 5.23")
+    skip_without_expert_parallelism()
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
     done = subprocess.run(
         [sys.executable, *launcher, "--master-port", str(free_port()), script, *arguments],
@@ -245,7 +245,7 @@ def test_a_plan_for_the_stock_layer_is_refused_before_anything_starts(capsys, mo
 def test_hf_train_trains_and_saves_what_one_process_does(tmp_path, monkeypatch):
     """Two ranks under torchrun with a plan, against a plain loop on both ranks' batches."""
     transformers = pytest.importorskip("transformers")
-    pytest.importorskip("transformers.distributed.expert_parallel", reason="before 5.23")
+    skip_without_expert_parallelism()
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import hf_train
 
@@ -281,14 +281,3 @@ def test_hf_train_trains_and_saves_what_one_process_does(tmp_path, monkeypatch):
     assert float(printed) == pytest.approx(losses[steps - 1], rel=1e-4)
     assert found == pytest.approx(losses[steps], rel=1e-4)
     assert losses[steps] < losses[0] - 0.1
-
-
-@pytest.mark.slow
-def test_hf_generate_has_the_same_texts_for_fewer_bytes_with_a_plan(tmp_path):
-    """On four ranks as two nodes, and ends without threads of gloo."""
-    sizes = ["--requests", "32", "--new-tokens", "16", "--train-steps", "40", "--num-nodes", "2"]
-    said = torchrun(4, counting(tmp_path, "hf_generate"), "--out", tmp_path / "run", *sizes)
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    usual, placed = summary["bytes"]
-    assert 0 < placed < usual, said
-    assert len(summary["parted"]) <= 1e-3 * summary["tokens"], said

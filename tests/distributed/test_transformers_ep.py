@@ -14,11 +14,11 @@ import torch.distributed as dist
 from moe_locality.errors import ConfigError, MoeLocalityError
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.topology.cluster import ClusterTopology
-from tests.launch import run_ranks
+from tests.launch import run_ranks, skip_without_expert_parallelism
 from tests.tolerances import LOGITS, LOSS
 
 transformers = pytest.importorskip("transformers")
-pytest.importorskip("transformers.distributed.expert_parallel", reason="transformers before 5.23")
+skip_without_expert_parallelism()
 pytest.importorskip("accelerate")
 
 NUM_EXPERTS = 8

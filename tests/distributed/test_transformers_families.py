@@ -2,11 +2,13 @@
 
 import pytest
 
-pytest.importorskip("transformers.distributed.expert_parallel", reason="transformers before 5.23")
+from tests.launch import skip_without_expert_parallelism
+
+skip_without_expert_parallelism()
 pytest.importorskip("accelerate")
 
-from tests.distributed import transformers_families as split
-from tests.unit.trace.families import families
+from tests.distributed import transformers_families as split  # noqa: E402
+from tests.unit.trace.families import families  # noqa: E402
 
 
 def test_the_table_of_split_families_lists_every_family():

@@ -12,6 +12,7 @@ import pytest
 
 from moe_locality.demo.launch import free_port
 from moe_locality.placement.plan import PlacementPlan
+from tests.launch import skip_without_expert_parallelism
 
 ROOT = Path(__file__).parents[2]
 PASSED_ON = ("PYTHONPATH", "DS_ACCELERATOR", "OMP_NUM_THREADS", "WANDB_MODE", "WANDB_SILENT")
@@ -303,7 +304,7 @@ def test_a_users_script_records_is_placed_and_trained(tmp_path):
 @pytest.mark.slow
 def test_generate_saves_bytes_and_writes_the_same_texts(tmp_path):
     """The whole example: train a little, record, place, generate without and with the plan."""
-    pytest.importorskip("transformers.distributed.expert_parallel", reason="before 5.23")
+    skip_without_expert_parallelism()
     sizes = ["--train-steps", "60", "--requests", "32", "--new-tokens", "8", "--num-nodes", "2"]
     port = {"DEEPSPEED_ARGS": f"--master_port {free_port()}"}
     done = run("generate", "--ranks", "4", "--out", "o", *sizes, cwd=tmp_path, **port)
