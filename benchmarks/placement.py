@@ -55,7 +55,8 @@ def rows_of(part: str, options: argparse.Namespace) -> Iterator[Row]:
     folder = Path(options.data)
     if part == "targets":
         splits = range(options.splits)
-        work = [(goal_rows, folder, g, options.seeds, split) for split in splits for g in GOALS]
+        goals = [goal for goal in GOALS if options.only in goal.label]
+        work = [(goal_rows, folder, g, options.seeds, split) for split in splits for g in goals]
         yield from side_by_side(work, options.processes)
     elif part == "peers":
         cases = [(nodes, 0.0) for nodes in options.nodes]
@@ -108,6 +109,7 @@ def main() -> None:
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--nodes", type=int, nargs="+", default=[2, 4, 8], help="of peers")
     parser.add_argument("--seeds", type=int, default=5, help="solver seeds of targets")
+    parser.add_argument("--only", default="", help="targets whose label has these words")
     parser.add_argument("--splits", type=int, default=1, help="split seeds of targets")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="of targets, peers")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="of scale")

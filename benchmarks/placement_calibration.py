@@ -6,7 +6,6 @@ requests, where it has to find out. A promise is the mean over possible requests
 splits should be above it.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +53,7 @@ def split_units(trace: RoutingTrace, by: str, seed: int) -> tuple[RoutingTrace, 
     return trace.take(first), trace.take(~first)
 
 
-def calibration_rows(folder: Path, name: str, nodes: int, by: str) -> Iterator[Row]:
+def calibration_rows(folder: Path, name: str, nodes: int, by: str) -> list[Row]:
     """Mean of held-out less promised imbalance, and the share of the splits above the promise."""
     trace = RoutingTrace.from_npz(folder / f"{name}.npz")
     layers = [int(i) for i in trace.layer_ids if int(i) != COLLAPSED.get(name, -1)]
@@ -75,17 +74,18 @@ def calibration_rows(folder: Path, name: str, nodes: int, by: str) -> Iterator[R
         f"{SPLITS} splits, every {EVERY}rd layer, default cap, sampling_unit {unit}; found "
         f"{np.mean(found):.4f}, promised {np.mean(promised):.4f}, standard error {error:.4f}"
     )
-    yield Row(
+    bias = Row(
         case=case,
         metric="bias_of_promised_imbalance",
         value=float(less.mean()),
         unit="max/mean",
         note=f"within {BIAS}: {'yes' if abs(less.mean()) <= BIAS else 'no'}; {note}",
     )
-    yield Row(
+    above = Row(
         case=case,
         metric="share_above_promise",
         value=float((less > 0).mean()),
         target=ABOVE,
         note=note,
     )
+    return [bias, above]
