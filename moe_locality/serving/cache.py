@@ -58,6 +58,8 @@ def check_cache(model: nn.Module) -> bool:
         text, "attention_chunk_size", None
     ):
         unknown.add("chunked_attention")
+    if hasattr(text, "keep_window_size"):  # Doge keeps the best columns, padding counts
+        unknown.add("dynamic mask attention")
     if unknown:
         raise ConfigError(
             f"found {sorted(unknown)} in the cache of {type(model).__name__}, expected full, "
@@ -117,8 +119,10 @@ def _assemble_layer(runs: Sequence[tuple[Any, list[int]]], width: int) -> Any:
         for name in ("conv_states", "recurrent_states"):
             states: dict[int, Tensor | None] = {}
             for key, state in getattr(first, name).items():
-                parts = [_row(getattr(layer, name)[key], index) for layer, index in runs]
-                states[key] = None if state is None else torch.cat(parts)
+                states[key] = state  # None where a model has no such state
+                if state is not None:
+                    parts = [_row(getattr(layer, name)[key], index) for layer, index in runs]
+                    states[key] = torch.cat(parts)
             setattr(made, name, states)
         for name, value in vars(first).items():
             if name.startswith(("is_conv", "is_rec", "has_prev", "conv_kernel")):

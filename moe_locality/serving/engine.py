@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_locality.dispatch.traffic import local_traffic, reset_traffic
+from moe_locality.errors import ConfigError
 from moe_locality.layer.agreement import all_agree, all_succeed
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.serving.cache import Rows, assemble, check_cache, pass_inputs
@@ -121,7 +122,13 @@ class Engine:
 
     def _warm(self) -> None:
         self._like = Rows.empty(self.config, 1)
-        self._forward(self._like, [[0]])
+        try:
+            self._forward(self._like, [[0]])
+        except (ValueError, TypeError) as error:  # on all ranks alike
+            raise ConfigError(
+                f"found {type(self.model).__name__}, which runs on no cache that rows can join and "
+                f"leave ({error}), expected transformers' DynamicCache: use model.generate for it"
+            ) from error
 
     # -- requests in, results out
 

@@ -241,3 +241,9 @@ def test_engine_refuses_caches_that_it_cannot_join():
     )  # fmt: skip
     with pytest.raises(ConfigError, match="DynamicIndexedLayer"):
         engine_of(transformers.DeepseekV32ForCausalLM(config))
+
+
+def test_engine_refuses_models_with_a_cache_of_their_own():
+    sizes = {**SIZES, "head_dim": 8, "layer_types": ["full_attention", "linear_attention"]}
+    with pytest.raises(ConfigError, match="MiniMax"):
+        engine_of(transformers.MiniMaxForCausalLM(transformers.MiniMaxConfig(**sizes)))
