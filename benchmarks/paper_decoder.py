@@ -258,7 +258,9 @@ def counted(ranks: list[dict[str, Any]]) -> dict[str, float]:
     only = [some for some in together if all(s["kind"] != "prefill" for s in some)]
     tokens = sum(s["tokens"] for some in only for s in some)
     sent = [[across(s["bytes"]) for s in some] for some in only]
-    rows = sum(across(s["rows"]) for some in only for s in some)
+    rows = sum(
+        s["rows"][kind][2] for some in only for s in some for kind in ("dispatch", "combine")
+    )
     return {
         BYTES: sum(map(sum, sent)) / tokens,
         "largest sent by a rank": float(np.mean([max(some) for some in sent])),
