@@ -62,6 +62,9 @@ Objective = Annotated[
     str, typer.Option(help="copies; rank_copies: sent once per rank; with joint homes: picks.")
 ]
 OneLayout = Annotated[bool, typer.Option("--one-layout", help="The same places in all layers.")]
+ServingRule = Annotated[
+    str | None, typer.Option(help="Which replica serves: home or visited. Default: by method.")
+]
 ExpertGroups = Annotated[
     int | None, typer.Option(min=1, help="Groups of a group-limited router, kept whole.")
 ]
@@ -100,6 +103,7 @@ def place(
     objective: Objective = "copies",
     expert_groups: ExpertGroups = None,
     one_layout: OneLayout = False,
+    serving_rule: ServingRule = None,
     start: Start = None,
     move_budget: MoveBudget = None,
     held_out: HeldOut = 0.0,
@@ -118,8 +122,8 @@ def place(
     options: dict[str, Any] = {"method": method, "num_redundant_experts": redundant_experts}
     options |= {"max_imbalance": max_imbalance, "max_home_imbalance": max_home_imbalance}
     options |= {"homes": homes, "objective": objective, "expert_groups": expert_groups}
-    options |= {"move_budget": MOVE_BUDGET if move_budget is None else move_budget}
-    options |= {"seed": seed, "start": old, "one_layout": one_layout}
+    options |= {"move_budget": MOVE_BUDGET if move_budget is None else move_budget, "seed": seed}
+    options |= {"start": old, "one_layout": one_layout, "serving_rule": serving_rule}
     options |= {"sampling_unit": _unit(sampling_unit)}
     with progress(f"placing {trace}"), warnings_once():
         content = moe_locality.read_trace(trace)

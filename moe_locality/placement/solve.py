@@ -28,6 +28,7 @@ from moe_locality.placement.problem import (
     make_plan,
     resolve_homes,
 )
+from moe_locality.placement.serving import MOST_NODES, RULES
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 
@@ -68,13 +69,13 @@ def solve(
     move_budget: float = 0.02,
     one_layout: bool = False,
     sampling_unit: str | int | None = None,
+    serving_rule: str | None = None,
 ) -> PlacementPlan:
     """Find where the experts of every layer should live. The same arguments give the same plan.
 
     Args:
         trace: what to optimize for, of tokens; counts are enough without ``coactivation``.
-        method: ``coactivation`` (fewest copies under the cap), ``balance`` (level ranks from loads
-            alone), or another of ``METHODS``.
+        method: ``coactivation`` (fewest copies), ``balance`` (level ranks), or of ``METHODS``.
         num_redundant_experts: slots beyond one per expert.
         max_imbalance: most max / mean of the node loads that ``coactivation`` expects on *unseen*
             requests, mean over the layers; sampling_unit: what those come in; see ``read_cap``.
@@ -84,10 +85,9 @@ def solve(
         objective: ``copies`` (a token is sent once per node), ``rank_copies`` (once per rank;
             ``max_imbalance`` is then of the ranks), with ``homes="joint"`` also ``picks`` (each).
         max_home_imbalance: most max / mean of the tokens per home rank, with ``homes="joint"``.
-        seed: of every random choice.
-        start: improve this plan (and its replicas) instead, moving at most the share
-            ``move_budget`` of its slots; with ``coactivation`` or ``balance``. See refresh/.
-        one_layout: the same places in all layers.
+        seed: of every random choice. one_layout: the same places in all layers.
+        start: improve this plan instead, moving at most ``move_budget`` of its slots (refresh/).
+        serving_rule: of ``placement.serving``; None: "visited" where it is searched for.
 
     Raises:
         PlacementError: the arguments do not fit each other; the message says what to change.
@@ -110,6 +110,7 @@ def solve(
         seed=seed,
         **cap,
     )
+    problem = _with_rule(problem, serving_rule, method == "coactivation" and start is None)
     found = _run(problem, method, joint, start, move_budget)
     return _signed(problem, found, found.homes if joint else homes, method, joint)
 
@@ -159,6 +160,25 @@ def read_cap(
             "requests next to each other"
         )
     return {"max_imbalance": cap, "slack": slack, "worth": worth, "sampling_unit": unit}
+
+
+def _with_rule(problem: Problem, rule: str | None, searching: bool) -> Problem:
+    """The problem with the rule to search for; ``searching``: from nothing, for copies.
+
+    Raises:
+        PlacementError: it is unknown, or "visited" where nothing searches for it.
+    """
+    if rule not in (None, *RULES):
+        raise PlacementError(f"serving_rule: found {rule!r}, expected one of {', '.join(RULES)}")
+    able = searching and problem.group_of is None and not problem.one_layout
+    able = able and problem.objective == "copies" and problem.num_nodes <= MOST_NODES
+    if rule == "visited" and not able:
+        raise PlacementError(
+            "serving_rule: found 'visited', expected 'home' or none: only method 'coactivation' "
+            "for the objective 'copies', without expert_groups, start and one_layout, searches "
+            f"for it, on at most {MOST_NODES} nodes"
+        )
+    return replace(problem, serving_rule=rule or ("visited" if able else "home"))
 
 
 def _current_name(method: str) -> str:

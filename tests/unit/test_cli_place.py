@@ -57,6 +57,10 @@ def test_objective_home_cap_and_groups_reach_the_solver(folder, tmp_path):
         (("--expert-groups", "4"), {"expert_groups": 4}),
         (("--objective", "rank_copies"), {"objective": "rank_copies"}),
         (("--one-layout",), {"one_layout": True}),
+        (
+            ("--redundant-experts", "4", "--serving-rule", "home"),
+            {"num_redundant_experts": 4, "serving_rule": "home"},
+        ),
     ):
         arguments = {**arguments, "max_imbalance": 1.05}
         judged = answer(*words, *options)["judged"]

@@ -89,7 +89,10 @@ def solve_joint(problem: Problem) -> Solution:
         placed = coactivation.place_layers(
             _at_home(data, home_node), tables=data.tables, replica_rounds=1
         )
-        home_node = _homes(data, make_plan(problem, placed.rows, load=placed.load)).node
+        home_node = _homes(
+            data,
+            make_plan(problem, placed.rows, load=placed.load, serving_nodes=placed.serving_nodes),
+        ).node
     found = coactivation.solve_coactivation(_at_home(data, home_node), tables=data.tables)
     chosen = _homes(data, found.plan)
     pairs = zip(data.requests.request_ids, chosen.rank, strict=True)

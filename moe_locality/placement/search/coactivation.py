@@ -26,7 +26,7 @@ from moe_locality.placement.baselines import pack_replicas, replicate
 from moe_locality.placement.costs import BATCH_TOKENS
 from moe_locality.placement.counting import map_layers
 from moe_locality.placement.problem import Problem, RankLists, Solution, log_warning, make_plan
-from moe_locality.placement.search import load_noise, replicas, swaps
+from moe_locality.placement.search import load_noise, replicas, swaps, visited
 from moe_locality.placement.search.load_noise import Cap, Units
 from moe_locality.placement.search.swaps import HOT, anneal, patterns, refine_exact
 from moe_locality.trace.schema import RoutingTrace
@@ -107,6 +107,7 @@ then searched at lower prices too, up to the imbalance that it is allowed itself
 LOWER = (0.4, 0.1)
 
 REPLICA_ROUNDS = 4
+VISITED_ROUNDS = 3
 CHEAPER = 0.45
 """What imbalance is worth with replicas, as a share of that without: about, to begin with."""
 
@@ -123,6 +124,7 @@ class Placed:
     expected: imbalance of the nodes expected on unseen requests, per layer; caps: what was allowed.
     notes: by row of the layer, what is worth saying in provenance.
     load: [L, E] of all layers of the trace.
+    serving_nodes: [L, M, E, X] who serves whom, with replicas under the rule "visited".
     """
 
     rows: list[RankLists]
@@ -131,6 +133,7 @@ class Placed:
     sampling_unit: str | int
     notes: dict[int, dict[str, Any]]
     load: np.ndarray
+    serving_nodes: np.ndarray | None = None
 
 
 def solve_coactivation(
@@ -160,7 +163,8 @@ def solve_coactivation(
             problem.max_imbalance,
             *next((key, note["reason"]) for key, note in found["layer_notes"].items()),
         )
-    return Solution(plan=make_plan(problem, placed.rows, load=placed.load), notes=found)
+    plan = make_plan(problem, placed.rows, load=placed.load, serving_nodes=placed.serving_nodes)
+    return Solution(plan=plan, notes=found)
 
 
 def place_layers(
@@ -187,7 +191,7 @@ def place_layers(
     if problem.num_slots > problem.trace.num_experts and problem.group_of is None:
         replicated = _replicate(problem, seen, node_of, caps, seeds, price, replica_rounds)
 
-    def finish(layer: int) -> RankLists:
+    def finish(layer: int) -> tuple[RankLists, list[int]]:
         members = [np.flatnonzero(node_of[layer] == n) for n in range(problem.num_nodes)]
         served = np.tile(tables.load[layer].astype(np.float64), (problem.num_nodes, 1))
         if replicated:
@@ -196,7 +200,11 @@ def place_layers(
         weight = counting.pair_weight(tables.pairs[layer])
         return _finish(problem, weight, served, members, seeds[layer])
 
-    rows = map_layers(finish, num_layers)
+    finished = map_layers(finish, num_layers)
+    choices = None
+    lists = [some.choices for some in replicated if some.choices is not None]
+    if lists:
+        choices = visited.renamed(lists, [order for _, order in finished])
     expected = [some.imbalance for some in replicated or found]
     notes = {
         layer: _note(tables.load[layer], expected[layer], caps[layer].allowed)
@@ -205,12 +213,13 @@ def place_layers(
         or not tables.load[layer].any()
     }
     return Placed(
-        rows=rows,
+        rows=[held for held, _ in finished],
         expected=expected,
         caps=caps,
         sampling_unit=tables.units.of,
         notes=notes,
         load=tables.load,
+        serving_nodes=choices,
     )
 
 
@@ -294,9 +303,11 @@ def expand_groups(problem: Problem, node_of: np.ndarray) -> np.ndarray:
 
 def _finish(
     problem: Problem, weight: np.ndarray, served: np.ndarray, members: list[np.ndarray], seed: int
-) -> RankLists:
-    """Names of the nodes, and ranks; groups of experts get replicas inside their node."""
-    order = range(problem.num_nodes)
+) -> tuple[RankLists, list[int]]:
+    """(ranks, which of the nodes comes first, second, ...); groups of experts get replicas inside
+    their node.
+    """
+    order = list(range(problem.num_nodes))
     if problem.home_rank is None:  # nodes are alike: name them so that few experts move
         lists = [some.tolist() for some in members]
         order = order_like_linear(lists, problem.trace.num_experts / problem.num_nodes)
@@ -305,7 +316,7 @@ def _finish(
     for node in order:
         some = members[node].tolist()
         held += place_on_ranks(weight, served[node], some, problem.ranks_per_node, per_node, seed)
-    return held
+    return held, order
 
 
 def _replicate(
@@ -338,7 +349,47 @@ def _replicate(
         return found.imbalance
 
     allowed = [cap.allowed for cap in caps]
-    search_lagrangian(search, allowed, rounds, first=CHEAPER * price)
+    price = search_lagrangian(search, allowed, rounds, first=CHEAPER * price)
+    chosen = load_noise.allocate(tried, caps)
+    found = [some[i] for some, i in zip(tried, chosen, strict=True)]
+    if problem.serving_rule == "home":
+        return found
+    rounds = min(rounds, VISITED_ROUNDS)
+    return _serve_visited(problem, layers, found, caps, seeds, price, rounds)
+
+
+def _serve_visited(
+    problem: Problem,
+    layers: Sequence[Layer],
+    found: Sequence[replicas.Candidate],
+    caps: Sequence[Cap],
+    seeds: Sequence[int],
+    price: float,
+    rounds: int,
+) -> list[replicas.Candidate]:
+    """Go on from what was ``found`` for the rule "home" under the rule "visited"."""
+    ids, home_node = problem.trace.expert_ids, problem.home_node
+    assert ids is not None
+    experts = problem.trace.num_experts
+    tokens = map_layers(
+        lambda i: visited.distinct_tokens(ids[:, i], home_node, experts, seeds[i]), len(layers)
+    )
+
+    def begin(place: int) -> replicas.Candidate:
+        layer = layers[place]
+        return visited.begun(tokens[place], layer.load, layer.noise, found[place].held)
+
+    tried = [[some] for some in map_layers(begin, len(layers))]
+
+    def search(place: int, price: float, turn: int) -> float:
+        layer, most = layers[place], caps[place].most
+        args = (tokens[place], layer.load, layer.noise, tried[place][0])
+        one = visited.searched_visited(*args, price, most, seeds[place] + turn)
+        tried[place].append(one)
+        return one.imbalance
+
+    allowed = [cap.allowed for cap in caps]
+    search_lagrangian(search, allowed, rounds, first=max(price, _LEAST))
     chosen = load_noise.allocate(tried, caps)
     return [some[i] for some, i in zip(tried, chosen, strict=True)]
 

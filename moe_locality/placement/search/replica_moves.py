@@ -360,7 +360,7 @@ def anneal(
     best, least, best_total = held.copy(), price * level, total
     for step in range(steps):
         temperature = hot * (cold / hot) ** (step / steps)
-        a, e, b, f = _propose(held, copies_of, state)
+        a, e, b, f = propose(held, copies_of, state)
         if a < 0:
             continue
         _change(held, load, copies_of, base, a, e, b, f)
@@ -398,7 +398,7 @@ def _copy_columns(source, into, some):
 
 
 @numba.njit(nogil=True, cache=True)
-def _propose(held, copies_of, state):
+def propose(held, copies_of, state):
     """(a, e, b, f): put expert f in the place of e on node a and, where b >= 0, e in the place of f
     on node b; a is -1 where the draw is no change.
     """

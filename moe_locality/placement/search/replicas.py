@@ -77,13 +77,15 @@ class Start:
 class Candidate:
     """held: [M, E] which node holds which expert. served_load: [M, E] picks that each node serves.
 
-    copies: per token; imbalance: of the nodes, expected on unseen requests.
+    copies: per token; imbalance: of the nodes, expected on unseen requests. choices: [M, E, X]
+    nodes that may serve an expert for homes on a node, under the rule "visited".
     """
 
     held: np.ndarray
     served_load: np.ndarray
     copies: float
     imbalance: float
+    choices: np.ndarray | None = None
 
 
 def begin(

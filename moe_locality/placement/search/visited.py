@@ -1,0 +1,415 @@
+"""Which nodes hold which experts, and who serves whom, under the rule "visited".
+
+Under that rule the picks of a token decide together which nodes it visits (``placement.serving``),
+so a change of one expert changes tokens whole: every step counts the tokens of the experts that it
+touches again, in compiled loops over the distinct token patterns. Steps exchange experts and
+replicas as in ``replica_moves``, or draw another list of the nodes that may serve one expert for
+homes on one node: leaving a node out of a list, or putting another one first, gives up a few copies
+to level the nodes.
+
+Shapes: N distinct patterns of a layer, K picks, E experts, M nodes, S samples of the noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+
+from moe_locality.placement.search.load_noise import Noise, expected_shared_imbalance, few_draws
+from moe_locality.placement.search.replica_moves import propose
+from moe_locality.placement.search.replicas import Candidate
+from moe_locality.placement.search.swaps import (
+    expected_highest,
+    metropolis_loss,
+    next_random,
+    priced,
+)
+from moe_locality.placement.serving import choose_serving_nodes, order_nodes
+
+MAX_TOKENS = 1 << 16
+"""Copies and loads are counted on a sample of so many tokens, where there are more."""
+
+STEPS, VISITS = 4000, 1 << 22
+"""Changes tried for one placement of a layer, if they count no more patterns again than that."""
+
+HOT, COLD = 1e-3, 1e-4
+"""First and last temperature, as shares of the copies of the start."""
+
+LIST_SHARE = 0.25
+"""Share of the steps that change a list, the others change places."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """The distinct tokens of a layer.
+
+    ids: int16 [N, K] rising picks, -1 = none. weight: [N] tokens with them. home: [N] their home
+    node, -1: homes are uniform. first [E + 1], index: the patterns of each expert.
+    """
+
+    ids: np.ndarray
+    weight: np.ndarray
+    home: np.ndarray
+    first: np.ndarray
+    index: np.ndarray
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        return self.ids, self.weight, self.home, self.first, self.index
+
+    @property
+    def count(self) -> int:
+        return int(self.weight.sum())
+
+
+def distinct_tokens(ids: np.ndarray, home_node: np.ndarray, num_experts: int, seed: int) -> Tokens:
+    """Group tokens ids [T, K] with the same picks and home node ([T], or empty: uniform)."""
+    home = home_node if home_node.size else np.full(len(ids), -1)
+    if len(ids) > MAX_TOKENS:
+        rows = np.random.default_rng(seed).choice(len(ids), MAX_TOKENS, replace=False)
+        ids, home = ids[np.sort(rows)], home[np.sort(rows)]
+    key = np.concatenate([home[:, None], np.sort(ids, axis=1)], axis=1).astype(np.int16)
+    order = np.lexsort(key.T)
+    new = np.ones(len(key), dtype=bool)
+    new[1:] = (key[order][1:] != key[order][:-1]).any(axis=1)
+    chosen = key[order[new]]
+    pattern, place = np.nonzero(chosen[:, 1:] >= 0)
+    expert = chosen[pattern, place + 1]
+    by_expert = np.argsort(expert, kind="stable")
+    return Tokens(
+        ids=np.ascontiguousarray(chosen[:, 1:]),
+        weight=np.bincount(np.cumsum(new) - 1),
+        home=chosen[:, 0].astype(np.int64),
+        first=np.concatenate([[0], np.cumsum(np.bincount(expert, minlength=num_experts))]),
+        index=pattern[by_expert],
+    )
+
+
+def served_visited(
+    tokens: Tokens, load: np.ndarray, noise: Noise, held: np.ndarray, choices: np.ndarray
+) -> Candidate:
+    """A placement with what it costs under the rule.
+
+    Args:
+        load: [E] picks of each expert in the whole trace.
+        held: [M, E] which node holds which expert.
+        choices: [M, E, X] nodes that may serve an expert for homes on a node.
+    """
+    nodes = len(held)
+    copies, served = count_served(tokens.ids, tokens.weight, tokens.home, choices, nodes)
+    units = tokens.count * (1 if (tokens.home >= 0).any() else nodes)
+    share = served / np.maximum(served.sum(axis=0), 1)
+    return Candidate(
+        held=held,
+        served_load=share * load,
+        copies=float(copies) / max(units, 1),
+        imbalance=expected_shared_imbalance(share, load.astype(np.float64), noise),
+        choices=choices,
+    )
+
+
+def all_holders(held: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """[M, E, M] every node that holds an expert may serve it, the node ``first`` [M, E] preferred;
+    M columns, so that lists may grow.
+    """
+    nodes, experts = held.shape
+    wide = np.full((nodes, experts, nodes), -1, dtype=np.int64)
+    found = order_nodes(held.T[None], first[None])[0]
+    wide[..., : found.shape[2]] = found
+    return wide
+
+
+def begun(tokens: Tokens, load: np.ndarray, noise: Noise, held: np.ndarray) -> Candidate:
+    """The places of the rule "home": its node is preferred, every other one that holds the expert
+    may serve.
+    """
+    first = choose_serving_nodes(held.T[None], load[None].astype(np.int64))[0]
+    return served_visited(tokens, load, noise, held, all_holders(held, first))
+
+
+def renamed(choices: Sequence[np.ndarray], orders: Sequence[list[int]]) -> np.ndarray:
+    """[L, M, E, X] lists of nodes, in as few columns as they need, where ``orders`` say which of
+    the searched nodes comes first, second, ...
+    """
+    found = []
+    for some, order in zip(choices, orders, strict=True):
+        name = np.append(np.argsort(order), -1)  # of each searched node; -1 stays
+        found.append(name[some][order])
+    lists = np.stack(found)
+    return lists[..., : max(int((lists >= 0).sum(axis=3).max()), 1)]
+
+
+def searched_visited(
+    tokens: Tokens,
+    load: np.ndarray,
+    noise: Noise,
+    start: Candidate,
+    price: float,
+    limit: float,
+    seed: int,
+) -> Candidate:
+    """Places and lists with few copies plus ``price`` times the imbalance to expect.
+
+    Args:
+        start: with lists of M columns. price: copies per token that an imbalance higher by one is
+            worth. limit: imbalance that the layer should not exceed.
+    """
+    nodes, experts = start.held.shape
+    assert start.choices is not None
+    homes = 1 if (tokens.home >= 0).any() else nodes
+    visits = (2 - LIST_SHARE) * len(tokens.index) / experts * homes / nodes
+    steps = int(min(STEPS, VISITS / max(visits, 1)))
+    picks = float(tokens.weight[tokens.index].sum()) * homes
+    if start.copies == 0 or steps == 0 or start.held.all() or picks == 0:
+        return start
+    share = start.served_load / np.maximum(load, 1)
+    variance = np.einsum("me,ef,mf->m", share, noise.covariance, share)
+    deviation = noise.deviation * np.sqrt(np.maximum(variance, 0)) * picks / load.sum()
+    units = tokens.count * homes
+    held, choices = anneal_visited(
+        *tokens.arrays, start.held.copy(), start.choices.copy(), steps,
+        HOT * start.copies * units, COLD * start.copies * units,
+        price * units * nodes / picks, limit * picks / nodes,
+        deviation, few_draws(nodes), LIST_SHARE, seed,
+    )  # fmt: skip
+    return served_visited(tokens, load, noise, held, choices)
+
+
+@numba.njit(nogil=True, cache=True)
+def count_served(ids, weight, home, choices, nodes):
+    """(copies summed over the tokens and their homes, [M, E] picks that each node serves)."""
+    served = np.zeros((nodes, choices.shape[1]), np.int64)
+    copies, mask = np.int64(0), np.int64(0)
+    later = np.empty(ids.shape[1], np.int64)
+    one = np.int64(1)
+    for i in range(len(ids)):
+        for h in range(nodes):
+            if home[i] >= 0 and home[i] != h:
+                continue
+            mask, count = one << h, 0
+            for e in ids[i]:
+                if e < 0:
+                    continue
+                if choices.shape[2] > 1 and choices[h, e, 1] >= 0:
+                    later[count] = e
+                    count += 1
+                else:
+                    mask |= one << choices[h, e, 0]
+                    served[choices[h, e, 0], e] += weight[i]
+            for e in later[:count]:
+                node = _chosen(choices[h, e], mask)
+                mask |= one << node
+                served[node, e] += weight[i]
+            copies += (_bits(mask) - 1) * weight[i]
+    return copies, served
+
+
+@numba.njit(nogil=True, cache=True)
+def _chosen(nodes, mask):
+    """The first of the nodes that the mask has, else the first one."""
+    for node in nodes:
+        if node < 0:
+            break
+        if mask >> node & 1:
+            return node
+    return nodes[0]
+
+
+@numba.njit(nogil=True, cache=True)
+def _bits(mask):
+    count = 0
+    while mask:
+        mask &= mask - 1
+        count += 1
+    return count
+
+
+@numba.njit(nogil=True, cache=True)
+def _visit(row, home, alone, choices, later, loads):
+    """Copies of a token (of all homes where ``home`` is -1); fill loads [M] with its picks.
+
+    ``alone`` [E]: the node of experts that one node holds, -1 of others.
+    """
+    nodes, one = len(loads), np.int64(1)
+    sure, count = np.int64(0), 0
+    loads[:] = 0
+    for e in row:
+        if e < 0:
+            continue
+        node = alone[e]
+        if node >= 0:
+            sure |= one << node
+            loads[node] += nodes if home < 0 else 1
+        else:
+            later[count] = e
+            count += 1
+    if count == 0 and home < 0:
+        return (nodes - 1) * _bits(sure)
+    copies = 0
+    for h in range(nodes) if home < 0 else range(home, home + 1):
+        mask = sure | one << h
+        for e in later[:count]:
+            if choices[h, e, 1] < 0:
+                mask |= one << choices[h, e, 0]
+        for e in later[:count]:
+            node = _chosen(choices[h, e], mask)
+            mask |= one << node
+            loads[node] += 1
+        copies += _bits(mask) - 1
+    return copies
+
+
+@numba.njit(nogil=True, cache=True)
+def _list_holders(held, e, alone, choices, node_load):
+    """Every node that holds e may serve it, the one with least load preferred."""
+    nodes = len(held)
+    holders = np.flatnonzero(held[:, e])
+    holders = holders[np.argsort(node_load[holders], kind="mergesort")]
+    alone[e] = holders[0] if len(holders) == 1 else -1
+    for h in range(nodes):
+        choices[h, e] = -1
+        if held[h, e]:
+            choices[h, e, 0] = h
+        else:
+            choices[h, e, : len(holders)] = holders
+
+
+@numba.njit(nogil=True, cache=True)
+def _draw_list(held, alone, choices, state):
+    """Draw another list for homes on some node, in random order and length; return its expert, -1
+    where none was found that several nodes hold.
+    """
+    nodes, experts = held.shape
+    for _ in range(4 * experts):
+        e, h = next_random(state) % experts, next_random(state) % nodes
+        if alone[e] < 0 and not held[h, e]:
+            holders = np.flatnonzero(held[:, e])
+            size = 1 + next_random(state) % len(holders)
+            choices[h, e] = -1
+            for place in range(size):
+                other = place + next_random(state) % (len(holders) - place)
+                holders[place], holders[other] = holders[other], holders[place]
+                choices[h, e, place] = holders[place]
+            return e
+    return -1
+
+
+@numba.njit(nogil=True, cache=True)
+def _put(held, a, e, b, f, forth):
+    """Put f in the place of e on node a and, where b >= 0, e in that of f on b; or take it back."""
+    held[a, e], held[a, f] = not forth, forth
+    if b >= 0:
+        held[b, f], held[b, e] = not forth, forth
+
+
+@numba.njit(nogil=True, cache=True)
+def _count_again(tokens, some, alone, choices, tick, seen, known, new, found, load):
+    """Count the tokens of the experts ``some`` again: fill found [N] with their patterns and new
+    (copies [N], loads [N, M]) with their costs; load [M] is brought up to date.
+
+    Returns:
+        (how many patterns, change of copies).
+    """
+    ids, weight, home, first, index = tokens
+    later = np.empty(ids.shape[1], np.int64)
+    count, change = 0, np.int64(0)
+    for e in some:
+        for place in range(first[e], first[e + 1]):
+            i = index[place]
+            if seen[i] == tick:
+                continue
+            seen[i] = tick
+            new[0][count] = _visit(ids[i], home[i], alone, choices, later, new[1][count])
+            change += (new[0][count] - known[0][i]) * weight[i]
+            for node in range(len(load)):
+                load[node] += (new[1][count, node] - known[1][i, node]) * weight[i]
+            found[count] = i
+            count += 1
+    return count, change
+
+
+@numba.njit(nogil=True, cache=True)
+def _first_count(tokens, held, copies_of, choices, load):
+    """(alone [E], known, new, found, seen, copies) of the start; load [M] is filled."""
+    nodes, experts = held.shape
+    size, alone = len(tokens[0]), np.full(experts, -1, np.int64)
+    for e in range(experts):
+        if copies_of[e] == 1:
+            alone[e] = np.argmax(held[:, e])
+    known = (np.zeros(size, np.int64), np.zeros((size, nodes), np.int64))
+    new = (np.zeros(size, np.int64), np.zeros((size, nodes), np.int64))
+    found, seen = np.empty(size, np.int64), np.full(size, -1, np.int64)
+    count, copies = _count_again(
+        tokens, np.arange(experts), alone, choices, -2, seen, known, new, found, load
+    )
+    _keep(known, new, found, count)
+    return alone, known, new, found, seen, copies
+
+
+@numba.njit(nogil=True, cache=True)
+def anneal_visited(
+    ids, weight, home, first, index, held, choices, steps, hot, cold, price, limit, deviation,
+    draws, list_share, seed,
+):  # fmt: skip
+    """Simulated annealing over places and lists; held [M, E] and choices [M, E, M] are changed.
+
+    Cost = copies + price * expected load of the busiest node, whose standard deviations [M] stay
+    those of the start; load above the ``limit`` counts more (``swaps.priced``).
+
+    Returns:
+        (held, choices) of the state met that costs least.
+    """
+    tokens, copies_of, load = (
+        (ids, weight, home, first, index),
+        held.sum(axis=0),
+        np.zeros(len(held)),
+    )
+    state, room = np.array([np.uint64(seed)]), np.empty(draws.shape[1])
+    alone, known, new, found, seen, total = _first_count(tokens, held, copies_of, choices, load)
+    level = priced(expected_highest(load, deviation, draws, room), limit)
+    best_held, best_choices, least = held.copy(), choices.copy(), total + price * level
+    some, before, after = np.zeros(2, np.int64), choices.copy(), load.copy()
+    for step in range(steps):
+        temperature = hot * (cold / hot) ** (step / steps)
+        a, e, b, f = propose(held, copies_of, state)
+        lists = next_random(state) % 1024 < list_share * 1024
+        if lists:
+            e = _draw_list(held, alone, choices, state)
+            f = e
+        elif a >= 0:
+            _put(held, a, e, b, f, True)
+            _list_holders(held, e, alone, choices, load)
+            _list_holders(held, f, alone, choices, load)
+        if e < 0 or (not lists and a < 0):
+            continue
+        some[0], some[1], after[:] = e, f, load
+        count, change = _count_again(
+            tokens, some, alone, choices, step, seen, known, new, found, after
+        )
+        now = priced(expected_highest(after, deviation, draws, room), limit)
+        if change + price * (now - level) <= temperature * metropolis_loss(state):
+            _keep(known, new, found, count)
+            load[:], total, level = after, total + change, now
+            before[:, e], before[:, f] = choices[:, e], choices[:, f]
+            if not lists and b < 0:
+                copies_of[e] -= 1
+                copies_of[f] += 1
+            if total + price * level < least:
+                best_held[:], best_choices[:], least = held, choices, total + price * level
+            continue
+        choices[:, e], choices[:, f] = before[:, e], before[:, f]
+        if not lists:
+            _put(held, a, e, b, f, False)
+            for x in some:
+                alone[x] = np.argmax(held[:, x]) if copies_of[x] == 1 else -1
+    return best_held, best_choices
+
+
+@numba.njit(nogil=True, cache=True)
+def _keep(known, new, found, count):
+    for place in range(count):
+        known[0][found[place]] = new[0][place]
+        known[1][found[place]] = new[1][place]
