@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moe_locality.commands.inputs import Seed
+from moe_locality.commands.inputs import Nodes, RanksPerNode, Seed
 from moe_locality.commands.output import Result
 from moe_locality.errors import ConfigError
 
@@ -30,7 +30,9 @@ def serve(
     homes: Annotated[str, typer.Option(help=f"Which rank decodes a request: {_HOMES}")] = "arrival",
     max_num_seqs: Annotated[int, typer.Option(help=_SEQS)] = 16,
     max_num_batched_tokens: Annotated[int, typer.Option(help=_TOKENS)] = 512,
-    max_model_len: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Tokens of a sequence; else what the model allows.")
+    ] = None,
     max_num_kv_tokens: Annotated[int | None, typer.Option(help="Tokens in the caches.")] = None,
     grouping: Annotated[str, typer.Option(help=f"Who joins a batch: {_GROUPING}")] = "fifo",
     max_num_ready: Annotated[int, typer.Option(help="Prompts read ahead, to choose from.")] = 0,
@@ -38,6 +40,8 @@ def serve(
     temperature: Annotated[float, typer.Option(help="Of a request that says none.")] = 1.0,
     dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16.")] = "auto",
     trace: Annotated[Path | None, typer.Option(help="Also record the routing there.")] = None,
+    nodes: Nodes = None,
+    ranks_per_node: RanksPerNode = None,
     seed: Seed = 0,
 ) -> Result:
     """Serve requests with a Hugging Face MoE model, on one rank or under a launcher."""
@@ -59,8 +63,9 @@ def serve(
     HomeRule(homes, 1 if found is None else found.num_ranks, plan=found)  # says what is wrong
     chooser(grouping)
     _check_files(requests, out, dtype)
+    section = _section(nodes, ranks_per_node, found)
     rank = _join_ranks()
-    loaded, tokenizer = _load(model, dtype, found)
+    loaded, tokenizer = _load(model, dtype, found, section)
     recorder = None
     if trace is not None:
         import moe_locality
@@ -129,7 +134,31 @@ def _leave_ranks() -> None:
         dist.destroy_process_group()
 
 
-def _load(path: str, dtype: str, plan: PlacementPlan | None) -> tuple[Any, Any]:
+def _section(
+    nodes: int | None, ranks_per_node: int | None, plan: PlacementPlan | None
+) -> dict[str, Any]:
+    """Return the section for ranks that stand for nodes, checked before anything is read."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if nodes is None and ranks_per_node is None:
+        return {}
+    per_node = ranks_per_node or size // (nodes or 1)
+    nodes = nodes or size // per_node
+    if size > 1 and nodes * per_node != size:
+        raise ConfigError(
+            f"found --nodes {nodes} and --ranks-per-node {per_node} for {size} ranks, expected "
+            "as many: correct them, or start another number of ranks"
+        )
+    if size > 1 and plan is not None and (plan.num_nodes, plan.ranks_per_node) != (nodes, per_node):
+        raise ConfigError(
+            f"found a plan for {plan.num_nodes} nodes x {plan.ranks_per_node} ranks, expected one "
+            f"for {nodes} x {per_node}: make one with `moe-locality place`"
+        )
+    return {"cluster": {"num_nodes": nodes, "ranks_per_node": per_node}}
+
+
+def _load(
+    path: str, dtype: str, plan: PlacementPlan | None, section: dict[str, Any]
+) -> tuple[Any, Any]:
     """Return the model, spread over the ranks, and its tokenizer (None where it has none)."""
     import torch.distributed as dist
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -144,7 +173,7 @@ def _load(path: str, dtype: str, plan: PlacementPlan | None) -> tuple[Any, Any]:
     from transformers.distributed import DistributedConfig
 
     size = dist.get_world_size()
-    moe_locality.register()
+    moe_locality.register(section or None)
     spread = DistributedConfig(fsdp_size=size, ep_size=size, ep_implementation="moe_locality")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, distributed_config=spread)
     return moe_locality.apply(model, plan=plan), tokenizer

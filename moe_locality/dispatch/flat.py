@@ -352,8 +352,10 @@ class FixedTransport(FlatTransport):
         self._refuse(sum(everyone))
 
     def _on_cuda(self) -> bool:
-        running = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return running and "nccl" in torch.distributed.get_backend(self.all_to_all.process_group)
+        if not torch.cuda.is_available() or not torch.distributed.is_initialized():
+            return False
+        # "undefined" where the job named no backend: gloo for the CPU, NCCL for the GPU
+        return torch.distributed.get_backend(self.all_to_all.process_group) != "gloo"
 
     def _refuse(self, lost: int) -> None:
         if lost:

@@ -124,10 +124,10 @@ def check_nodes(
     found = [pattern(topology.node_of(rank) for rank in ranks) for ranks in ep_groups]
     if wanted not in found:
         raise PlacementError(
-            f"found a plan for expert groups on nodes {wanted} (one number per rank), expected "
-            f"{found[0]} as on this cluster ({topology.describe()}): make a plan for it with "
-            "`moe-locality place`, or correct the cluster section (on one machine, cluster: "
-            "{num_nodes, ranks_per_node} lets ranks stand for nodes)"
+            f"found a plan whose ranks lie on nodes {wanted} (one number per rank), expected "
+            f"{found[0]} as the ranks of this cluster do ({topology.describe()}): make a plan for "
+            "it with `moe-locality place`, or correct the cluster section (on one machine, "
+            "cluster: {num_nodes, ranks_per_node} lets ranks stand for nodes)"
         )
     others = sum(nodes != wanted for nodes in found)
     if others:

@@ -87,23 +87,26 @@ class Engine:
         self.model: Any = model.eval()
         self.tokenizer: Any = tokenizer
         self.seed = seed
-        self.limits = limits or Limits()
         self.on_token, self.on_step = on_token, on_step
         self.device: torch.device = self.model.device
         self.recurrent = all_succeed(lambda: check_cache(model))
+        self.config: Any = self.model.config.get_text_config(decoder=True)
+        self.limits = all_succeed(lambda: (limits or Limits()).of_model(self.config))
         told = repr((self.limits, homes, grouping, seed, plan and plan.digest()))
         all_agree("settings of the engine", told)
-        self.config: Any = self.model.config.get_text_config(decoder=True)
         self.eos = _eos_tokens(self.model)
         parameters = inspect.signature(self.model.forward).parameters
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
+        # its loss over the router's logits, a setting of training, has no place in a step
+        self._without = {name: False for name in ("output_router_logits",) if name in parameters}
         self._profiles = grouping != "fifo"
         sees = self._profiles or on_step is not None or homes == "predicted" or ":" in homes
         self.tap = RouteTap(model, sees=sees)
         self.lockstep = LockStep(model, self.tap, self.device)
         rows = all_succeed(lambda: plan_rows(model, plan) if plan and self.tap.layers else [])
         rule = HomeRule(homes, self.lockstep.size, plan=plan, rows=rows, seed=seed)
-        self.handover = HandOver(rule, self.lockstep.rank, self.device)
+        nodes = next((layer.topology for layer in self.tap.layers), None)
+        self.handover = HandOver(rule, self.lockstep.rank, self.device, nodes)
         self.scheduler = Scheduler(
             self.limits,
             pads=not self.recurrent,
@@ -232,7 +235,7 @@ class Engine:
             tokenize: Any = self.tokenizer
             ids = tokenize(request.prompt)["input_ids"]
         prompt = check_prompt(ids, self.config.vocab_size)
-        room = max(self.limits.max_model_len - len(prompt), 1)
+        room = max(self.limits.longest - len(prompt), 1)
         most = room if params.max_tokens is None else min(params.max_tokens, room)
         state = RequestState(
             request_id=request.request_id,
@@ -400,7 +403,11 @@ class Engine:
         given = {name: value.to(self.device) for name, value in given.items()}
         with torch.no_grad(), labels:
             output = self.model(
-                **given, **{self._cache_name: rows.cache}, use_cache=True, logits_to_keep=1
+                **given,
+                **self._without,
+                **{self._cache_name: rows.cache},
+                use_cache=True,
+                logits_to_keep=1,
             )
         rows.lengths = [old + len(new) for old, new in zip(rows.lengths, tokens, strict=True)]
         return output.logits[:, -1]

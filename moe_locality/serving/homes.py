@@ -149,7 +149,13 @@ class HandOver:
     its first entry, for itself, stays 0. ``moved``: requests that this rank sent.
     """
 
-    def __init__(self, rule: HomeRule, rank: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        rule: HomeRule,
+        rank: int,
+        device: torch.device,
+        topology: ClusterTopology | None = None,
+    ) -> None:
         self.rule, self.rank, self.device = rule, rank, device
         self.size = rule.num_ranks
         self.due: list[Offer] = []
@@ -158,7 +164,8 @@ class HandOver:
         self.sent_bytes, self.moved = [0, 0, 0], 0
         if rule.moves:
             self.group: Any = dist.new_group(list(range(self.size)), timeout=default_timeout())
-            self.nodes = [discover_topology().node_of(r) for r in range(self.size)]
+            topology = topology or discover_topology()
+            self.nodes = [topology.node_of(r) for r in range(self.size)]
 
     def __len__(self) -> int:
         return len(self.due) + len(self.waiting) + len(self.under_way)
@@ -251,7 +258,7 @@ class HandOver:
         else:
             data = torch.empty(size, dtype=torch.uint8, device=self.device)
             work = dist.irecv(data, offer.source, group=self.group)
-        self.under_way.append((offer, data, _watch(work, offer)))
+        self.under_way.append((offer, data, _watch(work, offer, data.is_cuda)))
 
     def arrived(self, like: Rows) -> tuple[list[RequestState], list[RequestState]]:
         """Return the requests that have come, and those that have left.
@@ -275,10 +282,11 @@ class HandOver:
         return came, left
 
 
-def _watch(work: Any, offer: Offer) -> Callable[[], bool]:
+def _watch(work: Any, offer: Offer, on_cuda: bool) -> Callable[[], bool]:
     """Return a function that says whether a transfer is done, without waiting.
 
-    gloo knows it only from a thread that waits.
+    gloo, which carries what is on the CPU, knows it only from a thread that waits. The name of the
+    backend does not tell: it is "undefined" where the job named none.
     """
     if work is None:
         raise LostRanks(f"found no transfer of a request from rank {offer.source}")
@@ -290,7 +298,7 @@ def _watch(work: Any, offer: Offer) -> Callable[[], bool]:
         except BaseException as error:  # noqa: BLE001  raised where it is asked for
             failed.append(error)
 
-    if dist.get_backend() != "gloo":
+    if on_cuda:
         return work.is_completed
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()

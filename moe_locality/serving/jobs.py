@@ -43,7 +43,9 @@ def serve_file(
     *,
     on_result: Callable[[RequestOutput], None] | None = None,
 ) -> dict[str, Any]:
-    """Serve the requests of a JSONL file that have no result in ``out`` yet. Collective.
+    """Serve the requests of a JSONL file that have no result in ``out`` yet, or were refused.
+
+    Collective.
 
     Line i is the request of rank i modulo the number of ranks. Returns what was done on all ranks:
     ``served``, ``refused``, ``unserved`` (after a signal), ``tokens`` (new ones), ``seconds``,
@@ -53,7 +55,7 @@ def serve_file(
     rank, size = engine.lockstep.rank, engine.lockstep.size
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    done = {json.dumps(result["request_id"]) for result in read_results(out)}
+    done = {json.dumps(r["request_id"]) for r in read_results(out) if not r.get("error")}
     if size > 1:  # before any rank writes
         done = set().union(*exchange_objects(done))
     counts = {"served": 0, "refused": 0, "tokens": 0}

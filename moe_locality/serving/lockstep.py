@@ -131,6 +131,7 @@ class LockStep:
     @torch.no_grad()
     def idle(self) -> None:
         """Take part in the exchanges of one pass without a token."""
+        self.tap.valid = None  # of the last pass
         for layer, width, top_k, dtype in self.tap.order:
             nothing = torch.empty(0, width, dtype=dtype, device=self.device)
             routes = torch.empty(0, top_k, dtype=torch.int64, device=self.device)

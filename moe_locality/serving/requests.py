@@ -144,8 +144,8 @@ class RequestOutput:
 def as_request(value: Any, number: int, default: SamplingParams) -> Request:
     """Make a request of a dict (a line of JSONL), of token ids or of a text.
 
-    A dict has ``prompt`` or ``prompt_token_ids``, perhaps ``request_id`` and ``domain``, and
-    sampling parameters under ``sampling_params`` or beside them.
+    A dict has ``prompt`` (a text, or token ids) or ``prompt_token_ids``, perhaps ``request_id`` and
+    ``domain``, and sampling parameters under ``sampling_params`` or beside them.
 
     Raises:
         RequestError: it has an unknown key or a value that cannot be.
@@ -158,6 +158,8 @@ def as_request(value: Any, number: int, default: SamplingParams) -> Request:
         return Request(request_id=number, prompt_token_ids=value, sampling_params=default)
     given = dict(value)
     own = {key: given.pop(key, None) for key in ("prompt", "prompt_token_ids", "domain")}
+    if isinstance(own["prompt"], (list, tuple)) and own["prompt_token_ids"] is None:
+        own["prompt_token_ids"], own["prompt"] = own["prompt"], None
     request_id = given.pop("request_id", number)
     nested = given.pop("sampling_params", None) or {}
     if not isinstance(nested, Mapping):

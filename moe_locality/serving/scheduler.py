@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as ListLike
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from moe_locality.errors import ConfigError
 from moe_locality.serving.requests import RequestError, RequestId, SamplingParams
+
+_UNKNOWN_LENGTH = 2048  # of sequences, where neither the limits nor the model say
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +28,8 @@ class Limits:
     Args:
         max_num_seqs: sequences that are continued together.
         max_num_batched_tokens: tokens of one step, padding included; longer prompts come in chunks.
-        max_model_len: tokens of a sequence, prompt and continuation.
+        max_model_len: tokens of a sequence, prompt and continuation; None: what the model allows
+            (``max_position_embeddings``).
         max_num_kv_tokens: tokens in the caches of this rank (default: ``max_num_seqs *
             max_model_len``). The batch counts as a rectangle, rows times the longest of them.
         max_num_ready: prompts that are read before there is a row for them.
@@ -34,14 +37,15 @@ class Limits:
 
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 512
-    max_model_len: int = 2048
+    max_model_len: int | None = None
     max_num_kv_tokens: int | None = None
     max_num_ready: int = 0
 
     def __post_init__(self) -> None:
         least = {"max_num_seqs": 1, "max_num_batched_tokens": 1, "max_model_len": 2}
         for name, low in (*least.items(), ("max_num_ready", 0)):
-            if getattr(self, name) < low:
+            value = getattr(self, name)
+            if value is not None and value < low:
                 raise ConfigError(f"found {name}={getattr(self, name)}, expected at least {low}")
         if self.max_num_kv_tokens is not None and self.max_num_kv_tokens < 2:
             raise ConfigError(
@@ -53,12 +57,31 @@ class Limits:
                 f"{self.max_num_batched_tokens}, expected a token for every sequence: raise it"
             )
 
+    def of_model(self, config: Any) -> Limits:
+        """Return them for a model: ``max_model_len`` and ``max_num_kv_tokens`` are numbers then.
+
+        Raises:
+            ConfigError: sequences may be longer than the model allows.
+        """
+        most = getattr(config, "max_position_embeddings", None)
+        longest = self.max_model_len or most or _UNKNOWN_LENGTH
+        if most is not None and longest > most:
+            raise ConfigError(
+                f"found max_model_len={longest}, expected at most {most}, the model's "
+                "max_position_embeddings: lower it"
+            )
+        room = self.max_num_kv_tokens or self.max_num_seqs * longest
+        return replace(self, max_model_len=longest, max_num_kv_tokens=room)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a sequence at most."""
+        return self.max_model_len or _UNKNOWN_LENGTH
+
     @property
     def kv_room(self) -> int:
         """Tokens in the caches of a rank."""
-        if self.max_num_kv_tokens is not None:
-            return self.max_num_kv_tokens
-        return self.max_num_seqs * self.max_model_len
+        return self.max_num_kv_tokens or self.max_num_seqs * self.longest
 
 
 @dataclass(slots=True, eq=False)
@@ -181,10 +204,10 @@ class Scheduler:
     def check(self, state: RequestState) -> None:
         """Raise RequestError where the request can never run here."""
         limits = self.limits
-        if len(state.prompt) >= limits.max_model_len:
+        if len(state.prompt) >= limits.longest:
             raise RequestError(
                 f"found a prompt of {len(state.prompt)} tokens, expected fewer than max_model_len="
-                f"{limits.max_model_len}: shorten it, or raise max_model_len"
+                f"{limits.longest}: shorten it, or raise max_model_len"
             )
         if state.params.n > limits.max_num_seqs:
             raise RequestError(

@@ -155,3 +155,42 @@ def test_serve_is_one_command_on_all_ranks(tmp_path):
     found = {i: results[i]["outputs"][0]["token_ids"] for i in range(10)}
     assert found == expected(path, requests)
     assert set(read_trace(tmp_path / "trace").request_id.tolist()) == set(range(10))
+
+
+def write_plan(rank, world, path, file):
+    plan = plan_with_homes(path, world)
+    if rank == 0:
+        plan.write(file)
+
+
+def test_serve_sends_requests_home_over_ranks_that_stand_for_nodes(tmp_path):
+    """[F17.2] Homes over the command's own process groups, which name no backend; ranks that idle
+    after a padded prefill; a refused request is tried again when its line was corrected.
+    """
+    from moe_locality.demo.launch import free_port
+
+    path, lines = save_tiny(tmp_path, "Mixtral"), tmp_path / "in.jsonl"
+    plan, out = tmp_path / "plan.json", tmp_path / "out"
+    run_ranks(write_plan, 4, path, plan)
+    requests = write_requests(lines, 16)
+    for request in requests:  # all but the first rank are done with their prompts
+        request["max_tokens"] = 12 if request["request_id"] % 4 == 0 else 1
+    wrong = {**requests[5], "temperature": -1}
+    told = [*requests[:5], wrong, *requests[6:]]
+    arguments = (
+        "serve", "--ranks", "4", "--plan", str(plan), str(lines), "--model", path,
+        "--out", str(out), "--max-num-seqs", "4", "--nodes", "2", "--homes", "predicted",
+        "--dtype", "float32",
+    )  # fmt: skip
+    for given, summary in ((told, "15 served, 1 refused"), (requests, "1 served, 0 refused")):
+        lines.write_text("".join(json.dumps(request) + "\n" for request in given))
+        port = {"DEEPSPEED_ARGS": f"--master_port {free_port()}"}
+        done = run(*arguments, cwd=tmp_path, **port)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count(f"{summary}, 0 unserved") == 1, done.stdout
+    from moe_locality.serving.jobs import read_results
+
+    served = [result for result in read_results(out) if not result["error"]]
+    found = {result["request_id"]: result["outputs"][0]["token_ids"] for result in served}
+    assert found == expected(path, requests)
+    assert any(result["home"] != result["arrival"] for result in served)

@@ -247,3 +247,22 @@ def test_engine_refuses_models_with_a_cache_of_their_own():
     sizes = {**SIZES, "head_dim": 8, "layer_types": ["full_attention", "linear_attention"]}
     with pytest.raises(ConfigError, match="MiniMax"):
         engine_of(transformers.MiniMaxForCausalLM(transformers.MiniMaxConfig(**sizes)))
+
+
+def test_engine_takes_what_the_model_allows():
+    """[F17.1] Lengths come from the model; a loss over the router's logits is no part of a step."""
+    config = transformers.MixtralConfig(
+        **SIZES, sliding_window=None, max_position_embeddings=24, output_router_logits=True
+    )
+    torch.manual_seed(0)
+    small = transformers.MixtralForCausalLM(config).eval()
+    with pytest.raises(ConfigError, match="found max_model_len=40, expected at most 24"):
+        engine_of(small)
+    engine = serving.Engine(small)
+    assert (engine.limits.max_model_len, engine.limits.kv_room) == (24, 16 * 24)
+    given = {"prompt": [1, 2, 3], "max_tokens": 5, "temperature": 0, "ignore_eos": True}
+    long = {"prompt_token_ids": [1] * 24}
+    done = {output.request_id: output for output in engine.generate([given, long])}
+    assert "expected fewer than max_model_len=24" in done[1].error
+    small.config.output_router_logits = False
+    assert done[0].outputs[0].token_ids == greedy(small, [1, 2, 3], 5)
