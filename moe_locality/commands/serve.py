@@ -141,14 +141,14 @@ def _section(
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if nodes is None and ranks_per_node is None:
         return {}
-    per_node = ranks_per_node or size // (nodes or 1)
-    nodes = nodes or size // per_node
-    if size > 1 and nodes * per_node != size:
+    per_node = ranks_per_node or max(size // (nodes or 1), 1)
+    nodes = nodes or max(size // per_node, 1)
+    if nodes * per_node != size:
         raise ConfigError(
             f"found --nodes {nodes} and --ranks-per-node {per_node} for {size} ranks, expected "
             "as many: correct them, or start another number of ranks"
         )
-    if size > 1 and plan is not None and (plan.num_nodes, plan.ranks_per_node) != (nodes, per_node):
+    if plan is not None and (plan.num_nodes, plan.ranks_per_node) != (nodes, per_node):
         raise ConfigError(
             f"found a plan for {plan.num_nodes} nodes x {plan.ranks_per_node} ranks, expected one "
             f"for {nodes} x {per_node}: make one with `moe-locality place`"
@@ -161,13 +161,20 @@ def _load(
 ) -> tuple[Any, Any]:
     """Return the model, spread over the ranks, and its tokenizer (None where it has none)."""
     import torch.distributed as dist
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     import moe_locality
 
     tokenizer = None
     with contextlib.suppress(OSError, ValueError, KeyError):  # without one, requests are token ids
         tokenizer = AutoTokenizer.from_pretrained(path)
+    try:
+        AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model: found {path}, which transformers does not know ({str(error)[:200]}), expected "
+            "the directory or name of a Hugging Face model"
+        ) from error
     if not dist.is_initialized():
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype), tokenizer
     from transformers.distributed import DistributedConfig

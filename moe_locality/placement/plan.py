@@ -285,6 +285,7 @@ class PlacementPlan:
         if self.serving_nodes is not None:
             nodes = np.array(self.serving_nodes, dtype=np.int64)
             check_choices(nodes, self.held_by_node)
+            nodes = nodes[..., : max(int((nodes >= 0).any(axis=(0, 1, 2)).sum()), 1)]  # no padding
             nodes.setflags(write=False)
             put(self, "serving_nodes", nodes)
 

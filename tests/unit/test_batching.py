@@ -107,7 +107,7 @@ def test_the_readme_deals_out_requests_with_these_lines(tmp_path, monkeypatch):
     data = pytest.importorskip("torch.utils.data")
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     assert "--homes" not in readme[readme.index("| step |") : readme.index("In code,")]
-    (block,) = re.findall(r"```python\n(homes = .*?)```", readme, flags=re.DOTALL)
+    (block,) = re.findall(r"```python\n([^`]*homes = .*?)```", readme, flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "homes.json").write_text(json.dumps({str(q): q % 2 for q in range(48)}))
     names = {"json": json, "LocalityBatchSampler": LocalityBatchSampler, "rank": 1, "num_ranks": 2}

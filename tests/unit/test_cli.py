@@ -449,7 +449,7 @@ BAD_VALUES = {
     **dict.fromkeys(("homes", "cluster", "hostfile", "start", "deepspeed_config"), ("GONE",)),
     **dict.fromkeys(("out", "report", "figure"), ("t.npz/new",)),
     **dict.fromkeys(("format", "to", "method", "objective", "predict", "sweep"), ("wrong",)),
-    **dict.fromkeys(("rule", "transport"), ("wrong",)),
+    **dict.fromkeys(("rule", "transport", "serving_rule"), ("wrong",)),
     **dict.fromkeys(("exchange", "payload", "wandb_mode", "tag", "layers"), ("wrong",)),
     **dict.fromkeys(("max_imbalance", "max_home_imbalance"), ("0.5", "nan")),
     "sampling_unit": ("0", "words"),

@@ -15,7 +15,7 @@ def folder(tmp_path_factory):
     trace = make_trace(num_requests=120)
     write_trace(trace.filter(domains=["code", "math"]), place / "old.npz")
     write_trace(trace.filter(domains=["chat", "law"]), place / "new")
-    answer("place", place / "old.npz", *CLUSTER, "-o", place / "plan.json")
+    answer("place", place / "old.npz", *CLUSTER, "--max-imbalance", 1.05, "-o", place / "plan.json")
     return place
 
 

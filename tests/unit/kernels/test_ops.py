@@ -248,8 +248,10 @@ def samples():
     where = (mapping.row_token, mapping.row_route, mapping.positions)
     offsets = mapping.slot_offsets
     back = (True, offsets, "reference")
+    slots = torch.tensor([[0, -1], [1, 4], [2, 5], [3, -1]], dtype=torch.int32)
     return {
         "row_map": [(ids, 4, -1, 16, "reference"), (ids, 4, -1, -1, "reference")],
+        "serve_visited": [(ids.to(torch.int32), slots, slots.long() // 4, 0, "reference")],
         "gather": [(x, torch.tensor([2, 0]), "reference")],
         "permute": [
             (x, mapping.row_token, mapping.positions, offsets, "auto"),
