@@ -111,7 +111,7 @@ def sections(folder: Path) -> dict[str, tuple[dict, str]]:
         ),
         "plan for other nodes": (
             nodes,
-            r"PlacementError: found a plan for expert groups on nodes \[0, 1\].*"
+            r"PlacementError: found a plan whose ranks lie on nodes \[0, 1\].*"
             r"expected \[0, 0\]",
         ),
         "trace folder": (

@@ -672,7 +672,7 @@ REFUSALS = {
     "experts": "experts per layer: found 16 in the plan, expected 8",
     "layers": "MoE layers: found 3 in the plan, expected 2",
     "ranks": "expert-parallel ranks: found 8 in the plan, expected 4",
-    "nodes": "found a plan for expert groups on nodes [0, 1, 2, 3]",
+    "nodes": "found a plan whose ranks lie on nodes [0, 1, 2, 3]",
     "differs": "found different placement plans",
     "trace": "moe_locality.attach(model, path)",
     "online": "found online in the section of a transformers model",
