@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from moe_locality.errors import TraceError
+from moe_locality.placement.baselines import request_picks
 from moe_locality.placement.costs import imbalance
 from moe_locality.placement.homes.predictor import (
     PRIOR_TOKENS,
@@ -187,7 +188,7 @@ class FewestExperts:
         requests = requests_of(arriving)
         rows = known_tokens(arriving, requests, predict)
         assert arriving.expert_ids is not None
-        picks = request_picks(arriving, rows, requests.index, len(requests.tokens))
+        picks = request_picks(arriving, requests.index, rows)
         known = np.bincount(requests.index[rows], minlength=len(requests.tokens))
         mean = seen.load().ravel() / seen.num_tokens
         use = (picks + PRIOR_TOKENS * mean) / (known[:, None] + PRIOR_TOKENS)
@@ -198,18 +199,6 @@ class FewestExperts:
         for request in running:
             unused = unused * (1 - self._use[request])
         return int(np.argmin([(unused * self._use[request]).sum() for request in ready]))
-
-
-def request_picks(
-    trace: RoutingTrace, rows: np.ndarray, index: np.ndarray, num_requests: int
-) -> np.ndarray:
-    """[R, L E] picks per layer and expert over ``rows``; ``index`` [T] is the request of a row."""
-    assert trace.expert_ids is not None
-    layers, experts = trace.num_layers, trace.num_experts
-    ids = trace.expert_ids[rows].astype(np.int64)
-    cell = (index[rows][:, None, None] * layers + np.arange(layers)[:, None]) * experts + ids
-    counts = np.bincount(cell[ids >= 0], minlength=num_requests * layers * experts)
-    return counts.reshape(num_requests, -1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,7 +234,7 @@ def classify_domains(
     for part in (train, test):
         requests = requests_of(part)
         rows = known_tokens(part, requests, default_prediction(part))
-        picks = request_picks(part, rows, requests.index, len(requests.tokens))
+        picks = request_picks(part, requests.index, rows)
         root = np.sqrt(picks)  # Hellinger: counts of frequent experts do not drown the others
         points.append(root / np.maximum(np.linalg.norm(root, axis=1, keepdims=True), 1e-12))
         labels.append([None if d is None else label_of(d) for d in requests.domains])

@@ -124,14 +124,12 @@ def _join_ranks() -> int:
 
 
 def _leave_ranks() -> None:
-    import gc
-
     import torch.distributed as dist
 
     if dist.is_initialized():
-        gc.collect()  # groups end when nothing holds them
-        dist.barrier()
-        dist.destroy_process_group()
+        from moe_locality.compat import end_distributed
+
+        end_distributed()
 
 
 def _section(

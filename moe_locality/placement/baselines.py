@@ -346,12 +346,20 @@ def cluster_homes(
     return homes
 
 
-def _signatures(trace: RoutingTrace, index: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """[R, L E] unit vectors: tokens of each request per layer and expert, over ``rows``."""
+def request_picks(trace: RoutingTrace, index: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """[R, L E] int64 picks of each request per layer and expert, over ``rows``.
+
+    ``index`` [T]: the request of each row of the trace.
+    """
     assert trace.expert_ids is not None
     count = int(index.max()) + 1
     picks = picks_by_home(trace.expert_ids[rows], trace.num_experts, index[rows], count)
-    points = picks.transpose(1, 0, 2).reshape(count, -1).astype(np.float64)
+    return picks.transpose(1, 0, 2).reshape(count, -1)
+
+
+def _signatures(trace: RoutingTrace, index: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """[R, L E] unit vectors of ``request_picks``."""
+    points = request_picks(trace, index, rows).astype(np.float64)
     return points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
 
 

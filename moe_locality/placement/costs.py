@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import PlacementError
-from moe_locality.placement import counting
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.problem import AlignedTrace, Homes, align_trace, log_warning
 from moe_locality.topology.cluster import ClusterTopology
@@ -217,8 +216,8 @@ def _rank_traffic(aligned: AlignedTrace) -> np.ndarray:
     layers, ranks = aligned.num_layers, aligned.num_ranks
     matrix = np.zeros((layers, ranks, ranks))
     if aligned.choices is not None:
-        slots = counting.map_layers(lambda layer: aligned.served_by_token(layer)[1], layers)
-        matrix = np.stack(slots).reshape(layers, ranks, ranks, -1).sum(axis=3).astype(np.float64)
+        _, slots = aligned.served_by_token()
+        matrix = slots.reshape(layers, ranks, ranks, -1).sum(axis=3).astype(np.float64)
         return matrix if aligned.home_rank is not None else matrix / ranks
     shares = aligned.picks_by_home()  # [L, G, E]; without homes one row, the same for every home
     served_rank = aligned.served_rank

@@ -112,6 +112,17 @@ def add_pairs(ids, unit, first, last, pairs, load):
 
 
 @numba.njit(nogil=True, cache=True)
+def choose_node(nodes, mask):
+    """The first of the nodes (padded with -1) that the mask has, else the first one."""
+    for node in nodes:
+        if node < 0:
+            break
+        if mask >> node & 1:
+            return node
+    return nodes[0]
+
+
+@numba.njit(nogil=True, cache=True)
 def serve_token(row, home, choices, found, later):
     """Fill found [K] with the node that serves each pick of a token at home on node ``home``, -1
     for no pick; return the nodes visited, home included, as bits.
@@ -137,16 +148,8 @@ def serve_token(row, home, choices, found, later):
             mask |= np.int64(1) << choices[e, 0]
     for place in range(count):
         pick = later[place]
-        nodes = choices[row[pick]]
-        chosen = nodes[0]
-        for node in nodes:
-            if node < 0:
-                break
-            if mask >> node & 1:
-                chosen = node
-                break
-        found[pick] = chosen
-        mask |= np.int64(1) << chosen
+        found[pick] = choose_node(choices[row[pick]], mask)
+        mask |= np.int64(1) << found[pick]
     return mask
 
 

@@ -21,6 +21,7 @@
 """
 
 import json
+import math
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -223,9 +224,9 @@ def write_export(
 
 def _yaml(content: dict[str, Any]) -> str:
     """A line for each key, and for each layer."""
-    *settings, (name, rows) = content.items()
-    lines = [f"{key}: {value}" for key, value in settings] + [f"{name}:"]
-    return "\n".join(lines + [f"  {layer}: {row}" for layer, row in rows.items()]) + "\n"
+    import yaml
+
+    return yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=math.inf)
 
 
 def launch_lines(

@@ -42,6 +42,8 @@ class AlignedTrace:
     has_replicas: bool
     choices: np.ndarray | None = None
     """[L, M, E, X] ``plan.node_choices()`` where the picks of a token decide (rule "visited")."""
+    counted: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list, repr=False)
+    """What ``served_by_token`` found: several costs are taken from one count."""
 
     @property
     def num_layers(self) -> int:
@@ -101,35 +103,34 @@ class AlignedTrace:
         args = (self.table[layer], self.served_slot[layer], node_of_slot, self.node_of_rank)
         return slots_on_nodes(*args)
 
-    def served_by_token(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """([M, M] tokens of home node m on node n, m included; [G, P] picks by home rank and slot)
-        of a layer where the picks decide, int64.
+    def served_by_token(self) -> tuple[np.ndarray, np.ndarray]:
+        """([L, M, M] tokens of home node m on node n, m included; [L, G, P] picks by home rank and
+        slot) where the picks decide, int64.
 
         Without homes every token counts once for each home.
         """
-        assert self.ids is not None
+        if not self.counted:
+            visits, slots = zip(*counting.map_layers(self._served, self.num_layers), strict=True)
+            self.counted.append((np.stack(visits), np.stack(slots)))
+        return self.counted[0]
+
+    def _served(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """``served_by_token`` of one layer."""
         nodes, ranks, experts = self.num_nodes, self.num_ranks, self.num_experts
         visits = np.zeros((nodes, nodes), dtype=np.int64)
         table = self.slots_on_nodes(layer)
         by_rank = self.home_rank is not None
         counts = np.zeros((ranks if by_rank else nodes, nodes * experts), dtype=np.int64)
-        step = max(counting.CHUNK_PICKS // self.ids.shape[2], 1)
-        for start in range(0, len(self.ids), step):
-            ids = np.ascontiguousarray(self.ids[start : start + step, layer])
-            homes: list = list(range(nodes))
-            if self.home_rank is not None:
-                homes = [self.home_rank[start : start + step]]
-            for one in homes:
-                home = np.broadcast_to(one, len(ids))
-                node = self.node_of_rank[home] if by_rank else home
-                served = self.serve(ids, node, layer)
-                there = served >= 0
-                key = (home[:, None] * nodes + served) * experts + ids
-                counts += np.bincount(key[there], minlength=counts.size).reshape(counts.shape)
-                bits = np.where(there, np.int64(1) << np.maximum(served, 0), 0)
-                mask = np.bitwise_or.reduce(bits, axis=1)
-                for place in range(nodes):
-                    visits[:, place] += np.bincount(node[mask >> place & 1 > 0], minlength=nodes)
+        for ids, home in self._tokens_at_home(layer, nodes):
+            node = self.node_of_rank[home] if by_rank else home
+            served = self.serve(ids, node, layer)
+            there = served >= 0
+            key = (home[:, None] * nodes + served) * experts + ids
+            counts += np.bincount(key[there], minlength=counts.size).reshape(counts.shape)
+            bits = np.where(there, np.int64(1) << np.maximum(served, 0), 0)
+            mask = np.bitwise_or.reduce(bits, axis=1)
+            for place in range(nodes):
+                visits[:, place] += np.bincount(node[mask >> place & 1 > 0], minlength=nodes)
         slots = np.zeros((ranks, self.num_slots), dtype=np.int64)
         for rank in range(ranks):
             mine = counts[rank if by_rank else self.node_of_rank[rank]]
@@ -140,10 +141,8 @@ class AlignedTrace:
     def node_visits(self) -> np.ndarray:
         """[L, M, M] tokens of home node m on node n: int64; without homes expected floats."""
         if self.choices is not None:
-            found = counting.map_layers(lambda i: self.served_by_token(i)[0], self.num_layers)
-            return (
-                np.stack(found) if self.home_rank is not None else np.stack(found) / self.num_nodes
-            )
+            visits, _ = self.served_by_token()
+            return visits if self.home_rank is not None else visits / self.num_nodes
         first_rank = np.unique(self.node_of_rank, return_index=True)[1]
         served = self.node_of_rank[self.served_rank]  # [L, G, E]
         nearest = served[:, first_rank]  # [L, M, E]
@@ -158,30 +157,36 @@ class AlignedTrace:
         """[L, G, G] tokens at home on rank g with a pick served on rank r: as ``node_visits``."""
         if self.choices is not None:
             found = counting.map_layers(self._rank_visits_by_token, self.num_layers)
-            return (
-                np.stack(found) if self.home_rank is not None else np.stack(found) / self.num_ranks
-            )
+            visits = np.stack(found)
+            return visits if self.home_rank is not None else visits / self.num_ranks
         return self._visits(self.served_rank, np.arange(self.num_ranks), self.num_ranks)
 
     def _rank_visits_by_token(self, layer: int) -> np.ndarray:
         """[G, G] int64 of a layer where the picks decide; without homes a token counts at each."""
         assert self.ids is not None
         ranks, visits = self.num_ranks, np.zeros(self.num_ranks**2, dtype=np.int64)
+        for ids, home in self._tokens_at_home(layer, ranks):
+            slots = self.slots_of(ids[:, None], home, layer)[:, 0]
+            at = np.where(ids >= 0, slots // (self.num_slots // ranks), -1)
+            at.sort(axis=1)
+            new = at >= 0
+            new[:, 1:] &= at[:, 1:] != at[:, :-1]
+            visits += np.bincount((home[:, None] * ranks + at)[new], minlength=ranks**2)
+        return visits.reshape(ranks, ranks)
+
+    def _tokens_at_home(self, layer: int, homes: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield (ids [T, K] of a layer, home [T]) of pieces of the trace: home ranks; without
+        homes every piece once for each of ``homes``.
+        """
+        assert self.ids is not None
         step = max(counting.CHUNK_PICKS // self.ids.shape[2], 1)
         for start in range(0, len(self.ids), step):
-            ids = self.ids[start : start + step, layer : layer + 1]
-            homes: list = list(range(ranks))
+            ids = np.ascontiguousarray(self.ids[start : start + step, layer])
             if self.home_rank is not None:
-                homes = [self.home_rank[start : start + step]]
-            for one in homes:
-                home = np.broadcast_to(one, len(ids))
-                slots = self.slots_of(ids, home, layer)
-                at = np.where(ids >= 0, slots // (self.num_slots // ranks), -1)[:, 0]
-                at.sort(axis=1)
-                new = at >= 0
-                new[:, 1:] &= at[:, 1:] != at[:, :-1]
-                visits += np.bincount((home[:, None] * ranks + at)[new], minlength=ranks**2)
-        return visits.reshape(ranks, ranks)
+                yield ids, self.home_rank[start : start + step]
+                continue
+            for home in range(homes):
+                yield ids, np.full(len(ids), home)
 
     def _visits(self, served: np.ndarray, home_of_rank: np.ndarray, places: int) -> np.ndarray:
         """[L, H, N] tokens of each home with a pick in each place, ``served`` [L, H, E] the place
@@ -277,7 +282,7 @@ class AlignedTrace:
         serves = np.zeros((self.num_layers, self.num_slots))
         for layer in range(self.num_layers):
             if self.choices is not None:
-                slots = self.served_by_token(layer)[1].sum(axis=0)
+                slots = self.served_by_token()[1][layer].sum(axis=0)
                 whole = np.bincount(self.table[layer], weights=slots, minlength=self.num_experts)
                 serves[layer] = slots * self.num_ranks / np.maximum(whole, 1)[self.table[layer]]
                 continue
@@ -324,8 +329,7 @@ def align_trace(
     rows = np.array([row_of[int(i)] for i in trace.layer_ids])
     engine = engine_serving_slots(plan, rule) if rule in ENGINE_RULES else None
     decided = rule is None and plan.serving_rule == "visited" and not plan.is_permutation
-    if decided and trace.expert_ids is None:
-        decided = False  # counts do not say what goes together: as under the rule "home"
+    decided &= trace.expert_ids is not None  # counts do not say what goes together: rule "home"
     return AlignedTrace(
         layer_ids=tuple(int(i) for i in trace.layer_ids),
         plan_rows=rows,

@@ -98,7 +98,8 @@ class Engine:
         parameters = inspect.signature(self.model.forward).parameters
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         # its loss over the router's logits, a setting of training, has no place in a step
-        self._without = {name: False for name in ("output_router_logits",) if name in parameters}
+        takes_it = "output_router_logits" in parameters
+        self._without = {"output_router_logits": False} if takes_it else {}
         self._profiles = grouping != "fifo"
         sees = self._profiles or on_step is not None or homes == "predicted" or ":" in homes
         self.tap = RouteTap(model, sees=sees)

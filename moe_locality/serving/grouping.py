@@ -12,6 +12,7 @@ from collections.abc import Sequence as ListLike
 import numpy as np
 
 from moe_locality.errors import ConfigError
+from moe_locality.placement.counting import picks_by_home
 from moe_locality.serving.scheduler import (
     Choose,
     RequestState,
@@ -28,10 +29,7 @@ TRUST_TOKENS = 16.0
 
 def profile_of(picks: np.ndarray, num_experts: int) -> np.ndarray:
     """How often each expert was picked: ``[T, L, K]`` ids (-1: none) to int64 ``[L, E]``."""
-    layers = picks.shape[1]
-    place = picks.astype(np.int64) + np.arange(layers)[None, :, None] * num_experts
-    flat = np.bincount(place[picks >= 0], minlength=layers * num_experts)
-    return flat.reshape(layers, num_experts)
+    return picks_by_home(picks, num_experts, np.zeros(len(picks), dtype=np.int64), 1)[:, 0]
 
 
 def distinct_experts(picks: np.ndarray) -> float:

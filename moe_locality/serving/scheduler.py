@@ -58,7 +58,7 @@ class Limits:
             )
 
     def of_model(self, config: Any) -> Limits:
-        """Return them for a model: ``max_model_len`` and ``max_num_kv_tokens`` are numbers then.
+        """Return them for a model: ``max_model_len`` is a number then.
 
         Raises:
             ConfigError: sequences may be longer than the model allows.
@@ -70,8 +70,7 @@ class Limits:
                 f"found max_model_len={longest}, expected at most {most}, the model's "
                 "max_position_embeddings: lower it"
             )
-        room = self.max_num_kv_tokens or self.max_num_seqs * longest
-        return replace(self, max_model_len=longest, max_num_kv_tokens=room)
+        return replace(self, max_model_len=longest)
 
     @property
     def longest(self) -> int:

@@ -238,7 +238,8 @@ def place_on_nodes(
         )
         for found in tried
     ]
-    least = _least(problem, [found[0].copies for found in tried])
+    # copies of a layer that an imbalance higher by one has to save
+    least = problem.worth * float(np.mean([found[0].copies for found in tried]))
 
     def search(place: int, price: float, turn: int) -> float:
         return search_to(place, price, turn, caps[place].most)
@@ -274,11 +275,6 @@ def place_on_nodes(
     map_layers(refine_exact, len(layers))
     chosen = choose()
     return [some[i] for some, i in zip(tried, chosen, strict=True)], caps, price
-
-
-def _least(problem: Problem, linear_copies: Sequence[float]) -> float:
-    """Copies of a layer that an imbalance higher by one has to save."""
-    return problem.worth * float(np.mean(linear_copies))
 
 
 def seed_of(problem: Problem, number: int) -> int:
@@ -341,17 +337,12 @@ def _replicate(
         )
 
     starts = map_layers(begin, len(layers))
-    tried = [[replicas.candidate(start, start.held)] for start in starts]
+    begun = [replicas.candidate(start, start.held) for start in starts]
 
-    def search(place: int, price: float, turn: int) -> float:
-        found = replicas.searched(starts[place], price, seeds[place] + turn)
-        tried[place].append(found)
-        return found.imbalance
+    def search(place: int, price: float, turn: int) -> replicas.Candidate:
+        return replicas.searched(starts[place], price, seeds[place] + turn)
 
-    allowed = [cap.allowed for cap in caps]
-    price = search_lagrangian(search, allowed, rounds, first=CHEAPER * price)
-    chosen = load_noise.allocate(tried, caps)
-    found = [some[i] for some, i in zip(tried, chosen, strict=True)]
+    found, price = _best_of_prices(begun, search, caps, rounds, CHEAPER * price)
     if problem.serving_rule == "home":
         return found
     rounds = min(rounds, VISITED_ROUNDS)
@@ -379,19 +370,35 @@ def _serve_visited(
         layer = layers[place]
         return visited.begun(tokens[place], layer.load, layer.noise, found[place].held)
 
-    tried = [[some] for some in map_layers(begin, len(layers))]
+    begun = map_layers(begin, len(layers))
 
-    def search(place: int, price: float, turn: int) -> float:
+    def search(place: int, price: float, turn: int) -> replicas.Candidate:
         layer, most = layers[place], caps[place].most
-        args = (tokens[place], layer.load, layer.noise, tried[place][0])
-        one = visited.searched_visited(*args, price, most, seeds[place] + turn)
-        tried[place].append(one)
-        return one.imbalance
+        args = (tokens[place], layer.load, layer.noise, begun[place])
+        return visited.searched_visited(*args, price, most, seeds[place] + turn)
 
-    allowed = [cap.allowed for cap in caps]
-    search_lagrangian(search, allowed, rounds, first=max(price, _LEAST))
+    return _best_of_prices(begun, search, caps, rounds, max(price, _LEAST))[0]
+
+
+def _best_of_prices(
+    begun: Sequence[replicas.Candidate],
+    search: Callable[[int, float, int], replicas.Candidate],
+    caps: Sequence[Cap],
+    rounds: int,
+    first: float,
+) -> tuple[list[replicas.Candidate], float]:
+    """(the choice of each layer among what was ``begun`` and found at prices of imbalance, the
+    price that would come next); ``search`` as in ``search_lagrangian``.
+    """
+    tried = [[some] for some in begun]
+
+    def kept(place: int, price: float, turn: int) -> float:
+        tried[place].append(search(place, price, turn))
+        return tried[place][-1].imbalance
+
+    price = search_lagrangian(kept, [cap.allowed for cap in caps], rounds, first=first)
     chosen = load_noise.allocate(tried, caps)
-    return [some[i] for some, i in zip(tried, chosen, strict=True)]
+    return [some[i] for some, i in zip(tried, chosen, strict=True)], price
 
 
 def place_on_ranks(

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
+from moe_locality.placement.count_kernels import choose_node, serve_token
 from moe_locality.placement.search.load_noise import Noise, expected_shared_imbalance, few_draws
 from moe_locality.placement.search.replica_moves import propose
 from moe_locality.placement.search.replicas import Candidate
@@ -131,15 +132,14 @@ def begun(tokens: Tokens, load: np.ndarray, noise: Noise, held: np.ndarray) -> C
 
 
 def renamed(choices: Sequence[np.ndarray], orders: Sequence[list[int]]) -> np.ndarray:
-    """[L, M, E, X] lists of nodes, in as few columns as they need, where ``orders`` say which of
-    the searched nodes comes first, second, ...
+    """[L, M, E, M] lists of nodes, where ``orders`` say which of the searched nodes comes first,
+    second, ...
     """
     found = []
     for some, order in zip(choices, orders, strict=True):
         name = np.append(np.argsort(order), -1)  # of each searched node; -1 stays
         found.append(name[some][order])
-    lists = np.stack(found)
-    return lists[..., : max(int((lists >= 0).sum(axis=3).max()), 1)]
+    return np.stack(found)
 
 
 def searched_visited(
@@ -182,40 +182,18 @@ def searched_visited(
 def count_served(ids, weight, home, choices, nodes):
     """(copies summed over the tokens and their homes, [M, E] picks that each node serves)."""
     served = np.zeros((nodes, choices.shape[1]), np.int64)
-    copies, mask = np.int64(0), np.int64(0)
-    later = np.empty(ids.shape[1], np.int64)
-    one = np.int64(1)
+    copies = np.int64(0)
+    found, later = np.empty(ids.shape[1], np.int64), np.empty(ids.shape[1], np.int64)
     for i in range(len(ids)):
         for h in range(nodes):
             if home[i] >= 0 and home[i] != h:
                 continue
-            mask, count = one << h, 0
-            for e in ids[i]:
-                if e < 0:
-                    continue
-                if choices.shape[2] > 1 and choices[h, e, 1] >= 0:
-                    later[count] = e
-                    count += 1
-                else:
-                    mask |= one << choices[h, e, 0]
-                    served[choices[h, e, 0], e] += weight[i]
-            for e in later[:count]:
-                node = _chosen(choices[h, e], mask)
-                mask |= one << node
-                served[node, e] += weight[i]
+            mask = serve_token(ids[i], h, choices[h], found, later)
             copies += (_bits(mask) - 1) * weight[i]
+            for k in range(len(found)):
+                if found[k] >= 0:
+                    served[found[k], ids[i, k]] += weight[i]
     return copies, served
-
-
-@numba.njit(nogil=True, cache=True)
-def _chosen(nodes, mask):
-    """The first of the nodes that the mask has, else the first one."""
-    for node in nodes:
-        if node < 0:
-            break
-        if mask >> node & 1:
-            return node
-    return nodes[0]
 
 
 @numba.njit(nogil=True, cache=True)
@@ -255,7 +233,7 @@ def _visit(row, home, alone, choices, later, loads):
             if choices[h, e, 1] < 0:
                 mask |= one << choices[h, e, 0]
         for e in later[:count]:
-            node = _chosen(choices[h, e], mask)
+            node = choose_node(choices[h, e], mask)
             mask |= one << node
             loads[node] += 1
         copies += _bits(mask) - 1
