@@ -166,6 +166,19 @@ def tradeoff(
         requests see), "copies", "saving" against the linear layout and "step_us" (a step of the
         exchange that sends a token once per node, simulated with the figures of the cluster).
     """
+    points = judged_caps(trace, topology, caps=caps, seed=seed, **options)
+    return sorted(points, key=lambda point: point["max_imbalance"])
+
+
+def judged_caps(
+    trace: RoutingTrace,
+    topology: ClusterTopology,
+    *,
+    caps: Sequence[float | str],
+    seed: int = 0,
+    **options: Any,
+) -> list[dict[str, float]]:
+    """As ``tradeoff``, in the order of the caps."""
     train, test = _parts(trace, seed)
     linear = solve(train, topology, method="linear")
     base = evaluate(test, linear, topology).copies
@@ -185,7 +198,7 @@ def tradeoff(
                 "step_us": _step_us(test, plan, topology, homes, seed),
             }
         )
-    return sorted(points, key=lambda point: point["max_imbalance"])
+    return points
 
 
 def _step_us(

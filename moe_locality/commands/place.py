@@ -207,7 +207,7 @@ def _curve(
     The requests that the plan is judged on in the end are not among them. ``with_times``: the
     bandwidths are known, so the plan with the shortest simulated step is taken.
     """
-    from moe_locality.analysis.potential import HELD_OUT, tradeoff
+    from moe_locality.analysis.potential import HELD_OUT, judged_caps
     from moe_locality.placement.costs import NUM_BLOCKS
 
     fixed = options["method"] != "coactivation" or options["start"] is not None
@@ -218,9 +218,8 @@ def _curve(
     if len(train.request_ids) * HELD_OUT < NUM_BLOCKS[0] or topology.num_nodes == 1:
         return None
     given = {name: part for name, part in options.items() if name != "max_imbalance"}
-    points: list[dict[str, Any]] = []
-    for name in CURVE:
-        points += [{"cap": name, **p} for p in tradeoff(train, topology, caps=(name,), **given)]
+    judged = judged_caps(train, topology, caps=CURVE, **given)
+    points = [{"cap": name, **point} for name, point in zip(CURVE, judged, strict=True)]
     chosen = points[0]
     if with_times:  # a difference of half a per cent is no reason to be less level
         shortest = min(point["step_us"] for point in points)

@@ -21,14 +21,18 @@ from moe_locality.placement.plan import PlacementPlan
 from tests.unit.placement.cases import plans
 
 
-def test_to_sglang_map_gives_layers_without_experts_the_linear_row():
-    plan = PlacementPlan(
+def plan_of_layer_1():
+    return PlacementPlan(
         layer_ids=(1,),
         num_experts=3,
         num_nodes=2,
         ranks_per_node=1,
         physical_to_logical_map=[[2, 1, 0, 2]],
     )
+
+
+def test_to_sglang_map_gives_layers_without_experts_the_linear_row():
+    plan = plan_of_layer_1()
     rows = [[0, 1, 2, 0], [2, 1, 0, 2], [0, 1, 2, 0]]
     assert to_sglang_map(plan, num_hidden_layers=3) == {"physical_to_logical_map": rows}
     with pytest.raises(PlacementError, match="below num_hidden_layers = 1"):
@@ -249,13 +253,7 @@ def test_a_map_of_vllm_ascend():
     ],
 )
 def test_launch_lines_name_the_file_and_what_the_engine_does(target, words):
-    plan = PlacementPlan(
-        layer_ids=(1,),
-        num_experts=3,
-        num_nodes=2,
-        ranks_per_node=1,
-        physical_to_logical_map=[[2, 1, 0, 2]],
-    )
+    plan = plan_of_layer_1()
     text = "\n".join(launch_lines(plan, target, "F", "p.json"))
     assert all(word in text for word in words), text
 
