@@ -15,6 +15,11 @@ from moe_locality.serving.scheduler import (
 )
 
 
+def newest(ready, running):
+    """A rule that lets the latest request overtake all others."""
+    return max(range(len(ready)), key=lambda i: ready[i].number)
+
+
 def state(number, prompt=5, max_tokens=4, n=1):
     params = SamplingParams(n=n, max_tokens=max_tokens)
     return RequestState(number, [0] * prompt, params, seed=0, number=number)
@@ -72,7 +77,6 @@ def test_next_work_keeps_every_limit_and_finishes_everything(seed, pads):
         max_num_kv_tokens=int(rng.integers(120, 400)),
         max_num_ready=int(rng.integers(0, 5)),
     )
-    newest = lambda ready, running: max(range(len(ready)), key=lambda i: ready[i].number)  # noqa: E731
     scheduler = Scheduler(limits, pads=pads, choose=newest)
     states = []
     for number in range(30):
@@ -118,7 +122,6 @@ def test_next_work_reads_several_short_prompts_at_once():
 
 
 def test_next_work_starts_the_oldest_that_others_have_overtaken():
-    newest = lambda ready, running: max(range(len(ready)), key=lambda i: ready[i].number)  # noqa: E731
     limits = Limits(max_num_seqs=1, max_num_batched_tokens=5, max_num_ready=2)
     scheduler = Scheduler(limits, choose=newest, patience=3)
     for number in range(12):
