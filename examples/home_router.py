@@ -17,7 +17,9 @@ unless told otherwise: there is no encryption and no authentication here.
 import argparse
 import contextlib
 import http.client
+import socket
 import threading
+import time
 import urllib.parse
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -34,6 +36,7 @@ HOP_BY_HOP = {"connection", "keep-alive", "proxy-connection", "te", "trailer", "
 HOP_BY_HOP |= {"transfer-encoding", "host", "content-length", "expect"}
 MOST_BYTES = 1 << 26
 LOOKED_AT = 1 << 14
+LINGER_S = 5.0
 RUN, KINDS = 4, 1 << 14
 """Bytes of a body that are looked at; runs of bytes, and how many kinds of them are told apart."""
 
@@ -107,10 +110,23 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(length))
         return body if len(body) == int(length) else None
 
+    def drain(self) -> None:
+        """Read the rest of a refused body for a while: a client that is still sending when its line
+        is closed sees a broken line, not the answer.
+        """
+        self.wfile.flush()
+        self.connection.settimeout(LINGER_S)
+        last = time.monotonic() + LINGER_S
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            while time.monotonic() < last and self.rfile.read1(1 << 16):
+                pass
+
     def forward(self) -> None:
         body = self.body()
         if body is None:
             self.send_error(411, f"give the Content-Length of a body of at most {MOST_BYTES} bytes")
+            self.drain()
             return
         given = RANK in self.headers
         home = None if given else self.homes.choose(self.headers.get(DOMAIN), body)

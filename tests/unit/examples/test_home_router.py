@@ -3,9 +3,11 @@
 import contextlib
 import http.client
 import os
+import select
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -203,7 +205,14 @@ def test_home_router_shows_what_breaks(routed, tmp_path):
     line.request("GET", "/health")
     empty = line.getresponse()
     assert (empty.status, empty.read(), line.sock is not None) == (204, b"", True)
-    line.request("POST", "/v1/completions", iter([b"a"]), encode_chunked=True)
+    line.putrequest("POST", "/v1/completions")
+    line.putheader("Transfer-Encoding", "chunked")
+    line.endheaders()
+    assert select.select([line.sock], [], [], SECONDS)[0]  # refused before its body has come
+    for _ in range(20):
+        line.send(b"4\r\nmore\r\n")
+        time.sleep(0.01)
+    line.send(b"0\r\n\r\n")
     assert line.getresponse().status == 411
     line.close()
     PlacementPlan.from_dict({**plan.to_dict(), "home_profiles": None}).write(tmp_path / "p.json")
