@@ -52,7 +52,13 @@ OURS = ("coactivation", "balance")
 """Methods for which the usual order is kept where they gain nothing; a peer is written as asked."""
 
 PlanOut = Annotated[Path, typer.Option("-o", "--out", help="Plan to write (JSON).")]
-Method = Annotated[str, typer.Option(help="coactivation, balance, or a peer: linear, eplb, seed …")]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="coactivation, balance, or a peer: eplb, eplb_global, hottest, linear, mtkahypar, "
+        "request_kmeans, round_robin."
+    ),
+]
 RedundantExperts = Annotated[int, typer.Option(min=0, help="Slots beyond the experts, per layer.")]
 JointHomes = Annotated[
     str | None, typer.Option(help="joint: place requests together with experts.")

@@ -19,6 +19,7 @@ from moe_locality import __version__
 from moe_locality.cli import app
 from moe_locality.commands import doctor, output
 from moe_locality.errors import BackendUnavailable, PlacementError
+from moe_locality.placement.solve import METHODS
 from moe_locality.trace import write_trace
 from tests.unit.made_trace import make_trace
 
@@ -87,6 +88,11 @@ def test_every_command_has_help_and_takes_json(name):
     assert found.exit_code == 0
     assert "--json" in found.stdout
     assert "--debug" in found.stdout
+
+
+def test_place_help_names_every_method():
+    words = run("place", "--help").stdout.split()
+    assert set(METHODS) <= {word.strip(",.") for word in words}
 
 
 def test_app_has_these_commands_and_no_other():

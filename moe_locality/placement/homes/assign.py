@@ -260,7 +260,8 @@ def read_homes(path: Path, plan: PlacementPlan | None = None) -> dict[int, int]:
             raise TypeError("a rank is not an integer")
     except OSError as error:
         raise PlacementError(
-            f"cannot read the homes {path}: {error.strerror}: check the path"
+            f"cannot read the homes {path}: {error.strerror}: check the path, or make them with "
+            "`moe-locality group TRACE --plan PLAN`"
         ) from error
     except (ValueError, TypeError, AttributeError) as error:
         raise PlacementError(

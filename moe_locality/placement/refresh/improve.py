@@ -8,6 +8,7 @@ not named in a swap stays where it is.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -114,13 +115,28 @@ def relevel(
     nodes = plan.node_of_rank.astype(np.int64)
     most = _budget(plan, move_budget) // 2
     level_best(np.ascontiguousarray(shares), item, rank_of, nodes, whole_nodes, most)
-    return replace(
-        plan,
-        physical_to_logical_map=_settle(plan.physical_to_logical_map, rank_of, plan.num_ranks),
-        expert_load=np.rint(load).astype(np.int64),
-        home_profiles=None,
-        serving_nodes=None,  # of the old places
+    table = _settle(plan.physical_to_logical_map, rank_of, plan.num_ranks)
+    return _moved(plan, table, np.rint(load).astype(np.int64), home_profiles=None)
+
+
+def _moved(
+    plan: PlacementPlan, table: np.ndarray, load: np.ndarray, **changes: Any
+) -> PlacementPlan:
+    """The plan with other experts in its slots. Experts that stay on their nodes are served by the
+    nodes that served them; the others by all that hold them, the least loaded one preferred.
+    """
+    changes |= {"physical_to_logical_map": table, "expert_load": load, "serving_nodes": None}
+    new = replace(plan, **changes)
+    if plan.serving_nodes is None:
+        return new
+    both = [plan.serving_nodes, new.node_choices()]
+    width = max(nodes.shape[3] for nodes in both)
+    old, fresh = (
+        np.pad(nodes, [(0, 0)] * 3 + [(0, width - nodes.shape[3])], constant_values=-1)
+        for nodes in both
     )
+    stays = (plan.held_by_node == new.held_by_node).all(axis=2)
+    return replace(new, serving_nodes=np.where(stays[:, None, :, None], old, fresh))
 
 
 def _budget(plan: PlacementPlan, move_budget: float) -> int:
@@ -244,7 +260,7 @@ def _weigh(plan, table, state, topology, figures) -> Refresh:
     """Put moves and savings side by side."""
     expert_bytes, copy_bytes, tokens_per_step, steps = figures
     load = np.rint(state.load).astype(int)
-    new = replace(plan, physical_to_logical_map=table, expert_load=load, serving_nodes=None)
+    new = _moved(plan, table, load)
     moved, move_us = moves(plan, new, topology, expert_bytes)
     before, after, error = sampled_copies(plan, new, state)
     saved_us = None

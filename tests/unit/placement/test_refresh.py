@@ -173,6 +173,33 @@ def test_relevel_moves_few_slots_and_lowers_the_busiest_rank():
     assert (ideal <= worst(free) * 1.2).all()
 
 
+def test_refresh_and_relevel_keep_who_serves_whom_where_experts_stay():
+    rng = np.random.default_rng(2)
+    trace = random_trace(rng, tokens=600, layers=2, experts=12, top_k=3)
+    plan = random_plan(rng, layers=2, experts=12, nodes=4, ranks_per_node=1, slots_per_rank=6)
+    plan = replace(plan, expert_load=trace.load(), serving_rule="visited")
+    held, home = plan.held_by_node, np.arange(4)[:, None]
+    last = 3 - held[..., ::-1].argmax(axis=2)  # [L, E]: its last node alone serves an expert
+    lists = np.where(held.transpose(0, 2, 1), home, last[:, None])[..., None]
+    plan = replace(plan, serving_nodes=lists)
+    state = RefreshState.from_trace(trace)
+    for found in (
+        refresh(plan, state, move_budget=0.2, max_imbalance=2.0).plan,
+        relevel(plan, rng.integers(1, 1000, (2, 12)), move_budget=0.2),
+    ):
+        stays = (found.held_by_node == held).all(axis=2)
+        assert stays.any()
+        assert not stays.all()
+        for layer, expert in np.argwhere(stays):
+            kept = found.node_choices()[layer, :, expert]
+            np.testing.assert_array_equal(kept[:, 0], lists[layer, :, expert, 0])
+            assert (kept[:, 1:] < 0).all()
+        for layer, expert in np.argwhere(~stays):
+            away = ~found.held_by_node[layer, expert]
+            named = (found.node_choices()[layer, away, expert] >= 0).sum(axis=1)
+            assert (named == found.held_by_node[layer, expert].sum()).all()
+
+
 def test_old_tokens_decay_by_the_number_of_new_ones():
     rng = np.random.default_rng(2)
     old, new = (random_trace(rng, tokens=n, layers=2, experts=8, top_k=3) for n in (300, 100))
