@@ -74,7 +74,8 @@ def switch_layers(variant: str) -> None:
         return
     import deepspeed.moe.layer
 
-    from moe_locality.layer.moe import LocalityMOELayer, MoE, set_slot_to_logical
+    from moe_locality.layer.moe import LocalityMOELayer, MoE
+    from moe_locality.layer.state import set_slot_to_logical
 
     class ReversedMoE(MoE):
         def __init__(self, *args, **kwargs):

@@ -37,9 +37,8 @@ from moe_locality.errors import ConfigError
 from moe_locality.kernels import ops
 from moe_locality.layer.agreement import LostRanks, all_succeed
 from moe_locality.layer.relocate import place_stacked
-from moe_locality.layer.slots import check_is_permutation, check_nodes
 from moe_locality.layer.state import is_engine, stacked_shards, state_source
-from moe_locality.placement.plan import PlacementPlan
+from moe_locality.placement.plan import PlacementPlan, check_is_permutation, check_nodes
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.topology.groups import discover_topology, follow_groups
 from moe_locality.trace.recorder.hooks import moe_layer_ids, route_hooks

@@ -29,8 +29,7 @@ from moe_locality.integrations.logical_state import (
     watch_optimizers,
 )
 from moe_locality.layer.agreement import all_agree, all_succeed
-from moe_locality.layer.slots import check_nodes
-from moe_locality.placement.plan import PlacementPlan
+from moe_locality.placement.plan import PlacementPlan, check_nodes
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.topology.groups import (
     built_groups,

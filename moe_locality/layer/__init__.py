@@ -14,15 +14,16 @@ if TYPE_CHECKING:
     from moe_locality.layer.checkpoint import wrap_checkpoints
     from moe_locality.layer.convert import apply, initialize
     from moe_locality.layer.expert_store import store_experts
-    from moe_locality.layer.moe import LocalityMOELayer, LocalityTopKGate, MoE, set_slot_to_logical
+    from moe_locality.layer.moe import LocalityMOELayer, LocalityTopKGate, MoE
     from moe_locality.layer.relabeling import relabel
+    from moe_locality.layer.state import set_slot_to_logical
     from moe_locality.layer.state_dict import relabel_state_dict
 
 _LAZY_IMPORTS = {
     "MoE": "moe_locality.layer.moe",
     "LocalityMOELayer": "moe_locality.layer.moe",
     "LocalityTopKGate": "moe_locality.layer.moe",
-    "set_slot_to_logical": "moe_locality.layer.moe",
+    "set_slot_to_logical": "moe_locality.layer.state",
     "apply": "moe_locality.layer.convert",
     "initialize": "moe_locality.layer.convert",
     "relabel": "moe_locality.layer.relabeling",

@@ -39,9 +39,13 @@ from moe_locality.layer.checkpoint import (
     resolve_tag,
 )
 from moe_locality.layer.hf_checkpoint import bake_hugging_face, is_hugging_face
-from moe_locality.layer.slots import check_is_permutation, count_moves, source_slots
 from moe_locality.layer.state import GATE_ROWS
-from moe_locality.placement.plan import PlacementPlan
+from moe_locality.placement.plan import (
+    PlacementPlan,
+    check_is_permutation,
+    count_moves,
+    source_slots,
+)
 from moe_locality.trace.recorder.hooks import layer_numbers
 
 logger = logging.getLogger(__name__)

@@ -36,23 +36,24 @@ import torch.distributed as dist
 
 from moe_locality.errors import ConfigError, MoeLocalityError, PlacementError
 from moe_locality.layer.agreement import all_agree, all_succeed
-from moe_locality.layer.moe import moe_modules, set_slot_to_logical
 from moe_locality.layer.relabeling import (
     Target,
     check_tied_stay,
-    current_order,
     plan_of,
     plan_targets,
     relabel_to,
     targets_for,
 )
 from moe_locality.layer.replicas import has_replicas, replicas_of
-from moe_locality.layer.slots import LayerReplicas
 from moe_locality.layer.state import (
+    LayerReplicas,
+    current_order,
     has_state,
+    moe_modules,
     no_state,
     permute_gate,
     plain_optimizer,
+    set_slot_to_logical,
     state_source,
 )
 from moe_locality.placement.plan import PlacementPlan

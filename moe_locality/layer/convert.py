@@ -23,8 +23,7 @@ from moe_locality.dispatch.flat import check_overflow
 from moe_locality.dispatch.traffic import reset_traffic, traffic_report
 from moe_locality.errors import ConfigError, MoeLocalityError, PlacementError, TopologyError
 from moe_locality.layer.agreement import all_agree, all_succeed
-from moe_locality.layer.slots import check_is_permutation, check_nodes
-from moe_locality.placement.plan import PlacementPlan
+from moe_locality.placement.plan import PlacementPlan, check_is_permutation, check_nodes
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.topology.groups import discover_topology, exchange_objects, prepare_groups
 
@@ -38,9 +37,10 @@ from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config  # noqa:
 from deepspeed.utils import log_dist  # noqa: E402
 
 from moe_locality.layer.checkpoint import wrap_checkpoints  # noqa: E402
-from moe_locality.layer.moe import adopt, configure, moe_modules, plan_rows  # noqa: E402
+from moe_locality.layer.moe import adopt, configure  # noqa: E402
 from moe_locality.layer.relabeling import relabel  # noqa: E402
 from moe_locality.layer.replicas import add_replicas, with_new_parameters  # noqa: E402
+from moe_locality.layer.state import moe_modules, plan_rows  # noqa: E402
 
 logger = logging.getLogger(__name__)
 _Arguments = ParamSpec("_Arguments")

@@ -26,8 +26,7 @@ from torch import Tensor, nn
 
 from moe_locality import compat
 from moe_locality.errors import ConfigError
-from moe_locality.layer.slots import LayerReplicas
-from moe_locality.layer.state import packed, unpack, whole_shards
+from moe_locality.layer.state import LayerReplicas, packed, unpack, whole_shards
 
 ExpertsMode = Literal["auto", "loop", "grouped"]
 Activation = Callable[[Tensor], Tensor]

@@ -21,9 +21,8 @@ import numpy as np
 
 from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.files import check_is_new, replace_folder
-from moe_locality.layer.slots import count_moves
 from moe_locality.layer.state_dict import NEVER_GROUPED, PRESETS, REFUSED, Names, Relabelling
-from moe_locality.placement.plan import PlacementPlan
+from moe_locality.placement.plan import PlacementPlan, count_moves
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

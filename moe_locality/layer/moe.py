@@ -37,7 +37,7 @@ from moe_locality.dispatch.dispatcher import (
     warn_if_lossy,
 )
 from moe_locality.dispatch.transport import TrafficCounter
-from moe_locality.errors import ConfigError, PlacementError, TopologyError
+from moe_locality.errors import ConfigError, TopologyError
 from moe_locality.kernels import ops
 from moe_locality.layer.experts import (
     ExpertsMode,
@@ -45,11 +45,9 @@ from moe_locality.layer.experts import (
     run_experts,
     run_with_summed_gradients,
 )
-from moe_locality.layer.slots import LayerReplicas
-from moe_locality.placement.plan import PlacementPlan
+from moe_locality.layer.state import LayerReplicas, set_slot_to_logical
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.topology.groups import discover_topology, prepare_groups
-from moe_locality.trace.recorder.hooks import moe_layer_ids
 
 compat.require_deepspeed()
 
@@ -404,29 +402,6 @@ def _joined_signature() -> inspect.Signature:
 MoE.__signature__ = _joined_signature()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def moe_modules(model: torch.nn.Module) -> list[tuple[str, StockMoE]]:
-    """Return (name, module) of every DeepSpeed MoE layer, ours too, in ``named_modules`` order.
-
-    ``plan_rows`` says which row of a plan is for which entry.
-    """
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, StockMoE)]
-
-
-def plan_rows(model: torch.nn.Module, plan: PlacementPlan) -> list[int]:
-    """Return the row of ``plan`` that is for each entry of ``moe_modules(model)``.
-
-    Raises:
-        PlacementError: the plan is for other layers.
-    """
-    return plan.rows_for(*layer_ids_of(model))
-
-
-def layer_ids_of(model: torch.nn.Module) -> tuple[list[int] | None, int]:
-    """Return the transformer layer index of each MoE layer (None: not to be told), and L."""
-    names = [name for name, _ in moe_modules(model)]
-    return moe_layer_ids(model, names), len(names)
-
-
 def adopt(
     module: StockMoE,
     *,
@@ -504,26 +479,3 @@ def configure(
         if value is not None and value != getattr(layer, name):
             setattr(layer, name, value)
             layer.dispatcher = None
-
-
-def set_slot_to_logical(moe_module: StockMoE, slot_to_logical: Any) -> None:
-    """Say which logical expert each slot of a layer holds; moves no weights.
-
-    Works on our layer, whose gate then routes in the logical frame, and on a stock one, whose gate
-    only carries the fact (its outputs stay in the frame of the slots).
-
-    Raises:
-        PlacementError: not a permutation of 0..E-1.
-    """
-    placed = np.array(slot_to_logical, dtype=np.int64)
-    num_experts = moe_module.num_experts
-    if placed.shape != (num_experts,) or (np.sort(placed) != np.arange(num_experts)).any():
-        raise PlacementError(
-            f"found slot_to_logical {placed.tolist()}, expected a permutation of 0 to "
-            f"{num_experts - 1}: a training layer holds every expert once"
-        )
-    gate: Any = moe_module.deepspeed_moe.gate
-    if isinstance(gate, LocalityTopKGate):
-        gate.set_slot_to_logical(placed)
-    else:
-        gate.slot_to_logical = placed

@@ -21,11 +21,18 @@ from moe_locality.analysis.stats import jensen_shannon_bits
 from moe_locality.config import OnlineConfig
 from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.layer.agreement import all_succeed
-from moe_locality.layer.moe import MoE, layer_ids_of, moe_modules
-from moe_locality.layer.relabeling import current_order, plan_of, relabel, tied_layers
+from moe_locality.layer.moe import MoE
+from moe_locality.layer.relabeling import plan_of, relabel, tied_layers
 from moe_locality.layer.relocate import MoveReport, RolledBackError
 from moe_locality.layer.replicas import has_replicas
-from moe_locality.layer.state import expert_shards, flat_bytes, state_source
+from moe_locality.layer.state import (
+    current_order,
+    expert_shards,
+    flat_bytes,
+    layer_ids_of,
+    moe_modules,
+    state_source,
+)
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.refresh.improve import Refresh, refresh
 from moe_locality.placement.refresh.state import RefreshState

@@ -21,7 +21,6 @@ import torch.distributed as dist
 from moe_locality import compat
 from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.layer.agreement import all_agree, all_succeed
-from moe_locality.layer.moe import moe_modules, plan_rows, set_slot_to_logical
 from moe_locality.layer.relocate import (
     TIMEOUT_S,
     MoveReport,
@@ -29,19 +28,22 @@ from moe_locality.layer.relocate import (
     relabel_layer,
     signals_deferred,
 )
-from moe_locality.layer.slots import check_is_permutation
 from moe_locality.layer.state import (
     StateSource,
     check_between_steps,
     check_no_gradients,
     check_state_moves,
+    current_order,
     gate_rows,
     is_engine,
     layout_of,
+    moe_modules,
     no_state,
+    plan_rows,
+    set_slot_to_logical,
     state_source,
 )
-from moe_locality.placement.plan import PlacementPlan
+from moe_locality.placement.plan import PlacementPlan, check_is_permutation
 
 logger = logging.getLogger(__name__)
 
@@ -194,12 +196,6 @@ def _move_layers(targets: list[Target], state: StateSource, timeout_s: float) ->
         total.sent_bytes,
     )
     return total
-
-
-def current_order(module: Any) -> np.ndarray:
-    """Return [E] int64: the logical expert that each slot of a layer holds now."""
-    found = getattr(module.deepspeed_moe.gate, "slot_to_logical", None)
-    return np.arange(module.num_experts) if found is None else np.array(found, dtype=np.int64)
 
 
 def plan_targets(

@@ -17,10 +17,12 @@ import logging
 import signal
 import threading
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,6 @@ from torch import Tensor
 
 from moe_locality.errors import PlacementError
 from moe_locality.layer.agreement import LostRanks, all_agree, all_succeed, gather_answers
-from moe_locality.layer.slots import Step, count_moved, plan_steps, reverse_step, source_slots
 from moe_locality.layer.state import (
     StateSource,
     TensorShard,
@@ -45,6 +46,7 @@ from moe_locality.layer.state import (
     whole_bytes,
     whole_tensors,
 )
+from moe_locality.placement.plan import count_moved, source_slots
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +98,67 @@ def signals_deferred() -> Iterator[None]:
         _pending_signals.clear()
         for number in came[:1]:
             signal.raise_signal(number)
+
+
+Step = tuple[tuple[int, int], ...]
+"""Pairs (slot that is read, slot that is written): a rank reads the slots that it writes."""
+
+
+def plan_steps(current: np.ndarray, target: np.ndarray, num_ranks: int) -> list[Step]:
+    """Return the steps from ``current`` to ``target``, both permutations of 0..E-1.
+
+    A step touches at most two slots of a rank, and is done as a whole or not at all. First come the
+    rounds: a rank sends at most one expert and receives at most one, into the slot that it has just
+    freed. The rounds are the perfect matchings of a regular bipartite multigraph (König 1916): as
+    many as the busiest rank has experts to send, which no schedule of this kind can beat. Then the
+    ranks put their own slots in order, one swap per rank and step.
+    """
+    per_rank = len(current) // num_ranks
+    holds = np.array(current, dtype=np.int64)  # what every slot holds, step after step
+    new_rank = np.argsort(np.asarray(target)) // per_rank  # of each expert
+    waiting: dict[tuple[int, int], deque[int]] = defaultdict(deque)
+    for slot, expert in enumerate(holds.tolist()):
+        waiting[slot // per_rank, int(new_rank[expert])].append(expert)
+    counts = np.zeros((num_ranks, num_ranks), dtype=np.int64)
+    for (source, destination), experts in waiting.items():
+        counts[source, destination] = len(experts) if source != destination else 0
+    steps: list[Step] = []
+    for partner in _matchings(counts):
+        slot_of = np.argsort(holds)
+        sent = {r: waiting[r, d].popleft() for r, d in enumerate(partner) if d != r}
+        freed = {r: int(slot_of[expert]) for r, expert in sent.items()}
+        steps.append(tuple((freed[r], freed[int(partner[r])]) for r in sent))
+        for r, expert in sent.items():
+            holds[freed[int(partner[r])]] = expert
+    swaps: list[list[tuple[int, int]]] = [[] for _ in range(num_ranks)]
+    for slot, expert in enumerate(np.asarray(target).tolist()):
+        other = int(np.flatnonzero(holds == expert)[0])  # on the same rank
+        if other != slot:
+            swaps[slot // per_rank].append((slot, other))
+            holds[[slot, other]] = holds[[other, slot]]
+    swapped = (tuple(filter(None, now)) for now in zip_longest(*swaps))
+    return steps + [tuple(pair for a, b in now for pair in ((a, b), (b, a))) for now in swapped]
+
+
+def reverse_step(step: Step) -> Step:
+    """Return the step that undoes ``step``."""
+    return tuple((written, read) for read, written in step)
+
+
+def _matchings(counts: np.ndarray):
+    """Yield, per round, the rank that each rank sends to (itself: it sends nothing).
+
+    ``counts [G, G]`` has a zero diagonal, and row r sums up to what column r does: a rank receives
+    as many experts as it sends. The diagonal fills every row up to the largest sum, so each round
+    has a perfect matching.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    left = counts + np.diag(counts.sum(1).max(initial=0) - counts.sum(1))
+    while left.any():
+        rows, partner = linear_sum_assignment(left == 0)
+        left[rows, partner] -= 1
+        yield partner
 
 
 @dataclass(slots=True, kw_only=True)
@@ -241,18 +304,19 @@ def move_experts(
         PlacementError: a rank failed, and the roll-back failed too.
     """
     started = time.monotonic()
-    report = MoveReport(num_layers=1, num_experts_moved=count_moved(current, target, num_ranks))
+    sources, per_rank = source_slots(current, target), len(current) // num_ranks
+    report = MoveReport(num_layers=1, num_experts_moved=count_moved(sources, per_rank))
     steps = plan_steps(current, target, num_ranks)
     if not steps:
         return report
-    layer, gate = _open(find_shards, len(current) // num_ranks, group, name, report, timeout_s)
+    layer, gate = _open(find_shards, per_rank, group, name, report, timeout_s)
     done: list[Step] = []
     try:
         for step in steps:
             _run_step(layer, step)
             done.append(step)
         if gate:
-            _permute_gate(layer, gate, source_slots(current, target))
+            _permute_gate(layer, gate, sources)
     except RolledBackError as failure:
         for step in reversed(done):
             with _fatal(name, failure):

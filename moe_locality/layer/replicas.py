@@ -23,26 +23,28 @@ from moe_locality import compat
 from moe_locality.dispatch.dispatcher import SlotMap
 from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.layer.agreement import all_succeed
-from moe_locality.layer.moe import moe_modules, plan_rows, set_slot_to_logical
 from moe_locality.layer.relabeling import (
     Target,
     agree_on_layers,
     check_one_ep_size,
-    current_order,
     facts_of,
     targets_for,
     tied_layers,
 )
 from moe_locality.layer.relocate import wire_device
-from moe_locality.layer.slots import LayerReplicas, source_slots
 from moe_locality.layer.state import (
+    LayerReplicas,
     check_no_gradients,
+    current_order,
+    moe_modules,
     packed,
     permute_gate,
+    plan_rows,
+    set_slot_to_logical,
     unpack,
     whole_shards,
 )
-from moe_locality.placement.plan import PlacementPlan
+from moe_locality.placement.plan import PlacementPlan, source_slots
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,8 @@ from moe_locality.dispatch.flat import lost_routes
 from moe_locality.dispatch.traffic import joined_traffic, local_traffic
 from moe_locality.errors import ConfigError
 from moe_locality.files import replace_text
-from moe_locality.layer.moe import LocalityTopKGate, moe_modules
+from moe_locality.layer.moe import LocalityTopKGate
+from moe_locality.layer.state import moe_modules
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.recorder.hooks import read_deepspeed_gate

@@ -1,4 +1,5 @@
-"""What belongs to the experts and the router of a layer on this rank: weights and optimizer state.
+"""The MoE layers of a model: which slot holds which expert, and what belongs to the experts and the
+router of a layer on this rank, weights and optimizer state.
 
 A *tensor shard* is one such tensor. A plain torch optimizer keeps moments beside the parameter;
 DeepSpeed's fp16 and bf16 optimizers at ZeRO stage 0 keep a whole fp32 master; ZeRO 1 and 2 and
@@ -9,6 +10,7 @@ whole. All of these can move with an expert; :func:`state_source` refuses other 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,117 @@ import torch
 from torch import Tensor, nn
 
 from moe_locality import compat
-from moe_locality.errors import ConfigError
+from moe_locality.errors import ConfigError, PlacementError
+from moe_locality.placement.plan import PlacementPlan, first_slots
+from moe_locality.trace.recorder.hooks import moe_layer_ids
+
+# -- the MoE layers of a model, and the order of their experts -------------------------------------
+
+
+def moe_modules(model: nn.Module) -> list[tuple[str, Any]]:
+    """Return (name, module) of every DeepSpeed MoE layer, ours too, in ``named_modules`` order.
+
+    ``plan_rows`` says which row of a plan is for which entry.
+    """
+    from deepspeed.moe.layer import MoE
+
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, MoE)]
+
+
+def plan_rows(model: nn.Module, plan: PlacementPlan) -> list[int]:
+    """Return the row of ``plan`` that is for each entry of ``moe_modules(model)``.
+
+    Raises:
+        PlacementError: the plan is for other layers.
+    """
+    return plan.rows_for(*layer_ids_of(model))
+
+
+def layer_ids_of(model: nn.Module) -> tuple[list[int] | None, int]:
+    """Return the transformer layer index of each MoE layer (None: not to be told), and L."""
+    names = [name for name, _ in moe_modules(model)]
+    return moe_layer_ids(model, names), len(names)
+
+
+def current_order(module: Any) -> np.ndarray:
+    """Return [E] int64: the logical expert that each slot of a layer holds now."""
+    found = getattr(module.deepspeed_moe.gate, "slot_to_logical", None)
+    return np.arange(module.num_experts) if found is None else np.array(found, dtype=np.int64)
+
+
+def set_slot_to_logical(moe_module: Any, slot_to_logical: Any) -> None:
+    """Say which logical expert each slot of a layer holds; moves no weights.
+
+    Works on our layer, whose gate then routes in the logical frame, and on a stock one, whose gate
+    only carries the fact (its outputs stay in the frame of the slots).
+
+    Raises:
+        PlacementError: not a permutation of 0..E-1.
+    """
+    placed = np.array(slot_to_logical, dtype=np.int64)
+    num_experts = moe_module.num_experts
+    if placed.shape != (num_experts,) or (np.sort(placed) != np.arange(num_experts)).any():
+        raise PlacementError(
+            f"found slot_to_logical {placed.tolist()}, expected a permutation of 0 to "
+            f"{num_experts - 1}: a training layer holds every expert once"
+        )
+    gate = moe_module.deepspeed_moe.gate
+    if getattr(gate, "routes_in_logical_frame", False):
+        gate.set_slot_to_logical(placed)
+    else:
+        gate.slot_to_logical = placed
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerReplicas:
+    """The slots of one layer, seen from one rank of its EP group.
+
+    ``slot_to_logical [P]``; ``ep_rank``, ``num_ranks``: this rank and the size of the group.
+    """
+
+    slot_to_logical: np.ndarray
+    ep_rank: int
+    num_ranks: int
+
+    @property
+    def slots_per_rank(self) -> int:
+        return len(self.slot_to_logical) // self.num_ranks
+
+    @property
+    def local_experts(self) -> np.ndarray:
+        """[P / G] the logical expert of each slot of this rank."""
+        first = self.ep_rank * self.slots_per_rank
+        return self.slot_to_logical[first : first + self.slots_per_rank]
+
+    @cached_property
+    def primary_slots(self) -> np.ndarray:
+        """[E] the lowest slot of each expert: the one that is saved and counted."""
+        return first_slots(self.slot_to_logical)
+
+    @property
+    def extra_local_slots(self) -> list[int]:
+        """Slots of this rank, from 0, that hold an expert which a lower slot of the layer holds."""
+        primary = self.primary_slots
+        first = self.ep_rank * self.slots_per_rank
+        return [j for j, e in enumerate(self.local_experts) if primary[e] != first + j]
+
+    @cached_property
+    def shared(self) -> list[tuple[int, list[int]]]:
+        """By rising logical expert, the slots of this rank (from 0) whose experts are on other
+        ranks too, with the ranks of all holders in slot order.
+
+        The order is the same on all ranks, so exchanges between holders cannot cross.
+        """
+        found = []
+        for local in np.argsort(self.local_experts, kind="stable").tolist():
+            slots = np.flatnonzero(self.slot_to_logical == self.local_experts[local])
+            if len(slots) > 1:
+                found.append((local, (slots // self.slots_per_rank).tolist()))
+        return found
+
+
+# -- what moves with an expert ---------------------------------------------------------------------
+
 
 GATE_ROWS = ("wg.weight", "wg.bias", "bias", "e_score_correction_bias", "expert_bias")
 """Tensors of a gate that have one row (or number) per expert."""

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 from moe_locality.errors import ConfigError, PlacementError
-from moe_locality.layer.slots import check_is_permutation, source_slots
-from moe_locality.placement.plan import PlacementPlan
+from moe_locality.placement.plan import PlacementPlan, check_is_permutation, source_slots
 from moe_locality.trace.recorder.hooks import layer_numbers
 
 # -- names of all families ---------------------------------------------------------------------

@@ -40,6 +40,7 @@ from moe_locality.placement.serving import (
     slots_on_nodes,
     unpack_choices,
 )
+from moe_locality.topology.cluster import ClusterTopology
 
 FORMAT_VERSION = 1
 
@@ -390,6 +391,9 @@ class PlacementPlan:
         ranks of a node name the same slot for an expert that their node lacks, so that a token can
         be sent once per node.
         """
+        if self.is_permutation:
+            only = np.argsort(self.physical_to_logical_map, axis=1).astype(np.int32)
+            return np.repeat(only[:, None], self.num_ranks, axis=1)
         return choose_serving_slots(
             self.logical_to_physical_map, self.rank_of_slot, self.node_of_rank, self.expert_load
         )
@@ -584,4 +588,88 @@ class PlacementPlan:
         return rows
 
 
-__all__ = ["FORMAT_VERSION", "PlacementPlan"]
+def first_slots(slot_to_logical: np.ndarray) -> np.ndarray:
+    """Return [E] the lowest slot that holds each of the experts 0..E-1."""
+    experts, slots = np.unique(slot_to_logical, return_index=True)
+    assert (experts == np.arange(len(experts))).all(), "an expert has no slot"
+    return slots
+
+
+def source_slots(current: np.ndarray, target: np.ndarray, num_ranks: int = 1) -> np.ndarray:
+    """Return [P] the slot of ``current [S]`` that each slot of ``target [P]`` is copied from.
+
+    One on the same rank where there is one, else the lowest. For two permutations:
+    ``target[s] = current[sources[s]]``.
+    """
+    sources = first_slots(current)[target]
+    per_rank, new_per_rank = len(current) // num_ranks, len(target) // num_ranks
+    for slot, expert in enumerate(target if num_ranks > 1 else ()):
+        first = slot // new_per_rank * per_rank
+        here = np.flatnonzero(current[first : first + per_rank] == expert)
+        if len(here):
+            sources[slot] = first + here[0]
+    return sources
+
+
+def count_moves(sources: Sequence[np.ndarray], slots_per_rank: int) -> dict[str, list[int]]:
+    """Per layer, how many experts change their slot, and how many their rank.
+
+    ``sources[layer][slot]`` is the old slot that the new one takes.
+    """
+    slots = np.arange(len(sources[0]) if sources else 0)
+    return {
+        "experts_moved_per_layer": [int((s != slots).sum()) for s in sources],
+        "experts_changing_rank_per_layer": [count_moved(s, slots_per_rank) for s in sources],
+    }
+
+
+def count_moved(sources: np.ndarray, slots_per_rank: int) -> int:
+    """How many experts of one layer change their rank; ``sources`` as in ``source_slots``."""
+    return int((sources // slots_per_rank != np.arange(len(sources)) // slots_per_rank).sum())
+
+
+def check_is_permutation(plan: PlacementPlan) -> None:
+    """Raise PlacementError where the plan has replicas."""
+    if not isinstance(plan, PlacementPlan):
+        raise PlacementError(
+            f"found a {type(plan).__name__}, expected a PlacementPlan: read one with "
+            "PlacementPlan.read(path)"
+        )
+    if not plan.is_permutation:
+        raise PlacementError(
+            f"found a plan with {plan.num_redundant_experts} replicas, expected one slot per "
+            "expert: weights in files and in a running engine hold every expert once, replicas are "
+            "made at the start: give the plan and the checkpoint as it is to "
+            "moe_locality.initialize (or apply), or make a plan with num_redundant_experts=0"
+        )
+
+
+def check_nodes(
+    plan: PlacementPlan, topology: ClusterTopology, ep_groups: Sequence[Sequence[int]]
+) -> None:
+    """Raise where no expert group lies on nodes as the plan's ranks do; warn where only some do.
+
+    Every rank sees all groups, so all ranks decide alike.
+    """
+
+    def pattern(nodes: Iterable[int]) -> list[int]:
+        seen: dict[int, int] = {}
+        return [seen.setdefault(int(node), len(seen)) for node in nodes]
+
+    wanted = pattern(plan.node_of_rank)
+    found = [pattern(topology.node_of(rank) for rank in ranks) for ranks in ep_groups]
+    if wanted not in found:
+        raise PlacementError(
+            f"found a plan whose ranks lie on nodes {wanted} (one number per rank), expected "
+            f"{found[0]} as the ranks of this cluster do ({topology.describe()}): make a plan for "
+            "it with `moe-locality place`, or correct the cluster section (on one machine, "
+            "cluster: {num_nodes, ranks_per_node} lets ranks stand for nodes)"
+        )
+    others = sum(nodes != wanted for nodes in found)
+    if others:
+        logger.warning(
+            "moe_locality: %d of %d expert groups lie on nodes in another way than the plan's "
+            "ranks; there it saves less",
+            others,
+            len(found),
+        )

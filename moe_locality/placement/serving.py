@@ -178,9 +178,6 @@ def choose_serving_slots(
     choice. Integer arithmetic throughout.
     """
     slots_of = np.asarray(logical_to_physical_map)
-    num_ranks = len(node_of_rank)
-    if slots_of.shape[2] == 1:
-        return np.repeat(slots_of[:, None, :, 0], num_ranks, axis=1).astype(np.int32)
     load = _whole_loads(expert_load, slots_of.shape[:2])
     node_of_slot = node_of_rank[rank_of_slot]
     on_node = np.zeros((*slots_of.shape[:2], int(node_of_rank.max()) + 1), dtype=np.int64)

@@ -143,8 +143,7 @@ def train(engine, steps, rank, dtype="float32"):
 
 def state_by_slot(engine):
     """{(layer, slot, piece): its bytes, whole} on every rank: weights, masters, moments."""
-    from moe_locality.layer.moe import moe_modules
-    from moe_locality.layer.state import expert_shards, state_source
+    from moe_locality.layer.state import expert_shards, moe_modules, state_source
 
     mine, source = [], state_source(engine)
     for number, (_, module) in enumerate(moe_modules(engine.module)):
@@ -168,7 +167,7 @@ def state_by_slot(engine):
 
 def check_replicas_agree(engine):
     """Weights, masters and moments of all replicas are equal, bit for bit; returns their number."""
-    from moe_locality.layer.moe import moe_modules
+    from moe_locality.layer.state import moe_modules
 
     tables = [m.deepspeed_moe.replicas.slot_to_logical for _, m in moe_modules(engine.module)]
     first, compared = {}, 0
@@ -193,7 +192,7 @@ def loss_of(model, rank):
 
 def local_weights(engine):
     """{(layer, logical expert): its state dict} of this rank's slots."""
-    from moe_locality.layer.moe import moe_modules
+    from moe_locality.layer.state import moe_modules
 
     found = {}
     for number, (_, module) in enumerate(moe_modules(engine.module)):

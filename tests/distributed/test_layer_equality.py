@@ -75,7 +75,7 @@ def placed_layer_equals_unplaced(rank, world, seed):
     import numpy as np
 
     from moe_locality import MoE
-    from moe_locality.layer.moe import set_slot_to_logical
+    from moe_locality.layer.state import set_slot_to_logical
     from tests.distributed.moe_cases import fill_expert
 
     quiet()

@@ -35,7 +35,7 @@ class Net(nn.Module):
 
 
 def make_net(cls, rank, world, orders=None):
-    from moe_locality.layer.moe import set_slot_to_logical
+    from moe_locality.layer.state import set_slot_to_logical
 
     net = Net(cls, world)
     per_rank = NUM_EXPERTS // world

@@ -8,7 +8,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 import moe_locality
 from moe_locality.errors import ConfigError
 from moe_locality.layer.convert import after_each_step
-from moe_locality.layer.relabeling import current_order
+from moe_locality.layer.state import current_order
 from tests.distributed import relabel_nets as nets
 from tests.launch import run_ranks
 

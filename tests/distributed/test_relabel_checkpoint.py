@@ -7,7 +7,8 @@ import torch.distributed as dist
 
 from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.layer.checkpoint import wrap_checkpoints
-from moe_locality.layer.relabeling import current_order, relabel
+from moe_locality.layer.relabeling import relabel
+from moe_locality.layer.state import current_order
 from tests import tolerances
 from tests.distributed import relabel_nets as nets
 from tests.launch import run_ranks

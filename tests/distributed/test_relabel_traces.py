@@ -5,7 +5,8 @@ import torch
 
 import moe_locality
 from moe_locality.layer.checkpoint import wrap_checkpoints
-from moe_locality.layer.relabeling import current_order, relabel
+from moe_locality.layer.relabeling import relabel
+from moe_locality.layer.state import current_order
 from moe_locality.trace import read_trace
 from moe_locality.trace.recorder import RoutingRecorder
 from tests.distributed import relabel_nets as nets

@@ -7,7 +7,8 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
 from moe_locality.layer import relocate
-from moe_locality.layer.relabeling import current_order, relabel
+from moe_locality.layer.relabeling import relabel
+from moe_locality.layer.state import current_order
 from tests import tolerances
 from tests.distributed import relabel_nets as nets
 from tests.launch import run_ranks

@@ -13,7 +13,8 @@ import torch
 from moe_locality.errors import PlacementError
 from moe_locality.layer import agreement, relocate
 from moe_locality.layer.checkpoint import wrap_checkpoints
-from moe_locality.layer.relabeling import current_order, relabel
+from moe_locality.layer.relabeling import relabel
+from moe_locality.layer.state import current_order
 from tests.distributed import relabel_nets as nets
 from tests.distributed.test_online import engine_of as online_engine_of
 from tests.distributed.test_online import train as online_train

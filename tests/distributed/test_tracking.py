@@ -13,8 +13,8 @@ import moe_locality
 from moe_locality.compare import read_run
 from moe_locality.demo.launch import launch_command, launch_environment
 from moe_locality.errors import ConfigError
-from moe_locality.layer.moe import moe_modules
 from moe_locality.layer.run_log import RunLog
+from moe_locality.layer.state import moe_modules
 from tests.distributed import relabel_nets as nets
 from tests.fork_launcher import forked_command
 from tests.launch import run_ranks

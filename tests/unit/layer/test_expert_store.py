@@ -15,8 +15,8 @@ from deepspeed.moe.layer import MoE as StockMoE
 import moe_locality
 from moe_locality.errors import ConfigError
 from moe_locality.layer.expert_store import StoredExpert, store_experts
-from moe_locality.layer.moe import set_slot_to_logical
 from moe_locality.layer.relocate import relabel_layer
+from moe_locality.layer.state import set_slot_to_logical
 from moe_locality.quantization import FORMATS, bytes_per_row, fake_quantize
 from tests.tolerances import LAYER
 

@@ -20,13 +20,8 @@ import moe_locality
 from moe_locality.dispatch.transport import TrafficCounter
 from moe_locality.errors import BackendUnavailable, ConfigError, PlacementError
 from moe_locality.kernels import ops
-from moe_locality.layer.moe import (
-    LocalityMOELayer,
-    LocalityTopKGate,
-    MoE,
-    adopt,
-    set_slot_to_logical,
-)
+from moe_locality.layer.moe import LocalityMOELayer, LocalityTopKGate, MoE, adopt
+from moe_locality.layer.state import set_slot_to_logical
 
 WIDTH = 4
 

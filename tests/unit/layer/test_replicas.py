@@ -11,10 +11,9 @@ from moe_locality import MoE
 from moe_locality.dispatch import SlotMap
 from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.layer.experts import sum_in_order
-from moe_locality.layer.moe import set_slot_to_logical
 from moe_locality.layer.relabeling import relabel
 from moe_locality.layer.replicas import add_replicas, has_replicas, with_new_parameters
-from moe_locality.layer.slots import LayerReplicas
+from moe_locality.layer.state import LayerReplicas, set_slot_to_logical
 from moe_locality.placement import PlacementPlan
 
 

@@ -7,14 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_locality.layer.slots import (
-    LayerReplicas,
-    count_moved,
-    first_slots,
-    plan_steps,
-    reverse_step,
-    source_slots,
-)
+from moe_locality.layer.relocate import plan_steps, reverse_step
+from moe_locality.layer.state import LayerReplicas
+from moe_locality.placement.plan import count_moved, first_slots, source_slots
 from tests.unit.placement.cases import plans
 
 
@@ -55,7 +50,9 @@ def test_plan_steps_takes_the_fewest_rounds_with_room_for_one_expert(case):
         assert all(a // per_rank != b // per_rank for a, b in step)
         sent.update(read)
     changed = np.argsort(current) // per_rank != np.argsort(target) // per_rank
-    assert count_moved(current, target, ranks) == changed.sum() == sum(sent.values())
+    assert (
+        count_moved(source_slots(current, target), per_rank) == changed.sum() == sum(sent.values())
+    )
     assert sum(crosses) == max(sent.values(), default=0)
 
 
@@ -90,7 +87,7 @@ def test_plan_steps_inside_ranks_are_swaps_of_all_ranks_at_once(ranks, steps):
     current = np.arange(8)
     target = current.reshape(ranks, -1)[:, ::-1].ravel()
     assert len(plan_steps(current, target, ranks)) == steps
-    assert count_moved(current, target, ranks) == 0
+    assert count_moved(source_slots(current, target), 8 // ranks) == 0
 
 
 # -- replicas ------------------------------------------------------------------------------------

@@ -7,10 +7,11 @@ from deepspeed.moe.layer import MoE
 from torch import nn
 
 from moe_locality.errors import ConfigError
-from moe_locality.layer.relabeling import current_order, relabel
+from moe_locality.layer.relabeling import relabel
 from moe_locality.layer.state import (
     TensorShard,
     check_state_moves,
+    current_order,
     flat_bytes,
     pack,
     plain_state,

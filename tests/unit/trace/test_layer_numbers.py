@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_locality.config import TraceConfig
 from moe_locality.errors import PlacementError, TraceError
-from moe_locality.layer.moe import layer_ids_of, plan_rows
-from moe_locality.layer.relabeling import current_order, relabel
+from moe_locality.layer.relabeling import relabel
+from moe_locality.layer.state import current_order, layer_ids_of, plan_rows
 from moe_locality.placement import PlacementPlan
 from moe_locality.placement.export import write_export
 from moe_locality.trace import read_trace

@@ -105,7 +105,8 @@ def test_a_new_map_in_the_middle_of_a_run_is_seen(tmp_path):
 
 
 def test_our_layer_is_recorded_like_the_stock_one_whatever_its_placement(tmp_path):
-    from moe_locality.layer.moe import MoE, set_slot_to_logical
+    from moe_locality.layer.moe import MoE
+    from moe_locality.layer.state import set_slot_to_logical
 
     stock, ours = MoeModel(), MoeModel(layer=MoE)
     for block in ours.blocks:
