@@ -494,7 +494,10 @@ def _bounded(
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"interrupted: {out} is written, without a bound") from stop
     if found is None:
-        text = "no bound: there is none for replicas, for a trace of counts and for one node"
+        text = (
+            "no bound: there is none for replicas with homes, for a trace of counts and for one "
+            "node; with replicas it needs effort, see --bound-seconds"
+        )
         return Result(payload=payload, text=[text])
     dataclasses.replace(plan, provenance={**plan.provenance, "certificate": found}).write(out)
     return Result(payload=payload | {"certificate": found}, text=[_certificate_words(found)])
@@ -510,21 +513,26 @@ def _certificate(
     """
     from moe_locality.placement.bounds.lower import certify_plan
 
-    if trace.expert_ids is None or topology.num_nodes == 1 or not plan.is_permutation:
-        return None
     homes = None
     if plan.home_profiles is not None:
         homes = moe_locality.assign_homes(trace, plan, predict="oracle")
+    replicated = not plan.is_permutation
+    if trace.expert_ids is None or topology.num_nodes == 1 or (replicated and homes is not None):
+        return None
     found = certify_plan(trace, plan, topology, homes, **options)
+    if replicated and not found.bound.any():
+        return None
     return {**found.to_dict(), "homes": "uniform" if homes is None else "given"}
 
 
 def _certificate_words(found: dict[str, Any]) -> str:
     cap, proved = found["max_imbalance"], found["proved_layers"]
     best = f"; {proved} of {found['layers']} layers are proved to be best" if proved else ""
+    what = "of as many slots" if cap is None else "without replicas"
+    level = "whatever its balance" if cap is None else f"node loads up to {cap:.3f} x mean"
     return (
-        f"copies {found['found']:.4f} on the trace it was made from; no placement without replicas "
-        f"has fewer than {found['bound']:.4f} (node loads up to {cap:.3f} x mean): gap "
+        f"copies {found['found']:.4f} on the trace it was made from; no placement {what} "
+        f"has fewer than {found['bound']:.4f} ({level}): gap "
         f"{found['gap']:.1%}, at most {found['worst_gap']:.1%} (layer {found['worst_layer']})"
         f"{best}"
     )

@@ -296,6 +296,9 @@ def test_replicas_say_what_memory_they_take(folder, tmp_path):
     line += ("--redundant-experts", "8", "--method", "eplb")
     assert answer(*line)["extra_expert_weights"] == 0.5
     assert "replicas: +50.0% of the expert weights" in run(*line).stdout
+    found = answer(*line, "--bound", "--bound-seconds", "60")["certificate"]
+    assert 0 < found["bound"] < found["found"]
+    assert found["max_imbalance"] is None
 
 
 @pytest.mark.parametrize("as_json", [(), ("--json",)])

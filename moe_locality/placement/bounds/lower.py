@@ -1,7 +1,8 @@
 """How few copies any placement can have: certified lower bounds, and how far a plan is from them.
 
-The bounds hold for placements without replicas and with the same number of experts on every node,
-on the very tokens that they are computed from. ``relaxation`` has the mathematics. ``prove_layer``
+The bounds hold for placements with the same number of experts on every node, or of slots where some
+experts have replicas, on the very tokens that they are computed from. ``relaxation`` has the
+mathematics, ``replicated`` that of replicas. ``prove_layer``
 raises a bound by branch and bound: a node of its tree fixes for some pairs of vertices whether they
 are on one node, ``relaxation`` bounds the placements that agree, and branches that cannot be better
 than the known placement are cut, best first. Costs are whole numbers of (token, node) visits, so a
@@ -31,6 +32,7 @@ from moe_locality.placement.bounds.relaxation import (
     set_partitions,
     start_prices,
 )
+from moe_locality.placement.bounds.replicated import touched_with_replicas
 from moe_locality.placement.costs import evaluate
 from moe_locality.placement.counting import map_layers
 from moe_locality.placement.plan import PlacementPlan
@@ -43,7 +45,8 @@ STEPS_PER_SECOND = 4e8
 
 MOST_ROUNDS = 400
 FEWEST_ROUNDS = 20  # below that the coarse bound is as good
-COARSE_ROUNDS = 150
+COARSE_ROUNDS = MOST_REPLICA_ROUNDS = 150
+REPLICA_WORK = 4.0  # of a round with replicas, as a multiple of one without
 MOST_PICKS = 9  # set partitions of more picks are too many to list
 _SMOOTHING, _COOLING, _LEAST_SMOOTHING = 0.15, 0.985, 0.01
 
@@ -112,38 +115,32 @@ def certify_plan(
     prove: bool = False,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Certificate:
-    """How far a plan is from the fewest copies that any plan without replicas has on this trace.
+    """How far a plan is from the fewest copies that any plan with as many slots has on this trace.
 
     Args:
         trace, plan, topology, homes: as in ``evaluate``.
         max_imbalance: compare with placements whose node loads on this trace are at most this
-            (max / mean), or as uneven as the plan's own in layers where that is more. None: with
-            placements of any balance.
+            (max / mean), or as uneven as the plan's own in layers where that is more. None, and
+            with replicas: with placements of any balance.
         seconds: effort, about, on one core; see ``lower_bounds``.
         prove: as much effort again on branch and bound, for models of at most 32 experts on at most
             4 nodes: raises the bound, up to the proof that a layer cannot be placed better.
         progress: called with (layers done, layers, words) after every layer, in any thread.
 
     Raises:
-        PlacementError: the plan has replicas, or does not fit the trace.
+        PlacementError: the plan does not fit the trace, or has replicas and homes are given.
     """
-    if not plan.is_permutation:
-        raise PlacementError(
-            "found a plan with replicas, expected one without: replicas can go below the bound, "
-            "which is about placements that hold every expert once; certify the plan for "
-            "num_redundant_experts=0"
-        )
     costs = evaluate(trace, plan, topology, homes)
     caps = None
-    if max_imbalance is not None:
+    redundant = plan.num_slots - plan.num_experts
+    if max_imbalance is not None and not redundant:
         own = np.nan_to_num(costs.per_layer["node_imbalance"], nan=1.0)
         caps = np.maximum(own * (1 + 1e-9), max_imbalance)
     cluster = topology or ClusterTopology(rank_to_node=plan.rank_to_node or ())
-    bounds = lower_bounds(
-        trace, cluster, homes, max_imbalance=caps, seconds=seconds, progress=progress
-    )
+    options = {"seconds": seconds, "num_redundant_experts": redundant, "progress": progress}
+    bounds = lower_bounds(trace, cluster, homes, max_imbalance=caps, **options)
     found, bound = costs.per_layer["copies"], bounds.copies
-    if prove:
+    if prove and not redundant:
         proved = _proved_bounds(trace, cluster, homes, bounds, found, seconds, progress)
         bound = np.maximum(bound, proved)
     return Certificate(
@@ -194,31 +191,27 @@ def lower_bounds(
     *,
     max_imbalance: float | np.ndarray | None = None,
     seconds: float = 20.0,
+    num_redundant_experts: int = 0,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Bounds:
-    """The fewest copies of any placement with equal experts per node, layer by layer.
+    """The fewest copies of any placement with equal experts (slots) per node, layer by layer.
 
     Args:
         homes: as in ``evaluate``.
         max_imbalance: one cap on the node loads (max / mean), one per layer, or None.
         seconds: effort for all layers together, about, on one core. A layer whose share of it is
             too small for ``FEWEST_ROUNDS`` gets the coarse bound, which looks at pairs of experts.
+        num_redundant_experts: slots beyond one per expert, uniform homes. Then the bound is for any
+            balance and any serving rule, and 0 where the effort is too small.
         progress: as in ``certify_plan``.
 
     Raises:
-        PlacementError: a trace of counts, or experts that do not divide among the nodes.
+        PlacementError: a trace of counts, experts (slots) that do not divide among the nodes, or
+            replicas with homes.
     """
-    if trace.expert_ids is None:
-        raise PlacementError(
-            "bounds need a trace of tokens, found a trace of counts: copies depend on which "
-            "experts a token picks together; record tokens"
-        )
+    _check_bounds(trace, topology, num_redundant_experts, homes is None and max_imbalance is None)
     nodes, experts = topology.num_nodes, trace.num_experts
-    if experts % nodes:
-        raise PlacementError(
-            f"found {experts} experts for {nodes} nodes, expected a multiple: bounds are for "
-            "placements with the same number of experts on every node"
-        )
+    slots = experts + num_redundant_experts
     home_node = _home_node(trace, topology, homes)
     layers = trace.num_layers
     caps = np.full(layers, np.inf)
@@ -229,9 +222,11 @@ def lower_bounds(
 
     def bound(layer: int) -> None:
         ids = trace.expert_ids[:, layer]  # type: ignore[index]
-        copies[layer], rounds[layer] = bound_layer(
-            ids, experts, nodes, home_node, caps[layer], budget
-        )
+        if num_redundant_experts:
+            found = bound_with_replicas(ids, experts, nodes, slots, budget)
+        else:
+            found = bound_layer(ids, experts, nodes, home_node, caps[layer], budget)
+        copies[layer], rounds[layer] = found
         progress(next(done), layers, "bounding layers")
 
     done = itertools.count(1)
@@ -243,6 +238,28 @@ def lower_bounds(
         max_imbalance=caps,
         rounds=rounds,
     )
+
+
+def _check_bounds(
+    trace: RoutingTrace, topology: ClusterTopology, redundant: int, free: bool
+) -> None:
+    """Raise PlacementError where there is no bound; ``free``: of homes and of a cap."""
+    if trace.expert_ids is None:
+        raise PlacementError(
+            "bounds need a trace of tokens, found a trace of counts: copies depend on which "
+            "experts a token picks together; record tokens"
+        )
+    slots, nodes = trace.num_experts + redundant, topology.num_nodes
+    if slots % nodes:
+        raise PlacementError(
+            f"found {slots} slots for {nodes} nodes, expected a multiple: bounds are for "
+            "placements with the same number of experts on every node"
+        )
+    if redundant and not free:
+        raise PlacementError(
+            "found homes or a cap beside redundant experts, expected neither: with replicas the "
+            "bound is for requests anywhere and plans of any balance"
+        )
 
 
 def bound_layer(
@@ -273,6 +290,23 @@ def bound_layer(
     cool(problem, prices, rounds)
     best = max(layer.fewest_blocks(), certify(problem, prices))
     return layer.as_copies(best), rounds
+
+
+def bound_with_replicas(
+    ids: np.ndarray, num_experts: int, num_nodes: int, num_slots: int, budget: float
+) -> tuple[float, int]:
+    """``bound_layer`` for more slots than experts; (0, 0) where the budget is too small."""
+    layer = LayerTokens.of(ids, num_experts, num_nodes, None)
+    if not layer.members or ids.shape[1] > MOST_PICKS:
+        return 0.0, 0
+    problem = make_relaxation(
+        layer.members, layer.tokens, num_slots, num_nodes, num_tokens=layer.num_tokens
+    )
+    rounds = int(budget / (REPLICA_WORK * problem.work_per_round))
+    if rounds < FEWEST_ROUNDS:
+        return 0.0, 0
+    rounds = min(rounds, MOST_REPLICA_ROUNDS)
+    return layer.as_copies(touched_with_replicas(problem, num_experts, rounds)), rounds
 
 
 def cool(problem: Any, prices: Any, rounds: int, smoothing: float = _SMOOTHING) -> None:

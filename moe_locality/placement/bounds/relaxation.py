@@ -28,7 +28,7 @@ import numpy as np
 
 _LONGEST_STEP = 400.0
 _DIAGONALS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-_ROUNDING = 1e-12  # relative; double-precision sums and eigenvalues here are exact to about 1e-14
+ROUNDING = 1e-12  # relative; double-precision sums and eigenvalues here are exact to about 1e-14
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,41 +161,55 @@ def improve(problem: Relaxation, prices: Prices, rounds: int, *, smoothing: floa
     smoothing: temperature of the soft minimum over partitions that gives a pattern's direction;
     larger is smoother and faster at first, smaller is more accurate.
     """
-    n, size = problem.num_vertices, problem.node_size
-    across = _complement(n)
-    known = ~np.isnan(problem.fixed)
-    target = np.where(known, problem.fixed, 0.0)
     share = 1.0 / problem.num_tokens
-    step_up = 2.0 * smoothing
-    step_down = min(0.5 / (step_up * _heaviest_pair(problem)), _LONGEST_STEP)
+    step_up, step_down = steps_of(problem, smoothing)
     for _ in range(rounds):
         cost = problem.cost.copy()
         for group, w, scale in zip(problem.groups, prices.pairs, prices.scale, strict=True):
-            part = np.zeros((n, n))
+            part = np.zeros_like(cost)
             lists = (group.members, group.tokens, *group.partitions.arrays)
             _move_prices(*lists, prices.ahead, w, scale, smoothing, step_up, part)
             cost -= 0.5 * share * part
-        moved = prices.fixed + 0.25 / step_down * (prices.ahead - target)
-        prices.fixed = np.where(known, moved, np.minimum(moved, 0.0))
-        if np.isfinite(problem.most_load):
-            over = prices.ahead @ problem.load - problem.most_load
-            norm = max(float(problem.load @ problem.load), 1e-30)
-            prices.load = np.maximum(prices.load + 0.5 / step_down / norm * over, 0.0)
-            cost += _row_cost(prices.load, problem.load)
-        primal = _project(prices.primal - step_down * (cost + prices.fixed), across, size)
-        prices.ahead = 2 * primal - prices.primal
-        prices.primal = primal
+        descend(problem, prices, cost, step_down)
+
+
+def steps_of(problem: Relaxation, smoothing: float) -> tuple[float, float]:
+    """Lengths of the steps of the prices of patterns, and of the primal."""
+    step_up = 2.0 * smoothing
+    return step_up, min(0.5 / (step_up * _heaviest_pair(problem)), _LONGEST_STEP)
+
+
+def descend(problem: Relaxation, prices: Prices, cost: np.ndarray, step_down: float) -> None:
+    """One step of the primal, and of the prices that no pattern has; ``cost`` [n, n] is changed."""
+    across = _complement(problem.num_vertices)
+    known = ~np.isnan(problem.fixed)
+    target = np.where(known, problem.fixed, 0.0)
+    moved = prices.fixed + 0.25 / step_down * (prices.ahead - target)
+    prices.fixed = np.where(known, moved, np.minimum(moved, 0.0))
+    if np.isfinite(problem.most_load):
+        over = prices.ahead @ problem.load - problem.most_load
+        norm = max(float(problem.load @ problem.load), 1e-30)
+        prices.load = np.maximum(prices.load + 0.5 / step_down / norm * over, 0.0)
+        cost += _row_cost(prices.load, problem.load)
+    primal = _project(prices.primal - step_down * (cost + prices.fixed), across, problem.node_size)
+    prices.ahead = 2 * primal - prices.primal
+    prices.primal = primal
 
 
 def certify(problem: Relaxation, prices: Prices) -> float:
     """The bound that the prices prove: nodes touched per token, rounding errors taken off."""
-    n, size, nodes = problem.num_vertices, problem.node_size, problem.num_nodes
     cost = problem.cost.copy()
     share, tokens = 1.0 / problem.num_tokens, 0.0
     for group, w in zip(problem.groups, prices.pairs, strict=True):
-        part = np.zeros((n, n))
+        part = np.zeros_like(cost)
         tokens += _lowest(group.members, group.tokens, *group.partitions.arrays, w, part)
         cost -= 0.5 * share * part
+    return close(problem, prices, cost, tokens * share)
+
+
+def close(problem: Relaxation, prices: Prices, cost: np.ndarray, touched: float) -> float:
+    """The bound: ``touched``, what patterns prove at a ``cost`` [n, n] of pairs, and the rest."""
+    n, size, nodes = problem.num_vertices, problem.node_size, problem.num_nodes
     known = ~np.isnan(problem.fixed)
     fixed = np.where(known, prices.fixed, np.minimum(prices.fixed, 0.0))
     fixed = (fixed + fixed.T) / 2
@@ -208,8 +222,8 @@ def certify(problem: Relaxation, prices: Prices) -> float:
     across = _complement(n)
     values = np.linalg.eigvalsh(across.T @ matrix @ across) if n > 1 else np.zeros(0)
     spectral = float(matrix.sum()) * size / n + size * float(values[: nodes - 1].sum())
-    magnitude = n * size * float(np.abs(matrix).sum()) + abs(tokens * share) + abs(constant)
-    return tokens * share + constant + spectral - _ROUNDING * magnitude
+    magnitude = n * size * float(np.abs(matrix).sum()) + abs(touched) + abs(constant)
+    return touched + constant + spectral - ROUNDING * magnitude
 
 
 def _heaviest_pair(problem: Relaxation) -> float:
@@ -224,6 +238,7 @@ def _heaviest_pair(problem: Relaxation) -> float:
     return max(float(counts.max()) / problem.num_tokens, 1e-6)
 
 
+@lru_cache(maxsize=8)
 def _complement(n: int) -> np.ndarray:
     """[n, n-1] orthonormal columns, each orthogonal to the ones (Helmert)."""
     basis = np.zeros((n, max(n - 1, 0)))
@@ -255,7 +270,7 @@ def _project(matrix: np.ndarray, across: np.ndarray, size: int) -> np.ndarray:
 
 
 @numba.njit(cache=True, nogil=True)
-def _block_prices(w, k, price, pull):
+def block_prices(w, k, price, pull):
     """price [2^k] of each block of a pattern: 1 + its pairs' prices; price[0] = 0."""
     price[0] = pull[0] = 0.0
     for top in range(k):
@@ -311,7 +326,7 @@ def _move_prices(members, tokens, blocks, starts, ahead, w, scale, smoothing, st
     price, factor, pull = np.zeros(1 << k), np.zeros(1 << k), np.zeros(1 << k)
     chance = np.zeros(1 << k)
     for t in range(num):
-        _block_prices(w[t], k, price, pull)
+        block_prices(w[t], k, price, pull)
         _block_factors(w[t], k, scale[t] / k, smoothing, factor, pull)
         total, scale[t] = _soft_blocks(blocks, starts, factor, price, chance)
         good = total > 1e-250 and total < 1e250
@@ -337,7 +352,7 @@ def _lowest(members, tokens, blocks, starts, w, cost):
     price, pull = np.zeros(1 << k), np.zeros(1 << k)
     sum_lowest = 0.0
     for t in range(num):
-        _block_prices(w[t], k, price, pull)
+        block_prices(w[t], k, price, pull)
         lowest = np.inf
         for p in range(len(starts) - 1):
             value = 0.0

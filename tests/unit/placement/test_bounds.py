@@ -112,7 +112,7 @@ def test_the_same_call_gives_the_same_bound():
     assert first.copies.tolist() == again.copies.tolist()
 
 
-def test_certificate_is_about_the_plan_and_refuses_replicas():
+def test_certificate_is_about_the_plan_and_refuses_replicas_with_homes():
     trace = random_trace(np.random.default_rng(2), tokens=400, layers=2, experts=8, top_k=3)
     topology = ClusterTopology.uniform(2, 2)
     plan = solve(trace, topology)
@@ -121,8 +121,14 @@ def test_certificate_is_about_the_plan_and_refuses_replicas():
     assert (shown.bound <= shown.found + 1e-9).all()
     assert 0 <= shown.gap <= shown.gap_per_layer.max() <= 1
     assert shown.to_dict()["worst_gap"] == pytest.approx(shown.gap_per_layer.max(), abs=1e-6)
-    with pytest.raises(PlacementError, match="replicas"):
-        certify_plan(trace, solve(trace, topology, num_redundant_experts=4), topology)
+    more = solve(trace, topology, num_redundant_experts=4)
+    shown = certify_plan(trace, more, topology, max_imbalance=1.05, seconds=50.0)
+    assert (shown.bound > 0).all()
+    assert (shown.bound < shown.found).all()
+    assert shown.to_dict()["max_imbalance"] is None
+    homes = {int(request): 0 for request in trace.request_ids}
+    with pytest.raises(PlacementError, match="redundant"):
+        certify_plan(trace, more, topology, homes)
 
 
 def test_bounds_need_tokens_and_equal_nodes():
@@ -219,3 +225,61 @@ def test_a_tighter_mean_imbalance_raises_the_bound_and_is_above_the_loose_one():
     assert found[2] == pytest.approx(loose, abs=0.02)
     with pytest.raises(PlacementError, match="at least 1"):
         bound_for_mean_imbalance(trace, ClusterTopology.uniform(2, 1), max_imbalance=0.9)
+
+
+def copies_of_every_plan(ids, experts, nodes, slots):
+    """([plans] fewest copies per token whoever serves, the nodes of the experts [plans, nodes] as
+    bits), counted without the package: all ways to fill the slots so that every expert is held.
+    """
+    sets = [sum(1 << e for e in some) for some in itertools.combinations(range(experts), slots)]
+    plans = np.array(list(itertools.product(sets, repeat=nodes)))
+    plans = plans[np.bitwise_or.reduce(plans, axis=1) == (1 << experts) - 1]
+    total = np.zeros(len(plans))
+    for picked in ids:
+        token = sum(1 << int(e) for e in set(picked[picked >= 0].tolist()))
+        for home in range(nodes):
+            fewest = np.full(len(plans), nodes)
+            for visited in itertools.product((0, 1), repeat=nodes):
+                if visited[home]:
+                    held = np.bitwise_or.reduce(plans * np.array(visited), axis=1)
+                    fits = (token & ~held) == 0
+                    fewest = np.where(fits, np.minimum(fewest, sum(visited) - 1), fewest)
+            total += fewest
+    return total / (len(ids) * nodes), plans
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.data())
+def test_no_plan_with_replicas_is_below_the_bound_whoever_serves(data):
+    experts, nodes, slots = data.draw(
+        st.sampled_from([(5, 2, 3), (4, 2, 3), (5, 3, 2), (6, 3, 3), (4, 4, 2), (5, 4, 2)])
+    )
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    trace = random_trace(
+        rng, tokens=data.draw(st.integers(3, 14)), layers=1, experts=experts, top_k=3
+    )
+    ids = trace.expert_ids[:, 0]
+    copies, plans = copies_of_every_plan(ids, experts, nodes, slots)
+    found = lower_bounds(
+        trace,
+        ClusterTopology.uniform(nodes, 1),
+        num_redundant_experts=nodes * slots - experts,
+        seconds=1e3,
+    )
+    bound = found.copies[0]
+    assert found.rounds[0] > 0
+    assert bound <= copies.min() + 1e-9
+    sets = plans[rng.integers(len(plans))]
+    table = [[e for e in range(experts) if held >> e & 1] for held in sets]
+    for rule in ("home", "visited"):
+        plan = PlacementPlan(
+            layer_ids=(0,),
+            num_experts=experts,
+            num_nodes=nodes,
+            ranks_per_node=1,
+            physical_to_logical_map=np.array(table, dtype=np.int32).reshape(1, -1),
+            serving_rule=rule,
+        )
+        found = certify_plan(trace, plan, seconds=1e3)
+        assert found.bound[0] == pytest.approx(bound, abs=1e-12)
+        assert found.found[0] >= bound - 1e-9
