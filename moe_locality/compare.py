@@ -36,7 +36,7 @@ from moe_locality.placement.costs import copies_of_blocks, ratio_interval, reque
 from moe_locality.placement.problem import align_trace
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace import RoutingTrace
-from moe_locality.tracking import NullTracker
+from moe_locality.tracking import Tracker
 
 How = Literal["measured", "simulated"]
 SplitFrom = tuple[str, str]
@@ -660,7 +660,7 @@ def _domain_tables(pair: tuple[Run, Run], names: tuple[str, str]) -> list[Table]
 
 
 def track_comparison(
-    tracker: NullTracker, comparison: Comparison, *, files: Iterable[str | Path] = ()
+    tracker: Tracker, comparison: Comparison, *, files: Iterable[str | Path] = ()
 ) -> None:
     """Log a comparison: its rows and tables, each value as a scalar, its figures as images,
     ``files`` as artifacts.

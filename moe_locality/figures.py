@@ -113,7 +113,6 @@ class TradeoffPoint:
     imbalance: float
     copies: float
     is_baseline: bool = False
-    interval: tuple[float, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,21 +175,8 @@ def numbers(data: FigureData) -> Table:
         pairs = zip(data.domains, data.matrix.tolist(), strict=True)
         rows = [(name, *row) for name, row in pairs]
     elif isinstance(data, TradeoffData):
-        head = (
-            "plan",
-            "load of the busiest node / mean",
-            "copies per token and layer",
-            "95 % interval",
-        )
-        rows = [
-            (
-                p.name,
-                p.imbalance,
-                p.copies,
-                "" if p.interval is None else "{:.4g} to {:.4g}".format(*p.interval),
-            )
-            for p in data.points
-        ]
+        head = ("plan", "load of the busiest node / mean", "copies per token and layer")
+        rows = [(p.name, p.imbalance, p.copies) for p in data.points]
     elif isinstance(data, LayersData):
         head = ("layer", *data.values)
         columns = [np.asarray(values).tolist() for values in data.values.values()]
@@ -470,8 +456,6 @@ def _draw_tradeoff(data: TradeoffData) -> "Figure":
     for point in data.points:
         color = BASELINE_COLOR if point.is_baseline else PLAN_COLOR
         marker = "X" if point.is_baseline else "o"
-        if point.interval is not None:
-            axes.vlines(point.imbalance, *point.interval, color=color, lw=1.5, alpha=0.6, zorder=2)
         axes.scatter(
             point.imbalance, point.copies, s=64, c=color, marker=marker, ec="white", zorder=3
         )
@@ -534,13 +518,10 @@ def draw_sweep(rows: Sequence[dict[str, Any]], over: str, title: str) -> "Figure
     Raises:
         BackendUnavailable: matplotlib is not installed.
     """
-    mpl = _matplotlib()
-    from matplotlib.figure import Figure
-
     values = [float(row["value"]) for row in rows]
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 3.4), layout="constrained")
-        axes = figure.add_subplot()
+    with _matplotlib().rc_context(STYLE):
+        figure = _new(6.4, 3.4)
+        axes = figure.subplots()
         axes.axhline(1.0, color=BASELINE_COLOR, linewidth=1)
         axes.errorbar(
             values,

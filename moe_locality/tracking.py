@@ -1,4 +1,4 @@
-"""wandb, thinly: one tracker for a run, and a twin that does nothing where tracking is off.
+"""wandb, thinly: one tracker for a run, which does nothing where tracking is off.
 
 Offline is the default: nothing leaves the machine until somebody runs ``wandb sync``. An online run
 that finds no network, or no key, goes on offline with a warning. Keys that the project uses, over
@@ -66,89 +66,48 @@ def git_commit(folder: str | os.PathLike[str] = ".") -> str | None:
     return done.stdout.strip() or None
 
 
-class NullTracker:
-    """The tracker that does nothing: other ranks than 0, mode "disabled", no section "tracking"."""
+class Tracker:
+    """One wandb run, or none (other ranks than 0, mode "disabled", no section "tracking"): then it
+    does nothing. Made by :func:`start_tracking`; use it as a context manager.
+    """
 
-    active = False
-    directory: Path | None = None
+    def __init__(self, run: Any = None, step_metric: str = STEP_METRIC) -> None:
+        self._run = run
+        self.directory: Path | None = None if run is None else Path(run.dir).parent
+        if run is not None:
+            run.define_metric(step_metric)
+            for family in METRIC_FAMILIES:
+                run.define_metric(family, step_metric=step_metric)
+
+    @property
+    def active(self) -> bool:
+        return self._run is not None
 
     def log(
         self, values: Mapping[str, float], *, tokens: int | None = None, step: int | None = None
     ) -> None:
         """Record scalars at a number of tokens seen, or of optimizer steps done, so far."""
+        axes = {STEP_METRIC: tokens, "step": step}
+        if self.active:
+            self._run.log({**values, **{key: at for key, at in axes.items() if at is not None}})
 
     def log_summary(self, values: Mapping[str, Any]) -> None:
         """Record final values of the run."""
+        if self.active:
+            self._run.summary.update(dict(values))
 
     def log_table(self, key: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Record a table."""
+        if self.active:
+            import wandb
+
+            table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+            self._run.log({key: table})
 
     def log_image(self, key: str, png: bytes, *, caption: str = "") -> None:
         """Record a picture, given as the bytes of a PNG file."""
-
-    def log_artifact(
-        self,
-        name: str,
-        kind: str,
-        paths: Iterable[str | os.PathLike[str]],
-        *,
-        metadata: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Record files (or the files of a directory) as a versioned artifact."""
-
-    def log_reference(
-        self,
-        name: str,
-        kind: str,
-        path: str | os.PathLike[str],
-        *,
-        metadata: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Record where the files of a directory are, as an artifact that holds no copy of them."""
-
-    def finish(self, exit_code: int = 0) -> None:
-        """Write what is left and close the run."""
-
-    def __enter__(self) -> "NullTracker":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.finish(exit_code=0 if error is None else 1)
-
-
-class Tracker(NullTracker):
-    """One wandb run. Made by :func:`start_tracking`; use it as a context manager."""
-
-    active = True
-
-    def __init__(self, run: Any, step_metric: str = STEP_METRIC) -> None:
-        self._run = run
-        self.directory = Path(run.dir).parent
-        run.define_metric(step_metric)
-        for family in METRIC_FAMILIES:
-            run.define_metric(family, step_metric=step_metric)
-
-    def log(
-        self, values: Mapping[str, float], *, tokens: int | None = None, step: int | None = None
-    ) -> None:
-        axes = {STEP_METRIC: tokens, "step": step}
-        self._run.log({**values, **{key: at for key, at in axes.items() if at is not None}})
-
-    def log_summary(self, values: Mapping[str, Any]) -> None:
-        self._run.summary.update(dict(values))
-
-    def log_table(self, key: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-        import wandb
-
-        table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
-        self._run.log({key: table})
-
-    def log_image(self, key: str, png: bytes, *, caption: str = "") -> None:
+        if not self.active:
+            return
         import wandb
 
         try:
@@ -165,6 +124,9 @@ class Tracker(NullTracker):
         *,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
+        """Record files (or the files of a directory) as a versioned artifact."""
+        if not self.active:
+            return
         import wandb
 
         artifact = wandb.Artifact(name, type=kind, metadata=dict(metadata or {}))
@@ -188,6 +150,9 @@ class Tracker(NullTracker):
         *,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
+        """Record where the files of a directory are, as an artifact that holds no copy of them."""
+        if not self.active:
+            return
         import wandb
 
         artifact = wandb.Artifact(name, type=kind, metadata=dict(metadata or {}))
@@ -200,7 +165,20 @@ class Tracker(NullTracker):
         self._run.log_artifact(artifact)
 
     def finish(self, exit_code: int = 0) -> None:
-        self._run.finish(exit_code=exit_code)
+        """Write what is left and close the run."""
+        if self.active:
+            self._run.finish(exit_code=exit_code)
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.finish(exit_code=0 if error is None else 1)
 
 
 def require_wandb() -> Any:
@@ -225,7 +203,7 @@ def start_tracking(
     rank: int = 0,
     tags: Sequence[str] = (),
     step_metric: str = STEP_METRIC,
-) -> NullTracker:
+) -> Tracker:
     """Start a run as the section "tracking" says; other ranks than 0 get the tracker that does
     nothing.
 
@@ -237,7 +215,7 @@ def start_tracking(
         ConfigError: wandb refuses the settings, or its directory cannot be written.
     """
     if config is None or not config.enabled or config.mode == "disabled" or rank != 0:
-        return NullTracker()
+        return Tracker()
     wandb = require_wandb()
     if config.dir is not None:
         _make_directory(config.dir)

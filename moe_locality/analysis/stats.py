@@ -175,7 +175,6 @@ def transition_mutual_information_bits(counts: np.ndarray) -> np.ndarray:
 
 
 UNKNOWN_PART = "(unknown)"
-_FILTERS = {"domain": "domains", "group": "domain_groups", "stage": "stages"}
 
 
 def jensen_shannon_bits(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -242,25 +241,17 @@ def _pair_mean(matrix: np.ndarray) -> float:
 
 
 def domain_divergence(
-    trace: RoutingTrace,
-    by: str = "group",
-    *,
-    min_tokens: int = 1_500,
-    num_splits: int = 8,
-    seed: int = 0,
+    trace: RoutingTrace, *, min_tokens: int = 1_500, num_splits: int = 8, seed: int = 0
 ) -> DomainDivergence:
-    """Compare the expert loads of domains with each other and with what sampling alone would give.
+    """Compare the expert loads of coarse domains with each other and with what sampling alone would
+    give.
 
     Args:
-        by: "domain", "group" or "stage".
         min_tokens: parts with fewer tokens are left out (their divergence would be noise); not
             applied to counts whose number of tokens is unknown.
         num_splits: random halvings per part for the noise floor.
     """
-    if by not in _FILTERS:
-        raise TraceError(f"found by={by!r}, expected 'domain', 'group' or 'stage'")
-    parts: Any = trace.filter  # by a keyword that differs
-    names, loads = load_by(trace, by)
+    names, loads = load_by(trace, "group")
     tokens = _tokens_of(trace, loads)
     keep = [
         i for i, name in enumerate(names) if name != UNKNOWN_PART and not tokens[i] < min_tokens
@@ -275,7 +266,7 @@ def domain_divergence(
     floor = np.array(
         [
             known_mean(split_half_js_bits(part, num_splits=num_splits, seed=seed))
-            for part in (parts(**{_FILTERS[by]: name}) for name in names)
+            for part in (trace.filter(domain_groups=name) for name in names)
         ]
     )
     return DomainDivergence(
@@ -521,7 +512,7 @@ def _load(trace: RoutingTrace) -> dict[str, Any]:
 
 
 def _domains(trace: RoutingTrace, seed: int, left_out: dict[str, str]) -> dict[str, Any] | None:
-    found = domain_divergence(trace, "group", seed=seed)
+    found = domain_divergence(trace, seed=seed)
     if len(found.names) < 2:
         left_out["domains"] = (
             f"found {len(found.names)} domain group(s) with at least 1500 tokens, comparing needs 2"

@@ -131,17 +131,14 @@ def linear_plan(trace: RoutingTrace, topology: ClusterTopology) -> PlacementPlan
     """Return the contiguous layout, or None where the experts do not divide among the ranks."""
     if trace.num_experts % topology.num_ranks:
         return None
-    plan = moe_locality.PlacementPlan.linear(
+    return moe_locality.PlacementPlan.linear(
         trace.num_experts,
-        [int(layer) for layer in trace.layer_ids],
+        trace.layer_ids,
         topology.num_nodes,
         topology.ranks_per_node,
         model=trace.model,
+        rank_to_node=topology.rank_to_node,
     )
-    if plan.rank_to_node != topology.rank_to_node:
-        content = {**plan.to_dict(), "rank_to_node": topology.rank_to_node}
-        return moe_locality.PlacementPlan.from_dict(content)
-    return plan
 
 
 def homes_of(path: Path | None, plan: PlacementPlan) -> dict[int, int] | None:

@@ -53,7 +53,7 @@ from moe_locality.report import (
 )
 from moe_locality.topology import ClusterTopology
 from moe_locality.trace import PREFILL, RoutingTrace, read_trace
-from moe_locality.tracking import NullTracker, package_versions, start_tracking
+from moe_locality.tracking import Tracker, package_versions, start_tracking
 
 CONTINUE_STEPS = 6
 PREDICT_FROM = "first:32"
@@ -439,7 +439,7 @@ def _track(options: DemoOptions, found: ModelDemo, facts: dict[str, Any]) -> str
     group = f"demo-seed{options.seed}-{found.plan.digest()[:8]}"
     out = options.out
 
-    def run(job: str, name: str) -> NullTracker:
+    def run(job: str, name: str) -> Tracker:
         settings = TrackingConfig(
             project=PROJECT,
             group=group,

@@ -333,7 +333,10 @@ class TokenDispatcher:
             receive = transport.start_dispatch(x, slot_ids, sent_weights, metadata)
 
         def finish() -> DispatchOutput:
-            made, rows, arrived = _apply_dispatch(x, sent_weights, transport, receive)
+            keep: list[DispatchMetadata] = []
+            apply: Any = _Dispatch.apply
+            rows, arrived = apply(x, sent_weights, transport, receive, keep)
+            (made,) = keep
             self.traffic.load += rows.shape[0]
             return DispatchOutput(
                 rows=rows,
@@ -386,7 +389,8 @@ class TokenDispatcher:
         transport, metadata, weights = self.transport, handle.metadata, handle.topk_weights
         with torch.no_grad():
             receive = transport.start_combine(expert_out, weights, metadata)
-        return Pending(lambda: _apply_combine(expert_out, weights, transport, receive, metadata))
+        apply: Any = _Combine.apply
+        return Pending(lambda: apply(expert_out, weights, transport, receive, metadata))
 
     def _check_metadata(self, metadata: DispatchMetadata, slot_ids: Tensor) -> None:
         expected = self.transport.metadata_type
@@ -501,31 +505,6 @@ class _Combine(torch.autograd.Function):
             grad.contiguous(), rows, weights, ctx.dispatch_metadata, ctx.needs_input_grad[0]
         )
         return *grads, None, None, None
-
-
-def _apply_dispatch(
-    x: Tensor,
-    weights: Tensor | None,
-    transport: AnyTransport,
-    receive: Callable[[], DispatchedRows[DispatchMetadata]],
-) -> tuple[DispatchMetadata, Tensor, Tensor | None]:
-    """Receive a dispatch, with autograd; return (metadata, rows, weights where they are used)."""
-    keep: list[DispatchMetadata] = []
-    apply: Any = _Dispatch.apply
-    rows, arrived = apply(x, weights, transport, receive, keep)
-    return keep[0], rows, arrived
-
-
-def _apply_combine(
-    expert_out: Tensor,
-    weights: Tensor,
-    transport: AnyTransport,
-    receive: Callable[[], CombinedRows],
-    metadata: DispatchMetadata,
-) -> Tensor:
-    """Receive a combine, with autograd."""
-    apply: Any = _Combine.apply
-    return apply(expert_out, weights, transport, receive, metadata)
 
 
 def make_transport(

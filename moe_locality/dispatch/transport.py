@@ -205,9 +205,9 @@ class StageClock:
     nothing waits meanwhile; on a CPU it is that of the process.
     """
 
-    def __init__(self, enabled: bool = False, device_type: str | None = None) -> None:
+    def __init__(self, enabled: bool = False) -> None:
         self.enabled = enabled
-        self._cuda = torch.cuda.is_available() if device_type is None else device_type == "cuda"
+        self._cuda = torch.cuda.is_available()
         self.reset()
 
     def reset(self) -> None:

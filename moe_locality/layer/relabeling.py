@@ -9,7 +9,6 @@ All checks run, and all ranks agree on them, before anything moves.
 """
 
 import hashlib
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,8 +43,6 @@ from moe_locality.layer.state import (
     state_source,
 )
 from moe_locality.placement.plan import PlacementPlan, check_is_permutation
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,13 +185,7 @@ def _move_layers(targets: list[Target], state: StateSource, timeout_s: float) ->
             raise failure from error
         set_slot_to_logical(target.module, target.slot_to_logical)
         total.add(report)
-    logger.info(
-        "relabelled %d MoE layers in %.2f s: %d experts changed rank, %d bytes left this rank",
-        total.num_layers,
-        total.elapsed_s,
-        total.num_experts_moved,
-        total.sent_bytes,
-    )
+    total.log("relabelled")
     return total
 
 

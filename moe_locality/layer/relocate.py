@@ -179,6 +179,17 @@ class MoveReport:
     buffer_bytes: int = 0
     elapsed_s: float = 0.0
 
+    def log(self, done: str) -> None:
+        """Log what was done to the layers of a model ("relabelled", "placed")."""
+        logger.info(
+            "%s %d MoE layers in %.2f s: %d experts changed rank, %d bytes left this rank",
+            done,
+            self.num_layers,
+            self.elapsed_s,
+            self.num_experts_moved,
+            self.sent_bytes,
+        )
+
     def add(self, other: "MoveReport") -> None:
         """Add the report of another layer; its buffers replace those of this one."""
         self.num_layers += other.num_layers
@@ -358,13 +369,7 @@ def place_stacked(
             )
             module.set_order(order)
             total.add(report)
-    logger.info(
-        "placed %d MoE layers in %.2f s: %d experts changed rank, %d bytes left this rank",
-        total.num_layers,
-        total.elapsed_s,
-        total.num_experts_moved,
-        total.sent_bytes,
-    )
+    total.log("placed")
 
 
 def _open(

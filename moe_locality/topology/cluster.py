@@ -114,23 +114,6 @@ class ClusterTopology:
             raise TopologyError(f"found node {node}, expected 0 to {self.num_nodes - 1}")
         return tuple(rank for rank, home in enumerate(self.rank_to_node) if home == node)
 
-    def local_index(self, rank: int) -> int:
-        """Return the position of a rank among the ranks of its node."""
-        return self.rank_to_node[:rank].count(self.node_of(rank))
-
-    def restrict(self, ranks: Sequence[int]) -> "ClusterTopology":
-        """Return the topology of some ranks alone.
-
-        Rank ``ranks[i]`` becomes rank i; nodes keep their order and names.
-        """
-        if len(set(ranks)) != len(ranks):
-            raise TopologyError(f"found a rank twice in {list(ranks)}, expected each once")
-        nodes = [self.node_of(rank) for rank in ranks]
-        kept = sorted(set(nodes))
-        return self._like(
-            tuple(kept.index(node) for node in nodes), tuple(self.node_names[node] for node in kept)
-        )
-
     def describe(self) -> str:
         """Return one line for messages, such as ``2 nodes: a 4, b 2 ranks``."""
         if self.is_even:
@@ -156,9 +139,6 @@ class ClusterTopology:
             "node_names": list(self.node_names),
             **self.tiers(),
         }
-
-    def _like(self, rank_to_node: tuple[int, ...], names: tuple[str, ...]) -> "ClusterTopology":
-        return ClusterTopology(rank_to_node=rank_to_node, node_names=names, **self.tiers())
 
     # -- sources; every one takes the tier figures as keyword arguments ----------------------------
 

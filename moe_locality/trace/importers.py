@@ -82,15 +82,18 @@ def import_trace(
         TraceError: the format is unknown, or the content does not fit it; the message names file
         and line. A request among others that is damaged is left out, with a warning.
     """
-    options = _options(locals())
+    said = {"model": model, "num_experts": num_experts, "top_k": top_k, "num_layers": num_layers}
+    options = _options(**said, layers=layers, table=table, report=report)
     return concat(list(_parts(path, format, options)))
 
 
-def _options(given: dict[str, Any]) -> ImportOptions:
-    names = ("model", "num_experts", "top_k", "num_layers", "report")
-    layers, table = given["layers"], given["table"]
+def _options(
+    layers: Collection[int] | None = None,
+    table: str | PathLike[str] | None = None,
+    **options: Any,
+) -> ImportOptions:
     return ImportOptions(
-        **{name: given[name] for name in names},
+        **options,
         layers=None if layers is None else tuple(layers),
         table=None if table is None else _read_table(Path(table)),
     )
@@ -101,14 +104,8 @@ def import_to(
     out: str | PathLike[str],
     *,
     format: str | None = None,
-    model: str | None = None,
-    num_experts: int | None = None,
-    top_k: int | None = None,
-    num_layers: int | None = None,
-    layers: Collection[int] | None = None,
-    table: str | PathLike[str] | None = None,
-    report: Report | None = None,
     overwrite: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
     """Import a foreign trace into a directory of shards (or an .npz file) without holding it whole.
 
@@ -118,22 +115,21 @@ def import_to(
 
     Line formats and sorted CSV take memory for one part of about two million picks at a time;
     arrays, dumps and single JSON objects are read whole. Nothing appears in ``out`` before the last
-    part is written. The other arguments are those of ``import_trace``.
+    part is written. ``options`` are the other arguments of ``import_trace``.
 
     Raises:
         TraceError: as ``import_trace``; or ``out`` holds another trace and ``overwrite`` is False.
     """
-    options = _options(locals())
-    place = Path(out)
-    parts = _parts(path, format, options)
+    given, place = _options(**options), Path(out)
+    parts = _parts(path, format, given)
     single = place.suffix == ".npz" and not place.is_dir()
     if single or (place.is_dir() and shard_paths(place) and not overwrite):
         trace = concat(list(parts))
         write_trace(trace, place, overwrite=overwrite)
-        return {**_Summary().add(trace).to_dict(), "left_out": options.left_out}
+        return {**_Summary().add(trace).to_dict(), "left_out": given.left_out}
     summary = _Summary()
     replace_shards(make_directory(place), (summary.add(part).last for part in parts))
-    return {**summary.to_dict(), "left_out": options.left_out}
+    return {**summary.to_dict(), "left_out": given.left_out}
 
 
 class _Summary:

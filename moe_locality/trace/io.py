@@ -280,13 +280,8 @@ def read_pieces(
     if place.suffix == ".npz" and not place.is_dir():
         yield RoutingTrace.from_npz(place)
         return
-    files = shard_files(place) if place.is_dir() else {}
+    files = _existing_shards(place)[0]
     shards = list(files)
-    if not shards:
-        raise TraceError(
-            f"found no part-*.parquet shard at {place}, expected a directory of shards or an .npz "
-            "file: check the path"
-        )
     if missing := missing_sequences(shards):
         raise TraceError(
             f"found no shard {missing[0]} in {place}, though a later one of this rank is there: "

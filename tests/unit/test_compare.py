@@ -29,7 +29,7 @@ from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.figures import LayersData, LossData, TradeoffData, TrafficData
 from moe_locality.placement import PlacementPlan, evaluate
 from moe_locality.report import comparison_report, render_html, trace_figures, trace_report
-from moe_locality.tracking import NullTracker, start_tracking
+from moe_locality.tracking import Tracker, start_tracking
 from tests.unit.made_trace import make_trace
 from tests.unit.test_tracking import ReadBack, offline  # noqa: F401  a fixture
 
@@ -375,7 +375,7 @@ def test_tracking_that_is_off_draws_nothing(found, monkeypatch):
         raise AssertionError("drew a figure for nobody")
 
     monkeypatch.setattr("moe_locality.compare.draw", fail)
-    track_comparison(NullTracker(), found)
+    track_comparison(Tracker(), found)
 
 
 def test_the_command_compares_runs_with_report_and_wandb(offline, tmp_path):  # noqa: F811

@@ -76,9 +76,6 @@ def test_small_and_unknown_domains_are_left_out():
     assert np.isnan(few.mean_noise_floor_bits)
     unlabeled = replace(trace, domain_id=np.where(trace.domain_id == 1, -1, 0))
     assert stats.domain_divergence(unlabeled).names == ("a",)
-    with pytest.raises(TraceError, match="by='request'"):
-        stats.domain_divergence(trace, "request")
-    assert stats.domain_divergence(trace, "stage", min_tokens=1).names == ("prefill", "decode")
 
 
 def test_split_halves_are_seeded_and_need_two_requests():
