@@ -236,6 +236,18 @@ def read_config(
         ) from error
 
 
+def refuse_settings(section: MoeLocalityConfig, where: str, advice: dict[str, str]) -> None:
+    """Raise ConfigError where a section sets a key that a front end does not take.
+
+    ``advice``: by key, what to do instead.
+    """
+    for name, instead in advice.items():
+        if getattr(section, name) != getattr(MoeLocalityConfig(), name):
+            raise ConfigError(
+                f"found {name} in the moe_locality section {where}, expected it left out: {instead}"
+            )
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")

@@ -612,6 +612,45 @@ def layer_dispatcher(
     )
 
 
+class ExchangingLayer:
+    """What a layer of every front end has: the settings of its exchange, and the dispatcher.
+
+    The first call makes the dispatcher; set ``dispatcher`` to None where a setting changes.
+    ``traffic`` counts what was sent (None before the first call).
+    """
+
+    dispatch_config: DispatchConfig
+    kernels: ops.Backend
+    topology: ClusterTopology | None = None
+    dispatcher: TokenDispatcher | None = None
+    call_position: CallPosition
+
+    @property
+    def traffic(self) -> TrafficCounter | None:
+        return self.dispatcher.traffic if self.dispatcher is not None else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy makes its own dispatcher: groups and modules cannot be copied
+        return {**self.__dict__, "dispatcher": None}
+
+    def get_dispatcher(
+        self, ep_group: "ProcessGroup | None", slot_map: SlotMap, **sizes: Any
+    ) -> TokenDispatcher:
+        """Return the dispatcher, with this map; ``sizes`` as of :func:`layer_dispatcher`."""
+        if self.dispatcher is None:
+            self.dispatcher = layer_dispatcher(
+                ep_group,
+                self.topology,
+                config=self.dispatch_config,
+                kernels=self.kernels,
+                position=self.call_position,
+                **sizes,
+            )
+            self.topology = self.dispatcher.traffic.topology
+        self.dispatcher.slot_map = slot_map
+        return self.dispatcher
+
+
 def group_ranks(ep_group: "ProcessGroup | None", num_ranks: int | None) -> tuple[int, ...]:
     """Return the global ranks of a group in group order; ``(own rank,)`` for a group of one."""
     running = torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -29,50 +29,44 @@ from deepspeed.module_inject.auto_ep_layer import (
 from torch import Tensor, nn
 
 from moe_locality.compat import registered_expert_ranks
-from moe_locality.config import DispatchConfig, MoeLocalityConfig
+from moe_locality.config import MoeLocalityConfig, refuse_settings
 from moe_locality.dispatch.desync import CallPosition
-from moe_locality.dispatch.dispatcher import SlotMap, TokenDispatcher, layer_dispatcher, run_moe
-from moe_locality.dispatch.transport import TrafficCounter
+from moe_locality.dispatch.dispatcher import ExchangingLayer, SlotMap, run_moe
 from moe_locality.errors import ConfigError
-from moe_locality.kernels import ops
 from moe_locality.layer.agreement import LostRanks, all_succeed
 from moe_locality.layer.relocate import place_stacked
 from moe_locality.layer.state import is_engine, stacked_shards, state_source
 from moe_locality.placement.plan import PlacementPlan, check_is_permutation, check_nodes
 from moe_locality.topology.cluster import ClusterTopology
-from moe_locality.topology.groups import discover_topology, follow_groups
+from moe_locality.topology.groups import follow_groups
 from moe_locality.trace.recorder.hooks import moe_layer_ids, route_hooks
 
 logger = logging.getLogger(__name__)
 _KEEP_STOCK = "set enabled to false in the moe_locality section"
 
 
-class LocalityAutoEPMoELayer(AutoEPMoELayer):
+class LocalityAutoEPMoELayer(ExchangingLayer, AutoEPMoELayer):
     """``AutoEPMoELayer`` with our exchange; :func:`adopt` makes one of a layer that AutoEP built.
 
     ``slot_to_logical [E]``: the expert of each slot; slot s is in row ``s % e`` of rank ``s // e``.
     """
 
     calls_route_hooks = True
-    dispatch_config: DispatchConfig
-    kernels: ops.Backend
-    topology: ClusterTopology | None
-    dispatcher: TokenDispatcher | None = None
-    call_position: CallPosition
     slot_to_logical: np.ndarray
-
-    @property
-    def traffic(self) -> TrafficCounter | None:
-        return self.dispatcher.traffic if self.dispatcher is not None else None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # a copy makes its own dispatcher: groups and modules cannot be copied
-        return {**self.__dict__, "dispatcher": None}
+    slot_map: SlotMap
 
     @torch.compiler.disable  # pyright: ignore[reportArgumentType]
     def _deepep_route(self, tokens: Tensor, ro: RouterOutput) -> Tensor:
         """``tokens [T, H]`` to ``[T, H]``: dispatch, experts, combine."""
-        dispatcher, ids, scores = self._get_dispatcher(), ro.selected_experts, ro.top_scores
+        ids, scores = ro.selected_experts, ro.top_scores
+        dispatcher = self.get_dispatcher(
+            self.ep_group,
+            self.slot_map,
+            num_slots=self.num_experts,
+            num_ranks=self.ep_size,
+            top_k=self.top_k,
+            comm=deepspeed.comm,
+        )
         for record in route_hooks(self).values():
             record(ids, scores)
         if self.score_apply == "post":
@@ -91,27 +85,9 @@ class LocalityAutoEPMoELayer(AutoEPMoELayer):
         padded, order, aligned, num_rows = permute_by_local_expert(rows, counts)
         return unpermute_by_local_expert(self.experts(padded, aligned), order, num_rows)
 
-    def _get_dispatcher(self) -> TokenDispatcher:
-        if self.dispatcher is None:
-            self.dispatcher = layer_dispatcher(
-                self.ep_group,
-                self.topology,
-                num_slots=self.num_experts,
-                num_ranks=self.ep_size,
-                top_k=self.top_k,
-                config=self.dispatch_config,
-                comm=deepspeed.comm,
-                kernels=self.kernels,
-                position=self.call_position,
-                slot_map=SlotMap.of(self.slot_to_logical),
-            )
-        return self.dispatcher
-
     def set_order(self, slot_to_logical: np.ndarray) -> None:
         """Say which expert each slot holds; moves no weights."""
-        self.slot_to_logical = slot_to_logical
-        if self.dispatcher is not None:
-            self.dispatcher.slot_map = SlotMap.of(slot_to_logical)
+        self.slot_to_logical, self.slot_map = slot_to_logical, SlotMap.of(slot_to_logical)
 
 
 def auto_ep_layers(model: nn.Module) -> list[tuple[str, AutoEPMoELayer]]:
@@ -140,9 +116,9 @@ def adopt(
     layers = auto_ep_layers(engine.module if is_engine(engine) else engine)  # pyright: ignore
     ours, orders = all_succeed(lambda: _check(engine, layers, section, plan))
     if ours and topology is None:
-        topology = discover_topology(cluster_config=section.cluster)
         found = registered_expert_ranks(ours[0][1].ep_size)
-        layout = follow_groups(None if found is None else found[0], topology)
+        ranks = None if found is None else found[0]
+        topology, layout = follow_groups(ranks, cluster_config=section.cluster)
         if plan is not None:
             check_nodes(plan, topology, layout.ep_groups)
     for number, (name, layer) in enumerate(ours):
@@ -167,11 +143,9 @@ def _check(
 ) -> tuple[list[tuple[str, Any]], list[np.ndarray] | None]:
     """Return the layers to adopt, and the slot order of the plan for each."""
     ours = [(name, m) for name, m in layers if _stays_because(name, m, plan) is None]
-    if ours and section.experts != "auto":
-        raise ConfigError(
-            f"found experts={section.experts!r} in the moe_locality section, expected it left out: "
-            "use_grouped_mm of the expert_parallel section says how AutoEP's experts run"
-        )
+    if ours:
+        instead = "use_grouped_mm of the expert_parallel section says how AutoEP's experts run"
+        refuse_settings(section, "with AutoEP", {"experts": instead})
     for name, module in ours:
         if type(module) not in (AutoEPMoELayer, LocalityAutoEPMoELayer):
             raise ConfigError(

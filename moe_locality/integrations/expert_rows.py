@@ -161,7 +161,8 @@ def expert_parameters(experts: nn.Module, name: str, num_experts: int) -> dict[s
     copies are dropped first: they are other tensors than those that are trained and saved.
 
     Raises:
-        ConfigError: a tensor ``[E, ...]`` is not split, so its rows could not follow the experts.
+        ConfigError: the rows of a tensor could not follow the experts: it is not split over them,
+            or split further.
     """
     if isinstance(experts, FSDPModule):
         experts.reshard()
@@ -172,6 +173,12 @@ def expert_parameters(experts: nn.Module, name: str, num_experts: int) -> dict[s
             "ep",
         ):
             found[key] = tensor
+            if len(tensor.to_local()) * tensor.device_mesh.size(-1) != num_experts:
+                raise ConfigError(
+                    f"found {name}.{key} split over several copies of its expert group, expected "
+                    "ep_size = fsdp_size * tp_size: a plan needs every expert whole on one rank; "
+                    "raise ep_size, or leave the plan out"
+                )
         elif tensor.ndim and len(tensor) == num_experts:
             raise ConfigError(
                 f"found {name}.{key} {list(tensor.shape)}, which transformers does not split over "

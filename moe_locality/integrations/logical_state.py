@@ -46,8 +46,11 @@ def _reordered(rows: ExpertRows, tensor: DTensor, leaving: bool) -> DTensor:
 def keep_checkpoints_logical(rows: ExpertRows, first: bool) -> None:
     """Let ``state_dict`` and ``load_state_dict`` of a module see its experts in logical order.
 
-    Both become collective; the ``first`` module of a model checks that all ranks are there.
+    Both become collective; the ``first`` module of a model checks that all ranks are there. A
+    second call changes nothing.
     """
+    if rows in _placed:
+        return
 
     def reordered(state: dict[str, Any], prefix: str, leaving: bool) -> None:
         if first:

@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from moe_locality.config import MoeLocalityConfig, read_config
+from moe_locality.config import MoeLocalityConfig, read_config, refuse_settings
 from moe_locality.dispatch.desync import CallPosition
-from moe_locality.dispatch.dispatcher import SlotMap, TokenDispatcher, layer_dispatcher, run_moe
+from moe_locality.dispatch.dispatcher import ExchangingLayer, SlotMap, run_moe
 from moe_locality.errors import ConfigError, PlacementError
-from moe_locality.integrations.expert_rows import ExpertRows, expert_parameters
+from moe_locality.integrations.expert_rows import ExpertRows
 from moe_locality.integrations.logical_state import (
     follow_optimizer,
     followed_optimizers,
@@ -28,15 +28,16 @@ from moe_locality.integrations.logical_state import (
     tensors_beside,
     watch_optimizers,
 )
-from moe_locality.layer.agreement import all_agree, all_succeed
+from moe_locality.layer.agreement import (
+    Inputs,
+    agree_on_inputs,
+    all_succeed,
+    announce,
+    section_and_plan,
+)
 from moe_locality.placement.plan import PlacementPlan, check_nodes
 from moe_locality.topology.cluster import ClusterTopology
-from moe_locality.topology.groups import (
-    built_groups,
-    discover_topology,
-    exchange_objects,
-    follow_groups,
-)
+from moe_locality.topology.groups import follow_groups
 from moe_locality.trace.recorder.hooks import moe_layer_ids
 
 try:
@@ -78,37 +79,42 @@ def _refuse_settings(section: MoeLocalityConfig) -> None:
     advice = {
         "enabled": "name another ep_implementation",
         "experts": "choose experts_implementation in from_pretrained",
-        "online": "leave it out",
-        "tracking": "leave it out",
+        "online": "it runs beside a DeepSpeed engine",
+        "tracking": "it runs beside a DeepSpeed engine",
         "trace": "call moe_locality.attach(model, path)",
     }
-    for name, what_to_do in advice.items():
-        if getattr(section, name) != getattr(MoeLocalityConfig(), name):
-            raise ConfigError(
-                f"found {name} in the section of a transformers model, expected cluster, dispatch, "
-                f"kernels and plan: {what_to_do}"
-            )
+    refuse_settings(section, "of a transformers model", advice)
 
 
-class LocalityEP(EPImplementation):
+class LocalityEP(ExchangingLayer, EPImplementation):
     """``EPImplementation`` of transformers over :func:`moe_locality.dispatch.run_moe`."""
 
     def __init__(self, experts: nn.Module, ep_mesh: Any, tp_mesh: Any) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
         self.experts = experts
         self.group = ep_mesh.get_group()
+        self.ranks = dist.get_process_group_ranks(self.group)
         self.num_experts = self.num_slots = self.num_local_experts * ep_mesh.size()
-        order = np.arange(self.num_experts)
-        self.rows = ExpertRows(experts, self.experts_forward, order, self.group)
-        self.section = _registered
-        self.has_plan, self.waits_for_plan = False, self.section.plan is not None
-        self.position = CallPosition()
-        self.topology: ClusterTopology | None = None
+        usual = np.arange(self.num_experts)
+        self.rows = ExpertRows(experts, self.experts_forward, usual, self.group)
+        self.configure(_registered, None, CallPosition())
+        self.waits_for_plan = self.section.plan is not None
         self.slot_map = SlotMap()
-        self.dispatcher: TokenDispatcher | None = None
         self.on_routes: OnRoutes | None = None
         watch_optimizers()
         experts.moe_locality_ep = self  # pyright: ignore[reportArgumentType]
+
+    def configure(
+        self, section: MoeLocalityConfig, topology: ClusterTopology | None, position: CallPosition
+    ) -> None:
+        """Take the settings; ``position`` is for messages."""
+        self.section, self.dispatch_config, self.kernels = (
+            section,
+            section.dispatch,
+            section.kernels,
+        )
+        self.topology, self.dispatcher = topology, None
+        self.call_position, self.rows.name = position, position.name
 
     @torch.compiler.disable
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -118,15 +124,23 @@ class LocalityEP(EPImplementation):
                 f"found a forward pass before the plan {self.section.plan} was applied, expected "
                 "moe_locality.apply(model) first, right after from_pretrained"
             )
-        if self.dispatcher is None:
-            self.dispatcher = self._make_dispatcher(top_k_index.shape[1])
+        if self.topology is None:
+            self.topology, _ = follow_groups(self.ranks, None, self.section.cluster)
+        dispatcher = self.get_dispatcher(
+            self.group,
+            self.slot_map,
+            num_slots=self.num_slots,
+            num_ranks=self.ep_mesh.size(),
+            top_k=top_k_index.shape[1],
+        )
+        self.experts.traffic = dispatcher.traffic  # pyright: ignore[reportArgumentType]
         if self.on_routes is not None:
             top_k_index = self.on_routes(self, hidden_states, top_k_index)
         given = (hidden_states, top_k_index, top_k_weights)
         if self.tp_mesh.size() > 1:  # the ranks of a TP group hold the same tokens
             given = tuple(self._own_slice(tensor) for tensor in given)
         x, ids, weights = given
-        out = run_moe(self.dispatcher, x, ids.to(torch.int32), weights.float(), self.rows.run)
+        out = run_moe(dispatcher, x, ids.to(torch.int32), weights.float(), self.rows.run)
         out = out.to(hidden_states.dtype)
         if self.tp_mesh.size() == 1:
             return out
@@ -138,35 +152,6 @@ class LocalityEP(EPImplementation):
         whole = DTensor.from_local(tensor, self.tp_mesh, [Replicate()], run_check=False)
         return whole.redistribute(self.tp_mesh, [Shard(0)]).to_local()
 
-    def _make_dispatcher(self, top_k: int) -> TokenDispatcher:
-        size, config = self.ep_mesh.size(), self.section.dispatch
-        if self.topology is None:
-            self.topology = discover_topology(cluster_config=self.section.cluster)
-        if config.exchange in ("auto", "hierarchical") and size > 1:
-            ranks = dist.get_process_group_ranks(self.group)
-            if built_groups(ranks, self.topology) is None:  # by an earlier layer, on all alike
-                follow_groups(ranks, self.topology)
-        made = layer_dispatcher(
-            self.group,
-            self.topology,
-            num_slots=self.num_slots,
-            num_ranks=size,
-            top_k=top_k,
-            config=config,
-            kernels=self.section.kernels,
-            position=self.position,
-            slot_map=self.slot_map,
-        )
-        self.experts.traffic = made.traffic  # pyright: ignore[reportArgumentType]
-        return made
-
-    def configure(
-        self, section: MoeLocalityConfig, topology: ClusterTopology, number: int, name: str
-    ) -> None:
-        """Take the settings; ``number`` and ``name`` of the layer are for messages."""
-        self.section, self.topology, self.dispatcher = section, topology, None
-        self.position.number, self.position.name, self.rows.name = number, name, name
-
     def place(self, slot_to_logical: np.ndarray, serving: SlotMap, others: list[DTensor]) -> None:
         """Move the experts to their slots ``[P]``. Collective over the EP group.
 
@@ -176,9 +161,8 @@ class LocalityEP(EPImplementation):
         slots = self.rows.place(slot_to_logical.astype(np.int64), others)
         self.slot_map = serving.renumbered(slots)
         self.num_slots, self.dispatcher = len(slot_to_logical), None
-        if not self.has_plan:
-            keep_checkpoints_logical(self.rows, first=self.position.number == 0)
-        self.waits_for_plan, self.has_plan = False, True
+        keep_checkpoints_logical(self.rows, first=self.call_position.number == 0)
+        self.waits_for_plan = False
 
 
 def expert_layers(model: nn.Module) -> list[tuple[str, LocalityEP]]:
@@ -214,38 +198,37 @@ def apply(
     if not layers:
         return _without_layers(model)
 
-    def read() -> tuple[MoeLocalityConfig, PlacementPlan | None]:
-        section = layers[0][1].section if config is None else read_config(config)
+    def read() -> Inputs[None]:
+        given = layers[0][1].section if config is None else config
+        section, found = section_and_plan(given, plan)
         _refuse_settings(section)
         if optimizer is not None:
             follow_optimizer(optimizer)
-        return section, PlacementPlan.read(section.plan) if plan is None and section.plan else plan
+        return section, found, None
 
-    section, wanted = all_succeed(read)
-    all_agree("moe_locality sections", section.model_dump_json())
-    all_agree("placement plans", "none" if wanted is None else wanted.digest())
-    topology = topology or discover_topology(cluster_config=section.cluster)
-    ep_groups = exchange_objects(dist.get_process_group_ranks(layers[0][1].group))
+    section, wanted, _ = agree_on_inputs(read)
+    topology, layout = follow_groups(layers[0][1].ranks, topology, section.cluster)
     optimizers = followed_optimizers()
 
     def check() -> list[tuple[int, list[DTensor]]]:
-        rows = [] if wanted is None else _rows_for(model, layers, wanted, topology, ep_groups)
-        beside = (tensors_beside(layer.rows, optimizers) for _, layer in layers)
-        return list(zip(rows, beside, strict=False))
+        if wanted is None:
+            return []
+        for _, layer in layers:
+            wanted.check_fits(num_experts=layer.num_experts, num_ranks=layer.ep_mesh.size())
+        check_nodes(wanted, topology, layout.ep_groups)
+        rows = wanted.rows_for(moe_layer_ids(model, [name for name, _ in layers]), len(layers))
+        beside = [tensors_beside(layer.rows, optimizers) for _, layer in layers]
+        return list(zip(rows, beside, strict=True))
 
     moves = all_succeed(check)
     for number, (name, layer) in enumerate(layers):
-        layer.configure(section, topology, number, name)
+        layer.configure(section, topology, CallPosition(number, name))
     if wanted is not None:
         serving = SlotMap.of_plan(wanted, dist.get_rank(layers[0][1].group))
         for (_, layer), (row, beside) in zip(layers, moves, strict=True):
             layer.place(wanted.physical_to_logical_map[row], serving[row], beside)
-    if dist.get_rank() == 0:
-        logger.warning(
-            "moe_locality: %d MoE layers of %s exchange their tokens (exchange %s, %s plan)",
-            *(len(layers), type(model).__name__, section.dispatch.exchange),
-            "a" if layers[0][1].has_plan else "no",
-        )
+    placed = not layers[0][1].rows.is_identity or wanted is not None
+    announce(f"{len(layers)} layers of {type(model).__name__}", section, placed)
     return model
 
 
@@ -261,24 +244,3 @@ def _without_layers(model: nn.Module) -> nn.Module:
         "a model that was loaded with DistributedConfig(fsdp_size=N, ep_size=N, "
         'ep_implementation="moe_locality") after moe_locality.register()'
     )
-
-
-def _rows_for(
-    model: nn.Module,
-    layers: list[tuple[str, LocalityEP]],
-    plan: PlacementPlan,
-    topology: ClusterTopology,
-    ep_groups: list[list[int]],
-) -> list[int]:
-    """Return the row of the plan for each layer; raise where plan and model do not fit."""
-    for name, layer in layers:
-        plan.check_fits(num_experts=layer.num_experts, num_ranks=layer.ep_mesh.size())
-        for key, parameter in expert_parameters(layer.experts, name, layer.num_experts).items():
-            if parameter.to_local().shape[0] * layer.ep_mesh.size() != layer.num_experts:
-                raise ConfigError(
-                    f"found {name}.{key} split over several copies of its expert group, expected "
-                    "ep_size = fsdp_size * tp_size: a plan needs every expert whole on one rank; "
-                    "raise ep_size, or leave the plan out"
-                )
-    check_nodes(plan, topology, ep_groups)
-    return plan.rows_for(moe_layer_ids(model, [name for name, _ in layers]), len(layers))

@@ -5,6 +5,8 @@ Answers travel over the process group's key-value store, which works when a coll
 """
 
 import contextlib
+import hashlib
+import logging
 import pickle
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -15,9 +17,13 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from moe_locality import compat
-from moe_locality.errors import MoeLocalityError, PlacementError
+from moe_locality.config import MoeLocalityConfig, read_config
+from moe_locality.errors import ConfigError, MoeLocalityError, PlacementError
+from moe_locality.placement.plan import PlacementPlan
 
 T = TypeVar("T")
+Inputs = tuple[MoeLocalityConfig, PlacementPlan | None, T]
+logger = logging.getLogger(__name__)
 _numbers = count()
 _HALFWAY = "Experts may lie in either order now: end this job and go on from the last checkpoint"
 _BEFORE = "Nothing was changed yet: look at the output of these ranks"
@@ -86,8 +92,41 @@ def all_succeed(check: Callable[[], T]) -> T:
     return result  # pyright: ignore[reportReturnType]
 
 
-def all_agree(what: str, value: str) -> None:
-    """Raise PlacementError on all ranks unless ``value`` is the same on all of them. Collective."""
+def section_and_plan(
+    config: MoeLocalityConfig | dict[str, Any] | str | None, plan: PlacementPlan | None = None
+) -> tuple[MoeLocalityConfig, PlacementPlan | None]:
+    """Read the section, and the plan that it names where none is given."""
+    section = read_config(config)
+    if plan is not None or section.plan is None:
+        return section, plan
+    return section, PlacementPlan.read(section.plan)
+
+
+def agree_on_inputs(read: Callable[[], Inputs[T]]) -> Inputs[T]:
+    """Return ``read()``: section, plan, and what else a front end reads and checks. Collective.
+
+    Every front end begins so: a file that is missing on one rank, or another one there, is an error
+    on all ranks. The path of the plan may differ, and so may ``tracking``.
+
+    Raises:
+        ConfigError, PlacementError: as ``read``, or the ranks have different sections or plans.
+    """
+    section, plan, rest = all_succeed(read)
+    text = section.model_dump_json(exclude={"plan", "tracking"})
+    all_agree("moe_locality sections", hashlib.sha256(text.encode()).hexdigest(), ConfigError)
+    all_agree("placement plans", "none" if plan is None else plan.digest())
+    return section, plan, rest
+
+
+def announce(layers: str, section: MoeLocalityConfig, placed: bool) -> None:
+    """Say once per job which layers exchange through ours, and whether a plan placed them."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
+        facts = (layers, section.dispatch.exchange, "a" if placed else "no")
+        logger.warning("moe_locality: %s exchange through it (%s, %s plan)", *facts)
+
+
+def all_agree(what: str, value: str, error: type[MoeLocalityError] = PlacementError) -> None:
+    """Raise ``error`` on all ranks unless ``value`` is the same on all of them. Collective."""
     ranks_with: dict[str, list[int]] = defaultdict(list)
     answers = gather_answers(value, f"comparing {what}", _collective_timeout_s(), _BEFORE)
     for rank, found in enumerate(answers):
@@ -97,7 +136,7 @@ def all_agree(what: str, value: str) -> None:
     largest = max(ranks_with.values(), key=len)
     parts = [f"{found[:12]} on ranks {ranks}" for found, ranks in ranks_with.items()]
     others = sorted(rank for ranks in ranks_with.values() if ranks is not largest for rank in ranks)
-    raise PlacementError(
+    raise error(
         f"found different {what} on the ranks ({'; '.join(parts)}), expected one: ranks {others} "
         f"differ from ranks {largest}; nothing was moved: give every rank the same"
     )

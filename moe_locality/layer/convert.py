@@ -12,17 +12,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
 from moe_locality import compat
-from moe_locality.config import SECTION, MoeLocalityConfig, read_config
+from moe_locality.config import SECTION, MoeLocalityConfig, refuse_settings
 from moe_locality.dispatch.desync import all_calls, announce_departure
 from moe_locality.dispatch.flat import check_overflow
 from moe_locality.dispatch.traffic import reset_traffic, traffic_report
-from moe_locality.errors import ConfigError, MoeLocalityError, PlacementError, TopologyError
-from moe_locality.layer.agreement import all_agree, all_succeed
+from moe_locality.errors import ConfigError, TopologyError
+from moe_locality.layer.agreement import (
+    Inputs,
+    agree_on_inputs,
+    all_succeed,
+    announce,
+    section_and_plan,
+)
 from moe_locality.placement.plan import PlacementPlan, check_is_permutation, check_nodes
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.topology.groups import discover_topology, exchange_objects, prepare_groups
@@ -34,7 +39,6 @@ from deepspeed.accelerator import get_accelerator  # noqa: E402
 from deepspeed.pipe import PipelineModule  # noqa: E402
 from deepspeed.runtime.pipe.engine import PipelineEngine  # noqa: E402
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config  # noqa: E402
-from deepspeed.utils import log_dist  # noqa: E402
 
 from moe_locality.layer.checkpoint import wrap_checkpoints  # noqa: E402
 from moe_locality.layer.moe import adopt, configure  # noqa: E402
@@ -60,11 +64,13 @@ def apply(
     stays valid. A second call changes nothing.
 
     An engine whose layers AutoEP built is given as ``model`` after ``deepspeed.initialize``: its
-    layers get the exchange, and the plan moves experts with their optimizer state. Collective then.
+    layers get the exchange, and the plan moves experts with their optimizer state.
+
+    Collective over all ranks where a process group is up.
 
     Args:
         config: the ``"moe_locality"`` section, or a ds_config with it.
-        plan: place the experts too: their weights move between the ranks (collective, and before
+        plan: place the experts too: their weights move between the ranks (before
             ``deepspeed.initialize``). With replicas, a rank gets more experts: collect the
             parameters to train afterwards. Default: the plan that the section names.
         topology: node of every rank. Default: found by ``deepspeed.initialize`` when it makes the
@@ -72,15 +78,25 @@ def apply(
 
     Raises:
         ConfigError: the model has no DeepSpeed MoE layer, or one that cannot be swapped.
-        PlacementError: the plan does not fit the model.
+        PlacementError: the plan does not fit the model. Both on all ranks.
     """
-    if any(getattr(module, "_is_autoep_layer", False) for module in model.modules()):
-        section, plan = all_succeed(lambda: _section_and_plan(config, plan))
-        all_agree("moe_locality sections", section.model_dump_json(exclude={"plan", "tracking"}))
-        all_agree("placement plans", "none" if plan is None else plan.digest())
-        _adopt_auto_ep(model, section, topology, plan)
-        return model
-    section, plan = _section_and_plan(config, plan)
+    auto_ep = any(getattr(module, "_is_autoep_layer", False) for module in model.modules())
+
+    def read() -> Inputs[None]:
+        section, found = section_and_plan(config, plan)
+        if not auto_ep:
+            _check_layers(model, found)
+        return section, found, None
+
+    section, found, _ = agree_on_inputs(read)
+    if auto_ep:
+        _adopt_auto_ep(model, section, topology, found)
+    else:
+        _place(model, section, found, topology)
+    return model
+
+
+def _check_layers(model: nn.Module, plan: PlacementPlan | None) -> None:
     layers = moe_modules(model)
     if not layers:
         raise ConfigError(
@@ -91,26 +107,25 @@ def apply(
     if plan is not None:
         plan.check_fits(num_experts=max(module.num_experts for _, module in layers))
         plan_rows(model, plan)
+
+
+def _place(
+    model: nn.Module,
+    section: MoeLocalityConfig,
+    plan: PlacementPlan | None,
+    topology: ClusterTopology | None,
+) -> None:
+    """Swap the layers of a model, and place its experts (collective)."""
+    layers = moe_modules(model)
     swapped = _swap(layers, section, topology)
-    if swapped:  # at the level that DeepSpeed shows by default, once per job
-        log_dist(
-            f"moe_locality: {len(swapped)} of {len(layers)} MoE layers swapped for its own "
-            f"(exchange {section.dispatch.exchange}, {'a' if plan else 'no'} plan)",
-            ranks=[0],
-            level=logging.WARNING,
+    if swapped:
+        announce(
+            f"{len(swapped)} of {len(layers)} layers of {type(model).__name__}",
+            section,
+            plan is not None,
         )
     if plan is not None:
         (relabel if plan.is_permutation else add_replicas)(model, plan)
-    return model
-
-
-def _section_and_plan(
-    config: MoeLocalityConfig | dict[str, Any] | str | None, plan: PlacementPlan | None
-) -> tuple[MoeLocalityConfig, PlacementPlan | None]:
-    section = read_config(config)
-    if plan is not None or section.plan is None:
-        return section, plan
-    return section, PlacementPlan.read(section.plan)
 
 
 def _swap(
@@ -177,7 +192,7 @@ def initialize(*args: Any, **kwargs: Any) -> Any:
             f"found model={type(model).__name__}, expected a torch module: pass model=..."
         )
     _init_distributed(bound)
-    section, ds_config, plan = _agree_on_inputs(bound)
+    section, plan, ds_config = _agree_on_inputs(bound)
     topology = None
     auto_ep = _auto_ep(ds_config)
     if auto_ep:
@@ -220,31 +235,29 @@ def init_inference(
     """
     _init_distributed({})
 
-    def check() -> tuple[dict[str, Any], MoeLocalityConfig, PlacementPlan | None]:
+    def read() -> Inputs[dict[str, Any]]:
         given = dict(load_ds_config(config)) if config is not None else {}
-        section, found = _section_and_plan({SECTION: given.pop(SECTION, {})}, plan)
+        section, found = section_and_plan({SECTION: given.pop(SECTION, {})}, plan)
         merged = given | kwargs
         tensor_parallel: Any = merged.get("tensor_parallel") or merged.get("tp") or {}
+        needs = "it needs an optimizer"
+        refuse_settings(section, "of an inference engine", {"online": needs, "tracking": needs})
         refused = {
             "replace_with_kernel_inject": merged.get("replace_with_kernel_inject"),
             "injection_policy": merged.get("injection_policy"),
-            "online": section.online is not None,
-            "tracking": section.tracking is not None,
             "tensor_parallel": found is not None and tensor_parallel.get("tp_size", 1) > 1,
         }
         for name, wrong in refused.items():
             if wrong:
                 raise ConfigError(
                     f"found {name} in an inference engine, expected none beside moe_locality: it "
-                    "replaces or splits the layers, or needs an optimizer; leave it out"
+                    "replaces or splits the layers; leave it out"
                 )
-        if section.enabled and found is not None and moe_modules(model):
-            plan_rows(model, found)
-        return given, section, found
+        if section.enabled:
+            _check_layers(model, found)
+        return section, found, given
 
-    given, section, found = all_succeed(check)
-    all_agree("moe_locality sections", section.model_dump_json())
-    all_agree("placement plans", "none" if found is None else found.digest())
+    section, found, given = agree_on_inputs(read)
     topology = None
     if section.enabled:
         topology = _prepare_model(model, section, {}, found, None)
@@ -329,60 +342,31 @@ def _ds_config(bound: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"cannot read the ds_config: {error}: check the path") from error
 
 
-def _agree_on_inputs(
-    bound: dict[str, Any],
-) -> tuple[MoeLocalityConfig, dict[str, Any], PlacementPlan | None]:
+def _agree_on_inputs(bound: dict[str, Any]) -> Inputs[dict[str, Any]]:
     """Read config and plan on every rank; raise on all ranks where they are wrong or differ."""
-    section, ds_config, plan, failure = MoeLocalityConfig(), {}, None, None
-    try:
+
+    def read() -> Inputs[dict[str, Any]]:
         ds_config = _ds_config(bound)
-        section = read_config({SECTION: ds_config.get(SECTION, {})})
+        section, plan = section_and_plan({SECTION: ds_config.get(SECTION, {})})
         _refuse_frozen_experts(bound, ds_config)
-        if section.plan is not None:
-            plan = PlacementPlan.read(section.plan)
-            _refuse_clipping(plan, ds_config)
-            if _auto_ep(ds_config):  # its layers do not exist yet
-                check_is_permutation(plan)
-                plan.check_fits(num_ranks=ds_config["expert_parallel"].get("autoep_size"))
-            else:
-                layers = moe_modules(bound["model"])
-                sizes = {module.num_experts for _, module in layers}
-                plan.check_fits(num_experts=max(sizes, default=None))
-                plan_rows(bound["model"], plan)
-    except MoeLocalityError as error:
-        failure = error
-    facts = {
-        "error": failure and (type(failure), str(failure)),
-        "section": section.model_dump_json(exclude={"tracking"}),  # rank 0's counts
-        "tracking": section.tracking,
-        "plan": plan.digest() if plan is not None else None,
-    }
-    everyone = exchange_objects(facts) if torch.distributed.is_initialized() else [facts]
-    for error in (fact["error"] for fact in everyone):
-        if error is not None:
-            ranks = [rank for rank, fact in enumerate(everyone) if fact["error"] is not None]
-            raise error[0](f"on ranks {ranks} of {len(everyone)}: {error[1]}")
-    _same_on_all(everyone, "section", ConfigError, f"the {SECTION} section", "ds_config")
-    _same_on_all(everyone, "plan", PlacementError, f"the plan {section.plan}", "plan file")
-    tracking = everyone[0]["tracking"]
-    others = [rank for rank, fact in enumerate(everyone) if fact["tracking"] is not None]
-    if tracking is None and others:
+        _refuse_clipping(plan, ds_config)
+        if not _auto_ep(ds_config):
+            if section.enabled and not isinstance(bound["model"], PipelineModule):
+                _check_layers(bound["model"], plan)
+        elif plan is not None:  # AutoEP's layers do not exist yet
+            check_is_permutation(plan)
+            plan.check_fits(num_ranks=ds_config["expert_parallel"].get("autoep_size"))
+        return section, plan, ds_config
+
+    section, plan, ds_config = agree_on_inputs(read)
+    everyone = exchange_objects(section.tracking) if dist.is_initialized() else [section.tracking]
+    others = [rank for rank, tracking in enumerate(everyone) if tracking is not None]
+    if everyone[0] is None and others:
         raise ConfigError(
             f"found the section tracking on ranks {others} and not on rank 0, which writes the "
             "run, expected it there: give rank 0 the section"
         )
-    return section.model_copy(update={"tracking": tracking}), ds_config, plan
-
-
-def _same_on_all(
-    everyone: list[dict[str, Any]], key: str, error: type[Exception], what: str, file: str
-) -> None:
-    others = [rank for rank, fact in enumerate(everyone) if fact[key] != everyone[0][key]]
-    if others:
-        raise error(
-            f"found {what} on ranks {others} to differ from rank 0's, expected the same on all "
-            f"{len(everyone)} ranks: copy one {file} to every node"
-        )
+    return section.model_copy(update={"tracking": everyone[0]}), plan, ds_config
 
 
 def _auto_ep(ds_config: dict[str, Any]) -> bool:
@@ -410,12 +394,7 @@ def _adopt_auto_ep(
         return
     adopted = adopt_auto_ep(engine, section, topology, plan)
     if adopted:
-        log_dist(
-            f"moe_locality: {len(adopted)} AutoEP layers use its exchange "
-            f"({section.dispatch.exchange}, {'a' if plan else 'no'} plan)",
-            ranks=[0],
-            level=logging.WARNING,
-        )
+        announce(f"{len(adopted)} layers of AutoEP", section, plan is not None)
 
 
 def _prepare_auto_ep(
@@ -479,7 +458,7 @@ def _prepare_model(
     if sizes and not pipeline and data_only:
         _make_groups(sizes, topology, section, ds_config, plan)
     if sizes or not pipeline:  # a pipeline stage may be without an MoE layer
-        apply(model, section, plan=plan, topology=topology)
+        _place(model, section, plan, topology)
     return topology
 
 

@@ -30,13 +30,12 @@ from moe_locality import compat
 from moe_locality.config import ClusterConfig, DispatchConfig
 from moe_locality.dispatch.desync import CallPosition
 from moe_locality.dispatch.dispatcher import (
+    ExchangingLayer,
     SlotMap,
     TokenDispatcher,
-    layer_dispatcher,
     run_moe,
     warn_if_lossy,
 )
-from moe_locality.dispatch.transport import TrafficCounter
 from moe_locality.errors import ConfigError, TopologyError
 from moe_locality.kernels import ops
 from moe_locality.layer.experts import (
@@ -178,29 +177,19 @@ class LocalityTopKGate(TopKGate):
         return (logits.sum(), torch.tensor(0), num_experts, none, none, gates, counts)
 
 
-class LocalityMOELayer(MOELayer):
+class LocalityMOELayer(ExchangingLayer, MOELayer):
     """DeepSpeed's ``MOELayer`` with a ragged dispatch.
 
-    ``traffic`` counts what was sent (None before the first forward). With tensor parallelism or
-    Tutel, DeepSpeed's own padded dispatch runs, with the slot mapping.
+    With tensor parallelism or Tutel, DeepSpeed's own padded dispatch runs, with the slot mapping.
     """
 
     gate: LocalityTopKGate
     overlap_fn: Callable[[], Any] | None = None
     """work of the module around this layer, done while the results travel back"""
-    dispatch_config: DispatchConfig
-    kernels: ops.Backend
     experts_mode: ExpertsMode
-    topology: ClusterTopology | None
     cluster: ClusterConfig | None = None
     """what to find the topology from, where DeepSpeed's engine is started without initialize"""
-    dispatcher: TokenDispatcher | None
-    call_position: CallPosition
     replicas: LayerReplicas | None
-
-    @property
-    def traffic(self) -> TrafficCounter | None:
-        return self.dispatcher.traffic if self.dispatcher is not None else None
 
     def forward(self, *input: Tensor, **kwargs: Any) -> Tensor:
         """``(hidden_states [..., D], used_token)`` to ``[..., D]``; sets l_aux and exp_counts."""
@@ -208,10 +197,6 @@ class LocalityMOELayer(MOELayer):
         if why_padded is not None:
             return self._padded_forward(why_padded, *input, **kwargs)
         return self._ragged_forward(input[0], input[1])  # pyright: ignore[reportCallIssue]
-
-    def __getstate__(self) -> dict[str, Any]:
-        # a copy makes its own dispatcher: groups and modules cannot be copied
-        return {**self.__dict__, "dispatcher": None}
 
     def _set_ep_group(self, ep_group: Any) -> None:
         super()._set_ep_group(ep_group)
@@ -286,21 +271,14 @@ class LocalityMOELayer(MOELayer):
         return stock(AttributeOverride(self, gate=gate_of_slots), *input, **kwargs)
 
     def _get_dispatcher(self) -> TokenDispatcher:
-        if self.dispatcher is None:
-            self.dispatcher = layer_dispatcher(
-                self.ep_group,
-                self.topology,
-                num_slots=self.ep_size * self.num_local_experts,
-                num_ranks=self.ep_size,
-                top_k=self.gate.k,
-                config=self.dispatch_config,
-                comm=deepspeed.comm,
-                kernels=self.kernels,
-                position=self.call_position,
-            )
-            self.topology = self.dispatcher.traffic.topology
-        self.dispatcher.slot_map = self.gate.slot_map  # a relabelled layer has a new one
-        return self.dispatcher
+        return self.get_dispatcher(
+            self.ep_group,
+            self.gate.slot_map,  # a relabelled layer has a new one
+            num_slots=self.ep_size * self.num_local_experts,
+            num_ranks=self.ep_size,
+            top_k=self.gate.k,
+            comm=deepspeed.comm,
+        )
 
     def _timer(self, name: str, start: bool = False) -> float:
         if not self.wall_clock_breakdown:

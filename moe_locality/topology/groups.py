@@ -253,17 +253,25 @@ def prepare_groups(
     return result
 
 
-def follow_groups(ep_ranks: Sequence[int] | None, topology: ClusterTopology) -> GroupLayout:
+def follow_groups(
+    ep_ranks: Sequence[int] | None,
+    topology: ClusterTopology | None = None,
+    cluster_config: "ClusterConfig | None" = None,
+) -> tuple[ClusterTopology, GroupLayout]:
     """Make groups inside and across the nodes for expert groups that exist. Collective.
 
-    ``initialize`` makes expert groups that follow the nodes; here they are what they are.
+    ``initialize`` makes expert groups that follow the nodes; here they are what they are. Returns
+    the nodes and all expert groups.
 
     Args:
         ep_ranks: those of this rank's expert group, None where there is none.
+        topology: default: :func:`discover_topology`.
 
     Raises:
         TopologyError: on all ranks, where a rank has no expert group.
     """
+    if topology is None:
+        topology = discover_topology(cluster_config=cluster_config)
     everyone = exchange_objects(None if ep_ranks is None else tuple(sorted(ep_ranks)))
     if None in everyone:
         raise TopologyError(
@@ -272,7 +280,7 @@ def follow_groups(ep_ranks: Sequence[int] | None, topology: ClusterTopology) -> 
         )
     layout = layout_of(topology, set(everyone))
     _remember(dataclasses.replace(build_groups(layout), topology=topology))
-    return layout
+    return topology, layout
 
 
 def built_groups(

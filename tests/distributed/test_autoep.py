@@ -348,7 +348,9 @@ def refusals(rank, world, folder):
     refused(PlacementError, "plan with 2 replicas", {"plan": f"{folder}/replicas.json"})
     refused(PlacementError, "found 3 in the plan, expected 2", {"plan": f"{folder}/three.json"})
     refused(PlacementError, "ranks: found 2 in the plan, expected 1", plan, autoep_size=1)
-    refused(ConfigError, "found experts='loop'", {"experts": "loop"})
+    refused(
+        ConfigError, "found experts in the moe_locality section with AutoEP", {"experts": "loop"}
+    )
     refused(ConfigError, "'online'", {"online": {"enabled": True}})
     engine = start(world, None)
     with pytest.raises(ConfigError, match=r"with moe_locality.apply\(engine, plan=plan\)"):

@@ -93,15 +93,14 @@ def apply_finds_nodes_and_says_so(rank, world, subclassed):
 
     import deepspeed
     from deepspeed.moe.layer import MoE as Stock
-    from deepspeed.utils.logging import logger
 
     import moe_locality
     from moe_locality.dispatch import traffic_report
 
     said = []
-    handler = logging.Handler()  # at the level that DeepSpeed has by default
+    handler = logging.Handler()  # at the level that loggers have by default
     handler.emit = lambda record: said.append(record.getMessage())
-    logger.addHandler(handler)
+    logging.getLogger("moe_locality").addHandler(handler)
     section = {
         "cluster": {"num_nodes": 2, "ranks_per_node": 2},
         "dispatch": {"exchange": "hierarchical"},
@@ -117,7 +116,7 @@ def apply_finds_nodes_and_says_so(rank, world, subclassed):
     net = make_net(Own if subclassed else Stock, rank, world)
     moe_locality.apply(net, section)
     moe_locality.apply(net, section)
-    said = [line for line in said if "moe_locality" in line]
+    said = [line for line in said if "exchange through it" in line]
     quiet()
     engine = deepspeed.initialize(
         model=net, model_parameters=list(net.parameters()), config=config_of(1, "float32")
@@ -138,7 +137,7 @@ def test_apply_says_that_it_swapped_and_gets_nodes_from_the_engine(subclassed):
     results = run_ranks(apply_finds_nodes_and_says_so, 4, subclassed, deepspeed=True, timeout_s=240)
     said, losses, report = results[0]
     assert len(said) == 1
-    assert "2 of 2 MoE layers swapped" in said[0]
+    assert "2 of 2 layers of Net exchange through it (hierarchical, no plan)" in said[0]
     assert [lines for lines, _, _ in results[1:]] == [[]] * 3
     assert np.isfinite(losses).all()
     assert report["by_link"]["dispatch"]["cross_node"] > 0
@@ -202,17 +201,24 @@ def test_an_optimizer_made_before_stays_valid():
 
 
 def failures_reach_all_ranks(rank, world, folder):
-    """Every rank gets the same message within seconds, and no rank waits for another."""
+    """Every rank has the reason within seconds, and no rank waits for another."""
     from deepspeed.moe.layer import MoE as Stock
+
+    import moe_locality
 
     quiet()
     messages = []
 
-    def attempt(section, expected, model=None):
-        config = {**config_of(0, "float32"), "moe_locality": section}
+    def initialize(model, section):
+        start(model, {**config_of(0, "float32"), "moe_locality": section})
+
+    def infer(model, section):
+        moe_locality.init_inference(model, {"moe_locality": section})
+
+    def attempt(section, expected, model=None, call=initialize):
         begin = time.monotonic()
         with pytest.raises(expected) as caught:
-            start(model or Net(Stock, world), config)
+            call(model or Net(Stock, world), section)
         assert time.monotonic() - begin < 20
         messages.append(str(caught.value))
 
@@ -226,28 +232,36 @@ def failures_reach_all_ranks(rank, world, folder):
     os.makedirs(f"{folder}/view_{rank}")
     os.chdir(f"{folder}/view_{rank}")
     os.rename(ours, "plan.json")
-    attempt({"plan": "plan.json"}, PlacementError)
+    calls = (initialize, moe_locality.apply, infer)
+    for call in calls:
+        attempt({"plan": "plan.json"}, PlacementError, call=call)
     plan_of([[2, 0, 3, 1]] * 3).write("plan.json")
     attempt({"plan": "plan.json"}, PlacementError)
     attempt({"exchnage": "flat"} if rank == 1 else {}, ConfigError)
     attempt({}, ConfigError, torch.nn.Linear(2, 2))
     attempt({"dispatch": {"payload": "int3"}}, ConfigError)
+    plan_of([[2, 0, 3, 1], [3, 2, 1, 0]]).write("plan.json")
+    if rank == 1:
+        os.remove("plan.json")
+    for call in calls:
+        attempt({"plan": "plan.json"}, PlacementError, call=call)
     return messages
 
 
-def test_a_failure_on_one_rank_is_the_same_error_on_all(tmp_path):
+def test_a_failure_on_one_rank_is_an_error_on_all(tmp_path):
+    """Of initialize, apply and init_inference: wrong, different and missing inputs."""
     everyone = run_ranks(failures_reach_all_ranks, 2, str(tmp_path), deepspeed=True)
-    assert everyone[0] == everyone[1]
-    unread, differ_section, differ_plan, misfit, typo, dense, payload = everyone[0]
-    assert unread.startswith("on ranks [0, 1] of 2: cannot read the plan")
-    assert "found the moe_locality section on ranks [1] to differ" in differ_section
-    assert "found the plan plan.json on ranks [1] to differ from rank 0's" in differ_plan
-    assert "copy one plan file to every node" in differ_plan
-    assert "MoE layers: found 3 in the plan, expected 2" in misfit
-    assert typo.startswith("on ranks [1] of 2: ")
-    assert "exchnage" in typo
-    assert "found no deepspeed.moe.layer.MoE in Linear" in dense
-    assert "dispatch.payload: Input should be 'none', 'fp8'" in payload
+    for unread, section, *plans, misfit, typo, dense, payload, _, _, _ in everyone:
+        assert "cannot read the plan" in unread
+        assert "found different moe_locality sections on the ranks" in section
+        assert len(plans) == 3
+        assert all("found different placement plans on the ranks" in plan for plan in plans)
+        assert "MoE layers: found 3 in the plan, expected 2" in misfit
+        assert "exchnage" in typo
+        assert "found no deepspeed.moe.layer.MoE in Linear" in dense
+        assert "dispatch.payload: Input should be 'none', 'fp8'" in payload
+    for missing in everyone[0][-3:]:
+        assert missing.startswith("found by ranks [1], as rank 1 says: cannot read the plan")
 
 
 def auto_ep_losses(rank, world, folder, placed):

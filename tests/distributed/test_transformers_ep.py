@@ -628,6 +628,10 @@ def refuse(rank, world, path, folder):
     }
     mine = good if rank else PlacementPlan.linear(8, (0, 1), 2, 2)
     calls["differs"] = lambda: moe_locality.apply(model, plan=mine)
+    absent = f"{folder}/absent-{rank}.json"
+    if rank == 0:
+        good.write(absent)
+    calls["missing"] = lambda: moe_locality.apply(model, {"plan": absent, **cluster})
     for name, value in (
         ("trace", {"path": folder}),
         ("online", {}),
@@ -674,9 +678,10 @@ REFUSALS = {
     "ranks": "expert-parallel ranks: found 8 in the plan, expected 4",
     "nodes": "found a plan whose ranks lie on nodes [0, 1, 2, 3]",
     "differs": "found different placement plans",
+    "missing": "cannot read the plan",
     "trace": "moe_locality.attach(model, path)",
-    "online": "found online in the section of a transformers model",
-    "tracking": "found tracking in the section of a transformers model",
+    "online": "found online in the moe_locality section of a transformers model",
+    "tracking": "found tracking in the moe_locality section of a transformers model",
     "experts mode": "choose experts_implementation",
     "enabled": "name another ep_implementation",
     "stock": "found no experts in FSDPQwen3MoeForCausalLM that exchange through moe_locality",
