@@ -70,6 +70,7 @@ class RowExchange:
         dist.all_to_all_single(
             arrived, sent, self.received_splits, self.sent_splits, group=self.group
         )
+        del sent  # room for what follows
         return arrived.index_select(0, self.placed.to(rows.device))
 
     def give_back(self, gradients: Tensor, num_rows: int) -> Tensor:
@@ -194,8 +195,8 @@ def in_order(
 ) -> DTensor:
     """Return a DTensor like ``tensor``, whose row p holds expert ``target[p]``. Collective.
 
-    ``current [E]``: the expert in each row of ``tensor``; both are permutations. Needs room for
-    two copies of the own rows.
+    ``current [E]``: the expert in each row of ``tensor``; both are permutations. A rank gets its
+    own rows only, and needs room for two more of them.
     """
     local = tensor.to_local()
     sources = np.argsort(current)[target]

@@ -216,14 +216,20 @@ def test_apply_equals_the_whole_model(tmp_path, family):
     run_ranks(compare_with_whole, 4, path, CASES, timeout_s=240.0)
 
 
-def count_bytes_read(_rank, world, path):
-    """Bytes of expert tensors that this rank takes out of the files, and that it keeps."""
+def count_bytes(_rank, world, path):
+    """Bytes of experts that this rank reads, gets from other ranks, has in buffers, and keeps."""
     import safetensors
     from transformers import modeling_utils
 
     from moe_locality.integrations.transformers_ep import expert_layers
 
-    read = []  # (key of the tensor, bytes)
+    read, moves = [], []  # (key of the tensor, bytes); (bytes from each rank, of the buffers)
+    exchange = dist.all_to_all_single
+
+    def counted_exchange(output, given, output_splits, input_splits, group):
+        row = output.nbytes // max(1, len(output))
+        moves.append(([row * rows for rows in output_splits], output.nbytes + given.nbytes))
+        return exchange(output, given, output_splits, input_splits, group=group)
 
     class CountedSlice:
         def __init__(self, key, inner):
@@ -247,21 +253,30 @@ def count_bytes_read(_rank, world, path):
         def __getattr__(self, name):
             return getattr(self.inner, name)
 
-    modeling_utils.safe_open = CountedFile
-    model, _ = placed(path, world, "moved")
+    modeling_utils.safe_open, dist.all_to_all_single = CountedFile, counted_exchange
+    model, plan = placed(path, world, "moved")
     experts = sum(size for key, size in read if ".experts." in key)
-    kept = sum(
+    kept = [
         parameter.to_local().nbytes
         for _, layer in expert_layers(model)
         for parameter in layer.experts.parameters()
-    )
-    return {"experts": experts, "rest": sum(size for _, size in read) - experts, "kept": kept}
+    ]
+    return {
+        "experts": experts,
+        "rest": sum(size for _, size in read) - experts,
+        "kept": sum(kept),
+        "from": np.sum([sizes for sizes, _ in moves], axis=0),
+        "room": max(size for _, size in moves) / max(kept),
+        "slots": plan.physical_to_logical_map.reshape(len(plan.layer_ids), world, -1),
+    }
 
 
 @pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss"])
 def test_no_rank_reads_or_holds_all_experts(tmp_path, family):
-    """Experts that are files' tensors one by one, and stacked ones, over several files; with a plan
-    the others' rows come from the ranks that have read them.
+    """Experts that are files' tensors one by one, and stacked ones, over several files.
+
+    With a plan, the others' rows come once from the ranks that have read them: each rank gets the
+    experts of its slots and nothing else, one tensor at a time.
     """
     path = save_tiny(tmp_path, family)
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -270,9 +285,17 @@ def test_no_rank_reads_or_holds_all_experts(tmp_path, family):
     sizes = {True: 0, False: 0}
     for name, parameter in model.named_parameters():
         sizes[".experts." in name] += parameter.nbytes
-    for found in run_ranks(count_bytes_read, 4, f"{path}-split", timeout_s=120.0):
+    for rank, found in enumerate(run_ranks(count_bytes, 4, f"{path}-split", timeout_s=120.0)):
         assert found["experts"] == found["kept"] == sizes[True] // 4
         assert 0 < found["rest"] <= sizes[False]
+        mine = found["slots"][:, rank].ravel() // (
+            NUM_EXPERTS // 4
+        )  # the ranks that have read them
+        expert = sizes[True] // (2 * NUM_EXPERTS)  # of one of the two layers
+        assert found["from"].tolist() == [
+            expert * int((mine == reader).sum()) for reader in range(4)
+        ]
+        assert found["room"] == 2  # one buffer to send and one that is filled
 
 
 def count_rows(rank, world, path, folder, kind, exchange):
