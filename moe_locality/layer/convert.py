@@ -132,13 +132,10 @@ def _swap(
     layers: list[tuple[str, Any]], section: MoeLocalityConfig, topology: ClusterTopology | None
 ) -> list[str]:
     """Turn the named layers into ours; return the names of those that were DeepSpeed's."""
+    key_of = {"dispatch_config": "dispatch", "kernels": "kernels", "experts": "experts"}
+    chosen: dict[str, Any] = {given: getattr(section, key) for given, key in key_of.items()}
     swapped = []
     for number, (name, module) in enumerate(layers):
-        chosen: dict[str, Any] = {
-            "dispatch_config": section.dispatch,
-            "kernels": section.kernels,
-            "experts": section.experts,
-        }
         new = adopt(module, **chosen, topology=topology)
         layer: Any = module.deepspeed_moe
         layer.cluster = section.cluster or layer.cluster
@@ -148,8 +145,9 @@ def _swap(
             swapped.append(name)
             continue
         # built as ours: what its constructor was given stays, unless the section says otherwise
-        given = {"dispatch_config": "dispatch", "kernels": "kernels", "experts": "experts"}
-        said = {key: chosen[key] for key, name in given.items() if name in section.model_fields_set}
+        said = {
+            given: chosen[given] for given, key in key_of.items() if key in section.model_fields_set
+        }
         configure(module, **said, topology=topology)
     return swapped
 

@@ -451,7 +451,7 @@ def infers_as_documented(rank, world):
         names = {"model": net, "moe_locality": moe_locality, "deepspeed": deepspeed}
         names |= {"torch": torch, "plan": plan, "batch": (x, y)}
         if block is None:
-            for _, module in moe_locality.layer.moe.moe_modules(net):
+            for _, module in moe_locality.layer.state.moe_modules(net):
                 module.set_deepspeed_parallelism()
             with torch.no_grad():
                 found.append(net(x, y).item())
@@ -490,7 +490,7 @@ def infers_with_every_plan(rank, world):
         engine = moe_locality.init_inference(net, config, plan=plan)
         assert config.keys() == {"moe_locality", "dtype"}
         if name == "stock":
-            for _, module in moe_locality.layer.moe.moe_modules(net):
+            for _, module in moe_locality.layer.state.moe_modules(net):
                 module.set_deepspeed_parallelism()
         with torch.no_grad():
             found[name] = engine(x, y).item()
