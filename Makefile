@@ -8,7 +8,7 @@ PY      = $(VENV)/bin/python
 PIP     = @$(PY) -m pip install -qq --disable-pip-version-check -c constraints-dev.txt
 READY   = $(VENV)/.installed
 
-.PHONY: demo test test-random test-families test-multinode check bench bench-multinode gpu clean
+.PHONY: demo test test-random test-families test-multinode test-soak check bench bench-multinode gpu clean
 
 # torch first and deepspeed without build isolation: its setup.py imports torch
 $(READY): pyproject.toml setup.py constraints-dev.txt
@@ -40,6 +40,9 @@ test-families: $(READY) ## all families of transformers (make test runs eight of
 
 test-multinode: $(READY) ## tests on nodes made of network namespaces: root, iproute2, openssh-server, pdsh
 	$(PY) -m pytest -m multinode tests/multinode
+
+test-soak: $(READY) ## ten minutes of the serving engine on four ranks: memory, threads and files do not grow
+	$(PY) benchmarks/soak.py --serving 10
 
 check: $(READY) ## style, types, and the compile check of csrc/ where nvcc is
 	$(VENV)/bin/ruff format --check .

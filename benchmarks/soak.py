@@ -1,11 +1,12 @@
-"""Train for a thousand steps and see that nothing grows: memory, file descriptors, groups, threads.
+"""Train or serve for long and see that nothing grows: memory, file descriptors, groups, threads.
 
-A small model with two MoE layers, four gloo ranks as two nodes of two, the hierarchical exchange,
-ZeRO 1, the recorder on, other numbers of tokens in every step. Sampled on every rank every
-``steps / 20`` steps; growth is the median of the last quarter of samples less that of the second
-quarter (the first is warm-up).
+A small model with two MoE layers, four gloo ranks as two nodes of two, the hierarchical exchange.
+Training: ZeRO 1, the recorder on, other numbers of tokens in every step. Serving (``--serving``,
+with minutes): requests of mixed lengths without end, homes predicted, grouped by experts, moved to
+their homes. Sampled on every rank 20 times; growth is the median of the last quarter of samples
+less that of the second quarter (the first is warm-up). It fails where anything grows.
 
-    python benchmarks/soak.py [--steps 1000] [--csv benchmarks/results.csv]
+    python benchmarks/soak.py [--steps 1000 | --serving 10] [--csv benchmarks/results.csv]
 """
 
 import argparse
@@ -18,12 +19,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS, EXPERTS, WIDTH = 4, 8, 64
 SAMPLES = 20
+RSS_KIB = 8 * 1024
+"""What allocators still take in the second half."""
 MEASURES = ("rss_kib", "descriptors", "groups", "threads")
 
 
@@ -100,6 +104,62 @@ def train_and_sample(rank: int, world: int, steps: int, folder: Path, leak: Any 
     return samples, seconds
 
 
+def serve_and_sample(rank: int, world: int, seconds: float, folder: Path, leak: Any = None) -> Any:
+    """As :func:`train_and_sample`, for so many seconds of serving; also the requests served."""
+    import os
+
+    import torch.distributed as dist
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    import moe_locality
+    from moe_locality.serving import Engine, Limits, SamplingParams
+    from tests.unit.made_trace import make_trace
+
+    os.environ["MOE_LOCALITY_RANKS_PER_NODE"] = str(world // 2)
+    if rank == 0:
+        make: Any = Qwen3MoeConfig
+        config = make(
+            vocab_size=64, hidden_size=WIDTH, moe_intermediate_size=WIDTH, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=2, head_dim=16, num_experts=EXPERTS,
+            num_experts_per_tok=2, max_position_embeddings=256,
+        )  # fmt: skip
+        Qwen3MoeForCausalLM(config).save_pretrained(folder / "model")
+    dist.barrier()
+    trace = make_trace(num_experts=EXPERTS, num_layers=2).evolve(layer_ids=np.arange(2))
+    cluster = moe_locality.ClusterTopology.uniform(2, world // 2)
+    plan = moe_locality.solve(trace, cluster, homes="joint")
+    moe_locality.register({"dispatch": {"exchange": "hierarchical"}})
+    spread = DistributedConfig(fsdp_size=world, ep_size=world, ep_implementation="moe_locality")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", distributed_config=spread)
+    model = moe_locality.apply(model, plan=plan)
+    samples, start, steps = [], time.perf_counter(), 0
+
+    def watch(counts: dict[str, Any]) -> None:
+        nonlocal steps
+        steps = counts["step"]
+        if leak is not None:
+            leak(steps)
+        if time.perf_counter() - start > seconds * (len(samples) + 1) / SAMPLES:
+            samples.append(sample())
+
+    draw = np.random.default_rng(rank)
+
+    def requests() -> Any:
+        while time.perf_counter() - start < seconds:
+            prompt = draw.integers(0, 64, draw.integers(1, 48)).tolist()
+            yield {"prompt_token_ids": prompt, "max_tokens": int(draw.integers(1, 32))}
+
+    limits = Limits(max_num_seqs=8, max_num_batched_tokens=64, max_num_ready=4)
+    engine = Engine(
+        model, limits=limits, homes="predicted", plan=plan, grouping="experts", on_step=watch
+    )
+    params = SamplingParams(temperature=0, ignore_eos=True)
+    served = sum(one.error is None for one in engine.generate(requests(), params))
+    engine.close()
+    return samples[:SAMPLES], time.perf_counter() - start, served
+
+
 def growth(samples: list[dict[str, int]]) -> dict[str, float]:
     """How much each measure grew from the second quarter of the samples to the last."""
     quarter = len(samples) // 4
@@ -115,29 +175,39 @@ def main() -> None:
     from tests.launch import run_ranks
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=1000, help="of training")
+    parser.add_argument("--serving", type=float, help="serve for so many minutes instead")
     parser.add_argument("--csv", type=Path)
     chosen = parser.parse_args()
+    program, amount = train_and_sample, chosen.steps
+    if chosen.serving:
+        program, amount = serve_and_sample, 60 * chosen.serving
     with tempfile.TemporaryDirectory() as folder:
-        found = run_ranks(
-            train_and_sample, RANKS, chosen.steps, Path(folder), deepspeed=True, timeout_s=3600
-        )
-    rows = []
+        found = run_ranks(program, RANKS, amount, Path(folder), deepspeed=True, timeout_s=3600)
+    rows, grown = [], []
     for name in MEASURES:
-        worst = max(growth(samples)[name] for samples, _ in found)
-        first, last = (max(samples[i][name] for samples, _ in found) for i in (0, -1))
+        worst = max(growth(one[0])[name] for one in found)
+        first, last = (max(one[0][i][name] for one in found) for i in (0, -1))
         print(f"{name}: {first} -> {last}, growth {worst:g}")
+        if worst > (RSS_KIB if name == "rss_kib" else 0):
+            grown.append(name)
         unit = "KiB" if name == "rss_kib" else name
         note = "worst rank; last quarter of the samples less the second"
         rows.append({"metric": f"growth of {name}", "value": worst, "unit": unit, "note": note})
-    seconds = max(seconds for _, seconds in found)
-    print(f"{chosen.steps} steps in {seconds:.0f} s")
+    seconds = max(one[1] for one in found)
+    done = f"{chosen.steps} steps"
+    if chosen.serving:
+        done = f"serving, {chosen.serving:g} minutes, {sum(one[2] for one in found)} requests"
+    print(f"{done} in {seconds:.0f} s")
     if chosen.csv is not None:
         from _results import append_rows
 
-        case = f"{chosen.steps} steps, {RANKS} gloo ranks as 2 x 2, ZeRO 1, recorder on"
+        more = "homes predicted, grouped" if chosen.serving else "ZeRO 1, recorder on"
+        case = f"{done}, {RANKS} gloo ranks as 2 x 2, {more}"
         common = {"benchmark": "soak", "case": case, "kind": "measured"}
         append_rows(chosen.csv, [common | row for row in rows], packages=("torch", "deepspeed"))
+    if grown:
+        sys.exit(f"these grew: {', '.join(grown)}")
 
 
 if __name__ == "__main__":

@@ -177,11 +177,31 @@ def step_costs(
     return StepCosts(**dict(zip((f.name for f in fields(StepCosts)), means, strict=True)))
 
 
-class FewestExperts:
-    """Chooses the ready request that is expected to add the fewest distinct experts to its batch.
+def pick_chances(counts: np.ndarray, tokens: np.ndarray, overall: np.ndarray) -> np.ndarray:
+    """[R, ...] how likely a token of each request picks each expert, from what ``tokens [R]`` of
+    its own picked (``counts [R, ...]``), drawn to ``overall [...]`` where they are few.
+    """
+    seen = tokens.reshape(-1, *[1] * overall.ndim) + PRIOR_TOKENS
+    return np.minimum((counts + PRIOR_TOKENS * overall) / seen, 1)
 
-    A token of a request is expected to pick what its known tokens picked, drawn to the mean of the
-    requests in ``seen``; picks of different tokens are taken as independent.
+
+def added_experts(ready: np.ndarray, running: np.ndarray, overall: np.ndarray) -> np.ndarray:
+    """[R] how many distinct experts each ready request is expected to add to the steps of those
+    that run, beyond what it would add to as many average ones: a request that needs many experts
+    anywhere is no worse here than later.
+
+    Args:
+        ready, running, overall: ``[R, ...]``, ``[B, ...]`` and ``[...]``, chances that a token
+            picks an expert; the picks of different tokens are taken as independent.
+    """
+    unused = np.prod(1 - running, axis=0) - (1 - np.minimum(overall, 1)) ** len(running)
+    return (ready * unused).reshape(len(ready), -1).sum(axis=1)
+
+
+class FewestExperts:
+    """Chooses the ready request of fewest :func:`added_experts`, known by its first tokens.
+
+    ``seen``: requests that say what an average one picks.
     """
 
     def __init__(self, seen: RoutingTrace, arriving: RoutingTrace, predict: str) -> None:
@@ -190,15 +210,15 @@ class FewestExperts:
         assert arriving.expert_ids is not None
         picks = request_picks(arriving, requests.index, rows)
         known = np.bincount(requests.index[rows], minlength=len(requests.tokens))
-        mean = seen.load().ravel() / seen.num_tokens
-        use = (picks + PRIOR_TOKENS * mean) / (known[:, None] + PRIOR_TOKENS)
-        self._use = dict(zip(requests.request_ids.tolist(), np.minimum(use, 1), strict=True))
+        self._mean = seen.load().ravel() / seen.num_tokens
+        chances = pick_chances(picks, known, self._mean)
+        self._use = dict(zip(requests.request_ids.tolist(), chances, strict=True))
 
     def __call__(self, ready: Sequence[int], running: Sequence[int]) -> int:
-        unused = np.ones_like(next(iter(self._use.values())))
-        for request in running:
-            unused = unused * (1 - self._use[request])
-        return int(np.argmin([(unused * self._use[request]).sum() for request in ready]))
+        if not running:
+            return 0
+        own, others = (np.array([self._use[r] for r in some]) for some in (ready, running))
+        return int(np.argmin(added_experts(own, others, self._mean)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ import typer
 
 from moe_locality.commands.inputs import Nodes, RanksPerNode, Seed
 from moe_locality.commands.output import Result
+from moe_locality.config import read_config
 from moe_locality.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _SEQS = "Sequences that a rank continues together."
 _TOKENS = "Tokens of a step; longer prompts come in chunks."
 _GROUPING = "fifo, cosine or experts."
+_CONFIG = "JSON with a section moe_locality: dispatch (low-bit payloads too), kernels, cluster."
 _HOMES = "arrival, predicted, first:N, domain, random or round_robin."
 
 
@@ -40,12 +42,13 @@ def serve(
     temperature: Annotated[float, typer.Option(help="Of a request that says none.")] = 1.0,
     dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16.")] = "auto",
     trace: Annotated[Path | None, typer.Option(help="Also record the routing there.")] = None,
+    config: Annotated[Path | None, typer.Option(help=_CONFIG)] = None,
     nodes: Nodes = None,
     ranks_per_node: RanksPerNode = None,
     seed: Seed = 0,
 ) -> Result:
     """Serve requests with a Hugging Face MoE model, on one rank or under a launcher."""
-    from moe_locality.placement import PlacementPlan
+    import moe_locality
     from moe_locality.serving import Engine, Limits, SamplingParams
     from moe_locality.serving.grouping import chooser
     from moe_locality.serving.homes import HomeRule
@@ -59,17 +62,16 @@ def serve(
         max_num_kv_tokens=max_num_kv_tokens,
         max_num_ready=max_num_ready,
     )
-    found = None if plan is None else PlacementPlan.read(plan)
+    section, found = _section(config, plan, nodes, ranks_per_node)
     HomeRule(homes, 1 if found is None else found.num_ranks, plan=found)  # says what is wrong
     chooser(grouping)
     _check_files(requests, out, dtype)
-    section = _section(nodes, ranks_per_node, found)
+    if section or "WORLD_SIZE" in os.environ:
+        moe_locality.register(section)
     rank = _join_ranks()
-    loaded, tokenizer = _load(model, dtype, found, section)
+    loaded, tokenizer = _load(model, dtype, found)
     recorder = None
     if trace is not None:
-        import moe_locality
-
         recorder = moe_locality.attach(loaded, trace)
     engine = Engine(
         loaded, tokenizer, limits=limits, homes=homes, plan=found, grouping=grouping, seed=seed
@@ -133,12 +135,17 @@ def _leave_ranks() -> None:
 
 
 def _section(
-    nodes: int | None, ranks_per_node: int | None, plan: PlacementPlan | None
-) -> dict[str, Any]:
-    """Return the section for ranks that stand for nodes, checked before anything is read."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    config: Path | None, plan: Path | None, nodes: int | None, ranks_per_node: int | None
+) -> tuple[dict[str, Any], PlacementPlan | None]:
+    """Return the section, with ranks that stand for nodes, and its plan; nothing else is read."""
+    from moe_locality.placement import PlacementPlan
+
+    section = {} if config is None else read_config(config).model_dump(exclude_unset=True)
+    named = section.pop("plan", None)
+    found = PlacementPlan.read(plan or named) if plan or named else None
     if nodes is None and ranks_per_node is None:
-        return {}
+        return section, found
+    size = int(os.environ.get("WORLD_SIZE", "1"))
     per_node = ranks_per_node or max(size // (nodes or 1), 1)
     nodes = nodes or max(size // per_node, 1)
     if nodes * per_node != size:
@@ -146,17 +153,15 @@ def _section(
             f"found --nodes {nodes} and --ranks-per-node {per_node} for {size} ranks, expected "
             "as many: correct them, or start another number of ranks"
         )
-    if plan is not None and (plan.num_nodes, plan.ranks_per_node) != (nodes, per_node):
+    if found is not None and (found.num_nodes, found.ranks_per_node) != (nodes, per_node):
         raise ConfigError(
-            f"found a plan for {plan.num_nodes} nodes x {plan.ranks_per_node} ranks, expected one "
-            f"for {nodes} x {per_node}: make one with `moe-locality place`"
+            f"found a plan for {found.num_nodes} nodes x {found.ranks_per_node} ranks, expected one"
+            f" for {nodes} x {per_node}: make one with `moe-locality place`"
         )
-    return {"cluster": {"num_nodes": nodes, "ranks_per_node": per_node}}
+    return section | {"cluster": {"num_nodes": nodes, "ranks_per_node": per_node}}, found
 
 
-def _load(
-    path: str, dtype: str, plan: PlacementPlan | None, section: dict[str, Any]
-) -> tuple[Any, Any]:
+def _load(path: str, dtype: str, plan: PlacementPlan | None) -> tuple[Any, Any]:
     """Return the model, spread over the ranks, and its tokenizer (None where it has none)."""
     import torch.distributed as dist
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -178,7 +183,6 @@ def _load(
     from transformers.distributed import DistributedConfig
 
     size = dist.get_world_size()
-    moe_locality.register(section or None)
     spread = DistributedConfig(fsdp_size=size, ep_size=size, ep_implementation="moe_locality")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, distributed_config=spread)
     return moe_locality.apply(model, plan=plan), tokenizer

@@ -11,6 +11,7 @@ from collections.abc import Sequence as ListLike
 
 import numpy as np
 
+from moe_locality.analysis.decoding import added_experts, pick_chances
 from moe_locality.errors import ConfigError
 from moe_locality.placement.counting import picks_by_home
 from moe_locality.serving.scheduler import (
@@ -23,8 +24,6 @@ from moe_locality.serving.scheduler import (
 
 BAND = 0.1
 """Candidates as similar as the best one up to this count as equal (arXiv 2607.00466)."""
-TRUST_TOKENS = 16.0
-"""Tokens of a prompt at which its own picks and those of all requests weigh the same."""
 
 
 def profile_of(picks: np.ndarray, num_experts: int) -> np.ndarray:
@@ -79,22 +78,13 @@ def _oldest(ready: ListLike[RequestState], among: np.ndarray) -> int:
 
 
 def choose_by_experts(ready: ListLike[RequestState], running: ListLike[Sequence]) -> int:
-    """See :func:`chooser`.
-
-    A request adds expert e of layer l to a step where it picks it, with chance ``p[l, e]``, and no
-    other one does: ``sum over (l, e) of p[l, e] * (product over the running of (1 - p_r[l, e]))``.
-    What it would add to a batch of average requests is taken off: a request that needs many experts
-    anywhere is no worse here than later.
-    """
+    """See :func:`chooser` and :func:`~moe_locality.analysis.decoding.added_experts`."""
     if not running or any(state.profile is None for state in ready):
         return first_come(ready, running)
     states = [*ready, *(sequence.request for sequence in running)]
     counts = np.array([state.profile for state in states], dtype=np.float64)
     tokens = np.array([state.profiled for state in states], dtype=np.float64)
     overall = counts.sum(axis=0) / max(tokens.sum(), 1.0)
-    chance = counts + TRUST_TOKENS * overall
-    chance /= (tokens + TRUST_TOKENS)[:, None, None]
-    own, others = chance[: len(ready)], chance[len(ready) :]
-    free = np.prod(1 - np.minimum(others, 1), axis=0) - (1 - np.minimum(overall, 1)) ** len(others)
-    added = np.einsum("rle,le->r", own, free)
+    chances = pick_chances(counts, tokens, overall)
+    added = added_experts(chances[: len(ready)], chances[len(ready) :], overall)
     return _oldest(ready, added <= added.min() + 1e-12)

@@ -5,14 +5,11 @@ import os
 
 import torch
 
-from benchmarks.soak import SAMPLES, growth, train_and_sample
-from tests.launch import run_ranks
+from benchmarks.soak import RSS_KIB, SAMPLES, growth, serve_and_sample, train_and_sample
+from tests.launch import run_ranks, skip_without_expert_parallelism
 
 WORLD = 2
 STEPS = 5 * SAMPLES
-RSS_KIB = (
-    8 * 1024
-)  # what allocators still take in the second half; a leak of 0.2 MiB a step is more
 leaked: list = []
 
 
@@ -30,6 +27,18 @@ def test_a_hundred_steps_leave_nothing_behind(tmp_path):
         assert len(samples) == SAMPLES
         grown = growth(samples)
         assert grown["rss_kib"] < RSS_KIB, samples
+        assert grown["descriptors"] <= 0, samples
+        assert grown["groups"] == 0, samples
+        assert grown["threads"] <= 0, samples
+
+
+def test_the_serving_engine_leaves_nothing_behind(tmp_path):
+    """[F17 soak] Ten seconds of what make test-soak does for ten minutes."""
+    skip_without_expert_parallelism()
+    for samples, _, served in run_ranks(serve_and_sample, WORLD, 10.0, tmp_path):
+        grown = growth(samples)
+        assert served > SAMPLES
+        assert grown["rss_kib"] < 4 * RSS_KIB, samples  # caches of shapes are still new
         assert grown["descriptors"] <= 0, samples
         assert grown["groups"] == 0, samples
         assert grown["threads"] <= 0, samples

@@ -429,6 +429,7 @@ def lines(tmp_path_factory):
     trace, plan, cluster = folder / "t.npz", folder / "plan.json", ("--nodes", 2)
     cluster = (*cluster, "--ranks-per-node", 2)
     assert run("place", trace, *cluster, "-o", plan).exit_code == 0
+    (folder / "online.json").write_text('{"moe_locality": {"online": {}}}')
     new, planned = folder / "new", (trace, "--plan", plan)
     return folder, {
         "import": (trace, "--out", new),
@@ -474,6 +475,7 @@ BAD_VALUES = {
     "move_budget": ("7", "nan"),
     "row_bytes": ("-1", "nan"),
     "requests": ("GONE",),
+    "config": ("GONE", "online.json"),  # a section that training alone has
     **dict.fromkeys(("dtype", "grouping"), ("wrong",)),
     **dict.fromkeys(("max_num_seqs", "max_num_batched_tokens", "max_model_len"), ("0", "-1")),
     **dict.fromkeys(("max_num_kv_tokens", "max_tokens"), ("0", "-1")),

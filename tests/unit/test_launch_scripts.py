@@ -16,7 +16,7 @@ from tests.launch import skip_without_expert_parallelism
 
 ROOT = Path(__file__).parents[2]
 PASSED_ON = ("PYTHONPATH", "DS_ACCELERATOR", "OMP_NUM_THREADS", "WANDB_MODE", "WANDB_SILENT")
-SCRIPTS = ("record", "place", "train", "compare", "generate", "serve")
+SCRIPTS = ("record", "place", "train", "compare", "generate", "serve", "paper")
 TRAIN = str(ROOT / "examples/train_lm.py")
 
 
@@ -90,6 +90,9 @@ def test_serve_runs_the_command_on_every_rank():
         "--plan",
         "p.json",
     ]
+    example = str(ROOT / "examples/paper_decoder.py")
+    (words,) = printed("paper", "--ranks", "2", "--trace", "t.npz", "--num-nodes", "2")
+    assert words[3:] == [example, *("--out", "runs/paper", "--num-nodes", "2", "--trace", "t.npz")]
     done = run("serve", "--", "mine.py")
     assert done.returncode == 2
     assert "REQUESTS" in done.stderr

@@ -1,0 +1,301 @@
+"""The serving engine on one rank: against its peers, what watching costs, what low bits lose.
+
+    python benchmarks/serving.py [--parts peers watching lowbit] [--csv benchmarks/results.csv]
+
+peers     new tokens per second of the engine, of ``model.generate`` in batches as large, and of
+          transformers' continuous batching, on requests of equal and of mixed lengths.
+watching  seconds of a decode step with the engine's counts of every step, and with a recorder too,
+          against the same step without.
+lowbit    a small trained model (``--model``, of examples/paper_decoder.py): perplexity of held-out
+          text and greedy texts that stay the same, with expert weights as the low-bit store decodes
+          them, and with the payloads of an exchange, against bfloat16.
+
+All cases of a part take turns; a figure is the median over the rounds. Everything is measured.
+"""
+
+import argparse
+import contextlib
+import functools
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from _results import append_rows
+from torch import Tensor, nn
+
+import moe_locality
+from moe_locality.quantization import fake_quantize
+from moe_locality.quantization.rows import decode_rows, encode_rows
+from moe_locality.serving import Engine, Limits, SamplingParams
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from examples.lm.data import build_requests
+from examples.paper_decoder import new_model, requests_of
+
+Asked = list[tuple[list[int], int]]
+"""(prompt, new tokens) of each request."""
+Run = Callable[[Asked], list[list[int]]]
+SEQS = 16
+PROMPT, NEW = 48, 48
+FORMATS = ("mxfp8", "mxfp4", "mxfp4-mbs-h")
+PAYLOADS = ("fp8", "mxfp8", "mxfp4")
+
+
+def work(kind: str, count: int) -> Asked:
+    """Requests of equal or of mixed lengths."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = torch.randint(8, 2 * PROMPT - 8, (count, 2), generator=draw)
+    if kind == "equal":
+        sizes = torch.full((count, 2), PROMPT)
+    return [
+        (torch.randint(3, 250, (prompt,), generator=draw).tolist(), new)
+        for prompt, new in sizes.tolist()
+    ]
+
+
+def by_engine(model: Any) -> Run:
+    """An engine is made once, as a server would: its two passes of warm-up are not timed."""
+    limits = Limits(max_num_seqs=SEQS, max_num_batched_tokens=SEQS * PROMPT)
+    engine = Engine(model, limits=limits)
+    params = SamplingParams(temperature=0, ignore_eos=True)
+
+    def run(asked: Asked) -> list[list[int]]:
+        requests = [
+            {"request_id": i, "prompt_token_ids": prompt, "max_tokens": new}
+            for i, (prompt, new) in enumerate(asked)
+        ]
+        outputs = engine.generate(requests, params)
+        found = {one.request_id: one.outputs[0].token_ids for one in outputs}
+        return [found[i] for i in range(len(asked))]
+
+    return run
+
+
+def by_generate(model: Any, asked: Asked) -> list[list[int]]:
+    """Batches in the order of arrival, each as long as its longest request."""
+    found = []
+    for at in range(0, len(asked), SEQS):
+        some = asked[at : at + SEQS]
+        width = max(len(prompt) for prompt, _ in some)
+        padded = [[0] * (width - len(prompt)) + prompt for prompt, _ in some]
+        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt, _ in some]
+        most = max(new for _, new in some)
+        ids = model.generate(
+            torch.tensor(padded),
+            attention_mask=torch.tensor(mask),
+            max_new_tokens=most,
+            min_new_tokens=most,
+            do_sample=False,
+        )
+        new_ids = ids[:, width:].tolist()
+        found += [row[:new] for row, (_, new) in zip(new_ids, some, strict=True)]
+    return found
+
+
+def by_continuous_batching(model: Any, asked: Asked) -> list[list[int]]:
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    config = ContinuousBatchingConfig(
+        max_requests_per_batch=SEQS,
+        max_batch_tokens=SEQS * PROMPT,
+        page_size=32,
+        num_blocks=SEQS * 8,
+        allow_block_sharing=False,
+    )
+    greedy = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+    found = {}
+    with model.continuous_batching_context_manager(
+        generation_config=greedy, continuous_batching_config=config, block=True, timeout=30
+    ) as manager:
+        for i, (prompt, new) in enumerate(asked):
+            manager.add_request(prompt, request_id=str(i), max_new_tokens=new)
+        while len(found) < len(asked):
+            one = manager.get_result(timeout=1)
+            if one is None and not manager.is_running():
+                raise RuntimeError("continuous batching ended before its requests")
+            if one is not None and one.is_finished():
+                found[one.request_id] = one.generated_tokens
+    return [found[str(i)] for i in range(len(asked))]
+
+
+def peers(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    model = small(chosen.width)
+    of_peers: dict[str, Run] = {
+        "engine": by_engine(model),
+        "model.generate": functools.partial(by_generate, model),
+        "continuous batching of transformers": functools.partial(by_continuous_batching, model),
+    }
+    for kind in ("equal", "mixed"):
+        asked = work(kind, chosen.requests)
+        tokens = sum(new for _, new in asked)
+        seconds: dict[str, list[float]] = {name: [] for name in of_peers}
+        texts: dict[str, list[list[int]]] = {}
+        for turn in range(chosen.rounds + 1):
+            for name, run in of_peers.items():
+                start = time.perf_counter()
+                texts[name] = run(asked)
+                if turn:  # the first one warms up
+                    seconds[name].append(time.perf_counter() - start)
+        same = texts["engine"]
+        for name in of_peers:
+            speeds = [tokens / s for s in seconds[name]]
+            differ = sum(a != b for a, b in zip(texts[name], same, strict=True))
+            note = f"{len(asked)} requests, {tokens} new tokens, batch {SEQS}, D={chosen.width}, "
+            note += f"fp32; {chosen.rounds} rounds in turns; {differ} texts differ from the engine"
+            case = f"{kind} lengths, {name}"
+            yield row(case, "tokens per second", statistics.median(speeds), "1/s", note=note)
+            if name != "engine":
+                ratios = [a / b for a, b in zip(seconds[name], seconds["engine"], strict=True)]
+                spread = f"; rounds from {min(ratios):.2f} to {max(ratios):.2f}"
+                ratio = statistics.median(ratios)
+                case = f"{kind} lengths, engine"
+                yield row(case, "speed", ratio, "x", baseline=name, note=note + spread)
+
+
+def watching(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Three engines over one model decode the same batch in turns, a step each."""
+    model = small(chosen.width)
+    limits = Limits(max_num_seqs=SEQS, max_num_batched_tokens=SEQS * PROMPT)
+    asked = work("equal", SEQS)
+    params = SamplingParams(temperature=0, max_tokens=chosen.steps, ignore_eos=True)
+    seconds: dict[str, list[float]] = {"nothing": [], "counts": [], "counts and recorder": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(chosen.rounds + 1):
+            for name, found in seconds.items():
+                recorder = None
+                if "recorder" in name:
+                    recorder = moe_locality.attach(model, Path(folder) / str(turn))
+                on_step = None if name == "nothing" else lambda counts: None
+                engine = Engine(model, limits=limits, on_step=on_step)
+                for i, (prompt, _) in enumerate(asked):
+                    engine.add_request({"request_id": i, "prompt_token_ids": prompt}, params)
+                engine.step()
+                start = time.perf_counter()
+                for _ in range(chosen.steps - 2):
+                    engine.step()
+                if recorder is not None:
+                    recorder.flush()
+                if turn:
+                    found.append((time.perf_counter() - start) / (chosen.steps - 2))
+                engine.close()
+                if recorder is not None:
+                    recorder.close()
+    note = f"{SEQS} sequences, D={chosen.width}, fp32; {chosen.rounds} rounds in turns"
+    for name, found in seconds.items():
+        case = f"decode step, {name}"
+        yield row(case, "seconds", 1e3 * statistics.median(found), "ms", note=note)
+        if name != "nothing":
+            ratios = [a / b for a, b in zip(found, seconds["nothing"], strict=True)]
+            spread = f"; rounds from {100 * min(ratios) - 100:.1f} to {100 * max(ratios) - 100:.1f}"
+            cost = 100 * (statistics.median(ratios) - 1)
+            yield row(case, "overhead", cost, "%", baseline="nothing", note=note + spread)
+
+
+# -- low bits
+
+
+@contextlib.contextmanager
+def rounded(model: Any, name: str) -> Iterator[None]:
+    """Round the weights of the experts to a format, as the store decodes them, or what they are
+    given and what they give to a payload, as an exchange sends it.
+    """
+    what, _, format = name.partition(" ")
+    experts = [layer.mlp.experts for layer in model.model.layers]
+    kept = [(p, p.data) for module in experts for p in module.parameters()]
+    handles: list[Any] = []
+    if what == "weights":
+        for parameter, data in kept:
+            parameter.data = torch.stack([fake_quantize(w, format, role="weight") for w in data])
+    elif what == "payload":
+
+        def sent(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            del module
+            coded = encode_rows(given[0], format)
+            rows = decode_rows(coded, format, given[0].shape[1], given[0].dtype)
+            return (rows, *given[1:])
+
+        handles = [module.register_forward_pre_hook(sent) for module in experts]
+    try:
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
+        for handle in handles:
+            handle.remove()
+
+
+def lowbit(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(chosen.model, dtype=torch.bfloat16)
+    _, part = build_requests(seq_len=PROMPT, train_per_domain=64, held_out_per_domain=64, seed=1)
+    tokens = torch.from_numpy(part.tokens.astype("int64"))
+    asked = [(one["prompt_token_ids"], NEW) for one in requests_of(part)]
+    names = ["bfloat16", *(f"weights {f}" for f in FORMATS), *(f"payload {p}" for p in PAYLOADS)]
+    texts: dict[str, list[list[int]]] = {}
+    for name in names:
+        with rounded(model, name), torch.no_grad():
+            losses = [model(ids, labels=ids).loss.item() for ids in tokens.split(32)]
+            texts[name] = by_engine(model)(asked)
+        note = f"{len(part)} held-out requests of {PROMPT + 1} bytes; Qwen3-MoE, 8 layers x 32, "
+        note += f"top-4, bfloat16; {NEW} greedy tokens each"
+        case = f"low bit: {name}"
+        value = math.exp(statistics.fmean(losses))
+        yield row(case, "perplexity", value, "per byte", note=note)
+        pairs = list(zip(texts[name], texts["bfloat16"], strict=True))
+        same = 100 * statistics.fmean(a == b for a, b in pairs)
+        first = [
+            next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), NEW)
+            for a, b in pairs
+        ]
+        base = "" if name == "bfloat16" else "bfloat16"
+        yield row(case, "same greedy texts", same, "%", baseline=base, note=note)
+        share = 100 * statistics.fmean(first) / NEW
+        metric = "greedy tokens until the first that differs"
+        yield row(case, metric, share, "%", base, note)
+
+
+def small(width: int) -> Any:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 256, "hidden_size": width, "moe_intermediate_size": width // 2}
+    return new_model(**sizes).eval()
+
+
+def row(
+    case: str, metric: str, value: float, unit: str, baseline: str = "", note: str = ""
+) -> dict[str, Any]:
+    common = {"benchmark": "serving", "kind": "measured", "value": f"{value:.4f}"}
+    return {**common, "case": case, "metric": metric, "unit": unit, "baseline": baseline} | {
+        "note": note
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parts = {"peers": peers, "watching": watching, "lowbit": lowbit}
+    add = parser.add_argument
+    add("--parts", nargs="+", choices=parts, default=["peers", "watching"])
+    add("--rounds", type=int, default=7)
+    add("--requests", type=int, default=32)
+    add("--steps", type=int, default=40, help="of a round of the part watching")
+    add("--width", type=int, default=256, help="of the model of random weights, 8 layers")
+    add("--model", type=Path, default=Path("runs/paper/model"), help="of the part lowbit")
+    add("--csv", type=Path, help="table to append the figures to")
+    chosen = parser.parse_args()
+    for part in chosen.parts:
+        rows = []
+        for one in parts[part](chosen):
+            print(one["case"], one["metric"], one["value"], one["unit"], one["note"], sep="; ")
+            rows.append(one)
+        if chosen.csv is not None:
+            append_rows(chosen.csv, rows, packages=("torch", "transformers"))
+
+
+if __name__ == "__main__":
+    main()
