@@ -122,11 +122,6 @@ def check_plan_fits(plan: PlacementPlan, path: Path | None, trace: RoutingTrace)
         raise PlacementError(f"{path} does not fit the trace: {error}") from error
 
 
-def topology_of(plan: PlacementPlan) -> ClusterTopology:
-    """Return the cluster that a plan was made for."""
-    return moe_locality.ClusterTopology(rank_to_node=plan.rank_to_node or ())
-
-
 def linear_plan(trace: RoutingTrace, topology: ClusterTopology) -> PlacementPlan | None:
     """Return the contiguous layout, or None where the experts do not divide among the ranks."""
     if trace.num_experts % topology.num_ranks:

@@ -32,7 +32,6 @@ from moe_locality.commands.inputs import (
     linear_plan,
     read_cluster,
     split,
-    topology_of,
 )
 from moe_locality.commands.output import Result, brief, costs_table, progress, table
 from moe_locality.errors import PlacementError
@@ -249,7 +248,7 @@ def _start_on(
     """Return (plan to improve, cluster): that of the plan where the options name none."""
     old = None if start is None else moe_locality.PlacementPlan.read(start)
     if old is not None and all(option is None for option in cluster_options):
-        return old, topology_of(old)
+        return old, old.topology
     return old, read_cluster(*cluster_options)
 
 

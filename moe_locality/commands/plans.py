@@ -28,7 +28,6 @@ from moe_locality.commands.inputs import (
     read_fitting_plan,
     read_judged,
     split,
-    topology_of,
 )
 from moe_locality.commands.output import SHOWN, Result, brief, costs_table, progress, table
 from moe_locality.errors import ConfigError, PlacementError, TopologyError
@@ -132,7 +131,7 @@ def evaluate(
         costs = moe_locality.evaluate(
             content, placed, homes=ranks, baseline=old, rule=rule, **options
         )
-        base = linear_plan(content, topology_of(placed))
+        base = linear_plan(content, placed.topology)
         linear = None if base is None else brief(moe_locality.evaluate(content, base, **options))
     payload = {
         "command": "evaluate",
@@ -238,7 +237,7 @@ def _cluster(
     plan: PlacementPlan, cluster: Path | None, groups: int | None
 ) -> tuple[ClusterTopology, int]:
     """The nodes of one expert-parallel group with the links of the cluster, and how many groups."""
-    own = topology_of(plan)
+    own = plan.topology
     if cluster is None:
         return own, groups or 1
     given = moe_locality.ClusterTopology.from_yaml(cluster)

@@ -24,7 +24,6 @@ from moe_locality.commands.inputs import (
     linear_plan,
     read_fitting_plan,
     read_judged,
-    topology_of,
 )
 from moe_locality.commands.output import Result, progress, published, table
 from moe_locality.errors import ConfigError, PlacementError
@@ -157,7 +156,7 @@ def _plans(
     from moe_locality.compare import Candidate, compare_plans
 
     plans = [(path.stem, read_fitting_plan(path, trace)) for path in paths]
-    topology = topology_of(plans[0][1])
+    topology = plans[0][1].topology
     if baseline == "linear":
         first = linear_plan(trace, topology)
         if first is None:

@@ -326,6 +326,11 @@ class PlacementPlan:
         return np.asarray(self.rank_to_node, dtype=np.int32)
 
     @property
+    def topology(self) -> ClusterTopology:
+        """The cluster that the plan is for, with the default figures of links."""
+        return ClusterTopology(rank_to_node=self.rank_to_node or ())
+
+    @property
     def logical_replica_count(self) -> np.ndarray:
         """[L, E] int32, how many slots hold each expert."""
         flat = self.physical_to_logical_map + self.num_experts * np.arange(self.num_layers)[:, None]

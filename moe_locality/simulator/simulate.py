@@ -118,8 +118,9 @@ def simulate(
         seed=seed,
         topology=topology,
     )
-    topology = topology or ClusterTopology(rank_to_node=plan.rank_to_node or ())
-    return time_replay(replay, model, topology, groups=groups, compute_us=compute_us)
+    return time_replay(
+        replay, model, topology or plan.topology, groups=groups, compute_us=compute_us
+    )
 
 
 def replay_steps(

@@ -137,12 +137,7 @@ def concat(traces: Sequence[RoutingTrace]) -> RoutingTrace:
             "with merge()"
         )
     for name in _OPTIONAL:
-        having = [getattr(trace, name) is not None for trace in traces]
-        if any(having) and not all(having):
-            raise TraceError(
-                f"found {name} in {sum(having)} of {len(traces)} traces, expected it in all or in "
-                "none: record all of them with the same options"
-            )
+        _in_all(traces, name, "traces")
     if len(traces) == 1:
         return first
     layers = first.layer_ids.tolist()
@@ -279,7 +274,7 @@ def _join(groups: Sequence[RoutingTrace], strict: bool) -> tuple[RoutingTrace, l
             [_rows(getattr(g, name), row_of[i], name) for i, g in enumerate(groups)], axis=1
         )
         for name in LAYER_FIELDS
-        if _in_all(groups, name)
+        if _in_all(groups, name, "pipeline stages")
     }
     fields["layer_ids"] = np.concatenate([group.layer_ids for group in groups])
     for name in ROW_FIELDS:
@@ -292,12 +287,12 @@ def _join(groups: Sequence[RoutingTrace], strict: bool) -> tuple[RoutingTrace, l
     return replace(groups[0], **fields), problems
 
 
-def _in_all(groups: Sequence[RoutingTrace], name: str) -> bool:
+def _in_all(groups: Sequence[RoutingTrace], name: str, what: str) -> bool:
     having = [getattr(group, name) is not None for group in groups]
     if any(having) and not all(having):
         raise TraceError(
-            f"found {name} in {sum(having)} of {len(groups)} pipeline stages, expected it in all "
-            "or in none: record all stages with the same options"
+            f"found {name} in {sum(having)} of {len(groups)} {what}, expected it in all or in "
+            "none: record all of them with the same options"
         )
     return all(having)
 

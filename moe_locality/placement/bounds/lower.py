@@ -136,7 +136,7 @@ def certify_plan(
     if max_imbalance is not None and not redundant:
         own = np.nan_to_num(costs.per_layer["node_imbalance"], nan=1.0)
         caps = np.maximum(own * (1 + 1e-9), max_imbalance)
-    cluster = topology or ClusterTopology(rank_to_node=plan.rank_to_node or ())
+    cluster = topology or plan.topology
     options = {"seconds": seconds, "num_redundant_experts": redundant, "progress": progress}
     bounds = lower_bounds(trace, cluster, homes, max_imbalance=caps, **options)
     found, bound = costs.per_layer["copies"], bounds.copies

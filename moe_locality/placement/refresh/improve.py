@@ -150,7 +150,7 @@ def _budget(plan: PlacementPlan, move_budget: float) -> int:
 
 def _cluster(plan: PlacementPlan, topology: ClusterTopology | None) -> ClusterTopology:
     if topology is None:
-        return ClusterTopology(rank_to_node=plan.rank_to_node or ())
+        return plan.topology
     if topology.rank_to_node != plan.rank_to_node:
         raise PlacementError(
             f"found a plan for ranks on nodes {plan.rank_to_node} and a cluster with "
