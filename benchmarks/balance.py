@@ -88,12 +88,7 @@ def ours_of_eplb(load, nodes, per_node, slots, groups) -> np.ndarray:
     """Our own code of EPLB's rule; ``groups`` = 1: all ranks at once."""
     ranks = nodes * per_node
     if groups == 1:
-        return np.array(
-            [
-                baselines.pack_replicas(row, baselines.replicate(row, slots, ranks), ranks)
-                for row in load
-            ]
-        )
+        return np.array([baselines.pack_replicas(row, ranks, slots) for row in load])
     group_of = np.arange(load.shape[1]) // (load.shape[1] // groups)
     return np.array([baselines.eplb(row, nodes, per_node, slots, group_of) for row in load])
 

@@ -109,10 +109,10 @@ def _balance_anywhere(load, num_nodes, alone, table, first, last):
     _, num_ranks, size = table.shape
     other = np.empty((num_ranks, size), dtype=np.int32)
     for layer in range(first, last):
-        best = _pack_experts(load[layer], table[layer], True)
+        best = pack_experts(load[layer], table[layer], True)
         # EPLB packs node by node where it can, which is better on some layers
-        if alone.size and _pack_nodes(load[layer], num_nodes, alone, other, False, False) < best:
-            _pack_nodes(load[layer], num_nodes, alone, table[layer], False, True)
+        if alone.size and pack_nodes(load[layer], num_nodes, alone, other, False, False) < best:
+            pack_nodes(load[layer], num_nodes, alone, table[layer], False, True)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -121,13 +121,13 @@ def _balance_groups(load, num_nodes, group_of, table, first, last):
     _, num_ranks, size = table.shape
     other = np.empty((num_ranks, size), dtype=np.int32)
     for layer in range(first, last):
-        plain = _pack_nodes(load[layer], num_nodes, group_of, table[layer], False, True)
-        if _pack_nodes(load[layer], num_nodes, group_of, other, True, True) < plain:
+        plain = pack_nodes(load[layer], num_nodes, group_of, table[layer], False, True)
+        if pack_nodes(load[layer], num_nodes, group_of, other, True, True) < plain:
             table[layer] = other
 
 
 @numba.njit(nogil=True, cache=True)
-def _pack_nodes(load, num_nodes, group_of, held, level_nodes, level_ranks):
+def pack_nodes(load, num_nodes, group_of, held, level_nodes, level_ranks):
     """Groups onto nodes, then each node by itself; return the largest rank load.
 
     ``level_nodes``, ``level_ranks``: also swap groups between nodes, experts between ranks.
@@ -137,7 +137,7 @@ def _pack_nodes(load, num_nodes, group_of, held, level_nodes, level_ranks):
     for e in range(len(load)):
         group_load[group_of[e]] += load[e]
     groups = np.empty((num_nodes, num_groups // num_nodes), dtype=np.int32)
-    _pack_experts(group_load, groups, level_nodes)
+    pack_experts(group_load, groups, level_nodes)
     node_of_group = np.empty(num_groups, dtype=np.int64)
     for node in range(num_nodes):
         node_of_group[groups[node]] = node
@@ -147,7 +147,7 @@ def _pack_nodes(load, num_nodes, group_of, held, level_nodes, level_ranks):
     for node in range(num_nodes):
         members = np.flatnonzero(node_of == node)
         ranks = held[node * per_node : (node + 1) * per_node]
-        largest = max(largest, _pack_experts(load[members], ranks, level_ranks))
+        largest = max(largest, pack_experts(load[members], ranks, level_ranks))
         for rank in range(per_node):
             for slot in range(held.shape[1]):
                 ranks[rank, slot] = members[ranks[rank, slot]]
@@ -155,7 +155,7 @@ def _pack_nodes(load, num_nodes, group_of, held, level_nodes, level_ranks):
 
 
 @numba.njit(nogil=True, cache=True)
-def _pack_experts(load, held, improve):
+def pack_experts(load, held, improve):
     """Fill held [R, S] with replicas of the experts and return the largest rank load."""
     num_ranks, size = held.shape
     counts = _replicate(load, num_ranks * size, num_ranks)

@@ -60,51 +60,16 @@ def round_robin(num_experts: int, num_ranks: int, num_slots: int) -> RankLists:
     return held
 
 
-def replicate(loads: np.ndarray, num_slots: int, most: int) -> np.ndarray:
-    """[n] replicas of each expert: one each, then one by one for the largest load per replica.
+def pack_replicas(load: np.ndarray, num_ranks: int, num_slots: int) -> RankLists:
+    """The global policy of EPLB: the busiest experts get replicas, on any rank of any node.
 
-    ``most`` bounds the replicas of one expert, so that they fit on different ranks.
+    ``load`` [E]; slots are a multiple of the ranks, at least one per expert.
     """
-    counts = np.ones(len(loads), dtype=np.int64)
-    for _ in range(num_slots - len(loads)):
-        share = np.where(counts < most, loads / counts, -1.0)
-        counts[int(np.argmax(share))] += 1
-    return counts
+    from moe_locality.placement.balance import pack_experts
 
-
-def pack_replicas(loads: np.ndarray, counts: np.ndarray, num_ranks: int) -> RankLists:
-    """Replicas onto ranks of equal size, heaviest first, never twice on a rank.
-
-    When the only ranks with room hold the expert already, an expert that such a rank lacks is moved
-    there from a full rank to make room (there always is one, see the pigeonhole in the code).
-    """
-    size = int(counts.sum()) // num_ranks
-    share = loads / counts
-    held: RankLists = [[] for _ in range(num_ranks)]
-    sums = np.zeros(num_ranks)
-    order = sorted(range(len(loads)), key=lambda e: (-share[e], e))
-    for expert in (e for e in order for _ in range(int(counts[e]))):
-        room = [r for r in range(num_ranks) if len(held[r]) < size]
-        fine = [r for r in room if expert not in held[r]]
-        if fine:
-            rank = min(fine, key=lambda r: sums[r])
-        else:
-            # counts <= num_ranks, so some full rank lacks the expert; it holds `size` experts and
-            # the open rank at most size - 2 others, so one of them can move there
-            open_rank = room[0]
-            rank = min(
-                (r for r in range(num_ranks) if expert not in held[r]), key=lambda r: sums[r]
-            )
-            moved = min(
-                (e for e in held[rank] if e not in held[open_rank]), key=lambda e: (share[e], e)
-            )
-            held[rank].remove(moved)
-            held[open_rank].append(moved)
-            sums[rank] -= share[moved]
-            sums[open_rank] += share[moved]
-        held[rank].append(expert)
-        sums[rank] += share[expert]
-    return held
+    held = np.empty((num_ranks, num_slots // num_ranks), dtype=np.int32)
+    pack_experts(np.asarray(load, dtype=np.float64), held, False)
+    return held.tolist()
 
 
 def eplb(
@@ -123,26 +88,17 @@ def eplb(
     Returns:
         the experts of each rank, the ranks of a node consecutive.
     """
+    from moe_locality.placement.balance import pack_nodes
+
     experts, ranks = len(load), nodes * ranks_per_node
     groups = np.arange(experts) if group_of is None else np.asarray(group_of)
-    num_groups = int(groups.max()) + 1
     per_node = num_slots // nodes
-    hierarchical = num_groups % nodes == 0 and per_node // ranks_per_node <= experts // nodes
-    if not hierarchical:
-        return eplb_global(load, ranks, num_slots)
-    held: RankLists = []
-    group_load = np.bincount(groups, weights=load, minlength=num_groups)
-    for members in pack_replicas(group_load, np.ones(num_groups, dtype=np.int64), nodes):
-        local = np.flatnonzero(np.isin(groups, members))
-        counts = replicate(load[local], per_node, ranks_per_node)
-        for rank in pack_replicas(load[local], counts, ranks_per_node):
-            held.append([int(local[i]) for i in rank])
-    return held
-
-
-def eplb_global(load: np.ndarray, num_ranks: int, num_slots: int) -> RankLists:
-    """The global policy of EPLB: the busiest get replicas, on any rank of any node."""
-    return pack_replicas(load, replicate(load, num_slots, num_ranks), num_ranks)
+    size = per_node // ranks_per_node
+    if (int(groups.max()) + 1) % nodes or size > experts // nodes:
+        return pack_replicas(load, ranks, num_slots)
+    held = np.empty((ranks, size), dtype=np.int32)
+    pack_nodes(np.asarray(load, dtype=np.float64), nodes, groups, held, False, False)
+    return held.tolist()
 
 
 def add_hottest(nodes: list[list[int]], load: np.ndarray, slots_per_node: int) -> list[list[int]]:
@@ -160,7 +116,7 @@ def pack_node(
 ) -> RankLists:
     """The experts of a node on its ranks, level by load; slots that are left get more replicas."""
     local = np.array(sorted(members))
-    packed = pack_replicas(load[local], replicate(load[local], num_slots, num_ranks), num_ranks)
+    packed = pack_replicas(load[local], num_ranks, num_slots)
     return [[int(local[i]) for i in rank] for rank in packed]
 
 
@@ -177,7 +133,7 @@ def _on_nodes(problem: Problem, nodes_of_layer: list[list[list[int]]]) -> Soluti
 def solve_eplb_global(problem: Problem) -> Solution:
     """EPLB without regard to nodes."""
     loads = problem.trace.load()
-    rows = [eplb_global(x, problem.num_ranks, problem.num_slots) for x in loads]
+    rows = [pack_replicas(x, problem.num_ranks, problem.num_slots) for x in loads]
     return Solution(plan=make_plan(problem, rows))
 
 

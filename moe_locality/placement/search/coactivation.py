@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from moe_locality.placement import counting
-from moe_locality.placement.baselines import pack_replicas, replicate
+from moe_locality.placement.baselines import pack_replicas
 from moe_locality.placement.costs import BATCH_TOKENS
 from moe_locality.placement.counting import map_layers
 from moe_locality.placement.problem import Problem, RankLists, Solution, log_warning, make_plan
@@ -422,8 +422,7 @@ def place_on_ranks(
     local = np.array(sorted(members))
     pairs, loads = weight[np.ix_(local, local)], load[local]
     if num_slots > len(local):
-        counts = replicate(loads, num_slots, num_ranks)
-        packed = pack_replicas(loads, counts, num_ranks)
+        packed = pack_replicas(loads, num_ranks, num_slots)
         return sorted(sorted(int(local[i]) for i in rank) for rank in packed)
     tokens = max(loads.sum(), 1.0)
     together = pairs + (BATCH_TOKENS - 1) / tokens * np.outer(loads, loads)

@@ -28,9 +28,7 @@ def eplb_tables(load, nodes, per_node, slots, group_of=None):
     by_node = [baselines.eplb(row, nodes, per_node, slots, group_of) for row in load]
     if group_of is not None:
         return [np.array(by_node)]
-    at_once = [
-        baselines.pack_replicas(row, baselines.replicate(row, slots, ranks), ranks) for row in load
-    ]
+    at_once = [baselines.pack_replicas(row, ranks, slots) for row in load]
     return [np.array(by_node), np.array(at_once)]
 
 

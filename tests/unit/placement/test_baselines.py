@@ -50,11 +50,53 @@ def test_eplb_holds_every_expert_and_none_twice_on_a_rank(data):
 
 
 def test_pack_replicas_packs_single_experts_lightest_first():
-    ones = np.ones(4, dtype=np.int64)
-    assert baselines.pack_replicas(np.array([5, 9, 1, 3]), ones, 2) == [[1, 2], [0, 3]]
+    held = baselines.pack_replicas(np.array([5, 9, 1, 3]), 2, 4)
+    assert list(map(sorted, held)) == [[1, 2], [0, 3]]
 
 
-def test_replicas_go_to_the_largest_load_per_replica():
-    counts = baselines.replicate(np.array([90, 20, 40]), 6, most=4)
-    assert counts.tolist() == [3, 1, 2]
-    assert baselines.replicate(np.array([90, 20, 40]), 6, most=2).tolist() == [2, 2, 2]
+def test_pack_replicas_gives_them_to_the_largest_load_per_replica():
+    held = baselines.pack_replicas(np.array([90, 20, 40]), 6, 6)
+    assert np.bincount(np.ravel(held)).tolist() == [3, 1, 2]
+    held = baselines.pack_replicas(np.array([90, 20, 40]), 2, 6)
+    assert np.bincount(np.ravel(held)).tolist() == [2, 2, 2]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_pack_replicas_is_the_published_rule(data):
+    """Written again from the description, in plain Python."""
+    ranks, experts = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 24))
+    size = data.draw(st.integers(-(-experts // ranks), experts))
+    counts = st.lists(st.integers(0, data.draw(st.sampled_from([1, 3, 1000]))))
+    load = np.array(data.draw(counts.filter(bool).map(lambda some: (some * experts)[:experts])))
+    held = baselines.pack_replicas(load, ranks, ranks * size)
+    expected = pack_in_python(load, ranks * size, ranks)
+    assert list(map(sorted, held)) == list(map(sorted, expected))
+
+
+def pack_in_python(load, num_slots, num_ranks):
+    """Replicas one by one for the largest load per replica; then heaviest first onto the lightest
+    rank that has room and lacks the expert, which a full rank makes where there is none.
+    """
+    counts = np.ones(len(load), dtype=np.int64)
+    for _ in range(num_slots - len(load)):
+        counts[int(np.argmax(np.where(counts < num_ranks, load / counts, -1.0)))] += 1
+    size, share = num_slots // num_ranks, load / counts
+    held, sums = [[] for _ in range(num_ranks)], np.zeros(num_ranks)
+    order = sorted(range(len(load)), key=lambda e: (-share[e], e))
+    for expert in (e for e in order for _ in range(int(counts[e]))):
+        room = [r for r in range(num_ranks) if len(held[r]) < size]
+        fine = [r for r in room if expert not in held[r]]
+        if not fine:
+            fine = [r for r in range(num_ranks) if expert not in held[r]]
+        rank = min(fine, key=lambda r: sums[r])
+        if rank not in room:
+            lacking = [e for e in held[rank] if e not in held[room[0]]]
+            moved = min(lacking, key=lambda e: (share[e], e))
+            held[rank].remove(moved)
+            held[room[0]].append(moved)
+            sums[rank] -= share[moved]
+            sums[room[0]] += share[moved]
+        held[rank].append(expert)
+        sums[rank] += share[expert]
+    return held

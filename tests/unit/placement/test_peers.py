@@ -74,7 +74,7 @@ def test_global_eplb_is_as_level_as_ranks_allow_where_groups_bind_the_hierarchic
     load = np.array([90, 80, 70, 60, 4, 3, 2, 1])
     groups = np.arange(8) // 4
     held = baselines.eplb(load, 2, 2, 8, groups)
-    free = baselines.eplb_global(load, 4, 8)
+    free = baselines.pack_replicas(load, 4, 8)
     assert max(load[r].sum() for r in free) < max(load[r].sum() for r in held)
 
 
