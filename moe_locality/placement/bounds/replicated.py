@@ -2,20 +2,22 @@
 
 Homes are uniform; who serves a pick is left open, so the bounds hold under every serving rule, and
 for plans of any balance. One holder of each expert is called its primary, the R other slots are
-replicas. Primaries and replicas are E + R vertices in equal blocks: ``relaxation`` bounds the
+replicas. Primaries and replica slots are E + R vertices in equal blocks: ``relaxation`` bounds the
 blocks Y. Z_ej says that a replica of expert e is on the node of the primary of j, rho_e counts the
 replicas of e. A node with b primaries has s - b replicas, so
 
     sum_e Z_ej <= sum of Y_rj over the replica slots r,  sum_j Z_ej <= (s - 1) rho_e,  sum rho = R.
 
-The blocks of the primaries of a token's picks are what it touches without replicas. A block is
-spared for all homes if every pick of it has a replica on another block, which Z knows, or for few
-homes if one has them on nodes without a primary (at most ``gain`` per such replica; ``spare`` adds
-up the homes). What is spared is never more than the sum over blocks of what each could be. So with
-prices w on pairs Y, z on Z and u on rho, all multipliers of constraints, any z, u >= 0 prove
+If c is the least number of nodes that hold all picks of a token, and g nodes are in such a cover,
+homes on those g make c - 1 copies and all others c: (c M - g) / (M - 1) nodes touched, as they are
+counted in ``relaxation``. Without replicas c = g = the blocks of its primaries. A smaller cover
+takes a replica of every pick of the blocks that it leaves out, beside a primary that it keeps
+(which Z knows) or on a node without one; further nodes in a cover take further replicas
+(``_cover``). With prices w on the pairs Y, z on Z and u on rho, multipliers of constraints, any w
+and any z, u >= 0 prove
 
-    touched >= sum_t min over partitions, spared blocks (blocks left + prices) - <w, Y> - most of
-               the prices that any Z and rho can collect.
+    touched >= sum over tokens of the least (touched + prices) over partitions and covers - <w, Y>
+               - the most that any Z and rho can collect.
 
 Shapes: as in ``relaxation``; E experts, s slots of a node.
 """
@@ -83,12 +85,12 @@ def _improve(
     """Steps on all prices, in place."""
     step_up, step_down = steps_of(problem, smoothing)
     share, experts = 1.0 / problem.num_tokens, len(more.count)
-    gain = empty_gain(problem.num_nodes)
+    nodes = problem.num_nodes
     for done in rounds:
         cost, near, extra = _tables(problem, experts)
         for group, w, z, u in zip(problem.groups, prices.pairs, more.near, more.extra, strict=True):
             part = np.zeros_like(cost)
-            where = (group.members, group.tokens, *group.partitions.arrays, gain)
+            where = (group.members, group.tokens, *group.partitions.arrays, nodes)
             primal = (prices.ahead, more.beside, more.count)
             _move(*where, *primal, w, z, u, smoothing, step_up, part, near, extra)
             cost -= 0.5 * share * part
@@ -106,10 +108,10 @@ def _certify(problem: Relaxation, prices: Prices, more: ReplicaPrices) -> float:
     """The bound that the prices prove, per token."""
     share, lowest, experts = 1.0 / problem.num_tokens, 0.0, len(more.count)
     cost, near, extra = _tables(problem, experts)
-    gain = empty_gain(problem.num_nodes)
+    nodes = problem.num_nodes
     for group, w, z, u in zip(problem.groups, prices.pairs, more.near, more.extra, strict=True):
         part = np.zeros_like(cost)
-        where = (group.members, group.tokens, *group.partitions.arrays, gain)
+        where = (group.members, group.tokens, *group.partitions.arrays, nodes)
         lowest += _lowest(*where, w, z, u, part, near, extra)
         cost -= 0.5 * share * part
     most, _, _ = _best_replicas(problem, near * share, extra * share, more.crowd)
@@ -126,21 +128,6 @@ def _add_crowd(cost: np.ndarray, crowd: np.ndarray) -> None:
     experts = len(crowd)
     cost[experts:, :experts] -= 0.5 * crowd
     cost[:experts, experts:] -= 0.5 * crowd[:, None]
-
-
-def empty_gain(nodes: int) -> np.ndarray:
-    """[M + 1]: by the blocks of a token, what it touches less for a replica on a node without a
-    primary of its picks, at most, as a share of the homes other than that of a block.
-
-    Homes there visit no other node for the pick. c such picks on one node are worth going there
-    too: for c homes c - 2 nodes are spared, for the M - 1 - c others c - 1.
-    """
-    gain = np.zeros(nodes + 1)
-    for blocks in range(1, nodes):
-        some = range(1, blocks + 1)
-        more = [max(c * (c - 2) + (nodes - 1 - c) * (c - 1), 0) / c for c in some]
-        gain[blocks] = (1 + max(more)) / (nodes - 1)
-    return gain
 
 
 def _best_replicas(
@@ -178,53 +165,97 @@ def _sum_near(z, k, reach):
 
 
 @numba.njit(cache=True, nogil=True)
-def _spare(blocks, first, last, place, k, u, reach, gain):
-    """(blocks touched less + prices, kind) of the best way to spare a block of a partition: 0 none,
-    1 replicas on other blocks, q + 1 replicas on q nodes without a block.
+def _cover(blocks, first, last, k, u, reach, nodes):
+    """The cheapest way to serve a token whose primaries are in the blocks of a partition.
+
+    Returns:
+        (touched + prices, blocks that are kept as bits, nodes without a primary that serve the
+        rest, further nodes that are in some smallest cover).
     """
-    near, apart, least, block = 0.0, 0.0, np.inf, blocks[place]
-    for i in range(k):
-        if block >> i & 1:
-            low = np.inf
-            for other in range(first, last):
-                if other != place:
-                    low = min(low, reach[i, blocks[other]])
-            near += u[i] + low
-            apart += u[i]
-            least = min(least, u[i])
-    best, kind = 0.0, 0
-    if near - 1.0 < best:
-        best, kind = near - 1.0, 1
-    for q in range(1, len(gain) - (last - first)):
-        value = apart + (q - 1) * least - min(1.0, q * gain[last - first])
+    count, least = last - first, u.min()
+    everything = (1 << count) - 1
+    best, kept, bare, more = float(count), everything, 0, 0
+    whole = np.inf  # a block that other nodes can serve
+    for b in range(first, last):
+        price = 0.0
+        for i in range(k):
+            if blocks[b] >> i & 1:
+                price += u[i]
+        whole = min(whole, price)
+    for g in range(1, nodes - count + 1):
+        value = count - g / (nodes - 1) + max(whole, g * least)
         if value < best:
-            best, kind = value, q + 1
-    return best, kind
+            best, more = value, g
+    for some in range(everything):
+        near, apart, size, whole, most = 0.0, 0.0, 0, np.inf, 0.0
+        for b in range(first, last):
+            price, stays = 0.0, some >> (b - first) & 1
+            for i in range(k):
+                if blocks[b] >> i & 1:
+                    price += u[i]
+                    if not stays:
+                        near += u[i] + reach[i, _nearest(blocks, first, last, some, i, reach)]
+            if stays:
+                size, whole = size + 1, min(whole, price)
+            else:
+                apart, most = apart + price, max(most, price)
+        if apart >= best:
+            continue
+        for empty in range(min(nodes - count, count - size - 1) + 1):
+            cover = size + empty
+            if cover == 0:
+                continue
+            price = apart if empty else near
+            for g in range(nodes - cover + 1):
+                value = cover - g / (nodes - 1) + price
+                if cover == 1:
+                    value += g * (u.sum() - most)
+                elif g:
+                    value += max(0.0 if empty else whole, _extras(g, count - size, nodes) * least)
+                if value < best:
+                    best, kept, bare, more = value, some, empty, g
+    return best, kept, bare, more
 
 
 @numba.njit(cache=True, nogil=True)
-def _weigh(blocks, starts, k, w, z, u, gain, price, pull, reach, totals):
+def _extras(g, spared, nodes):
+    """Fewest replicas, besides those of a smallest cover, for g more nodes to be in one."""
+    return g if nodes <= 4 else max(1, g - spared)
+
+
+@numba.njit(cache=True, nogil=True)
+def _nearest(blocks, first, last, some, i, reach):
+    """The block of ``some`` on which a replica of pick i is cheapest; 0: there is none."""
+    best = 0
+    for b in range(first, last):
+        if some >> (b - first) & 1 and (best == 0 or reach[i, blocks[b]] < reach[i, best]):
+            best = blocks[b]
+    return best
+
+
+@numba.njit(cache=True, nogil=True)
+def _weigh(blocks, starts, k, w, z, u, nodes, price, pull, reach, totals):
     """Fill totals [partitions]; return the lowest."""
     block_prices(w, k, price, pull)
     _sum_near(z, k, reach)
     lowest = np.inf
     for p in range(len(starts) - 1):
-        totals[p] = 0.0
-        for b in range(starts[p], starts[p + 1]):
-            best, _ = _spare(blocks, starts[p], starts[p + 1], b, k, u, reach, gain)
-            totals[p] += price[blocks[b]] + best
+        first, last = starts[p], starts[p + 1]
+        totals[p] = _cover(blocks, first, last, k, u, reach, nodes)[0] - (last - first)
+        for b in range(first, last):
+            totals[p] += price[blocks[b]]
         lowest = min(lowest, totals[p])
     return lowest
 
 
 @numba.njit(cache=True, nogil=True)
-def _lowest(members, tokens, blocks, starts, gain, w, z, u, cost, near, extra):
+def _lowest(members, tokens, blocks, starts, nodes, w, z, u, cost, near, extra):
     """Sum over tokens of the exact minimum; adds tokens x prices to cost, near and extra."""
     num, k = members.shape
     price, pull, reach = np.zeros(1 << k), np.zeros(1 << k), np.zeros((k, 1 << k))
     totals, found = np.zeros(len(starts) - 1), 0.0
     for t in range(num):
-        best = _weigh(blocks, starts, k, w[t], z[t], u[t], gain, price, pull, reach, totals)
+        best = _weigh(blocks, starts, k, w[t], z[t], u[t], nodes, price, pull, reach, totals)
         found += tokens[t] * best
         _collect(members[t], tokens[t], w[t], z[t], u[t], cost, near, extra)
     cost += cost.T.copy()
@@ -244,33 +275,56 @@ def _collect(picks, tokens, w, z, u, cost, near, extra):
 
 
 @numba.njit(cache=True, nogil=True)
-def _count(blocks, first, last, k, weight, u, reach, gain, together, by, copies):
-    """Add the pairs and replicas of a partition, and of how its blocks are spared best."""
+def _count(blocks, first, last, k, weight, u, reach, nodes, together, by, copies):
+    """Add the pairs and the replicas of a partition and its ``_cover``."""
+    _, kept, bare, more = _cover(blocks, first, last, k, u, reach, nodes)
+    size = 0
     for b in range(first, last):
-        _, kind = _spare(blocks, first, last, b, k, u, reach, gain)
-        cheapest = -1
+        stays = kept >> (b - first) & 1
+        size += stays
         for i in range(k):
             if not blocks[b] >> i & 1:
                 continue
             for j in range(i):
                 together[i, j] += weight * (blocks[b] >> j & 1)
-            copies[i] += weight * (kind > 0)
-            if cheapest < 0 or u[i] < u[cheapest]:
-                cheapest = i
-            if kind == 1:
-                at = -1
-                for c in range(first, last):
-                    if c != b and (at < 0 or reach[i, blocks[c]] < reach[i, blocks[at]]):
-                        at = c
-                for j in range(k):
-                    by[i, j] += weight * (blocks[at] >> j & 1)
-        if kind > 2:
-            copies[cheapest] += weight * (kind - 2)
+            if stays:
+                continue
+            copies[i] += weight
+            at = 0 if bare else _nearest(blocks, first, last, kept, i, reach)
+            for j in range(k):
+                by[i, j] += weight * (at >> j & 1)
+    if more:
+        _count_more(blocks, first, last, k, weight, u, kept, size + bare, bare, more, nodes, copies)
+
+
+@numba.njit(cache=True, nogil=True)
+def _count_more(blocks, first, last, k, weight, u, kept, cover, bare, more, nodes, copies):
+    """Add the replicas that bring further nodes into a smallest cover."""
+    best, chosen = -1.0, 0  # the block that replaces the cover, or that is replaced
+    for b in range(first, last):
+        price = 0.0
+        for i in range(k):
+            if blocks[b] >> i & 1:
+                price += u[i]
+        if cover == 1:
+            if not kept >> (b - first) & 1 and price > best:
+                best, chosen = price, blocks[b]
+        elif kept >> (b - first) & 1 and (best < 0 or price < best):
+            best, chosen = price, blocks[b]
+    count = _extras(more, last - first - cover + bare, nodes)
+    if cover > 1 and (bare or count * u.min() > best):
+        copies[np.argmin(u)] += weight * count
+        return
+    for i in range(k):
+        if cover == 1 and not chosen >> i & 1:
+            copies[i] += weight * more
+        elif cover > 1 and chosen >> i & 1:
+            copies[i] += weight
 
 
 @numba.njit(cache=True, nogil=True)
 def _move(
-    members, tokens, blocks, starts, gain, ahead, beside, count,
+    members, tokens, blocks, starts, nodes, ahead, beside, count,
     w, z, u, smoothing, step, cost, near, extra,
 ):  # fmt: skip
     """One ascent step of every pattern's prices, see ``relaxation._move_prices``; adds tokens x
@@ -281,13 +335,13 @@ def _move(
     totals = np.zeros(len(starts) - 1)
     together, by, copies = np.zeros((k, k)), np.zeros((k, k)), np.zeros(k)
     for t in range(num):
-        low = _weigh(blocks, starts, k, w[t], z[t], u[t], gain, price, pull, reach, totals)
+        low = _weigh(blocks, starts, k, w[t], z[t], u[t], nodes, price, pull, reach, totals)
         together[:], by[:], copies[:], whole = 0.0, 0.0, 0.0, 0.0
         for p in range(len(totals)):
             weight = np.exp((low - totals[p]) / smoothing)
             whole += weight
             if weight > 1e-4:
-                part = (blocks, starts[p], starts[p + 1], k, weight, u[t], reach, gain)
+                part = (blocks, starts[p], starts[p + 1], k, weight, u[t], reach, nodes)
                 _count(*part, together, by, copies)
         for i in range(k):
             e = members[t, i]
