@@ -192,21 +192,21 @@ def auto_ep_cases(sizes: dict[str, Any], plan_path: str) -> list[dict[str, Any]]
 
 def auto_ep_part(chosen: argparse.Namespace) -> list[dict[str, Any]]:
     """Times of AutoEP with its own exchange and with ours, in training."""
-    return replay(chosen, auto_ep_cases, AUTO_EP_COMPARED, f"{steps_where(chosen)}, AutoEP")
+    return replay(chosen, auto_ep_cases, AUTO_EP_COMPARED, f"{layers_where(chosen)}, AutoEP")
 
 
 def frontends_part(chosen: argparse.Namespace) -> list[dict[str, Any]]:
     """Times of transformers' exchange and ours, in training and in decoding."""
-    made = replay(chosen, transformers_cases, HF_COMPARED, f"{steps_where(chosen)}, transformers")
+    made = replay(chosen, transformers_cases, HF_COMPARED, f"{layers_where(chosen)}, transformers")
     decode = argparse.Namespace(**{**vars(chosen), "tokens": chosen.decode_tokens})
-    where = f"{steps_where(decode)}, transformers, forward only"
+    where = f"{layers_where(decode)}, transformers, forward only"
     return made + replay(decode, transformers_cases, HF_COMPARED, where, backward=False)
 
 
 def generate_part(chosen: argparse.Namespace) -> list[dict[str, Any]]:
     """Times of a decoding step of ``generate`` with transformers' exchange and with ours."""
     decode = argparse.Namespace(**{**vars(chosen), "tokens": chosen.decode_tokens})
-    where = f"{steps_where(decode)}, {len(LAYERS)} MoE layers, transformers, generate"
+    where = f"{layers_where(decode, len(LAYERS))}, transformers, generate"
     return replay(decode, transformers_cases, HF_COMPARED, where, False, chosen.decode_steps)
 
 
@@ -275,6 +275,12 @@ def replay(
 def steps_where(chosen: argparse.Namespace) -> str:
     links = f"{chosen.nodes} nodes x {chosen.slots}, {chosen.mbit:g} Mbit/s"
     return f"{links}, gpt-oss-20b, T={chosen.tokens} D={chosen.width} fp32"
+
+
+def layers_where(chosen: argparse.Namespace, number: int = 1) -> str:
+    """Begin of the cases of front ends, whose steps send no dense gradients."""
+    layers = f"{number} MoE layer{'s' if number > 1 else ''}"
+    return f"{steps_where(chosen)}, {layers}, experts {chosen.hidden} wide, no dense gradients"
 
 
 def main() -> None:
