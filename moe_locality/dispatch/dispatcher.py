@@ -577,41 +577,6 @@ def _deepep(
     )
 
 
-def layer_dispatcher(
-    ep_group: "ProcessGroup | None",
-    topology: ClusterTopology | None,
-    *,
-    num_slots: int,
-    num_ranks: int,
-    top_k: int,
-    config: DispatchConfig,
-    **options: Any,
-) -> TokenDispatcher:
-    """Return the dispatcher of a layer, in two stages where ``config`` asks for it or it pays.
-
-    Topology and rails are those of the groups that were built for these ranks, where any were.
-    Arguments as of :class:`TokenDispatcher`; ``top_k``: routes per token.
-    """
-    ranks = group_ranks(ep_group, num_ranks)
-    groups = built_groups(ranks, topology)
-    if topology is None and groups is not None:
-        topology = groups.topology
-    rails = None
-    if groups is not None and topology is not None and num_ranks > 1:
-        staged = config.exchange == "auto" and pays(ranks, topology, num_slots, top_k)
-        if staged or config.exchange == "hierarchical":
-            rails = find_rails(groups, topology, num_slots)
-    return TokenDispatcher(
-        ep_group,
-        topology,
-        num_slots=num_slots,
-        num_ranks=num_ranks,
-        config=config,
-        rails=rails,
-        **options,
-    )
-
-
 class ExchangingLayer:
     """What a layer of every front end has: the settings of its exchange, and the dispatcher.
 
@@ -634,19 +599,42 @@ class ExchangingLayer:
         return {**self.__dict__, "dispatcher": None}
 
     def get_dispatcher(
-        self, ep_group: "ProcessGroup | None", slot_map: SlotMap, **sizes: Any
+        self,
+        ep_group: "ProcessGroup | None",
+        slot_map: SlotMap,
+        *,
+        num_slots: int,
+        num_ranks: int,
+        top_k: int,
+        comm: Collectives | None = None,
     ) -> TokenDispatcher:
-        """Return the dispatcher, with this map; ``sizes`` as of :func:`layer_dispatcher`."""
+        """Return the dispatcher, with this map; in two stages where that is asked for or pays.
+
+        Topology and rails are those of the groups that were built for these ranks, where any were.
+        Arguments as of :class:`TokenDispatcher`; ``top_k``: routes per token.
+        """
         if self.dispatcher is None:
-            self.dispatcher = layer_dispatcher(
+            config, rails = self.dispatch_config, None
+            ranks = group_ranks(ep_group, num_ranks)
+            groups = built_groups(ranks, self.topology)
+            if self.topology is None and groups is not None:
+                self.topology = groups.topology
+            if groups is not None and self.topology is not None and num_ranks > 1:
+                where = (ranks, self.topology, num_slots, top_k)
+                staged = config.exchange == "auto" and pays(*where)
+                if staged or config.exchange == "hierarchical":
+                    rails = find_rails(groups, self.topology, num_slots)
+            self.dispatcher = TokenDispatcher(
                 ep_group,
                 self.topology,
-                config=self.dispatch_config,
+                num_slots=num_slots,
+                num_ranks=num_ranks,
+                config=config,
+                comm=comm,
                 kernels=self.kernels,
                 position=self.call_position,
-                **sizes,
+                rails=rails,
             )
-            self.topology = self.dispatcher.traffic.topology
         self.dispatcher.slot_map = slot_map
         return self.dispatcher
 

@@ -239,12 +239,6 @@ class HierarchicalMetadata:
         tokens, top_k = self.inter_node.node_of_route.shape
         return tokens, top_k
 
-    @property
-    def node_mask(self) -> Tensor:
-        """``[T] int64``: bit m is set where a kept route of the token goes to node m."""
-        hits = self.inter_node.copies.positions >= 0
-        return (hits.long() << torch.arange(hits.shape[1], device=hits.device)).sum(dim=1)
-
 
 def layout_inter_node(
     slot_ids: Tensor,

@@ -6,7 +6,7 @@ plan puts them for the whole run; ``order [E]`` is the logical expert in each ro
 in the order of the logical experts (``logical_state``).
 
 Where experts have replicas, each expert has one row, which the optimizer trains, and further copies
-that are fetched from it (:func:`fetch_copies`); gradients of all copies are added to that row.
+that are fetched from it (:class:`_FetchCopies`); gradients of all copies are added to that row.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -101,15 +101,6 @@ class _FetchCopies(torch.autograd.Function):
             ctx.exchange.give_back(grad.contiguous(), ctx.num_rows) if need else None
             for grad, need in needed
         )
-
-
-def fetch_copies(rows: dict[str, Tensor], exchange: RowExchange) -> dict[str, Tensor]:
-    """Return copies ``[n, ...]`` of rows of other ranks, with autograd. Collective.
-
-    ``rows``: the parameters of an experts module, ``[E / G, ...]`` each.
-    """
-    apply: Any = _FetchCopies.apply
-    return dict(zip(rows, apply(exchange, *rows.values()), strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,8 +283,9 @@ class ExpertRows:
         if self.kept and versions == self._versions and not torch.is_grad_enabled():
             return self.kept
         parameters: dict[str, Any] = self.experts._parameters
-        rows = {key: parameters[key] for key in self._stacked}
-        found = fetch_copies(rows, self._exchange)
+        fetch: Any = _FetchCopies.apply
+        copies = fetch(self._exchange, *(parameters[key] for key in self._stacked))
+        found = dict(zip(self._stacked, copies, strict=True))
         self.kept, self._versions = {} if torch.is_grad_enabled() else found, versions
         return found
 

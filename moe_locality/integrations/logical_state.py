@@ -164,19 +164,15 @@ def follow_optimizer(optimizer: torch.optim.Optimizer) -> None:
             if rows is None or rows.is_identity or number not in found:
                 continue
             found[number] = {
-                key: _reordered_moment(rows, parameter, key, value, leaving)
+                key: _reordered(rows, _split_as(parameter, rows, key, value), leaving)
+                if isinstance(value, Tensor) and value.ndim
+                else value
                 for key, value in found[number].items()
             }
         return {**state_dict, "state": found}
 
     optimizer.register_state_dict_post_hook(lambda _, state: reordered(state, leaving=True))
     optimizer.register_load_state_dict_pre_hook(lambda _, state: reordered(state, leaving=False))
-
-
-def _reordered_moment(rows: ExpertRows, parameter: Any, key: str, value: Any, leaving: bool) -> Any:
-    if not isinstance(value, Tensor) or value.ndim == 0:
-        return value
-    return _reordered(rows, _split_as(parameter, rows, key, value), leaving)
 
 
 def _split_as(parameter: Any, rows: ExpertRows, key: str, value: Tensor) -> DTensor:

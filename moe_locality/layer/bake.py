@@ -1,4 +1,4 @@
-"""Write a placement into a DeepSpeed MoE checkpoint on disk: no ranks, no GPU, one process.
+"""Write a placement into a checkpoint of DeepSpeed MoE or AutoEP: no ranks, no GPU, one process.
 
 Experts are renumbered to their slots (file names and keys), the router rows and the moments of a
 plain optimizer likewise, and the entry ``"moe_locality"`` says which slot holds which expert. The
@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,8 +38,9 @@ from moe_locality.layer.checkpoint import (
     renumbered_key,
     resolve_tag,
 )
-from moe_locality.layer.hf_checkpoint import bake_hugging_face, is_hugging_face
+from moe_locality.layer.hf_checkpoint import bake_hugging_face, groups_of, is_hugging_face
 from moe_locality.layer.state import GATE_ROWS
+from moe_locality.layer.state_dict import PRESETS, check_groups
 from moe_locality.placement.plan import (
     PlacementPlan,
     check_is_permutation,
@@ -49,6 +50,12 @@ from moe_locality.placement.plan import (
 from moe_locality.trace.recorder.hooks import layer_numbers
 
 logger = logging.getLogger(__name__)
+
+DEEPSPEED_GATE = re.compile(rf"deepspeed_moe\.gate\.(?:{'|'.join(map(re.escape, GATE_ROWS))})")
+AUTO_EP_GATE = re.compile(
+    r"(?:\w+\.)?(?:gate\.weight|gate\.bias|e_score_correction_bias|expert_bias)"
+)
+"""AutoEP's router has two names where transformers records what it says."""
 
 _SAMPLED_BYTES = 256  # of a tensor, compared first
 
@@ -75,12 +82,19 @@ class CheckpointFiles:
     copied: tuple[Path, ...]
 
     @property
-    def gate_keys(self) -> dict[str, int]:
-        """The MoE layer of every tensor of a router, by its key."""
+    def auto_ep(self) -> bool:
+        """Whether AutoEP made the layers."""
+        first = read_file(self.experts[0, 0, min(self.dense)])
+        return not any(".deepspeed_moe." in key for key in first)
+
+    def gates_among(self, names: Iterable[str]) -> dict[str, int]:
+        """The MoE layer of every tensor of a router among ``names``."""
+        rows = AUTO_EP_GATE if self.auto_ep else DEEPSPEED_GATE
         return {
-            f"{prefix}.deepspeed_moe.gate.{name}": layer
+            name: layer
             for layer, prefix in enumerate(self.prefixes)
-            for name in GATE_ROWS
+            for name in names
+            if name.startswith(f"{prefix}.") and rows.fullmatch(name, len(prefix) + 1)
         }
 
 
@@ -153,8 +167,7 @@ def _prefix_of(path: Path) -> str:
     if len(found) != 1:
         raise ConfigError(
             f"{path}: found the experts of {sorted(found)}, expected those of one "
-            "deepspeed.moe.layer.MoE (AutoEP checkpoints cannot be baked: put the plan into the "
-            "Hugging Face weights, before deepspeed.initialize: bake that folder)"
+            "deepspeed.moe.layer.MoE or of one layer of AutoEP"
         )
     return found.pop()
 
@@ -224,12 +237,12 @@ def bake_dense(
     """
     baked = dict(states)
     module = baked["module"] = copy.copy(states.get("module") or {})
+    gates = files.gates_among(module)
     for layer, prefix in enumerate(files.prefixes):
-        name = f"{prefix}.deepspeed_moe.gate.wg.weight"
-        if name not in module:
+        if layer not in gates.values():
             raise ConfigError(
-                f"{path}: found no {name}, expected the router of MoE layer {layer}: pipeline "
-                "checkpoints keep it in files of their own and cannot be baked yet"
+                f"{path}: found no router below {prefix}, expected that of MoE layer {layer}: "
+                "pipeline checkpoints keep it in files of their own and cannot be baked yet"
             )
     fragments = states.get("frozen_param_fragments")
     if fragments and any(EXPERT_KEY.fullmatch(name) for name in fragments):
@@ -237,10 +250,9 @@ def bake_dense(
             f"{path}: found frozen experts among ZeRO's fragments, expected none: DeepSpeed keeps "
             "those of one rank only; save with ZeRO stage 0"
         )
-    tied, gates = _TiedTensors(sources), files.gate_keys
+    tied = _TiedTensors(sources)
     for key, layer in gates.items():
-        if key in module:
-            tied.check(layer, partial(dict, {key: module[key]}))
+        tied.check(layer, partial(dict, {key: module[key]}))
     _permute_gates(module, gates, sources)
     if fragments:
         baked["frozen_param_fragments"] = copy.copy(fragments)
@@ -283,7 +295,7 @@ class OptimizerStates:
         """Yield ((EP rank, mp rank), content of its file) in the new order."""
         index_of = {name: i for i, name in enumerate(self.names)}
         layer_of = {prefix: layer for layer, prefix in enumerate(self.files.prefixes)}
-        gates = self.files.gate_keys
+        gates = self.files.gates_among(self.names)
         for (rank, mp), content in self.states.items():
             baked = dict(content)
             if content.get("optimizer") is None:
@@ -330,6 +342,8 @@ def read_optimizer_states(
         )
     if not files.optimizer:
         return None
+    if files.auto_ep:
+        raise NotBaked("AutoEP keeps moments by rank; load with load_module_only=True")
     states = {key: read_file(path, trusted=trusted) for key, path in files.optimizer.items()}
     contents = [content.get("optimizer") for content in states.values()]
     if all(content is None for content in contents):
@@ -465,7 +479,7 @@ def bake_checkpoint(
     """Write a copy of an MoE checkpoint with its experts where ``plan`` wants them.
 
     The checkpoint is DeepSpeed's, or the folder of a Hugging Face model (``config.json`` and
-    safetensors: ``hf_checkpoint.bake_hugging_face``, to which ``num_expert_groups`` belongs).
+    safetensors: ``hf_checkpoint.bake_hugging_face``).
     A checkpoint of DeepSpeed that is already placed goes from its order to the plan's; the linear
     plan brings logical order back, bit for bit. ``out_dir`` appears whole or not at all.
 
@@ -478,6 +492,7 @@ def bake_checkpoint(
         trust_parameter_order: a checkpoint that moe_locality did not save does not name the
             optimizer's parameters. Take them to be in the order of the model, DeepSpeed's default
             (shapes are checked), instead of leaving the optimizer state out.
+        num_expert_groups: groups of a group-limited router, of Hugging Face models and AutoEP.
 
     Returns:
         A summary: paths, layers, experts, how many experts changed rank per layer, ``optimizer``
@@ -493,7 +508,8 @@ def bake_checkpoint(
     tag = resolve_tag(source, tag)
     check_is_permutation(plan)
     check_is_new(out)
-    job = _prepare(source / tag, plan, trust_checkpoint, trust_parameter_order)
+    trusts = (trust_checkpoint, trust_parameter_order)
+    job = _prepare(source / tag, plan, *trusts, num_expert_groups)
 
     def write(folder: Path) -> None:
         _write(job, folder / tag)
@@ -503,11 +519,18 @@ def bake_checkpoint(
     return _summarize(job, plan, source, out, tag)
 
 
-def _prepare(folder: Path, plan: PlacementPlan, trusted: bool, trust_order: bool) -> _Job:
+def _prepare(
+    folder: Path, plan: PlacementPlan, trusted: bool, trust_order: bool, num_groups: int | None
+) -> _Job:
     """Read the small files and check everything; write nothing."""
     files = find_files(folder)
     plan.check_fits(num_experts=files.num_experts, layer_count=files.num_layers)
     dense = {mp: read_file(path, trusted=trusted) for mp, path in files.dense.items()}
+    if files.auto_ep:
+        section = dense[min(dense)]["ds_config"]["expert_parallel"]
+        preset = section.get("preset_model") or "unnamed"
+        names = PRESETS.get(preset, PRESETS["deepseek_v3"])
+        check_groups(plan, groups_of({}, preset, names, num_groups) or 1)
     numbers = layer_numbers(files.prefixes, dense[min(dense)].get("module") or ())
     first = files.dense[min(files.dense)]
     entry = read_entry(dense[min(dense)], first)

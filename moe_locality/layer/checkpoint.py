@@ -61,7 +61,10 @@ from moe_locality.placement.plan import PlacementPlan
 KEY = "moe_locality"
 FORMAT_VERSION = 1
 MODEL_STATES = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-EXPERT_KEY = re.compile(r"(.*)\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.(.+)")
+EXPERT_KEY = re.compile(
+    r"(.*)\.(?:deepspeed_moe\.experts\.deepspeed_experts\.(?=\d+\.)|experts\.w[123]\.(?=\d+$))(\d+).*"
+)
+"""Of DeepSpeed's MoE layers and of AutoEP's: module name and number of the expert."""
 EXPERT_STATES = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
 OPTIMIZER_STATES = re.compile(r"expp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 

@@ -66,15 +66,12 @@ def apply(
     An engine whose layers AutoEP built is given as ``model`` after ``deepspeed.initialize``: its
     layers get the exchange, and the plan moves experts with their optimizer state.
 
-    Collective over all ranks where a process group is up.
+    Collective over all ranks where a process group is up; arguments as of ``moe_locality.apply``.
 
     Args:
-        config: the ``"moe_locality"`` section, or a ds_config with it.
-        plan: place the experts too: their weights move between the ranks (before
-            ``deepspeed.initialize``). With replicas, a rank gets more experts: collect the
-            parameters to train afterwards. Default: the plan that the section names.
-        topology: node of every rank. Default: found by ``deepspeed.initialize`` when it makes the
-            expert groups, from the section's ``cluster`` or by asking all ranks.
+        plan: place the experts too (before ``deepspeed.initialize``). With replicas, a rank gets
+            more experts: collect the parameters to train afterwards.
+        topology: default: found by ``deepspeed.initialize`` when it makes the expert groups.
 
     Raises:
         ConfigError: the model has no DeepSpeed MoE layer, or one that cannot be swapped.

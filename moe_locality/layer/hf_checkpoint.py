@@ -181,7 +181,7 @@ def bake_hugging_face(
     config = _read_json(folder / "config.json")
     family, files = family_of(config), _files_of(folder)
     names = _names_with_kept(PRESETS[family], config, plan)
-    groups = _groups_of(config, family, names, num_expert_groups)
+    groups = groups_of(config, family, names, num_expert_groups)
     job = Relabelling(_Tensors(files), plan, names, num_groups=groups)
     copied, left_out = _other_files(folder, files)
     hashes: dict[str, str] = {}
@@ -267,7 +267,7 @@ def _names_with_kept(names: Names, config: dict[str, Any], plan: PlacementPlan) 
     return replace(names, keep=(*names.keep, past))
 
 
-def _groups_of(config: dict[str, Any], family: str, names: Names, given: int | None) -> int | None:
+def groups_of(config: dict[str, Any], family: str, names: Names, given: int | None) -> int | None:
     """How many groups of experts the router picks from first; None or 1: it picks none."""
     text = _text_config(config)
     said = [text[name] for name in ("n_group", "num_expert_group") if name in text]

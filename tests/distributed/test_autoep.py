@@ -248,6 +248,9 @@ def test_auto_ep_sends_what_evaluate_predicts(tmp_path):
 
 def checkpoints_are_stock(rank, world, folder, stage):
     """Each kind of engine loads what each kind saved, and trains on as that one did."""
+    from moe_locality.integrations.autoep import auto_ep_layers
+    from moe_locality.layer.bake import bake_checkpoint
+
     kinds = {
         "stock": None,
         "placed": {"plan": f"{folder}/plan.json"},
@@ -274,6 +277,32 @@ def checkpoints_are_stock(rank, world, folder, stage):
         where = f"{source} to {target}, stage {stage}"
         np.testing.assert_allclose(found, expected[source], *LOSS["float32"], err_msg=where)
         engine.destroy()
+    if rank == 0:  # a bake, of a baked checkpoint too: stock AutoEP has the placement, and goes on
+        plans = [PlacementPlan.read(f"{folder}/{name}.json") for name in ("other", "plan")]
+        for plan, source, target in zip(plans, ("stock", "once"), ("once", "baked"), strict=True):
+            found = bake_checkpoint(f"{folder}/{source}", plan, f"{folder}/{target}")
+            assert found["optimizer"].startswith("left out")
+        with pytest.raises(
+            PlacementError, match=r"found slots 0 to 1 with experts of groups \[0, 1"
+        ):
+            bake_checkpoint(f"{folder}/stock", plans[0], f"{folder}/x", num_expert_groups=2)
+        file = f"{folder}/once/t/mp_rank_00_model_states.pt"
+        states = torch.load(file, weights_only=False)
+        states["ds_config"]["expert_parallel"]["preset_model"] = "deepseek_v3"
+        torch.save(states, file)
+        with pytest.raises(ConfigError, match="--expert-groups; 1: it picks none"):
+            bake_checkpoint(f"{folder}/once", plans[0], f"{folder}/x")
+    torch.distributed.barrier()
+    engine = start(2, None, stage)
+    engine.load_checkpoint(f"{folder}/baked", tag="t", load_module_only=True)
+    name, layer = auto_ep_layers(engine.module)[1]
+    stock = torch.load(
+        f"{folder}/stock/t/layer_1_expert_{3 - rank % 2 * 2}_mp_rank_00_model_states.pt"
+    )
+    torch.testing.assert_close(layer.experts.w1[0], stock[f"{name}.experts.w1.{3 - rank % 2 * 2}"])
+    found = train(engine, rank, steps=1, first=2)
+    np.testing.assert_allclose(found, expected["stock"][:1], *LOSS["float32"])
+    engine.destroy()
     if rank == 0:
         files = [
             f"{folder}/{source}/t/layer_1_expert_1_mp_rank_00_model_states.pt"

@@ -8,7 +8,7 @@ import torch
 
 from moe_locality.config import DispatchConfig
 from moe_locality.dispatch.desync import CallPosition
-from moe_locality.dispatch.dispatcher import SlotMap, TokenDispatcher, layer_dispatcher, run_moe
+from moe_locality.dispatch.dispatcher import ExchangingLayer, SlotMap, TokenDispatcher, run_moe
 from moe_locality.dispatch.traffic import traffic_report
 from moe_locality.dispatch.transport import KINDS
 from moe_locality.errors import MoeLocalityError, TopologyError
@@ -140,10 +140,11 @@ def routes_to_no_expert(rank, _world, exchange):
     prepare_groups(topology, [4])
     said = []
     for order in (None, np.arange(8)[::-1]):
-        options = {"num_slots": 8, "num_ranks": 4, "top_k": 2, "position": CallPosition(0, "mlp")}
+        layer = ExchangingLayer()
+        layer.dispatch_config, layer.kernels = DispatchConfig(exchange=exchange), "auto"
+        layer.topology, layer.call_position = topology, CallPosition(0, "mlp")
         slots = SlotMap() if order is None else SlotMap.of(order)
-        config = DispatchConfig(exchange=exchange)
-        dispatcher = layer_dispatcher(None, topology, config=config, slot_map=slots, **options)
+        dispatcher = layer.get_dispatcher(None, slots, num_slots=8, num_ranks=4, top_k=2)
         x, weights = torch.ones(3, 4), torch.ones(3, 2)
         for ids in ([0, 8] if rank == 1 else [0, 1], [0, 7]):
             start, call = time.monotonic(), (dispatcher, x, torch.tensor([ids] * 3), weights)

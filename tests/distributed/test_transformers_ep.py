@@ -164,9 +164,9 @@ def compare_with_whole(rank, world, path, cases, num_nodes=2):
         model.eval()
         with torch.no_grad():
             logits = model(ids).logits
-            generated = [model.generate(ids[:1], **greedy)]
+            generated = [model.generate(ids, **greedy)]
             torch.manual_seed(7 + rank)
-            generated.append(model.generate(ids[:1], **sampling))
+            generated.append(model.generate(ids, **sampling))
         model.train()
         loss = model(ids, labels=ids).loss
         loss.backward()
@@ -193,7 +193,7 @@ def compare_with_whole(rank, world, path, cases, num_nodes=2):
     for kind, exchange in cases:
         model, _ = placed(path, world, kind, exchange, num_nodes=num_nodes)
         found = results(model, False)
-        where = f"plan {kind}, exchange {exchange}, {num_nodes} nodes"
+        where = f"{path}: plan {kind}, exchange {exchange}, {num_nodes} nodes"
         close(found[0], expected[0], LOGITS, f"{where}, logits")
         close(found[1], expected[1], LOSS, f"{where}, loss")
         for ours, theirs in zip(found[2], expected[2], strict=True):
@@ -210,10 +210,61 @@ def compare_with_whole(rank, world, path, cases, num_nodes=2):
 CASES = [(None, "flat"), ("moved", "hierarchical"), ("copied", "flat"), ("copied", "hierarchical")]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_apply_equals_the_whole_model(tmp_path, family):
-    path = save_tiny(tmp_path, family)
-    run_ranks(compare_with_whole, 4, path, CASES, timeout_s=240.0)
+def compare_rounding(rank, world, path):
+    """Distances of bfloat16 logits, loss and gradients from float32 ones, by exchange."""
+    ids = inputs(rank)
+    whole_model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    wanted = whole_model(ids, labels=ids)
+    wanted.loss.backward()
+    grads = {}
+    for name, parameter in whole_model.named_parameters():
+        if parameter.grad is not None:
+            grads[name] = parameter.grad / world
+            dist.all_reduce(grads[name])
+    found = {}
+    for kind in ("all_to_all", "moved", "copied"):
+        if kind == "all_to_all":
+            model = load(path, world, kind, torch.bfloat16)
+        else:
+            model = placed(path, world, kind, "hierarchical", dtype=torch.bfloat16)[0]
+        output = model(ids, labels=ids)
+        output.loss.backward()
+        found[kind] = {
+            "logits": float((output.logits.detach().float() - wanted.logits).square().sum()),
+            "loss": abs(float(output.loss.detach().float() / wanted.loss - 1)),
+        }
+        for name, grad in grads.items():
+            ours = logical(model, name, whole(model.get_parameter(name).grad)).float()
+            found[kind][name] = float((ours - grad).norm() / grad.norm().clamp_min(1e-12))
+    return found
+
+
+def compare_families(rank, world, paths):
+    found = {}
+    for family, path in paths.items():
+        compare_with_whole(rank, world, path, CASES)
+        found[family] = compare_rounding(rank, world, path)
+    return found
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_apply_equals_the_whole_model(tmp_path, half):
+    """In float32. In bfloat16 ours is no farther from that than transformers' own exchange."""
+    paths = {family: save_tiny(tmp_path, family) for family in list(FAMILIES)[half::2]}
+    everyone = run_ranks(compare_families, 4, paths, timeout_s=400.0)
+    for family in paths:
+        distances = [each[family] for each in everyone]
+        theirs = {
+            key: [each["all_to_all"][key] for each in distances] for key in distances[0][None]
+        }
+        for kind in ("moved", "copied"):
+            ours = {key: [each[kind][key] for each in distances] for key in theirs}
+            # the same roundings but for the sums of a token's experts: ours are in float32
+            assert sum(ours.pop("logits")) <= 1.1 * sum(theirs["logits"]), f"{family}, {kind}"
+            assert max(ours.pop("loss")) <= LOSS["bfloat16"][0], f"{family}, {kind}"
+            for name, (distance, *_) in ours.items():
+                most = max(LOGITS["bfloat16"][0], 2 * theirs[name][0])
+                assert distance <= most, f"{family}, {kind}, gradient of {name}"
 
 
 def count_bytes(_rank, world, path):

@@ -207,7 +207,7 @@ BROKEN = {
     ),
     "no router": (
         lambda c: torch.save({**read(c / "t" / DENSE), "module": {}}, c / "t" / DENSE),
-        "found no moe1.deepspeed_moe.gate.wg.weight",
+        "found no router below moe1, expected that of MoE layer 0",
     ),
 }
 
