@@ -7,8 +7,9 @@ Without --trace, a small Qwen3-MoE (8 layers, 32 experts, top-4) is trained on t
 and requests are served on one rank and recorded. Other requests are then decoded by
 ``moe_locality.serving`` in every condition: usual order and EPLB with random homes, the paper's
 recipe, ours, ours with replicas. With --trace, the router's picks are replaced by those of a
-recording: the tokens of a request go where the recorded ones went, through the same exchange; where
-it has no prefill, the first 32 tokens stand for it.
+recording: the tokens of a request go where the recorded ones went, through the same exchange. Its
+requests are stretches of recorded answers, each behind the prompt of its own; where no prefill was
+recorded, the first 32 tokens stand for it.
 
 Conditions take turns, a step each. The report has bytes between nodes as the exchange counts them,
 and the time of the steps in which all requests decode, which says something about links only where
@@ -57,6 +58,8 @@ from hf_train import load_spread, say
 from lm.data import BEGIN, END, VOCAB_SIZE, Requests, build_requests, train_batches
 from lm.training import share_cores
 
+Prepared = tuple[RoutingTrace, RoutingTrace, list[dict[str, Any]], Path, dict[str, float]]
+"""Earlier routing, that of the requests to serve, these, the model, what their prefill tells."""
 PROMPT, RECORDED_TOKENS = 48, 48
 BASE, OURS = "linear, random homes", "ours, predicted homes"
 WITH_REPLICAS = f"ours, {REPLICA_SHARE:.1%} replicas, predicted homes"
@@ -103,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def prepare(chosen: argparse.Namespace, topology: ClusterTopology) -> dict[str, Any]:
     """Make the files that the ranks need, in ``--out``; return what they are told."""
-    known, asked, requests, model = (replayed if chosen.trace else trained)(chosen)
+    known, asked, requests, model, tells = (replayed if chosen.trace else trained)(chosen)
     longest = max(len(one["prompt_token_ids"]) for one in requests)
     write_trace(asked, chosen.out / "asked.npz")
     rows = 2 * -(-len(requests) // topology.num_ranks)
@@ -115,15 +118,13 @@ def prepare(chosen: argparse.Namespace, topology: ClusterTopology) -> dict[str, 
         "max_tokens": chosen.new_tokens,
         "limits": {"max_num_seqs": rows, "max_num_batched_tokens": rows * longest},
         "cases": cases_of(known, asked, topology, chosen.out.absolute()),
-        "told": told(known, asked),
+        "told": tells,
         "recorded": f"{asked.model}, replayed" if chosen.trace else "trained on four domains",
     }
 
 
-def replayed(
-    chosen: argparse.Namespace,
-) -> tuple[RoutingTrace, RoutingTrace, list[dict[str, Any]], Path]:
-    """Return (earlier routing, that of the requests to serve, these, a model of its sizes)."""
+def replayed(chosen: argparse.Namespace) -> Prepared:
+    """A recording, and a model of its sizes."""
     trace = moe_locality.read_trace(chosen.trace)
     kept = [int(layer) for layer in trace.layer_ids[:: chosen.every_layer]]
     trace = trace.select_layers(kept).evolve(layer_ids=np.arange(len(kept), dtype=np.int32))
@@ -132,22 +133,43 @@ def replayed(
     if stage is None or not (stage == PREFILL).any():
         stage = np.where(since < FIRST_TOKENS, PREFILL, DECODE).astype(np.uint8)
     trace = trace.evolve(stage=stage, position=since.astype(np.int32))
-    earlier, asked = trace.split(0.7, seed=0)
-    given = []
-    requests, tokens = np.unique(asked.request_id, return_counts=True)
-    read = asked.filter(stages="prefill").request_id
-    for request, count in zip(requests.tolist(), tokens.tolist(), strict=True):
-        prompt = int((read == request).sum())
-        if 0 < prompt <= count - chosen.new_tokens:
-            given.append({"request_id": request, "prompt_token_ids": [1] * prompt})
-    if not given:
-        sys.exit(f"found no request with {chosen.new_tokens} tokens to decode: --new-tokens")
-    asked = asked.filter(requests=[one["request_id"] for one in given])
+    earlier, held_out = trace.split(0.7, seed=0)
+    asked, given = stretches(held_out, chosen.new_tokens, chosen.served)
     path = chosen.out / "model"
     sizes = {"num_hidden_layers": trace.num_layers, "num_experts": trace.num_experts}
     sizes |= {"num_experts_per_tok": trace.top_k, "hidden_size": chosen.width}
     new_model(**sizes, vocab_size=8, moe_intermediate_size=16).save_pretrained(path)
-    return earlier, asked, given, path
+    return earlier, asked, given, path, told(earlier, held_out)
+
+
+def stretches(
+    trace: RoutingTrace, length: int, count: int
+) -> tuple[RoutingTrace, list[dict[str, Any]]]:
+    """Draw stretches of so many tokens from the answers, each a request with the prompt of its own:
+    what decodes at some moment, where those of long answers are more often met.
+    """
+    view = trace.tokens_only("replay")
+    order = np.lexsort((view.position, view.request_id))
+    _, first = np.unique(view.request_id[order], return_index=True)
+    found = []
+    for rows in np.split(order, first[1:]):
+        prompt, answer = rows[view.stage[rows] == PREFILL], rows[view.stage[rows] != PREFILL]
+        if len(prompt):
+            ends = range(length, len(answer) + 1, length)
+            found += [(prompt, answer[end - length : end]) for end in ends]
+    if not found:
+        sys.exit(f"found no answer of {length} tokens behind a prompt: lower --new-tokens")
+    drawn = np.random.default_rng(0).permutation(len(found))[:count]
+    parts = [np.concatenate(found[i]) for i in drawn]
+    taken = trace.take(np.concatenate(parts)).evolve(
+        request_id=np.repeat(np.arange(len(parts)), [len(part) for part in parts]),
+        position=np.concatenate([np.arange(len(part), dtype=np.int32) for part in parts]),
+    )
+    given = [
+        {"request_id": number, "prompt_token_ids": [1] * len(found[i][0])}
+        for number, i in enumerate(drawn)
+    ]
+    return taken, given
 
 
 def place_in_request(trace: RoutingTrace) -> np.ndarray:
@@ -160,10 +182,8 @@ def place_in_request(trace: RoutingTrace) -> np.ndarray:
     return found
 
 
-def trained(
-    chosen: argparse.Namespace,
-) -> tuple[RoutingTrace, RoutingTrace, list[dict[str, Any]], Path]:
-    """As :func:`replayed`: a model that is trained here, and what it routed itself."""
+def trained(chosen: argparse.Namespace) -> Prepared:
+    """A model that is trained here, and what it routed itself."""
     train(chosen.out / "model", chosen.steps)
     earlier, served = build_requests(
         seq_len=PROMPT,
@@ -174,7 +194,7 @@ def trained(
     trace = record(chosen.out, [earlier, served], chosen.steps)
     known = trace.filter(requests=earlier.request_id)
     asked = trace.filter(requests=served.request_id)
-    return known, asked, requests_of(served), chosen.out / "model"
+    return known, asked, requests_of(served), chosen.out / "model", told(known, asked)
 
 
 def train(path: Path, steps: int, seed: int = 0) -> None:

@@ -52,7 +52,8 @@ def test_commands_and_their_options_exist():
         assert not missing, f"moe-locality {words[1]} has no {missing}"
 
 
-FIGURE = re.compile(r"`(main_job|placement|recorder_overhead|multinode): ([^`]+)`")
+BENCHMARKS = "main_job|placement|recorder_overhead|multinode|paper_decoder|serving"
+FIGURE = re.compile(rf"`({BENCHMARKS}): ([^`]+)`")
 
 
 def _prints(value: float, line: str) -> bool:
