@@ -2,12 +2,13 @@
 
     MOE_LOCALITY_DATA=DIR python benchmarks/placement.py [--part targets ...] [--csv FILE]
 
-Every trace of tokens in DIR is split by request (seed 0, 70 / 30); plans are made from the first
-part and costed on the second with ``moe_locality.placement.evaluate``. Copies and imbalances are
-counts over recorded routing, not a run on a cluster: their kind is "simulated". Seconds are
-measured on this machine. Parts:
+Every trace of tokens in DIR is split by request (70 / 30, seed 0 or several); plans are made from
+the first part and costed on the second with ``moe_locality.placement.evaluate``. Copies and
+imbalances are counts over recorded routing, not a run on a cluster: their kind is "simulated".
+Seconds are measured on this machine. Parts:
 
-    targets      the cells that have a target, over several solver seeds
+    targets      the cells that have a target, over several solver seeds (--splits: and splits)
+    earlier      the same for the targets of earlier versions
     peers        every method on every trace, 2, 4 and 8 nodes; 4 nodes with 12.5 and 25 % replicas
     bounds       how far plans are from the certified lower bound
     partitioner  mt-KaHyPar at equal balance (where the package mtkahypar is installed)
@@ -30,8 +31,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from _results import append_rows
-from placement_calibration import CALIBRATED, calibration_rows
-from placement_cases import GOALS, goal_rows, peer_rows, token_traces
+from placement_calibration import CALIBRATED, calibration_rows, pooled
+from placement_cases import EARLIER, GOALS, Goal, goal_figures, goal_rows, peer_rows, token_traces
 from placement_checks import (
     BOUND_EFFORT,
     PARTITION_LAYERS,
@@ -39,6 +40,7 @@ from placement_checks import (
     bound_rows,
     partitioner_rows,
     public_rows,
+    replica_bound_rows,
     scale_rows,
     transfer_rows,
 )
@@ -46,18 +48,16 @@ from placement_grouping import TRANSPORT_CASES, grouping_rows, transport_rows
 from placement_rows import Row, target_table
 
 PARTS = ("targets", "calibration", "bounds", "partitioner", "transfer", "grouping", "transports")
-PARTS += ("public", "scale", "peers")
+PARTS += ("public", "scale", "peers", "earlier")
 REPLICAS = (0.125, 0.25)
 
 
 def rows_of(part: str, options: argparse.Namespace) -> Iterator[Row]:
     """Yield the figures of one part."""
     folder = Path(options.data)
-    if part == "targets":
-        splits = range(options.splits)
-        goals = [goal for goal in GOALS if options.only in goal.label]
-        work = [(goal_rows, folder, g, options.seeds, split) for split in splits for g in goals]
-        yield from side_by_side(work, options.processes)
+    if part in ("targets", "earlier"):
+        goals = GOALS if part == "targets" else EARLIER
+        yield from goals_of([g for g in goals if options.only in g.label], folder, options)
     elif part == "peers":
         cases = [(nodes, 0.0) for nodes in options.nodes]
         cases += [(4, share) for share in REPLICAS]
@@ -68,9 +68,11 @@ def rows_of(part: str, options: argparse.Namespace) -> Iterator[Row]:
         )
     elif part == "calibration":
         work = [(calibration_rows, folder, *case) for case in CALIBRATED]
-        yield from side_by_side(work, options.processes)
+        found = list(side_by_side(work, options.processes))
+        yield from (*found, *pooled(found))
     elif part == "bounds":
-        work = [(bound_rows, folder, name) for name in BOUND_EFFORT]
+        work = [(replica_bound_rows, folder)]
+        work += [(bound_rows, folder, name) for name in BOUND_EFFORT]
         yield from side_by_side(work, options.processes)
     elif part == "partitioner":
         cells = [(name, nodes) for name in PARTITION_LAYERS for nodes in PARTITION_NODES]
@@ -87,6 +89,22 @@ def rows_of(part: str, options: argparse.Namespace) -> Iterator[Row]:
         yield from public_rows(folder)
     else:
         yield from scale_rows(options.tokens)
+
+
+def goals_of(goals: list[Goal], folder: Path, options: argparse.Namespace) -> Iterator[Row]:
+    """Yield the rows of the goals, over solver seeds on one split, then over splits."""
+    seeds = {False: [(0, seed) for seed in range(options.seeds)]}
+    if options.splits:
+        seeds[True] = [(seed, seed) for seed in range(options.splits)]
+    with ProcessPoolExecutor(options.processes) as pool:
+        found = {
+            pair: [pool.submit(goal_figures, folder, goal, *pair) for goal in goals]
+            for pair in dict.fromkeys(pair for some in seeds.values() for pair in some)
+        }
+        for place, goal in enumerate(goals):
+            for splits, pairs in seeds.items():
+                each = [found[pair][place].result() for pair in pairs]
+                yield from goal_rows(folder, goal, each, splits)
 
 
 def side_by_side(work: list[tuple], processes: int) -> Iterator[Row]:
@@ -109,8 +127,10 @@ def main() -> None:
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--nodes", type=int, nargs="+", default=[2, 4, 8], help="of peers")
     parser.add_argument("--seeds", type=int, default=5, help="solver seeds of targets")
+    parser.add_argument(
+        "--splits", type=int, default=0, help="split seeds of targets, beside split 0"
+    )
     parser.add_argument("--only", default="", help="targets whose label has these words")
-    parser.add_argument("--splits", type=int, default=1, help="split seeds of targets")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="of targets, peers")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="of scale")
     parser.add_argument("--csv", type=Path, help="table to append the figures to")

@@ -6,6 +6,7 @@ requests, where it has to find out. A promise is the mean over possible requests
 splits should be above it.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -89,3 +90,19 @@ def calibration_rows(folder: Path, name: str, nodes: int, by: str) -> list[Row]:
         note=note,
     )
     return [bias, above]
+
+
+def pooled(rows: list[Row]) -> list[Row]:
+    """The means over all cases."""
+    found: list[Row] = []
+    for metric in ("bias_of_promised_imbalance", "share_above_promise"):
+        each = [row.value for row in rows if row.metric == metric]
+        value, note = float(np.mean(each)), f"mean of {len(each)} cases x {SPLITS} splits"
+        row = Row(case="calibration: all cases", metric=metric, value=value, note=note)
+        if metric == "share_above_promise":
+            row = replace(row, target=ABOVE)
+        else:
+            inside = "yes" if abs(value) <= BIAS else "no"
+            row = replace(row, unit="max/mean", note=f"within {BIAS}: {inside}; {note}")
+        found.append(row)
+    return found

@@ -1,7 +1,7 @@
 """The cases of the placement benchmark on recorded traces: plans, their costs, their targets."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,9 +20,6 @@ GPT, CHAT, LLAMA = "gpt_oss_20b_benchmarks", "deepseek_v2_lite_chat_prompts", "l
 COLLAPSED = {LLAMA: 45}  # one expert takes 99.9 % of that layer's tokens
 RANKS = 8
 SPLIT = 0.7
-SEEDS_DIFFER = 2e-3
-"""In imbalance: room for other seeds when a cap is chosen with one."""
-
 PEERS = ("round_robin", "eplb", "eplb_global", "balance")
 
 
@@ -148,9 +145,8 @@ class Goal:
     """A headline cell: what to reach with which options, and the imbalance that it may have.
 
     ``most`` is a number, or the name of the plan whose held-out imbalance (plus ``slack``) is the
-    limit; ``limit`` says whether nodes or ranks are meant. ``caps``: what the solver is asked for,
-    rising; see ``goal_rows``. Where the target is missed, ``placement_evidence`` says how far it is
-    from what can be reached.
+    limit; ``cap``: what the solver is asked for, None: see ``asked``. Where the target is missed,
+    ``placement_evidence`` says how far it is from what can be reached.
     """
 
     trace: str
@@ -163,7 +159,7 @@ class Goal:
     limit: str = "node_imbalance"
     metric: str = "copies_vs_linear"
     replicas: float = 0.0
-    caps: tuple[float | str, ...] = (1.05,)
+    cap: str | None = "auto"
 
 
 _JOINT = {"homes": "joint"}
@@ -171,197 +167,128 @@ _UNEVEN = {**_JOINT, "max_home_imbalance": 1.1}
 """Tokens per home rank up to 1.1 of the mean; the default is 1.05."""
 
 
-def _like_eplb(trace: str, nodes: int, target: float, caps: Sequence[float]) -> Goal:
+def _like_eplb(trace: str, nodes: int, target: float) -> Goal:
     """Random homes, no replicas, as level as EPLB + 0.02."""
-    return Goal(
-        trace=trace,
-        nodes=nodes,
-        label="as level as EPLB + 0.02",
-        target=target,
-        options={},
-        slack=0.02,
-        caps=tuple(caps),
-    )
+    label = "as level as EPLB + 0.02"
+    given = {"trace": trace, "nodes": nodes, "label": label, "target": target}
+    return Goal(**given, options={}, slack=0.02, cap=None)
+
+
+def _gpt(label: str, target: float, **more: Any) -> Goal:
+    """gpt-oss on 4 nodes, if nothing else is said."""
+    given = {"trace": GPT, "nodes": 4, "options": {}, "label": label, "target": target, **more}
+    return Goal(**given)
 
 
 GOALS = (
-    _like_eplb(GPT, 4, -22, (1.055, 1.0575, 1.06)),
-    _like_eplb(CHAT, 4, -24, (1.0425, 1.045, 1.0475)),
-    _like_eplb(GPT, 2, -21, (1.03, 1.0325, 1.035)),
-    _like_eplb(GPT, 8, -18, (1.11, 1.1125, 1.115)),
-    _like_eplb(CHAT, 2, -16, (1.0225, 1.025, 1.0275)),
-    _like_eplb(CHAT, 8, -25, (1.065, 1.0675)),
-    Goal(
-        trace=GPT,
-        nodes=4,
-        target=-31,
-        label="predicted homes",
-        options=_JOINT,
-        most=1.05,
-        caps=(1.07, 1.075),
-    ),
-    Goal(
-        trace=GPT,
-        nodes=4,
-        target=-38,
-        label="12.5% replicas",
-        options={},
-        most=1.05,
-        limit="rank_imbalance",
-        replicas=0.125,
-        caps=(1.0725,),
-    ),
-    Goal(
-        trace=GPT,
-        nodes=4,
-        target=-43,
-        label="25% replicas",
-        options={},
-        most=1.06,
-        replicas=0.25,
-        caps=(1.0725,),
-    ),
-    Goal(
-        trace=GPT,
-        nodes=4,
-        target=-45,
-        label="25% replicas, predicted homes",
-        options=_JOINT,
-        most=1.06,
-        replicas=0.25,
-        caps=(1.075,),
-    ),
-    Goal(
-        trace=GPT,
-        nodes=4,
-        target=-45,
-        label="12.5% replicas, predicted homes",
+    _gpt("12.5% replicas", -37, most=1.05, limit="rank_imbalance", replicas=0.125),
+    _gpt("25% replicas", -43, most=1.06, replicas=0.25),
+    _gpt("25% replicas, predicted homes", -45, options=_JOINT, most=1.06, replicas=0.25),
+    _gpt("predicted homes", -31, options=_JOINT, most=1.05),
+    _gpt("as level as EPLB + 0.03", -16, nodes=8, slack=0.03),
+    _gpt("predicted homes", -33, trace=LLAMA, options=_JOINT, most=1.10),
+)
+"""What placement is held to now, under the default cap."""
+
+EARLIER = (
+    _like_eplb(GPT, 4, -22),
+    _like_eplb(CHAT, 4, -24),
+    _like_eplb(GPT, 2, -21),
+    _like_eplb(GPT, 8, -18),
+    _like_eplb(CHAT, 2, -16),
+    _like_eplb(CHAT, 8, -25),
+    _gpt(
+        "12.5% replicas, predicted homes",
+        -45,
         options=_JOINT,
         most=1.05,
         limit="rank_imbalance",
         replicas=0.125,
-        caps=(1.0675, 1.07),
+        cap=None,
     ),
-    Goal(
+    _gpt(
+        "predicted homes (home tokens up to 1.1), as level as linear",
+        -34,
         trace=LLAMA,
-        nodes=4,
-        target=-33,
-        label="predicted homes, default cap",
-        options=_JOINT,
-        most=1.10,
-        caps=("auto",),
-    ),
-    Goal(
-        trace=GPT,
-        nodes=8,
-        target=-16,
-        label="default cap, as level as EPLB + 0.03",
-        options={},
-        slack=0.03,
-        caps=("auto",),
-    ),
-    Goal(
-        trace=GPT,
-        nodes=4,
-        target=-31,
-        label="predicted homes, default cap",
-        options=_JOINT,
-        most=1.06,
-        caps=("auto",),
-    ),
-    Goal(
-        trace=LLAMA,
-        nodes=4,
-        target=-34,
-        label="predicted homes (home tokens up to 1.1), as level as linear",
         options=_UNEVEN,
         most="linear",
-        caps=(1.4, 1.45),
+        cap=None,
     ),
-    Goal(
-        trace=GPT,
-        nodes=4,
-        target=-20,
-        label="raw picks, predicted homes (home tokens up to 1.1)",
+    _gpt(
+        "raw picks, predicted homes (home tokens up to 1.1)",
+        -20,
         options={**_UNEVEN, "objective": "picks"},
         most=1.08,
         metric="picks_vs_linear",
-        caps=(1.105, 1.11),
+        cap=None,
     ),
 )
+"""Figures of earlier versions; the solver is asked for the limit, see ``asked``."""
 
 
-def best_cap(
-    costs_at: Callable[[float | str], Costs], goal: Goal, caps: Sequence[float | str], most: float
-) -> tuple[float | str, Costs]:
-    """(cap, costs) of the fewest copies (picks) that keep the limit, along rising caps.
-
-    The most level plan stands for all where none keeps it.
-    """
-    best: tuple[float | str, Costs] | None = None
-    for cap in caps:
-        costs = costs_at(cap)
-        fits = getattr(costs, goal.limit) <= most
-        if best is not None and not fits:
-            break
-        if (
-            best is None
-            or _moved(costs, goal) < _moved(best[1], goal)
-            or not _fits(best, goal, most)
-        ):
-            best = (cap, costs)
-    assert best is not None
-    return best
-
-
-def _fits(found: tuple[float | str, Costs], goal: Goal, most: float) -> bool:
-    return getattr(found[1], goal.limit) <= most
-
-
-def _moved(costs: Costs, goal: Goal) -> float:
-    return costs.picks if goal.metric == "picks_vs_linear" else costs.copies
-
-
-def limit_of(folder: Path, goal: Goal, split_seed: int) -> float:
-    """The imbalance that the plan of a goal may have on the judged requests."""
+def limit_of(train: RoutingTrace, test: RoutingTrace, goal: Goal) -> float:
+    """The imbalance that the plan of a goal may have on ``test``."""
     if not isinstance(goal.most, str):
         return goal.most
-    data = parts(folder, goal.trace, split_seed)
-    topology = cluster(goal.nodes, data.train.num_experts)
+    topology = cluster(goal.nodes, train.num_experts)
     assert topology is not None
-    return getattr(made(data, topology, method=goal.most)[1], goal.limit) + goal.slack
+    level = evaluate(test, solve(train, topology, method=goal.most), topology)
+    return getattr(level, goal.limit) + goal.slack
 
 
-def goal_rows(folder: Path, goal: Goal, seeds: int, split_seed: int = 0) -> list[Row]:
-    """A headline cell over the solver seeds: the figure, and the imbalance it was reached at.
-
-    Two methods are compared fairly where they are equally level, so the cap that the solver is
-    asked for is chosen on the judged requests (solver seed 0), as the loosest that keeps the limit
-    there with a little room for the other seeds; the requests that the plan is made from stay the
-    others.
+def asked(data: Parts, goal: Goal) -> float | str:
+    """The cap that the solver is asked for: that of the goal, else its limit, which is taken from
+    the requests that plans are made from where a plan sets it. No judged request is looked at.
     """
+    return goal.cap or limit_of(*data.train.split(SPLIT, seed=0), goal)
+
+
+def goal_figures(folder: Path, goal: Goal, split_seed: int, seed: int) -> dict[str, Any]:
+    """A headline cell on one split of the requests, with one seed of the solver."""
     data = parts(folder, goal.trace, split_seed)
     extra = round(data.train.num_experts * goal.replicas)
     topology = cluster(goal.nodes, data.train.num_experts + extra)
     assert topology is not None
     linear = linear_costs(folder, goal.trace, goal.nodes, split_seed)
-    most = limit_of(folder, goal, split_seed)
-    options = {"num_redundant_experts": extra, **goal.options}
+    cap = asked(data, goal)
+    options = {"num_redundant_experts": extra, "max_imbalance": cap, "seed": seed, **goal.options}
+    plan, costs, seconds = made(data, topology, **options)
+    return {
+        **against(costs, linear),
+        "most": limit_of(data.train, data.test, goal),
+        "asked": cap if isinstance(cap, str) else f"{cap:.4g}",
+        "promised": plan.provenance["expected_imbalance"],
+        "seconds": seconds,
+    }
 
-    def costs_of(cap: float | str, seed: int = 0) -> Costs:
-        return made(data, topology, max_imbalance=cap, seed=seed, **options)[1]
 
-    cap, first = best_cap(costs_of, goal, goal.caps, most - SEEDS_DIFFER)
-    all_costs = [first, *(costs_of(cap, seed) for seed in range(1, seeds))]
-    found = [against(costs, linear) for costs in all_costs]
-    value, spread = summary([f[goal.metric] for f in found])
-    imbalance, range_of = summary([f[goal.limit] for f in found])
-    case = (
-        f"target: {goal.trace} {goal.nodes} nodes x {topology.ranks_per_node} ranks, {goal.label}"
+def goal_rows(
+    folder: Path, goal: Goal, each: Sequence[Mapping[str, Any]], splits: bool
+) -> list[Row]:
+    """A headline cell, from ``goal_figures`` of several solver seeds, or of several ``splits``: the
+    median, and the imbalance that it was reached at.
+    """
+    data = parts(folder, goal.trace)
+    extra = round(data.train.num_experts * goal.replicas)
+    topology = cluster(goal.nodes, data.train.num_experts + extra)
+    assert topology is not None
+    value, spread = summary([f[goal.metric] for f in each])
+    imbalance, levels = summary([f[goal.limit] for f in each])
+    above, _ = summary([f[goal.limit] - f["most"] for f in each])
+    shape = f"{goal.nodes} nodes x {topology.ranks_per_node} ranks"
+    cap = "cap asked for" if goal.cap is None else "default cap"
+    case = f"target: {goal.trace} {shape}, {goal.label}, {cap}"
+    case += f", {len(each)} splits" if splits else ", split 0"
+    figures = ", ".join(f"{f[goal.metric]:.1f} @ {f[goal.limit]:.3f}" for f in each)
+    limits = " / ".join(dict.fromkeys(f"{f['most']:.4g}" for f in each))
+    caps = " / ".join(dict.fromkeys(f["asked"] for f in each))
+    note = (
+        f"split by request 70/30, {'seeds of split and solver' if splits else 'solver seeds'} 0 to "
+        f"{len(each) - 1}: {spread}; "
+        f"max_imbalance {caps}; {figures}; {goal.limit} {levels}, limit {limits}, "
+        f"promised {summary([f['promised'] for f in each])[0]:.4f}; solved in "
+        f"{summary([f['seconds'] for f in each])[0]:.0f} s"
     )
-    if split_seed:
-        case += f", split seed {split_seed}"
-    note = f"{data.words}, split seed {split_seed}; max_imbalance {cap}; solver seeds: {spread}"
     rows = [
         Row(
             case=case,
@@ -370,19 +297,20 @@ def goal_rows(folder: Path, goal: Goal, seeds: int, split_seed: int = 0) -> list
             unit="%",
             baseline="linear",
             target=goal.target,
-            holds=imbalance <= most + 5e-4,
+            holds=above <= 5e-4,
             cell=(goal.trace, goal.nodes, goal.replicas),
             imbalance=imbalance,
-            note=f"{note}; {goal.limit} {imbalance:.4f}, limit {most:.4f}",
+            note=note,
         ),
         Row(
             case=case,
             metric=goal.limit,
             value=imbalance,
             unit="max/mean",
-            note=f"limit {most:.4f}; solver seeds: {range_of}",
+            note=f"limit {limits}; {levels}",
         ),
     ]
-    if not rows[0].met:
+    if not rows[0].met and not splits:
+        most, linear = each[0]["most"], linear_costs(folder, goal.trace, goal.nodes)
         rows += evidence_rows(data, topology, goal, most, extra, linear, case)
     return rows

@@ -46,7 +46,7 @@ STEPS_PER_SECOND = 4e8
 MOST_ROUNDS = 400
 FEWEST_ROUNDS = 20  # below that the coarse bound is as good
 COARSE_ROUNDS = MOST_REPLICA_ROUNDS = 150
-REPLICA_WORK = 4.0  # of a round with replicas, as a multiple of one without
+REPLICA_WORK = 8.0  # of a round with replicas, as a multiple of one without
 MOST_PICKS = 9  # set partitions of more picks are too many to list
 _SMOOTHING, _COOLING, _LEAST_SMOOTHING = 0.15, 0.985, 0.01
 

@@ -175,32 +175,29 @@ def _cover(blocks, first, last, k, u, reach, nodes):
     count, least = last - first, u.min()
     everything = (1 << count) - 1
     best, kept, bare, more = float(count), everything, 0, 0
-    whole = np.inf  # a block that other nodes can serve
-    for b in range(first, last):
-        price = 0.0
+    price_of = np.zeros(count)
+    for b in range(count):
         for i in range(k):
-            if blocks[b] >> i & 1:
-                price += u[i]
-        whole = min(whole, price)
+            if blocks[first + b] >> i & 1:
+                price_of[b] += u[i]
     for g in range(1, nodes - count + 1):
-        value = count - g / (nodes - 1) + max(whole, g * least)
+        value = count - g / (nodes - 1) + max(price_of.min(), g * least)
         if value < best:
             best, more = value, g
     for some in range(everything):
-        near, apart, size, whole, most = 0.0, 0.0, 0, np.inf, 0.0
-        for b in range(first, last):
-            price, stays = 0.0, some >> (b - first) & 1
-            for i in range(k):
-                if blocks[b] >> i & 1:
-                    price += u[i]
-                    if not stays:
-                        near += u[i] + reach[i, _nearest(blocks, first, last, some, i, reach)]
-            if stays:
-                size, whole = size + 1, min(whole, price)
+        apart, size, whole, most = 0.0, 0, np.inf, 0.0
+        for b in range(count):
+            if some >> b & 1:
+                size, whole = size + 1, min(whole, price_of[b])
             else:
-                apart, most = apart + price, max(most, price)
+                apart, most = apart + price_of[b], max(most, price_of[b])
         if apart >= best:
             continue
+        near = apart
+        for b in range(first, last):
+            for i in range(k):
+                if blocks[b] >> i & 1 and not some >> (b - first) & 1:
+                    near += reach[i, _nearest(blocks, first, last, some, i, reach)]
         for empty in range(min(nodes - count, count - size - 1) + 1):
             cover = size + empty
             if cover == 0:
@@ -234,14 +231,16 @@ def _nearest(blocks, first, last, some, i, reach):
 
 
 @numba.njit(cache=True, nogil=True)
-def _weigh(blocks, starts, k, w, z, u, nodes, price, pull, reach, totals):
-    """Fill totals [partitions]; return the lowest."""
+def _weigh(blocks, starts, k, w, z, u, nodes, price, pull, reach, totals, covers):
+    """Fill totals [partitions] and covers [partitions, 3]; return the lowest total."""
     block_prices(w, k, price, pull)
     _sum_near(z, k, reach)
     lowest = np.inf
     for p in range(len(starts) - 1):
         first, last = starts[p], starts[p + 1]
-        totals[p] = _cover(blocks, first, last, k, u, reach, nodes)[0] - (last - first)
+        found = _cover(blocks, first, last, k, u, reach, nodes)
+        totals[p] = found[0] - (last - first)
+        covers[p, 0], covers[p, 1], covers[p, 2] = found[1], found[2], found[3]
         for b in range(first, last):
             totals[p] += price[blocks[b]]
         lowest = min(lowest, totals[p])
@@ -253,9 +252,12 @@ def _lowest(members, tokens, blocks, starts, nodes, w, z, u, cost, near, extra):
     """Sum over tokens of the exact minimum; adds tokens x prices to cost, near and extra."""
     num, k = members.shape
     price, pull, reach = np.zeros(1 << k), np.zeros(1 << k), np.zeros((k, 1 << k))
-    totals, found = np.zeros(len(starts) - 1), 0.0
+    totals, covers = np.zeros(len(starts) - 1), np.zeros((len(starts) - 1, 3), np.int64)
+    found = 0.0
     for t in range(num):
-        best = _weigh(blocks, starts, k, w[t], z[t], u[t], nodes, price, pull, reach, totals)
+        best = _weigh(
+            blocks, starts, k, w[t], z[t], u[t], nodes, price, pull, reach, totals, covers
+        )
         found += tokens[t] * best
         _collect(members[t], tokens[t], w[t], z[t], u[t], cost, near, extra)
     cost += cost.T.copy()
@@ -275,9 +277,9 @@ def _collect(picks, tokens, w, z, u, cost, near, extra):
 
 
 @numba.njit(cache=True, nogil=True)
-def _count(blocks, first, last, k, weight, u, reach, nodes, together, by, copies):
+def _count(blocks, first, last, k, weight, u, reach, nodes, cover, together, by, copies):
     """Add the pairs and the replicas of a partition and its ``_cover``."""
-    _, kept, bare, more = _cover(blocks, first, last, k, u, reach, nodes)
+    kept, bare, more = cover
     size = 0
     for b in range(first, last):
         stays = kept >> (b - first) & 1
@@ -332,16 +334,16 @@ def _move(
     """
     num, k = members.shape
     price, pull, reach = np.zeros(1 << k), np.zeros(1 << k), np.zeros((k, 1 << k))
-    totals = np.zeros(len(starts) - 1)
+    totals, covers = np.zeros(len(starts) - 1), np.zeros((len(starts) - 1, 3), np.int64)
     together, by, copies = np.zeros((k, k)), np.zeros((k, k)), np.zeros(k)
     for t in range(num):
-        low = _weigh(blocks, starts, k, w[t], z[t], u[t], nodes, price, pull, reach, totals)
+        low = _weigh(blocks, starts, k, w[t], z[t], u[t], nodes, price, pull, reach, totals, covers)
         together[:], by[:], copies[:], whole = 0.0, 0.0, 0.0, 0.0
         for p in range(len(totals)):
             weight = np.exp((low - totals[p]) / smoothing)
             whole += weight
             if weight > 1e-4:
-                part = (blocks, starts[p], starts[p + 1], k, weight, u[t], reach, nodes)
+                part = (blocks, starts[p], starts[p + 1], k, weight, u[t], reach, nodes, covers[p])
                 _count(*part, together, by, copies)
         for i in range(k):
             e = members[t, i]

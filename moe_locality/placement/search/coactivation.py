@@ -107,7 +107,7 @@ then searched at lower prices too, up to the imbalance that it is allowed itself
 LOWER = (0.4, 0.1)
 
 REPLICA_ROUNDS = 4
-VISITED_ROUNDS = 3
+VISITED_ROUNDS = 5
 CHEAPER = 0.45
 """What imbalance is worth with replicas, as a share of that without: about, to begin with."""
 
@@ -342,11 +342,13 @@ def _replicate(
     def search(place: int, price: float, turn: int) -> replicas.Candidate:
         return replicas.searched(starts[place], price, seeds[place] + turn)
 
-    found, price = _best_of_prices(begun, search, caps, rounds, CHEAPER * price)
+    visits = float(np.mean([linear_layout(layer).copies for layer in layers]))
+    least = problem.worth * visits * (1 if home_node.size else 1 - 1 / problem.num_nodes)  # copies
+    found, price = _best_of_prices(begun, search, caps, rounds, CHEAPER * price, least)
     if problem.serving_rule == "home":
         return found
     rounds = min(rounds, VISITED_ROUNDS)
-    return _serve_visited(problem, layers, found, caps, seeds, price, rounds)
+    return _serve_visited(problem, layers, found, caps, seeds, price, rounds, least)
 
 
 def _serve_visited(
@@ -357,6 +359,7 @@ def _serve_visited(
     seeds: Sequence[int],
     price: float,
     rounds: int,
+    least: float,
 ) -> list[replicas.Candidate]:
     """Go on from what was ``found`` for the rule "home" under the rule "visited"."""
     ids, home_node = problem.trace.expert_ids, problem.home_node
@@ -365,19 +368,14 @@ def _serve_visited(
     tokens = map_layers(
         lambda i: visited.distinct_tokens(ids[:, i], home_node, experts, seeds[i]), len(layers)
     )
-
-    def begin(place: int) -> replicas.Candidate:
-        layer = layers[place]
-        return visited.begun(tokens[place], layer.load, layer.noise, found[place].held)
-
-    begun = map_layers(begin, len(layers))
+    seen = [(some, layer.load, layer.noise) for some, layer in zip(tokens, layers, strict=True)]
+    begun = map_layers(lambda i: visited.begun(*seen[i], found[i].held), len(layers))
 
     def search(place: int, price: float, turn: int) -> replicas.Candidate:
-        layer, most = layers[place], caps[place].most
-        args = (tokens[place], layer.load, layer.noise, begun[place])
-        return visited.searched_visited(*args, price, most, seeds[place] + turn)
+        most, seed = caps[place].most, seeds[place] + turn
+        return visited.searched_visited(*seen[place], begun[place], price, most, seed)
 
-    return _best_of_prices(begun, search, caps, rounds, max(price, _LEAST))[0]
+    return _best_of_prices(begun, search, caps, rounds, max(price, _LEAST), least)[0]
 
 
 def _best_of_prices(
@@ -386,18 +384,18 @@ def _best_of_prices(
     caps: Sequence[Cap],
     rounds: int,
     first: float,
+    least: float,
 ) -> tuple[list[replicas.Candidate], float]:
-    """(the choice of each layer among what was ``begun`` and found at prices of imbalance, the
-    price that would come next); ``search`` as in ``search_lagrangian``.
-    """
+    """(what is best for each layer of what was ``begun`` and found at prices of imbalance, the next
+    price); ``search``, ``first`` and ``least`` as in ``search_lagrangian``."""
     tried = [[some] for some in begun]
 
     def kept(place: int, price: float, turn: int) -> float:
         tried[place].append(search(place, price, turn))
         return tried[place][-1].imbalance
 
-    price = search_lagrangian(kept, [cap.allowed for cap in caps], rounds, first=first)
-    chosen = load_noise.allocate(tried, caps)
+    price = search_lagrangian(kept, [cap.allowed for cap in caps], rounds, first, least)
+    chosen = load_noise.allocate(tried, caps, least)
     return [some[i] for some, i in zip(tried, chosen, strict=True)], price
 
 

@@ -39,7 +39,7 @@ STEPS, VISITS = 4000, 1 << 22
 HOT, COLD = 1e-3, 1e-4
 """First and last temperature, as shares of the copies of the start."""
 
-LIST_SHARE = 0.25
+LIST_SHARE = 0.1
 """Share of the steps that change a list, the others change places."""
 
 

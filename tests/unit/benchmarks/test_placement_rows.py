@@ -1,13 +1,17 @@
 """The table of targets and the choice of a cap: pure parts of the placement figures."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from moe_locality.placement import evaluate, solve
+from tests.unit.placement.cases import random_trace
+
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
-from placement_cases import best_cap
+from placement_cases import Goal, Parts, asked, cluster
 from placement_rows import Row, target_table
 
 CELL = ("trace", 4, 0.0)
@@ -40,11 +44,14 @@ def test_the_table_holds_targets_with_their_verdict_and_the_peers_of_their_cell(
     assert target_table([row()]) == ""
 
 
-@pytest.mark.parametrize(("edge", "expected"), [(1.0, 1.05), (1.05, 1.05), (1.07, 1.06), (2, 1.08)])
-def test_the_cap_with_the_fewest_copies_that_keeps_the_limit_is_chosen(edge, expected):
-    def costs_of(cap):
-        return SimpleNamespace(node_imbalance=1.04 if cap <= edge else 1.1, copies=2 - cap)
-
-    goal = SimpleNamespace(limit="node_imbalance", metric="copies_vs_linear")
-    cap, _ = best_cap(costs_of, goal, (1.05, 1.06, 1.08), 1.05)
-    assert cap == expected
+def test_the_cap_is_asked_for_without_a_look_at_the_judged_requests():
+    trace = random_trace(np.random.default_rng(0), tokens=400, layers=2, experts=8, top_k=2)
+    data = Parts(name="made", train=trace, test=None)
+    goal = Goal(trace="made", nodes=2, label="", target=0, options={}, slack=0.02, cap=None)
+    cap = asked(data, goal)
+    assert cap > 1.02
+    train, test = trace.split(0.7, seed=0)
+    level = evaluate(test, solve(train, cluster(2, 8), method="eplb")).node_imbalance
+    assert cap == pytest.approx(level + 0.02)
+    assert asked(data, replace(goal, most=1.07)) == 1.07
+    assert asked(data, replace(goal, cap="auto")) == "auto"

@@ -13,6 +13,7 @@ from moe_locality.placement import PlacementPlan, evaluate, solve
 from moe_locality.placement.costs import traffic_matrix
 from moe_locality.placement.search import load_noise, visited
 from moe_locality.placement.serving import check_choices
+from moe_locality.placement.solve import AUTO_WORTH
 from moe_locality.topology import ClusterTopology
 from tests.unit.placement.cases import plans_with_traces, random_trace
 
@@ -109,3 +110,17 @@ def test_solve_searches_for_visited_only_where_it_can():
     for change in ({"method": "eplb"}, {"one_layout": True}, {"expert_groups": 4}):
         with pytest.raises(PlacementError, match="found 'visited', expected 'home' or none"):
             solve(trace, topology, serving_rule="visited", **change)
+
+
+def test_a_cap_that_is_found_is_spent_on_replicas_only_as_far_as_it_pays():
+    trace = random_trace(np.random.default_rng(0), tokens=1500, layers=2, experts=16, top_k=2)
+    topology = ClusterTopology.uniform(4, 1)
+    found, free = (
+        solve(trace, topology, num_redundant_experts=4, max_imbalance=cap)
+        for cap in ("auto", "auto+0.08")
+    )
+    linear = solve(trace, topology, method="linear").costs["copies"]
+    levels = [plan.provenance["expected_imbalance"] for plan in (found, free)]
+    assert levels[0] < levels[1] - 0.03
+    saved = (found.costs["copies"] - free.costs["copies"]) / linear
+    assert saved < AUTO_WORTH * (levels[1] - levels[0])  # what the rest of the cap would bring
