@@ -2,6 +2,7 @@
 plan, and the same training as transformers' own exchange. Real models, tiny, on gloo ranks.
 """
 
+import json
 import logging
 import time
 from typing import ClassVar
@@ -720,7 +721,10 @@ def refuse(rank, world, path, folder):
 
     def forget_to_apply():
         good.write(f"{folder}/plan-{rank}.json")
-        moe_locality.register({**cluster, "plan": f"{folder}/plan-{rank}.json"})
+        section = {**cluster, "plan": f"{folder}/plan-{rank}.json"}
+        with open(f"{folder}/section-{rank}.json", "w", encoding="utf-8") as file:
+            json.dump({"moe_locality": section}, file)
+        moe_locality.register(f"{folder}/section-{rank}.json")
         load(path, world)(inputs(rank))
 
     calls["not applied"] = forget_to_apply
