@@ -8,7 +8,7 @@ PY      = $(VENV)/bin/python
 PIP     = @$(PY) -m pip install -qq --disable-pip-version-check -c constraints-dev.txt
 READY   = $(VENV)/.installed
 
-.PHONY: demo test test-random test-families test-multinode test-soak check bench bench-multinode gpu clean
+.PHONY: demo test test-slow test-random test-families test-multinode test-soak check bench bench-multinode gpu clean
 
 # torch first and deepspeed without build isolation: its setup.py imports torch
 $(READY): pyproject.toml setup.py constraints-dev.txt
@@ -29,11 +29,15 @@ demo: $(READY) ## the main job: train, record, place, run again, compare; report
 	$(VENV)/bin/moe-locality demo --out $(OUT)
 
 # in the order of the folders: tests/distributed has the long files, and xdist would begin with the short ones
-test: $(READY) ## every test that needs no GPU; JOBS files at a time
-	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+PYTEST = $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+test: $(READY) ## the tests that need no GPU, JOBS files at a time
+	$(PYTEST)
+
+test-slow: $(READY) ## the long ones: real launchers, soaks, the widest cases
+	$(PYTEST) -m "slow and not gpu and not multinode and not families"
 
 test-random: $(READY) ## the property tests with other examples each time; SEED=N repeats a run
-	MOE_LOCALITY_HYPOTHESIS=random $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "hypothesis and not gpu and not multinode" $(if $(SEED),--hypothesis-seed=$(SEED))
+	MOE_LOCALITY_HYPOTHESIS=random $(PYTEST) -m "hypothesis and not gpu and not multinode" $(if $(SEED),--hypothesis-seed=$(SEED))
 
 test-families: $(READY) ## all families of transformers (make test runs eight of them), JOBS at a time
 	$(PY) -m pytest -n $(JOBS) -m families

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from moe_locality.demo.launch import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +28,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_launchers_on_one_machine_are_two_nodes(tmp_path):
     (tmp_path / "hostfile").write_text("nodeA slots=1\nnodeB slots=1\n")
     (tmp_path / "program.py").write_text(PROGRAM)

@@ -104,7 +104,9 @@ def assert_same(found, expected, mode):
     assert not unlike, (mode, unlike)
 
 
-@pytest.mark.parametrize(("world", "ep_size"), [(2, 2), (4, 2), (2, 1)])
+@pytest.mark.parametrize(
+    ("world", "ep_size"), [(2, 2), pytest.param(4, 2, marks=pytest.mark.slow), (2, 1)]
+)
 def test_a_run_that_relocates_has_the_losses_of_one_that_does_not(world, ep_size):
     modes = list(MODES) if ep_size > 1 else ["fp32-zero1", "bf16-zero2"]
     if not get_accelerator().is_fp16_supported():

@@ -130,6 +130,7 @@ def test_serve_file_ends_on_all_ranks_when_one_dies(tmp_path, kind):
     assert found == wanted
 
 
+@pytest.mark.slow
 def test_serve_is_one_command_on_all_ranks(tmp_path):
     """[F17.1] launch/serve.sh, on real launched ranks: results, refusals, one summary."""
     from moe_locality.demo.launch import free_port
@@ -163,6 +164,7 @@ def write_plan(rank, world, path, file):
         plan.write(file)
 
 
+@pytest.mark.slow
 def test_serve_sends_requests_home_over_ranks_that_stand_for_nodes(tmp_path):
     """[F17.2] Homes over the command's own process groups, which name no backend; ranks that idle
     after a padded prefill; a refused request is tried again when its line was corrected.

@@ -3,6 +3,7 @@
 import mmap
 import os
 
+import pytest
 import torch
 
 from benchmarks.soak import RSS_KIB, SAMPLES, growth, serve_and_sample, train_and_sample
@@ -22,6 +23,7 @@ def leak_everything(step):
         torch.distributed.new_group()
 
 
+@pytest.mark.slow
 def test_a_hundred_steps_leave_nothing_behind(tmp_path):
     for samples, _ in run_ranks(train_and_sample, WORLD, STEPS, tmp_path, deepspeed=True):
         assert len(samples) == SAMPLES
@@ -44,6 +46,7 @@ def test_the_serving_engine_leaves_nothing_behind(tmp_path):
         assert grown["threads"] <= 0, samples
 
 
+@pytest.mark.slow
 def test_leaks_are_seen(tmp_path):
     arguments = (WORLD, 2 * SAMPLES, tmp_path, leak_everything)
     for samples, _ in run_ranks(train_and_sample, *arguments, deepspeed=True):

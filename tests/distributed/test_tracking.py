@@ -303,6 +303,7 @@ def exits(folder):
     return [e.exit_code for e in back.of("exit")], back
 
 
+@pytest.mark.slow
 def test_two_runs_of_somebodys_script_are_compared(offline, tmp_path):  # noqa: F811
     """Only the example's script wrote what `compare` reads. With "run_dir" any training [F6]
     does, and both wandb runs are closed at the end of the process.
@@ -347,6 +348,7 @@ def test_two_runs_of_somebodys_script_are_compared(offline, tmp_path):  # noqa: 
     assert found["facts"]["plan of placed"] == digest[:12]
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_closed_as_failed(offline, tmp_path):  # noqa: F811
     """A training that ends in an exception keeps its lines; its run says that it failed. [C1]"""
     done = script(tmp_path, "run", fails="fails")

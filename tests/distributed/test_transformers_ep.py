@@ -445,6 +445,7 @@ def train_and_resume(rank, world, path, folder):
     return found
 
 
+@pytest.mark.slow
 def test_apply_trains_as_their_exchange_and_resumes_under_another_plan(tmp_path):
     """Twenty steps of AdamW with clipped gradients: replicas count once in the norm."""
     path = save_tiny(tmp_path, "Qwen3Moe")

@@ -41,7 +41,7 @@ def decode(rank, world, path, length):
     return found
 
 
-@pytest.mark.parametrize("family", ["Qwen3Moe", "DeepseekV3"])
+@pytest.mark.parametrize("family", ["Qwen3Moe", pytest.param("DeepseekV3", marks=pytest.mark.slow)])
 def test_generate_parts_from_the_whole_model_at_ties_only(tmp_path, record_property, family):
     """Counted up to the first other token of a text: what follows has another beginning."""
     everyone = run_ranks(decode, 4, save_tiny(tmp_path, family), 64, timeout_s=240.0)
