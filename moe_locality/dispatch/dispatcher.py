@@ -531,8 +531,8 @@ def make_transport(
         "combine_payload": Codec.of_payload(config.combine_payload),
         "clock": traffic.clock,
     }
-    part = functools.partial(AllToAllGroup, comm=comm, ep_ranks=traffic.ranks, position=position)
-    whole = part(process_group=group, ranks=traffic.ranks, counter=traffic)
+    part = functools.partial(AllToAllGroup, comm=comm, counter=traffic, position=position)
+    whole = part(process_group=group, ranks=traffic.ranks)
     size = len(traffic.ranks)
     flat = config.exchange == "flat" or (config.exchange == "auto" and rails is None)
     if config.exchange == "deepep" and size > 1:
@@ -547,15 +547,10 @@ def make_transport(
             "not made: start with moe_locality.initialize, or use 'flat'"
         )
     else:
-        across, inside = rails.inter_ranks, rails.intra_ranks
         made = HierarchicalTransport(
             rails,
-            inter_node=part(
-                process_group=rails.inter_group, ranks=across, counter=traffic.among(across)
-            ),
-            intra_node=part(
-                process_group=rails.intra_group, ranks=inside, counter=traffic.among(inside)
-            ),
+            inter_node=part(process_group=rails.inter_group, ranks=rails.inter_ranks),
+            intra_node=part(process_group=rails.intra_group, ranks=rails.intra_ranks),
             reduce_at_node=config.reduce_at_node,
             **common,
         )

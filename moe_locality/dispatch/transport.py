@@ -285,17 +285,23 @@ class TrafficCounter:
         )
         self.clock.reset()
 
-    def count(self, kind: str, splits: Sequence[int], rows: Tensor, extra_bytes: int = 0) -> None:
-        """Add one exchange: ``splits[i]`` rows like those of ``rows [*, D]`` to ``ranks[i]``.
+    def count(
+        self,
+        kind: str,
+        splits: Sequence[int],
+        rows: Tensor,
+        extra_bytes: int = 0,
+        *,
+        among: tuple[int, ...] | None = None,
+    ) -> None:
+        """Add one exchange: ``splits[i]`` rows like those of ``rows [*, D]`` to ``ranks[i]``, or to
+        the i-th rank of those that it is ``among``.
 
         ``extra_bytes`` of each row count as ``routing``.
         """
-        self.add(kind, slice(None), splits, rows, extra_bytes)
-
-    def add(
-        self, kind: str, where: Any, splits: Sequence[int], rows: Tensor, extra_bytes: int = 0
-    ) -> None:
-        """Add one exchange with the ranks at the positions ``where``."""
+        where: Any = slice(None)
+        if among is not None and among != self.ranks:
+            where = [self.ranks.index(rank) for rank in among]
         sent = np.asarray(splits, dtype=np.int64)
         size = math.prod(rows.shape[1:]) * rows.element_size()
         self.rows[kind][where] += sent
@@ -305,22 +311,6 @@ class TrafficCounter:
             self.rows["routing"][where] += sent
             self.bytes["routing"][where] += sent * extra_bytes
             self.messages["routing"][where] += sent > 0
-
-    def among(self, ranks: Sequence[int]) -> "SubgroupCounter":
-        """Return a counter for exchanges among some of the ranks; it adds to this one."""
-        return SubgroupCounter(self, [self.ranks.index(rank) for rank in ranks])
-
-
-class SubgroupCounter:
-    """Counts exchanges among some ranks of a :class:`TrafficCounter`, into it."""
-
-    def __init__(self, whole: TrafficCounter, positions: list[int]) -> None:
-        self.whole = whole
-        self.positions = np.array(positions)
-
-    def count(self, kind: str, splits: Sequence[int], rows: Tensor, extra_bytes: int = 0) -> None:
-        """Add one exchange: ``splits[i]`` rows to the i-th rank of the subgroup."""
-        self.whole.add(kind, self.positions, splits, rows, extra_bytes)
 
 
 # -- the all-to-all of one group
@@ -436,15 +426,14 @@ class AllToAllGroup:
     to receive too.
 
     ``process_group``: None for the world. ``comm``: module with ``all_to_all_single``
-    (``torch.distributed``, or ``deepspeed.comm``, which logs it). ``ranks``: global ranks of this
-    group in its order; ``ep_ranks``: those of the whole EP group. ``position``: of the layer.
+    (``torch.distributed``, or ``deepspeed.comm``, which logs it). ``counter``: of the whole EP
+    group. ``ranks``: global ranks of this group in its order. ``position``: of the layer.
     """
 
     process_group: "ProcessGroup | None"
     comm: Collectives
-    counter: TrafficCounter | SubgroupCounter | None
+    counter: TrafficCounter
     ranks: tuple[int, ...]
-    ep_ranks: tuple[int, ...]
     position: CallPosition = field(default_factory=CallPosition)
 
     @property
@@ -491,7 +480,7 @@ class AllToAllGroup:
 
     def _explanation(self, kind: str, error: RuntimeError) -> str:
         where = f"{kind} of {self.position}"
-        history = calls_so_far(self.ep_ranks)
+        history = calls_so_far(self.counter.ranks)
         where += f" ({history})" if history else ""
         found = (
             f"the exchange of {where} with ranks {list(self.ranks)} broke off on rank "
@@ -500,7 +489,7 @@ class AllToAllGroup:
         )
         # logged first: the launcher may end this process before the others answer
         logger.error("moe_locality: %s: asking the other ranks where they stand", found)
-        told = ask_ranks(self.ranks, self.ep_ranks, where)
+        told = ask_ranks(self.ranks, self.counter.ranks, where)
         return f"{found}. {told} The backend says: {error}"
 
     def start_rows(
@@ -518,8 +507,7 @@ class AllToAllGroup:
         sources. ``extra_bytes`` of each row count as ``routing``, the rest as ``kind``.
         """
         rows = rows[: sum(input_splits)].contiguous()
-        if self.counter is not None:
-            self.counter.count(kind, input_splits, rows, extra_bytes)
+        self.counter.count(kind, input_splits, rows, extra_bytes, among=self.ranks)
         if self.size == 1:
             return PendingRows(rows, None, rows, kind)
         received = rows.new_empty(sum(output_splits), *rows.shape[1:])

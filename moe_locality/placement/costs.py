@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import PlacementError
-from moe_locality.placement.plan import PlacementPlan
+from moe_locality.placement.plan import PlacementPlan, to_plain
 from moe_locality.placement.problem import AlignedTrace, Homes, align_trace, log_warning
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
@@ -82,8 +82,6 @@ class Costs:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; nan becomes None."""
-        from moe_locality.placement.plan import to_plain
-
         return to_plain({f.name: getattr(self, f.name) for f in fields(self)}, "costs")
 
 

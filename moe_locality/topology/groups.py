@@ -106,9 +106,9 @@ def exchange_objects(value: Any, group: Any = None) -> list[Any]:
     return [pickle.loads(value) for value in everyone]
 
 
-def _raise_on_all(error: str | None, what: str, group: Any = None) -> None:
+def _raise_on_all(error: str | None, what: str) -> None:
     """Raise TopologyError on every rank when any rank has an error; ``what`` opens the message."""
-    errors = exchange_objects(error, group)
+    errors = exchange_objects(error)
     found = {rank: e for rank, e in enumerate(errors) if e is not None}
     if found:
         first = next(iter(found.values()))
