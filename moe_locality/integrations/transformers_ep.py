@@ -108,11 +108,8 @@ class LocalityEP(ExchangingLayer, EPImplementation):
         self, section: MoeLocalityConfig, topology: ClusterTopology | None, position: CallPosition
     ) -> None:
         """Take the settings; ``position`` is for messages."""
-        self.section, self.dispatch_config, self.kernels = (
-            section,
-            section.dispatch,
-            section.kernels,
-        )
+        self.section = section
+        self.dispatch_config, self.kernels = section.dispatch, section.kernels
         self.topology, self.dispatcher = topology, None
         self.call_position, self.rows.name = position, position.name
 

@@ -256,7 +256,7 @@ def test_apply_equals_the_whole_model(tmp_path, half):
     for family in paths:
         distances = [each[family] for each in everyone]
         theirs = {
-            key: [each["all_to_all"][key] for each in distances] for key in distances[0][None]
+            key: [each["all_to_all"][key] for each in distances] for key in distances[0]["moved"]
         }
         for kind in ("moved", "copied"):
             ours = {key: [each[kind][key] for each in distances] for key in theirs}
