@@ -49,7 +49,6 @@ class ArrivingHomes:
         predict: str = "prefill",
         max_imbalance: float = MAX_TOKEN_IMBALANCE,
     ) -> None:
-        check_topology(plan, topology)
         check_prediction(predict)
         if predict in ("domain", "oracle"):
             raise PlacementError(
@@ -58,16 +57,22 @@ class ArrivingHomes:
             )
         if not max_imbalance >= 1:
             raise PlacementError(f"max_imbalance: found {max_imbalance}, expected at least 1")
+        self._predict, self._topology = predict, topology
+        self._max_imbalance = max_imbalance
+        self.follow(plan)
+        self._tokens = np.zeros(plan.num_ranks, dtype=np.int64)
+        self._requests = 0
+
+    def follow(self, plan: PlacementPlan) -> None:
+        """Take a plan for the same ranks whose experts have moved; what is assigned stays so."""
+        check_topology(plan, self._topology)
         profiles = plan.home_profiles or {}
         self._serving = serving_of_plan(plan, profiles.get("objective", "copies"))
-        self._model = predictor_of(plan, predict)
+        self._model = predictor_of(plan, self._predict)
         self._rows = np.arange(plan.num_layers)
         self._shape = (plan.num_layers, plan.num_experts)
         price = profiles.get("token_price") or np.zeros(plan.num_nodes)
         self._price = np.asarray(price, dtype=float)[plan.node_of_rank]
-        self._max_imbalance = max_imbalance
-        self._tokens = np.zeros(plan.num_ranks, dtype=np.int64)
-        self._requests = 0
 
     @property
     def tokens_per_rank(self) -> np.ndarray:

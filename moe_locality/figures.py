@@ -138,11 +138,16 @@ class LayersData:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LossData:
-    """Loss curves. ``runs`` name -> (steps [n], loss [n]); the first one is the baseline."""
+    """Curves, of losses by default. ``runs`` name -> (steps [n], loss [n]); the first one is the
+    baseline.
+    """
 
     runs: dict[str, tuple[np.ndarray, np.ndarray]]
     basis: Basis
     title: str = "Training loss"
+    x_label: str = "step"
+    y_label: str = "loss (nats per token)"
+    log_x: bool = False
 
 
 FigureData = TrafficData | LoadData | SimilarityData | TradeoffData | LayersData | LossData
@@ -182,7 +187,7 @@ def numbers(data: FigureData) -> Table:
         columns = [np.asarray(values).tolist() for values in data.values.values()]
         rows = list(zip(data.layer_ids, *columns, strict=True))
     else:
-        head = ("run", "step", "loss")
+        head = ("run", data.x_label, data.y_label.partition(" (")[0])
         rows = [
             (name, step, loss)
             for name, (steps, losses) in data.runs.items()
@@ -499,7 +504,9 @@ def _draw_losses(data: LossData) -> "Figure":
         width, dashes = (3.0, "-") if place == 0 else (1.3, "--")
         color = "#b5b5b5" if place == 0 else LINE_COLORS[place % len(LINE_COLORS)]
         axes.plot(steps, losses, lw=width, ls=dashes, color=color, label=name)
-    _finish_lines(axes, "step", "loss (nats per token)", _title(data))
+    if data.log_x:
+        axes.set_xscale("log")
+    _finish_lines(axes, data.x_label, data.y_label, _title(data))
     return figure
 
 

@@ -10,6 +10,7 @@ training's are described in docs/config.md:
     load/balancedness, load/node_imbalance                mean / max over ranks; max / mean of nodes
     quality/loss                                          nats per token
     time/step_us                                          wall time of a step, microseconds
+    serving/tokens_per_s, serving/running, serving/...    of the serving engine (docs/serving.md)
 """
 
 import contextlib
@@ -31,7 +32,7 @@ from moe_locality.errors import BackendUnavailable, ConfigError
 logger = logging.getLogger(__name__)
 
 STEP_METRIC = "tokens"
-METRIC_FAMILIES = ("traffic/*", "load/*", "quality/*", "time/*", "trace/*", "online/*")
+METRIC_FAMILIES = ("traffic/*", "load/*", "quality/*", "time/*", "trace/*", "online/*", "serving/*")
 ONLINE_WAIT_S = 15.0
 """How long an online run may look for its server; wandb's own WANDB_INIT_TIMEOUT goes before."""
 PACKAGES = (

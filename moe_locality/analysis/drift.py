@@ -101,6 +101,17 @@ def compare(old: RoutingTrace, new: RoutingTrace, *, num_splits: int = 8, seed: 
     )
 
 
+def load_drift(load: np.ndarray, new: RoutingTrace) -> tuple[float, float]:
+    """Divergence in bits of the loads of a trace from ``load [L, E]``, mean over the layers, and
+    what two samples as small as the trace would show without drift (nan with one request).
+    """
+    known = (load.sum(axis=1) > 0) & (new.load().sum(axis=1) > 0)
+    if not known.any():
+        return float("nan"), float("nan")
+    found = jensen_shannon_bits(load[known], new.load()[known])
+    return float(found.mean()), float(_split_half(new, 8, 0)[known].mean() / 2)
+
+
 def compare_plan(
     old: RoutingTrace,
     new: RoutingTrace,

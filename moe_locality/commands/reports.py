@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from moe_locality import RoutingTrace
     from moe_locality.compare import Comparison, SplitFrom
     from moe_locality.config import TrackingConfig
+    from moe_locality.report import ReportData
 
 Wandb = Annotated[str | None, typer.Option(help="Also log to this wandb project.")]
 WandbDir = Annotated[str | None, typer.Option(help="Where wandb keeps its files.")]
@@ -94,7 +95,11 @@ def compare(
 
 
 def tracking_settings(
-    project: str | None, mode: str, folder: str | None, group: str | None
+    project: str | None,
+    mode: str,
+    folder: str | None,
+    group: str | None,
+    job_type: str = "compare",
 ) -> TrackingConfig | None:
     """Return the settings of the wandb run, or None where no project was named.
 
@@ -109,7 +114,7 @@ def tracking_settings(
     from moe_locality.tracking import require_wandb
 
     require_wandb()  # now, not when the work is done
-    return TrackingConfig(project=project, group=group, job_type="compare", dir=folder, mode=mode)
+    return TrackingConfig(project=project, group=group, job_type=job_type, dir=folder, mode=mode)
 
 
 def _track(settings: TrackingConfig | None, found: Comparison, files: list[Path]) -> Path | None:
@@ -203,10 +208,16 @@ def report(
     held_out: HeldOut = 0.0,
     seed: Seed = 0,
 ) -> Result:
-    """Write one HTML file: the trace, and the plans on it."""
+    """Write one HTML file: a trace, and the plans on it; or a run of serve --metrics."""
     from moe_locality.report import trace_report, write_report
 
     check_writable(out, "report", trace, *(plan or []), homes)
+    if next(trace.glob("metrics-*.jsonl"), None) is not None:
+        from moe_locality.serving.metrics import serving_report
+
+        page = serving_report(trace, command=f"moe-locality report {trace} -o {out}")
+        write_report(page, out)
+        return _reported(out, page, None)
     with progress(f"reporting {trace}"):
         content, _, origin = read_judged(trace, held_out, seed)
         found = None
@@ -224,6 +235,10 @@ def report(
         )
         page = trace_report(content, seed=seed, command=line, comparison=found)
         write_report(page, out)
+    return _reported(out, page, found)
+
+
+def _reported(out: Path, page: ReportData, found: Comparison | None) -> Result:
     payload = {
         "command": "report",
         "report": out,

@@ -5,22 +5,28 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moe_locality.commands.inputs import Nodes, RanksPerNode, Seed
+from moe_locality.commands.inputs import Nodes, RanksPerNode, Seed, WandbMode
 from moe_locality.commands.output import Result
-from moe_locality.config import read_config
+from moe_locality.commands.reports import Wandb, WandbDir, tracking_settings
 from moe_locality.errors import ConfigError
 
 if TYPE_CHECKING:
+    from moe_locality.config import OnlineConfig, TrackingConfig
     from moe_locality.placement import PlacementPlan
+    from moe_locality.serving import Metrics
+    from moe_locality.serving.watch import WatchDecision
 
 _SEQS = "Sequences that a rank continues together."
 _TOKENS = "Tokens of a step; longer prompts come in chunks."
 _GROUPING = "fifo, cosine or experts."
 _CONFIG = "JSON with a section moe_locality: dispatch (low-bit payloads too), kernels, cluster."
+_WATCH = "off, propose (OUT/plan-step-N.json) or apply (between steps)."
+_PORT = "this port, plus the local rank."
 _HOMES = "arrival, predicted, first:N, domain, random or round_robin."
 
 
@@ -43,47 +49,96 @@ def serve(
     dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16.")] = "auto",
     trace: Annotated[Path | None, typer.Option(help="Also record the routing there.")] = None,
     config: Annotated[Path | None, typer.Option(help=_CONFIG)] = None,
+    watch: Annotated[str, typer.Option(help=f"Of the routing: {_WATCH}")] = "off",
+    watch_every: Annotated[int, typer.Option(min=1, help="Steps between two decisions.")] = 500,
+    move_budget: Annotated[float, typer.Option(help="Share of the slots that may move.")] = 0.1,
+    metrics: Annotated[bool, typer.Option(help="Also write OUT/metrics-R.jsonl.")] = False,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help=f"Prometheus: {_PORT}")
+    ] = None,
+    metrics_host: Annotated[str, typer.Option(help="Where it listens.")] = "127.0.0.1",
+    wandb: Wandb = None,
+    wandb_mode: WandbMode = "offline",
+    wandb_dir: WandbDir = None,
     nodes: Nodes = None,
     ranks_per_node: RanksPerNode = None,
     seed: Seed = 0,
 ) -> Result:
     """Serve requests with a Hugging Face MoE model, on one rank or under a launcher."""
+    return _serve(SimpleNamespace(**locals()))
+
+
+def _serve(given: Any) -> Result:
+    """Serve with the options of the command."""
     import moe_locality
     from moe_locality.serving import Engine, Limits, SamplingParams
     from moe_locality.serving.grouping import chooser
     from moe_locality.serving.homes import HomeRule
     from moe_locality.serving.jobs import serve_file
 
-    params = SamplingParams(temperature=temperature, max_tokens=max_tokens)
-    limits = Limits(
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_model_len=max_model_len,
-        max_num_kv_tokens=max_num_kv_tokens,
-        max_num_ready=max_num_ready,
-    )
-    section, found = _section(config, plan, nodes, ranks_per_node)
-    HomeRule(homes, 1 if found is None else found.num_ranks, plan=found)  # says what is wrong
-    chooser(grouping)
-    _check_files(requests, out, dtype)
+    params = SamplingParams(temperature=given.temperature, max_tokens=given.max_tokens)
+    names = Limits.__dataclass_fields__
+    limits = Limits(**{name: getattr(given, name) for name in names})
+    section, plan = _section(given.config, given.plan, given.nodes, given.ranks_per_node)
+    HomeRule(given.homes, 1 if plan is None else plan.num_ranks, plan=plan)  # says what is wrong
+    chooser(given.grouping)
+    online = _online(given.watch, given.watch_every, given.move_budget)
+    settings = tracking_settings(given.wandb, given.wandb_mode, given.wandb_dir, None, "serve")
+    counts = given.metrics or given.metrics_port is not None or settings is not None
+    _check_files(given.requests, given.out, given.dtype)
     if section or "WORLD_SIZE" in os.environ:
+        if counts:
+            section["dispatch"] = {**section.get("dispatch", {}), "timing": True}
         moe_locality.register(section)
     rank = _join_ranks()
-    loaded, tokenizer = _load(model, dtype, found)
+    metrics = _metrics(given, rank, settings) if counts else None
+    model, tokenizer = _load(given.model, given.dtype, plan)
     recorder = None
-    if trace is not None:
-        recorder = moe_locality.attach(loaded, trace)
+    if given.trace is not None:
+        recorder = moe_locality.attach(model, given.trace)
+
+    def on_watch(decision: WatchDecision) -> None:
+        if rank == 0 and decision.plan is not None:
+            decision.plan.write(given.out / f"plan-step-{decision.step}.json")
+
     engine = Engine(
-        loaded, tokenizer, limits=limits, homes=homes, plan=found, grouping=grouping, seed=seed
-    )
-    total = serve_file(engine, requests, out, params)
+        model, tokenizer, limits=limits, homes=given.homes, plan=plan, grouping=given.grouping,
+        watch=given.watch, online=online, seed=given.seed, on_watch=on_watch,
+        on_step=metrics and metrics.on_step,
+    )  # fmt: skip
+    total = serve_file(engine, given.requests, given.out, params, metrics=metrics)
     if recorder is not None:
         recorder.close()
-    del engine, loaded
+    del engine, model
     _leave_ranks()
     if rank:
         raise SystemExit(0)  # the first rank speaks for all
-    return _told(total, out)
+    return _told(total, given.out)
+
+
+def _metrics(given: Any, rank: int, settings: TrackingConfig | None) -> Metrics:
+    from moe_locality.serving import Metrics
+    from moe_locality.tracking import start_tracking
+
+    metrics = Metrics(rank, model=given.model)
+    if given.metrics_port is not None:
+        metrics.listen(
+            given.metrics_port + int(os.environ.get("LOCAL_RANK", "0")), given.metrics_host
+        )
+    config = {name: str(value) for name, value in vars(given).items()}
+    metrics.track(start_tracking(settings, run_config=config, rank=rank, step_metric="step"))
+    return metrics
+
+
+def _online(watch: str, every: int, budget: float) -> OnlineConfig:
+    from moe_locality.config import OnlineConfig
+    from moe_locality.serving.watch import MODES
+
+    if watch not in MODES or not 0 < budget <= 1:
+        raise ConfigError(
+            f"found --watch {watch} and --move-budget {budget}, expected one of {MODES} and a share"
+        )
+    return OnlineConfig(every_n_steps=every, move_budget=budget)
 
 
 def _told(total: dict[str, Any], out: Path) -> Result:
@@ -138,6 +193,7 @@ def _section(
     config: Path | None, plan: Path | None, nodes: int | None, ranks_per_node: int | None
 ) -> tuple[dict[str, Any], PlacementPlan | None]:
     """Return the section, with ranks that stand for nodes, and its plan; nothing else is read."""
+    from moe_locality.config import read_config
     from moe_locality.placement import PlacementPlan
 
     section = {} if config is None else read_config(config).model_dump(exclude_unset=True)

@@ -245,6 +245,7 @@ class TokenDispatcher:
         position: which layer this is, sent to the other ranks with the counts; layers without one
             are numbered in the order of their first dispatch.
         slot_map: the slot of each logical expert, for :func:`run_moe`; identity by default.
+        traffic: a counter of these ranks that goes on counting; a new one by default.
     """
 
     def __init__(
@@ -260,6 +261,7 @@ class TokenDispatcher:
         rails: Rails | None = None,
         position: CallPosition | None = None,
         slot_map: SlotMap | None = None,
+        traffic: TrafficCounter | None = None,
     ) -> None:
         config = config or DispatchConfig()
         warn_if_lossy(config)
@@ -275,7 +277,7 @@ class TokenDispatcher:
         self.slot_map = slot_map or SlotMap()
         self.kernels: ops.Backend = kernels
         clock = StageClock(config.timing)
-        self.traffic = TrafficCounter(ranks=ranks, topology=topology, clock=clock)
+        self.traffic = traffic or TrafficCounter(ranks=ranks, topology=topology, clock=clock)
         self.transport = make_transport(
             config,
             group=ep_group,
@@ -576,13 +578,15 @@ class ExchangingLayer:
     """What a layer of every front end has: the settings of its exchange, and the dispatcher.
 
     The first call makes the dispatcher; set ``dispatcher`` to None where a setting changes.
-    ``traffic`` counts what was sent (None before the first call).
+    ``traffic`` counts what was sent (None before the first call); the next dispatcher goes on with
+    ``counter``, where it is set.
     """
 
     dispatch_config: DispatchConfig
     kernels: ops.Backend
     topology: ClusterTopology | None = None
     dispatcher: TokenDispatcher | None = None
+    counter: TrafficCounter | None = None
     call_position: CallPosition
 
     @property
@@ -629,6 +633,7 @@ class ExchangingLayer:
                 kernels=self.kernels,
                 position=self.call_position,
                 rails=rails,
+                traffic=self.counter,
             )
         self.dispatcher.slot_map = slot_map
         return self.dispatcher

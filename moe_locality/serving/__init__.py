@@ -1,6 +1,7 @@
 """An offline batch engine for Hugging Face MoE models whose experts are spread over ranks."""
 
 from moe_locality.serving.engine import Engine
+from moe_locality.serving.metrics import Metrics
 from moe_locality.serving.requests import (
     CompletionOutput,
     Request,
@@ -15,6 +16,7 @@ __all__ = [
     "CompletionOutput",
     "Engine",
     "Limits",
+    "Metrics",
     "Request",
     "RequestError",
     "RequestOutput",

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moe_locality.config import OnlineConfig
 from moe_locality.dispatch.traffic import local_traffic, reset_traffic
 from moe_locality.errors import ConfigError
 from moe_locality.layer.agreement import all_agree, all_succeed
@@ -45,11 +46,13 @@ from moe_locality.serving.scheduler import (
     Sequence,
     Work,
 )
+from moe_locality.serving.watch import Watch, WatchDecision
 from moe_locality.trace.recorder import annotate
 
 OnToken = Callable[[Sequence, int], None]
 OnStep = Callable[[dict[str, Any]], None]
-HELD, MORE, RUNS, OFFERS, ROOM, SURPLUS, DRAINS = range(7)  # the words of a rank in a step
+# what a rank tells the others in a step; the last three are of its last one
+HELD, MORE, RUNS, OFFERS, ROOM, SURPLUS, DRAINS, LOAD, CROSS, TOKENS = range(10)
 
 
 class Engine:
@@ -63,6 +66,9 @@ class Engine:
         plan: of the model's experts, for homes that are chosen by it.
         grouping: which ready request takes a free row (:mod:`moe_locality.serving.grouping`);
             others than ``fifo`` need ``max_num_ready`` to choose from.
+        watch: ``propose`` another plan when the routing has drifted, or ``apply`` it between steps
+            (:mod:`moe_locality.serving.watch`); ``off``. ``online``: how often, and the budgets.
+        on_watch: called with every :class:`~moe_locality.serving.watch.WatchDecision`.
         seed: for requests that have none of their own.
         on_token: called with (sequence, token) for every new token.
         on_step: called with the counts of every step, see :meth:`step_counts`.
@@ -80,20 +86,23 @@ class Engine:
         homes: str = "arrival",
         plan: PlacementPlan | None = None,
         grouping: str = "fifo",
+        watch: str = "off",
+        online: OnlineConfig | None = None,
         seed: int = 0,
         on_token: OnToken | None = None,
         on_step: OnStep | None = None,
+        on_watch: Callable[[WatchDecision], None] | None = None,
     ) -> None:
         self.model: Any = model.eval()
         self.tokenizer: Any = tokenizer
         self.seed = seed
-        self.on_token, self.on_step = on_token, on_step
+        self.on_token, self.on_step, self.on_watch = on_token, on_step, on_watch
         self.device: torch.device = self.model.device
         self.recurrent = all_succeed(lambda: check_cache(model))
         self.config: Any = self.model.config.get_text_config(decoder=True)
         self.limits = all_succeed(lambda: (limits or Limits()).of_model(self.config))
-        told = repr((self.limits, homes, grouping, seed, plan and plan.digest()))
-        all_agree("settings of the engine", told)
+        told = (self.limits, homes, grouping, seed, plan and plan.digest(), watch, online)
+        all_agree("settings of the engine", repr(told))
         self.eos = _eos_tokens(self.model)
         parameters = inspect.signature(self.model.forward).parameters
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
@@ -101,7 +110,8 @@ class Engine:
         takes_it = "output_router_logits" in parameters
         self._without = {"output_router_logits": False} if takes_it else {}
         self._profiles = grouping != "fifo"
-        sees = self._profiles or on_step is not None or homes == "predicted" or ":" in homes
+        self._looks = on_step is not None or watch != "off"
+        sees = self._profiles or self._looks or homes == "predicted" or ":" in homes
         self.tap = RouteTap(model, sees=sees)
         self.lockstep = LockStep(model, self.tap, self.device)
         rows = all_succeed(lambda: plan_rows(model, plan) if plan and self.tap.layers else [])
@@ -114,15 +124,18 @@ class Engine:
             choose=chooser(grouping),
             stages=rule.reads_routes,
         )
-        self._like = Rows.empty(self.config, 1)
         self._surplus = self.unserved = 0
         self._drains = self._stopped = False
         self._batch: Rows | None = None
         self._batch_of: list[Sequence] = []
         self._arrived = self._steps = 0
-        self._seconds: dict[str, float] = defaultdict(float)
+        self._begin_counts()
         self.lockstep.warm_up(self._warm)
+        self.topology = next((layer.topology for layer in self.tap.layers), None)
+        given = (self.lockstep, self.tap.layers, rows, plan, watch, online)
+        self.watch = None if watch == "off" else all_succeed(lambda: Watch(model, *given))
         reset_traffic(model)
+        self._traffic = local_traffic(model, None)
 
     def _warm(self) -> None:
         self._like = Rows.empty(self.config, 1)
@@ -209,6 +222,7 @@ class Engine:
 
     def _refused(self, request_id: Any, error: Exception) -> RequestOutput:
         rank = self.lockstep.rank
+        self._refusals += 1
         if not isinstance(request_id, (int, str)):
             request_id = repr(request_id)
         return RequestOutput(
@@ -271,7 +285,7 @@ class Engine:
             self._stopped = True
         if not words[:, :RUNS].any():
             return None
-        before = self._counted()
+        self._words = words
         with self._timed("homes"):
             self._send_home(words)
         finished: list[RequestOutput] = []
@@ -284,9 +298,20 @@ class Engine:
         with self._timed("homes"):
             self._receive()
         self._steps += 1
+        decision = self._watch(self.watch) if self.watch is not None else None
         if self.on_step is not None:
-            self.on_step(self.step_counts(work, before))
+            self.on_step({**self.step_counts(work), "watch": decision and decision.to_dict()})
+        self._latencies.clear()
         return finished
+
+    def _watch(self, watch: Watch) -> WatchDecision | None:
+        with self._timed("watch"):
+            decision = watch.step(self._steps)
+            if decision is not None and decision.applied:
+                self.handover.rule.follow(watch.plan)
+        if decision is not None and self.on_watch is not None:
+            self.on_watch(decision)
+        return decision
 
     def _word(self, work: Work | None, more: bool) -> list[int]:
         """What this rank tells the others before a step."""
@@ -294,7 +319,7 @@ class Engine:
         room = self.limits.kv_room - self.scheduler.kv_tokens
         surplus, self._surplus = self._surplus, 0
         runs, offers = int(work is not None), len(self.handover.due)
-        return [held, int(more), runs, offers, room, surplus, int(self._drains)]
+        return [held, int(more), runs, offers, room, surplus, int(self._drains), *self._told]
 
     def _send_home(self, words: np.ndarray) -> None:
         handover = self.handover
@@ -325,12 +350,21 @@ class Engine:
             batch = self._compose(work.sequences)
         states = [sequence.request for sequence in work.sequences]
         tokens = [[sequence.token_ids[-1]] for sequence in work.sequences]
-        self.tap.keeps = self.on_step is not None
+        self.tap.keeps = self._looks
         logits = self._forward(batch, tokens, states, "decode")
         self.tap.keeps, picks = False, self.tap.take_picks()
         if picks is not None:
             self._distinct = distinct_experts(picks)
+            self._saw("decode", picks, [self._number(state) for state in states])
         return logits
+
+    def _saw(self, stage: str, picks: np.ndarray, requests: list[int]) -> None:
+        """Tell picks ``[T, L, K]`` of tokens of these requests to what looks at them."""
+        if self.watch is not None:
+            self.watch.see(stage, picks, requests)
+        if self.on_step is not None and self.tap.num_experts is not None:
+            counts = profile_of(picks, self.tap.num_experts)
+            self.picked[stage] = self.picked.get(stage, 0) + counts
 
     def _add_profile(self, state: RequestState, picks: np.ndarray) -> None:
         """Count picks ``[t, L, K]`` of a request, where requests are grouped by them."""
@@ -346,7 +380,11 @@ class Engine:
             state.prompt[state.computed : state.computed + count]
             for state, count in zip(work.requests, work.chunks, strict=True)
         ]
-        self.tap.keeps = self._profiles or any(state.due_at for state in work.requests)
+        now = time.monotonic()
+        waited = [now - state.began for state in work.requests if not state.computed]
+        self._latencies["queued"] += waited
+        due = any(state.due_at for state in work.requests)
+        self.tap.keeps = self._profiles or self._looks or due
         logits = self._forward(rows, tokens, work.requests, "prefill")
         self._keep_picks(work)
         for i, state in enumerate(work.requests):
@@ -362,6 +400,7 @@ class Engine:
         for state, count, mine in zip(work.requests, work.chunks, by_row, strict=True):
             own = mine[len(mine) - count :]
             self._add_profile(state, own)
+            self._saw("prefill", own, [self._number(state)] * count)
             if state.due_at is not None:
                 state.picks.append(own)
 
@@ -416,6 +455,10 @@ class Engine:
     def _recorded_id(self, state: RequestState) -> int:
         if isinstance(state.request_id, int) and state.request_id >= 0:
             return state.request_id
+        return self._number(state)
+
+    def _number(self, state: RequestState) -> int:
+        """A number that no other request of any rank has."""
         return state.number * self.lockstep.size + state.arrival
 
     # -- tokens
@@ -441,6 +484,7 @@ class Engine:
         state.sequences = [Sequence(state, index) for index in range(state.params.n)]
         self._append(state.sequences, logits.expand(state.params.n, -1))
         state.seconds["first_token"] = time.monotonic() - state.began
+        self._latencies["first_token"].append(state.seconds["first_token"])
         self.scheduler.is_ready(state)
         finished = self._result(state)
         if finished:
@@ -453,8 +497,13 @@ class Engine:
             draw(s.request.seed, s.index, len(s.token_ids)) if p.temperature > 0 else 0.0
             for s, p in zip(sequences, params, strict=True)
         ]
-        for sequence, choice in zip(sequences, choose(logits, params, draws), strict=True):
+        chosen, now = choose(logits, params, draws), time.monotonic()
+        for sequence, choice in zip(sequences, chosen, strict=True):
+            if sequence.token_at:
+                self._latencies["between_tokens"].append(now - sequence.token_at)
+            sequence.token_at = now
             self._note(sequence, choice)
+        self._new_tokens += len(sequences)
 
     def _note(self, sequence: Sequence, choice: Choice) -> None:
         """Add a token to a sequence and see whether it ends."""
@@ -483,12 +532,14 @@ class Engine:
         if not all(sequence.finish_reason for sequence in state.sequences):
             return []
         state.seconds["finished"] = time.monotonic() - state.began
+        self._latencies["finished"].append(state.seconds["finished"])
         if state.home is not None:  # chosen for as many tokens as it might have had
             self._surplus += state.reserve - sum(
                 len(state.prompt) + len(s.token_ids) for s in state.sequences
             )
         outputs = []
         for s in state.sequences:
+            self._ended[s.finish_reason or ""] += 1
             text, logs = s.text, s.logprobs or None
             if text is None and self.tokenizer is not None:
                 text = self.tokenizer.decode(s.token_ids, skip_special_tokens=True)
@@ -517,25 +568,32 @@ class Engine:
 
     # -- counts
 
+    def _begin_counts(self) -> None:
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._latencies: dict[str, list[float]] = defaultdict(list)
+        self._ended: dict[str, int] = defaultdict(int)
+        self._refusals = self._new_tokens = 0
+        self._told, self._words = [0, 0, 0], np.zeros((1, 10), dtype=np.int64)
+        self.picked: dict[str, np.ndarray] = {}
+
     @contextlib.contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
         began = time.perf_counter()
         yield
         self._seconds[stage] += time.perf_counter() - began
 
-    def _counted(self) -> dict[str, Any] | None:
-        if self.on_step is None:
-            return None
-        return local_traffic(self.model, None)
-
-    def step_counts(self, work: Work | None, before: dict[str, Any] | None) -> dict[str, Any]:
+    def step_counts(self, work: Work | None) -> dict[str, Any]:
         """What this rank did in a step: plain data.
 
         ``step``, ``kind`` (prefill, decode, idle), ``tokens`` (that the model was given),
-        ``sequences``, ``waiting``, ``ready``, ``kv_tokens`` (reserved), ``seconds {stage: s}``,
-        ``bytes`` and ``rows`` ``{kind: [same rank, same node, across nodes]}`` that this rank sent;
-        ``load``: rows that its experts worked on; ``distinct``: experts that its sequences picked
-        in a layer, mean over the layers, in a decode step;
+        ``sequences``, ``running``, ``waiting``, ``ready``, ``kv_tokens`` (reserved) of ``kv_room``,
+        ``seconds {stage: s}`` (``exchange``, where ``dispatch.timing`` is on, is a part of
+        ``model``), ``bytes`` and ``rows`` ``{kind: [same rank, same node, across nodes]}`` that
+        this rank sent; ``load``: rows that its experts worked on; ``distinct``: experts that its
+        sequences picked in a layer, mean over the layers, in a decode step; ``new_tokens``;
+        ``ended {reason: n}``, ``refused``, ``latencies {queued, first_token, between_tokens,
+        finished: [s]}``; ``ranks``: ``held`` requests of all ranks, and of their last step
+        ``load``, ``cross_bytes``, ``new_tokens``; ``watch``: a decision, as plain data;
         since the start: ``control_bytes``, ``handover_bytes`` (by link, as above), ``moved``
         requests that went to another home.
         """
@@ -546,29 +604,48 @@ class Engine:
         elif isinstance(work, Decode):
             tokens = sequences = len(work.sequences)
         sent: dict[str, Any] = {}
-        now = local_traffic(self.model, None)
+        before, now = self._traffic, local_traffic(self.model, None)
+        self._traffic = now
+        if before["resets"] != now["resets"]:  # somebody counts anew
+            before = {"sent": {}, "layers": {}, "stage_us": {}}
         for name, key in (("bytes", "by_link"), ("rows", "rows_by_link")):
-            old = (before or now)["sent"].get(key, {})
+            old = before["sent"].get(key, {})
             sent[name] = {
                 link: (np.array(sums) - np.array(old.get(link, [0, 0, 0]))).tolist()
                 for link, sums in now["sent"].get(key, {}).items()
             }
+        seconds = dict(self._seconds)
+        if now["stage_us"]:
+            seconds["exchange"] = (_exchange_us(now) - _exchange_us(before)) / 1e6
+        load = sum(now["layers"].values()) - sum(before["layers"].values())
+        new, self._new_tokens = self._new_tokens, 0
+        self._told = [load, sum(links[2] for links in sent["bytes"].values()), new]
+        lived: dict[str, Any] = {"ended": dict(self._ended), "latencies": dict(self._latencies)}
+        lived["refused"], self._refusals = self._refusals, 0
+        self._ended.clear()
+        names = {"held": HELD, "load": LOAD, "cross_bytes": CROSS, "new_tokens": TOKENS}
         return {
             "step": self._steps,
             "kind": kind,
             "tokens": tokens,
+            "new_tokens": new,
             "sequences": sequences,
-            "waiting": len(self.scheduler.waiting),
-            "ready": len(self.scheduler.ready),
-            "kv_tokens": self.scheduler.kv_tokens,
-            "seconds": dict(self._seconds),
+            **lived,
+            "ranks": {name: self._words[:, word].tolist() for name, word in names.items()},
+            **self.scheduler.counts(),
+            "seconds": seconds,
             **sent,
-            "load": sum(now["layers"].values()) - sum((before or now)["layers"].values()),
+            "load": load,
             "distinct": self._distinct,
             "control_bytes": self.lockstep.control_bytes,
             "handover_bytes": list(self.handover.sent_bytes),
             "moved": self.handover.moved,
         }
+
+
+def _exchange_us(traffic: dict[str, Any]) -> float:
+    stages = traffic["stage_us"].items()
+    return sum(us for name, us in stages if name.startswith(("counts", "dispatch", "combine")))
 
 
 def _eos_tokens(model: Any) -> frozenset[int]:

@@ -8,6 +8,7 @@ ranks run on.
 
 from __future__ import annotations
 
+import logging
 import pickle
 import threading
 import time
@@ -35,6 +36,9 @@ from moe_locality.topology.groups import discover_topology
 from moe_locality.trace.recorder.hooks import moe_layer_ids
 
 AT_ARRIVAL = ("random", "round_robin", "domain")
+STUCK_S = 30.0
+"""A transfer that takes so long is named, again and again: it may be slow, or never end."""
+logger = logging.getLogger(__name__)
 
 
 class HomeRule:
@@ -112,6 +116,12 @@ class HomeRule:
         assert self._arriving is not None
         return self._arriving.assign_scored(score, tokens)
 
+    def follow(self, plan: PlacementPlan) -> None:
+        """Take a plan for the same ranks whose experts have moved."""
+        self.plan = plan if self.plan is not None else None
+        if self._arriving is not None:
+            self._arriving.follow(plan)
+
     def correct(self, surplus: Sequence[int]) -> None:
         """Take back tokens that requests of each rank ``[G]`` were expected to have and had not."""
         for rank, tokens in enumerate(surplus):
@@ -140,6 +150,7 @@ class Offer:
     home: int = -1
     state: RequestState | None = None
     told: bytes = b""
+    named_at: float = 0.0
 
 
 class HandOver:
@@ -174,9 +185,9 @@ class HandOver:
         """Have the home of a request chosen in the next step."""
         rows, state.rows = state.rows, None
         picks, state.picks = state.picks, []
-        state.began = time.monotonic() - state.began
+        state.turn_clocks()  # those of hosts differ: ages travel
         told = pickle.dumps(state)
-        state.began = time.monotonic() - state.began
+        state.turn_clocks()
         state.rows, state.picks = rows, picks
         kv_bytes = 0 if rows is None else row_bytes(rows)
         self.due.append(
@@ -244,7 +255,7 @@ class HandOver:
         return any(offer.home == rank for offer in self.waiting)
 
     def _carry(self, offer: Offer) -> None:
-        size = offer.told_bytes + offer.kv_bytes
+        size, offer.named_at = offer.told_bytes + offer.kv_bytes, time.monotonic()
         if offer.source == self.rank:
             assert offer.state is not None
             data = torch.frombuffer(bytearray(offer.told), dtype=torch.uint8).to(self.device)
@@ -269,17 +280,28 @@ class HandOver:
         for offer, data, done in self.under_way:
             if not done():
                 still.append((offer, data, done))
+                _name_if_stuck(offer, len(data))
             elif offer.source == self.rank:
                 left.append(offer.state)
             else:
                 state = pickle.loads(data[: offer.told_bytes].cpu().numpy().tobytes())
-                state.began = time.monotonic() - state.began
+                state.turn_clocks()
                 state.home = self.rank
                 if offer.kv_bytes:
                     state.rows = unpack_row(data[offer.told_bytes :], state.computed, like)
                 came.append(state)
         self.under_way = still
         return came, left
+
+
+def _name_if_stuck(offer: Offer, size: int) -> None:
+    if time.monotonic() - offer.named_at > STUCK_S:
+        offer.named_at = time.monotonic()
+        logger.warning(
+            "a request (%d bytes) on its way from rank %d to rank %d has not come within %g s: the "
+            "link between them is slow, or one of them hangs; the engine waits %g s in all",
+            *(size, offer.source, offer.home, STUCK_S, default_timeout().total_seconds()),
+        )
 
 
 def _watch(work: Any, offer: Offer, on_cuda: bool) -> Callable[[], bool]:

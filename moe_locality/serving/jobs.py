@@ -18,6 +18,7 @@ from typing import Any
 
 from moe_locality.dispatch.traffic import traffic_report
 from moe_locality.serving.engine import Engine
+from moe_locality.serving.metrics import Metrics
 from moe_locality.serving.requests import RequestOutput, SamplingParams, read_requests
 from moe_locality.topology.groups import exchange_objects
 
@@ -42,6 +43,7 @@ def serve_file(
     params: SamplingParams | None = None,
     *,
     on_result: Callable[[RequestOutput], None] | None = None,
+    metrics: Metrics | None = None,
 ) -> dict[str, Any]:
     """Serve the requests of a JSONL file that have no result in ``out`` yet, or were refused.
 
@@ -50,7 +52,8 @@ def serve_file(
     Line i is the request of rank i modulo the number of ranks. Returns what was done on all ranks:
     ``served``, ``refused``, ``unserved`` (after a signal), ``tokens`` (new ones), ``seconds``,
     ``tokens_per_s``, ``moved`` (requests to another home), and bytes sent, by link: ``bytes`` of
-    the exchange, ``handover_bytes``.
+    the exchange, ``handover_bytes``. ``metrics``, which the engine feeds, also go to
+    ``out/metrics-R.jsonl``.
     """
     rank, size = engine.lockstep.rank, engine.lockstep.size
     out = Path(out)
@@ -60,6 +63,9 @@ def serve_file(
         done = set().union(*exchange_objects(done))
     counts = {"served": 0, "refused": 0, "tokens": 0}
     began = time.perf_counter()
+    if metrics is not None:
+        metrics.topology = engine.topology
+        metrics.write_to(out / f"metrics-{rank}.jsonl")
     path = result_file(out, rank)
     torn = path.exists() and not path.read_bytes().endswith(b"\n")
     with path.open("a", encoding="utf-8") as results, draining(engine):
@@ -72,6 +78,8 @@ def serve_file(
             counts["tokens"] += sum(len(one.token_ids) for one in output.outputs)
             if on_result is not None:
                 on_result(output)
+    if metrics is not None:
+        metrics.close(engine.picked)
     counts["unserved"], counts["moved"] = engine.unserved, engine.handover.moved
     everyone = exchange_objects((counts, engine.handover.sent_bytes)) if size > 1 else None
     everyone = everyone or [(counts, engine.handover.sent_bytes)]

@@ -9,7 +9,7 @@ small collective travel.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -143,14 +143,19 @@ class LockStep:
         if self.size == 1:
             return mine[None].numpy()
         everyone = torch.empty(self.size * len(word), dtype=torch.int64, device=self.device)
-        try:
+        with self.explained("between two steps of the engine"):
             dist.all_gather_into_tensor(everyone, mine.to(self.device))
-        except RuntimeError as error:
-            ranks = range(self.size)
-            told = ask_ranks(ranks, ranks, "between two steps of the engine")
-            raise LostRanks(
-                f"the ranks did not meet for the next step of the engine on rank {self.rank}: one "
-                f"of them died or left. {told} The backend says: {error}"
-            ) from error
         self.control_bytes += 8 * len(word) * (self.size - 1)
         return everyone.view(self.size, -1).cpu().numpy()
+
+    @contextlib.contextmanager
+    def explained(self, where: str) -> Iterator[None]:
+        """Let an error of the backend, inside, name the ranks that are not there."""
+        try:
+            yield
+        except RuntimeError as error:
+            told = ask_ranks(range(self.size), range(self.size), where)
+            raise LostRanks(
+                f"the ranks did not meet {where}, on rank {self.rank}: one of them died or left. "
+                f"{told} The backend says: {error}"
+            ) from error

@@ -7,6 +7,7 @@ the order of their arrival, and one that does not fit yet keeps later ones waiti
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as ListLike
@@ -94,6 +95,7 @@ class Sequence:
     text: str | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    token_at: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -122,6 +124,13 @@ class RequestState:
     profiled: int = 0
     began: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def turn_clocks(self) -> None:
+        """Make ages of the times of this host, or times of ages."""
+        now = time.monotonic()
+        self.began = now - self.began
+        for sequence in self.sequences:
+            sequence.token_at = now - sequence.token_at
 
     @property
     def longest(self) -> int:
@@ -238,6 +247,16 @@ class Scheduler:
     def kv_tokens(self) -> int:
         """Tokens in the caches that are reserved."""
         return self._rectangle(self.running) + self._beside_batch()
+
+    def counts(self) -> dict[str, int]:
+        """What is held: sequences, requests, tokens in the caches of how many."""
+        return {
+            "running": len(self.running),
+            "waiting": len(self.waiting),
+            "ready": len(self.ready),
+            "kv_tokens": self.kv_tokens,
+            "kv_room": self.limits.kv_room,
+        }
 
     def _beside_batch(self) -> int:
         parked = (state for state in self.parked if state.computed)

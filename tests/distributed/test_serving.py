@@ -8,6 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.distributed.test_transformers_ep import SIZES, placed, save_tiny
 from tests.launch import run_ranks
@@ -156,6 +157,44 @@ def test_homes_change_where_requests_decode_and_not_their_tokens(tmp_path):
         assert (sent[1] + sent[2] > 0) == (away > 0)
 
 
+def late_transfer(rank, world):
+    """Rank 0 sends a request only when rank 1, which waits for it, has named the transfer."""
+
+    from moe_locality.serving import SamplingParams, homes
+    from moe_locality.serving.scheduler import RequestState
+    from moe_locality.topology.cluster import ClusterTopology
+
+    said, homes.STUCK_S = [], 0.1
+    homes.logger.addFilter(lambda record: said.append(record.getMessage()))
+    nodes = ClusterTopology.uniform(num_nodes=2, ranks_per_node=1)
+    rule = homes.HomeRule("round_robin", world)
+    handover = homes.HandOver(rule, rank, torch.device("cpu"), nodes)
+    for number in range(2):  # the second one has its home at rank 1
+        if rank == 0:
+            params = SamplingParams()
+            handover.offer(RequestState(7 + number, [1, 2], params, seed=0, number=number))
+    handover.choose([2, 0])
+    if rank == 0:
+        dist.barrier()
+    handover.start(np.array([100, 100]))
+    came = []
+    while rank == 1 and not said:
+        came += handover.arrived(None)[0]
+    if rank == 1:
+        assert not came
+        dist.barrier()
+    while rank == 1 and not came:
+        came += handover.arrived(None)[0]
+    return said, [(state.request_id, state.prompt) for state in came]
+
+
+def test_transfer_that_does_not_come_is_named(tmp_path):
+    """[F17 faults] Long before the timeout, with both ranks; when it comes it is taken."""
+    _, (said, came) = run_ranks(late_transfer, 2)
+    assert "on its way from rank 0 to rank 1 has not come within 0.1 s" in said[0]
+    assert came == [(8, [1, 2])]
+
+
 def serve_and_count(rank, world, path):
     """Every collective that torch ran in each step, and the bytes that the engine counted."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -201,3 +240,86 @@ def test_step_moves_tokens_and_one_small_collective_only(tmp_path):
     for kind, links in sent.items():
         assert links.tolist() == list(report[kind].values()), kind
     assert sent["dispatch"][2] > 0
+
+
+def shifting_prompts(rank, world, count):
+    """Requests of a rank whose words are those of its node first, and of the other node later."""
+    rng = np.random.default_rng(rank)
+    half = SIZES["vocab_size"] // 2
+    for i in range(count):
+        node = (rank // (world // 2) + (i >= count // 4)) % 2
+        words = rng.integers(node * half, node * half + 6, rng.integers(4, 24))
+        yield {
+            "request_id": 1000 * rank + i,
+            "prompt_token_ids": words.tolist(),
+            "max_tokens": int(rng.integers(2, 12)),
+            "temperature": 0,
+            "ignore_eos": True,
+        }
+
+
+def usual_order(num_nodes=2, ranks_per_node=2):
+    from moe_locality.placement.plan import PlacementPlan
+
+    return PlacementPlan.linear(8, range(2), num_nodes, ranks_per_node)
+
+
+def serve_watched(rank, world, path):
+    """Serve a shift of traffic, watched: tokens, decisions, bytes across nodes of each step."""
+    import moe_locality
+    from moe_locality.config import OnlineConfig
+    from moe_locality.dispatch.traffic import traffic_report
+    from moe_locality.serving import Engine, Limits
+
+    online = OnlineConfig(
+        every_n_steps=25, pays_within_steps=10**9, move_budget=0.5, max_imbalance=1.5
+    )
+    limits = Limits(max_num_seqs=4, max_num_batched_tokens=24, max_model_len=64)
+    found = {}
+    for watch, homes in (("propose", "arrival"), ("apply", "arrival"), ("apply", "predicted")):
+        model, _ = placed(path, world, None)
+        plan = plan_with_homes(path, world) if homes == "predicted" else usual_order()
+        moe_locality.apply(model, plan=plan)
+        decisions, steps = [], []
+        engine = Engine(
+            model, limits=limits, homes=homes, plan=plan, watch=watch, online=online,
+            on_watch=decisions.append, on_step=steps.append,
+        )  # fmt: skip
+        outputs = list(engine.generate(shifting_prompts(rank, world, 32)))
+        tokens = {output.request_id: output.outputs[0].token_ids for output in outputs}
+        across = [sum(links[2] for links in step["bytes"].values()) for step in steps]
+        total = sum(kind["cross_node"] for kind in traffic_report(model)["by_link"].values())
+        moved = [decision.to_dict() for decision in decisions]
+        assert [step["watch"] for step in steps if step["watch"]] == moved
+        moved = [{**decision, "seconds": 0} for decision in moved]  # each rank's own
+        found[watch, homes] = tokens, moved, across, total
+    return found
+
+
+def test_watch_moves_experts_under_requests_in_flight(tmp_path):
+    """[F17.4] The traffic shifts: with a watch that applies, fewer bytes cross nodes afterwards,
+    every request has the tokens that it has without, and the counters go on.
+    """
+    path = save_tiny(tmp_path, "Mixtral", sliding_window=8)
+    results = run_ranks(serve_watched, 4, path, timeout_s=300.0)
+    tokens, later = {}, {}
+    for case in results[0]:
+        tokens[case] = {k: v for result in results for k, v in result[case][0].items()}
+        across = np.sum([result[case][2] for result in results], axis=0)
+        later[case] = across[len(across) // 2 :].sum()
+        assert all(result[case][1] == results[0][case][1] for result in results)
+        assert across.sum() == results[0][case][3]
+        for decision in results[0][case][1]:
+            assert decision["applied"] == (decision["proposed"] and case[0] == "apply")
+            assert decision["num_tokens"] > 0
+            assert set(decision["drift_bits"]) == {"prefill", "decode"}
+        proposed = [decision for decision in results[0][case][1] if decision["proposed"]]
+        assert proposed, case
+        assert all(one["copies_after"] < one["copies_before"] for one in proposed)
+    kept, moved, at_home = tokens.values()
+    assert len(kept) == 4 * 32
+    assert kept == moved == at_home
+    assert later["apply", "arrival"] < 0.95 * later["propose", "arrival"]
+    some = {request_id: kept[request_id] for request_id in (0, 31, 1031, 3031)}
+    asked = [r for rank in range(4) for r in shifting_prompts(rank, 4, 32)]
+    assert some == expected(path, [r for r in asked if r["request_id"] in some])

@@ -8,8 +8,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from moe_locality.config import OnlineConfig
 from tests.distributed.fault_cases import END_S, VICTIM, WORLD, die, end_together, note_fault
-from tests.distributed.test_serving import expected, placed, plan_with_homes, prompts_of
+from tests.distributed.test_serving import (
+    expected,
+    placed,
+    plan_with_homes,
+    prompts_of,
+    usual_order,
+)
 from tests.distributed.test_transformers_ep import save_tiny
 from tests.launch import run_ranks
 from tests.unit.test_launch_scripts import run
@@ -17,12 +24,18 @@ from tests.unit.test_launch_scripts import run
 transformers = pytest.importorskip("transformers")
 
 LIMITS = {"max_num_seqs": 4, "max_num_batched_tokens": 24, "max_model_len": 64}
+WATCHED = OnlineConfig(
+    every_n_steps=40, pays_within_steps=10**9, move_budget=0.5, max_imbalance=1.5
+)
 
 
-def write_requests(path, count, max_tokens=None):
+def write_requests(path, count, words=None):
+    """``words``: each half of four ranks has only so many of its own."""
     requests = [{**request, "request_id": i} for i, request in enumerate(prompts_of(0, count))]
-    for request in requests:
-        request["max_tokens"] = max_tokens or request["max_tokens"]
+    for request in requests if words else ():
+        first = 32 * (request["request_id"] % 4 // 2)
+        ids = request["prompt_token_ids"]
+        request["prompt_token_ids"] = [first + token % words for token in ids]
     path.write_text("".join(json.dumps(request) + "\n" for request in requests))
     return requests
 
@@ -33,11 +46,11 @@ def tokens_in(out):
     return {r["request_id"]: r["outputs"][0]["token_ids"] for r in read_results(out)}
 
 
-def engine_of(path, world, homes="arrival", **options):
+def engine_of(path, world, homes="arrival", plan=None, **options):
     from moe_locality.serving import Engine, Limits
 
     model, _ = placed(path, world, None)
-    plan = plan_with_homes(path, world) if homes == "predicted" else None
+    plan = plan_with_homes(path, world) if homes == "predicted" else plan
     return Engine(model, limits=Limits(**LIMITS), homes=homes, plan=plan, **options)
 
 
@@ -98,24 +111,41 @@ def test_serve_file_gives_the_same_tokens_on_four_ranks_as_on_one(tmp_path):
 
 
 def dies_while_serving(rank, folder, path, homes, kind):
+    from moe_locality.integrations.transformers_ep import LocalityEP
     from moe_locality.serving.jobs import serve_file
 
     def on_step(counts):
         served = len(tokens_in(folder / "out")) > 8
         moved = kind != "handover" or counts["moved"] > 2
+        if kind == "move":
+            return  # dies between the layers
         if rank == VICTIM and served and moved and (counts["kind"] == kind or kind == "handover"):
             note_fault(folder)
             die()
 
-    engine = engine_of(path, WORLD, homes, on_step=on_step)
+    options: dict = {}
+    if kind == "move":
+        options = {"watch": "apply", "online": WATCHED, "plan": usual_order()}
+        place, left = LocalityEP.place, [2]
+
+        def place_or_die(layer, *args):
+            left[0] -= 1
+            if rank == VICTIM and left[0] < 1:
+                assert len(tokens_in(folder / "out")) > 8
+                note_fault(folder)
+                die()
+            return place(layer, *args)
+
+        LocalityEP.place = place_or_die
+    engine = engine_of(path, WORLD, homes, on_step=on_step, **options)
     serve_file(engine, folder / "in.jsonl", folder / "out")
 
 
-@pytest.mark.parametrize("kind", ["prefill", "decode", "handover"])
+@pytest.mark.parametrize("kind", ["prefill", "decode", "handover", "move"])
 def test_serve_file_ends_on_all_ranks_when_one_dies(tmp_path, kind):
     """[F17 faults] Soon, with a message that names the rank; what was finished is on disk."""
     path = save_tiny(tmp_path, "Mixtral")
-    requests = write_requests(tmp_path / "in.jsonl", 200)
+    requests = write_requests(tmp_path / "in.jsonl", 200, words=6 if kind == "move" else None)
     homes = "predicted" if kind == "handover" else "arrival"
     said, seconds = end_together(dies_while_serving, tmp_path, path, homes, kind)
     assert seconds < END_S
@@ -124,10 +154,35 @@ def test_serve_file_ends_on_all_ranks_when_one_dies(tmp_path, kind):
         assert one["error"] is not None
         assert f"{VICTIM}" in one["text"], one["text"]
         assert "died or left" in one["text"] or "exited" in one["text"], one["text"]
+        assert kind != "move" or "move to another plan" in one["text"], one["text"]
     found = tokens_in(tmp_path / "out")
     assert 8 < len(found) < 200
     wanted = expected(path, [request for request in requests if request["request_id"] in found])
     assert found == wanted
+
+
+def check_report(out, tokens):
+    """The report of the run says what its ranks did [F17.6]."""
+    from typer.testing import CliRunner
+
+    from moe_locality.cli import app
+    from moe_locality.serving.metrics import read_metrics
+
+    last = [lines[-1] for lines in read_metrics(out)]
+    assert len(last) == 2
+    told = [line["values"]["generation_tokens_total"][""] for line in last]
+    assert sum(told) == tokens
+    assert all(line["values"]["exchange_bytes_total"]["cross_node"] > 0 for line in last)
+    assert all(line["values"]["step_seconds_total"]["decode,exchange"] > 0 for line in last)
+    told = [[{**one, "seconds": 0} for one in line["decisions"]] for line in last]
+    assert told[0] == told[1] != []
+    page = out / "report.html"
+    done = CliRunner().invoke(app, ["report", str(out), "-o", str(page), "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["figures"] == [
+        "Expert load of prefill against decode", "Traffic per step", "Tokens per step", "Latencies",
+    ]  # fmt: skip
+    assert "Decisions of the watch" in page.read_text()
 
 
 @pytest.mark.slow
@@ -139,14 +194,18 @@ def test_serve_is_one_command_on_all_ranks(tmp_path):
     requests = write_requests(tmp_path / "in.jsonl", 10)
     with (tmp_path / "in.jsonl").open("a") as lines:
         lines.write('{"prompt_token_ids": [1], "temperature": -1}\nno json\n')
+    usual_order(2, 1).write(tmp_path / "plan.json")
     port = {"DEEPSPEED_ARGS": f"--master_port {free_port()}"}
     done = run(
-        "serve", "--ranks", "2", str(tmp_path / "in.jsonl"), "--model", path,
-        "--out", str(tmp_path / "out"), "--max-num-seqs", "4", "--max-model-len", "64",
-        "--dtype", "float32", "--trace", str(tmp_path / "trace"), cwd=tmp_path, **port,
+        "serve", "--ranks", "2", "--plan", str(tmp_path / "plan.json"),
+        str(tmp_path / "in.jsonl"), "--model", path, "--out", str(tmp_path / "out"),
+        "--max-num-seqs", "4", "--max-model-len", "64", "--dtype", "float32",
+        "--trace", str(tmp_path / "trace"), "--metrics", "--nodes", "2",
+        "--watch", "propose", "--watch-every", "12", cwd=tmp_path, **port,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("10 served, 2 refused, 0 unserved") == 1
+    check_report(tmp_path / "out", sum(request["max_tokens"] for request in requests))
     from moe_locality.serving.jobs import read_results
     from moe_locality.trace import read_trace
 

@@ -476,16 +476,19 @@ BAD_VALUES = {
     "row_bytes": ("-1", "nan"),
     "requests": ("GONE",),
     "config": ("GONE", "online.json"),  # a section that training alone has
-    **dict.fromkeys(("dtype", "grouping"), ("wrong",)),
+    **dict.fromkeys(("dtype", "grouping", "watch"), ("wrong",)),
     **dict.fromkeys(("max_num_seqs", "max_num_batched_tokens", "max_model_len"), ("0", "-1")),
     **dict.fromkeys(("max_num_kv_tokens", "max_tokens"), ("0", "-1")),
     "max_num_ready": ("-1",),
+    "watch_every": ("0",),
+    "metrics_port": ("-1", "70000"),
     "temperature": ("-1", "nan"),
 }
 """Parameter of a command → values that it must refuse; GONE: a path where nothing is."""
 ANY_VALUE = {"model", "script", "wandb", "wandb_dir", "group", "record trace", "serve trace"}
+ANY_VALUE |= {"metrics_host"}  # without a port
 SWITCHES = {"help", "as_json", "debug", "overwrite", "bound", "prove", "equal_requests"}
-SWITCHES |= {"one_layout", "trust_checkpoint", "trust_parameter_order"}
+SWITCHES |= {"metrics", "one_layout", "trust_checkpoint", "trust_parameter_order"}
 TOGETHER = (
     ("place", "--start", "plan.json", "--homes", "joint"),
     ("place", "--start", "plan.json", "--move-budget", "7"),

@@ -77,6 +77,7 @@ def refresh(
     copy_bytes: float | None = None,
     tokens_per_step: float | None = None,
     steps: float | None = None,
+    judged: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
 ) -> Refresh:
     """Move few experts so that the latest traffic makes fewer copies.
 
@@ -89,6 +90,8 @@ def refresh(
         pin: [L, E, M] picks of each expert by tokens at home on node m, where homes are known.
         expert_bytes: weights of one expert of one layer. copy_bytes: one copy of a token, there and
             back. tokens_per_step: of all ranks together. steps: for which the plan will be used.
+        judged: picks [T, L, K], request [T] and home node [T] of tokens that the saving is taken
+            from. None: the latest tokens of the state, at uniform homes.
 
     Raises:
         PlacementError: plan, state and cluster do not fit each other, or the budget is no share.
@@ -99,7 +102,8 @@ def refresh(
     )
     topology = _cluster(plan, topology)
     table = _improve(plan, state, budget, max_imbalance, group_of, pin)
-    return _weigh(plan, table, state, topology, (expert_bytes, copy_bytes, tokens_per_step, steps))
+    figures = (expert_bytes, copy_bytes, tokens_per_step, steps)
+    return _weigh(plan, table, state, topology, figures, judged)
 
 
 def relevel(
@@ -256,13 +260,15 @@ def _settle(old: np.ndarray, rank_of: np.ndarray, num_ranks: int) -> np.ndarray:
     return table
 
 
-def _weigh(plan, table, state, topology, figures) -> Refresh:
+def _weigh(plan, table, state, topology, figures, judged) -> Refresh:
     """Put moves and savings side by side."""
     expert_bytes, copy_bytes, tokens_per_step, steps = figures
     load = np.rint(state.load).astype(int)
     new = _moved(plan, table, load)
     moved, move_us = moves(plan, new, topology, expert_bytes)
-    before, after, error = sampled_copies(plan, new, state)
+    before, after, error = (
+        sampled_copies(plan, new, state) if judged is None else saved_copies(plan, new, *judged)
+    )
     saved_us = None
     if copy_bytes is not None and tokens_per_step is not None:
         copies = (before - after) * len(state.layer_ids) * tokens_per_step / plan.num_ranks
@@ -401,10 +407,15 @@ def sampled_copies(old, new, state) -> tuple[float, float, float]:
         return np.nan, np.nan, np.nan
     # with replicas every home is looked at by itself: fewer tokens for the same time
     step = 1 if old.is_permutation else max(len(state.recent_ids) // REPLICA_TOKENS, 1)
-    ids = np.ascontiguousarray(state.recent_ids[::step])
-    found = [_copies(plan, ids) for plan in (old, new)]
+    return saved_copies(old, new, state.recent_ids[::step], state.recent_request[::step])
+
+
+def saved_copies(old, new, ids, request, home_node=None) -> tuple[float, float, float]:
+    """The same of tokens with picks [T, L, K] of these requests [T]; uniform homes by default."""
+    ids = np.ascontiguousarray(ids)
+    found = [_copies(plan, ids, home_node) for plan in (old, new)]
     saved = found[0] - found[1]
-    requests, part = np.unique(state.recent_request[::step], return_inverse=True)
+    requests, part = np.unique(request, return_inverse=True)
     # tokens of a request are alike: the requests, not the tokens, are the independent draws
     off = np.bincount(part, weights=saved - saved.mean())
     draws = len(requests)
@@ -412,11 +423,13 @@ def sampled_copies(old, new, state) -> tuple[float, float, float]:
     return float(found[0].mean()), float(found[1].mean()), float(error if draws > 1 else np.inf)
 
 
-def _copies(plan: PlacementPlan, ids: np.ndarray) -> np.ndarray:
-    """[T] copies of each token per layer, expected over uniform home nodes."""
+def _copies(plan: PlacementPlan, ids: np.ndarray, home_node: np.ndarray | None) -> np.ndarray:
+    """[T] copies of each token per layer; expected over uniform home nodes where they are None."""
     served = serving_of_plan(plan, "copies").choices
     each = np.arange(len(ids))
     found = remote_by_home(ids, each, len(ids), served, plan.num_nodes, False)
+    if home_node is not None:
+        return found[each, home_node] / len(served)
     return found.sum(axis=1) / plan.num_nodes / len(served)
 
 

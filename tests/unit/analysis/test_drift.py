@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_locality.analysis.drift import compare, compare_plan, windows
+from moe_locality.analysis.drift import compare, compare_plan, load_drift, windows
 from moe_locality.errors import TraceError
 from moe_locality.placement import evaluate, solve
 from moe_locality.topology import ClusterTopology
@@ -21,6 +21,16 @@ def test_requests_of_one_kind_differ_as_much_as_the_floor_says():
     assert 0.6 < np.mean(ratio) < 1.6
     # requests are of one kind, so pairs agree within their floor too
     assert np.mean([(d.pairs_js_bits / d.pairs_noise_floor_bits).mean() for d in found]) < 2
+
+
+def test_load_drift_is_that_of_compare_and_has_a_floor():
+    """[F17.4] A plan keeps only the loads that it was made for; other domains stand out."""
+    old, new = make_trace(seed=1), make_trace(seed=2)
+    found, floor = load_drift(old.load(), new)
+    assert found == pytest.approx(compare(old, new).js_bits.mean())
+    assert found < 2 * floor
+    other, floor = load_drift(old.load(), new.take(new.domain_id == 0))
+    assert other > 10 * floor > 0
 
 
 def test_other_domains_are_seen_as_drift():

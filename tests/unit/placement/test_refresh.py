@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from moe_locality.errors import PlacementError
 from moe_locality.placement import PlacementPlan, evaluate
 from moe_locality.placement.balance import balance, rank_loads
-from moe_locality.placement.refresh.improve import refresh, relevel, sampled_copies
+from moe_locality.placement.refresh.improve import refresh, relevel, sampled_copies, saved_copies
 from moe_locality.placement.refresh.state import RefreshState
 from moe_locality.topology.cluster import ClusterTopology
 from tests.unit.placement.cases import plans_with_traces, random_plan, random_trace
@@ -122,6 +122,10 @@ def test_sampled_copies_are_those_of_evaluate(case):
     plan = replace(plan, model=trace.model)
     found = sampled_copies(plan, plan, RefreshState.from_trace(trace))
     assert found[0] == found[1] == pytest.approx(evaluate(trace, plan).copies)
+    ranks = np.arange(trace.num_tokens) % plan.num_ranks
+    where = (trace.expert_ids, trace.request_id, plan.node_of_rank.astype(int)[ranks])
+    at_home = saved_copies(plan, plan, *where)[0]
+    assert at_home == pytest.approx(evaluate(trace, plan, homes=ranks).copies)
 
 
 def test_groups_are_exchanged_whole():

@@ -249,6 +249,12 @@ def test_engine_refuses_models_with_a_cache_of_their_own():
         engine_of(transformers.MiniMaxForCausalLM(transformers.MiniMaxConfig(**sizes)))
 
 
+@pytest.mark.parametrize("watch", ["propose", "wrong"])
+def test_engine_refuses_to_watch_what_it_cannot_place(model, watch):
+    with pytest.raises(ConfigError, match=f"found watch='{watch}' for 0 layers on 1 ranks"):
+        engine_of(model, watch=watch)
+
+
 def test_engine_takes_what_the_model_allows():
     """[F17.1] Lengths come from the model; a loss over the router's logits is no part of a step."""
     config = transformers.MixtralConfig(

@@ -1,0 +1,243 @@
+"""Watch the live routing of an engine; propose another plan, or move the experts between steps.
+
+Every so many steps the ranks send their latest tokens, of prefill and decode, to rank 0. It says
+how far their loads are from those that the plan was made for, looks for few exchanges of slots on
+half of the requests and judges them on the other half, each token at the rank where it was: the
+homes are those that requests really have. All ranks follow its decision. Requests in flight go on:
+their caches stay where they are, and the model computes the same function.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+
+from moe_locality.analysis.drift import load_drift
+from moe_locality.config import OnlineConfig
+from moe_locality.errors import ConfigError
+from moe_locality.integrations.transformers_ep import LocalityEP, apply
+from moe_locality.layer.agreement import all_succeed
+from moe_locality.placement.counting import picks_by_home
+from moe_locality.placement.plan import PlacementPlan
+from moe_locality.placement.refresh.improve import refresh
+from moe_locality.placement.refresh.state import RefreshState
+from moe_locality.serving.lockstep import LockStep
+from moe_locality.topology.cluster import ClusterTopology
+from moe_locality.topology.groups import exchange_objects
+from moe_locality.trace.schema import DECODE, PREFILL, RoutingTrace
+
+logger = logging.getLogger(__name__)
+
+MODES = ("off", "propose", "apply")
+STAGES = {"prefill": PREFILL, "decode": DECODE}
+Part = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Picks ``[T, L, K]``, numbers of requests ``[T]`` and stages ``[T]`` of tokens."""
+LEAST_REQUESTS = 8
+"""Requests that a decision needs: half of them propose, the others judge."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatchDecision:
+    """One decision. ``plan``: what was proposed, or applied; None where nothing is worth it.
+
+    drift_bits, noise_bits: by stage, divergence of the loads from those of the plan, and what two
+        samples of this size would show without drift.
+    copies_before, copies_after: per token and layer, on the requests that judge; None where no
+        exchange of slots was found. ``seconds``: of the decision, with the move.
+    """
+
+    step: int
+    num_tokens: int
+    reason: str
+    drift_bits: dict[str, float]
+    noise_bits: dict[str, float]
+    moved_slots: int = 0
+    copies_before: float | None = None
+    copies_after: float | None = None
+    applied: bool = False
+    seconds: float = 0.0
+    plan: PlacementPlan | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, without the plan; ``proposed``: whether there is one."""
+        found = asdict(replace(self, plan=None))
+        del found["plan"]
+        return found | {"proposed": self.plan is not None}
+
+
+class Watch:
+    """The watch of one engine. Making one is collective. ``plan``: the one in effect.
+
+    Args:
+        layers: of the model, in the order of the picks that are seen; ``rows``: of the plan.
+        plan: that the model has.
+        mode: ``propose`` or ``apply``.
+        config: how often, within how many steps a move has to pay, the budgets; ``None``: defaults.
+
+    Raises:
+        ConfigError: there is no plan, or nothing to place.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        lockstep: LockStep,
+        layers: list[LocalityEP],
+        rows: list[int],
+        plan: PlacementPlan | None,
+        mode: str,
+        config: OnlineConfig | None = None,
+    ) -> None:
+        self.model, self.lockstep, self.layers = model, lockstep, layers
+        self.applies, self.config = mode == "apply", config or OnlineConfig()
+        if mode not in MODES or plan is None or not layers or lockstep.size == 1:
+            raise ConfigError(
+                f"found watch={mode!r} for {len(layers)} layers on {lockstep.size} ranks, with"
+                f"{'' if plan else 'out'} a plan, expected one of {MODES}, experts that are spread "
+                "over ranks and their plan: `moe-locality place --method linear` writes one"
+            )
+        self.rows, self.plan, self._load = rows, plan, plan.expert_load
+        found = layers[0].topology
+        assert found is not None  # the warm-up has asked for it
+        self.topology: ClusterTopology = found
+        self._seen: list[Part] = []
+        self._tokens = 0
+
+    def see(self, stage: str, picks: np.ndarray, requests: list[int] | np.ndarray) -> None:
+        """Take the picks ``[T, L, K]`` of tokens of these requests ``[T]`` on this rank."""
+        stages = np.full(len(picks), STAGES[stage], dtype=np.uint8)
+        self._seen.append((picks, np.asarray(requests, dtype=np.int64), stages))
+        self._tokens += len(picks)
+        kept = sum(len(part[0]) for part in self._seen)
+        while kept - len(self._seen[0][0]) >= self.config.sample_tokens:
+            kept -= len(self._seen.pop(0)[0])  # the latest are kept
+
+    def step(self, number: int) -> WatchDecision | None:
+        """Decide, where it is time for it, after step ``number``. Collective."""
+        if number % self.config.every_n_steps:
+            return None
+        began = time.monotonic()
+        with self.lockstep.explained("where the engine watches its routing"):
+            gathered: list[Any] = [None] * self.lockstep.size
+            mine = (self._seen, self._tokens)
+            dist.gather_object(mine, gathered if self.lockstep.rank == 0 else None)
+            self._seen, self._tokens = [], 0
+            first = self.lockstep.rank == 0
+            decided = all_succeed(lambda: self._decide(number, gathered) if first else None)
+            told: WatchDecision = exchange_objects(decided)[0]
+        if told.plan is not None and self.applies:
+            with self.lockstep.explained("where the experts move to another plan"):
+                self._apply(told.plan)
+            told = replace(told, applied=True)
+        told = replace(told, seconds=time.monotonic() - began)
+        if first:
+            words = "applied" if told.applied else "proposed" if told.plan else "nothing to move"
+            logger.info("watch, step %d: %s: %s", number, words, told.reason)
+        return told
+
+    def _apply(self, plan: PlacementPlan) -> None:
+        counters = [layer.traffic for layer in self.layers]
+        apply(self.model, plan=plan, topology=self.topology)
+        for layer, layer.counter in zip(self.layers, counters, strict=True):
+            # the move has let go of the weights; an idle rank runs no pass that would fetch them
+            if isinstance(layer.experts, FSDPModule):
+                layer.experts.unshard()
+        self.plan, self._load = plan, plan.expert_load
+
+    # -- rank 0
+
+    def _decide(self, number: int, gathered: list[Any]) -> WatchDecision:
+        trace, nodes = self._trace([seen for seen, _ in gathered])
+        drift: dict[str, float] = {}
+        noise: dict[str, float] = {}
+        for stage, code in STAGES.items():
+            part = trace.take(trace.stage == code)
+            if part.num_tokens:
+                self._load = trace.load() if self._load is None else self._load
+                drift[stage], noise[stage] = load_drift(self._load, part)
+        told = WatchDecision(
+            step=number,
+            num_tokens=trace.num_tokens,
+            reason="",
+            drift_bits=drift,
+            noise_bits=noise,
+        )
+        tokens = trace.tokens_only("a watch")
+        requests = np.unique(tokens.request_id)
+        if len(requests) < LEAST_REQUESTS:
+            reason = f"found {len(requests)} requests, expected {LEAST_REQUESTS} to decide on"
+            return replace(told, reason=reason)
+        half = np.random.default_rng(number).permutation(requests)[: len(requests) // 2]
+        fits = np.isin(tokens.request_id, half)
+        pin = picks_by_home(
+            tokens.expert_ids[fits], trace.num_experts, nodes[fits], self.plan.num_nodes
+        )
+        prices: dict[str, Any] = self._prices(sum(seen for _, seen in gathered))
+        found = refresh(
+            self.plan,
+            RefreshState.from_trace(trace.take(fits)),
+            self.topology,
+            move_budget=self.config.move_budget,
+            max_imbalance=self.config.max_imbalance,
+            pin=pin.transpose(0, 2, 1).astype(np.float64),
+            judged=(tokens.expert_ids[~fits], tokens.request_id[~fits], nodes[~fits]),
+            **prices,
+        )
+        plan = None
+        if found.worth_it is True and found.moved_slots:
+            made = {"method": "watch", "start": self.plan.digest(), "step": number}
+            plan = replace(found.plan, costs={}, provenance=made)
+        return replace(
+            told,
+            reason=found.reason,
+            moved_slots=found.moved_slots,
+            copies_before=found.copies_before,
+            copies_after=found.copies_after,
+            plan=plan,
+        )
+
+    def _trace(self, seen: list[list[Part]]) -> tuple[RoutingTrace, np.ndarray]:
+        """The samples of all ranks, and the node of every token. What a request did on one rank is
+        a request of its own: its prompt may have been read elsewhere.
+        """
+        parts = [(rank, *part) for rank, own in enumerate(seen) for part in own]
+        top_k = max((picks.shape[2] for _, picks, _, _ in parts), default=1)
+        total = sum(len(picks) for _, picks, _, _ in parts)
+        ids = np.full((total, len(self.rows), top_k), -1, dtype=np.int16)
+        ranks, numbers = np.zeros(total, np.int64), np.zeros(total, np.int64)
+        stages, done = np.zeros(total, np.uint8), 0
+        for rank, picks, requests, stage in parts:
+            here = slice(done, done + len(picks))
+            ids[here, self.rows] = picks
+            ranks[here], numbers[here], stages[here] = rank, requests, stage
+            done += len(picks)
+        _, request = np.unique(np.stack([ranks, numbers]), axis=1, return_inverse=True)
+        trace = RoutingTrace(
+            model=self.plan.model,
+            num_experts=self.plan.num_experts,
+            layer_ids=np.asarray(self.plan.layer_ids, np.int32),
+            expert_ids=ids,
+            request_id=request.reshape(-1).astype(np.int64),
+            position=np.arange(total, dtype=np.int32),
+            stage=stages,
+        )
+        return trace, np.asarray(self.topology.rank_to_node)[ranks]
+
+    def _prices(self, tokens: int) -> dict[str, float]:
+        """Bytes of an expert, of a copy there and back, and tokens of a step of all ranks."""
+        layer = self.layers[0]
+        own: list[Any] = [getattr(one, "_local_tensor", one) for one in layer.experts.parameters()]
+        experts = layer.num_experts
+        width = self.model.config.get_text_config(decoder=True).hidden_size
+        return {
+            "expert_bytes": sum(one.nbytes for one in own) * layer.ep_mesh.size() / experts,
+            "copy_bytes": 2.0 * width * own[0].element_size(),
+            "tokens_per_step": tokens / self.config.every_n_steps,
+            "steps": float(self.config.pays_within_steps),
+        }
