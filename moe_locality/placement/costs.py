@@ -22,7 +22,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -97,6 +97,7 @@ def evaluate(
     batch_tokens: int = BATCH_TOKENS,
     rule: str | None = None,
     transport: str = TRANSPORTS[0],
+    load: np.ndarray | None = None,
 ) -> Costs:
     """The costs of ``plan`` on ``trace``, see ``Costs``.
 
@@ -108,14 +109,13 @@ def evaluate(
         baseline, expert_bytes: plan to move from, and the size of one expert's weights.
         batch_tokens: tokens of a batch for ``straggler`` and ``distinct``, all ranks together; in a
             trace of counts every step is a batch.
-        rule: which copy of an expert serves a token; None: as the plan says; "sglang" and "in_turn"
-            (vllm-ascend, TensorRT-LLM): as those engines do (``engine_serving_slots``).
-        transport: of ``TRANSPORTS``, for ``crossing``.
+        rule: which copy serves a token; None: as the plan says; else see ``align_trace``.
+        transport: of ``TRANSPORTS``, for ``crossing``. load: [L, E] ``trace.load()``, where known.
 
     Raises:
         PlacementError: the plan does not fit the trace, the cluster or the homes.
     """
-    aligned = align_trace(trace, plan, topology, homes, rule)
+    aligned = replace(align_trace(trace, plan, topology, homes, rule), load=load)
     if plan.expert_load is not None:
         warn_of_absent_experts(plan.expert_load, plan.layer_ids)
     _check_settings(batch_tokens, row_bytes, transport)

@@ -42,6 +42,8 @@ class AlignedTrace:
     has_replicas: bool
     choices: np.ndarray | None = None
     """[L, M, E, X] ``plan.node_choices()`` where the picks of a token decide (rule "visited")."""
+    load: np.ndarray | None = None
+    """[L, E] picks, where they are known already."""
     counted: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list, repr=False)
     """What ``served_by_token`` found: several costs are taken from one count."""
 
@@ -69,6 +71,8 @@ class AlignedTrace:
             return self.load_rows.sum(axis=0, dtype=np.int64)[:, None]
         home, homes = self.home_rank, self.num_ranks
         if home is None:
+            if self.load is not None:
+                return self.load[:, None]
             home, homes = np.zeros(len(self.ids), dtype=np.int64), 1
         return counting.picks_by_home(self.ids, self.num_experts, home, homes)
 

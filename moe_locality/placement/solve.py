@@ -112,7 +112,7 @@ def solve(
     )
     problem = _with_rule(problem, serving_rule, method == "coactivation" and start is None)
     found = _run(problem, method, joint, start, move_budget)
-    return _signed(problem, found, found.homes if joint else homes, method, joint)
+    return _signed(problem, found, found.homes if joint else homes, method, joint, start is None)
 
 
 def read_cap(
@@ -254,15 +254,21 @@ def _layers_as_one(problem: Problem, needs_tokens: bool) -> Problem:
 
 
 def _signed(
-    problem: Problem, found: Solution, homes: Homes, method: str, joint: bool
+    problem: Problem,
+    found: Solution,
+    homes: Homes,
+    method: str,
+    joint: bool,
+    fresh: bool,
 ) -> PlacementPlan:
-    """The plan with its costs on the trace, and where it is from."""
+    """The plan with its costs on the trace, and where it is from; ``fresh``: its loads are those
+    of the trace.
+    """
     with ThreadPoolExecutor(1) as pool:  # hashing needs no interpreter lock
         identity = pool.submit(problem.trace.content_hash)
         transport = "per_rank" if problem.objective == "rank_copies" else "once_per_node"
-        costs = evaluate(
-            problem.trace, found.plan, problem.topology, homes, transport=transport
-        ).to_dict()
+        options = {"transport": transport, "load": found.plan.expert_load if fresh else None}
+        costs = evaluate(problem.trace, found.plan, problem.topology, homes, **options).to_dict()
     provenance = {
         "method": method,
         "trace": identity.result(),

@@ -46,7 +46,6 @@ STEPS_PER_SECOND = 4e8
 MOST_ROUNDS = 400
 FEWEST_ROUNDS = 20  # below that the coarse bound is as good
 COARSE_ROUNDS = MOST_REPLICA_ROUNDS = 150
-REPLICA_WORK = 8.0  # of a round with replicas, as a multiple of one without
 MOST_PICKS = 9  # set partitions of more picks are too many to list
 _SMOOTHING, _COOLING, _LEAST_SMOOTHING = 0.15, 0.985, 0.01
 
@@ -302,7 +301,8 @@ def bound_with_replicas(
     problem = make_relaxation(
         layer.members, layer.tokens, num_slots, num_nodes, num_tokens=layer.num_tokens
     )
-    rounds = int(budget / (REPLICA_WORK * problem.work_per_round))
+    covers = 2 ** (min(num_nodes, ids.shape[1]) - 1)  # of a partition: as many times the work
+    rounds = int(budget / (covers * problem.work_per_round))
     if rounds < FEWEST_ROUNDS:
         return 0.0, 0
     rounds = min(rounds, MOST_REPLICA_ROUNDS)
