@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 
-from benchmarks.soak import RSS_KIB, SAMPLES, growth, serve_and_sample, train_and_sample
-from tests.launch import run_ranks, skip_without_expert_parallelism
+from benchmarks.soak import RSS_KIB, SAMPLES, growth, train_and_sample
+from tests.launch import run_ranks
 
 WORLD = 2
 STEPS = 5 * SAMPLES
@@ -34,19 +34,6 @@ def test_a_hundred_steps_leave_nothing_behind(tmp_path):
         assert grown["threads"] <= 0, samples
 
 
-def test_the_serving_engine_leaves_nothing_behind(tmp_path):
-    """[F17 soak] Ten seconds of what make test-soak does for ten minutes."""
-    skip_without_expert_parallelism()
-    for samples, _, served in run_ranks(serve_and_sample, WORLD, 10.0, tmp_path):
-        grown = growth(samples)
-        assert served > SAMPLES
-        assert grown["rss_kib"] < 4 * RSS_KIB, samples  # caches of shapes are still new
-        assert grown["descriptors"] <= 0, samples
-        assert grown["groups"] == 0, samples
-        assert grown["threads"] <= 0, samples
-
-
-@pytest.mark.slow
 def test_leaks_are_seen(tmp_path):
     arguments = (WORLD, 2 * SAMPLES, tmp_path, leak_everything)
     for samples, _ in run_ranks(train_and_sample, *arguments, deepspeed=True):
