@@ -117,16 +117,20 @@ def _serve(given: Any) -> Result:
 
 
 def _metrics(given: Any, rank: int, settings: TrackingConfig | None) -> Metrics:
+    """Collective: a port that is taken on one rank is an error on all."""
+    from moe_locality.layer.agreement import all_succeed
     from moe_locality.serving import Metrics
     from moe_locality.tracking import start_tracking
 
     metrics = Metrics(rank, model=given.model)
-    if given.metrics_port is not None:
-        metrics.listen(
-            given.metrics_port + int(os.environ.get("LOCAL_RANK", "0")), given.metrics_host
-        )
-    config = {name: str(value) for name, value in vars(given).items()}
-    metrics.track(start_tracking(settings, run_config=config, rank=rank, step_metric="step"))
+    port, config = given.metrics_port, {name: str(value) for name, value in vars(given).items()}
+
+    def start() -> None:
+        if port is not None:
+            metrics.listen(port + int(os.environ.get("LOCAL_RANK", "0")), given.metrics_host)
+        metrics.track(start_tracking(settings, run_config=config, rank=rank, step_metric="step"))
+
+    all_succeed(start)
     return metrics
 
 

@@ -13,7 +13,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -151,6 +151,7 @@ class Offer:
     state: RequestState | None = None
     told: bytes = b""
     named_at: float = 0.0
+    at: float = field(default_factory=time.monotonic)  # offered, on the clock of each rank
 
 
 class HandOver:
@@ -285,7 +286,7 @@ class HandOver:
                 left.append(offer.state)
             else:
                 state = pickle.loads(data[: offer.told_bytes].cpu().numpy().tobytes())
-                state.turn_clocks()
+                state.turn_clocks(offer.at)  # the way and the wait for room count too
                 state.home = self.rank
                 if offer.kv_bytes:
                     state.rows = unpack_row(data[offer.told_bytes :], state.computed, like)

@@ -9,7 +9,6 @@ few steps (``moe-locality report`` reads it), ``track`` sends what all ranks did
 from __future__ import annotations
 
 import bisect
-import dataclasses
 import json
 import threading
 import time
@@ -184,7 +183,8 @@ class Metrics:
         return self._server.server_address[1]
 
     def write_to(self, path: str | Path) -> None:
-        """Write a line of JSON every few steps: ``step``, ``seconds`` and ``values`` so far."""
+        """Write a line of JSON every few steps: ``step``, ``seconds`` from now, ``values``."""
+        self._began = time.monotonic()  # a model may have been loaded since this was made
         self._file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115  until close()
 
     def track(self, tracker: Tracker) -> None:
@@ -276,8 +276,8 @@ def serving_report(folder: Path, *, command: str = "") -> ReportData:
     new = total["generation_tokens_total"].get("", 0.0)
     across = total.get("exchange_bytes_total", {}).get("cross_node", 0.0)
     levels = [line["values"]["node_imbalance"][""] for line in ranks[0][:-1]] or [1.0]
-    basis = Basis(how="measured", count=int(sum(last[0]["values"]["steps_total"].values())))
-    basis = dataclasses.replace(basis, unit="steps")
+    steps = int(sum(last[0]["values"]["steps_total"].values()))
+    basis = Basis(how="measured", count=steps, unit="steps")
     short = [rank for rank, line in enumerate(last) if "picked" not in line]
     words = f"Ranks {short} were cut off: what they did last is missing." if short else ""
     times = sorted(total["step_seconds_total"].items())

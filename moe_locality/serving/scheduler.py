@@ -125,9 +125,9 @@ class RequestState:
     began: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def turn_clocks(self) -> None:
-        """Make ages of the times of this host, or times of ages."""
-        now = time.monotonic()
+    def turn_clocks(self, now: float | None = None) -> None:
+        """Make ages of the times of this host, or times of the ages that were taken at ``now``."""
+        now = time.monotonic() if now is None else now
         self.began = now - self.began
         for sequence in self.sequences:
             sequence.token_at = now - sequence.token_at

@@ -3,6 +3,7 @@ and our exchange, must give the tokens of the whole model's own ``generate``.
 """
 
 import tempfile
+import time
 from collections import Counter
 
 import numpy as np
@@ -172,7 +173,9 @@ def late_transfer(rank, world):
     for number in range(2):  # the second one has its home at rank 1
         if rank == 0:
             params = SamplingParams()
-            handover.offer(RequestState(7 + number, [1, 2], params, seed=0, number=number))
+            state = RequestState(7 + number, [1, 2], params, seed=0, number=number)
+            state.began = time.monotonic()
+            handover.offer(state)
     handover.choose([2, 0])
     if rank == 0:
         dist.barrier()
@@ -185,14 +188,19 @@ def late_transfer(rank, world):
         dist.barrier()
     while rank == 1 and not came:
         came += handover.arrived(None)[0]
-    return said, [(state.request_id, state.prompt) for state in came]
+    now = time.monotonic()
+    return said, [(state.request_id, state.prompt, now - state.began) for state in came]
 
 
 def test_transfer_that_does_not_come_is_named(tmp_path):
-    """[F17 faults] Long before the timeout, with both ranks; when it comes it is taken."""
+    """[F17 faults] Long before the timeout, with both ranks; when it comes it is taken, and its way
+    has made it older.
+    """
     _, (said, came) = run_ranks(late_transfer, 2)
     assert "on its way from rank 0 to rank 1 has not come within 0.1 s" in said[0]
-    assert came == [(8, [1, 2])]
+    ((request_id, prompt, age),) = came
+    assert (request_id, prompt) == (8, [1, 2])
+    assert age > 0.1
 
 
 def serve_and_count(rank, world, path):

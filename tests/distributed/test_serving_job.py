@@ -217,6 +217,34 @@ def test_serve_is_one_command_on_all_ranks(tmp_path):
     assert set(read_trace(tmp_path / "trace").request_id.tolist()) == set(range(10))
 
 
+def one_port_is_taken(rank, world):
+    """Start the metrics of every rank; return the error."""
+    import socket
+    from types import SimpleNamespace
+
+    from moe_locality.commands.serve import _metrics
+    from moe_locality.errors import ConfigError
+    from moe_locality.topology.groups import exchange_objects
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = exchange_objects(taken.getsockname()[1])[1]
+        os.environ["LOCAL_RANK"] = str(rank)
+        given = SimpleNamespace(
+            model="tiny", metrics_port=port - 1 if rank else None, metrics_host="127.0.0.1"
+        )
+        with pytest.raises(ConfigError) as raised:
+            _metrics(given, rank, None)
+        return str(raised.value)
+
+
+def test_serve_names_a_port_that_is_taken_on_all_ranks(tmp_path):
+    """[F17.6] No rank goes on to load the model and waits there for the one that stopped."""
+    found = run_ranks(one_port_is_taken, 2)
+    assert all("found no way to listen on 127.0.0.1" in words for words in found)
+
+
 def write_plan(rank, world, path, file):
     plan = plan_with_homes(path, world)
     if rank == 0:
