@@ -86,6 +86,7 @@ class Metrics:
         self.decisions: list[dict[str, Any]] = []
         self._lock, self._began = threading.Lock(), time.monotonic()
         self._server: ThreadingHTTPServer | None = None
+        self._path: Path | None = None
         self._file: Any = None
         self._tracker = Tracker()
         self._window: dict[str, Any] = {}
@@ -185,7 +186,8 @@ class Metrics:
     def write_to(self, path: str | Path) -> None:
         """Write a line of JSON every few steps: ``step``, ``seconds`` from now, ``values``."""
         self._began = time.monotonic()  # a model may have been loaded since this was made
-        self._file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115  until close()
+        self._path = Path(path)
+        self._path.open("a").close()  # to fail now; a run without a step leaves what is there
 
     def track(self, tracker: Tracker) -> None:
         """Log what all ranks did, every few steps, as ``serving/...``, ``traffic/...``, ..."""
@@ -217,7 +219,8 @@ class Metrics:
         )
 
     def _write(self, line: dict[str, Any]) -> None:
-        if self._file is not None:
+        if self._path is not None:
+            self._file = self._file or self._path.open("w", encoding="utf-8")
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
 
@@ -228,7 +231,7 @@ class Metrics:
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
-        if self._file is not None:
+        if self.values.get("steps_total"):
             self._write(
                 {
                     "seconds": time.monotonic() - self._began,
@@ -238,6 +241,7 @@ class Metrics:
                     "picked": {stage: counts.tolist() for stage, counts in (picked or {}).items()},
                 }
             )
+        if self._file is not None:
             self._file.close()
         self._tracker.finish()
 

@@ -137,6 +137,9 @@ def test_metrics_are_what_the_engine_did(model, offline, tmp_path):  # noqa: F81
     assert 0 < value(early[0], "num_requests_running") <= 3
     assert 0 < value(early[0], "kv_cache_usage_perc") <= 1
 
+    again = serving.Metrics()  # a job that finds nothing left to do
+    again.write_to(tmp_path / "metrics-0.jsonl")
+    again.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics-0.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines[:-1]] == list(range(16, len(steps) + 1, 16))
     assert lines[-1]["values"]["generation_tokens_total"][""] == new
