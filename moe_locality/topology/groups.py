@@ -102,7 +102,10 @@ def exchange_objects(value: Any, group: Any = None) -> list[Any]:
         # its process may hold the store: were it to raise over what it read and end, the others
         # would see a broken connection instead of the reason
         with contextlib.suppress(RuntimeError):
-            store.wait([f"{key}/read/{rank}" for rank in ranks], _READ_LIMIT)
+            read = [f"{key}/read/{rank}" for rank in ranks]
+            store.wait(read, _READ_LIMIT)
+            for name in (key, *read, *(f"{key}/{rank}" for rank in ranks)):
+                store.delete_key(name)  # all have read: a long run must not fill the store
     return [pickle.loads(value) for value in everyone]
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from moe_locality.compat import default_timeout
+from moe_locality.compat import default_store, default_timeout
 from moe_locality.config import ClusterConfig
 from moe_locality.errors import TopologyError
 from moe_locality.topology import (
@@ -117,6 +117,22 @@ def exchange(rank, world):
     mine = halves[0] if rank in (0, 3) else halves[1]
     everyone = [exchange_objects({"rank": rank, "turn": turn}) for turn in range(3)]
     return everyone, exchange_objects(f"rank {rank}", mine)
+
+
+def keys_after(rank, world, turns):
+    """Keys in the store after each so many exchanges."""
+    found = []
+    for turn in range(turns):
+        exchange_objects({"turn": turn})
+        dist.barrier()
+        found.append(default_store().num_keys() if rank == 0 else 0)
+        dist.barrier()
+    return found
+
+
+def test_exchange_objects_leaves_nothing_in_the_store():
+    found = run_ranks(keys_after, 2, 4)[0]
+    assert found == [found[0]] * 4
 
 
 def test_values_are_exchanged_in_the_order_of_ranks():
