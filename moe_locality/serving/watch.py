@@ -105,7 +105,8 @@ class Watch:
         self.rows, self.plan, self._load = rows, plan, plan.expert_load
         found = layers[0].topology
         assert found is not None  # the warm-up has asked for it
-        self.topology: ClusterTopology = found
+        # the nodes may have other numbers in the plan: who shares one counts
+        self.topology: ClusterTopology = replace(found, rank_to_node=plan.topology.rank_to_node)
         self._seen: list[Part] = []
         self._tokens = 0
 
