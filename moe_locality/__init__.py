@@ -71,8 +71,13 @@ __all__ = [
     "write_trace",
 ]
 
+# their functions are called by their full name, with no import of their own
+_ROOMS = {"batching", "compat", "dispatch", "layer", "placement", "serving", "topology", "trace"}
+
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"moe_locality.{name}")
     if name not in _LAZY_IMPORTS:
         raise AttributeError(f"module 'moe_locality' has no attribute {name!r}")
     return getattr(importlib.import_module(_LAZY_IMPORTS[name]), name)

@@ -254,12 +254,16 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(text, object_pairs_hook=_without_duplicates)
     except OSError as error:
         raise ConfigError(
-            f"cannot read the ds_config {path}: {error.strerror}: check the path"
+            f"cannot read the configuration {path}: {error.strerror}: check the path"
         ) from error
     except ValueError as error:  # not UTF-8, not JSON, or a key twice
-        raise ConfigError(f"the ds_config {path} is not valid JSON: {error}: correct it") from error
+        raise ConfigError(
+            f"the configuration {path} is not valid JSON: {error}: correct it"
+        ) from error
     if not isinstance(content, dict):
-        raise ConfigError(f"the ds_config {path} holds a {type(content).__name__}, not an object")
+        raise ConfigError(
+            f"the configuration {path} holds a {type(content).__name__}, not an object"
+        )
     return content
 
 

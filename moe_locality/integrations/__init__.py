@@ -17,7 +17,7 @@ def apply(
     model: "nn.Module",
     config: "MoeLocalityConfig | dict[str, Any] | str | None" = None,
     *,
-    plan: "PlacementPlan | None" = None,
+    plan: "PlacementPlan | str | None" = None,
     topology: "ClusterTopology | None" = None,
     **kwargs: Any,
 ) -> "nn.Module":
@@ -31,7 +31,7 @@ def apply(
 
     Args:
         config: the ``"moe_locality"`` section, or a ds_config with it.
-        plan: place the experts too. Default: the plan that the section names.
+        plan: or its file; place the experts too. Default: the plan that the section names.
         topology: node of every rank. Default: from the section, or asked from all ranks.
     """
     if type(model).__name__.startswith("Peft") and hasattr(model, "peft_config"):

@@ -172,7 +172,7 @@ def apply(
     model: nn.Module,
     config: MoeLocalityConfig | dict[str, Any] | str | None = None,
     *,
-    plan: PlacementPlan | None = None,
+    plan: PlacementPlan | str | None = None,
     topology: ClusterTopology | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> nn.Module:
@@ -184,7 +184,7 @@ def apply(
 
     Args:
         config: default: the section that ``register`` was given.
-        plan: default: the plan that the section names.
+        plan: or its file; default: the plan that the section names.
         topology: node of every rank. Default: from the section's ``cluster``, or asked from all.
         optimizer: one whose state is loaded before its first step, where others are found.
 

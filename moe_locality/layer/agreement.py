@@ -93,13 +93,12 @@ def all_succeed(check: Callable[[], T]) -> T:
 
 
 def section_and_plan(
-    config: MoeLocalityConfig | dict[str, Any] | str | None, plan: PlacementPlan | None = None
+    config: MoeLocalityConfig | dict[str, Any] | str | None, plan: PlacementPlan | str | None = None
 ) -> tuple[MoeLocalityConfig, PlacementPlan | None]:
-    """Read the section, and the plan that it names where none is given."""
+    """Read the section, and the plan: the one given or its file, else that of the section."""
     section = read_config(config)
-    if plan is not None or section.plan is None:
-        return section, plan
-    return section, PlacementPlan.read(section.plan)
+    plan = plan or section.plan
+    return section, PlacementPlan.read(plan) if isinstance(plan, str) else plan
 
 
 def agree_on_inputs(read: Callable[[], Inputs[T]]) -> Inputs[T]:

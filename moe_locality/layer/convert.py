@@ -55,7 +55,7 @@ def apply(
     model: nn.Module,
     config: MoeLocalityConfig | dict[str, Any] | str | None = None,
     *,
-    plan: PlacementPlan | None = None,
+    plan: PlacementPlan | str | None = None,
     topology: ClusterTopology | None = None,
 ) -> nn.Module:
     """Turn every DeepSpeed MoE layer of ``model`` into ours, in place, and return the model.
@@ -69,8 +69,8 @@ def apply(
     Collective over all ranks where a process group is up; arguments as of ``moe_locality.apply``.
 
     Args:
-        plan: place the experts too (before ``deepspeed.initialize``). With replicas, a rank gets
-            more experts: collect the parameters to train afterwards.
+        plan: or its file; place the experts too (before ``deepspeed.initialize``). With replicas, a
+            rank gets more experts: collect the parameters to train afterwards.
         topology: default: found by ``deepspeed.initialize`` when it makes the expert groups.
 
     Raises:
@@ -213,7 +213,7 @@ def init_inference(
     model: nn.Module,
     config: dict[str, Any] | str | None = None,
     *,
-    plan: PlacementPlan | None = None,
+    plan: PlacementPlan | str | None = None,
     **kwargs: Any,
 ) -> Any:
     """``deepspeed.init_inference`` with moe_locality around it; the same arguments and result.

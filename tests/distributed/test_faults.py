@@ -87,7 +87,7 @@ def test_a_plan_without_an_expert_stops_all_ranks_of_a_launch(tmp_path):
     process = start(tmp_path, "--layer", "locality", section={"plan": str(plan)})
     output = finish(process)
     assert process.returncode != 0, output[-4000:]
-    assert len(re.findall("PlacementError.*layer 1", output)) == NUM_RANKS, output[-4000:]
+    assert len(re.findall("PlacementError: the plan.*layer 1", output)) == NUM_RANKS, output[-4000:]
     assert "progress 1 " not in output
 
 

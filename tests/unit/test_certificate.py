@@ -44,7 +44,12 @@ def test_place_says_how_far_the_plan_is_from_the_bound(trace, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", [(), ("--bound-seconds", "0"), ("--redundant-experts", "4", "--bound")]
+    "words",
+    [
+        (),
+        ("--bound-seconds", "0"),
+        ("--redundant-experts", "4", "--homes", "joint", "--bound"),
+    ],
 )
 def test_no_certificate_where_there_is_no_bound(trace, tmp_path, words):
     """The bound, most of the time that ``place`` took, was computed unasked [A5]."""

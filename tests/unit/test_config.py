@@ -149,10 +149,10 @@ def test_one_source_of_the_cluster_is_enough(cluster):
 
 def test_file_errors_say_what_is_wrong_with_which_file(tmp_path):
     with pytest.raises(
-        ConfigError, match=r"cannot read the ds_config .*none\.json.*check the path"
+        ConfigError, match=r"cannot read the configuration .*none\.json.*check the path"
     ):
         read_config(tmp_path / "none.json")
-    with pytest.raises(ConfigError, match="cannot read the ds_config"):
+    with pytest.raises(ConfigError, match="cannot read the configuration"):
         read_config(tmp_path)
     with pytest.raises(ConfigError, match=r"ds\.json is not valid JSON: .*line 2.*correct it"):
         read_config(write(tmp_path, '{"a": 1,\n oops}'))

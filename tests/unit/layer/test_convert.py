@@ -151,6 +151,8 @@ def test_apply_the_plan_of_the_section_is_used(tmp_path):
     PlacementPlan.from_dict(plan).write(path)
     net = moe_locality.apply(Net(), {"moe_locality": {"plan": str(path)}})
     assert net.a.deepspeed_moe.gate.slot_to_logical.tolist() == [3, 2, 1, 0]
+    by_path = moe_locality.apply(Net(), plan=str(path))
+    assert by_path.a.deepspeed_moe.gate.slot_to_logical.tolist() == [3, 2, 1, 0]
     with pytest.raises(PlacementError, match="none"):
         moe_locality.apply(Net(), {"plan": str(tmp_path / "none.json")})
 
