@@ -26,6 +26,8 @@ Inputs = tuple[MoeLocalityConfig, PlacementPlan | None, T]
 logger = logging.getLogger(__name__)
 _numbers = count()
 _HALFWAY = "Experts may lie in either order now: end this job and go on from the last checkpoint"
+_READ_LIMIT_S = 30.0
+"""How long the first rank waits for the others to have read what was agreed on."""
 _BEFORE = "Nothing was changed yet: look at the output of these ranks"
 
 
@@ -36,8 +38,9 @@ class LostRanks(PlacementError):
 def gather_answers(value: Any, what: str, timeout_s: float, advice: str = _HALFWAY) -> list[Any]:
     """Return every rank's value (plain data that pickles). Collective over all ranks.
 
-    The lowest rank waits for the others and publishes what it has, so all ranks get the same. The
-    keys are deleted during the next call.
+    The lowest rank waits for the others and publishes what it has, so all ranks get the same. It
+    goes on when they have read it: its process may hold the store, and were it to raise and end
+    before, the others would see a broken connection instead of the reason.
 
     Args:
         what, advice: begin and end of the message where ranks do not answer.
@@ -48,19 +51,19 @@ def gather_answers(value: Any, what: str, timeout_s: float, advice: str = _HALFW
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return [value]
     me, world, store = dist.get_rank(), dist.get_world_size(), compat.default_store()
-    number = next(_numbers)
-    key = f"moe_locality/agreement/{number}"
+    key = f"moe_locality/agreement/{next(_numbers)}"
     try:
         store.set(f"{key}/{me}", pickle.dumps(value))
         if me == 0:
             store.set(key, pickle.dumps(_collect(store, key, world, timeout_s)))
         store.wait([key], timedelta(seconds=2 * timeout_s + 5))
         found = pickle.loads(store.get(key))
+        store.set(f"{key}/read/{me}", "")
     except RuntimeError as error:  # DistStoreError is one: the store is gone, or rank 0 is late
         raise LostRanks(_message([0], what, timeout_s, advice)) from error
-    if me == 0 and number:
-        _forget(store, f"moe_locality/agreement/{number - 1}", world)
     lost = [rank for rank, answer in enumerate(found) if answer is None]
+    if me == 0:
+        _await_readers(store, key, [rank for rank in range(world) if rank not in lost], timeout_s)
     if lost:
         raise LostRanks(_message(lost, what, timeout_s, advice))
     return [pickle.loads(answer) for answer in found]
@@ -157,11 +160,14 @@ def _collect(store: Any, key: str, world: int, timeout_s: float) -> list[bytes |
     return [store.get(name) if there else None for name, there in zip(names, here, strict=True)]
 
 
-def _forget(store: Any, key: str, world: int) -> None:
-    """Delete the keys of a call: every rank has read them when it has sent its next answer."""
-    for name in (key, *(f"{key}/{rank}" for rank in range(world))):
-        with contextlib.suppress(RuntimeError):
-            store.delete_key(name)
+def _await_readers(store: Any, key: str, ranks: Sequence[int], timeout_s: float) -> None:
+    """Wait until these ranks have read the answers; delete the keys where nobody is late."""
+    read = [f"{key}/read/{rank}" for rank in ranks]
+    with contextlib.suppress(RuntimeError):
+        store.wait(read, timedelta(seconds=min(timeout_s, _READ_LIMIT_S)))
+        if len(ranks) == dist.get_world_size():
+            for name in (key, *read, *(f"{key}/{rank}" for rank in ranks)):
+                store.delete_key(name)
 
 
 def _message(ranks: Sequence[int], what: str, timeout_s: float, advice: str) -> str:

@@ -3,12 +3,15 @@
 import json
 import os
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
+from moe_locality import compat
 from moe_locality.errors import ConfigError, PlacementError
+from moe_locality.layer import agreement
 from moe_locality.trace import read_trace
 from tests.distributed.moe_cases import WIDTH, expert, quiet
 from tests.distributed.test_layer_training import NUM_EXPERTS, Net, config_of, make_net, train
@@ -512,3 +515,39 @@ def test_init_inference_computes_the_same_with_plan_and_replicas():
         across = {name: links["cross_node"] for name, links in rows.items()}
         assert across["no plan"] > 0
         assert across["replicas"] < across["plan"]
+
+
+class SlowReader:
+    """The store of a rank that is slow to read what the first one has published."""
+
+    def __init__(self, store):
+        self.store = store
+
+    def __getattr__(self, name):
+        return getattr(self.store, name)
+
+    def get(self, key):
+        time.sleep(0.5)
+        found = self.store.get(key)
+        self.read = time.monotonic()
+        return found
+
+
+def answers_of_a_slow_reader(rank, world):
+    store = compat.default_store()
+    slow, keys = SlowReader(store) if rank else store, []
+    with mock.patch.object(compat, "default_store", return_value=slow):
+        for _ in range(2):
+            assert agreement.gather_answers(rank, "test", 20.0) == [0, 1]
+            returned = time.monotonic()
+            torch.distributed.barrier()
+            keys.append(store.num_keys())
+            torch.distributed.barrier()
+    return slow.read if rank else returned, keys
+
+
+def test_the_first_rank_goes_on_when_all_have_read_its_answer():
+    """It raised and ended with the store: others saw a broken connection, not the reason."""
+    (returned, keys), (read, _) = run_ranks(answers_of_a_slow_reader, 2)
+    assert returned >= read
+    assert keys[0] == keys[1]  # nothing is left
