@@ -267,11 +267,13 @@ def shifting_prompts(rank, world, count):
         }
 
 
-def usual_order():
+def usual_order(num_nodes=2, ranks_per_node=2):
     """The nodes have other numbers than in the run."""
     from moe_locality.placement.plan import PlacementPlan
 
-    return replace(PlacementPlan.linear(8, range(2), 2, 2), rank_to_node=(1, 1, 0, 0))
+    nodes = [num_nodes - 1 - rank // ranks_per_node for rank in range(num_nodes * ranks_per_node)]
+    plan = PlacementPlan.linear(8, range(2), num_nodes, ranks_per_node)
+    return replace(plan, rank_to_node=tuple(nodes))
 
 
 def serve_watched(rank, world, path):
