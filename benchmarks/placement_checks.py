@@ -15,7 +15,7 @@ from placement_rows import Row
 from moe_locality.errors import BackendUnavailable
 from moe_locality.placement import evaluate, solve
 from moe_locality.placement.baselines import partition_mtkahypar
-from moe_locality.placement.bounds.lower import certify_plan
+from moe_locality.placement.bounds.lower import Certificate, certify_plan
 from moe_locality.placement.counting import map_layers, processors
 from moe_locality.placement.problem import Problem, make_plan
 from moe_locality.placement.search.coactivation import place_layers
@@ -47,19 +47,9 @@ def bound_rows(folder: Path, name: str) -> list[Row]:
         data.train, plan, topology, max_imbalance=BOUND_CAP, seconds=BOUND_EFFORT[name]
     )
     seconds, busy = time.perf_counter() - start, time.process_time() - busy
-    worst = found.to_dict()
-    row = Row(
-        case=f"certified gap: {name} 4 nodes, node loads up to {BOUND_CAP:g} x mean",
-        metric="gap",
-        value=100 * found.gap,
-        unit="% of the copies found",
-        target=GAP_TARGET[name],
-        note=f"mean over {len(found.found)} layers; copies found {found.found.mean():.4f}, "
-        f"bound {found.bound.mean():.4f}; widest {100 * worst['worst_gap']:.1f} % (layer "
-        f"{worst['worst_layer']}); plan for max_imbalance 1.05; {seconds:.0f} s, "
-        f"{busy:.0f} s of processor time",
-    )
-    return [row]
+    case = f"{name} 4 nodes, node loads up to {BOUND_CAP:g} x mean"
+    spent = f"plan for max_imbalance 1.05; {seconds:.0f} s, {busy:.0f} s of processor time"
+    return [_gap_row(case, GAP_TARGET[name], found, spent)]
 
 
 def replica_bound_rows(folder: Path) -> list[Row]:
@@ -71,20 +61,27 @@ def replica_bound_rows(folder: Path) -> list[Row]:
     busy = time.process_time()
     found = certify_plan(train, plan, topology, seconds=REPLICA_EFFORT)
     busy = time.process_time() - busy
+    case = f"{GPT} 4 nodes, {REPLICAS / train.num_experts:.1%} replicas"
+    imbalance = plan.provenance["expected_imbalance"]
+    spent = (
+        f"every {EVERY}rd layer; the bound is for plans of any balance and any serving rule; "
+        f"default cap, expected imbalance {imbalance:.3f}; {busy:.0f} s of processor time"
+    )
+    return [_gap_row(case, REPLICA_GAP, found, spent)]
+
+
+def _gap_row(case: str, target: float, found: Certificate, more: str) -> Row:
     worst = found.to_dict()
-    row = Row(
-        case=f"certified gap: {GPT} 4 nodes, {REPLICAS / train.num_experts:.1%} replicas",
+    return Row(
+        case=f"certified gap: {case}",
         metric="gap",
         value=100 * found.gap,
         unit="% of the copies found",
-        target=REPLICA_GAP,
-        note=f"mean over {len(found.found)} layers (every {EVERY}rd); copies found "
-        f"{found.found.mean():.4f}, bound {found.bound.mean():.4f}, for plans of any balance and "
-        f"any serving rule; widest {100 * worst['worst_gap']:.1f} % (layer {worst['worst_layer']});"
-        f" default cap, expected imbalance {plan.provenance['expected_imbalance']:.3f}; "
-        f"{busy:.0f} s of processor time",
+        target=target,
+        note=f"mean over {len(found.found)} layers; copies found {found.found.mean():.4f}, "
+        f"bound {found.bound.mean():.4f}; widest {100 * worst['worst_gap']:.1f} % (layer "
+        f"{worst['worst_layer']}); {more}",
     )
-    return [row]
 
 
 def partitioner_rows(folder: Path, name: str, nodes: int, preset: str = "quality") -> list[Row]:

@@ -148,12 +148,9 @@ def stretches(
     """Draw stretches of so many tokens from the answers, each a request with the prompt of its own:
     what decodes at some moment, where those of long answers are more often met.
     """
-    view = trace.tokens_only("replay")
-    order = np.lexsort((view.position, view.request_id))
-    _, first = np.unique(view.request_id[order], return_index=True)
-    found = []
-    for rows in np.split(order, first[1:]):
-        prompt, answer = rows[view.stage[rows] == PREFILL], rows[view.stage[rows] != PREFILL]
+    stage, found = trace.tokens_only("replay").stage, []
+    for rows in rows_by_request(trace).values():
+        prompt, answer = rows[stage[rows] == PREFILL], rows[stage[rows] != PREFILL]
         if len(prompt):
             ends = range(length, len(answer) + 1, length)
             found += [(prompt, answer[end - length : end]) for end in ends]
@@ -172,13 +169,19 @@ def stretches(
     return taken, given
 
 
-def place_in_request(trace: RoutingTrace) -> np.ndarray:
-    """[T] how many tokens of its request come before each one."""
+def rows_by_request(trace: RoutingTrace) -> dict[int, np.ndarray]:
+    """The rows of the tokens of each request, in the order of their positions."""
     view = trace.tokens_only("replay")
     order = np.lexsort((view.position, view.request_id))
-    _, first, tokens = np.unique(view.request_id[order], return_index=True, return_counts=True)
-    found = np.empty(len(order), dtype=np.int64)
-    found[order] = np.arange(len(order)) - np.repeat(first, tokens)
+    requests, first = np.unique(view.request_id[order], return_index=True)
+    return dict(zip(requests.tolist(), np.split(order, first[1:]), strict=True))
+
+
+def place_in_request(trace: RoutingTrace) -> np.ndarray:
+    """[T] how many tokens of its request come before each one."""
+    found = np.empty(trace.num_rows, dtype=np.int64)
+    for rows in rows_by_request(trace).values():
+        found[rows] = np.arange(len(rows))
     return found
 
 
@@ -336,11 +339,8 @@ class Replay:
     """Sends the tokens of every pass where those of a recording went."""
 
     def __init__(self, trace: RoutingTrace, model: Any) -> None:
-        view = trace.tokens_only("replay")
-        order = np.lexsort((view.position, view.request_id))
-        requests, first = np.unique(view.request_id[order], return_index=True)
-        rows = np.split(view.expert_ids[order].astype(np.int64), first[1:])
-        self._ids = dict(zip(requests.tolist(), map(torch.from_numpy, rows), strict=True))
+        ids = torch.from_numpy(trace.tokens_only("replay").expert_ids.astype(np.int64))
+        self._ids = {request: ids[rows] for request, rows in rows_by_request(trace).items()}
         self._routes: Tensor | None = None
         model.register_forward_pre_hook(self._begin)
         for number, layer in enumerate(model.model.layers):  # before others look at the picks

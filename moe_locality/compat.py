@@ -8,6 +8,7 @@ PyPI's ``apex`` is a toolkit for web applications and has nothing to do with NVI
 it is recognized by its files.
 """
 
+import contextlib
 import functools
 import gc
 import importlib.util
@@ -15,6 +16,7 @@ import inspect
 import sys
 import types
 from collections.abc import Sequence
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -216,6 +218,26 @@ def default_store() -> Any:
     from torch.distributed.distributed_c10d import _get_default_store
 
     return _get_default_store()
+
+
+READ_LIMIT = timedelta(seconds=30)
+"""How long the first rank waits for the others to have read what it published."""
+
+
+def forget_when_read(
+    store: Any, key: str, ranks: Sequence[int], limit: timedelta = READ_LIMIT, forget: bool = True
+) -> None:
+    """Wait until ``ranks`` have read what the first of them published; then delete the keys.
+
+    What a rank gave is at ``key/RANK``, what was published at ``key``, and ``key/read/RANK`` says
+    that a rank has read it. The process of the first rank may hold the store: were it to raise over
+    what it read and end, the others would see a broken connection instead of the reason.
+    """
+    read = [f"{key}/read/{rank}" for rank in ranks]
+    with contextlib.suppress(RuntimeError):  # a rank is gone or late: the keys stay
+        store.wait(read, limit)
+        for name in (key, *read, *(f"{key}/{rank}" for rank in ranks)) if forget else ():
+            store.delete_key(name)
 
 
 def default_timeout() -> Any:

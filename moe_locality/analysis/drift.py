@@ -105,10 +105,11 @@ def load_drift(load: np.ndarray, new: RoutingTrace) -> tuple[float, float]:
     """Divergence in bits of the loads of a trace from ``load [L, E]``, mean over the layers, and
     what two samples as small as the trace would show without drift (nan with one request).
     """
-    known = (load.sum(axis=1) > 0) & (new.load().sum(axis=1) > 0)
+    now = new.load()
+    known = (load.sum(axis=1) > 0) & (now.sum(axis=1) > 0)
     if not known.any():
         return float("nan"), float("nan")
-    found = jensen_shannon_bits(load[known], new.load()[known])
+    found = jensen_shannon_bits(load[known], now[known])
     return float(found.mean()), float(_split_half(new, 8, 0)[known].mean() / 2)
 
 

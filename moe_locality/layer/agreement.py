@@ -4,7 +4,6 @@ limit is named.
 Answers travel over the process group's key-value store, which works when a collective has failed.
 """
 
-import contextlib
 import hashlib
 import logging
 import pickle
@@ -20,14 +19,13 @@ from moe_locality import compat
 from moe_locality.config import MoeLocalityConfig, read_config
 from moe_locality.errors import ConfigError, MoeLocalityError, PlacementError
 from moe_locality.placement.plan import PlacementPlan
+from moe_locality.topology.groups import exchange_objects
 
 T = TypeVar("T")
 Inputs = tuple[MoeLocalityConfig, PlacementPlan | None, T]
 logger = logging.getLogger(__name__)
 _numbers = count()
 _HALFWAY = "Experts may lie in either order now: end this job and go on from the last checkpoint"
-_READ_LIMIT_S = 30.0
-"""How long the first rank waits for the others to have read what was agreed on."""
 _BEFORE = "Nothing was changed yet: look at the output of these ranks"
 
 
@@ -39,8 +37,7 @@ def gather_answers(value: Any, what: str, timeout_s: float, advice: str = _HALFW
     """Return every rank's value (plain data that pickles). Collective over all ranks.
 
     The lowest rank waits for the others and publishes what it has, so all ranks get the same. It
-    goes on when they have read it: its process may hold the store, and were it to raise and end
-    before, the others would see a broken connection instead of the reason.
+    goes on when they have read it (:func:`~moe_locality.compat.forget_when_read`).
 
     Args:
         what, advice: begin and end of the message where ranks do not answer.
@@ -63,7 +60,11 @@ def gather_answers(value: Any, what: str, timeout_s: float, advice: str = _HALFW
         raise LostRanks(_message([0], what, timeout_s, advice)) from error
     lost = [rank for rank, answer in enumerate(found) if answer is None]
     if me == 0:
-        _await_readers(store, key, [rank for rank in range(world) if rank not in lost], timeout_s)
+        here = [rank for rank in range(world) if rank not in lost]
+        limit = min(timedelta(seconds=timeout_s), compat.READ_LIMIT)
+        compat.forget_when_read(
+            store, key, here, limit, forget=not lost
+        )  # who is late reads it yet
     if lost:
         raise LostRanks(_message(lost, what, timeout_s, advice))
     return [pickle.loads(answer) for answer in found]
@@ -93,6 +94,19 @@ def all_succeed(check: Callable[[], T]) -> T:
         ours = kind if issubclass(kind, MoeLocalityError) else PlacementError
         raise ours(f"found by ranks {[r for r, _ in failed]}, as rank {rank} says: {message}")
     return result  # pyright: ignore[reportReturnType]
+
+
+def decided_by_first(mine: Any, decide: Callable[[list[Any]], T]) -> T:
+    """Return what rank 0 decides on from what every rank gives (``mine``). Collective.
+
+    Raises:
+        LostRanks, or what ``decide`` raises: on all ranks.
+    """
+    first = dist.get_rank() == 0
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.gather_object(mine, gathered if first else None)
+    decided = all_succeed(lambda: decide(gathered) if first else None)
+    return exchange_objects(decided)[0]
 
 
 def section_and_plan(
@@ -158,16 +172,6 @@ def _collect(store: Any, key: str, world: int, timeout_s: float) -> list[bytes |
     except RuntimeError:
         here = [store.check([name]) for name in names]
     return [store.get(name) if there else None for name, there in zip(names, here, strict=True)]
-
-
-def _await_readers(store: Any, key: str, ranks: Sequence[int], timeout_s: float) -> None:
-    """Wait until these ranks have read the answers; delete the keys where nobody is late."""
-    read = [f"{key}/read/{rank}" for rank in ranks]
-    with contextlib.suppress(RuntimeError):
-        store.wait(read, timedelta(seconds=min(timeout_s, _READ_LIMIT_S)))
-        if len(ranks) == dist.get_world_size():
-            for name in (key, *read, *(f"{key}/{rank}" for rank in ranks)):
-                store.delete_key(name)
 
 
 def _message(ranks: Sequence[int], what: str, timeout_s: float, advice: str) -> str:

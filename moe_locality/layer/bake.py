@@ -65,7 +65,8 @@ _SAMPLED_BYTES = 256  # of a tensor, compared first
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointFiles:
-    """Paths of one tag. ``prefixes[l]`` is the module name of MoE layer l.
+    """Paths of one tag. ``prefixes[l]`` is the module name of MoE layer l; ``auto_ep``: whether
+    AutoEP made the layers.
 
     ``experts[layer, slot, mp]``, ``dense[mp]``, ``optimizer[ep rank, mp]``; ``other_optimizer``
     are ZeRO's partitions, on disk or offloaded; ``copied`` is everything else.
@@ -75,17 +76,12 @@ class CheckpointFiles:
     num_layers: int
     num_experts: int
     prefixes: tuple[str, ...]
+    auto_ep: bool
     experts: dict[tuple[int, int, int], Path]
     dense: dict[int, Path]
     optimizer: dict[tuple[int, int], Path]
     other_optimizer: tuple[Path, ...]
     copied: tuple[Path, ...]
-
-    @property
-    def auto_ep(self) -> bool:
-        """Whether AutoEP made the layers."""
-        first = read_file(self.experts[0, 0, min(self.dense)])
-        return not any(".deepspeed_moe." in key for key in first)
 
     def gates_among(self, names: Iterable[str]) -> dict[str, int]:
         """The MoE layer of every tensor of a router among ``names``."""
@@ -120,11 +116,13 @@ def find_files(folder: Path) -> CheckpointFiles:
         else:
             copied.append(path)
     layers, slots = _check_complete(folder, experts, dense, copied)
+    names = [_name_of(experts[layer, 0, min(dense)]) for layer in range(layers)]
     return CheckpointFiles(
         folder=folder,
         num_layers=layers,
         num_experts=slots,
-        prefixes=tuple(_prefix_of(experts[layer, 0, min(dense)]) for layer in range(layers)),
+        prefixes=tuple(prefix for prefix, _ in names),
+        auto_ep=names[0][1],
         experts=experts,
         dense=dense,
         optimizer=optimizer,
@@ -161,15 +159,16 @@ def _check_complete(folder, experts, dense, copied) -> tuple[int, int]:
     return layers, slots
 
 
-def _prefix_of(path: Path) -> str:
-    """Return the module name of the layer that an expert file belongs to."""
-    found = {match[1] for key in read_file(path) if (match := EXPERT_KEY.fullmatch(key))}
+def _name_of(path: Path) -> tuple[str, bool]:
+    """The module name of the layer that an expert file belongs to, and whether it is AutoEP's."""
+    found = {match[1]: key for key in read_file(path) if (match := EXPERT_KEY.fullmatch(key))}
     if len(found) != 1:
         raise ConfigError(
             f"{path}: found the experts of {sorted(found)}, expected those of one "
             "deepspeed.moe.layer.MoE or of one layer of AutoEP"
         )
-    return found.pop()
+    prefix, key = found.popitem()
+    return prefix, ".deepspeed_moe." not in key
 
 
 def write_experts(

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from moe_locality.analysis.stats import jensen_shannon_bits
 from moe_locality.config import OnlineConfig
 from moe_locality.errors import ConfigError, PlacementError
-from moe_locality.layer.agreement import all_succeed
+from moe_locality.layer.agreement import decided_by_first
 from moe_locality.layer.moe import MoE
 from moe_locality.layer.relabeling import plan_of, relabel, tied_layers
 from moe_locality.layer.relocate import MoveReport, RolledBackError
@@ -37,7 +37,6 @@ from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.refresh.improve import Refresh, refresh
 from moe_locality.placement.refresh.state import RefreshState
 from moe_locality.topology.cluster import ClusterTopology
-from moe_locality.topology.groups import exchange_objects
 from moe_locality.trace.recorder.hooks import read_deepspeed_gate
 from moe_locality.trace.schema import TRAIN, RoutingTrace
 
@@ -130,10 +129,7 @@ class OnlinePlacement:
         if self._steps % self.config.every_n_steps or not self._hooks:  # closed: it sees nothing
             return None
         started = time.monotonic()
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.gather_object(self._taken(), gathered if dist.get_rank() == 0 else None)
-        decided = all_succeed(lambda: self._decide(gathered) if dist.get_rank() == 0 else None)
-        plan_text, facts = exchange_objects(decided)[0]
+        plan_text, facts = decided_by_first(self._taken(), self._decide)
         report = None
         if plan_text is not None:
             try:

@@ -15,21 +15,19 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from moe_locality.analysis.drift import load_drift
 from moe_locality.config import OnlineConfig
 from moe_locality.errors import ConfigError
 from moe_locality.integrations.transformers_ep import LocalityEP, apply
-from moe_locality.layer.agreement import all_succeed
+from moe_locality.layer.agreement import decided_by_first
 from moe_locality.placement.counting import picks_by_home
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.refresh.improve import refresh
 from moe_locality.placement.refresh.state import RefreshState
 from moe_locality.serving.lockstep import LockStep
 from moe_locality.topology.cluster import ClusterTopology
-from moe_locality.topology.groups import exchange_objects
 from moe_locality.trace.schema import DECODE, PREFILL, RoutingTrace
 
 logger = logging.getLogger(__name__)
@@ -125,19 +123,15 @@ class Watch:
             return None
         began = time.monotonic()
         with self.lockstep.explained("where the engine watches its routing"):
-            gathered: list[Any] = [None] * self.lockstep.size
             mine = (self._seen, self._tokens)
-            dist.gather_object(mine, gathered if self.lockstep.rank == 0 else None)
             self._seen, self._tokens = [], 0
-            first = self.lockstep.rank == 0
-            decided = all_succeed(lambda: self._decide(number, gathered) if first else None)
-            told: WatchDecision = exchange_objects(decided)[0]
+            told = decided_by_first(mine, lambda gathered: self._decide(number, gathered))
         if told.plan is not None and self.applies:
             with self.lockstep.explained("where the experts move to another plan"):
                 self._apply(told.plan)
             told = replace(told, applied=True)
         told = replace(told, seconds=time.monotonic() - began)
-        if first:
+        if self.lockstep.rank == 0:
             words = "applied" if told.applied else "proposed" if told.plan else "nothing to move"
             logger.info("watch, step %d: %s: %s", number, words, told.reason)
         return told
@@ -162,18 +156,13 @@ class Watch:
             if part.num_tokens:
                 self._load = trace.load() if self._load is None else self._load
                 drift[stage], noise[stage] = load_drift(self._load, part)
-        told = WatchDecision(
-            step=number,
-            num_tokens=trace.num_tokens,
-            reason="",
-            drift_bits=drift,
-            noise_bits=noise,
-        )
+        facts: dict[str, Any] = {"step": number, "num_tokens": trace.num_tokens}
+        facts |= {"drift_bits": drift, "noise_bits": noise}
         tokens = trace.tokens_only("a watch")
         requests = np.unique(tokens.request_id)
         if len(requests) < LEAST_REQUESTS:
             reason = f"found {len(requests)} requests, expected {LEAST_REQUESTS} to decide on"
-            return replace(told, reason=reason)
+            return WatchDecision(**facts, reason=reason)
         half = np.random.default_rng(number).permutation(requests)[: len(requests) // 2]
         fits = np.isin(tokens.request_id, half)
         pin = picks_by_home(
@@ -194,8 +183,8 @@ class Watch:
         if found.worth_it is True and found.moved_slots:
             made = {"method": "watch", "start": self.plan.digest(), "step": number}
             plan = replace(found.plan, costs={}, provenance=made)
-        return replace(
-            told,
+        return WatchDecision(
+            **facts,
             reason=found.reason,
             moved_slots=found.moved_slots,
             copies_before=found.copies_before,

@@ -5,7 +5,6 @@ the rendezvous store, which needs no device and no interface of its own; a disag
 all ranks, with the ranks that differ.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -16,7 +15,6 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -24,6 +22,7 @@ import torch.distributed as dist
 from moe_locality.compat import (
     default_store,
     default_timeout,
+    forget_when_read,
     register_expert_groups,
     registered_expert_ranks,
 )
@@ -53,9 +52,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-_READ_LIMIT = timedelta(seconds=30)
-"""How long the first rank waits for the others to have read what was exchanged."""
 
 _KINDS = ("ep", "edp", "intra_node", "inter_node")
 
@@ -99,13 +95,7 @@ def exchange_objects(value: Any, group: Any = None) -> list[Any]:
     everyone = pickle.loads(store.get(key))
     store.set(f"{key}/read/{me}", "")
     if me == ranks[0]:
-        # its process may hold the store: were it to raise over what it read and end, the others
-        # would see a broken connection instead of the reason
-        with contextlib.suppress(RuntimeError):
-            read = [f"{key}/read/{rank}" for rank in ranks]
-            store.wait(read, _READ_LIMIT)
-            for name in (key, *read, *(f"{key}/{rank}" for rank in ranks)):
-                store.delete_key(name)  # all have read: a long run must not fill the store
+        forget_when_read(store, key, ranks)
     return [pickle.loads(value) for value in everyone]
 
 

@@ -62,15 +62,13 @@ def touched_with_replicas(problem: Relaxation, experts: int, rounds: int) -> flo
     token; its vertices above ``experts`` are the replica slots, and no pattern has them.
     """
     shape = [group.members.shape for group in problem.groups]
-    prices, more = (
-        start_prices(problem),
-        ReplicaPrices(
-            near=[np.full((count, k, k), _NEAR) for count, k in shape],
-            extra=[np.full((count, k), _EXTRA) for count, k in shape],
-            crowd=np.zeros(experts),
-            beside=np.zeros((experts, experts)),
-            count=np.full(experts, problem.num_vertices / experts - 1),
-        ),
+    prices = start_prices(problem)
+    more = ReplicaPrices(
+        near=[np.full((count, k, k), _NEAR) for count, k in shape],
+        extra=[np.full((count, k), _EXTRA) for count, k in shape],
+        crowd=np.zeros(experts),
+        beside=np.zeros((experts, experts)),
+        count=np.full(experts, problem.num_vertices / experts - 1),
     )
     for done in range(0, rounds, _AT_ONCE):
         some = range(done, min(done + _AT_ONCE, rounds))
@@ -85,12 +83,11 @@ def _improve(
     """Steps on all prices, in place."""
     step_up, step_down = steps_of(problem, smoothing)
     share, experts = 1.0 / problem.num_tokens, len(more.count)
-    nodes = problem.num_nodes
     for done in rounds:
         cost, near, extra = _tables(problem, experts)
         for group, w, z, u in zip(problem.groups, prices.pairs, more.near, more.extra, strict=True):
             part = np.zeros_like(cost)
-            where = (group.members, group.tokens, *group.partitions.arrays, nodes)
+            where = (group.members, group.tokens, *group.partitions.arrays, problem.num_nodes)
             primal = (prices.ahead, more.beside, more.count)
             _move(*where, *primal, w, z, u, smoothing, step_up, part, near, extra)
             cost -= 0.5 * share * part
@@ -108,10 +105,9 @@ def _certify(problem: Relaxation, prices: Prices, more: ReplicaPrices) -> float:
     """The bound that the prices prove, per token."""
     share, lowest, experts = 1.0 / problem.num_tokens, 0.0, len(more.count)
     cost, near, extra = _tables(problem, experts)
-    nodes = problem.num_nodes
     for group, w, z, u in zip(problem.groups, prices.pairs, more.near, more.extra, strict=True):
         part = np.zeros_like(cost)
-        where = (group.members, group.tokens, *group.partitions.arrays, nodes)
+        where = (group.members, group.tokens, *group.partitions.arrays, problem.num_nodes)
         lowest += _lowest(*where, w, z, u, part, near, extra)
         cost -= 0.5 * share * part
     most, _, _ = _best_replicas(problem, near * share, extra * share, more.crowd)
