@@ -85,7 +85,11 @@ def shares(
 def operations(case: Case, backend: Any) -> dict[str, Callable[[], Any]]:
     where = ops.row_map(case.ids, case.num_experts, num_rows=case.num_rows, backend=backend)
     rows = ops.permute(case.x, where, backend=backend)
+    expert = torch.arange(case.num_experts, device=case.ids.device)[:, None]
+    nodes = (expert + torch.arange(2, device=case.ids.device)) % 4  # two of four hold each expert
+    slots = (nodes * case.num_experts + expert).int()
     return {
+        "serve_visited": lambda: ops.serve_visited(case.ids, slots, nodes, 0, backend=backend),
         "row_map": lambda: ops.row_map(
             case.ids, case.num_experts, num_rows=case.num_rows, backend=backend
         ),

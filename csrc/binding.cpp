@@ -94,6 +94,26 @@ void row_map(Tensor ids, Tensor counts, Tensor row_route, Tensor row_token, Tens
   check(moe_locality::row_map(a, stream_of(ids)), "row_map");
 }
 
+void serve_visited(Tensor ids, Tensor slots, Tensor nodes, Tensor found, int64_t home_node) {
+  torch::stable::accelerator::DeviceGuard guard(ids.get_device_index());
+  STD_TORCH_CHECK(slots.scalar_type() == ScalarType::Int && nodes.scalar_type() == ScalarType::Long,
+                  "moe_locality: expected int32 slots and int64 nodes");
+  moe_locality::ServeArgs a{};
+  a.ids = ids.const_data_ptr();  // of any stride
+  a.id_type = id_type_of(ids);
+  a.stride_token = ids.stride(0);
+  a.stride_k = ids.stride(1);
+  a.slots = pointer<int32_t>(slots);
+  a.nodes = pointer<int64_t>(nodes);
+  a.found = pointer<void>(found);
+  a.num_tokens = ids.size(0);
+  a.num_experts = slots.size(0);
+  a.top_k = narrow(ids.size(1));
+  a.width = narrow(slots.size(1));
+  a.home_node = narrow(home_node);
+  check(moe_locality::serve_visited(a, stream_of(ids)), "serve_visited");
+}
+
 void gather(Tensor x, Tensor index, Tensor rows) {
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const int64_t row_bytes = x.size(1) * static_cast<int64_t>(x.element_size());
@@ -204,6 +224,7 @@ STABLE_TORCH_LIBRARY(moe_locality_cuda, m) {
       "row_map(Tensor ids, Tensor(a!) counts, Tensor(b!) row_route, Tensor(c!) row_token, Tensor(d!) positions, "
       "Tensor(e!) tokens_per_slot, Tensor(f!) slot_offsets, Tensor(g!) routed, Tensor(h!) overflow, int capacity, "
       "bool fill) -> ()");
+  m.def("serve_visited(Tensor ids, Tensor slots, Tensor nodes, Tensor(a!) found, int home_node) -> ()");
   m.def("gather(Tensor x, Tensor index, Tensor(a!) rows) -> ()");
   m.def("permute(Tensor x, Tensor positions, Tensor row_token, Tensor? slot_offsets, Tensor(a!) rows) -> ()");
   m.def("combine(Tensor rows, Tensor positions, Tensor? weights, Tensor(a!) out) -> ()");
@@ -224,6 +245,7 @@ STABLE_TORCH_LIBRARY_IMPL(moe_locality_cuda, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(moe_locality_cuda, CUDA, m) {
   m.impl("row_map", TORCH_BOX(&row_map));
+  m.impl("serve_visited", TORCH_BOX(&serve_visited));
   m.impl("gather", TORCH_BOX(&gather));
   m.impl("permute", TORCH_BOX(&permute));
   m.impl("combine", TORCH_BOX(&combine));

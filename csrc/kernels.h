@@ -30,6 +30,20 @@ struct RowMapArgs {
 int32_t row_map_blocks(int64_t num_tokens, int32_t top_k);
 int row_map(const RowMapArgs& args, void* stream);
 
+struct ServeArgs {
+  const void* ids;  // [T, K] of id_type with the strides below, -1 = dropped
+  int32_t id_type;
+  int64_t stride_token, stride_k;
+  const int32_t* slots;  // [E, X], the preferred one first, -1 where there are fewer
+  const int64_t* nodes;  // [E, X], the node of each slot, below 63
+  void* found;           // [T, K] of id_type
+  int64_t num_tokens, num_experts;
+  int32_t top_k, width, home_node;
+};
+
+// found[t, k]: the slot that serves each pick of tokens at home on one rank, by the token's other picks.
+int serve_visited(const ServeArgs& args, void* stream);
+
 struct PermuteArgs {
   const void* x;                // [T, D], row_bytes a row
   const int32_t* positions;     // [T, K]

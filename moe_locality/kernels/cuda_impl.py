@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from moe_locality.errors import ConfigError
-from moe_locality.kernels import reference
 
 LIBRARY = "_C_cuda.abi3.so"
 NO_LIMIT = 2**31 - 1
@@ -65,7 +64,11 @@ def row_map(slot_ids: Tensor, num_slots: int, capacity: int, num_rows: int) -> t
 
 
 def serve_visited(ids: Tensor, slots: Tensor, nodes: Tensor, home_node: int) -> Tensor:
-    return reference.serve_visited(ids, slots, nodes, home_node)  # no kernel in csrc/ yet
+    given = ids if ids.dtype in (torch.int32, torch.int64) else ids.to(torch.int32)
+    found = torch.empty_like(given, memory_format=torch.contiguous_format)
+    tables = (slots.contiguous(), nodes.contiguous())
+    torch.ops.moe_locality_cuda.serve_visited(given, *tables, found, home_node)
+    return found.to(ids.dtype)
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:

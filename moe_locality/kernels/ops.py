@@ -126,7 +126,7 @@ def serve_visited(
     topk_ids: Tensor, slots: Tensor, nodes: Tensor, home_node: int, *, backend: Backend = "auto"
 ) -> Tensor:
     """Return the slot that serves each pick of tokens at home on one rank, by the token's other
-    picks: ``placement.serving.serve_visited`` on a device. Shape and dtype of ``topk_ids``.
+    picks (rule "visited", ``placement/serving.py``). Shape and dtype of ``topk_ids``.
 
     Args:
         topk_ids: ``[T, K]`` integer logical ids, -1 where a route is dropped.

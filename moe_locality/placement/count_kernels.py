@@ -127,8 +127,8 @@ def serve_token(row, home, choices, found, later):
     """Fill found [K] with the node that serves each pick of a token at home on node ``home``, -1
     for no pick; return the nodes visited, home included, as bits.
 
-    ``serving.serve_visited`` compiled. ``choices`` [E, X]: nodes that may serve an expert for this
-    home, padded with -1. ``later`` [K] is a work array.
+    ``choices`` [E, X]: nodes that may serve an expert for this home, padded with -1. ``later`` [K]
+    is a work array.
     """
     mask, count = np.int64(1) << home, 0
     several = choices.shape[1] > 1

@@ -8,8 +8,7 @@ rising order of their ids, each as it is decided. Neither the order of the picks
 token matters, and nothing is drawn or counted: whoever knows layer, home rank and picks knows the
 slots, so what is counted is what was predicted.
 
-Shapes: L MoE layers, E experts, P slots, G ranks, M nodes, X most nodes of one expert, T tokens, K
-picks.
+Shapes: L MoE layers, E experts, P slots, G ranks, M nodes, X most nodes of one expert,
 """
 
 from __future__ import annotations
@@ -133,34 +132,6 @@ def slots_on_nodes(
     rank, expert = np.indices(served_slot.shape)
     found[rank, node_of_slot[served_slot], expert] = served_slot
     return found.astype(np.int32)
-
-
-def serve_visited(
-    ids: np.ndarray, slots: np.ndarray, node_of_slot: np.ndarray, home_node: int
-) -> np.ndarray:
-    """[T, K] int64 slot of each pick of tokens at home on one rank, -1 for no pick: the reference.
-
-    Args:
-        ids: [T, K] picks of one layer, -1 = none.
-        slots: [E, X] slots that may serve an expert, the preferred one first, padded with -1.
-    """
-    node_of = np.where(slots >= 0, node_of_slot[slots], MOST_NODES)
-    order = np.argsort(ids, axis=1, kind="stable")
-    found = np.full(ids.shape, -1, dtype=np.int64)
-    alone = (slots >= 0).sum(axis=1) == 1
-    there = ids >= 0
-    sure = there & alone[ids]
-    bits = np.where(sure, np.int64(1) << node_of[ids, 0], 0)
-    mask = np.bitwise_or.reduce(bits, axis=1) | (np.int64(1) << home_node)
-    row = np.arange(len(ids))
-    for place in order.T:
-        expert = ids[row, place]
-        visited = (mask[:, None] >> node_of[expert]) & 1  # the first one, else the preferred one
-        choice = visited.argmax(axis=1)
-        real = expert >= 0
-        found[row, place] = np.where(real, slots[expert, choice], -1)
-        mask |= np.where(real, np.int64(1) << node_of[expert, choice], 0)
-    return found
 
 
 def choose_serving_slots(

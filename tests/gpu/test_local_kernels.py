@@ -46,6 +46,24 @@ def test_maps_are_the_definition(shape, backend):
         oracle.assert_map(found, oracle.row_map(ids, experts, **options))
 
 
+def check_serving(backend, tokens, top_k, experts):
+    tables, ids = (
+        oracle.serving_tables(experts, tokens),
+        oracle.random_ids(tokens, top_k, experts, 0),
+    )
+    wanted = ops.serve_visited(ids, *tables, backend="reference").tolist()
+    slots, nodes, home = tables
+    for given in (ids.cuda(), ids.t().contiguous().t().cuda().long()):
+        found = ops.serve_visited(given, slots.cuda(), nodes.cuda(), home, backend=backend)
+        assert (found.dtype, found.tolist()) == (given.dtype, wanted)
+
+
+@pytest.mark.parametrize("shape", MAP_SHAPES)
+def test_serve_visited_is_the_reference(shape, backend):
+    """[F1]"""
+    check_serving(backend, *shape[:3])
+
+
 def three_way(found, reference, exact, dtype):
     rtol, atol = KERNEL_SUM[str(dtype).removeprefix("torch.")]
     for result in (found.cpu(), reference):
@@ -91,6 +109,7 @@ def test_the_smallest_shapes_for_the_memory_checker(backend):
     check_moves(backend, (5, 2, 3, 16), torch.bfloat16)
     ids = oracle.random_ids(700, 4, 9, 0)  # several blocks
     ops.row_map(ids.cuda(), 9, **options_of(ids, 9), backend=backend)
+    check_serving(backend, 200, 4, 9)
 
 
 def local_step(x, ids, weights, backend, num_rows):

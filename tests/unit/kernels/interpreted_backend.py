@@ -4,7 +4,6 @@ Collected by ``test_triton.py`` in a process of its own: Triton has to be told t
 anything imports it. Programs run one after another there, so no race can be seen here.
 """
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 from moe_locality.dispatch import SlotMap
 from moe_locality.dispatch.flat import fixed_rows
 from moe_locality.kernels import ops, triton_impl
-from moe_locality.placement.serving import serve_visited
 from tests.tolerances import KERNEL_SUM
 from tests.unit.kernels import oracle
 from tests.unit.kernels.test_row_map import requests
@@ -49,15 +47,12 @@ def test_the_map_is_its_definition(wanted, many_blocks):
 def test_serve_visited_is_the_reference(case, turned):
     """[F1]"""
     plan, trace = case
-    node_of_slot = plan.node_of_rank[plan.rank_of_slot]
     for rank in range(plan.num_ranks):
-        home = int(plan.node_of_rank[rank])
         for layer, one in enumerate(SlotMap.of_plan(plan, rank)):
-            ids = trace.expert_ids[:, layer].astype(np.int64)
-            wanted = serve_visited(ids, plan.slot_choices(rank)[layer], node_of_slot, home)
-            given = torch.from_numpy(ids).int()
-            given = given.t().contiguous().t() if turned else given
-            assert one.slot_ids(given, kernels="triton").tolist() == wanted.tolist()
+            ids = torch.from_numpy(trace.expert_ids[:, layer]).int()
+            wanted = one.slot_ids(ids, kernels="reference")
+            ids = ids.t().contiguous().t() if turned else ids
+            assert one.slot_ids(ids, kernels="triton").tolist() == wanted.tolist()
 
 
 def small_blocks(shape, num_tokens):

@@ -20,6 +20,18 @@ def random_ids(tokens: int, top_k: int, experts: int, seed: int, drop: float = 0
     return ids
 
 
+def serving_tables(experts: int, seed: int) -> tuple[Tensor, Tensor, int]:
+    """Slots ``[E, 3] int32`` and nodes ``[E, 3] int64``, -1 where an expert has fewer, and a home:
+    one to three of six nodes for each expert, in any order.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    nodes = torch.rand(experts, 6, generator=generator).argsort(dim=1)[:, :3]
+    copies = torch.randint(1, 4, (experts, 1), generator=generator)
+    nodes = torch.where(torch.arange(3) < copies, nodes, -1)
+    slots = torch.where(nodes >= 0, nodes * experts + torch.arange(experts)[:, None], -1)
+    return slots.int(), nodes, 5
+
+
 def row_map(ids: Tensor, num_slots: int, capacity=None, num_rows=None) -> dict[str, list]:
     """The fields of RowMap as lists."""
     top_k = ids.shape[1]

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 
 from moe_locality.dispatch import SlotMap
 from moe_locality.errors import PlacementError
+from moe_locality.kernels import ops
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.problem import align_trace
-from moe_locality.placement.serving import choose_serving_nodes, serve_visited
+from moe_locality.placement.search import visited
+from moe_locality.placement.serving import choose_serving_nodes
+from tests.unit.kernels import cuda_on_host, oracle
 from tests.unit.placement.cases import plans, plans_with_traces, random_plan
 from tests.unit.placement.recount import server
 
@@ -92,30 +95,78 @@ def test_remote_homes_prefer_the_least_loaded_node_then_the_heaviest_expert_choo
 @settings(max_examples=60, deadline=None)
 @given(plans_with_traces(rules=("visited",)), st.randoms(use_true_random=False))
 def test_visited_serves_alike_everywhere_whatever_the_order_of_the_picks(case, random):
-    """[F1] Written by hand from the file, numpy, compiled, torch in either order of the picks."""
+    """[F1] Written by hand from the file, the search, what evaluate and the simulator ask, torch in
+    either order of the picks. Triton's kernel: ``interpreted_backend.py``.
+    """
     plan, trace = case
     serve = server(plan.to_dict())
     aligned = align_trace(trace, plan, None, "trace")
-    node_of_slot = plan.node_of_rank[plan.rank_of_slot]
     columns = random.sample(range(trace.top_k), trace.top_k)
     for rank in range(plan.num_ranks):
         rows, home = np.flatnonzero(trace.rank == rank), int(plan.node_of_rank[rank])
-        maps, choices = SlotMap.of_plan(plan, rank), plan.slot_choices(rank)
+        maps = SlotMap.of_plan(plan, rank)
         for layer in range(plan.num_layers):
-            ids = trace.expert_ids[rows, layer].astype(np.int64)
-            by_hand = [serve(layer, rank, row) for row in ids.tolist()]
-            found = serve_visited(ids, choices[layer], node_of_slot, home)
-            mixed = serve_visited(ids[:, columns], choices[layer], node_of_slot, home)
-            assert (mixed == found[:, columns]).all()
-            torch_ids = torch.from_numpy(ids[:, columns]).int()
-            assert maps[layer].slot_ids(torch_ids).tolist() == mixed.tolist()
+            ids = torch.from_numpy(trace.expert_ids[rows, layer].astype(np.int64))
+            found = maps[layer].slot_ids(ids)
+            mixed = maps[layer].slot_ids(ids[:, columns].int())
+            assert mixed.tolist() == found[:, columns].tolist()
+            ids, found = ids.numpy(), found.numpy()
             there = ids >= 0
             ranks = np.where(there, found // plan.slots_per_rank, -1)
+            by_hand = [serve(layer, rank, row) for row in ids.tolist()]
             assert ranks.tolist() == [[-1 if r is None else r for r in row] for row in by_hand]
             held = plan.physical_to_logical_map[layer]
             assert (held[found[there]] == ids[there]).all()
             counted = aligned.slots_of(trace.expert_ids[rows], trace.rank[rows], 0)[:, layer]
             assert (counted[there] == found[there]).all()
+            nodes = np.where(there, plan.node_of_rank[ranks], -1)
+            assert searched(plan, layer, ids, home) == [
+                [int(n != home and n in row) for n in range(plan.num_nodes)]
+                for row in nodes.tolist()
+            ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(plans_with_traces(rules=("visited",)), st.sampled_from([torch.int32, torch.int64]))
+def test_serve_visited_by_the_cuda_kernel_is_the_reference(case, dtype):
+    """[F1] The source of the kernel, built for the host."""
+    plan, trace = case
+    rank = int(trace.rank[0])
+    for layer, one in enumerate(SlotMap.of_plan(plan, rank)):
+        if one.nodes is None:
+            continue  # one node: nothing to decide
+        ids = torch.from_numpy(trace.expert_ids[:, layer]).to(dtype)
+        tables = (one.on(ids.device), torch.from_numpy(one.nodes), one.home_node)
+        found = cuda_on_host.serve_visited(ids, *tables)
+        assert (found.dtype, found.tolist()) == (dtype, one.slot_ids(ids).tolist())
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(300, 8, 40), (129, 9, 5), (0, 2, 4)])
+def test_serve_visited_by_the_cuda_kernel_over_several_blocks(tokens, top_k, experts):
+    """[F1] Blocks, strides, an id type of neither kernel, more picks than experts, wrong ids."""
+    tables = oracle.serving_tables(experts, tokens)
+    ids = oracle.random_ids(tokens, top_k, experts, 0)
+    wanted = ops.serve_visited(ids, *tables, backend="reference").tolist()
+    for some in (ids, ids.to(torch.int16), ids.t().contiguous().t().long()):
+        found = cuda_on_host.serve_visited(some, *tables)
+        assert (found.dtype, found.tolist()) == (some.dtype, wanted)
+    beyond = cuda_on_host.serve_visited(torch.where(ids == 0, experts, ids), *tables)
+    assert (beyond[ids == 0] == -1).all()
+
+
+def searched(plan, layer, ids, home):
+    """[T][M] 1 for the nodes besides home that each token visits, as the search counts them."""
+    lists = plan.node_choices()[layer]
+    choices = np.full((*lists.shape[:2], plan.num_nodes + 1), -1)
+    choices[..., : lists.shape[2]] = lists
+    held = plan.held_by_node[layer]
+    alone = np.where(held.sum(axis=1) == 1, held.argmax(axis=1), -1)
+    later, loads, found = np.empty(ids.shape[1], np.int64), np.empty(plan.num_nodes, np.int64), []
+    for row in np.sort(ids, axis=1):
+        copies = visited._visit(row, home, alone, choices, later, loads)
+        found.append([int(n != home and load > 0) for n, load in enumerate(loads)])
+        assert copies == sum(found[-1])
+    return found
 
 
 @settings(max_examples=40, deadline=None)
@@ -146,7 +197,7 @@ def test_visited_prefers_home_then_a_visited_node_then_the_first_of_the_list():
     node_of_slot = plan.node_of_rank[plan.rank_of_slot]
 
     def nodes(rank, picks):
-        slots = serve_visited(np.array([picks]), plan.slot_choices(rank)[0], node_of_slot, rank)
+        slots = SlotMap.of_plan(plan, rank)[0].slot_ids(torch.tensor([picks])).numpy()
         return [int(node_of_slot[s]) for s in slots[0]]
 
     assert nodes(0, [0, 2]) == [0, 1]  # at home, though node 1 is visited
