@@ -15,7 +15,8 @@ import importlib.util
 import inspect
 import sys
 import types
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -122,6 +123,25 @@ def let_auto_ep_read_recorders() -> bool:
 
     kind.get = get
     return True
+
+
+def before_forward_passes(part: Any, check: Callable[[], bool]) -> None:
+    """Call the method ``check`` before each forward pass through ``part``, until it returns True.
+
+    A hook of all modules runs before those of the model: FSDP2's waits in a collective for ranks
+    that may never call it.
+    """
+    from torch.nn.modules.module import register_module_forward_pre_hook
+
+    checks = weakref.WeakMethod(check)
+
+    def before(module: Any, _args: Any) -> None:
+        known = checks()
+        if known is None or (any(m is known_part() for m in module.modules()) and known()):
+            handle.remove()
+
+    known_part = weakref.ref(part)
+    handle = register_module_forward_pre_hook(before)
 
 
 def init_stock_moe(stock: type, module: Any, *args: Any, **kwargs: Any) -> None:

@@ -35,11 +35,11 @@ from moe_locality.dispatch.dispatcher import ExchangingLayer, SlotMap, run_moe
 from moe_locality.errors import ConfigError
 from moe_locality.layer.agreement import LostRanks, all_succeed
 from moe_locality.layer.relocate import place_stacked
-from moe_locality.layer.state import is_engine, stacked_shards, state_source
+from moe_locality.layer.state import is_engine, plan_rows, stacked_shards, state_source
 from moe_locality.placement.plan import PlacementPlan, check_is_permutation, check_nodes
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.topology.groups import follow_groups
-from moe_locality.trace.recorder.hooks import moe_layer_ids, route_hooks
+from moe_locality.trace.recorder.hooks import route_hooks
 
 logger = logging.getLogger(__name__)
 _KEEP_STOCK = "set enabled to false in the moe_locality section"
@@ -173,7 +173,7 @@ def _check(
             "deepspeed.initialize: moe_locality.layer.relabel_state_dict"
         )
     names = [name for name, _ in layers]
-    rows = plan.rows_for(moe_layer_ids(engine.module, names), len(layers))
+    rows = plan_rows(engine.module, plan, names)
     state = state_source(engine)
     for _, module in ours:
         plan.check_fits(num_experts=module.num_experts, num_ranks=module.ep_size)

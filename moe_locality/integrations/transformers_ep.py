@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from moe_locality import compat
 from moe_locality.config import MoeLocalityConfig, read_config, refuse_settings
 from moe_locality.dispatch.desync import CallPosition
 from moe_locality.dispatch.dispatcher import ExchangingLayer, SlotMap, run_moe
@@ -35,10 +36,10 @@ from moe_locality.layer.agreement import (
     announce,
     section_and_plan,
 )
+from moe_locality.layer.state import plan_rows
 from moe_locality.placement.plan import PlacementPlan, check_nodes
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.topology.groups import follow_groups
-from moe_locality.trace.recorder.hooks import moe_layer_ids
 
 try:
     from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
@@ -99,6 +100,8 @@ class LocalityEP(ExchangingLayer, EPImplementation):
         self.rows = ExpertRows(experts, self.experts_forward, usual, self.group)
         self.configure(_registered, None, CallPosition())
         self.waits_for_plan = self.section.plan is not None
+        if self.waits_for_plan:
+            compat.before_forward_passes(experts, self._check_is_placed)
         self.slot_map = SlotMap()
         self.on_routes: OnRoutes | None = None
         watch_optimizers()
@@ -113,14 +116,17 @@ class LocalityEP(ExchangingLayer, EPImplementation):
         self.topology, self.dispatcher = topology, None
         self.call_position, self.rows.name = position, position.name
 
-    @torch.compiler.disable
-    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """``([T, D], [T, K] logical ids, [T, K])`` to ``[T, D]``. Collective over the EP group."""
+    def _check_is_placed(self) -> bool:
         if self.waits_for_plan:
             raise PlacementError(
                 f"found a forward pass before the plan {self.section.plan} was applied, expected "
                 "moe_locality.apply(model) first, right after from_pretrained"
             )
+        return True
+
+    @torch.compiler.disable
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """``([T, D], [T, K] logical ids, [T, K])`` to ``[T, D]``. Collective over the EP group."""
         if self.topology is None:
             self.topology, _ = follow_groups(self.ranks, None, self.section.cluster)
         dispatcher = self.get_dispatcher(
@@ -213,7 +219,7 @@ def apply(
         for _, layer in layers:
             wanted.check_fits(num_experts=layer.num_experts, num_ranks=layer.ep_mesh.size())
         check_nodes(wanted, topology, layout.ep_groups)
-        rows = wanted.rows_for(moe_layer_ids(model, [name for name, _ in layers]), len(layers))
+        rows = plan_rows(model, wanted, [name for name, _ in layers])
         beside = [tensors_beside(layer.rows, optimizers) for _, layer in layers]
         return list(zip(rows, beside, strict=True))
 
@@ -239,5 +245,5 @@ def _without_layers(model: nn.Module) -> nn.Module:
     raise ConfigError(
         f"found no experts in {type(model).__name__} that exchange through moe_locality, expected "
         "a model that was loaded with DistributedConfig(fsdp_size=N, ep_size=N, "
-        'ep_implementation="moe_locality") after moe_locality.register()'
+        'ep_implementation="moe_locality") after moe_locality.register(), N above 1'
     )

@@ -350,7 +350,7 @@ def _agree_on_inputs(bound: dict[str, Any]) -> Inputs[dict[str, Any]]:
                 _check_layers(bound["model"], plan)
         elif plan is not None:  # AutoEP's layers do not exist yet
             check_is_permutation(plan)
-            plan.check_fits(num_ranks=ds_config["expert_parallel"].get("autoep_size"))
+            plan.check_fits(num_ranks=ds_config["expert_parallel"].get("autoep_size", 1))
         return section, plan, ds_config
 
     section, plan, ds_config = agree_on_inputs(read)
@@ -417,14 +417,14 @@ def _make_groups(
         groups = prepare_groups(topology, sizes, order)
         if plan is not None and plan.num_ranks in groups:
             check_nodes(plan, topology, groups[plan.num_ranks].layout.ep_groups)
-    except TopologyError:  # on all ranks alike
+    except TopologyError as error:  # on all ranks alike
         if plan is not None or section.cluster is not None:
             raise
         logger.warning(
             "moe_locality: the expert groups cannot follow the nodes (%s), so DeepSpeed makes "
-            "its own",
+            "its own: %s",
             topology.describe(),
-            exc_info=True,
+            error,
         )
 
 

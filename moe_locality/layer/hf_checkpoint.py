@@ -163,8 +163,7 @@ def bake_hugging_face(
         num_expert_groups: groups of a group-limited router; None: as the config says.
 
     Returns:
-        A summary, as ``bake_checkpoint``; and the family, the numbers of the layers, and the
-        SHA-256 of every file of weights.
+        A summary, as ``bake_checkpoint``; and family, layer numbers, SHA-256 of all weight files.
 
     Raises:
         ConfigError: no such model, an unknown family, a tensor with an expert axis that no pattern
@@ -179,6 +178,7 @@ def bake_hugging_face(
             "comes from a trace of this model"
         )
     config = _read_json(folder / "config.json")
+    plan.check_fits(model_type=_text_config(config).get("model_type", ""))
     family, files = family_of(config), _files_of(folder)
     names = _names_with_kept(PRESETS[family], config, plan)
     groups = groups_of(config, family, names, num_expert_groups)

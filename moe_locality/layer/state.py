@@ -8,9 +8,10 @@ master and of flat moments. A *flat buffer* is one byte buffer with all the tens
 whole. All of these can move with an expert; :func:`state_source` refuses other optimizers.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 
 from moe_locality import compat
 from moe_locality.errors import ConfigError, PlacementError
+from moe_locality.layer.hf_checkpoint import PLAN
 from moe_locality.placement.plan import PlacementPlan, first_slots
-from moe_locality.trace.recorder.hooks import moe_layer_ids
+from moe_locality.trace.recorder.hooks import model_type_of, moe_layer_ids
 
 # -- the MoE layers of a model, and the order of their experts -------------------------------------
 
@@ -35,18 +37,30 @@ def moe_modules(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, m) for name, m in model.named_modules() if isinstance(m, MoE)]
 
 
-def plan_rows(model: nn.Module, plan: PlacementPlan) -> list[int]:
-    """Return the row of ``plan`` that is for each entry of ``moe_modules(model)``.
+def plan_rows(
+    model: nn.Module, plan: PlacementPlan, names: Sequence[str] | None = None
+) -> list[int]:
+    """Return the row of ``plan`` for each MoE layer; ``names``: default ``moe_modules(model)``.
 
     Raises:
-        PlacementError: the plan is for other layers.
+        PlacementError: the plan is for another model or other layers, or is in the weights already.
     """
-    return plan.rows_for(*layer_ids_of(model))
+    plan.check_fits(model_type=model_type_of(model))
+    folder = getattr(getattr(model, "config", None), "name_or_path", None)
+    baked = Path(folder) / PLAN if isinstance(folder, str) and folder else None
+    if baked and baked.is_file() and PlacementPlan.read(baked).digest() == plan.digest():
+        raise PlacementError(
+            f"found a model from {folder}, whose weights were put into the order of this plan by "
+            "`moe-locality bake`, expected the original: load that, or leave the plan out"
+        )
+    return plan.rows_for(*layer_ids_of(model, names))
 
 
-def layer_ids_of(model: nn.Module) -> tuple[list[int] | None, int]:
+def layer_ids_of(
+    model: nn.Module, names: Sequence[str] | None = None
+) -> tuple[list[int] | None, int]:
     """Return the transformer layer index of each MoE layer (None: not to be told), and L."""
-    names = [name for name, _ in moe_modules(model)]
+    names = [name for name, _ in moe_modules(model)] if names is None else names
     return moe_layer_ids(model, names), len(names)
 
 

@@ -545,8 +545,14 @@ class PlacementPlan:
         layer_ids: Iterable[int] | None = None,
         num_ranks: int | None = None,
         model: str | None = None,
+        model_type: str = "",
     ) -> None:
-        """Raise PlacementError unless the plan fits; None (or an empty model) is not checked."""
+        """Raise PlacementError unless the plan fits.
+
+        None and empty names are not checked. A plan has the ``model_type`` of transformers in its
+        provenance where the recorder saw it.
+        """
+        made_for = self.provenance.get("model_type")
         layers = None if layer_ids is None else tuple(int(i) for i in layer_ids)
         rows = [
             ("experts per layer", self.num_experts, num_experts),
@@ -554,6 +560,7 @@ class PlacementPlan:
             ("layer ids", self.layer_ids, layers),
             ("expert-parallel ranks", self.num_ranks, num_ranks),
             ("model", self.model, model if self.model and model else None),
+            ("model_type", made_for, model_type if made_for and model_type else None),
         ]
         for what, found, expected in rows:
             if expected is not None and found != expected:
@@ -643,9 +650,9 @@ def check_is_permutation(plan: PlacementPlan) -> None:
     if not plan.is_permutation:
         raise PlacementError(
             f"found a plan with {plan.num_redundant_experts} replicas, expected one slot per "
-            "expert: weights in files and in a running engine hold every expert once, replicas are "
-            "made at the start: give the plan and the checkpoint as it is to "
-            "moe_locality.initialize (or apply), or make a plan with num_redundant_experts=0"
+            "expert: files, running engines and AutoEP hold every expert once. Make a plan with "
+            "num_redundant_experts=0; or let moe_locality.initialize (DeepSpeed's MoE layers) or "
+            "apply (transformers) make the replicas at the start, from the checkpoint as it is"
         )
 
 

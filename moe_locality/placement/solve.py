@@ -275,6 +275,7 @@ def _signed(
         "seed": problem.seed,
         **({"max_imbalance": problem.max_imbalance} if problem.slack is None else {}),
         "num_redundant_experts": problem.num_slots - problem.trace.num_experts,
+        **({"model_type": problem.trace.model_type} if problem.trace.model_type else {}),
         "homes": "joint" if joint else ("uniform" if homes is None else "given"),
         "moe_locality": moe_locality.__version__,
         **found.notes,

@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from moe_locality.config import OnlineConfig
 from moe_locality.dispatch.traffic import local_traffic, reset_traffic
 from moe_locality.errors import ConfigError
+from moe_locality.integrations.transformers_ep import expert_layers
 from moe_locality.layer.agreement import all_agree, all_succeed
+from moe_locality.layer.state import plan_rows
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.serving.cache import Rows, assemble, check_cache, pass_inputs
 from moe_locality.serving.grouping import chooser, distinct_experts, profile_of
-from moe_locality.serving.homes import HandOver, HomeRule, plan_rows
+from moe_locality.serving.homes import HandOver, HomeRule
 from moe_locality.serving.lockstep import LockStep, RouteTap
 from moe_locality.serving.requests import (
     CompletionOutput,
@@ -114,7 +116,8 @@ class Engine:
         sees = self._profiles or self._looks or homes == "predicted" or ":" in homes
         self.tap = RouteTap(model, sees=sees)
         self.lockstep = LockStep(model, self.tap, self.device)
-        rows = all_succeed(lambda: plan_rows(model, plan) if plan and self.tap.layers else [])
+        names = [name for name, _ in expert_layers(model)]
+        rows = all_succeed(lambda: plan_rows(model, plan, names) if plan and names else [])
         rule = HomeRule(homes, self.lockstep.size, plan=plan, rows=rows, seed=seed)
         nodes = next((layer.topology for layer in self.tap.layers), None)
         self.handover = HandOver(rule, self.lockstep.rank, self.device, nodes)

@@ -19,12 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_locality.arrivals import ArrivingHomes
 from moe_locality.compat import default_timeout
 from moe_locality.errors import ConfigError
-from moe_locality.integrations.transformers_ep import expert_layers
 from moe_locality.layer.agreement import LostRanks
 from moe_locality.placement.homes.assign import domain_scores
 from moe_locality.placement.homes.predictor import check_prediction
@@ -33,7 +32,6 @@ from moe_locality.serving.cache import Rows, pack_row, row_bytes, unpack_row
 from moe_locality.serving.scheduler import RequestState
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.topology.groups import discover_topology
-from moe_locality.trace.recorder.hooks import moe_layer_ids
 
 AT_ARRIVAL = ("random", "round_robin", "domain")
 STUCK_S = 30.0
@@ -127,12 +125,6 @@ class HomeRule:
         for rank, tokens in enumerate(surplus):
             if self._arriving is not None and tokens:
                 self._arriving.correct(rank, int(tokens), 0)
-
-
-def plan_rows(model: nn.Module, plan: PlacementPlan) -> list[int]:
-    """The row of the plan of each MoE layer of a model, in the order of the layers."""
-    layers = expert_layers(model)
-    return plan.rows_for(moe_layer_ids(model, [name for name, _ in layers]), len(layers))
 
 
 # -- the way to the home

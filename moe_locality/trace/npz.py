@@ -73,6 +73,7 @@ def write_npz(trace: RoutingTrace, path: str | PathLike[str]) -> None:
         "format_version": np.int32(FORMAT_VERSION),
         "kind": trace.kind,
         "model": trace.model,
+        "model_type": trace.model_type,
         "num_experts": np.int32(trace.num_experts),
         "top_k": np.int32(trace.top_k),
         "layer_ids": trace.layer_ids,
@@ -122,6 +123,7 @@ def _fields(files: list[str], get: Callable[[str], np.ndarray]) -> dict[str, Any
     num_experts = int(_scalar(needed("num_experts"), "iu"))
     common: dict[str, Any] = {
         "model": str(_scalar(needed("model"), "U")),
+        "model_type": str(_scalar(get("model_type"), "U")) if "model_type" in present else "",
         "num_experts": num_experts,
         "layer_ids": needed("layer_ids"),
         "domain": _names(optional("domain")),

@@ -66,6 +66,7 @@ class ShardMeta:
     rank: int | None
     columns: tuple[str, ...]
     """Names of all columns: a damaged name must not hide an optional one."""
+    model_type: str = ""
 
     def to_json(self) -> bytes:
         """UTF-8 JSON with sorted keys and the format version."""
@@ -93,6 +94,7 @@ class ShardMeta:
             domain_group=tuple(str(name) for name in content["domain_group"]),
             rank=None if rank is None else int(rank),
             columns=tuple(str(name) for name in content["columns"]),
+            model_type=str(content.get("model_type", "")),
         )
 
 
@@ -131,6 +133,7 @@ def to_table(trace: RoutingTrace, rank: int | None) -> pa.Table:
         domain_group=trace.domain_group,
         rank=rank,
         columns=tuple(arrays),
+        model_type=trace.model_type,
     )
     text = meta.to_json()
     schema = pa.schema(
@@ -165,6 +168,7 @@ def from_file(path: Path, layers: Collection[int] | None) -> tuple[RoutingTrace,
         arrays[prefix] = _layers(table, prefix, chosen, meta)
     trace = RoutingTrace(
         model=meta.model,
+        model_type=meta.model_type,
         num_experts=meta.num_experts,
         layer_ids=np.array(chosen, np.int32),
         domain=meta.domain,
@@ -260,10 +264,11 @@ class ShardWriter:
         domain: Sequence[str] = (),
         domain_group: Sequence[str] = (),
         weights: bool = False,
+        model_type: str = "",
     ) -> None:
         self.directory = make_directory(directory)
         self.rank = rank
-        self.model = model
+        self.model, self.model_type = model, model_type
         self.num_experts = num_experts
         self.top_k = top_k
         self.layer_ids = np.asarray(layer_ids, np.int32)
@@ -301,6 +306,7 @@ class ShardWriter:
             )
         trace = RoutingTrace(
             model=self.model,
+            model_type=self.model_type,
             num_experts=self.num_experts,
             layer_ids=self.layer_ids,
             domain=self.domain,

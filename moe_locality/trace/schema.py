@@ -76,6 +76,8 @@ class RoutingTrace:
     """D names of data domains; ``domain_id`` points into it."""
     domain_group: tuple[str, ...] = ()
     """D coarse groups, aligned with ``domain``; empty: every domain is its own group."""
+    model_type: str = ""
+    """``model_type`` of transformers that was recorded, as "mixtral"; empty = unknown."""
 
     expert_ids: np.ndarray | None = None
     """int16 [T, L, K], logical expert ids, -1 = no pick (also: dropped by a capacity limit)."""
@@ -373,7 +375,8 @@ def checked(trace: RoutingTrace) -> dict[str, Any]:
     Raises:
         TraceError: what was found, what was expected, what to do.
     """
-    fields: dict[str, Any] = {"model": str(trace.model), **_tables(trace)}
+    fields: dict[str, Any] = {"model": str(trace.model), "model_type": str(trace.model_type)}
+    fields |= _tables(trace)
     num_experts = fields["num_experts"] = _count("num_experts", trace.num_experts, MAX_EXPERTS)
     layer_ids = fields["layer_ids"] = _layer_ids(trace.layer_ids)
     if (trace.expert_ids is None) == (trace.expert_load is None):

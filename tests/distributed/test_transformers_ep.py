@@ -2,6 +2,7 @@
 plan, and the same training as transformers' own exchange. Real models, tiny, on gloo ranks.
 """
 
+import dataclasses
 import json
 import logging
 import time
@@ -696,6 +697,7 @@ def refuse(rank, world, path, folder):
         "layers": PlacementPlan.linear(8, (0, 1, 2), 2, 2),
         "ranks": PlacementPlan.linear(8, (0, 1), 4, 2),
         "nodes": PlacementPlan.linear(8, (0, 1), 4, 1),
+        "model": dataclasses.replace(good, provenance={"model_type": "mixtral"}),
     }
     moe_locality.register(cluster)
     model = load(path, world)
@@ -730,6 +732,14 @@ def refuse(rank, world, path, folder):
 
     calls["not applied"] = forget_to_apply
 
+    def place_what_is_placed():
+        if rank == 0:
+            good.write(f"{path}/moe_locality_plan.json")
+        dist.barrier()
+        moe_locality.apply(model, plan=good)
+
+    calls["baked"] = place_what_is_placed
+
     def place_two_copies():
         moe_locality.register({"cluster": {"num_nodes": 2, "ranks_per_node": 2}})
         moe_locality.apply(load(path, world, ep_size=2), plan=PlacementPlan.linear(8, (0, 1), 1, 2))
@@ -756,6 +766,8 @@ REFUSALS = {
     "layers": "MoE layers: found 3 in the plan, expected 2",
     "ranks": "expert-parallel ranks: found 8 in the plan, expected 4",
     "nodes": "found a plan whose ranks lie on nodes [0, 1, 2, 3]",
+    "model": "model_type: found 'mixtral' in the plan, expected 'qwen3_moe'",
+    "baked": "were put into the order of this plan by `moe-locality bake`",
     "differs": "found different placement plans",
     "missing": "cannot read the plan",
     "trace": "moe_locality.attach(model, path)",
@@ -777,6 +789,33 @@ def test_apply_refuses_on_every_rank_with_the_reason(tmp_path):
             assert message is not None, f"{name} was accepted"
             assert REFUSALS.get(name, "") in message, name
             assert seconds < 60
+
+
+def forget_on_one_rank(rank, world, path, folder):
+    import moe_locality
+
+    cluster = {"num_nodes": 2, "ranks_per_node": 1}
+    plan = PlacementPlan.linear(8, (0, 1), 2, 1)
+    plan.write(f"{folder}/plan-{rank}.json")
+    moe_locality.register({"cluster": cluster, "plan": f"{folder}/plan-{rank}.json"})
+    model = load(path, world)
+    message = ""
+    if rank == 1:
+        try:
+            model(inputs(rank))
+        except MoeLocalityError as error:
+            message = str(error)
+    moe_locality.apply(model)
+    model(inputs(rank))
+    return message, len(torch.nn.modules.module._global_forward_pre_hooks)
+
+
+def test_forward_raises_on_the_one_rank_that_left_apply_out(tmp_path):
+    """It waited, with the others, in FSDP2's first gather until their time limit."""
+    path = save_tiny(tmp_path, "Qwen3Moe")
+    said = run_ranks(forget_on_one_rank, 2, path, str(tmp_path), timeout_s=60.0)
+    assert [message[:36] for message, _ in said] == ["", "found a forward pass before the plan"]
+    assert [hooks for _, hooks in said] == [0, 0]
 
 
 def save_on_one_rank(rank, world, path):

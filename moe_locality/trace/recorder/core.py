@@ -30,6 +30,7 @@ from moe_locality.trace.recorder.hooks import (
     find_moe_layers,
     hook_layer,
     input_axes,
+    model_type_of,
     moe_layer_ids,
     of_one_size,
     pipeline_rank,
@@ -226,6 +227,7 @@ class RoutingRecorder:
         if layer_ids is None:
             layer_ids = self._default_ids(module, layers)
         first = self._numbered(layers, layer_ids)
+        self._model_type = model_type_of(module)
         self.model = self.model or _name_of(module)
         places: dict[int, Places] = {}
         for index, layer in enumerate(layers, start=first):
@@ -387,6 +389,7 @@ class RoutingRecorder:
             ShardSettings(
                 directory=self.path,
                 model=self.model,
+                model_type=self._model_type,
                 rank=self.rank,
                 layer_ids=tuple(self._layer_ids),
                 num_experts=self._layers[0].num_experts,

@@ -526,6 +526,15 @@ def _first_axes(values: list[Any]) -> tuple[int, int] | None:
     return None
 
 
+def model_type_of(model: torch.nn.Module) -> str:
+    """The ``model_type`` of a transformers model (of its language part), "" for other models."""
+    config: Any = getattr(model, "config", None)
+    for part in ("thinker_config", "text_config", "llm_config"):
+        config = getattr(config, part, None) or config
+    found = getattr(config, "model_type", "")
+    return found if isinstance(found, str) else ""
+
+
 def moe_layer_ids(model: torch.nn.Module, names: Sequence[str]) -> list[int] | None:
     """The transformer layer index, dense layers counted, of the MoE modules with these names.
 

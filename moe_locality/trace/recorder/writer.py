@@ -456,6 +456,7 @@ class ShardSettings:
 
     directory: Path
     model: str
+    model_type: str
     rank: int
     layer_ids: tuple[int, ...]
     num_experts: int
@@ -491,6 +492,7 @@ class ShardBuffer:
             settings.directory,
             rank=settings.rank,
             model=settings.model,
+            model_type=settings.model_type,
             num_experts=settings.num_experts,
             top_k=top_k,
             layer_ids=settings.layer_ids,

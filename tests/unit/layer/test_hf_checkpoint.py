@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -203,6 +204,8 @@ def test_bake_checkpoint_files_around_the_weights_stay(tmp_path):
     for name in shards:
         size = 8 + int.from_bytes((folder / name).read_bytes()[:8], "little")
         assert (folder / name).read_bytes()[:size] == (placed / name).read_bytes()[:size]
+    with pytest.raises(PlacementError, match="found 'olmoe' in the plan, expected 'mixtral'"):
+        bake_checkpoint(folder, replace(plan, provenance={"model_type": "olmoe"}), tmp_path / "no")
     with pytest.raises(ConfigError, match="this one was baked already"):
         bake_checkpoint(placed, plan, tmp_path / "twice")
     (placed / "moe_locality_plan.json").unlink()

@@ -27,6 +27,7 @@ def make_trace(
     first = np.searchsorted(request_id, request_id)
     return RoutingTrace(
         model="toy/model",
+        model_type="toy",
         num_experts=num_experts,
         layer_ids=np.arange(num_layers) * 2 + 1,
         domain=("law", "code", "math"),
@@ -46,6 +47,7 @@ def make_load_trace(seed: int = 0, *, num_steps: int = 12) -> RoutingTrace:
     rng = np.random.default_rng(seed)
     return RoutingTrace(
         model="toy/model",
+        model_type="toy",
         num_experts=8,
         layer_ids=[0, 7],
         domain=("law", "code"),

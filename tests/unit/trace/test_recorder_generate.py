@@ -5,6 +5,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from moe_locality.errors import PlacementError
+from moe_locality.placement import solve
+from moe_locality.topology import ClusterTopology
 from moe_locality.trace import DECODE, PREFILL, UNKNOWN, read_trace
 from moe_locality.trace.recorder import annotate, attach
 from tests.unit.trace.test_recorder_transformers import (
@@ -224,7 +227,7 @@ def test_labels_of_the_user_win(tmp_path):
     ]
 
 
-def test_the_trace_carries_the_name_of_the_model(tmp_path):
+def test_trace_and_plan_carry_name_and_type_of_the_model(tmp_path):
     """RoutingTrace.model was empty for Hugging Face models; it is the name that the model was
     loaded under, else its type, and a name that is given stands [F11]."""
     model = built(FAMILIES[0])
@@ -236,4 +239,10 @@ def test_the_trace_carries_the_name_of_the_model(tmp_path):
         model.config.name_or_path = name
         with attach(model, tmp_path / folder, strict=True, **options), torch.no_grad():
             model(tokens())
-        assert read_trace(tmp_path / folder).model == expected
+        trace = read_trace(tmp_path / folder)
+        assert (trace.model, trace.model_type) == (expected, "mixtral")
+    plan = solve(trace, ClusterTopology.uniform(1, 2), method="linear")
+    plan.check_fits(model_type="mixtral")
+    plan.check_fits(model_type="")  # a model that has no type
+    with pytest.raises(PlacementError, match="found 'mixtral' in the plan, expected 'olmoe'"):
+        plan.check_fits(model_type="olmoe")
