@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 from moe_locality.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
 
     from moe_locality.config import MoeLocalityConfig
@@ -15,9 +17,9 @@ if TYPE_CHECKING:
 
 def apply(
     model: "nn.Module",
-    config: "MoeLocalityConfig | dict[str, Any] | str | None" = None,
+    config: "MoeLocalityConfig | dict[str, Any] | str | Path | None" = None,
     *,
-    plan: "PlacementPlan | str | None" = None,
+    plan: "PlacementPlan | str | Path | None" = None,
     topology: "ClusterTopology | None" = None,
     **kwargs: Any,
 ) -> "nn.Module":

@@ -8,6 +8,7 @@ stays transformers' own and routes logical experts; weights move between ranks o
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ logger = logging.getLogger(__name__)
 _registered = MoeLocalityConfig()
 
 
-def register(config: MoeLocalityConfig | dict[str, Any] | str | None = None) -> None:
+def register(config: MoeLocalityConfig | dict[str, Any] | str | Path | None = None) -> None:
     """Let ``DistributedConfig(ep_implementation="moe_locality")`` name our exchange.
 
     Call it before ``from_pretrained``.
@@ -176,9 +177,9 @@ def expert_layers(model: nn.Module) -> list[tuple[str, LocalityEP]]:
 
 def apply(
     model: nn.Module,
-    config: MoeLocalityConfig | dict[str, Any] | str | None = None,
+    config: MoeLocalityConfig | dict[str, Any] | str | Path | None = None,
     *,
-    plan: PlacementPlan | str | None = None,
+    plan: PlacementPlan | str | Path | None = None,
     topology: ClusterTopology | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> nn.Module:

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from itertools import count
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -110,12 +111,13 @@ def decided_by_first(mine: Any, decide: Callable[[list[Any]], T]) -> T:
 
 
 def section_and_plan(
-    config: MoeLocalityConfig | dict[str, Any] | str | None, plan: PlacementPlan | str | None = None
+    config: MoeLocalityConfig | dict[str, Any] | str | Path | None,
+    plan: PlacementPlan | str | Path | None = None,
 ) -> tuple[MoeLocalityConfig, PlacementPlan | None]:
     """Read the section, and the plan: the one given or its file, else that of the section."""
     section = read_config(config)
     plan = plan or section.plan
-    return section, PlacementPlan.read(plan) if isinstance(plan, str) else plan
+    return section, PlacementPlan.read(plan) if isinstance(plan, (str, Path)) else plan
 
 
 def agree_on_inputs(read: Callable[[], Inputs[T]]) -> Inputs[T]:

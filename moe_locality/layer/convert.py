@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch.distributed as dist
@@ -53,9 +54,9 @@ _Result = TypeVar("_Result")
 
 def apply(
     model: nn.Module,
-    config: MoeLocalityConfig | dict[str, Any] | str | None = None,
+    config: MoeLocalityConfig | dict[str, Any] | str | Path | None = None,
     *,
-    plan: PlacementPlan | str | None = None,
+    plan: PlacementPlan | str | Path | None = None,
     topology: ClusterTopology | None = None,
 ) -> nn.Module:
     """Turn every DeepSpeed MoE layer of ``model`` into ours, in place, and return the model.
@@ -213,7 +214,7 @@ def init_inference(
     model: nn.Module,
     config: dict[str, Any] | str | None = None,
     *,
-    plan: PlacementPlan | str | None = None,
+    plan: PlacementPlan | str | Path | None = None,
     **kwargs: Any,
 ) -> Any:
     """``deepspeed.init_inference`` with moe_locality around it; the same arguments and result.

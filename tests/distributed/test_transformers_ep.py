@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import time
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -805,7 +806,7 @@ def forget_on_one_rank(rank, world, path, folder):
             model(inputs(rank))
         except MoeLocalityError as error:
             message = str(error)
-    moe_locality.apply(model)
+    moe_locality.apply(model, plan=Path(folder) / f"plan-{rank}.json")
     model(inputs(rank))
     return message, len(torch.nn.modules.module._global_forward_pre_hooks)
 
