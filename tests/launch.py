@@ -8,6 +8,7 @@ return values (they must pickle; a tensor does not outlive its process: return a
 """
 
 import contextlib
+import gc
 import importlib
 import multiprocessing as mp
 import os
@@ -74,9 +75,10 @@ def init_deepspeed(limit):
 
 def preload(deepspeed: bool) -> None:
     """Import here, once, what every forked rank needs: ``torch._dynamo``, which comes with the
-    layer and with every optimizer, alone takes a rank more than two seconds.
+    layer and with every optimizer, or Muon, which DeepSpeed asks each optimizer about, take a rank
+    seconds each.
     """
-    ours = ["dispatch.dispatcher", "kernels.reference", "topology.groups"]
+    ours = ["dispatch.dispatcher", "kernels.reference", "topology.groups", "placement.solve"]
     theirs = ["torch._dynamo"]
     if deepspeed:
         ours += [f"layer.{name}" for name in ("checkpoint", "convert", "relocate", "replicas")]
@@ -84,6 +86,10 @@ def preload(deepspeed: bool) -> None:
             "deepspeed.ops",
             "deepspeed.runtime.engine",
             "deepspeed.module_inject.auto_ep_layer",
+            "deepspeed.runtime.zero.muon.muon_optimizer",
+            "torch.utils.cpp_extension",
+            "transformers.modeling_utils",
+            "transformers.models.auto.modeling_auto",
         ]
     for name in (*(f"moe_locality.{name}" for name in ours), *theirs):
         with contextlib.suppress(ImportError):  # another DeepSpeed may have other modules
@@ -117,8 +123,10 @@ def run_ranks(
             )
             for rank in range(world_size)
         ]
+        gc.freeze()  # collections in a rank would walk, and copy, all that was imported here
         for process in ranks:
             process.start()
+        gc.unfreeze()
         try:
             return _collect(queue, ranks, world_size, timeout_s)
         finally:

@@ -300,9 +300,11 @@ def test_held_out_requests_of_real_models_need_fewer_copies(routing_data, name, 
     assert found.copies <= (1 - fewer) * linear.copies
     assert plan.provenance["expected_imbalance"] <= cap + 1e-6
     assert found.node_imbalance <= cap + 0.002
+    some = found.layer_ids[::6]  # a search with replicas takes ten times as long
     options = {"num_redundant_experts": 8, "max_imbalance": 1.05}
-    replicated = evaluate(test, solve(train, topology, **options))
-    assert replicated.copies < found.copies
+    replicated = solve(train.select_layers(some), topology, **options)
+    replicated = evaluate(test.select_layers(some), replicated)
+    assert replicated.copies < found.per_layer["copies"][::6].mean()
     assert replicated.node_imbalance <= 1.09
 
 
