@@ -2,6 +2,8 @@
 makes an interpreter for each: for tests of what a script does, not of how it is launched.
 """
 
+import atexit
+import gc
 import os
 import runpy
 import signal
@@ -23,11 +25,14 @@ def forked_command(num_ranks: int, script: Path, arguments: list[str]) -> list[s
 
 
 def main() -> None:
-    """Fork, run the script in every rank to the end of its interpreter, and end with the worst."""
+    """Fork, run the script in every rank with what it registered for its exit, and end with the
+    worst.
+    """
     num_ranks, port, script, *arguments = sys.argv[1:]
     sys.argv = [script, *arguments]
     sys.path[0] = str(Path(script).parent)
-    preload(deepspeed=True)
+    preload(deepspeed=True, transformers="transformers" in Path(script).read_text())
+    gc.freeze()
     ranks = []
     for rank in range(int(num_ranks)):
         if not (process := os.fork()):
@@ -35,7 +40,9 @@ def main() -> None:
             os.environ.update(WORLD_SIZE=num_ranks, LOCAL_SIZE=num_ranks, MASTER_PORT=port)
             os.environ.update(CROSS_RANK="0", CROSS_SIZE="1")
             runpy.run_path(script, run_name="__main__")
-            return
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            os._exit(0)  # taking apart all that was imported takes a rank seconds
         ranks.append(process)
     failed = 0
     while ranks:
