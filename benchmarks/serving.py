@@ -4,19 +4,21 @@
 
 peers     new tokens per second of the engine, of ``model.generate`` in batches as large, and of
           transformers' continuous batching, on requests of equal and of mixed lengths.
-watching  seconds of a decode step with the engine's counts of every step, and with a recorder too,
-          against the same step without.
+watching  time of a decode step with the engine's counts of every step, and with a recorder too,
+          against the same step without, step by step.
 lowbit    a small trained model (``--model``, of examples/paper_decoder.py): perplexity of held-out
           text and greedy texts that stay the same, with expert weights as the low-bit store decodes
           them, and with the payloads of an exchange, against bfloat16.
 
-All cases of a part take turns; a figure is the median over the rounds. Everything is measured.
+All cases of a part take turns; a figure is the median over rounds or steps. Everything is measured.
 """
 
 import argparse
 import contextlib
+import copy
 import functools
 import math
+import random
 import statistics
 import sys
 import tempfile
@@ -43,6 +45,8 @@ Asked = list[tuple[list[int], int]]
 Run = Callable[[Asked], list[list[int]]]
 SEQS = 16
 PROMPT, NEW = 48, 48
+WATCHED = ("nothing", "counts", "counts and recorder")
+CLOCKS = {"": time.perf_counter, ", CPU": time.thread_time}
 FORMATS = ("mxfp8", "mxfp4", "mxfp4-mbs-h")
 PAYLOADS = ("fp8", "mxfp8", "mxfp4")
 
@@ -159,42 +163,63 @@ def peers(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def watching(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Three engines over one model decode the same batch in turns, a step each."""
+    """Three engines over the same weights decode the same batch, a step each in turns.
+
+    A step is compared with the one of the first engine beside it, so what slows both down drops
+    out; every round makes engines anew, since where their memory lies counts too. ``seconds`` and
+    ``CPU`` are of the thread that steps; the recorder's own thread is apart.
+    """
     model = small(chosen.width)
+    found: dict[str, list[list[float]]] = {name: [] for name in WATCHED}
+    other = 0.0
+    for turn in range(chosen.rounds):
+        other += watched(model, turn, chosen.steps, found) / chosen.rounds
+    note = f"{SEQS} sequences, 8 layers, 32 experts, top-4, D={chosen.width}, fp32, one thread; "
+    note += f"{chosen.rounds} rounds of {chosen.steps} steps in turns; of the medians of rounds"
+    for name, own in found.items():
+        case = f"decode step, {name}, D={chosen.width}"
+        for at, what in enumerate(CLOCKS):
+            value = 1e3 * statistics.median(step[at] for step in own)
+            yield row(case, f"seconds{what}", value, "ms", note=note)
+            ratios = [a[at] / b[at] - 1 for a, b in zip(own, found[WATCHED[0]], strict=True)]
+            n = chosen.steps
+            costs = [statistics.median(ratios[i : i + n]) for i in range(0, len(ratios), n)]
+            if name != WATCHED[0]:
+                spread = f" {100 * min(costs):.1f} to {100 * max(costs):.1f}"
+                cost = 100 * statistics.median(costs)
+                yield row(case, f"overhead{what}", cost, "%", "nothing", note + spread)
+    yield row(case, "seconds, CPU of the recorder's thread", 1e3 * other, "ms", note=note)
+
+
+def watched(model: Any, turn: int, steps: int, found: dict[str, list[list[float]]]) -> float:
+    """One round: add the clocks of every step; return CPU seconds per step of other threads."""
     limits = Limits(max_num_seqs=SEQS, max_num_batched_tokens=SEQS * PROMPT)
-    asked = work("equal", SEQS)
-    params = SamplingParams(temperature=0, max_tokens=chosen.steps, ignore_eos=True)
-    seconds: dict[str, list[float]] = {"nothing": [], "counts": [], "counts and recorder": []}
-    with tempfile.TemporaryDirectory() as folder:
-        for turn in range(chosen.rounds + 1):
-            for name, found in seconds.items():
-                recorder = None
-                if "recorder" in name:
-                    recorder = moe_locality.attach(model, Path(folder) / str(turn))
-                on_step = None if name == "nothing" else lambda counts: None
-                engine = Engine(model, limits=limits, on_step=on_step)
-                for i, (prompt, _) in enumerate(asked):
-                    engine.add_request({"request_id": i, "prompt_token_ids": prompt}, params)
-                engine.step()
-                start = time.perf_counter()
-                for _ in range(chosen.steps - 2):
-                    engine.step()
-                if recorder is not None:
-                    recorder.flush()
-                if turn:
-                    found.append((time.perf_counter() - start) / (chosen.steps - 2))
-                engine.close()
-                if recorder is not None:
-                    recorder.close()
-    note = f"{SEQS} sequences, D={chosen.width}, fp32; {chosen.rounds} rounds in turns"
-    for name, found in seconds.items():
-        case = f"decode step, {name}"
-        yield row(case, "seconds", 1e3 * statistics.median(found), "ms", note=note)
-        if name != "nothing":
-            ratios = [a / b for a, b in zip(found, seconds["nothing"], strict=True)]
-            spread = f"; rounds from {100 * min(ratios) - 100:.1f} to {100 * max(ratios) - 100:.1f}"
-            cost = 100 * (statistics.median(ratios) - 1)
-            yield row(case, "overhead", cost, "%", baseline="nothing", note=note + spread)
+    params = SamplingParams(temperature=0, max_tokens=steps + 4, ignore_eos=True)
+    order = random.Random(turn)
+    engines: dict[str, Engine] = {}
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as recorders:
+        for name in order.sample(WATCHED, 3):
+            own = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+            if "recorder" in name:
+                recorders.enter_context(moe_locality.attach(own, Path(folder) / "trace"))
+            on_step = None if name == "nothing" else do_nothing
+            engine = engines[name] = Engine(own, limits=limits, on_step=on_step)
+            for i, (prompt, _) in enumerate(work("equal", SEQS)):
+                engine.add_request({"request_id": i, "prompt_token_ids": prompt}, params)
+            engine.step()  # reads the prompts
+            engine.step()
+        began = time.process_time() - time.thread_time()
+        for _ in range(steps):
+            for name in order.sample(WATCHED, 3):
+                before = [clock() for clock in CLOCKS.values()]
+                engines[name].step()
+                after = [clock() for clock in CLOCKS.values()]
+                found[name].append([b - a for a, b in zip(before, after, strict=True)])
+        return (time.process_time() - time.thread_time() - began) / steps
+
+
+def do_nothing(counts: dict[str, Any]) -> None:
+    """Have the counts made, and no more."""
 
 
 # -- low bits
@@ -288,6 +313,7 @@ def main() -> None:
     add("--model", type=Path, default=Path("runs/paper/model"), help="of the part lowbit")
     add("--csv", type=Path, help="table to append the figures to")
     chosen = parser.parse_args()
+    torch.set_num_threads(1)
     for part in chosen.parts:
         rows = []
         for one in parts[part](chosen):

@@ -7,7 +7,7 @@ rows to itself are counted as ``same_rank``: they cost a copy, not a link. What 
 rows travel is in ``transport``; here the ranks gather it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -158,13 +158,15 @@ def link_classes(ranks: Sequence[int], topology: ClusterTopology) -> np.ndarray:
     return classes
 
 
-def local_traffic(model: nn.Module, topology: ClusterTopology | None) -> dict[str, Any]:
-    """What this rank counted, small enough to be gathered from many ranks every few steps: sums
-    over the layers, by link; see :func:`joined_traffic`.
+def local_traffic(
+    counted: Iterable[tuple[str, TrafficCounter]], topology: ClusterTopology | None
+) -> dict[str, Any]:
+    """What the :func:`counters` of this rank counted, small enough to be gathered from many ranks
+    every few steps: sums over the layers, by link; see :func:`joined_traffic`.
     """
     found: dict[str, Any] = {"layers": {}, "stage_us": {}, "resets": 0, "sent": {}}
     me = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    for name, counter in counters(model):
+    for name, counter in counted:
         where = topology or counter.topology
         found["layers"][name] = counter.load
         found["resets"] += counter.resets

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from moe_locality.config import TrackingConfig
 from moe_locality.dispatch.dispatcher import group_ranks
 from moe_locality.dispatch.flat import lost_routes
-from moe_locality.dispatch.traffic import joined_traffic, local_traffic
+from moe_locality.dispatch.traffic import counters, joined_traffic, local_traffic
 from moe_locality.errors import ConfigError
 from moe_locality.files import replace_text
 from moe_locality.layer.moe import LocalityTopKGate
@@ -156,7 +156,7 @@ class RunLog:
             "loss": float(torch.stack([x.float().reshape(()) for x in losses]).mean())
             if losses
             else None,
-            "traffic": local_traffic(self.engine.module, self.topology),
+            "traffic": local_traffic(counters(self.engine.module), self.topology),
             "routing": {name: _on_host(found) for name, found in routing.items()},
             "lost": lost_routes(self.engine.module),
             "recorder": None if recorder is None else recorder.report(),

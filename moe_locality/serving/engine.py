@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from moe_locality.config import OnlineConfig
-from moe_locality.dispatch.traffic import local_traffic, reset_traffic
+from moe_locality.dispatch.traffic import counters, local_traffic, reset_traffic
 from moe_locality.errors import ConfigError
 from moe_locality.integrations.transformers_ep import expert_layers
 from moe_locality.layer.agreement import all_agree, all_succeed
 from moe_locality.layer.state import plan_rows
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.serving.cache import Rows, assemble, check_cache, pass_inputs
-from moe_locality.serving.grouping import chooser, distinct_experts, profile_of
+from moe_locality.serving.grouping import chooser, profile_of
 from moe_locality.serving.homes import HandOver, HomeRule
 from moe_locality.serving.lockstep import LockStep, RouteTap
 from moe_locality.serving.requests import (
@@ -127,18 +127,18 @@ class Engine:
             choose=chooser(grouping),
             stages=rule.reads_routes,
         )
-        self._surplus = self.unserved = 0
+        self._surplus = self.unserved = self._arrived = self._steps = 0
         self._drains = self._stopped = False
         self._batch: Rows | None = None
         self._batch_of: list[Sequence] = []
-        self._arrived = self._steps = 0
         self._begin_counts()
         self.lockstep.warm_up(self._warm)
         self.topology = next((layer.topology for layer in self.tap.layers), None)
         given = (self.lockstep, self.tap.layers, rows, plan, watch, online)
         self.watch = None if watch == "off" else all_succeed(lambda: Watch(model, *given))
         reset_traffic(model)
-        self._traffic = local_traffic(model, None)
+        self._counted = list(counters(model))  # walking a model takes longer than counting
+        self._traffic = local_traffic(self._counted, None)
 
     def _warm(self) -> None:
         self._like = Rows.empty(self.config, 1)
@@ -225,7 +225,7 @@ class Engine:
 
     def _refused(self, request_id: Any, error: Exception) -> RequestOutput:
         rank = self.lockstep.rank
-        self._refusals += 1
+        self.refused += 1
         if not isinstance(request_id, (int, str)):
             request_id = repr(request_id)
         return RequestOutput(
@@ -357,17 +357,19 @@ class Engine:
         logits = self._forward(batch, tokens, states, "decode")
         self.tap.keeps, picks = False, self.tap.take_picks()
         if picks is not None:
-            self._distinct = distinct_experts(picks)
-            self._saw("decode", picks, [self._number(state) for state in states])
+            self._saw("decode", picks, states)
         return logits
 
-    def _saw(self, stage: str, picks: np.ndarray, requests: list[int]) -> None:
-        """Tell picks ``[T, L, K]`` of tokens of these requests to what looks at them."""
+    def _saw(self, stage: str, picks: np.ndarray, of: list[RequestState]) -> None:
+        """Tell picks ``[T, L, K]`` of as many tokens of each request to what looks at them."""
         if self.watch is not None:
-            self.watch.see(stage, picks, requests)
+            numbers = [self._number(state) for state in of]
+            self.watch.see(stage, picks, np.repeat(numbers, len(picks) // len(of)))
         if self.on_step is not None and self.tap.num_experts is not None:
             counts = profile_of(picks, self.tap.num_experts)
             self.picked[stage] = self.picked.get(stage, 0) + counts
+            if stage == "decode":
+                self._distinct = float((counts > 0).sum(axis=1).mean())
 
     def _add_profile(self, state: RequestState, picks: np.ndarray) -> None:
         """Count picks ``[t, L, K]`` of a request, where requests are grouped by them."""
@@ -403,7 +405,7 @@ class Engine:
         for state, count, mine in zip(work.requests, work.chunks, by_row, strict=True):
             own = mine[len(mine) - count :]
             self._add_profile(state, own)
-            self._saw("prefill", own, [self._number(state)] * count)
+            self._saw("prefill", own, [state])
             if state.due_at is not None:
                 state.picks.append(own)
 
@@ -575,7 +577,7 @@ class Engine:
         self._seconds: dict[str, float] = defaultdict(float)
         self._latencies: dict[str, list[float]] = defaultdict(list)
         self._ended: dict[str, int] = defaultdict(int)
-        self._refusals = self._new_tokens = 0
+        self.refused = self._new_tokens = 0
         self._told, self._words = [0, 0, 0], np.zeros((1, 10), dtype=np.int64)
         self.picked: dict[str, np.ndarray] = {}
 
@@ -594,11 +596,11 @@ class Engine:
         ``model``), ``bytes`` and ``rows`` ``{kind: [same rank, same node, across nodes]}`` that
         this rank sent; ``load``: rows that its experts worked on; ``distinct``: experts that its
         sequences picked in a layer, mean over the layers, in a decode step; ``new_tokens``;
-        ``ended {reason: n}``, ``refused``, ``latencies {queued, first_token, between_tokens,
+        ``ended {reason: n}``, ``latencies {queued, first_token, between_tokens,
         finished: [s]}``; ``ranks``: ``held`` requests of all ranks, and of their last step
         ``load``, ``cross_bytes``, ``new_tokens``; ``watch``: a decision, as plain data;
         since the start: ``control_bytes``, ``handover_bytes`` (by link, as above), ``moved``
-        requests that went to another home.
+        requests that went to another home, ``refused`` ones.
         """
         kind = "idle" if work is None else type(work).__name__.lower()
         tokens = sequences = 0
@@ -607,7 +609,7 @@ class Engine:
         elif isinstance(work, Decode):
             tokens = sequences = len(work.sequences)
         sent: dict[str, Any] = {}
-        before, now = self._traffic, local_traffic(self.model, None)
+        before, now = self._traffic, local_traffic(self._counted, None)
         self._traffic = now
         if before["resets"] != now["resets"]:  # somebody counts anew
             before = {"sent": {}, "layers": {}, "stage_us": {}}
@@ -624,7 +626,6 @@ class Engine:
         new, self._new_tokens = self._new_tokens, 0
         self._told = [load, sum(links[2] for links in sent["bytes"].values()), new]
         lived: dict[str, Any] = {"ended": dict(self._ended), "latencies": dict(self._latencies)}
-        lived["refused"], self._refusals = self._refusals, 0
         self._ended.clear()
         names = {"held": HELD, "load": LOAD, "cross_bytes": CROSS, "new_tokens": TOKENS}
         return {
@@ -643,6 +644,7 @@ class Engine:
             "control_bytes": self.lockstep.control_bytes,
             "handover_bytes": list(self.handover.sent_bytes),
             "moved": self.handover.moved,
+            "refused": self.refused,
         }
 
 

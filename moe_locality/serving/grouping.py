@@ -13,7 +13,6 @@ import numpy as np
 
 from moe_locality.analysis.decoding import added_experts, pick_chances
 from moe_locality.errors import ConfigError
-from moe_locality.placement.counting import picks_by_home
 from moe_locality.serving.scheduler import (
     Choose,
     RequestState,
@@ -28,12 +27,10 @@ BAND = 0.1
 
 def profile_of(picks: np.ndarray, num_experts: int) -> np.ndarray:
     """How often each expert was picked: ``[T, L, K]`` ids (-1: none) to int64 ``[L, E]``."""
-    return picks_by_home(picks, num_experts, np.zeros(len(picks), dtype=np.int64), 1)[:, 0]
-
-
-def distinct_experts(picks: np.ndarray) -> float:
-    """Distinct experts that a step picks in a layer, mean over the layers: ids ``[T, L, K]``."""
-    return float(np.mean([len(np.unique(layer[layer >= 0])) for layer in picks.swapaxes(0, 1)]))
+    layers, columns = picks.shape[1], num_experts + 1
+    places = picks + np.arange(1, layers * columns, columns)[:, None]  # column 0: no pick
+    counts = np.bincount(places.ravel(), minlength=layers * columns)
+    return counts.reshape(layers, columns)[:, 1:]
 
 
 def chooser(grouping: str) -> Choose:

@@ -79,7 +79,7 @@ def serve_file(
             if on_result is not None:
                 on_result(output)
     if metrics is not None:
-        metrics.close(engine.picked)
+        metrics.close(engine)
     counts["unserved"], counts["moved"] = engine.unserved, engine.handover.moved
     everyone = exchange_objects((counts, engine.handover.sent_bytes)) if size > 1 else None
     everyone = everyone or [(counts, engine.handover.sent_bytes)]

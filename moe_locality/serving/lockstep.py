@@ -21,7 +21,7 @@ from moe_locality.dispatch.desync import ask_ranks
 from moe_locality.errors import ConfigError, TraceError
 from moe_locality.integrations.transformers_ep import LocalityEP, expert_layers
 from moe_locality.layer.agreement import LostRanks
-from moe_locality.trace.recorder.hooks import do_nothing, find_moe_layers, hook_layer
+from moe_locality.trace.recorder.hooks import find_moe_layers, hook_layer
 
 
 def world() -> tuple[int, int]:
@@ -60,7 +60,7 @@ class RouteTap:
             found = find_moe_layers(model)
             self.num_experts = max(layer.num_experts for layer in found)
             for number, layer in enumerate(found):
-                self._hooks += hook_layer((number,), layer, self._see, do_nothing)
+                self._hooks += hook_layer((number,), layer, self._see, None)
 
     def on_routes(self, layer: LocalityEP, hidden: Tensor, ids: Tensor) -> Tensor:
         """Take the picks ``ids [T, K]`` of a layer; return those that are sent."""
@@ -154,6 +154,8 @@ class LockStep:
         try:
             yield
         except RuntimeError as error:
+            if type(error) is not RuntimeError and not isinstance(error, dist.DistError):
+                raise  # out of memory, say: no rank is missing
             told = ask_ranks(range(self.size), range(self.size), where)
             raise LostRanks(
                 f"the ranks did not meet {where}, on rank {self.rank}: one of them died or left. "

@@ -9,6 +9,7 @@ few steps (``moe-locality report`` reads it), ``track`` sends what all ranks did
 from __future__ import annotations
 
 import bisect
+import contextlib
 import json
 import threading
 import time
@@ -16,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +27,9 @@ from moe_locality.figures import Basis, LoadData, LossData, Table
 from moe_locality.report import Headline, ReportData
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.tracking import Tracker, package_versions
+
+if TYPE_CHECKING:
+    from moe_locality.serving.engine import Engine
 
 PREFIX = "moe_locality:"
 EVERY = 16
@@ -112,7 +116,7 @@ class Metrics:
             values["step_seconds_total"][f"{kind},{stage}"] += seconds
         values["prompt_tokens_total"][""] += counts["tokens"] if kind == "prefill" else 0
         values["generation_tokens_total"][""] += counts["new_tokens"]
-        values["requests_refused_total"][""] += counts["refused"]
+        values["requests_refused_total"][""] = counts["refused"]
         for reason, number in counts["ended"].items():
             values["request_success_total"][reason] += number
         for what in ("bytes", "rows"):
@@ -224,33 +228,39 @@ class Metrics:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
 
-    def close(self, picked: Mapping[str, np.ndarray] | None = None) -> None:
-        """Write a last line, with latencies, decisions and how often each expert was ``picked``
-        (``{stage: [L, E]}``), and end what listens and tracks.
+    def close(self, engine: Engine | None = None) -> None:
+        """Write a last line, with latencies, decisions and how often each expert was picked
+        (``{stage: [L, E]}``) in the ``engine``, and end what listens and tracks.
         """
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
+        if engine is not None:  # some are refused after the last step
+            self.values["requests_refused_total"][""] = engine.refused
         if self.values.get("steps_total"):
+            picked = {} if engine is None else engine.picked
             self._write(
                 {
                     "seconds": time.monotonic() - self._began,
                     "values": self.values,
                     "latencies": self.histograms,
                     "decisions": self.decisions,
-                    "picked": {stage: counts.tolist() for stage, counts in (picked or {}).items()},
+                    "picked": {stage: counts.tolist() for stage, counts in picked.items()},
                 }
             )
         if self._file is not None:
             self._file.close()
         self._tracker.finish()
+        self._server = self._file = self._path = None
+        self._tracker = Tracker()
 
 
 # -- the report of a run
 
 
 def read_metrics(folder: Path) -> list[list[dict[str, Any]]]:
-    """Return the lines of each rank's ``metrics-R.jsonl``; one that was cut off is left out.
+    """Return the lines of each rank's ``metrics-R.jsonl``; one that was cut off is left out, and so
+    are files of ranks that the last job did not have.
 
     Raises:
         ConfigError: a file without such lines.
@@ -268,6 +278,8 @@ def read_metrics(folder: Path) -> list[list[dict[str, Any]]]:
                 "--metrics` writes: give another directory, or serve longer"
             ) from error
         found.append(read)
+        if len(found) == len(read[-1]["values"]["home_requests"]):  # of all ranks of the job
+            break
     return found
 
 
@@ -393,6 +405,10 @@ def _handler(metrics: Metrics) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
+
+        def handle(self) -> None:
+            with contextlib.suppress(ConnectionError):  # a scraper that hangs up is no news either
+                super().handle()
 
         def log_message(self, format: str, *args: Any) -> None:
             """Requests of a scraper are no news."""

@@ -18,7 +18,7 @@ import numpy as np
 from torch.distributed.fsdp import FSDPModule
 
 from moe_locality.analysis.drift import load_drift
-from moe_locality.config import OnlineConfig
+from moe_locality.config import DispatchConfig, OnlineConfig
 from moe_locality.errors import ConfigError
 from moe_locality.integrations.transformers_ep import LocalityEP, apply
 from moe_locality.layer.agreement import decided_by_first
@@ -26,6 +26,7 @@ from moe_locality.placement.counting import picks_by_home
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.refresh.improve import refresh
 from moe_locality.placement.refresh.state import RefreshState
+from moe_locality.quantization.formats import row_bytes
 from moe_locality.serving.lockstep import LockStep
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import DECODE, PREFILL, RoutingTrace
@@ -108,10 +109,10 @@ class Watch:
         self._seen: list[Part] = []
         self._tokens = 0
 
-    def see(self, stage: str, picks: np.ndarray, requests: list[int] | np.ndarray) -> None:
+    def see(self, stage: str, picks: np.ndarray, requests: np.ndarray) -> None:
         """Take the picks ``[T, L, K]`` of tokens of these requests ``[T]`` on this rank."""
         stages = np.full(len(picks), STAGES[stage], dtype=np.uint8)
-        self._seen.append((picks, np.asarray(requests, dtype=np.int64), stages))
+        self._seen.append((picks, requests.astype(np.int64), stages))
         self._tokens += len(picks)
         kept = sum(len(part[0]) for part in self._seen)
         while kept - len(self._seen[0][0]) >= self.config.sample_tokens:
@@ -227,7 +228,15 @@ class Watch:
         width = self.model.config.get_text_config(decoder=True).hidden_size
         return {
             "expert_bytes": sum(one.nbytes for one in own) * layer.ep_mesh.size() / experts,
-            "copy_bytes": 2.0 * width * own[0].element_size(),
+            "copy_bytes": copy_bytes(layer.dispatch_config, width, own[0].element_size()),
             "tokens_per_step": tokens / self.config.every_n_steps,
             "steps": float(self.config.pays_within_steps),
         }
+
+
+def copy_bytes(config: DispatchConfig, width: int, element_size: int) -> float:
+    """Bytes of a token that goes to an expert and back, as the payloads of the config code it."""
+    payloads = (config.payload, config.combine_payload)
+    return float(
+        sum(width * element_size if p == "none" else row_bytes(p, width) for p in payloads)
+    )

@@ -416,15 +416,15 @@ def _sizes(kind: str, module: Any, routers: Routers) -> tuple[int, int | None]:
 
 
 def hook_layer(
-    places: Places, layer: MoeLayer, on_routes: OnRoutes, on_shape: OnShape
+    places: Places, layer: MoeLayer, on_routes: OnRoutes, on_shape: OnShape | None
 ) -> list[RemovableHandle]:
     """Hook one layer and return the handles.
 
-    ``on_shape(places, (B, S) or None)`` is called before it runs, and
+    ``on_shape(places, (B, S) or None)``, where it is given, is called before it runs, and
     ``on_routes(places, module, read)`` when it has routed; ``read(with_weights)`` returns Routes.
     """
     handles = []
-    if layer.parent is not None:
+    if layer.parent is not None and on_shape is not None:
 
         def before(_module, args, kwargs):
             on_shape(places, _first_axes([*args, *kwargs.values()]))

@@ -272,3 +272,24 @@ def test_engine_takes_what_the_model_allows():
     assert "expected fewer than max_model_len=24" in done[1].error
     small.config.output_router_logits = False
     assert done[0].outputs[0].token_ids == greedy(small, [1, 2, 3], 5)
+
+
+@pytest.mark.parametrize("payload", ["none", "fp8", "mxfp8", "mxfp4"])
+@pytest.mark.parametrize("combine_payload", ["none", "mxfp8"])
+def test_copy_bytes_are_those_of_the_coded_rows(payload, combine_payload):
+    """What a watch takes for the price of a copy is what the exchange sends."""
+    from moe_locality.config import DispatchConfig
+    from moe_locality.dispatch.transport import Codec
+    from moe_locality.serving.watch import copy_bytes
+
+    config = DispatchConfig(payload=payload, combine_payload=combine_payload)
+    row = torch.ones(1, 200, dtype=torch.bfloat16)
+    sent = [Codec.of_payload(name).encode(row) for name in (payload, combine_payload)]
+    assert copy_bytes(config, 200, 2) == sum(coded.nbytes for coded in sent)
+
+
+def test_lockstep_explains_errors_of_the_backend_alone(model):
+    """Out of memory is no lost rank."""
+    lockstep = engine_of(model).lockstep
+    with pytest.raises(torch.OutOfMemoryError), lockstep.explained("here"):
+        raise torch.OutOfMemoryError("too large")

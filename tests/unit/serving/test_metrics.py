@@ -5,6 +5,11 @@ wandb; all equal to what the engine did.
 import json
 import math
 import re
+import shutil
+import socket
+import struct
+import threading
+import time
 import urllib.error
 import urllib.request
 
@@ -76,7 +81,17 @@ def value(samples, name, **labels):
     return sum(found)
 
 
-def test_metrics_are_what_the_engine_did(model, offline, tmp_path):  # noqa: F811
+def hang_up(port):
+    """Begin a request, break the connection off, and wait until the server has seen it."""
+    with socket.create_connection(("127.0.0.1", port)) as scraper:
+        scraper.sendall(b"GET /metrics HTTP/1.1\r\n")
+        scraper.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    scrape(port)  # its connection is taken after that one
+    while any("process_request" in thread.name for thread in threading.enumerate()):
+        time.sleep(0.01)
+
+
+def test_metrics_are_what_the_engine_did(model, offline, tmp_path, capfd):  # noqa: F811
     """[F17.6] Over HTTP while it runs and at its end, in the file and in wandb."""
     from moe_locality.tracking import start_tracking
 
@@ -106,7 +121,11 @@ def test_metrics_are_what_the_engine_did(model, offline, tmp_path):  # noqa: F81
         scrape(port, "/other")
     with pytest.raises(ConfigError, match=f"127.0.0.1:{port}"):
         serving.Metrics().listen(port)
-    metrics.close(engine.picked)
+    hang_up(port)
+    engine.add_request({"prompt_token_ids": []})  # after the last step
+    metrics.close(engine)
+    metrics.close(engine)
+    assert "Error" not in capfd.readouterr().err
     with pytest.raises(urllib.error.URLError):
         scrape(port)
 
@@ -143,6 +162,9 @@ def test_metrics_are_what_the_engine_did(model, offline, tmp_path):  # noqa: F81
     lines = [json.loads(line) for line in (tmp_path / "metrics-0.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines[:-1]] == list(range(16, len(steps) + 1, 16))
     assert lines[-1]["values"]["generation_tokens_total"][""] == new
+    assert lines[-1]["values"]["requests_refused_total"][""] == 2
+    shutil.copy(tmp_path / "metrics-0.jsonl", tmp_path / "metrics-1.jsonl")  # of an earlier job
+    assert serving.metrics.read_metrics(tmp_path) == [lines]
     assert all(line["seconds"] < 1e6 for line in lines)
     picks = {stage: sum(map(sum, counts)) for stage, counts in lines[-1]["picked"].items()}
     assert picks == {"prefill": 2 * read * 2, "decode": 2 * (new - 20) * 2}  # layers x top_k
