@@ -12,12 +12,13 @@ start OpenMP threads, and a process that has those must not fork.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -78,15 +79,8 @@ def _count_patterns(ids, table, homes, home_node, nodes) -> np.ndarray:
     """[L, M, 256] int64: tokens by home node and by the or of their table bytes."""
     layers, columns = table.shape
     if ids.size >= COMPILED_PICKS:
-        from moe_locality.placement.count_kernels import add_patterns
-
         found = np.zeros((layers, nodes, 256), dtype=np.int64)
-        over_layers(
-            lambda first, last: add_patterns(
-                ids, first, last, table, home_node, columns // homes, found
-            ),
-            layers,
-        )
+        _count_layers(_add_patterns, ids, table, home_node, columns // homes, found)
         return found
     counts = np.zeros(layers * nodes * 256, dtype=np.int64)
     layer_of = np.arange(layers)[:, None, None]
@@ -119,10 +113,8 @@ def compiled_picks_by_home(
     ids: np.ndarray, num_experts: int, home: np.ndarray, num_homes: int
 ) -> np.ndarray:
     """``picks_by_home`` compiled, whatever the size: for repeated calls."""
-    from moe_locality.placement.count_kernels import add_picks
-
     found = np.zeros((ids.shape[1], num_homes, num_experts + 1), dtype=np.int64)
-    over_layers(lambda first, last: add_picks(ids, first, last, home, found), ids.shape[1])
+    _count_layers(_add_picks, ids, home, found)
     return found[:, :, 1:]
 
 
@@ -168,8 +160,6 @@ def rank_batches(
         served_slot: [L, H, E]; H = 1: the same for all homes. home: [T], below H.
         shape: (G ranks, slots per rank).
     """
-    from moe_locality.placement.count_kernels import add_batches
-
     tokens, layers, _ = ids.shape
     ranks, per_rank = shape
     columns = served_slot.shape[2] + 1
@@ -183,12 +173,8 @@ def rank_batches(
         rows = slice(start * size, (start + count) * size)
         loads = np.empty((count, layers, ranks), dtype=np.int64)
         active = np.empty((count, layers, ranks), dtype=np.int64)
-
-        def fill(first, last, rows=rows, loads=loads, active=active):
-            part = (ids[rows], first, last, table, home[rows], columns, size)
-            add_batches(*part, loads, active, per_rank)
-
-        over_layers(fill, layers)
+        given = (table, home[rows], columns, size, loads, active, per_rank)
+        _count_layers(_add_batches, ids[rows], *given)
         yield loads, active
 
 
@@ -278,12 +264,10 @@ def count_pairs(
 
     Threads take different layers, so they share nothing that is written.
     """
-    from moe_locality.placement.count_kernels import add_pairs
-
     layers = ids.shape[1]
     pairs = np.zeros((layers, num_experts, num_experts), np.uint32)
     load = np.zeros((layers, int(unit.max(initial=0)) + 1, num_experts), np.uint32)
-    over_layers(lambda first, last: add_pairs(ids, unit, first, last, pairs, load), layers)
+    _count_layers(_add_pairs, ids, unit, pairs, load)
     return pairs, load
 
 
@@ -324,6 +308,12 @@ def over_layers(fill: Callable[[int, int], object], num_layers: int, *, least: i
             job.result()
 
 
+def _count_layers(loop: Callable[..., None], ids: np.ndarray, *given: Any) -> None:
+    """Run a loop below, compiled, over all layers of ids [T, L, K]."""
+    compiled = _compiled(loop)
+    over_layers(lambda first, last: compiled(ids, first, last, *given), ids.shape[1])
+
+
 def map_layers(one: Callable[[int], Result], num_layers: int) -> list[Result]:
     """``one(layer)`` of every layer, in order, computed in several threads as in ``over_layers``;
     a thread that is done takes the next layer.
@@ -340,3 +330,111 @@ def processors() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+# The loops: C columns of a table, B batches, H homes that are served differently. They count the
+# layers ``first`` to ``last``; threads share the results.
+
+
+@functools.cache
+def _compiled(loop: Callable[..., None]) -> Callable[..., None]:
+    """Compile a loop when it is first asked for: to import numba takes 0.3 s."""
+    import numba
+
+    return numba.njit(nogil=True, cache=True)(loop)
+
+
+_BLOCK_TOKENS = 2048  # rows of a block stay in the cache while its layers are counted
+
+
+def _add_patterns(ids, first, last, table, home, columns, counts):
+    """Count into counts [L, M, 256] the or of table [L, C][layer, home * columns + id + 1]."""
+    tokens, picks = ids.shape[0], ids.shape[2]
+    width, homes = table.shape[1], counts.shape[1]
+    flat, into = table.ravel(), counts.ravel()
+    for token in range(tokens):  # by token: the tables of all layers stay in the cache
+        at = home[token] * columns + 1 if width > columns else 1
+        for layer in range(first, last):
+            row = layer * width + at
+            found = np.uint8(0)
+            for pick in range(picks):
+                found |= flat[np.uint64(row + ids[token, layer, pick])]
+            into[np.uint64((layer * homes + home[token]) * 256 + found)] += 1
+
+
+def _add_picks(ids, first, last, home, counts):
+    """Count into counts [L, H, E + 1] the picks (id + 1) of tokens with home [T]."""
+    tokens, picks = ids.shape[0], ids.shape[2]
+    for start in range(0, tokens, _BLOCK_TOKENS):
+        stop = min(start + _BLOCK_TOKENS, tokens)
+        for layer in range(first, last):
+            for token in range(start, stop):
+                into = counts[layer, home[token]]
+                for pick in range(picks):
+                    into[np.uint64(ids[token, layer, pick] + 1)] += 1
+
+
+def _add_batches(ids, first, last, table, home, columns, size, loads, active, per_rank):
+    """Fill loads and active [B, L, G]: picks of each rank in each batch of ``size`` tokens, and how
+    many of its ``per_rank`` slots they use.
+
+    ``table`` [L, C] holds the slot + 1 of home * columns + id + 1, 0 for no pick.
+    """
+    picks = ids.shape[2]
+    batches, ranks = loads.shape[0], loads.shape[2]
+    several = table.shape[1] > columns
+    counts = np.zeros(ranks * per_rank + 1, np.int64)
+    for batch in range(batches):
+        for layer in range(first, last):
+            slots = table[layer]
+            counts[:] = 0
+            for token in range(batch * size, (batch + 1) * size):
+                at = home[token] * columns + 1 if several else 1
+                for pick in range(picks):
+                    counts[slots[np.uint64(at + ids[token, layer, pick])]] += 1
+            for rank in range(ranks):
+                load, used = 0, 0
+                for slot in range(rank * per_rank + 1, (rank + 1) * per_rank + 1):
+                    load += counts[slot]
+                    used += counts[slot] > 0
+                loads[batch, layer, rank] = load
+                active[batch, layer, rank] = used
+
+
+_PAIR_BLOCK_TOKENS = 8192
+"""Tokens counted for one layer before the next layer: enough that the table of a layer pays for
+being fetched, few enough that the block, copied layer by layer, stays in the last-level cache."""
+
+
+def _add_pairs(ids, first, last, unit, pairs, load):
+    """Count the layers ``first`` to ``last`` of ids [T, L, K] into pairs [L, E, E] and, by unit
+    (request, say) [T] of the token, into load [L, U, E].
+
+    A pair (e, f) is counted in pairs[e, f] or in pairs[f, e], whichever order the token has it in.
+    Negative ids are no picks. Threads may share the tables when their layers differ.
+    """
+    tokens, picks = ids.shape[0], ids.shape[2]
+    num = np.uint64(load.shape[2])
+    part = np.empty((last - first, min(_PAIR_BLOCK_TOKENS, tokens), picks), ids.dtype)
+    found = np.empty(picks, dtype=np.uint64)  # unsigned: no test for an index from the end
+    for start in range(0, tokens, _PAIR_BLOCK_TOKENS):
+        stop = min(start + _PAIR_BLOCK_TOKENS, tokens)
+        for token in range(start, stop):  # rows of a layer lie far apart: one pass over all of them
+            for layer in range(first, last):
+                for pick in range(picks):
+                    part[layer - first, token - start, pick] = ids[token, layer, pick]
+        for layer in range(first, last):
+            table = pairs[layer].ravel()
+            for token in range(start, stop):
+                row = load[layer, unit[token]]
+                count = 0
+                for pick in range(picks):
+                    e = part[layer - first, token - start, pick]
+                    if e >= 0:
+                        found[count] = e
+                        count += 1
+                for i in range(count):
+                    e = found[i]
+                    row[e] += np.uint32(1)
+                    for j in range(i):
+                        table[e * num + found[j]] += np.uint32(1)
