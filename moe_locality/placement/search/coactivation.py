@@ -107,7 +107,7 @@ then searched at lower prices too, up to the imbalance that it is allowed itself
 LOWER = (0.4, 0.1)
 
 REPLICA_ROUNDS = 4
-VISITED_ROUNDS = 5
+VISITED_ROUNDS = 3
 CHEAPER = 0.45
 """What imbalance is worth with replicas, as a share of that without: about, to begin with."""
 
@@ -366,14 +366,14 @@ def _serve_visited(
     assert ids is not None
     experts = problem.trace.num_experts
     tokens = map_layers(
-        lambda i: visited.distinct_tokens(ids[:, i], home_node, experts, seeds[i]), len(layers)
+        lambda i: visited.samples(ids[:, i], home_node, experts, seeds[i]), len(layers)
     )
-    seen = [(some, layer.load, layer.noise) for some, layer in zip(tokens, layers, strict=True)]
+    seen = [(some[0], layer.load, layer.noise) for some, layer in zip(tokens, layers, strict=True)]
     begun = map_layers(lambda i: visited.begun(*seen[i], found[i].held), len(layers))
 
     def search(place: int, price: float, turn: int) -> replicas.Candidate:
-        most, seed = caps[place].most, seeds[place] + turn
-        return visited.searched_visited(*seen[place], begun[place], price, most, seed)
+        goal = (price, caps[place].most, seeds[place] + turn)
+        return visited.searched_visited(*seen[place], tokens[place][1], begun[place], *goal)
 
     return _best_of_prices(begun, search, caps, rounds, max(price, _LEAST), least)[0]
 

@@ -30,13 +30,15 @@ from moe_locality.placement.search.swaps import (
 )
 from moe_locality.placement.serving import choose_serving_nodes, order_nodes
 
-MAX_TOKENS = 1 << 16
-"""Copies and loads are counted on a sample of so many tokens, where there are more."""
+MAX_TOKENS, FEW_TOKENS = 1 << 16, 1 << 14
+"""Costs are counted on a sample of so many tokens, where there are more; the steps of the search
+see the smaller one: more steps find more than more tokens.
+"""
 
-STEPS, VISITS = 4000, 1 << 22
+STEPS, VISITS = 16_000, 1 << 26
 """Changes tried for one placement of a layer, if they count no more patterns again than that."""
 
-HOT, COLD = 1e-3, 1e-4
+HOT, COLD = 3e-3, 1e-4
 """First and last temperature, as shares of the copies of the start."""
 
 LIST_SHARE = 0.1
@@ -66,11 +68,15 @@ class Tokens:
         return int(self.weight.sum())
 
 
-def distinct_tokens(ids: np.ndarray, home_node: np.ndarray, num_experts: int, seed: int) -> Tokens:
-    """Group tokens ids [T, K] with the same picks and home node ([T], or empty: uniform)."""
+def distinct_tokens(
+    ids: np.ndarray, home_node: np.ndarray, num_experts: int, seed: int, most: int = MAX_TOKENS
+) -> Tokens:
+    """Group ``most`` of the tokens ids [T, K] with the same picks and home node ([T], or empty:
+    uniform).
+    """
     home = home_node if home_node.size else np.full(len(ids), -1)
-    if len(ids) > MAX_TOKENS:
-        rows = np.random.default_rng(seed).choice(len(ids), MAX_TOKENS, replace=False)
+    if len(ids) > most:
+        rows = np.random.default_rng(seed).choice(len(ids), most, replace=False)
         ids, home = ids[np.sort(rows)], home[np.sort(rows)]
     key = np.concatenate([home[:, None], np.sort(ids, axis=1)], axis=1).astype(np.int16)
     order = np.lexsort(key.T)
@@ -87,6 +93,14 @@ def distinct_tokens(ids: np.ndarray, home_node: np.ndarray, num_experts: int, se
         first=np.concatenate([[0], np.cumsum(np.bincount(expert, minlength=num_experts))]),
         index=pattern[by_expert],
     )
+
+
+def samples(
+    ids: np.ndarray, home_node: np.ndarray, num_experts: int, seed: int
+) -> tuple[Tokens, Tokens]:
+    """(what costs are counted on, what the search sees), see ``distinct_tokens``."""
+    shape = (ids, home_node, num_experts, seed)
+    return distinct_tokens(*shape), distinct_tokens(*shape, FEW_TOKENS)
 
 
 def served_visited(
@@ -143,9 +157,10 @@ def renamed(choices: Sequence[np.ndarray], orders: Sequence[list[int]]) -> np.nd
 
 
 def searched_visited(
-    tokens: Tokens,
+    whole: Tokens,
     load: np.ndarray,
     noise: Noise,
+    tokens: Tokens,
     start: Candidate,
     price: float,
     limit: float,
@@ -154,6 +169,7 @@ def searched_visited(
     """Places and lists with few copies plus ``price`` times the imbalance to expect.
 
     Args:
+        whole: what the costs are counted on; tokens: what the search sees.
         start: with lists of M columns. price: copies per token that an imbalance higher by one is
             worth. limit: imbalance that the layer should not exceed.
     """
@@ -175,7 +191,7 @@ def searched_visited(
         price * units * nodes / picks, limit * picks / nodes,
         deviation, few_draws(nodes), LIST_SHARE, seed,
     )  # fmt: skip
-    return served_visited(tokens, load, noise, held, choices)
+    return served_visited(whole, load, noise, held, choices)
 
 
 @numba.njit(nogil=True, cache=True)
