@@ -3,6 +3,7 @@ fresh interpreters.
 """
 
 import ast
+import functools
 import importlib
 import re
 import statistics
@@ -126,8 +127,13 @@ def sources() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
+@functools.cache
 def parse(path: Path) -> ast.AST:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def teardown_module() -> None:
+    parse.cache_clear()
 
 
 def floor_violations(path: Path) -> list[str]:

@@ -207,9 +207,10 @@ def test_everyone_tests_the_same_examples_unless_others_are_asked_for(tmp_path):
         assert done.returncode == 1
         return (tmp_path / "drawn").read_text(), done.stdout
 
-    assert drawn()[0] == drawn()[0]
+    same = drawn()[0]
+    assert drawn()[0] == same
     other, output = drawn(MOE_LOCALITY_HYPOTHESIS="random")
-    assert other != drawn()[0]
+    assert other != same
     assert "@reproduce_failure(" in output
 
 

@@ -1,6 +1,7 @@
 """Shared by the tests of faults: a small model in an engine, and ranks of which some die."""
 
 import faulthandler
+import gc
 import json
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ from tests.launch import init_deepspeed, preload
 
 WORLD, VICTIM = 4, 2
 EXPERTS, WIDTH, LAYERS = 8, 16, 2
-WAIT_S = 15  # of the process group: how long a rank waits for one that still lives
+WAIT_S = 10  # of the process group: how long a rank waits for one that still lives
 END_S = 60  # all ranks have ended by then, on a machine that does other things too
 
 
@@ -81,19 +82,23 @@ def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def end_together(fault, folder: Path, *args, world: int = WORLD) -> tuple[dict[int, dict], float]:
-    """Run ``fault(rank, folder, *args)`` on all ranks, of which some die or fail.
-
-    Returns what each surviving rank said, and the seconds from the fault until all had ended.
-    """
+def start_ranks(fault, folder: Path, *args, world: int = WORLD) -> list:
+    """Run ``fault(rank, folder, *args)`` on all ranks, of which some die or fail."""
     preload(deepspeed=True)
     context = multiprocessing.get_context("fork")
     ranks = [
         context.Process(target=one_rank, args=(fault, rank, world, folder, args), daemon=True)
         for rank in range(world)
     ]
+    gc.freeze()
     for process in ranks:
         process.start()
+    gc.unfreeze()
+    return ranks
+
+
+def end_of(ranks: list, folder: Path) -> tuple[dict[int, dict], float]:
+    """What each surviving rank said, and the seconds from the fault until all had ended."""
     wait_until = time.monotonic() + 120 + END_S
     for process in ranks:
         process.join(max(0.0, wait_until - time.monotonic()))
@@ -105,10 +110,15 @@ def end_together(fault, folder: Path, *args, world: int = WORLD) -> tuple[dict[i
     assert not alive, f"ranks {alive} still wait"
     said = {
         rank: json.loads((folder / f"said-{rank}").read_text())
-        for rank in range(world)
+        for rank in range(len(ranks))
         if (folder / f"said-{rank}").exists()
     }
     return said, ended - (folder / "fault").stat().st_mtime
+
+
+def end_together(fault, folder: Path, *args) -> tuple[dict[int, dict], float]:
+    """As ``start_ranks`` and ``end_of``."""
+    return end_of(start_ranks(fault, folder, *args), folder)
 
 
 def one_rank(fault, rank, world, folder, args):

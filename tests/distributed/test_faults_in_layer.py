@@ -130,8 +130,8 @@ def dies_in_relabel(rank, folder):
     assert first.count > 2
     if rank == VICTIM:
         with Collectives(folder, first.count - 1):
-            moe_locality.relabel(engine, plan_of(2), timeout_s=5)
-    moe_locality.relabel(engine, plan_of(2), timeout_s=5)
+            moe_locality.relabel(engine, plan_of(2), timeout_s=2)
+    moe_locality.relabel(engine, plan_of(2), timeout_s=2)
     train(engine, range(4, 6), rank)
 
 

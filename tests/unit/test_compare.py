@@ -442,20 +442,20 @@ def test_without_network_the_comparison_is_printed_and_the_run_is_offline(tmp_pa
         "WANDB_INIT_TIMEOUT": "2",
     }
     options = ["--wandb", "p", "--wandb-mode", "online", "--wandb-dir", str(tmp_path / "w")]
-    for form in ([], ["--json"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "moe_locality.cli", "compare", *pair, *options, *form],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert done.returncode == 0, done.stderr
-        assert "wandb could not start an online run" in done.stderr
+    command = [sys.executable, "-m", "moe_locality.cli", "compare", *pair, *options]
+    pipes: dict = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    forms = [
+        (form, subprocess.Popen([*command, *form], env=environment, **pipes))
+        for form in ([], ["--json"])
+    ]
+    for form, process in forms:
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+        assert "wandb could not start an online run" in errors
         if form:
-            folder = json.loads(done.stdout)["wandb"]
+            folder = json.loads(output)["wandb"]
         else:
-            table, _, folder = done.stdout.rpartition("wandb: ")
+            table, _, folder = output.rpartition("wandb: ")
             assert "traffic/cross_node_bytes" in table
         assert list(Path(folder.strip()).glob("run-*.wandb"))
 

@@ -27,8 +27,10 @@ def structured():
 
 
 @pytest.fixture(scope="module")
-def found(structured):
-    return potential(structured, CLUSTER, max_imbalance=2.0)
+def found(structured, tmp_path_factory):
+    path = tmp_path_factory.mktemp("trace") / "t.npz"
+    write_trace(structured, path)
+    return potential(structured, CLUSTER, max_imbalance=2.0, trace_name=str(path))
 
 
 def test_clean_domains_are_found_and_kept_together(found):
@@ -53,10 +55,8 @@ def test_clean_domains_are_found_and_kept_together(found):
     )
 
 
-def test_the_verdict_names_the_command_and_the_memory(structured, tmp_path):
+def test_the_verdict_names_the_command_and_the_memory(found, tmp_path):
     """It said "Worth it: … 4 replicas" without how to get them and what they take [F7]."""
-    write_trace(structured, tmp_path / "t.npz")
-    found = potential(structured, CLUSTER, max_imbalance=2.0, trace_name=str(tmp_path / "t.npz"))
     best = max(found.levers, key=lambda lever: lever.saving)
     assert found.verdict.endswith(f"Make it: {best.command}")
     assert ("It takes +25.0 % memory for expert weights" in found.verdict) == (
