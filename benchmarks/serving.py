@@ -45,6 +45,7 @@ Asked = list[tuple[list[int], int]]
 Run = Callable[[Asked], list[list[int]]]
 SEQS = 16
 PROMPT, NEW = 48, 48
+KINDS = ("equal", "mixed")
 WATCHED = ("nothing", "counts", "counts and recorder")
 CLOCKS = {"": time.perf_counter, ", CPU": time.thread_time}
 FORMATS = ("mxfp8", "mxfp4", "mxfp4-mbs-h")
@@ -135,7 +136,7 @@ def peers(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "model.generate": functools.partial(by_generate, model),
         "continuous batching of transformers": functools.partial(by_continuous_batching, model),
     }
-    for kind in ("equal", "mixed"):
+    for kind in chosen.lengths:
         asked = work(kind, chosen.requests)
         tokens = sum(new for _, new in asked)
         seconds: dict[str, list[float]] = {name: [] for name in of_peers}
@@ -152,13 +153,14 @@ def peers(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
             differ = sum(a != b for a, b in zip(texts[name], same, strict=True))
             note = f"{len(asked)} requests, {tokens} new tokens, batch {SEQS}, D={chosen.width}, "
             note += f"fp32; {chosen.rounds} rounds in turns; {differ} texts differ from the engine"
-            case = f"{kind} lengths, {name}"
+            many = "" if len(asked) == 2 * SEQS else f" of {len(asked)} requests"
+            case = f"{kind} lengths{many}, {name}"
             yield row(case, "tokens per second", statistics.median(speeds), "1/s", note=note)
             if name != "engine":
                 ratios = [a / b for a, b in zip(seconds[name], seconds["engine"], strict=True)]
                 spread = f"; rounds from {min(ratios):.2f} to {max(ratios):.2f}"
                 ratio = statistics.median(ratios)
-                case = f"{kind} lengths, engine"
+                case = f"{kind} lengths{many}, engine"
                 yield row(case, "speed", ratio, "x", baseline=name, note=note + spread)
 
 
@@ -307,7 +309,8 @@ def main() -> None:
     add = parser.add_argument
     add("--parts", nargs="+", choices=parts, default=["peers", "watching"])
     add("--rounds", type=int, default=7)
-    add("--requests", type=int, default=32)
+    add("--requests", type=int, default=32, help="of the part peers")
+    add("--lengths", nargs="+", choices=KINDS, default=KINDS, help="of the part peers")
     add("--steps", type=int, default=40, help="of a round of the part watching")
     add("--width", type=int, default=256, help="of the model of random weights, 8 layers")
     add("--model", type=Path, default=Path("runs/paper/model"), help="of the part lowbit")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -28,6 +28,40 @@ _CONFIG = "JSON with a section moe_locality: dispatch (low-bit payloads too), ke
 _WATCH = "off, propose (OUT/plan-step-N.json) or apply (between steps)."
 _PORT = "this port, plus the local rank."
 _HOMES = "arrival, predicted, first:N, domain, random or round_robin."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Options:
+    """The options of the command, as :func:`serve` takes them."""
+
+    requests: Path
+    model: str
+    out: Path
+    plan: Path | None
+    homes: str
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int | None
+    max_num_kv_tokens: int | None
+    grouping: str
+    max_num_ready: int
+    max_tokens: int
+    temperature: float
+    dtype: str
+    trace: Path | None
+    config: Path | None
+    watch: str
+    watch_every: int
+    move_budget: float
+    metrics: bool
+    metrics_port: int | None
+    metrics_host: str
+    wandb: str | None
+    wandb_mode: str
+    wandb_dir: str | None
+    nodes: int | None
+    ranks_per_node: int | None
+    seed: int
 
 
 def serve(
@@ -65,10 +99,10 @@ def serve(
     seed: Seed = 0,
 ) -> Result:
     """Serve requests with a Hugging Face MoE model, on one rank or under a launcher."""
-    return _serve(SimpleNamespace(**locals()))
+    return _serve(_Options(**locals()))
 
 
-def _serve(given: Any) -> Result:
+def _serve(given: _Options) -> Result:
     """Serve with the options of the command."""
     import moe_locality
     from moe_locality.serving import Engine, Limits, SamplingParams
@@ -77,8 +111,7 @@ def _serve(given: Any) -> Result:
     from moe_locality.serving.jobs import serve_file
 
     params = SamplingParams(temperature=given.temperature, max_tokens=given.max_tokens)
-    names = Limits.__dataclass_fields__
-    limits = Limits(**{name: getattr(given, name) for name in names})
+    limits = Limits(**{name: getattr(given, name) for name in Limits.__dataclass_fields__})
     section, plan = _section(given.config, given.plan, given.nodes, given.ranks_per_node)
     HomeRule(given.homes, 1 if plan is None else plan.num_ranks, plan=plan)  # says what is wrong
     chooser(given.grouping)
@@ -91,7 +124,9 @@ def _serve(given: Any) -> Result:
             section["dispatch"] = {**section.get("dispatch", {}), "timing": True}
         moe_locality.register(section)
     rank = _join_ranks()
-    metrics = _metrics(given, rank, settings) if counts else None
+    told = {name: str(value) for name, value in asdict(given).items()}
+    where = (given.metrics_port, given.metrics_host)
+    metrics = _metrics(rank, *where, settings, **told) if counts else None
     model, tokenizer = _load(given.model, given.dtype, plan)
     recorder = None
     if given.trace is not None:
@@ -116,19 +151,20 @@ def _serve(given: Any) -> Result:
     return _told(total, given.out)
 
 
-def _metrics(given: Any, rank: int, settings: TrackingConfig | None) -> Metrics:
-    """Collective: a port that is taken on one rank is an error on all."""
+def _metrics(
+    rank: int, port: int | None, host: str, settings: TrackingConfig | None, **told: str
+) -> Metrics:
+    """Collective: a port that is taken on one rank is an error on all. ``told``: the options."""
     from moe_locality.layer.agreement import all_succeed
     from moe_locality.serving import Metrics
     from moe_locality.tracking import start_tracking
 
-    metrics = Metrics(rank, model=given.model)
-    port, config = given.metrics_port, {name: str(value) for name, value in vars(given).items()}
+    metrics = Metrics(rank, model=told["model"])
 
     def start() -> None:
         if port is not None:
-            metrics.listen(port + int(os.environ.get("LOCAL_RANK", "0")), given.metrics_host)
-        metrics.track(start_tracking(settings, run_config=config, rank=rank, step_metric="step"))
+            metrics.listen(port + int(os.environ.get("LOCAL_RANK", "0")), host)
+        metrics.track(start_tracking(settings, run_config=told, rank=rank, step_metric="step"))
 
     all_succeed(start)
     return metrics

@@ -166,22 +166,28 @@ def pass_inputs(rows: Rows, tokens: Sequence[Sequence[int]]) -> dict[str, Tensor
 
     ``tokens``: where rows have tokens already, as many for each; else of any number, padded on the
     left. The mask is left out where no column is padding. ``valid [B, S]`` goes to no model: False
-    where a token is padding.
+    where a token is padding, and left out where none is.
     """
-    longest = max(map(len, tokens))
-    ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in tokens])
-    new = torch.tensor([len(row) for row in tokens])[:, None]
-    past = torch.tensor(rows.lengths)[:, None]
-    width = rows.width
-    place = torch.arange(longest)[None] - (longest - new)  # below 0: padding
+    width, longest = rows.width, max(map(len, tokens))
+    missing = [longest - len(row) for row in tokens]
+    ends = [past + len(row) for past, row in zip(rows.lengths, tokens, strict=True)]
     found = {
-        "input_ids": ids,
-        "position_ids": past + place.clamp_min(0),
-        "valid": place >= 0,
+        "input_ids": torch.tensor(
+            [[0] * gap + list(row) for gap, row in zip(missing, tokens, strict=True)]
+        ),
+        "position_ids": torch.tensor(
+            [
+                [past] * gap + list(range(past, end))
+                for past, gap, end in zip(rows.lengths, missing, ends, strict=True)
+            ]
+        ),
     }
-    begins = width + longest - (past + new)
-    if int(begins.max()):
-        found["attention_mask"] = (torch.arange(width + longest)[None] >= begins).long()
+    columns = torch.arange(width + longest)
+    if any(missing):
+        found["valid"] = columns[:longest] >= torch.tensor(missing)[:, None]
+    if min(ends) < width + longest:
+        begins = torch.tensor([width + longest - end for end in ends])
+        found["attention_mask"] = (columns >= begins[:, None]).long()
     return found
 
 

@@ -139,9 +139,9 @@ class LockStep:
 
     def meet(self, word: list[int]) -> np.ndarray:
         """Exchange a few counts: returns ``[G, len(word)]``, what each rank said. Collective."""
-        mine = torch.tensor(word, dtype=torch.int64)
         if self.size == 1:
-            return mine[None].numpy()
+            return np.array([word])
+        mine = torch.tensor(word, dtype=torch.int64)
         everyone = torch.empty(self.size * len(word), dtype=torch.int64, device=self.device)
         with self.explained("between two steps of the engine"):
             dist.all_gather_into_tensor(everyone, mine.to(self.device))

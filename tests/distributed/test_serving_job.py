@@ -220,7 +220,6 @@ def test_serve_is_one_command_on_all_ranks(tmp_path):
 def one_port_is_taken(rank, world):
     """Start the metrics of every rank; return the error."""
     import socket
-    from types import SimpleNamespace
 
     from moe_locality.commands.serve import _metrics
     from moe_locality.errors import ConfigError
@@ -231,11 +230,8 @@ def one_port_is_taken(rank, world):
         taken.listen()
         port = exchange_objects(taken.getsockname()[1])[1]
         os.environ["LOCAL_RANK"] = str(rank)
-        given = SimpleNamespace(
-            model="tiny", metrics_port=port - 1 if rank else None, metrics_host="127.0.0.1"
-        )
         with pytest.raises(ConfigError) as raised:
-            _metrics(given, rank, None)
+            _metrics(rank, port - 1 if rank else None, "127.0.0.1", None, model="tiny")
         return str(raised.value)
 
 

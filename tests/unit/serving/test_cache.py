@@ -38,7 +38,7 @@ def build(case):
 
 def run(model, rows, tokens):
     given = pass_inputs(rows, tokens)
-    given.pop("valid")
+    given.pop("valid", None)
     with torch.no_grad():
         logits = model(**given, cache=rows.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
     rows.lengths = [old + len(new) for old, new in zip(rows.lengths, tokens, strict=True)]
