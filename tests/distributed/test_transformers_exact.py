@@ -26,7 +26,7 @@ def test_apply_equals_the_whole_model_on_other_nodes(tmp_path, world, num_nodes)
 
 def decode(rank, world, path, length):
     """Greedy texts, and the gap between the two best logits at each token, by plan."""
-    prompts = torch.randint(0, 96, (8, 6), generator=torch.Generator().manual_seed(rank))
+    prompts = torch.randint(0, 96, (16, 6), generator=torch.Generator().manual_seed(rank))
     options = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
     options |= {"output_logits": True, "return_dict_in_generate": True}
     found = {}
@@ -44,7 +44,7 @@ def decode(rank, world, path, length):
 @pytest.mark.parametrize("family", ["Qwen3Moe", pytest.param("DeepseekV3", marks=pytest.mark.slow)])
 def test_generate_parts_from_the_whole_model_at_ties_only(tmp_path, record_property, family):
     """Counted up to the first other token of a text: what follows has another beginning."""
-    everyone = run_ranks(decode, 4, save_tiny(tmp_path, family), 64, timeout_s=240.0)
+    everyone = run_ranks(decode, 4, save_tiny(tmp_path, family), 32, timeout_s=240.0)
     for kind in ("moved", "copied"):
         compared, gaps = 0, []
         for found in everyone:

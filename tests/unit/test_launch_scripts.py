@@ -270,8 +270,21 @@ end_distributed()
 """
 
 
+FORKED = f"""#!{sys.executable}
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from tests import fork_launcher
+_, _, ranks, _, port, *words = sys.argv
+sys.argv[1:] = [ranks, port, *words]
+fork_launcher.main()
+"""
+"""Stands for ``deepspeed --num_accelerators N --master_port P SCRIPT``."""
+
+
 def test_a_users_script_records_is_placed_and_trained(tmp_path):
-    """The four steps of the README with a script and a directory that are not ours [F4]."""
+    """The four steps of the README with a script and a directory that are not ours [F4]. The first
+    run is started by DeepSpeed's launcher, the others are forked.
+    """
     (tmp_path / "mine.py").write_text(OWN_SCRIPT)
     config = {
         "train_micro_batch_size_per_gpu": 4,
@@ -295,6 +308,10 @@ def test_a_users_script_records_is_placed_and_trained(tmp_path):
     arguments = ["--trace", "t", "--nodes", "2", "--ranks-per-node", "1", "--method", "linear"]
     done = run("place", *arguments, "--plan", "p.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/deepspeed").write_text(FORKED)
+    (tmp_path / "bin/deepspeed").chmod(0o755)
+    port["PATH"] = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:/usr/bin:/bin"
     done = run("compare", "--ranks", "2", "--plan", "p.json", *own, cwd=tmp_path, **port)
     assert done.returncode == 0, done.stdout + done.stderr
     ours = [line for line in done.stdout.splitlines() if line.startswith("MY OWN")]
