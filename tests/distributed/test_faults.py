@@ -82,6 +82,7 @@ def plan_without_an_expert(folder: Path) -> Path:
     return plan
 
 
+@pytest.mark.slow
 def test_a_plan_without_an_expert_stops_all_ranks_of_a_launch(tmp_path):
     plan = plan_without_an_expert(tmp_path)
     process = start(tmp_path, "--layer", "locality", section={"plan": str(plan)})
@@ -104,6 +105,10 @@ def sections(folder: Path) -> dict[str, tuple[dict, str]]:
         "hostfile": (
             {"cluster": {"hostfile": str(folder / "hostfile")}},
             "TopologyError.*hostfile.*line 1.*slots=two",
+        ),
+        "plan without an expert": (
+            {"plan": str(plan_without_an_expert(folder))},
+            "PlacementError: the plan.*layer 1",
         ),
         "plan of another model": (
             {"plan": str(folder / "experts.json")},
