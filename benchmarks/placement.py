@@ -19,6 +19,7 @@ Seconds are measured on this machine. Parts:
     transports   what crosses nodes where a token is sent once per node, or per rank; one layout
     public       public implementations of EPLB that can be imported
     calibration  the imbalance promised for unseen requests against theirs, over many splits
+    workloads    the synthetic workloads of Megatron-LM pull request 7488, rebuilt from its words
     scale        seconds for 58 layers x 256 experts x 1M tokens
 
 ``benchmarks/balance.py`` and ``benchmarks/refresh.py`` time the balance-only mode and the refresh.
@@ -48,9 +49,10 @@ from placement_checks import (
 )
 from placement_grouping import TRANSPORT_CASES, grouping_rows, transport_rows
 from placement_rows import Row, target_table
+from placement_workloads import workload_rows
 
 PARTS = ("targets", "calibration", "bounds", "partitioner", "transfer", "grouping", "transports")
-PARTS += ("public", "scale", "peers", "earlier")
+PARTS += ("public", "workloads", "scale", "peers", "earlier")
 REPLICAS = (0.125, 0.25)
 TABLE_SPLITS, TABLE_SECONDS = 5, 900.0
 
@@ -95,6 +97,8 @@ def rows_of(part: str, options: argparse.Namespace) -> Iterator[Row]:
         yield from side_by_side(work, options.processes)
     elif part == "public":
         yield from public_rows(folder)
+    elif part == "workloads":
+        yield from workload_rows()
     else:
         yield from scale_rows(options.tokens)
 

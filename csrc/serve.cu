@@ -43,8 +43,8 @@ int serve_visited(const ServeArgs& a, void* stream) {
   const int32_t tokens = min(kThreads, kSharedBytes / row);
   const auto blocks = static_cast<unsigned>((a.num_tokens + tokens - 1) / tokens);
   const ServeTable table{a.slots, a.nodes, a.num_experts, a.width, a.home_node};
-  serve_kernel<<<blocks, kThreads, static_cast<size_t>(tokens) * row, static_cast<cudaStream_t>(stream)>>>(a, table, tokens,
-                                                                                                        pitch);
+  const size_t bytes = static_cast<size_t>(tokens) * row;
+  serve_kernel<<<blocks, kThreads, bytes, static_cast<cudaStream_t>(stream)>>>(a, table, tokens, pitch);
   return cudaGetLastError();
 }
 

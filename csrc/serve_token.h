@@ -1,5 +1,5 @@
-// Which slot serves each pick of one token under the rule "visited" (moe_locality/placement/serving.py): integers alone,
-// and no CUDA header, so that a C++ compiler builds the same function for the host, where the tests compare it.
+// Which slot serves each pick of one token under the rule "visited" (moe_locality/placement/serving.py): integers
+// alone, and no CUDA header, so that a C++ compiler builds the same function for the host, where the tests run it.
 #pragma once
 #include <cstdint>
 
@@ -20,8 +20,8 @@ struct ServeTable {
   int32_t home_node;
 };
 
-// Turns picks [K] into slots, -1 for no pick and for an id that is no expert. A pick that is decided stands as -2 - slot
-// until the end: what is left to decide is what is not negative.
+// Turns picks [K] into slots, -1 for no pick and for an id that is no expert. A pick that is decided stands as
+// -2 - slot until the end: what is left to decide is what is not negative.
 MOE_LOCALITY_HOST_DEVICE void serve_token(const ServeTable& table, int64_t* picks, int32_t top_k) {
   uint64_t visited = uint64_t{1} << table.home_node;
   for (int32_t k = 0; k < top_k; ++k) {

@@ -211,9 +211,12 @@ def near_blocks(table, pin, block_of):
 
 @numba.njit(nogil=True, cache=True)
 def swap_near(near, table, a, b, e, f):
-    """Swap e of block a with f of block b in near [E, B], the sums of ``table`` [E, E] by block."""
+    """Swap e of block a with f of block b in near [E, B], the sums of ``table`` [E, E] by block.
+
+    ``table`` is symmetric, and its rows lie together in memory.
+    """
     for g in range(len(near)):
-        change = table[g, f] - table[g, e]
+        change = table[f, g] - table[e, g]
         near[g, a] += change
         near[g, b] -= change
 

@@ -13,6 +13,7 @@ from tests.unit.placement.cases import random_trace
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 from placement_cases import Goal, Parts, asked, cluster
 from placement_rows import Row, target_table
+from placement_workloads import WORKLOADS, picks_of_step, workload_trace
 
 CELL = ("trace", 4, 0.0)
 
@@ -55,3 +56,20 @@ def test_the_cap_is_asked_for_without_a_look_at_the_judged_requests():
     assert cap == pytest.approx(level + 0.02)
     assert asked(data, replace(goal, most=1.07)) == 1.07
     assert asked(data, replace(goal, cap="auto")) == "auto"
+
+
+def test_workloads_have_the_published_heat_and_distinct_picks():
+    """[F9] Figures of the description at 4 ranks, 128 tokens a rank, two picks."""
+    heat = {}
+    for name in WORKLOADS:
+        ids = workload_trace(name, range(3, 4)).expert_ids[:, 0]
+        assert ids.tolist() == picks_of_step(name, 3, 0).tolist()
+        assert (ids[:, 0] != ids[:, 1]).all()
+        counts = np.bincount(ids.ravel(), minlength=16)
+        heat[name] = counts.max() / counts.mean(), counts.std() / counts.mean()
+    assert heat["W0_balanced"] == (1, 0)
+    for name in ("W1_hot_expert_set", "W2_hot_rank", "W6_rotating_hotspot"):
+        assert heat[name] == pytest.approx((3.3, 1.3), rel=0.07)
+    assert heat["W5_zero_expert_rank"] == pytest.approx((2.156, 1.007), rel=0.1)
+    homes = np.bincount(workload_trace("W4_source_ragged", range(2)).rank)
+    assert homes.tolist() == [512, 256, 128, 128]
