@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import (
     DummyLayer,
     DynamicLayer,
@@ -46,6 +46,11 @@ def check_cache(model: nn.Module) -> bool:
     Raises:
         ConfigError: its caches cannot be put together; names the layer.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(
+            f"found a {type(model).__name__}, expected a language model of transformers, its MoE "
+            "layers DeepSpeed's or not: the engine continues texts from transformers' caches"
+        )
     config: Any = model.config
     if config.is_encoder_decoder:
         raise ConfigError(

@@ -28,7 +28,7 @@ from moe_locality.placement.plan import PlacementPlan
 from moe_locality.serving.cache import Rows, assemble, check_cache, pass_inputs
 from moe_locality.serving.grouping import chooser, profile_of
 from moe_locality.serving.homes import HandOver, HomeRule
-from moe_locality.serving.lockstep import LockStep, RouteTap
+from moe_locality.serving.lockstep import LockStep, RouteTap, deepspeed_layers
 from moe_locality.serving.requests import (
     CompletionOutput,
     Request,
@@ -61,7 +61,8 @@ class Engine:
     """Continuous batching of a transformers model, one engine per rank. Making one is collective.
 
     Args:
-        model: from ``from_pretrained``, spread over the ranks or whole.
+        model: from ``from_pretrained``, spread over the ranks or whole; or one of transformers
+            whose MoE layers are DeepSpeed's or ours, or the engine of ``init_inference`` of it.
         tokenizer: for prompts and stops that are texts, and for the text of results.
         limits: what this rank may hold; the same on all ranks.
         homes: which rank continues a request (:class:`~moe_locality.serving.homes.HomeRule`).
@@ -95,12 +96,13 @@ class Engine:
         on_step: OnStep | None = None,
         on_watch: Callable[[WatchDecision], None] | None = None,
     ) -> None:
+        model = getattr(model, "module", model)
+        self.recurrent = all_succeed(lambda: check_cache(model))
         self.model: Any = model.eval()
         self.tokenizer: Any = tokenizer
         self.seed = seed
         self.on_token, self.on_step, self.on_watch = on_token, on_step, on_watch
         self.device: torch.device = self.model.device
-        self.recurrent = all_succeed(lambda: check_cache(model))
         self.config: Any = self.model.config.get_text_config(decoder=True)
         self.limits = all_succeed(lambda: (limits or Limits()).of_model(self.config))
         told = (self.limits, homes, grouping, seed, plan and plan.digest(), watch, online)
@@ -109,14 +111,13 @@ class Engine:
         parameters = inspect.signature(self.model.forward).parameters
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         # its loss over the router's logits, a setting of training, has no place in a step
-        takes_it = "output_router_logits" in parameters
-        self._without = {"output_router_logits": False} if takes_it else {}
+        self._without = dict.fromkeys({"output_router_logits"} & parameters.keys(), False)
         self._profiles = grouping != "fifo"
         self._looks = on_step is not None or watch != "off"
         sees = self._profiles or self._looks or homes == "predicted" or ":" in homes
         self.tap = RouteTap(model, sees=sees)
-        self.lockstep = LockStep(model, self.tap, self.device)
-        names = [name for name, _ in expert_layers(model)]
+        self.lockstep = all_succeed(lambda: LockStep(model, self.tap, self.device))
+        names = [name for name, _ in expert_layers(model) or deepspeed_layers(model)]
         rows = all_succeed(lambda: plan_rows(model, plan, names) if plan and names else [])
         rule = HomeRule(homes, self.lockstep.size, plan=plan, rows=rows, seed=seed)
         nodes = next((layer.topology for layer in self.tap.layers), None)
@@ -133,11 +134,11 @@ class Engine:
         self._batch_of: list[Sequence] = []
         self._begin_counts()
         self.lockstep.warm_up(self._warm)
-        self.topology = next((layer.topology for layer in self.tap.layers), None)
         given = (self.lockstep, self.tap.layers, rows, plan, watch, online)
         self.watch = None if watch == "off" else all_succeed(lambda: Watch(model, *given))
         reset_traffic(model)
         self._counted = list(counters(model))  # walking a model takes longer than counting
+        self.topology = next((counter.topology for _, counter in self._counted), None)
         self._traffic = local_traffic(self._counted, None)
 
     def _warm(self) -> None:

@@ -9,6 +9,7 @@ small collective travel.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,6 +30,12 @@ def world() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def deepspeed_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """Return (name, module) of every MoE layer of DeepSpeed, ours in its place too."""
+    kind = getattr(sys.modules.get("deepspeed.moe.layer"), "MoE", ())
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
 
 
 class RouteTap:
@@ -96,11 +103,16 @@ class RouteTap:
             hook.remove()
 
 
+def _is_settled(gate: Any) -> bool:
+    """Whether the picks of a token depend on nothing but the token."""
+    return not gate.drop_tokens and not (gate.k == 2 and gate.top2_2nd_expert_sampling)
+
+
 class LockStep:
     """The part of the engine that talks with the other ranks in every step.
 
-    Args:
-        run: runs the model on one token, once more for every call.
+    Raises:
+        ConfigError: layers that the ranks cannot run in step.
     """
 
     def __init__(self, model: nn.Module, tap: RouteTap, device: torch.device) -> None:
@@ -113,13 +125,26 @@ class LockStep:
                 f"found tensor parallelism at {wide[0]}, expected ranks with requests of their own:"
                 " load the model with tp_size=1"
             )
+        theirs = deepspeed_layers(model)
+        wrong = [name for name, layer in theirs if not _is_settled(layer.deepspeed_moe.gate)]
+        if any(getattr(module, "_is_autoep_layer", False) for module in model.modules()):
+            wrong.append("layers of AutoEP")
+        if wrong:
+            raise ConfigError(
+                f"found {wrong[0]}, expected transformers' experts, or DeepSpeed's MoE with "
+                "drop_tokens=False and top2_2nd_expert_sampling=False, which gives a token the "
+                "same in every batch"
+            )
+        self._whole_passes = bool(theirs)
+        self._run: Callable[[], Any]
 
     def warm_up(self, run: Callable[[], Any]) -> None:
         """Gather the dense weights for good and learn the order of the layers. Collective.
 
         FSDP2 drops the weights of a pass that began before it was told to keep them, and those of
-        its root at the end of the first one: two passes.
+        its root at the end of the first one: two passes. ``run`` runs the model on one token.
         """
+        self._run = run
         keep = getattr(self.model, "set_reshard_after_forward", None)
         if keep is not None:
             keep(False)
@@ -130,7 +155,13 @@ class LockStep:
 
     @torch.no_grad()
     def idle(self) -> None:
-        """Take part in the exchanges of one pass without a token."""
+        """Take part in the exchanges of one pass without a token.
+
+        DeepSpeed's layers have more collectives than the exchange: they get a token of nobody.
+        """
+        if self._whole_passes:
+            self._run()
+            return
         self.tap.valid = None  # of the last pass
         for layer, width, top_k, dtype in self.tap.order:
             nothing = torch.empty(0, width, dtype=dtype, device=self.device)

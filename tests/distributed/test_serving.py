@@ -335,3 +335,80 @@ def test_watch_moves_experts_under_requests_in_flight(tmp_path):
     some = {request_id: kept[request_id] for request_id in (0, 31, 1031, 3031)}
     asked = [r for rank in range(4) for r in shifting_prompts(rank, 4, 32)]
     assert some == expected(path, [r for r in asked if r["request_id"] in some])
+
+
+class MoeMlp(torch.nn.Module):
+    """DeepSpeed's MoE in the place of the MLP of a dense transformers model."""
+
+    def __init__(self, mlp, world, number, **options):
+        from deepspeed.moe.layer import MoE
+
+        super().__init__()
+        torch.manual_seed(number)
+        fixed = {"drop_tokens": False, "top2_2nd_expert_sampling": False}
+        self.moe = MoE(SIZES["hidden_size"], mlp, 4, world, k=2, **fixed | options)
+        for at, expert in enumerate(self.moe.deepspeed_moe.experts.deepspeed_experts):
+            torch.manual_seed(100 * number + at + dist.get_rank() * 4 // world)  # of the expert
+            for parameter in expert.parameters():
+                torch.nn.init.normal_(parameter, std=0.3)
+
+    def forward(self, x):
+        return self.moe(x)[0]
+
+
+def llama_of_deepspeed(world, **options):
+    torch.manual_seed(0)
+    names = ("vocab_size", "hidden_size", "num_attention_heads")
+    config = transformers.LlamaConfig(
+        **{name: SIZES[name] for name in names},
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        intermediate_size=32,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp = MoeMlp(layer.mlp, world, number, **options)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def serve_deepspeed(rank, world):
+    import moe_locality
+    from moe_locality.errors import ConfigError
+    from moe_locality.serving import Engine, Limits
+
+    section = {"cluster": {"num_nodes": world, "ranks_per_node": 1}}
+    config = {"moe_locality": section, "dtype": torch.float32}
+    layer = "model.layers.0.mlp.moe"
+    for expected_name, wrong in (
+        (layer, llama_of_deepspeed(world, drop_tokens=True)),
+        (layer, llama_of_deepspeed(world, top2_2nd_expert_sampling=True)),
+        ("a Linear", torch.nn.Linear(2, 2)),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            Engine(wrong)
+        assert str(caught.value).startswith(f"found {expected_name}")
+    engine = moe_locality.init_inference(llama_of_deepspeed(world), config)
+    limits, steps = Limits(max_num_seqs=4, max_num_batched_tokens=24, max_model_len=64), []
+    serving = Engine(engine, limits=limits, homes="round_robin", on_step=steps.append)
+    requests = prompts_of(rank, 7 if rank < world - 1 else 0)
+    found = {one.request_id: one.outputs[0].token_ids for one in serving.generate(requests)}
+    assert {step["kind"] for step in steps} >= {"prefill", "decode"}
+    assert sum(step["moved"] for step in steps[-1:]) == (3 if rank == 0 else 0)
+    assert sum(step["bytes"]["dispatch"][2] for step in steps if step["bytes"]) > 0
+    serving.close()
+    wanted = {}
+    for request in prompts_of(0, 7):  # the ranks in step: the same request on each
+        ids = torch.tensor([request["prompt_token_ids"]])
+        words = {"max_new_tokens": request["max_tokens"], "do_sample": False, "pad_token_id": 0}
+        output = engine.module.generate(ids, attention_mask=torch.ones_like(ids), **words)
+        wanted[request["request_id"]] = output[0, ids.shape[1] :].tolist()
+    assert {number: wanted[number] for number in found} == found
+    return sorted(found)
+
+
+def test_generate_continues_a_model_whose_moe_layers_are_deepspeeds():
+    """[F17.8] Mixed lengths, an idle rank and homes; refused by name where it cannot be served."""
+    found = run_ranks(serve_deepspeed, 2, deepspeed=True, timeout_s=200)
+    assert sorted(found[0] + found[1]) == list(range(7))
+    assert all(found)
