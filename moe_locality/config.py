@@ -31,13 +31,9 @@ class _Section(BaseModel):
         keeps_auto = {
             name
             for name, field in cls.model_fields.items()
-            if "auto" in _literals(field.annotation)
+            if "auto" in getattr(field.annotation, "__args__", ())
         }
         return {key: value for key, value in values.items() if value != "auto" or key in keeps_auto}
-
-
-def _literals(annotation: Any) -> tuple[Any, ...]:
-    return getattr(annotation, "__args__", ()) if annotation is not None else ()
 
 
 class TraceConfig(_Section):

@@ -194,10 +194,6 @@ def _cap_of(plan: PlacementPlan) -> float:
     return found if isinstance(found, float) else 1.05
 
 
-def _expected_of(plan: PlacementPlan) -> float | None:
-    return plan.provenance.get("expected_imbalance")
-
-
 def _curve(
     train: RoutingTrace,
     test: RoutingTrace | None,
@@ -331,7 +327,8 @@ def _judged(
     gained = _gains(change, goal, before.node_imbalance > _cap_of(trial))
     keep = "plan" if gained or old is not None or method not in OURS else "linear"
     found |= {"gained": gained, "kept": keep, "goal": goal, "reason": None}
-    found |= {"cap": _cap_of(trial), "expected_imbalance": _expected_of(trial)}
+    expected = trial.provenance.get("expected_imbalance")
+    found |= {"cap": _cap_of(trial), "expected_imbalance": expected}
     found |= {"requests": len(unseen.request_ids), "fit_requests": len(fit.request_ids)}
     parts = {name: None if x is None else [round(y, 6) for y in x] for name, x in change.items()}
     found["change"] = {name: x and x[0] for name, x in parts.items()}

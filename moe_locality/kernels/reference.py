@@ -77,7 +77,7 @@ def combine_backward(
     fast = can_sum(grad, weights)
     wide = grad if fast else grad.to(_accumulator(grad.dtype, weights.dtype))
     if need_rows:
-        row_weight = _route_weights(weights, row_route)[:, None]
+        row_weight = pick_rows(weights.reshape(-1, 1), row_route)
         if fast:  # a sum of one
             grad_rows = weighted_sums(grad, row_token[:, None], row_weight)
         else:
@@ -91,10 +91,6 @@ def combine_backward(
         ]
         grad_weights = torch.stack(columns, dim=1).to(weights.dtype)
     return grad_rows, grad_weights
-
-
-def _route_weights(weights: Tensor, row_route: Tensor) -> Tensor:
-    return pick_rows(weights.reshape(-1, 1), row_route).view(-1)
 
 
 def _accumulator(*dtypes: torch.dtype) -> torch.dtype:

@@ -34,7 +34,7 @@ from moe_locality.layer.state import (
     state_source,
 )
 from moe_locality.placement.plan import PlacementPlan
-from moe_locality.placement.refresh.improve import Refresh, refresh
+from moe_locality.placement.refresh.improve import refresh
 from moe_locality.placement.refresh.state import RefreshState
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.recorder.hooks import read_deepspeed_gate
@@ -192,7 +192,8 @@ class OnlinePlacement:
             "move_us": found.move_us,
             "break_even_steps": found.break_even_steps,
         }
-        return (found.plan.to_dict() if _pays(found) else None), facts
+        pays = found.worth_it is True and found.moved_slots > 0
+        return (found.plan.to_dict() if pays else None), facts
 
     def _plan(self) -> PlacementPlan:
         """The orders that the layers have now, as a plan of the watched cluster."""
@@ -232,10 +233,6 @@ class OnlinePlacement:
             "tokens_per_step": sum(s.num_tokens for s in gathered) / self.config.every_n_steps,
             "steps": float(self.config.pays_within_steps),
         }
-
-
-def _pays(found: Refresh) -> bool:
-    return found.worth_it is True and found.moved_slots > 0
 
 
 def _trace_of(gathered: Sequence[_Sample], plan: PlacementPlan) -> RoutingTrace:

@@ -305,15 +305,16 @@ def read_pieces(
 def _plan_pieces(shards: list[Path], max_bytes: int) -> list[tuple[Path, tuple[int, ...]]]:
     """(shard, layers) of each piece; the shards are checked against each other on the way."""
     work: list[tuple[Path, tuple[int, ...]]] = []
-    first: RoutingTrace | None = None
+    first: tuple[tuple, int] | None = None
     layer_sets: set[frozenset[int]] = set()
     for shard in shards:
         head, meta = read_shard(shard, ())
-        first = first or head
-        if settings(head)[:3] != settings(first)[:3] or meta.top_k != _top_k(shards[0]):
+        found = settings(head)[:3], meta.top_k
+        first = first or found
+        if found != first:
             raise TraceError(
-                f"found that shard {shard} does not fit {shards[0].name}: {settings(head)[:3]}, "
-                f"expected {settings(first)[:3]} (model, kind, experts) and the same top_k: a "
+                f"found that shard {shard} does not fit {shards[0].name}: {found[0]}, "
+                f"expected {first[0]} (model, kind, experts) and the same top_k: a "
                 "directory holds one trace; move the shard away"
             )
         own = frozenset(meta.layer_ids)
@@ -330,7 +331,3 @@ def _plan_pieces(shards: list[Path], max_bytes: int) -> list[tuple[Path, tuple[i
         ids = meta.layer_ids
         work += [(shard, ids[start : start + step]) for start in range(0, len(ids), step)]
     return work
-
-
-def _top_k(shard: Path) -> int:
-    return read_shard(shard, ())[1].top_k
