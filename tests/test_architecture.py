@@ -352,6 +352,15 @@ def test_old_words_are_seen(tmp_path, line):
     assert found.startswith("page.md:2: ")
 
 
+def test_the_map_names_every_file_and_no_other():
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    files = {path.name for path in sources()} - {"__init__.py"}
+    named = set(re.findall(r"\b[a-z_0-9]+\.py\b", page))
+    assert not files - named, "docs/design.md 3 does not name these"
+    others = {"setup.py", "test_architecture.py", "test_roads.py", "tolerances.py", "__init__.py"}
+    assert not named - files - others, "docs/design.md names these, which are not there"
+
+
 LOW_FLOORS = sorted(
     module_name(path) for path in sources() if (floor_of(module_name(path)) or 0) <= 2
 )
