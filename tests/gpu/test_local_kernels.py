@@ -64,6 +64,26 @@ def test_serve_visited_is_the_reference(shape, backend):
     check_serving(backend, *shape[:3])
 
 
+def test_serve_visited_never_waits_and_can_be_captured(backend):
+    """[F1]"""
+    slots, nodes, home = oracle.serving_tables(64, 0)
+    tables, ids = (slots.cuda(), nodes.cuda(), home), oracle.random_ids(300, 4, 64, 0).cuda()
+    ops.serve_visited(ids, *tables, backend=backend)  # compiled before
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = ops.serve_visited(ids, *tables, backend=backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for seed in range(3):
+        ids.copy_(oracle.random_ids(300, 4, 64, seed))
+        graph.replay()
+        wanted = ops.serve_visited(ids.cpu(), slots, nodes, home, backend="reference")
+        assert torch.equal(found.cpu(), wanted)
+
+
 def three_way(found, reference, exact, dtype):
     rtol, atol = KERNEL_SUM[str(dtype).removeprefix("torch.")]
     for result in (found.cpu(), reference):
