@@ -38,6 +38,7 @@ from torch import Tensor
 import moe_locality
 from moe_locality.analysis.decoding import classify_domains
 from moe_locality.analysis.stats import prefill_decode_correlation
+from moe_locality.arrivals import ArrivingHomes
 from moe_locality.compat import end_distributed
 from moe_locality.config import TrackingConfig
 from moe_locality.demo.paper import MAX_IMBALANCE, PAPER, REPLICA_SHARE
@@ -452,10 +453,8 @@ def judged(
         }
         found[case["name"]] = {**facts, **more}
         if case["name"] == OURS:
-            best = assign_homes(tokens, plan, topology, predict="oracle")
-            oracle = evaluate(tokens, plan, topology, best).copies
-            first = evaluate(tokens, PlacementPlan.read(given["cases"][0]["plan"]), topology).copies
-            kept = 100 * (first - costs.copies) / (first - oracle)
+            linear = PlacementPlan.read(given["cases"][0]["plan"])
+            kept = homes_keep(asked, tokens, plan, linear, topology, homes)
     return {
         "nodes": topology.num_nodes,
         "ranks_per_node": topology.ranks_per_node,
@@ -465,7 +464,43 @@ def judged(
         "new_tokens": given["max_tokens"],
         "layers": tokens.num_layers,
         "conditions": found,
-        "told": {"homes keep of the oracle's gain, %": kept, **given["told"]},
+        "told": {**kept, **given["told"]},
+    }
+
+
+def homes_keep(
+    asked: RoutingTrace,
+    tokens: RoutingTrace,
+    plan: PlacementPlan,
+    linear: PlacementPlan,
+    topology: ClusterTopology,
+    homes: dict[int, int],
+) -> dict[str, float]:
+    """What homes keep of what a batch of homes gains that are chosen by the decode ``tokens``,
+    against the usual order with random homes: the engine's, a batch chosen by the prefill (what
+    the prediction loses), and, in the order of arrival, by the decode tokens (what not knowing
+    who comes next loses).
+    """
+    arriving = ArrivingHomes(plan, topology)
+    one_by_one = {
+        request: arriving.assign_scored(
+            arriving.score(tokens.tokens_only("homes").expert_ids[rows]), len(rows)
+        )
+        for request, rows in rows_by_request(tokens).items()
+    }
+    chosen = {
+        "homes keep of the oracle's gain, %": homes,
+        "homes as a batch, by the prefill, keep, %": assign_homes(
+            asked, plan, topology, predict="prefill"
+        ),
+        "homes one by one, by the decode routing, keep, %": one_by_one,
+    }
+    first = evaluate(tokens, linear, topology).copies
+    best = assign_homes(tokens, plan, topology, predict="oracle")
+    gain = first - evaluate(tokens, plan, topology, best).copies
+    return {
+        name: 100 * (first - evaluate(tokens, plan, topology, some).copies) / gain
+        for name, some in chosen.items()
     }
 
 
