@@ -23,8 +23,10 @@ import numpy as np
 
 from moe_locality.errors import PlacementError
 from moe_locality.placement.bounds.relaxation import (
+    SMOOTHING,
     Relaxation,
     certify,
+    cooled,
     hull_slopes,
     improve,
     make_relaxation,
@@ -47,7 +49,6 @@ MOST_ROUNDS = 400
 FEWEST_ROUNDS = 20  # below that the coarse bound is as good
 COARSE_ROUNDS = MOST_REPLICA_ROUNDS = 150
 MOST_PICKS = 9  # set partitions of more picks are too many to list
-_SMOOTHING, _COOLING, _LEAST_SMOOTHING = 0.15, 0.985, 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -309,14 +310,10 @@ def bound_with_replicas(
     return layer.as_copies(touched_with_replicas(problem, num_experts, rounds)), rounds
 
 
-def cool(problem: Any, prices: Any, rounds: int, smoothing: float = _SMOOTHING) -> None:
+def cool(problem: Any, prices: Any, rounds: int, smoothing: float = SMOOTHING) -> None:
     """Improve the prices for so many rounds while the smoothing falls."""
-    done = 0
-    while done < rounds:
-        some = min(10, rounds - done)
-        at = max(smoothing * _COOLING**done, _LEAST_SMOOTHING)
-        improve(problem, prices, some, smoothing=at)
-        done += some
+    for some, at in cooled(rounds, smoothing):
+        improve(problem, prices, len(some), smoothing=at)
 
 
 def coarse_bound(

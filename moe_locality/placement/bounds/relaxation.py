@@ -26,6 +26,8 @@ from functools import lru_cache
 import numba
 import numpy as np
 
+SMOOTHING, _LEAST_SMOOTHING = 0.15, 0.01
+_AT_ONCE = 10  # rounds of one smoothing
 _LONGEST_STEP = 400.0
 _DIAGONALS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 ROUNDING = 1e-12  # relative; double-precision sums and eigenvalues here are exact to about 1e-14
@@ -171,6 +173,15 @@ def improve(problem: Relaxation, prices: Prices, rounds: int, *, smoothing: floa
             _move_prices(*lists, prices.ahead, w, scale, smoothing, step_up, part)
             cost -= 0.5 * share * part
         descend(problem, prices, cost, step_down)
+
+
+def cooled(
+    rounds: int, smoothing: float = SMOOTHING, cooling: float = 0.985
+) -> Iterator[tuple[range, float]]:
+    """Yield some rounds after the other, and their falling smoothing."""
+    for done in range(0, rounds, _AT_ONCE):
+        at = max(smoothing * cooling**done, _LEAST_SMOOTHING)
+        yield range(done, min(done + _AT_ONCE, rounds)), at
 
 
 def steps_of(problem: Relaxation, smoothing: float) -> tuple[float, float]:

@@ -35,13 +35,13 @@ from moe_locality.placement.bounds.relaxation import (
     Relaxation,
     block_prices,
     close,
+    cooled,
     descend,
     start_prices,
     steps_of,
 )
 
-_SMOOTHING, _COOLING, _LEAST_SMOOTHING = 0.15, 0.97, 0.01
-_AT_ONCE = 10
+_COOLING = 0.97  # faster than without replicas: rounds take longer
 _NEAR, _EXTRA = 0.2, 0.4  # prices to begin with
 _LEAST_SHARE = 0.02  # of the newest best replicas in their running mean
 
@@ -70,9 +70,7 @@ def touched_with_replicas(problem: Relaxation, experts: int, rounds: int) -> flo
         beside=np.zeros((experts, experts)),
         count=np.full(experts, problem.num_vertices / experts - 1),
     )
-    for done in range(0, rounds, _AT_ONCE):
-        some = range(done, min(done + _AT_ONCE, rounds))
-        smoothing = max(_SMOOTHING * _COOLING**done, _LEAST_SMOOTHING)
+    for some, smoothing in cooled(rounds, cooling=_COOLING):
         _improve(problem, prices, more, some, smoothing)
     return max(0.0, _certify(problem, prices, more))
 
