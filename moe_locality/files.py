@@ -1,11 +1,12 @@
 """Files that appear whole or not at all."""
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from moe_locality.errors import ConfigError
 
@@ -14,6 +15,20 @@ def replace_text(path: str | os.PathLike[str], text: str) -> Path:
     """Write a text file like ``replace_file``; the folder is made if absent."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     return replace_file(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def dump_rows(value: Any, indent: int = 0) -> str:
+    """JSON text: objects and lists of containers over several lines, lists of scalars on one."""
+    pad, end = " " * (indent + 1), " " * indent
+    if isinstance(value, dict) and value:
+        items = (
+            f"{pad}{json.dumps(key)}: {dump_rows(value[key], indent + 1)}" for key in sorted(value)
+        )
+        return "{\n" + ",\n".join(items) + f"\n{end}}}"
+    if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
+        items = (f"{pad}{dump_rows(item, indent + 1)}" for item in value)
+        return "[\n" + ",\n".join(items) + f"\n{end}]"
+    return json.dumps(value, allow_nan=False)
 
 
 def write_text(path: str | os.PathLike[str], text: str, *, what: str) -> Path:

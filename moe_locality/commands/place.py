@@ -59,6 +59,13 @@ Method = Annotated[
     ),
 ]
 RedundantExperts = Annotated[int, typer.Option(min=0, help="Slots beyond the experts, per layer.")]
+RedundantPerLayer = Annotated[
+    bool,
+    typer.Option(
+        "--redundant-per-layer",
+        help="Redundant experts in the mean: layers that gain more have more. Not for engine maps.",
+    ),
+]
 JointHomes = Annotated[
     str | None, typer.Option(help="joint: place requests together with experts.")
 ]
@@ -102,6 +109,7 @@ def place(
     hostfile: Hostfile = None,
     method: Method = "coactivation",
     redundant_experts: RedundantExperts = 0,
+    redundant_per_layer: RedundantPerLayer = False,
     max_imbalance: MaxImbalance = AUTO,
     homes: JointHomes = None,
     max_home_imbalance: MaxHomeImbalance = 1.05,
@@ -129,7 +137,7 @@ def place(
     options |= {"homes": homes, "objective": objective, "expert_groups": expert_groups}
     options |= {"move_budget": MOVE_BUDGET if move_budget is None else move_budget, "seed": seed}
     options |= {"start": old, "one_layout": one_layout, "serving_rule": serving_rule}
-    options |= {"sampling_unit": _unit(sampling_unit)}
+    options |= {"sampling_unit": _unit(sampling_unit), "redundant_per_layer": redundant_per_layer}
     with progress(f"placing {trace}"), warnings_once():
         content = moe_locality.read_trace(trace)
         train, test = split(content, held_out, seed)
@@ -149,8 +157,7 @@ def place(
     result = Result(payload=payload, show=_shown(topology.describe(), held_out, payload))
     if not (bound or prove or bound_seconds) or bound_seconds == 0:
         return result
-    effort = bound_seconds or BOUND_SECONDS
-    options = {"max_imbalance": _cap_of(plan), "seconds": effort, "prove": prove}
+    options = {"max_imbalance": _cap_of(plan), "prove": prove, "seconds": bound_seconds or 0}
     then = functools.partial(_bounded, plan, out, train, topology, payload, options)
     return dataclasses.replace(result, then=then)
 
@@ -163,7 +170,7 @@ def _facts(plan: PlacementPlan, trace: RoutingTrace, topology: ClusterTopology) 
         "trace": trace.content_hash(),
         "costs": plan.costs,
         "certificate": None,
-        "extra_expert_weights": plan.num_redundant_experts / plan.num_experts,
+        "extra_expert_weights": float(plan.slots_of_layers.mean() / plan.num_experts - 1),
     }
 
 
@@ -218,7 +225,8 @@ def _curve(
         train = train.split(1 - HELD_OUT, options["seed"])[0]
     if len(train.request_ids) * HELD_OUT < NUM_BLOCKS[0] or topology.num_nodes == 1:
         return None
-    given = {name: part for name, part in options.items() if name != "max_imbalance"}
+    left_out = ("max_imbalance", "redundant_per_layer")  # which takes three times as long
+    given = {name: part for name, part in options.items() if name not in left_out}
     judged = judged_caps(train, topology, caps=CURVE, **given)
     points = [{"cap": name, **point} for name, point in zip(CURVE, judged, strict=True)]
     chosen = points[0]
@@ -486,6 +494,7 @@ def _bounded(
     """Write the plan once more with its certificate; interrupted, the plan stays as it is."""
     try:
         with progress("bounding layers") as update:
+            options["seconds"] = options["seconds"] or BOUND_SECONDS
             found = _certificate(plan, trace, topology, {**options, "progress": update})
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"interrupted: {out} is written, without a bound") from stop

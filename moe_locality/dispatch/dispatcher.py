@@ -116,13 +116,16 @@ class SlotMap:
     @classmethod
     def of_plan(cls, plan: PlacementPlan, rank: int) -> "list[SlotMap]":
         """Return the map of each layer of ``plan`` for the tokens of a rank of the EP group."""
-        choices = plan.slot_choices(rank)
+        choices, home = plan.slot_choices(rank), int(plan.node_of_rank[rank])
+        number = np.cumsum(plan.physical_to_logical_map >= 0, axis=1) - 1  # without empty slots
         if choices.shape[2] == 1:
-            return [cls(some[:, 0].astype(np.int64)) for some in choices]
+            found = np.take_along_axis(number, choices[..., 0], axis=1)
+            return [cls(some) for some in found]
         node_of_slot = plan.node_of_rank[plan.rank_of_slot].astype(np.int64)
         nodes = np.where(choices >= 0, node_of_slot[choices], -1)
-        home = int(plan.node_of_rank[rank])
-        return [cls(*both, home) for both in zip(choices, nodes, strict=True)]
+        layers = np.arange(plan.num_layers)[:, None, None]
+        found = np.where(choices >= 0, number[layers, choices], -1).astype(np.int32)
+        return [cls(*both, home) for both in zip(found, nodes, strict=True)]
 
     def renumbered(self, slots: np.ndarray) -> "SlotMap":
         """Return the map where slot p, on the same rank, has the number ``slots[p]``."""

@@ -162,7 +162,7 @@ class LocalityEP(ExchangingLayer, EPImplementation):
         ``serving``: the slot that serves each expert for the tokens of this rank.
         ``others``: gradients and moments, which move with the experts.
         """
-        slots = self.rows.place(slot_to_logical.astype(np.int64), others)
+        slots = self.rows.place(slot_to_logical, others)
         self.slot_map = serving.renumbered(slots)
         self.num_slots, self.dispatcher = len(slot_to_logical), None
         keep_checkpoints_logical(self.rows, first=self.call_position.number == 0)
@@ -230,7 +230,7 @@ def apply(
     if wanted is not None:
         serving = SlotMap.of_plan(wanted, dist.get_rank(layers[0][1].group))
         for (_, layer), (row, beside) in zip(layers, moves, strict=True):
-            layer.place(wanted.physical_to_logical_map[row], serving[row], beside)
+            layer.place(wanted.experts_of_slots(row), serving[row], beside)
     placed = not layers[0][1].rows.is_identity or wanted is not None
     announce(f"{len(layers)} layers of {type(model).__name__}", section, placed)
     return model

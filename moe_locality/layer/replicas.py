@@ -86,7 +86,7 @@ def add_replicas(
             maps[rank] = maps.get(rank) or SlotMap.of_plan(plan, rank)
             _build(target, maps[rank][row])
     logger.info(
-        "moe_locality: %d slots for %d experts in %d MoE layers",
+        "moe_locality: up to %d slots for %d experts in %d MoE layers",
         plan.num_slots,
         plan.num_experts,
         len(targets),
@@ -177,7 +177,7 @@ def _targets(
             "layer), or run this model without replicas"
         )
     rows = plan_rows(model, plan)
-    orders = [plan.physical_to_logical_map[row].astype(np.int64) for row in rows]
+    orders = [plan.experts_of_slots(row) for row in rows]
     for order, (name, module) in zip(orders, layers, strict=True):
         plan.check_fits(num_experts=module.num_experts, num_ranks=module.ep_size)
         _check_layer(name or "the model", module, order)

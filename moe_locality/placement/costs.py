@@ -290,8 +290,9 @@ def _moved(
 
     def held(some: PlacementPlan) -> np.ndarray:
         table = np.zeros((some.num_layers, some.num_ranks, some.num_experts), dtype=bool)
-        layer, slot = np.indices(some.physical_to_logical_map.shape)
-        table[layer, some.rank_of_slot[slot], some.physical_to_logical_map] = True
+        held = some.physical_to_logical_map
+        layer, slot = np.nonzero(held >= 0)
+        table[layer, some.rank_of_slot[slot], held[layer, slot]] = True
         return table
 
     new = (held(plan) & ~held(baseline)).sum(axis=(1, 2)) / plan.num_slots

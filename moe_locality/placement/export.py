@@ -33,7 +33,7 @@ import numpy as np
 
 from moe_locality.errors import PlacementError
 from moe_locality.files import replace_text
-from moe_locality.placement.plan import PlacementPlan
+from moe_locality.placement.plan import PlacementPlan, check_equal_slots
 
 AUTOEP_DESCRIPTOR_VERSION = 1
 
@@ -76,6 +76,7 @@ def to_sglang_map(plan: PlacementPlan, num_hidden_layers: int | None) -> dict[st
         PlacementError: ``num_hidden_layers`` is not given, which a plan cannot know, or a layer of
             the plan is not below it.
     """
+    check_equal_slots(plan, "an engine, which has one number of slots")
     if num_hidden_layers is None:
         raise PlacementError(
             f"found a plan of the MoE layers {list(plan.layer_ids)[:4]} ... and no number of "
@@ -210,6 +211,7 @@ def write_export(
             f"found the name {Path(path).name} for a map of {target}, which takes a file only by "
             f"the end {suffix}: give such a name"
         )
+    check_equal_slots(plan, "an engine, which has one number of slots")
     known = num_hidden_layers if target in BY_TRANSFORMER_LAYER else None
     content = TARGETS[target](with_layers(plan, layers, known), num_hidden_layers)
     text = _yaml(content) if target == "trtllm" else json.dumps(content) + "\n"

@@ -8,8 +8,6 @@ one expert.
 
 Which replica serves a pick is a pure function of the plan, the home and the token's picks
 (``serving.py``), so all ranks agree without communication.
-
-Not here: how a plan is found (``solve``) and what it costs (``evaluate``).
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import PlacementError
-from moe_locality.files import replace_text
+from moe_locality.files import dump_rows, replace_text
 from moe_locality.placement.serving import (
     MOST_NODES,
     RULES,
@@ -43,6 +41,7 @@ from moe_locality.placement.serving import (
 from moe_locality.topology.cluster import ClusterTopology
 
 FORMAT_VERSION = 1
+EMPTY = -1  # instead of an expert: a slot that a layer with fewer slots than others has not
 
 
 def positive(name: str, value: Any) -> int:
@@ -135,12 +134,20 @@ def check_header(plan: PlacementPlan) -> None:
 
 def check_rows(plan: PlacementPlan) -> None:
     table, num_experts = plan.physical_to_logical_map, plan.num_experts
-    outside = np.argwhere((table < 0) | (table >= num_experts))
+    outside = np.argwhere((table < EMPTY) | (table >= num_experts))
     if len(outside):
         row, slot = outside[0]
         raise PlacementError(
             f"layer {plan.layer_ids[row]}: slot {slot} holds expert {table[row, slot]}; "
-            f"expected ids from 0 to {num_experts - 1}: correct the map"
+            f"expected ids from 0 to {num_experts - 1}, or {EMPTY} for none: correct the map"
+        )
+    by_rank = table.reshape(plan.num_layers, plan.num_ranks, -1)
+    full = np.arange(by_rank.shape[2]) < (by_rank[:, :1] >= 0).sum(axis=2, keepdims=True)
+    gaps = np.flatnonzero(((by_rank >= 0) != full).any(axis=(1, 2)))
+    if len(gaps):
+        raise PlacementError(
+            f"layer {plan.layer_ids[gaps[0]]}: found empty slots ({EMPTY}) between others or on "
+            "some ranks only, expected them last and as many on every rank: correct the map"
         )
     missing = np.argwhere(plan.logical_replica_count == 0)
     if len(missing):
@@ -149,8 +156,8 @@ def check_rows(plan: PlacementPlan) -> None:
             f"layer {plan.layer_ids[row]}: expert {expert} has no slot; "
             "every expert needs at least one: correct the map or give the plan more slots"
         )
-    by_rank = np.sort(table.reshape(plan.num_layers, plan.num_ranks, -1), axis=2)
-    twice = np.argwhere(by_rank[:, :, 1:] == by_rank[:, :, :-1])
+    by_rank = np.sort(by_rank, axis=2)
+    twice = np.argwhere((by_rank[:, :, 1:] == by_rank[:, :, :-1]) & (by_rank[:, :, 1:] >= 0))
     if len(twice):
         row, rank, place = twice[0]
         raise PlacementError(
@@ -186,20 +193,6 @@ def to_plain(value: Any, where: str) -> Any:
     )
 
 
-def dump_rows(value: Any, indent: int = 0) -> str:
-    """JSON text: objects and lists of containers over several lines, lists of scalars on one."""
-    pad, end = " " * (indent + 1), " " * indent
-    if isinstance(value, dict) and value:
-        items = (
-            f"{pad}{json.dumps(key)}: {dump_rows(value[key], indent + 1)}" for key in sorted(value)
-        )
-        return "{\n" + ",\n".join(items) + f"\n{end}}}"
-    if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
-        items = (f"{pad}{dump_rows(item, indent + 1)}" for item in value)
-        return "[\n" + ",\n".join(items) + f"\n{end}]"
-    return json.dumps(value, allow_nan=False)
-
-
 logger = logging.getLogger(__name__)
 
 _REQUIRED = (
@@ -231,7 +224,8 @@ class PlacementPlan:
         layer_ids: [L] transformer layer index of each MoE layer.
         num_experts: E, logical experts per layer.
         num_nodes, ranks_per_node: shape of the cluster, M nodes of equal size.
-        physical_to_logical_map: [L, P] int32, the expert in each slot.
+        physical_to_logical_map: [L, P] int32, the expert in each slot; the last slots of every rank
+            are ``EMPTY`` in a layer that has fewer than others.
         home_profiles: what ``assign_homes`` needs for new requests, or None.
         provenance: how the plan was found (trace hash, solver, seed, options, version).
         costs: the costs predicted when the plan was found.
@@ -311,6 +305,16 @@ class PlacementPlan:
         return self.num_slots - self.num_experts
 
     @property
+    def slots_of_layers(self) -> np.ndarray:
+        """[L] slots of each layer, without empty ones."""
+        return (self.physical_to_logical_map >= 0).sum(axis=1)
+
+    def experts_of_slots(self, row: int) -> np.ndarray:
+        """[slots of a layer] int64, the expert in each; without empty slots."""
+        some = self.physical_to_logical_map[row].astype(np.int64)
+        return some[some >= 0]
+
+    @property
     def is_permutation(self) -> bool:
         """Whether every expert has exactly one slot: the placement is a relabelling."""
         return self.num_slots == self.num_experts
@@ -333,29 +337,28 @@ class PlacementPlan:
     @property
     def logical_replica_count(self) -> np.ndarray:
         """[L, E] int32, how many slots hold each expert."""
-        flat = self.physical_to_logical_map + self.num_experts * np.arange(self.num_layers)[:, None]
-        counts = np.bincount(flat.ravel(), minlength=self.num_layers * self.num_experts)
-        return counts.reshape(self.num_layers, self.num_experts).astype(np.int32)
+        args = (self.physical_to_logical_map, np.zeros(self.num_slots, int), self.num_experts)
+        return count_on_nodes(*args)[..., 0].astype(np.int32)
 
     @property
     def logical_to_physical_map(self) -> np.ndarray:
         """[L, E, X] int32, the slots of each expert in rising order, padded with -1."""
         counts = self.logical_replica_count
         table = np.full((*counts.shape, int(counts.max())), -1, dtype=np.int32)
-        # stable: slots of the same expert stay in rising order
+        # stable: slots of the same expert stay in rising order; empty slots come first
         order = np.argsort(self.physical_to_logical_map, axis=1, kind="stable")
         expert = np.take_along_axis(self.physical_to_logical_map, order, axis=1)
-        first = np.cumsum(counts, axis=1) - counts
-        replica = np.arange(self.num_slots)[None] - np.take_along_axis(first, expert, axis=1)
-        table[np.arange(self.num_layers)[:, None], expert, replica] = order
+        first = np.cumsum(counts, axis=1) - counts + (expert < 0).sum(axis=1, keepdims=True)
+        row, place = np.nonzero(expert >= 0)
+        expert = expert[row, place]
+        table[row, expert, place - first[row, expert]] = order[row, place]
         return table
 
     @property
     def held_by_node(self) -> np.ndarray:
         """[L, E, M] bool, the nodes that hold each expert."""
         node_of_slot = self.node_of_rank[self.rank_of_slot]
-        args = (self.physical_to_logical_map, node_of_slot, self.num_experts)
-        return count_on_nodes(*args) > 0
+        return count_on_nodes(self.physical_to_logical_map, node_of_slot, self.num_experts) > 0
 
     def node_choices(self) -> np.ndarray:
         """[L, M, E, X] nodes that may serve expert e for homes on node m, padded with -1.
@@ -653,6 +656,16 @@ def check_is_permutation(plan: PlacementPlan) -> None:
             "expert: files, running engines and AutoEP hold every expert once. Make a plan with "
             "num_redundant_experts=0; or let moe_locality.initialize (DeepSpeed's MoE layers) or "
             "apply (transformers) make the replicas at the start, from the checkpoint as it is"
+        )
+
+
+def check_equal_slots(plan: PlacementPlan, what: str) -> None:
+    """Raise PlacementError where layers have unlike numbers of slots; ``what`` needs them alike."""
+    slots = plan.slots_of_layers
+    if (slots != plan.num_slots).any():
+        raise PlacementError(
+            f"found a plan with {slots.min()} to {slots.max()} slots per layer, expected as many "
+            f"in every layer for {what}: make a plan without redundant_per_layer"
         )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from moe_locality.errors import PlacementError
 from moe_locality.placement import counting
 from moe_locality.placement.export import ENGINE_RULES, engine_serving_slots
-from moe_locality.placement.plan import PlacementPlan
+from moe_locality.placement.plan import EMPTY, PlacementPlan
 from moe_locality.placement.serving import slots_on_nodes
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
@@ -37,7 +37,7 @@ class AlignedTrace:
     num_slots: int
     home_rank: np.ndarray | None  # [T]
     node_of_rank: np.ndarray  # [G]
-    table: np.ndarray  # [L, P] expert of each slot
+    table: np.ndarray  # [L, P] expert of each slot, -1: empty
     served_slot: np.ndarray  # [L, G, E], under the rule "home"
     has_replicas: bool
     choices: np.ndarray | None = None
@@ -287,8 +287,9 @@ class AlignedTrace:
         for layer in range(self.num_layers):
             if self.choices is not None:
                 slots = self.served_by_token()[1][layer].sum(axis=0)
-                whole = np.bincount(self.table[layer], weights=slots, minlength=self.num_experts)
-                serves[layer] = slots * self.num_ranks / np.maximum(whole, 1)[self.table[layer]]
+                expert = np.maximum(self.table[layer], 0)  # empty slots serve nothing
+                whole = np.bincount(expert, weights=slots, minlength=self.num_experts)
+                serves[layer] = slots * self.num_ranks / np.maximum(whole, 1)[expert]
                 continue
             serves[layer] = np.bincount(self.served_slot[layer].ravel(), minlength=self.num_slots)
         return serves / self.num_ranks
@@ -442,6 +443,7 @@ class Problem:
     sampling_unit: what requests come in, see ``load_noise.sampling_units``.
     unseen: whether the cap is meant on requests that are not in the trace.
     serving_rule: see ``placement.serving``.
+    per_layer: ``num_slots`` is the mean: layers that gain more have more.
     """
 
     trace: RoutingTrace
@@ -459,6 +461,7 @@ class Problem:
     sampling_unit: str | int = "request"
     unseen: bool = True
     serving_rule: str = "home"
+    per_layer: bool = False
 
     @property
     def num_nodes(self) -> int:
@@ -478,10 +481,6 @@ class Problem:
         if self.home_rank is None:
             return np.zeros(0, np.int64)
         return np.asarray(self.topology.rank_to_node, dtype=np.int64)[self.home_rank]
-
-    @property
-    def slots_per_rank(self) -> int:
-        return self.num_slots // self.num_ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -510,9 +509,10 @@ def make_plan(
     order = list(range(problem.num_ranks))
     if by_node:
         order = [r for node in range(problem.num_nodes) for r in problem.topology.ranks_of(node)]
-    table = np.empty((len(rows), problem.num_ranks, problem.slots_per_rank), dtype=np.int32)
+    most = max(len(held[0]) for held in rows)
+    table = np.full((len(rows), problem.num_ranks, most), EMPTY, dtype=np.int32)
     for row, held in enumerate(rows):
-        table[row, order] = np.array([sorted(experts) for experts in held])
+        table[row, order, : len(held[0])] = np.array([sorted(experts) for experts in held])
     return PlacementPlan(
         model=problem.trace.model,
         layer_ids=tuple(int(i) for i in problem.trace.layer_ids),

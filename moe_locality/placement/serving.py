@@ -28,7 +28,8 @@ MOST_NODES = 62
 def count_on_nodes(table: np.ndarray, node_of_slot: np.ndarray, num_experts: int) -> np.ndarray:
     """[L, E, M] int64: slots of each expert on each node, from the experts of the slots [L, P]."""
     on_node = np.zeros((len(table), num_experts, int(node_of_slot.max()) + 1), dtype=np.int64)
-    np.add.at(on_node, (np.arange(len(table))[:, None], table, node_of_slot[None]), 1)
+    where = (np.arange(len(table))[:, None], np.maximum(table, 0), node_of_slot[None])
+    np.add.at(on_node, where, table >= 0)
     return on_node
 
 
@@ -123,7 +124,7 @@ def slots_on_nodes(
     """
     experts, nodes = served_slot.shape[1], int(node_of_rank.max()) + 1
     on_node = count_on_nodes(table[None], node_of_slot, experts)[0].T  # [M, E]
-    order = np.lexsort((np.arange(len(table)), node_of_slot, table))
+    order = np.lexsort((np.arange(len(table)), node_of_slot, table, table < 0))  # empty: last
     first = np.zeros((experts, nodes), dtype=np.int64)
     first.ravel()[1:] = np.cumsum(on_node.T.ravel())[:-1]
     turn = np.arange(nodes)[:, None, None] % np.maximum(on_node, 1)  # [home node, M, E]

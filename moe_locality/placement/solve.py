@@ -59,6 +59,7 @@ def solve(
     *,
     method: str = "coactivation",
     num_redundant_experts: int = 0,
+    redundant_per_layer: bool = False,
     max_imbalance: float | str = AUTO,
     homes: Homes = None,
     expert_groups: int | Sequence[int] | None = None,
@@ -76,7 +77,7 @@ def solve(
     Args:
         trace: what to optimize for, of tokens; counts are enough without ``coactivation``.
         method: ``coactivation`` (fewest copies), ``balance`` (level ranks), or of ``METHODS``.
-        num_redundant_experts: slots beyond one per expert.
+        num_redundant_experts: slots beyond one per expert; redundant_per_layer: in the mean.
         max_imbalance: most max / mean of the node loads that ``coactivation`` expects on *unseen*
             requests, mean over the layers; sampling_unit: what those come in; see ``read_cap``.
         homes: None = requests live anywhere; a dict or array as in ``evaluate``: they live there;
@@ -94,6 +95,8 @@ def solve(
     """
     method = _current_name(method)
     cap = read_cap(max_imbalance, sampling_unit, start)
+    cap |= {"one_layout": one_layout, "per_layer": redundant_per_layer}
+    cap |= {"objective": objective, "max_home_imbalance": max_home_imbalance}
     _check_arguments(trace, method, cap["max_imbalance"], homes, expert_groups)
     joint = isinstance(homes, str) and homes == "joint"
     check_objective(objective, joint, num_redundant_experts, max_home_imbalance)
@@ -104,15 +107,24 @@ def solve(
         num_slots=check_slots(trace.num_experts, topology, extra),
         home_rank=None if joint else resolve_homes(trace, topology.num_ranks, homes),
         group_of=check_groups(trace.num_experts, topology.num_nodes, expert_groups),
-        objective=objective,
-        max_home_imbalance=max_home_imbalance,
-        one_layout=one_layout,
         seed=seed,
         **cap,
     )
     problem = _with_rule(problem, serving_rule, method == "coactivation" and start is None)
     found = _run(problem, method, joint, start, move_budget)
     return _signed(problem, found, found.homes if joint else homes, method, joint, start is None)
+
+
+def _check_per_layer(problem: Problem, method: str, start: PlacementPlan | None) -> None:
+    """Raise PlacementError where layers cannot have unlike numbers of slots."""
+    whole = problem.one_layout or problem.group_of is not None
+    extra = problem.num_slots - problem.trace.num_experts
+    if method != "coactivation" or start is not None or whole or extra < problem.num_ranks:
+        raise PlacementError(
+            f"redundant_per_layer: found method {method!r} with {extra} redundant experts, "
+            f"expected 'coactivation' with at least {problem.num_ranks} (one per rank, so that "
+            "layers can have fewer), without start, expert_groups and one_layout"
+        )
 
 
 def read_cap(
@@ -190,6 +202,8 @@ def _current_name(method: str) -> str:
 
 
 def _run(problem, method, joint, start, move_budget) -> Solution:
+    if problem.per_layer:
+        _check_per_layer(problem, method, start)
     if problem.one_layout:
         return _in_one_layout(problem, method, joint, start)
     if problem.objective == "rank_copies":
@@ -276,6 +290,7 @@ def _signed(
         **({"max_imbalance": problem.max_imbalance} if problem.slack is None else {}),
         "num_redundant_experts": problem.num_slots - problem.trace.num_experts,
         **({"model_type": problem.trace.model_type} if problem.trace.model_type else {}),
+        **({"redundant_per_layer": True} if problem.per_layer else {}),
         "homes": "joint" if joint else ("uniform" if homes is None else "given"),
         "moe_locality": moe_locality.__version__,
         **found.notes,

@@ -23,7 +23,7 @@ from moe_locality.errors import ConfigError
 from moe_locality.integrations.transformers_ep import LocalityEP, apply
 from moe_locality.layer.agreement import decided_by_first
 from moe_locality.placement.counting import picks_by_home
-from moe_locality.placement.plan import PlacementPlan
+from moe_locality.placement.plan import PlacementPlan, check_equal_slots
 from moe_locality.placement.refresh.improve import refresh
 from moe_locality.placement.refresh.state import RefreshState
 from moe_locality.quantization.formats import row_bytes
@@ -101,6 +101,7 @@ class Watch:
                 f"{'' if plan else 'out'} a plan, expected one of {MODES}, experts that are spread "
                 "over ranks and their plan: `moe-locality place --method linear` writes one"
             )
+        check_equal_slots(plan, "watch")
         self.rows, self.plan, self._load = rows, plan, plan.expert_load
         found = layers[0].topology
         assert found is not None  # the warm-up has asked for it

@@ -23,7 +23,9 @@ class Scale(nn.Module):
 
 
 def plan_of(world, nodes=1, seed=0, layers=2, extra_per_rank=1, loaded=True) -> PlacementPlan:
-    """Random slots with ``extra_per_rank`` more on every rank than experts need."""
+    """Random slots with ``extra_per_rank`` (one number, or by layer) more on every rank than
+    experts need.
+    """
     rng = np.random.default_rng(seed)
     return random_plan(
         rng,
@@ -31,7 +33,7 @@ def plan_of(world, nodes=1, seed=0, layers=2, extra_per_rank=1, loaded=True) -> 
         experts=EXPERTS,
         nodes=nodes,
         ranks_per_node=world // nodes,
-        slots_per_rank=EXPERTS // world + extra_per_rank,
+        slots_per_rank=np.add(EXPERTS // world, extra_per_rank),
         expert_load=rng.integers(1, 100, (layers, EXPERTS)) if loaded else None,
     )
 

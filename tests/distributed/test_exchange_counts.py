@@ -20,7 +20,8 @@ from tests.launch import run_ranks
 from tests.unit.placement.cases import random_plan
 
 CASES = ("", "home", "visited")
-"""Without replicas; with them, by the rule that says which one serves a pick."""
+"""Without replicas; with them, by the rule that says which one serves a pick: under "visited" in a
+layer with fewer slots than another one of the plan."""
 
 WORLD, TOKENS, EXPERTS, TOP_K, WIDTH = 8, 96, 32, 8, 8
 
@@ -37,26 +38,26 @@ def case_of(nodes: int, rule: str) -> tuple[PlacementPlan, RoutingTrace]:
     if rule:
         plan = random_plan(
             np.random.default_rng(nodes),
-            layers=1,
+            layers=2,
             experts=EXPERTS,
             nodes=nodes,
             ranks_per_node=per_node,
-            slots_per_rank=EXPERTS // WORLD + 2,
+            slots_per_rank=[EXPERTS // WORLD + 2 + (rule == "visited"), EXPERTS // WORLD + 2],
             serving_rule=rule,
         )
     else:
-        plan = PlacementPlan.linear(EXPERTS, [0], nodes, per_node)
+        plan = PlacementPlan.linear(EXPERTS, [0, 1], nodes, per_node)
     ids = np.concatenate([routes_of(rank) for rank in range(WORLD)])
-    return plan, trace_of(ids, np.repeat(np.arange(WORLD), TOKENS), EXPERTS)
+    return plan, trace_of(ids, np.repeat(np.arange(WORLD), TOKENS), EXPERTS, layer=1)
 
 
-def trace_of(ids: np.ndarray, requests: np.ndarray, experts: int) -> RoutingTrace:
+def trace_of(ids: np.ndarray, requests: np.ndarray, experts: int, layer: int = 0) -> RoutingTrace:
     """One layer; the tokens of request r live on rank r."""
     count = len(ids)
     return RoutingTrace(
         model="uniform",
         num_experts=experts,
-        layer_ids=np.zeros(1, dtype=np.int32),
+        layer_ids=np.array([layer], dtype=np.int32),
         domain=("uniform",),
         expert_ids=ids[:, None].astype(np.int16),
         request_id=np.sort(requests),
@@ -74,13 +75,14 @@ def counted_on_rank(rank, world):
         for rule in CASES:
             plan, _ = case_of(nodes, rule)
             ids = routes_of(rank)
-            slots = SlotMap.of_plan(plan, rank)[0].slot_ids(torch.from_numpy(ids))
+            slots = SlotMap.of_plan(plan, rank)[1].slot_ids(torch.from_numpy(ids))
+            num_slots = len(plan.experts_of_slots(1))
             for exchange in ("flat", "hierarchical"):
                 dispatcher = TokenDispatcher(
                     topology=topology,
-                    num_slots=plan.num_slots,
+                    num_slots=num_slots,
                     config=DispatchConfig(exchange=exchange),
-                    rails=find_rails(groups, topology, plan.num_slots),
+                    rails=find_rails(groups, topology, num_slots),
                 )
                 x = torch.ones(TOKENS, WIDTH, requires_grad=True)
                 weights = torch.ones(TOKENS, TOP_K, requires_grad=True)

@@ -14,7 +14,8 @@ CASES = {
     # (ranks, ep_size): (ZeRO stage, dtype, accumulation, gradient clipping)
     (2, 2): [(0, "bfloat16", 1, 0.0), (1, "bfloat16", 1, 0.1), (2, "float32", 2, 0.1)],
     (4, 2): [(0, "float32", 2, 0.0), (2, "bfloat16", 1, 0.0)],
-    (4, 4): [(1, "float32", 1, 0.1)],  # up to four replicas: the order of sums shows
+    (4, 4): [(1, "float32", 1, 0.1)],  # up to four replicas: the order of sums shows; the second
+    # layer has fewer slots
     (6, 2): [(1, "bfloat16", 1, 0.1)],  # three expert-data-parallel ranks: that of theirs too
 }
 
@@ -44,7 +45,9 @@ def trains(rank, world, ep_size, cases, path):
 @pytest.mark.parametrize(("world", "ep_size"), CASES)
 def test_replicas_stay_equal_and_the_run_is_that_without_them(world, ep_size, tmp_path):
     path = str(tmp_path / "plan.json")
-    nets.plan_of(ep_size, extra_per_rank=2 if ep_size == 4 else 1).write(path)
+    plan = nets.plan_of(ep_size, extra_per_rank=[2, 1] if ep_size == 4 else 1)
+    assert (plan.slots_of_layers[0] > plan.slots_of_layers[1]) == (ep_size == 4)
+    plan.write(path)
     cases = CASES[world, ep_size]
     run_ranks(trains, world, ep_size, cases, path, deepspeed=True, timeout_s=300)
 

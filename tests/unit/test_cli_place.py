@@ -58,8 +58,12 @@ def test_objective_home_cap_and_groups_reach_the_solver(folder, tmp_path):
         (("--objective", "rank_copies"), {"objective": "rank_copies"}),
         (("--one-layout",), {"one_layout": True}),
         (
-            ("--redundant-experts", "4", "--serving-rule", "home"),
-            {"num_redundant_experts": 4, "serving_rule": "home"},
+            ("--redundant-experts", "4", "--redundant-per-layer", "--serving-rule", "home"),
+            {
+                "num_redundant_experts": 4,
+                "redundant_per_layer": True,
+                "serving_rule": "home",
+            },
         ),
     ):
         arguments = {**arguments, "max_imbalance": 1.05}

@@ -87,7 +87,9 @@ def solve_joint(problem: Problem) -> Solution:
     if problem.num_slots > problem.trace.num_experts:
         # a quick plan: where replicas serve their own node, other homes are the best
         placed = coactivation.place_layers(
-            _at_home(data, home_node), tables=data.tables, replica_rounds=1
+            replace(_at_home(data, home_node), per_layer=False),
+            tables=data.tables,
+            replica_rounds=1,
         )
         home_node = _homes(
             data,

@@ -18,7 +18,7 @@ from moe_locality.placement.balance import most_level, rank_loads
 from moe_locality.placement.costs import imbalance
 from moe_locality.placement.count_kernels import remote_by_home
 from moe_locality.placement.homes.predictor import serving_of_plan
-from moe_locality.placement.plan import PlacementPlan
+from moe_locality.placement.plan import PlacementPlan, check_equal_slots
 from moe_locality.placement.problem import Problem, Solution
 from moe_locality.placement.refresh.state import RefreshState, level_best, swap_best
 from moe_locality.topology.cluster import ClusterTopology
@@ -145,6 +145,7 @@ def _moved(
 
 def _budget(plan: PlacementPlan, move_budget: float) -> int:
     """Slots that may move."""
+    check_equal_slots(plan, "a refresh")
     if not 0 <= move_budget <= 1:
         raise PlacementError(
             f"move_budget: found {move_budget}, expected a share of the slots between 0 and 1"

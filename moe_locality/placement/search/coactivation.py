@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,70 +27,11 @@ from moe_locality.placement.costs import BATCH_TOKENS
 from moe_locality.placement.counting import map_layers
 from moe_locality.placement.problem import Problem, RankLists, Solution, log_warning, make_plan
 from moe_locality.placement.search import load_noise, replicas, swaps, visited
-from moe_locality.placement.search.load_noise import Cap, Units
+from moe_locality.placement.search.load_noise import Cap, Units, search_lagrangian
 from moe_locality.placement.search.swaps import HOT, anneal, patterns, refine_exact
 from moe_locality.trace.schema import RoutingTrace
 
 _log = logging.getLogger(__name__)
-
-FIRST_MULTIPLIER = 2.0
-"""Copies per token that an imbalance higher by one is worth; ``STEP`` the factor to the next one
-while the price is not known to lie between two.
-"""
-STEP = 4.0
-_LEAST = 0.01  # from where to go up after no price at all
-
-
-def search_lagrangian(
-    search: Callable[[int, float, int], float],
-    allowed: Sequence[float],
-    rounds: int,
-    first: float = FIRST_MULTIPLIER,
-    least: float = 0.0,
-) -> float:
-    """Search all layers at prices that come nearer to the mean imbalance allowed.
-
-    Args:
-        search: called with (place of a layer, price, round), by several threads; returns the
-            expected imbalance of what it found.
-        allowed: imbalance of each layer.
-        least: price below which an imbalance that is allowed is not worth having.
-
-    Returns:
-        the price that would come next.
-    """
-    target, price = float(np.mean(allowed)) - 1, max(first, least)
-    known: list[tuple[float, float]] = []
-
-    def one(place: int) -> float:
-        return search(place, price, len(known))
-
-    for _ in range(rounds):
-        levels = map_layers(one, len(allowed))
-        known.append((price, float(np.mean(levels)) - 1))
-        price = max(next_multiplier(known, target), least)
-    return price
-
-
-def next_multiplier(known: Sequence[tuple[float, float]], target: float) -> float:
-    """The price to try next for an imbalance of 1 + ``target``.
-
-    ``known``: (price, imbalance less one) so far; between two prices that the target lies between,
-    both are taken for powers of each other.
-    """
-    low = [(price, level) for price, level in known if level > target]
-    high = [(price, level) for price, level in known if level <= target]
-    if not low:
-        price, level = min(high)
-        return 0.0 if level * STEP < target else price / STEP
-    if not high:
-        return max(max(low)[0], _LEAST) * STEP
-    (p, x), (q, y) = max(low), min(high)
-    if p <= 0 or y <= 0 or target <= 0 or p >= q:
-        return (p + q) / 2
-    share = np.log(x / target) / np.log(x / y)
-    return float(p * (q / p) ** min(max(share, 0.1), 0.9))
-
 
 ROUNDS = 8
 """Prices of imbalance that are tried. Several short searches around the right one beat a long one:
@@ -188,8 +129,10 @@ def place_layers(
     found, caps, price = place_on_nodes(problem, seen, seeds)
     node_of = [expand_groups(problem, some.node_of) for some in found]
     replicated: list[replicas.Candidate] = []
+    slots = [problem.num_slots] * num_layers
     if problem.num_slots > problem.trace.num_experts and problem.group_of is None:
-        replicated = _replicate(problem, seen, node_of, caps, seeds, price, replica_rounds)
+        args = (seen, node_of, caps, seeds, price, replica_rounds)
+        replicated, slots = _replicate_by_layer(problem, *args)
 
     def finish(layer: int) -> tuple[RankLists, list[int]]:
         members = [np.flatnonzero(node_of[layer] == n) for n in range(problem.num_nodes)]
@@ -198,7 +141,8 @@ def place_layers(
             members = [np.flatnonzero(held) for held in replicated[layer].held]
             served = replicated[layer].served_load
         weight = counting.pair_weight(tables.pairs[layer])
-        return _finish(problem, weight, served, members, seeds[layer])
+        mine = replace(problem, num_slots=slots[layer])
+        return _finish(mine, weight, served, members, seeds[layer])
 
     finished = map_layers(finish, num_layers)
     choices = None
@@ -315,6 +259,37 @@ def _finish(
     return held, order
 
 
+def _replicate_by_layer(
+    problem: Problem,
+    layers: Sequence[Layer],
+    node_of: Sequence[np.ndarray],
+    caps: Sequence[Cap],
+    seeds: Sequence[int],
+    price: float,
+    rounds: int,
+) -> tuple[list[replicas.Candidate], list[int]]:
+    """``_replicate`` and the slots of each layer: equally many, or in the mean over the layers."""
+    visits = float(np.mean([linear_layout(layer).copies for layer in layers]))
+    anywhere = 1.0 if problem.home_rank is not None else 1 - 1 / problem.num_nodes
+    least, experts = problem.worth * visits * anywhere, problem.trace.num_experts  # least: copies
+    middle, step = problem.num_slots, problem.num_ranks
+
+    def search(slots: int) -> list[replicas.Candidate]:
+        one = replace(problem, num_slots=slots)
+        return _replicate(one, layers, node_of, caps, seeds, price, rounds, least)
+
+    fits = experts <= middle - step and middle + step <= experts * problem.num_ranks
+    if not problem.per_layer or not fits:
+        return search(middle), [middle] * len(layers)
+    some = (middle - step, middle, middle + step)
+    found = [search(slots) for slots in some]
+    chosen = replicas.share_slots(found, least, sum(cap.allowed for cap in caps))
+    return (
+        [found[option][layer] for layer, option in enumerate(chosen)],
+        [some[option] for option in chosen],
+    )
+
+
 def _replicate(
     problem: Problem,
     layers: Sequence[Layer],
@@ -323,6 +298,7 @@ def _replicate(
     seeds: Sequence[int],
     price: float,
     rounds: int,
+    least: float,
 ) -> list[replicas.Candidate]:
     """Which nodes hold which experts, with replicas in all slots; level in the mean over layers."""
     ids, home_node = problem.trace.expert_ids, problem.home_node
@@ -342,8 +318,6 @@ def _replicate(
     def search(place: int, price: float, turn: int) -> replicas.Candidate:
         return replicas.searched(starts[place], price, seeds[place] + turn)
 
-    visits = float(np.mean([linear_layout(layer).copies for layer in layers]))
-    least = problem.worth * visits * (1 if home_node.size else 1 - 1 / problem.num_nodes)  # copies
     found, price = _best_of_prices(begun, search, caps, rounds, CHEAPER * price, least)
     if problem.serving_rule == "home":
         return found
@@ -375,7 +349,9 @@ def _serve_visited(
         goal = (price, caps[place].most, seeds[place] + turn)
         return visited.searched_visited(*seen[place], tokens[place][1], begun[place], *goal)
 
-    return _best_of_prices(begun, search, caps, rounds, max(price, _LEAST), least)[0]
+    return _best_of_prices(begun, search, caps, rounds, max(price, load_noise.LEAST_PRICE), least)[
+        0
+    ]
 
 
 def _best_of_prices(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +24,7 @@ import numba
 import numpy as np
 
 from moe_locality.errors import PlacementError
+from moe_locality.placement.counting import map_layers
 from moe_locality.trace.schema import RoutingTrace
 
 UNSEEN_SHARE = 3 / 7
@@ -376,6 +377,65 @@ def cap_of(linear: float, packed: float, max_imbalance: float, slack: float | No
         return Cap(allowed=allowed, most=allowed + max_imbalance - 1)
     allowed = min(min(linear, packed) + slack, linear)
     return Cap(allowed=allowed, most=max(allowed, min(2 * allowed - 1, linear)))
+
+
+FIRST_MULTIPLIER = 2.0
+"""Copies per token that an imbalance higher by one is worth; ``STEP`` the factor to the next one
+while the price is not known to lie between two.
+"""
+STEP = 4.0
+LEAST_PRICE = 0.01  # from where to go up after no price at all
+
+
+def search_lagrangian(
+    search: Callable[[int, float, int], float],
+    allowed: Sequence[float],
+    rounds: int,
+    first: float = FIRST_MULTIPLIER,
+    least: float = 0.0,
+) -> float:
+    """Search all layers at prices that come nearer to the mean imbalance allowed.
+
+    Args:
+        search: called with (place of a layer, price, round), by several threads; returns the
+            expected imbalance of what it found.
+        allowed: imbalance of each layer.
+        least: price below which an imbalance that is allowed is not worth having.
+
+    Returns:
+        the price that would come next.
+    """
+    target, price = float(np.mean(allowed)) - 1, max(first, least)
+    known: list[tuple[float, float]] = []
+
+    def one(place: int) -> float:
+        return search(place, price, len(known))
+
+    for _ in range(rounds):
+        levels = map_layers(one, len(allowed))
+        known.append((price, float(np.mean(levels)) - 1))
+        price = max(next_multiplier(known, target), least)
+    return price
+
+
+def next_multiplier(known: Sequence[tuple[float, float]], target: float) -> float:
+    """The price to try next for an imbalance of 1 + ``target``.
+
+    ``known``: (price, imbalance less one) so far; between two prices that the target lies between,
+    both are taken for powers of each other.
+    """
+    low = [(price, level) for price, level in known if level > target]
+    high = [(price, level) for price, level in known if level <= target]
+    if not low:
+        price, level = min(high)
+        return 0.0 if level * STEP < target else price / STEP
+    if not high:
+        return max(max(low)[0], LEAST_PRICE) * STEP
+    (p, x), (q, y) = max(low), min(high)
+    if p <= 0 or y <= 0 or target <= 0 or p >= q:
+        return (p + q) / 2
+    share = np.log(x / target) / np.log(x / y)
+    return float(p * (q / p) ** min(max(share, 0.1), 0.9))
 
 
 def allocate(

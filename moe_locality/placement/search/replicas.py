@@ -7,6 +7,7 @@ serving rule of ``PlacementPlan.serving_slot``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -181,6 +182,34 @@ def searched(start: Start, price: float, seed: int) -> Candidate:
         per_pick, start.most, start.noise.covariance, start.noise.deviation, draws, seed,
     )  # fmt: skip
     return candidate(start, held, int(change))
+
+
+def share_slots(options: Sequence[Sequence[Candidate]], least: float, allowed: float) -> list[int]:
+    """[L] which of three options each layer takes: as many take the last, with more slots, as the
+    first, with fewer; so that copies and ``least`` times the imbalance are fewest in all.
+
+    Args:
+        options: of fewer, as many and more slots, each a placement per layer.
+        allowed: sum of the imbalance of all layers; where the choice exceeds it (and what all take
+            of the middle one too), all take the middle one.
+    """
+    layers = len(options[0])
+    cost = np.array([[c.copies + least * c.imbalance for c in some] for some in options])
+    level = np.array([[c.imbalance for c in some] for some in options])
+    best = np.full(2 * layers + 1, np.inf)  # by the options taken, added up
+    best[0] = 0.0
+    taken = np.zeros((layers, len(best)), dtype=np.int64)
+    for layer in range(layers):
+        tried = np.stack([np.roll(best, option) + cost[option, layer] for option in range(3)])
+        taken[layer] = tried.argmin(axis=0)
+        best = tried.min(axis=0)
+    chosen, left = np.ones(layers, dtype=np.int64), layers
+    for layer in reversed(range(layers)):
+        chosen[layer] = taken[layer, left]
+        left -= chosen[layer]
+    if level[chosen, np.arange(layers)].sum() > max(allowed, level[1].sum()):
+        chosen[:] = 1
+    return chosen.tolist()
 
 
 def index_tokens(

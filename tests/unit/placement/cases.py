@@ -11,17 +11,21 @@ from moe_locality.trace.schema import RoutingTrace
 
 
 def random_plan(rng, *, layers, experts, nodes, ranks_per_node, slots_per_rank, **rest):
-    """A valid plan with random replicas, never twice on one rank."""
+    """A valid plan with random replicas, never twice on one rank; ``slots_per_rank``: one number,
+    or of each layer.
+    """
     ranks = nodes * ranks_per_node
     rows = []
-    for _ in range(layers):
+    sizes = np.broadcast_to(slots_per_rank, layers).tolist()
+    for slots in sizes:
         held = [set() for _ in range(ranks)]
         for index, expert in enumerate(rng.permutation(experts)):  # every expert once
             held[index % ranks].add(int(expert))
         for rank in rng.permutation(ranks):
             spare = [e for e in rng.permutation(experts).tolist() if e not in held[rank]]
-            held[rank].update(spare[: slots_per_rank - len(held[rank])])
-        rows.append([e for h in held for e in rng.permutation(sorted(h)).tolist()])
+            held[rank].update(spare[: slots - len(held[rank])])
+        empty = [-1] * (max(sizes) - slots)
+        rows.append([e for h in held for e in rng.permutation(sorted(h)).tolist() + empty])
     return PlacementPlan(
         layer_ids=tuple(range(layers)),
         num_experts=experts,
@@ -33,7 +37,7 @@ def random_plan(rng, *, layers, experts, nodes, ranks_per_node, slots_per_rank, 
 
 
 @st.composite
-def plans(draw, replicas=True, experts=None, rules=("home",)):
+def plans(draw, replicas=True, experts=None, rules=("home",), uneven=True):
     nodes, per_node = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     ranks = nodes * per_node
     slots = draw(st.integers(1, 3))
@@ -41,6 +45,8 @@ def plans(draw, replicas=True, experts=None, rules=("home",)):
         fewest = slots if replicas else slots * ranks
         experts = draw(st.integers(max(fewest, 1), slots * ranks))
     layers = draw(st.integers(1, 3))
+    fewest = -(-experts // ranks)  # slots of a rank that hold all experts once
+    sizes = [slots, *draw(st.lists(st.integers(fewest, slots), min_size=2, max_size=2))]
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     load = rng.integers(0, 100, (layers, experts)) if draw(st.booleans()) else None
     nodes_of = [r // per_node for r in range(ranks)]
@@ -52,7 +58,7 @@ def plans(draw, replicas=True, experts=None, rules=("home",)):
         experts=experts,
         nodes=nodes,
         ranks_per_node=per_node,
-        slots_per_rank=slots,
+        slots_per_rank=sizes[:layers] if uneven else slots,
         expert_load=load,
         rank_to_node=tuple(nodes_of),
         serving_rule=draw(st.sampled_from(rules)),
@@ -97,8 +103,8 @@ def random_trace(
 
 
 @st.composite
-def plans_with_traces(draw, replicas=True, rules=RULES):
-    plan = draw(plans(replicas=replicas, rules=rules))
+def plans_with_traces(draw, replicas=True, rules=RULES, uneven=True):
+    plan = draw(plans(replicas=replicas, rules=rules, uneven=uneven))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     trace = random_trace(
         rng,

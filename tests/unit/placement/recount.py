@@ -81,7 +81,7 @@ def nodes_for(plan, layer, table, home, e):
     first = node[table[home][e]]
     if plan.get("serving_nodes") is None or len(holders[e]) == 1:
         return [first, *sorted(holders[e] - {first})]
-    several = sorted(x for x in holders if len(holders[x]) > 1)
+    several = sorted(x for x in holders if x >= 0 and len(holders[x]) > 1)  # -1: an empty slot
     flat = plan["serving_nodes"][layer]
     width = len(flat) // (len(several) * nodes)
     start = (several.index(e) * nodes + node[home]) * width

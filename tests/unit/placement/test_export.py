@@ -40,7 +40,7 @@ def test_to_sglang_map_gives_layers_without_experts_the_linear_row():
 
 
 @settings(max_examples=20, deadline=None)
-@given(plans())
+@given(plans(uneven=False))
 def test_autoep_descriptors_are_those_that_deepspeed_makes(plan):
     affine = pytest.importorskip("deepspeed.checkpoint.autoep_affine")
     descriptors = to_autoep_descriptors(plan)
@@ -105,7 +105,7 @@ def vllm_ascend_reads(path, moe_layer_ids):
 
 
 @settings(max_examples=30, deadline=None)
-@given(plans())
+@given(plans(uneven=False))
 def test_write_export_gives_what_readers_of_the_documentation_take(tmp_path_factory, plan):
     folder = tmp_path_factory.mktemp("export")
     layers = max(plan.layer_ids) + 2
@@ -259,7 +259,7 @@ def test_launch_lines_name_the_file_and_what_the_engine_does(target, words):
 
 
 @settings(max_examples=30, deadline=None)
-@given(plans())
+@given(plans(uneven=False))
 def test_sglang_serving_slots_are_near_and_the_rest_is_dealt(plan):
     """First slot on the own rank, else first on the own node, else any."""
     served = sglang_serving_slots(plan)
@@ -302,7 +302,7 @@ def test_sglang_serving_slots_deal_far_copies_evenly_with_the_generator_of_pytho
 
 
 @settings(max_examples=20, deadline=None)
-@given(plans())
+@given(plans(uneven=False))
 def test_engine_serving_slots_in_turn_are_copies_of_the_expert_one_rank_after_the_other(plan):
     served = engine_serving_slots(plan, "in_turn")
     for row, held in enumerate(plan.logical_to_physical_map.tolist()):

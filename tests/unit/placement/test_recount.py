@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moe_locality.errors import PlacementError
@@ -46,6 +46,7 @@ def check(trace, plan, homes, rule=None):
 def test_any_plan_costs_what_its_file_says(case, homes, rule):
     """Ranks of a node may go to different nodes under the rules of engines."""
     plan, trace = case
+    assume(rule != "sglang" or (plan.slots_of_layers == plan.num_slots).all())  # the engine's map
     check(trace, plan, homes, rule)
 
 

@@ -1,11 +1,15 @@
 """Replicas: exact costs of the search, feasible plans, the cap."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from moe_locality.errors import PlacementError
 from moe_locality.placement import evaluate, solve
+from moe_locality.placement.export import write_export
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.search import coactivation, load_noise, replica_moves, replicas
 from moe_locality.placement.serving import choose_serving_nodes
@@ -277,6 +281,36 @@ def test_replicas_save_copies_below_the_cap():
         assert costs.per_layer["rank_imbalance"].max() <= 1.2
         assert (costs.per_layer["copies"] < before.per_layer["copies"]).all()
     assert copies == sorted(copies, reverse=True)
+
+
+def test_redundant_per_layer_gives_slots_to_the_layers_that_save_most(tmp_path):
+    """[F2] The total is kept, and the cap; engines with one number of slots are told so."""
+    rng = np.random.default_rng(5)
+    shape = {"tokens": 1500, "layers": 2, "experts": 16, "top_k": 3, "dropped": 0, "requests": 40}
+    trace, flat = random_trace(rng, **shape, skew=0.2), random_trace(rng, **shape, skew=50)
+    ids = np.stack([trace.expert_ids[:, 0], flat.expert_ids[:, 0]], axis=1)
+    trace = replace(trace, expert_ids=ids)
+    cluster = ClusterTopology.uniform(num_nodes=4, ranks_per_node=1)
+    options = {"num_redundant_experts": 4}
+    equal, plan = (solve(trace, cluster, **options, redundant_per_layer=x) for x in (False, True))
+    assert plan.slots_of_layers.sum() == equal.slots_of_layers.sum() == 2 * 20
+    assert len(set(plan.slots_of_layers.tolist())) == 2
+    assert plan.costs["copies"] < equal.costs["copies"]
+    assert plan.provenance["expected_imbalance"] <= plan.provenance["max_imbalance"]
+    again = PlacementPlan.read(plan.write(tmp_path / "plan.json"))
+    assert again == plan
+    assert evaluate(trace, again).copies == plan.costs["copies"]
+    alike = r"found a plan with 16 to 24 slots per layer, expected as many in every layer"
+    for use in (
+        lambda: write_export(plan, tmp_path / "map.json", "sglang", 2),
+        lambda: evaluate(trace, plan, rule="sglang"),
+        lambda: solve(trace, cluster, start=plan),
+    ):
+        with pytest.raises(PlacementError, match=alike):
+            use()
+    for change in ({"method": "eplb"}, {"one_layout": True}, {"num_redundant_experts": 0}):
+        with pytest.raises(PlacementError, match="redundant_per_layer: found method"):
+            solve(trace, cluster, **options | change, redundant_per_layer=True)
 
 
 @pytest.mark.parametrize("ranks_per_node", [1, 2])

@@ -112,13 +112,14 @@ def test_visited_serves_alike_everywhere_whatever_the_order_of_the_picks(case, r
             assert mixed.tolist() == found[:, columns].tolist()
             ids, found = ids.numpy(), found.numpy()
             there = ids >= 0
-            ranks = np.where(there, found // plan.slots_per_rank, -1)
+            held = plan.experts_of_slots(layer)
+            ranks = np.where(there, found * plan.num_ranks // len(held), -1)
             by_hand = [serve(layer, rank, row) for row in ids.tolist()]
             assert ranks.tolist() == [[-1 if r is None else r for r in row] for row in by_hand]
-            held = plan.physical_to_logical_map[layer]
             assert (held[found[there]] == ids[there]).all()
             counted = aligned.slots_of(trace.expert_ids[rows], trace.rank[rows], 0)[:, layer]
-            assert (counted[there] == found[there]).all()
+            number = np.cumsum(plan.physical_to_logical_map[layer] >= 0) - 1  # without empty ones
+            assert (number[counted[there]] == found[there]).all()
             nodes = np.where(there, plan.node_of_rank[ranks], -1)
             assert searched(plan, layer, ids, home) == [
                 [int(n != home and n in row) for n in range(plan.num_nodes)]

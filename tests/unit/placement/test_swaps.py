@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_locality.placement.search import load_noise, swaps
-from moe_locality.placement.search.coactivation import next_multiplier, search_lagrangian
+from moe_locality.placement.search.load_noise import next_multiplier, search_lagrangian
 from moe_locality.placement.search.swaps import STEEP, anneal
 
 
