@@ -21,16 +21,26 @@ from tests.fork_launcher import forked_command
 from tests.unit.test_tracking import ReadBack
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """The first of the four runs is started by DeepSpeed's launcher, the others are forked."""
-    out = tmp_path_factory.mktemp("demo")
-    commands = iter([launch.launch_command])
+def run_tiny(out, *launched):
+    """Run the demo; the first of its four runs are started by ``launched``, the others forked."""
+    commands = iter(launched)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "launch_command", lambda *line: next(commands, forked_command)(*line))
-        found = run_demo(out=out, preset="tiny", steps=8, quiet=True)
-    assert "deepspeed.launcher" in (out / "record" / "log.txt").read_text()
-    return out, found
+        return run_demo(out=out, preset="tiny", steps=8, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The four runs are forked; tests/distributed/test_faults.py starts one as the demo does."""
+    out = tmp_path_factory.mktemp("demo")
+    return out, run_tiny(out)
+
+
+@pytest.mark.slow
+def test_ranks_of_deepspeeds_launcher_agree_with_forked_ones(tmp_path):
+    found = run_tiny(tmp_path, launch.launch_command)
+    assert "deepspeed.launcher" in (tmp_path / "record" / "log.txt").read_text()
+    assert found["max_loss_difference"] < 1e-4
 
 
 def test_bytes_are_predicted_exactly_and_fewer(demo):
