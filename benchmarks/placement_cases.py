@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,14 @@ class Parts:
 
 
 @lru_cache(maxsize=8)
-def parts(folder: Path, name: str, split_seed: int = 0) -> Parts:
-    """Read and split a trace, without its collapsed layer."""
+def parts(folder: Path, name: str, split_seed: int = 0, every: int = 1) -> Parts:
+    """Read and split a trace, without its collapsed layer; ``every`` so many layers one."""
     trace = RoutingTrace.from_npz(folder / f"{name}.npz")
     if name in COLLAPSED:
         kept = [int(i) for i in trace.layer_ids if int(i) != COLLAPSED[name]]
         trace = trace.filter(layers=kept)
+    if every > 1:
+        trace = trace.filter(layers=[int(i) for i in trace.layer_ids[::every]])
     train, test = trace.split(SPLIT, seed=split_seed)
     return Parts(name=name, train=train, test=test)
 
@@ -96,9 +98,9 @@ def made(
 
 
 @lru_cache(maxsize=64)
-def linear_costs(folder: Path, name: str, nodes: int, split_seed: int = 0) -> Costs:
+def linear_costs(folder: Path, name: str, nodes: int, split_seed: int = 0, every: int = 1) -> Costs:
     """The linear layout without replicas, homes at random, on the held-out requests."""
-    data = parts(folder, name, split_seed)
+    data = parts(folder, name, split_seed, every)
     topology = cluster(nodes, data.train.num_experts)
     assert topology is not None
     return made(data, topology, method="linear")[1]
@@ -160,6 +162,8 @@ class Goal:
     metric: str = "copies_vs_linear"
     replicas: float = 0.0
     cap: str | None = "auto"
+    every: int = 1
+    """Of so many layers one, where all would take too long."""
 
 
 _JOINT = {"homes": "joint"}
@@ -182,6 +186,14 @@ def _gpt(label: str, target: float, **more: Any) -> Goal:
 
 GOALS = (
     _gpt("12.5% replicas", -37, most=1.05, limit="rank_imbalance", replicas=0.125),
+    _gpt(
+        "12.5% replicas, more in layers that gain more",
+        -37,
+        options={"redundant_per_layer": True},
+        most=1.05,
+        limit="rank_imbalance",
+        replicas=0.125,
+    ),
     _gpt("25% replicas", -43, most=1.06, replicas=0.25),
     _gpt("25% replicas, predicted homes", -45, options=_JOINT, most=1.06, replicas=0.25),
     _gpt("predicted homes", -31, options=_JOINT, most=1.05),
@@ -189,6 +201,13 @@ GOALS = (
     _gpt("predicted homes", -33, trace=LLAMA, options=_JOINT, most=1.10),
 )
 """What placement is held to now, under the default cap."""
+
+TABLE = tuple(
+    replace(goal, every=3 if goal.replicas else 1)
+    for goal in GOALS
+    if "redundant_per_layer" not in goal.options
+)
+"""The same in one short run."""
 
 EARLIER = (
     _like_eplb(GPT, 4, -22),
@@ -245,11 +264,11 @@ def asked(data: Parts, goal: Goal) -> float | str:
 
 def goal_figures(folder: Path, goal: Goal, split_seed: int, seed: int) -> dict[str, Any]:
     """A headline cell on one split of the requests, with one seed of the solver."""
-    data = parts(folder, goal.trace, split_seed)
+    data = parts(folder, goal.trace, split_seed, goal.every)
     extra = round(data.train.num_experts * goal.replicas)
     topology = cluster(goal.nodes, data.train.num_experts + extra)
     assert topology is not None
-    linear = linear_costs(folder, goal.trace, goal.nodes, split_seed)
+    linear = linear_costs(folder, goal.trace, goal.nodes, split_seed, goal.every)
     cap = asked(data, goal)
     options = {"num_redundant_experts": extra, "max_imbalance": cap, "seed": seed, **goal.options}
     plan, costs, seconds = made(data, topology, **options)
@@ -278,6 +297,7 @@ def goal_rows(
     shape = f"{goal.nodes} nodes x {topology.ranks_per_node} ranks"
     cap = "cap asked for" if goal.cap is None else "default cap"
     case = f"target: {goal.trace} {shape}, {goal.label}, {cap}"
+    case += f", one of {goal.every} layers" if goal.every > 1 else ""
     case += f", {len(each)} splits" if splits else ", split 0"
     figures = ", ".join(f"{f[goal.metric]:.1f} @ {f[goal.limit]:.3f}" for f in each)
     limits = " / ".join(dict.fromkeys(f"{f['most']:.4g}" for f in each))
