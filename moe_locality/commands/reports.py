@@ -257,7 +257,7 @@ def demo(
     wandb_mode: WandbMode = "offline",
     seed: Seed = 0,
 ) -> Result:
-    """Record, place, run again and compare, on this machine."""
+    """Record, place, run again and compare, on this machine; every plan under a cap of 1.05."""
     mode = known_wandb_mode(wandb_mode)
     check_writable(out / "report.html", "demo results")
     from moe_locality.demo import run_demo
