@@ -47,6 +47,9 @@ then searched at lower prices too, up to the imbalance that it is allowed itself
 """
 LOWER = (0.4, 0.1)
 
+FAR_LOWER = (0.1, 0.03)
+"""The same with replicas where the usual order is level, and by that the cap."""
+
 REPLICA_ROUNDS = 4
 VISITED_ROUNDS = 3
 CHEAPER = 0.45
@@ -318,7 +321,9 @@ def _replicate(
     def search(place: int, price: float, turn: int) -> replicas.Candidate:
         return replicas.searched(starts[place], price, seeds[place] + turn)
 
-    found, price = _best_of_prices(begun, search, caps, rounds, CHEAPER * price, least)
+    lower = _capped_by_linear(problem, caps)
+    first = CHEAPER * price
+    found, price = _best_of_prices(begun, search, caps, rounds, first, least, lower)
     if problem.serving_rule == "home":
         return found
     rounds = min(rounds, VISITED_ROUNDS)
@@ -354,6 +359,12 @@ def _serve_visited(
     ]
 
 
+def _capped_by_linear(problem: Problem, caps: Sequence[Cap]) -> bool:
+    """Whether the usual order leaves less than the slack: it is level."""
+    allowed = float(np.mean([cap.allowed for cap in caps]))
+    return problem.slack is not None and allowed < 1 + problem.slack
+
+
 def _best_of_prices(
     begun: Sequence[replicas.Candidate],
     search: Callable[[int, float, int], replicas.Candidate],
@@ -361,9 +372,12 @@ def _best_of_prices(
     rounds: int,
     first: float,
     least: float,
+    lower: bool = False,
 ) -> tuple[list[replicas.Candidate], float]:
     """(what is best for each layer of what was ``begun`` and found at prices of imbalance, the next
-    price); ``search``, ``first`` and ``least`` as in ``search_lagrangian``."""
+    price); ``search``, ``first`` and ``least`` as in ``search_lagrangian``. ``lower``: at lower
+    prices too, for ``least`` may keep a walk from passing what is less level to what is better.
+    """
     tried = [[some] for some in begun]
 
     def kept(place: int, price: float, turn: int) -> float:
@@ -371,6 +385,8 @@ def _best_of_prices(
         return tried[place][-1].imbalance
 
     price = search_lagrangian(kept, [cap.allowed for cap in caps], rounds, first, least)
+    for turn, share in enumerate(FAR_LOWER if lower else ()):
+        map_layers(lambda place, at=(share * price, rounds + turn): kept(place, *at), len(caps))
     chosen = load_noise.allocate(tried, caps, least)
     return [some[i] for some, i in zip(tried, chosen, strict=True)], price
 

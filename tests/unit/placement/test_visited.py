@@ -124,3 +124,17 @@ def test_a_cap_that_is_found_is_spent_on_replicas_only_as_far_as_it_pays():
     assert levels[0] < levels[1] - 0.03
     saved = (found.costs["copies"] - free.costs["copies"]) / linear
     assert saved < AUTO_WORTH * (levels[1] - levels[0])  # what the rest of the cap would bring
+
+
+def test_replicas_save_copies_where_the_usual_order_is_level():
+    """[F9] Four hot experts, one on each node: the cap that is found is as tight as that."""
+    rng = np.random.default_rng(0)
+    likely = np.where(np.arange(16) % 4 == 0, np.log(14.0), 0.0)
+    picked = np.argsort(-(likely + rng.gumbel(size=(8000, 16))), axis=1)[:, :2]
+    trace = random_trace(rng, tokens=8000, layers=1, experts=16, top_k=2, requests=250)
+    trace = replace(trace, expert_ids=picked[:, None].astype(np.int16))
+    topology = ClusterTopology.uniform(4, 1)
+    plan = solve(trace, topology, num_redundant_experts=4)
+    assert plan.provenance["expected_imbalance"] <= plan.provenance["max_imbalance"] < 1.08
+    eplb = solve(trace, topology, method="eplb", num_redundant_experts=4)
+    assert plan.costs["copies"] < eplb.costs["copies"]
