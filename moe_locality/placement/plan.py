@@ -337,8 +337,8 @@ class PlacementPlan:
     @property
     def logical_replica_count(self) -> np.ndarray:
         """[L, E] int32, how many slots hold each expert."""
-        args = (self.physical_to_logical_map, np.zeros(self.num_slots, int), self.num_experts)
-        return count_on_nodes(*args)[..., 0].astype(np.int32)
+        rows = [row[row >= 0] for row in self.physical_to_logical_map]
+        return np.array([np.bincount(row, minlength=self.num_experts) for row in rows], np.int32)
 
     @property
     def logical_to_physical_map(self) -> np.ndarray:
