@@ -187,7 +187,7 @@ def _gpt(label: str, target: float, **more: Any) -> Goal:
 GOALS = (
     _gpt("12.5% replicas", -37, most=1.05, limit="rank_imbalance", replicas=0.125),
     _gpt(
-        "12.5% replicas, more in layers that gain more",
+        "more replicas in layers that gain more, 12.5%",
         -37,
         options={"redundant_per_layer": True},
         most=1.05,
