@@ -117,7 +117,9 @@ def read_fitting_plan(path: Path, trace: RoutingTrace) -> PlacementPlan:
 def check_plan_fits(plan: PlacementPlan, path: Path | None, trace: RoutingTrace) -> None:
     """Raise PlacementError where a plan is for another model, other layers or experts."""
     try:
-        plan.check_fits(num_experts=trace.num_experts, model=trace.model or None)
+        plan.check_fits(
+            num_experts=trace.num_experts, model=trace.model, model_type=trace.model_type
+        )
     except PlacementError as error:
         raise PlacementError(f"{path} does not fit the trace: {error}") from error
 

@@ -35,7 +35,14 @@ from moe_locality.dispatch.dispatcher import ExchangingLayer, SlotMap, run_moe
 from moe_locality.errors import ConfigError
 from moe_locality.layer.agreement import LostRanks, all_succeed
 from moe_locality.layer.relocate import place_stacked
-from moe_locality.layer.state import is_engine, plan_rows, stacked_shards, state_source
+from moe_locality.layer.state import (
+    check_between_steps,
+    check_no_gradients,
+    is_engine,
+    plan_rows,
+    stacked_shards,
+    state_source,
+)
 from moe_locality.placement.plan import PlacementPlan, check_is_permutation, check_nodes
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.topology.groups import follow_groups
@@ -174,8 +181,10 @@ def _check(
         )
     names = [name for name, _ in layers]
     rows = plan_rows(engine.module, plan, names)
+    check_between_steps(engine)
     state = state_source(engine)
-    for _, module in ours:
+    for name, module in ours:
+        check_no_gradients(module.experts, name)
         plan.check_fits(num_experts=module.num_experts, num_ranks=module.ep_size)
         stacked_shards(module.experts, state)
     return ours, [plan.physical_to_logical_map[row].astype(np.int64) for row in rows]

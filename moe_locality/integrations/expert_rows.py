@@ -146,20 +146,24 @@ def layout_rows(slot_to_logical: np.ndarray, num_ranks: int, rank: int) -> RowLa
     return RowLayout(order=np.argsort(row_of), slots=slots, own=own, wanted=wanted)
 
 
+def stored(experts: nn.Module) -> nn.Module:
+    """Drop FSDP's gathered copies: they are other tensors than those that are trained and saved."""
+    if isinstance(experts, FSDPModule):
+        experts.reshard()
+    return experts
+
+
 def expert_parameters(experts: nn.Module, name: str, num_experts: int) -> dict[str, DTensor]:
     """Return the stacked parameters of an experts module that are split over the EP group.
 
-    What all experts share, such as a norm of their outputs, is not among them. FSDP's gathered
-    copies are dropped first: they are other tensors than those that are trained and saved.
+    What all experts share, such as a norm of their outputs, is not among them.
 
     Raises:
         ConfigError: the rows of a tensor could not follow the experts: it is not split over them,
             or split further.
     """
-    if isinstance(experts, FSDPModule):
-        experts.reshard()
     found: dict[str, DTensor] = {}
-    tensors = [*experts.named_parameters(), *experts.named_buffers()]
+    tensors = [*stored(experts).named_parameters(), *experts.named_buffers()]
     for key, tensor in tensors:
         if isinstance(tensor, DTensor) and (tensor.device_mesh.mesh_dim_names or ())[-1:] == (
             "ep",

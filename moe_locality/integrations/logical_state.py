@@ -15,15 +15,17 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from moe_locality.errors import ConfigError, PlacementError
-from moe_locality.integrations.expert_rows import ExpertRows, expert_parameters, in_order
+from moe_locality.integrations.expert_rows import ExpertRows, expert_parameters, in_order, stored
 from moe_locality.layer.agreement import gather_answers
 from moe_locality.topology.groups import exchange_objects
 
 _STATE_DICT_TIMEOUT_S = 60.0
+_watched: "weakref.WeakSet[ExpertRows]" = weakref.WeakSet()
 _placed: "weakref.WeakSet[ExpertRows]" = weakref.WeakSet()
 _watching: list[Any] = []
 _followed: "dict[int, weakref.ref[torch.optim.Optimizer]]" = {}
-"""Optimizers by their numbers, which are the same on all ranks: they step in the same order."""
+"""Optimizers of experts by their numbers, which are the same on all ranks: they step in the same
+order."""
 
 
 def all_ranks_are_here(what: str) -> None:
@@ -82,11 +84,12 @@ def keep_checkpoints_logical(rows: ExpertRows, first: bool) -> None:
     _placed.add(rows)
 
 
-def watch_optimizers() -> None:
-    """Follow every optimizer from its first step on.
+def watch_optimizers(rows: ExpertRows) -> None:
+    """Follow every optimizer that holds these experts from its first step on.
 
     torch.distributed.checkpoint makes such a step itself before it loads.
     """
+    _watched.add(rows)
     if not _watching:
         _watching.append(register_optimizer_step_pre_hook(_before_step))
 
@@ -94,7 +97,9 @@ def watch_optimizers() -> None:
 def _before_step(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
     for rows in _placed:
         rows.kept.clear()
-    follow_optimizer(optimizer)
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if any(id(p) in stepped for rows in _watched for p in stored(rows.experts).parameters()):
+        follow_optimizer(optimizer)
 
 
 def followed_optimizers() -> list[torch.optim.Optimizer]:

@@ -105,7 +105,7 @@ class LocalityEP(ExchangingLayer, EPImplementation):
             compat.before_forward_passes(experts, self._check_is_placed)
         self.slot_map = SlotMap()
         self.on_routes: OnRoutes | None = None
-        watch_optimizers()
+        watch_optimizers(self.rows)
         experts.moe_locality_ep = self  # pyright: ignore[reportArgumentType]
 
     def configure(

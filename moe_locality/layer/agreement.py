@@ -117,7 +117,13 @@ def section_and_plan(
     """Read the section, and the plan: the one given or its file, else that of the section."""
     section = read_config(config)
     plan = plan or section.plan
-    return section, PlacementPlan.read(plan) if isinstance(plan, (str, Path)) else plan
+    found = PlacementPlan.read(plan) if isinstance(plan, (str, Path)) else plan
+    if found is not None and not isinstance(found, PlacementPlan):
+        raise PlacementError(
+            f"found a {type(found).__name__} as the plan, expected a PlacementPlan or the path of "
+            "one: PlacementPlan.from_dict(content) reads the content of such a file"
+        )
+    return section, found
 
 
 def agree_on_inputs(read: Callable[[], Inputs[T]]) -> Inputs[T]:

@@ -80,8 +80,11 @@ def apply(
     """
     auto_ep = any(getattr(module, "_is_autoep_layer", False) for module in model.modules())
 
+    begun: Any = getattr(model, "moe_locality", None)
+    given = begun.config if config is None and begun is not None else config
+
     def read() -> Inputs[None]:
-        section, found = section_and_plan(config, plan)
+        section, found = section_and_plan(given, plan)
         if not auto_ep:
             _check_layers(model, found)
         return section, found, None
@@ -99,8 +102,9 @@ def _check_layers(model: nn.Module, plan: PlacementPlan | None) -> None:
     if not layers:
         raise ConfigError(
             f"found no deepspeed.moe.layer.MoE in {type(model).__name__}, expected at least one: "
-            "moe_locality swaps DeepSpeed's MoE layers (for Hugging Face models, put the plan into "
-            "the weights with moe_locality.layer.relabel_state_dict)"
+            "moe_locality swaps DeepSpeed's MoE layers. A Hugging Face model needs the section "
+            "expert_parallel (AutoEP, docs/deepspeed.md), or from_pretrained with "
+            'ep_implementation="moe_locality" (docs/transformers.md)'
         )
     if plan is not None:
         plan.check_fits(num_experts=max(module.num_experts for _, module in layers))

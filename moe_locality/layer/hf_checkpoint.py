@@ -45,6 +45,22 @@ def is_hugging_face(folder: Path) -> bool:
     return (folder / "config.json").is_file() and not (folder / "latest").exists()
 
 
+def _family_names(model_type: str) -> tuple[str, ...]:
+    plain = model_type.replace("-", "_")
+    return plain, _KINDS.get(plain, ""), re.sub(r"_(?:text|thinker|mm_model)$", "", plain)
+
+
+def _check_family(plan: PlacementPlan, family: str) -> None:
+    """Raise PlacementError where the plan says that it is for a model of another family.
+
+    A folder may name its language model in another way than transformers, or not at all.
+    """
+    made_for = str(plan.provenance.get("model_type", ""))
+    known = [name for name in _family_names(made_for) if name in PRESETS]
+    if known and family not in known:
+        plan.check_fits(model_type=family)
+
+
 def family_of(config: dict[str, Any]) -> str:
     """The family of a ``config.json``, or of the part of it that has experts.
 
@@ -55,12 +71,7 @@ def family_of(config: dict[str, Any]) -> str:
     parts += [inner for part in parts[1:] for inner in part.values() if isinstance(inner, dict)]
     kinds = [str(part["model_type"]) for part in parts if part.get("model_type")]
     for kind in kinds:
-        plain = kind.replace("-", "_")
-        for name in (
-            plain,
-            _KINDS.get(plain, ""),
-            re.sub(r"_(?:text|thinker|mm_model)$", "", plain),
-        ):
+        for name in _family_names(kind):
             if name in PRESETS:
                 return name
             if name in REFUSED:
@@ -178,8 +189,8 @@ def bake_hugging_face(
             "comes from a trace of this model"
         )
     config = _read_json(folder / "config.json")
-    plan.check_fits(model_type=_text_config(config).get("model_type", ""))
     family, files = family_of(config), _files_of(folder)
+    _check_family(plan, family)
     names = _names_with_kept(PRESETS[family], config, plan)
     groups = groups_of(config, family, names, num_expert_groups)
     job = Relabelling(_Tensors(files), plan, names, num_groups=groups)

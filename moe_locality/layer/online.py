@@ -262,8 +262,9 @@ def attach_online(
     ours = all(isinstance(layer, MoE) for layer in layers) and not has_replicas(engine.module)
     if topology is None or not layers or not ours:
         raise ConfigError(
-            "found layers that are not moe_locality.MoE, or that have replicas, expected ours "
-            "without replicas, from moe_locality.initialize: leave the section 'online' out"
+            "found layers that are not moe_locality.MoE (such as AutoEP's), or that have replicas, "
+            "expected ours without replicas, from moe_locality.initialize: leave the section "
+            "'online' out"
         )
     for place, tied in tied_layers(engine.module).items():
         raise ConfigError(

@@ -98,7 +98,7 @@ def relabel(
             )
         targets = plan_targets(model, plan, group)
         for target in targets:
-            check_no_gradients(target.module, target.name)
+            check_no_gradients(target.module.deepspeed_moe, target.name)
         if engine is not None:
             check_between_steps(engine)
             return targets, state_source(engine)

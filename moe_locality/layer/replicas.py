@@ -208,7 +208,7 @@ def _check_layer(name: str, module: Any, wanted: np.ndarray) -> None:
             f"{name}: found tensor parallelism and a plan with replicas, expected data and expert "
             "parallelism only: use a plan without replicas"
         )
-    check_no_gradients(module, name)
+    check_no_gradients(module.deepspeed_moe, name)
 
 
 def _facts(target: Target) -> Any:

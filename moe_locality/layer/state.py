@@ -523,9 +523,9 @@ def check_between_steps(engine: Any) -> None:
         )
 
 
-def check_no_gradients(module: Any, name: str) -> None:
-    """Raise ConfigError where a gradient of the layer is not zero: gradients do not move."""
-    for key, parameter in module.deepspeed_moe.named_parameters():
+def check_no_gradients(experts: nn.Module, name: str) -> None:
+    """Raise ConfigError where a gradient of a module is not zero: gradients do not move."""
+    for key, parameter in experts.named_parameters():
         if parameter.grad is not None and bool(parameter.grad.any()):
             raise ConfigError(
                 f"{name}, {key}: found a gradient that no step has used: relabel after "

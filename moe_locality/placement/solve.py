@@ -283,13 +283,14 @@ def _signed(
         transport = "per_rank" if problem.objective == "rank_copies" else "once_per_node"
         options = {"transport": transport, "load": found.plan.expert_load if fresh else None}
         costs = evaluate(problem.trace, found.plan, problem.topology, homes, **options).to_dict()
+    made_for = problem.trace.model_type or found.plan.provenance.get("model_type")
     provenance = {
         "method": method,
         "trace": identity.result(),
         "seed": problem.seed,
         **({"max_imbalance": problem.max_imbalance} if problem.slack is None else {}),
         "num_redundant_experts": problem.num_slots - problem.trace.num_experts,
-        **({"model_type": problem.trace.model_type} if problem.trace.model_type else {}),
+        **({"model_type": made_for} if made_for else {}),
         **({"redundant_per_layer": True} if problem.per_layer else {}),
         "homes": "joint" if joint else ("uniform" if homes is None else "given"),
         "moe_locality": moe_locality.__version__,

@@ -29,6 +29,7 @@ from moe_locality.placement.refresh.state import RefreshState
 from moe_locality.quantization.formats import row_bytes
 from moe_locality.serving.lockstep import LockStep
 from moe_locality.topology.cluster import ClusterTopology
+from moe_locality.trace.recorder.hooks import model_type_of
 from moe_locality.trace.schema import DECODE, PREFILL, RoutingTrace
 
 logger = logging.getLogger(__name__)
@@ -183,7 +184,8 @@ class Watch:
         )
         plan = None
         if found.worth_it is True and found.moved_slots:
-            made = {"method": "watch", "start": self.plan.digest(), "step": number}
+            made: dict[str, Any] = {"method": "watch", "start": self.plan.digest(), "step": number}
+            made["model_type"] = model_type_of(self.model)
             plan = replace(found.plan, costs={}, provenance=made)
         return WatchDecision(
             **facts,

@@ -129,8 +129,8 @@ def concat(traces: Sequence[RoutingTrace]) -> RoutingTrace:
     """
     if not traces:
         raise TraceError("found no trace to join, expected at least one")
+    traces = _of_one_model(traces)
     first = traces[0]
-    _check_settings(traces)
     if any(set(other.layer_ids.tolist()) != set(first.layer_ids.tolist()) for other in traces):
         raise TraceError(
             "found traces with different layers, expected the same in each: join pipeline stages "
@@ -201,7 +201,7 @@ def merge(traces: Sequence[RoutingTrace], *, strict: bool = True) -> tuple[Routi
     """
     if not traces:
         raise TraceError("found no trace to join, expected at least one")
-    _check_settings(traces)
+    traces = _of_one_model(traces)
     by_layers: dict[frozenset[int], list[RoutingTrace]] = {}
     for trace in traces:
         by_layers.setdefault(frozenset(trace.layer_ids.tolist()), []).append(trace)
@@ -236,7 +236,9 @@ def _disjoint(groups: Sequence[RoutingTrace], strict: bool) -> tuple[list[Routin
     return kept, problems
 
 
-def _check_settings(traces: Sequence[RoutingTrace]) -> None:
+def _of_one_model(traces: Sequence[RoutingTrace]) -> Sequence[RoutingTrace]:
+    """Check that traces may be joined; return them with the ``model_type`` that one knows."""
+    known = next((trace.model_type for trace in traces if trace.model_type), "")
     for trace in traces[1:]:
         for name, expected, found in zip(
             _SETTINGS, settings(traces[0]), settings(trace), strict=True
@@ -246,6 +248,12 @@ def _check_settings(traces: Sequence[RoutingTrace]) -> None:
                     f"found {name} {found!r} beside {expected!r}, expected the same in all traces "
                     "that are joined: keep traces of different models apart"
                 )
+        if trace.model_type not in ("", known):
+            raise TraceError(
+                f"found model_type {trace.model_type!r} beside {known!r}, expected one in all "
+                "traces that are joined: keep traces of different models apart"
+            )
+    return [t if t.model_type == known else t.evolve(model_type=known) for t in traces]
 
 
 def _join(groups: Sequence[RoutingTrace], strict: bool) -> tuple[RoutingTrace, list[str]]:

@@ -351,6 +351,14 @@ def applied_during_training(rank, world, folder, stage):
     assert not torch.allclose(weights, layer.experts.w1, atol=1e-2)
     assert layer.slot_to_logical.tolist() == [3, 2, 1, 0]
     assert traffic_report(engine)["rows_by_link"]["dispatch"]["cross_node"] > 0
+    ids = batch(rank, 6)
+    engine.backward(engine(ids, labels=ids).loss)
+    with pytest.raises(ConfigError, match="found a gradient that no step has used"):
+        moe_locality.apply(engine, section)
+    engine.destroy()
+    engine = start(world, {"cluster": section["cluster"]}, stage)
+    moe_locality.apply(engine, plan=section["plan"])  # the cluster of initialize stays
+    assert engine.module.model.layers[1].mlp.slot_to_logical.tolist() == [3, 2, 1, 0]
 
 
 @pytest.mark.parametrize("stage", [0, 2])
@@ -380,7 +388,7 @@ def refusals(rank, world, folder):
     refused(
         ConfigError, "found experts in the moe_locality section with AutoEP", {"experts": "loop"}
     )
-    refused(ConfigError, "'online'", {"online": {"enabled": True}})
+    refused(ConfigError, "such as AutoEP's", {"online": {"enabled": True}})
     engine = start(world, None)
     with pytest.raises(ConfigError, match=r"with moe_locality.apply\(engine, plan=plan\)"):
         moe_locality.relabel(engine, PlacementPlan.read(plan["plan"]))

@@ -483,6 +483,9 @@ def train_under_three_plans(rank, world, path):
     for kinds in ((None, None, None), (None, "moved", "copied"), ("moved", "copied", "moved")):
         model, _ = placed(path, world, kinds[0])
         optimizer, losses = adam(model), []
+        probe = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1)
+        if rank == 0:  # an optimizer of no expert, which the other rank does not step
+            probe.step()
         for seed, kind in enumerate(kinds):
             ids = inputs(rank, seed=seed)
             model(ids, labels=ids).loss.backward()  # gradients wait for the next step
@@ -713,6 +716,8 @@ def refuse(rank, world, path, folder):
         name: lambda plan=plan: moe_locality.apply(model, plan=plan) for name, plan in wrong.items()
     }
     mine = good if rank else PlacementPlan.linear(8, (0, 1), 2, 2)
+    calls["content"] = lambda: moe_locality.apply(model, plan=good.to_dict())
+    calls["wrapped"] = lambda: moe_locality.apply(torch.nn.Sequential(model), plan=good)
     calls["differs"] = lambda: moe_locality.apply(model, plan=mine)
     absent = f"{folder}/absent-{rank}.json"
     if rank == 0:
@@ -776,6 +781,8 @@ REFUSALS = {
     "nodes": "found a plan whose ranks lie on nodes [0, 1, 2, 3]",
     "model": "model_type: found 'mixtral' in the plan, expected 'qwen3_moe'",
     "baked": "were put into the order of this plan by `moe-locality bake`",
+    "content": "found a dict as the plan, expected a PlacementPlan or the path",
+    "wrapped": "found a Sequential around a transformers model",
     "differs": "found different placement plans",
     "missing": "cannot read the plan",
     "trace": "moe_locality.attach(model, path)",

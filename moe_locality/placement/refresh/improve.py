@@ -310,7 +310,10 @@ def solve_from(
         )
     trace = problem.trace
     start.check_fits(
-        num_experts=trace.num_experts, layer_ids=trace.layer_ids.tolist(), model=trace.model
+        num_experts=trace.num_experts,
+        layer_ids=trace.layer_ids.tolist(),
+        model=trace.model,
+        model_type=trace.model_type,
     )
     _cluster(start, problem.topology)
     notes = {"start": start.digest(), "move_budget": move_budget}

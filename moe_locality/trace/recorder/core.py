@@ -567,7 +567,7 @@ def check_writable(directory: Path) -> None:
 
 def _name_of(model: torch.nn.Module) -> str:
     """Under which name transformers loaded the model, else its type; "" for other models."""
-    config = getattr(model, "config", None)
+    config = getattr(getattr(model, "module", model), "config", None)
     names = (getattr(config, name, None) for name in ("name_or_path", "model_type"))
     return next((name for name in names if isinstance(name, str) and name), "")
 

@@ -528,7 +528,7 @@ def _first_axes(values: list[Any]) -> tuple[int, int] | None:
 
 def model_type_of(model: torch.nn.Module) -> str:
     """The ``model_type`` of a transformers model (of its language part), "" for other models."""
-    config: Any = getattr(model, "config", None)
+    config: Any = getattr(getattr(model, "module", model), "config", None)  # below DDP
     for part in ("thinker_config", "text_config", "llm_config"):
         config = getattr(config, part, None) or config
     found = getattr(config, "model_type", "")

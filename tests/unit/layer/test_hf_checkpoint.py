@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from moe_locality.cli import app
 from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.layer.bake import bake_checkpoint
-from moe_locality.layer.hf_checkpoint import _text_config, family_of
+from moe_locality.layer.hf_checkpoint import _check_family, _text_config, family_of
 from moe_locality.layer.state_dict import (
     NEVER_GROUPED,
     PRESETS,
@@ -212,6 +212,15 @@ def test_bake_checkpoint_files_around_the_weights_stay(tmp_path):
     back = plan_of(range(2), rows=np.argsort(plan.physical_to_logical_map, axis=1))
     bake_checkpoint(placed, back, tmp_path / "back")
     assert {n: files_of(tmp_path / "back")[n] for n in before} == before
+
+
+@pytest.mark.parametrize(
+    ("recorded", "on_disk"),
+    [("deepseek_v3", "kimi_k2"), ("glm4v_moe_text", "glm4v_moe"), ("new_family", "mixtral")],
+)
+def test_bake_takes_the_plan_of_a_family_that_is_named_otherwise_on_disk(recorded, on_disk):
+    plan = replace(plan_of(range(2)), provenance={"model_type": recorded})
+    _check_family(plan, family_of({"model_type": on_disk}))
 
 
 def files_of(folder):

@@ -76,6 +76,18 @@ def test_what_does_not_fit_is_named(other, message):
         RoutingTrace.concat([make_trace(), other])
 
 
+def test_the_model_type_that_is_known_stays():
+    """The first trace's was taken: an older shard in front of newer ones hid it."""
+    known = make_trace()
+    for traces in ([known, replace(known, model_type="")], [replace(known, model_type=""), known]):
+        assert RoutingTrace.concat(traces).model_type == "toy"
+        assert RoutingTrace.merge(traces, strict=False).model_type == "toy"
+    with pytest.raises(TraceError, match="found model_type 'other' beside 'toy'"):
+        RoutingTrace.concat(
+            [replace(known, model_type=""), known, known.evolve(model_type="other")]
+        )
+
+
 def test_nothing_to_join():
     for join in (RoutingTrace.concat, RoutingTrace.merge):
         with pytest.raises(TraceError, match="no trace to join"):
