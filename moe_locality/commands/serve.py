@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +17,7 @@ from moe_locality.errors import ConfigError
 if TYPE_CHECKING:
     from moe_locality.config import OnlineConfig, TrackingConfig
     from moe_locality.placement import PlacementPlan
-    from moe_locality.serving import Metrics
+    from moe_locality.serving import Metrics, SamplingParams
     from moe_locality.serving.watch import WatchDecision
 
 _SEQS = "Sequences that a rank continues together."
@@ -28,40 +27,6 @@ _CONFIG = "JSON with a section moe_locality: dispatch (low-bit payloads too), ke
 _WATCH = "off, propose (OUT/plan-step-N.json) or apply (between steps)."
 _PORT = "this port, plus the local rank."
 _HOMES = "arrival, predicted, first:N, domain, random or round_robin."
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Options:
-    """The options of the command, as :func:`serve` takes them."""
-
-    requests: Path
-    model: str
-    out: Path
-    plan: Path | None
-    homes: str
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int | None
-    max_num_kv_tokens: int | None
-    grouping: str
-    max_num_ready: int
-    max_tokens: int
-    temperature: float
-    dtype: str
-    trace: Path | None
-    config: Path | None
-    watch: str
-    watch_every: int
-    move_budget: float
-    metrics: bool
-    metrics_port: int | None
-    metrics_host: str
-    wandb: str | None
-    wandb_mode: str
-    wandb_dir: str | None
-    nodes: int | None
-    ranks_per_node: int | None
-    seed: int
 
 
 def serve(
@@ -99,56 +64,63 @@ def serve(
     seed: Seed = 0,
 ) -> Result:
     """Serve requests with a Hugging Face MoE model, on one rank or under a launcher."""
-    return _serve(_Options(**locals()))
+    told = {name: str(value) for name, value in locals().items()}
+    from moe_locality.serving import Limits, SamplingParams
 
-
-def _serve(given: _Options) -> Result:
-    """Serve with the options of the command."""
-    import moe_locality
-    from moe_locality.serving import Engine, Limits, SamplingParams
-    from moe_locality.serving.grouping import chooser
-    from moe_locality.serving.homes import HomeRule
-    from moe_locality.serving.jobs import serve_file
-
-    params = SamplingParams(temperature=given.temperature, max_tokens=given.max_tokens)
-    limits = Limits(**{name: getattr(given, name) for name in Limits.__dataclass_fields__})
-    section, plan = _section(given.config, given.plan, given.nodes, given.ranks_per_node)
-    HomeRule(given.homes, 1 if plan is None else plan.num_ranks, plan=plan)  # says what is wrong
-    chooser(given.grouping)
-    online = _online(given.watch, given.watch_every, given.move_budget)
-    settings = tracking_settings(given.wandb, given.wandb_mode, given.wandb_dir, None, "serve")
-    counts = given.metrics or given.metrics_port is not None or settings is not None
-    _check_files(given.requests, given.out, given.dtype)
-    if section or "WORLD_SIZE" in os.environ:
-        if counts:
-            section["dispatch"] = {**section.get("dispatch", {}), "timing": True}
-        moe_locality.register(section)
-    rank = _join_ranks()
-    told = {name: str(value) for name, value in asdict(given).items()}
-    where = (given.metrics_port, given.metrics_host)
-    metrics = _metrics(rank, *where, settings, **told) if counts else None
-    model, tokenizer = _load(given.model, given.dtype, plan)
-    recorder = None
-    if given.trace is not None:
-        recorder = moe_locality.attach(model, given.trace)
-
-    def on_watch(decision: WatchDecision) -> None:
-        if rank == 0 and decision.plan is not None:
-            decision.plan.write(given.out / f"plan-step-{decision.step}.json")
-
-    engine = Engine(
-        model, tokenizer, limits=limits, homes=given.homes, plan=plan, grouping=given.grouping,
-        watch=given.watch, online=online, seed=given.seed, on_watch=on_watch,
-        on_step=metrics and metrics.on_step,
-    )  # fmt: skip
-    total = serve_file(engine, given.requests, given.out, params, metrics=metrics)
-    if recorder is not None:
-        recorder.close()
-    del engine, model
+    params = SamplingParams(temperature=temperature, max_tokens=max_tokens)
+    most: dict[str, Any] = {"max_num_seqs": max_num_seqs, "max_model_len": max_model_len}
+    most |= {"max_num_kv_tokens": max_num_kv_tokens, "max_num_ready": max_num_ready}
+    limits = Limits(**most, max_num_batched_tokens=max_num_batched_tokens)
+    section, placed = _section(config, plan, nodes, ranks_per_node)
+    _check_choices(homes, placed, grouping)
+    online = _online(watch, watch_every, move_budget)
+    settings = tracking_settings(wandb, wandb_mode, wandb_dir, None, "serve")
+    _check_files(requests, out, dtype)
+    counts = metrics or metrics_port is not None or settings is not None
+    rank = _join_ranks(section, counts)
+    counted = _metrics(rank, metrics_port, metrics_host, settings, **told) if counts else None
+    options: dict[str, Any] = {"limits": limits, "homes": homes, "plan": placed}
+    options |= {"grouping": grouping, "watch": watch, "online": online, "seed": seed}
+    total = _serve(_load(model, dtype, placed), trace, (requests, out, params), counted, options)
     _leave_ranks()
     if rank:
         raise SystemExit(0)  # the first rank speaks for all
-    return _told(total, given.out)
+    return _told(total, out)
+
+
+def _serve(
+    loaded: tuple[Any, Any],
+    trace: Path | None,
+    job: tuple[Path, Path, SamplingParams],
+    metrics: Metrics | None,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Serve a job (requests, results, sampling) with a model and its tokenizer; return the sums."""
+    import moe_locality
+    from moe_locality.serving import Engine
+    from moe_locality.serving.jobs import serve_file
+
+    recorder = None if trace is None else moe_locality.attach(loaded[0], trace)
+
+    def on_watch(decision: WatchDecision) -> None:
+        if decision.plan is not None and os.environ.get("RANK", "0") == "0":
+            decision.plan.write(job[1] / f"plan-step-{decision.step}.json")
+
+    on_step = metrics and metrics.on_step
+    engine = Engine(*loaded, on_watch=on_watch, on_step=on_step, **options)
+    total = serve_file(engine, *job, metrics=metrics)
+    if recorder is not None:
+        recorder.close()
+    return total
+
+
+def _check_choices(homes: str, plan: PlacementPlan | None, grouping: str) -> None:
+    """Say what is wrong before anything is loaded."""
+    from moe_locality.serving.grouping import chooser
+    from moe_locality.serving.homes import HomeRule
+
+    HomeRule(homes, 1 if plan is None else plan.num_ranks, plan=plan)
+    chooser(grouping)
 
 
 def _metrics(
@@ -209,7 +181,14 @@ def _check_files(requests: Path, out: Path, dtype: str) -> None:
         ) from error
 
 
-def _join_ranks() -> int:
+def _join_ranks(section: dict[str, Any], counts: bool) -> int:
+    """Register the exchange where there is one, timed where it is counted; return the rank."""
+    if section or "WORLD_SIZE" in os.environ:
+        import moe_locality
+
+        if counts:
+            section["dispatch"] = {**section.get("dispatch", {}), "timing": True}
+        moe_locality.register(section)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0
     import torch

@@ -8,7 +8,7 @@ rising order of their ids, each as it is decided. Neither the order of the picks
 token matters, and nothing is drawn or counted: whoever knows layer, home rank and picks knows the
 slots, so what is counted is what was predicted.
 
-Shapes: L MoE layers, E experts, P slots, G ranks, M nodes, X most nodes of one expert,
+Shapes: L MoE layers, E experts, P slots, G ranks, M nodes, X most nodes of one expert.
 """
 
 from __future__ import annotations

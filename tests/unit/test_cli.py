@@ -489,6 +489,7 @@ ANY_VALUE = {"model", "script", "wandb", "wandb_dir", "group", "record trace", "
 ANY_VALUE |= {"metrics_host"}  # without a port
 SWITCHES = {"help", "as_json", "debug", "overwrite", "bound", "prove", "equal_requests"}
 SWITCHES |= {"metrics", "one_layout", "trust_checkpoint", "trust_parameter_order"}
+SWITCHES |= {"redundant_per_layer"}
 TOGETHER = (
     ("place", "--start", "plan.json", "--homes", "joint"),
     ("place", "--start", "plan.json", "--move-budget", "7"),
@@ -499,6 +500,7 @@ TOGETHER = (
     ("place", "--objective", "rank_copies", "--redundant-experts", "4"),
     ("place", "--expert-groups", "4", "--method", "seed"),
     ("place", "--one-layout", "--homes", "joint"),
+    ("place", "--redundant-per-layer", "--redundant-experts", "8", "--method", "eplb"),
     ("group", "--predict", "domain"),
     ("export", "--to", "sglang", "--num-hidden-layers", "2"),
     ("simulate", "--sweep", "k", "--figure", "t.npz/new.svg"),
