@@ -62,8 +62,6 @@ def _is_transformers(model: Any) -> bool:
     theirs = sys.modules.get("transformers.modeling_utils")
     if theirs is None or not isinstance(model, theirs.PreTrainedModel):
         return False
-    stock = sys.modules.get("deepspeed.moe.layer")
-    kinds = () if stock is None else (stock.MoE,)
-    return not any(
-        isinstance(m, kinds) or getattr(m, "_is_autoep_layer", False) for m in model.modules()
-    )
+    from moe_locality.layer.state import has_auto_ep, moe_modules
+
+    return not (moe_modules(model) or has_auto_ep(model))

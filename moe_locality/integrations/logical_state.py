@@ -97,9 +97,15 @@ def watch_optimizers(rows: ExpertRows) -> None:
 def _before_step(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
     for rows in _placed:
         rows.kept.clear()
+    if _is_followed(optimizer):
+        return
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if any(id(p) in stepped for rows in _watched for p in stored(rows.experts).parameters()):
         follow_optimizer(optimizer)
+
+
+def _is_followed(optimizer: torch.optim.Optimizer) -> bool:
+    return any(ref() is optimizer for ref in _followed.values())
 
 
 def followed_optimizers() -> list[torch.optim.Optimizer]:
@@ -144,7 +150,7 @@ def follow_optimizer(optimizer: torch.optim.Optimizer) -> None:
     Raises:
         ConfigError: it already has moments, in logical order, of experts that lie otherwise.
     """
-    if any(ref() is optimizer for ref in _followed.values()):
+    if _is_followed(optimizer):
         return
     placed = [parameter for parameter, rows in _rows_of(optimizer) if rows is not None]
     states = [state for p in placed if (state := optimizer.state.get(p))]

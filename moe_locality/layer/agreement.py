@@ -63,9 +63,8 @@ def gather_answers(value: Any, what: str, timeout_s: float, advice: str = _HALFW
     if me == 0:
         here = [rank for rank in range(world) if rank not in lost]
         limit = min(timedelta(seconds=timeout_s), compat.READ_LIMIT)
-        compat.forget_when_read(
-            store, key, here, limit, forget=not lost
-        )  # who is late reads it yet
+        # a rank that is late still reads it
+        compat.forget_when_read(store, key, here, limit, forget=not lost)
     if lost:
         raise LostRanks(_message(lost, what, timeout_s, advice))
     return [pickle.loads(answer) for answer in found]

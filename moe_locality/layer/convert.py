@@ -45,7 +45,7 @@ from moe_locality.layer.checkpoint import wrap_checkpoints  # noqa: E402
 from moe_locality.layer.moe import adopt, configure  # noqa: E402
 from moe_locality.layer.relabeling import relabel  # noqa: E402
 from moe_locality.layer.replicas import add_replicas, with_new_parameters  # noqa: E402
-from moe_locality.layer.state import moe_modules, plan_rows  # noqa: E402
+from moe_locality.layer.state import has_auto_ep, moe_modules, plan_rows  # noqa: E402
 
 logger = logging.getLogger(__name__)
 _Arguments = ParamSpec("_Arguments")
@@ -78,8 +78,7 @@ def apply(
         ConfigError: the model has no DeepSpeed MoE layer, or one that cannot be swapped.
         PlacementError: the plan does not fit the model. Both on all ranks.
     """
-    auto_ep = any(getattr(module, "_is_autoep_layer", False) for module in model.modules())
-
+    auto_ep = has_auto_ep(model)
     begun: Any = getattr(model, "moe_locality", None)
     given = begun.config if config is None and begun is not None else config
 

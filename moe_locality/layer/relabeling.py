@@ -34,6 +34,7 @@ from moe_locality.layer.state import (
     check_state_moves,
     current_order,
     gate_rows,
+    has_auto_ep,
     is_engine,
     layout_of,
     moe_modules,
@@ -91,7 +92,7 @@ def relabel(
             raise ConfigError(
                 f"found a {type(model).__name__}, expected a torch module or a DeepSpeed engine"
             )
-        if any(getattr(module, "_is_autoep_layer", False) for module in model.modules()):
+        if has_auto_ep(model):
             raise ConfigError(
                 "found layers of DeepSpeed AutoEP, expected deepspeed.moe.layer.MoE: place their "
                 "experts with moe_locality.apply(engine, plan=plan)"

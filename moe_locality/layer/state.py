@@ -8,6 +8,7 @@ master and of flat moments. A *flat buffer* is one byte buffer with all the tens
 whole. All of these can move with an expert; :func:`state_source` refuses other optimizers.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,7 +23,7 @@ from moe_locality import compat
 from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.layer.hf_checkpoint import PLAN
 from moe_locality.placement.plan import PlacementPlan, first_slots
-from moe_locality.trace.recorder.hooks import model_type_of, moe_layer_ids
+from moe_locality.trace.recorder.hooks import config_of, model_type_of, moe_layer_ids
 
 # -- the MoE layers of a model, and the order of their experts -------------------------------------
 
@@ -32,9 +33,13 @@ def moe_modules(model: nn.Module) -> list[tuple[str, Any]]:
 
     ``plan_rows`` says which row of a plan is for which entry.
     """
-    from deepspeed.moe.layer import MoE
+    kind = getattr(sys.modules.get("deepspeed.moe.layer"), "MoE", ())  # () where none is loaded
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, kind)]
 
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, MoE)]
+
+def has_auto_ep(model: nn.Module) -> bool:
+    """Return whether DeepSpeed's AutoEP built layers of the model."""
+    return any(getattr(module, "_is_autoep_layer", False) for module in model.modules())
 
 
 def plan_rows(
@@ -46,7 +51,7 @@ def plan_rows(
         PlacementError: the plan is for another model or other layers, or is in the weights already.
     """
     plan.check_fits(model_type=model_type_of(model))
-    folder = getattr(getattr(model, "config", None), "name_or_path", None)
+    folder = getattr(config_of(model), "name_or_path", None)
     baked = Path(folder) / PLAN if isinstance(folder, str) and folder else None
     if baked and baked.is_file() and PlacementPlan.read(baked).digest() == plan.digest():
         raise PlacementError(

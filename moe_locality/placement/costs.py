@@ -290,9 +290,9 @@ def _moved(
 
     def held(some: PlacementPlan) -> np.ndarray:
         table = np.zeros((some.num_layers, some.num_ranks, some.num_experts), dtype=bool)
-        held = some.physical_to_logical_map
-        layer, slot = np.nonzero(held >= 0)
-        table[layer, some.rank_of_slot[slot], held[layer, slot]] = True
+        experts = some.physical_to_logical_map
+        layer, slot = np.nonzero(experts >= 0)
+        table[layer, some.rank_of_slot[slot], experts[layer, slot]] = True
         return table
 
     new = (held(plan) & ~held(baseline)).sum(axis=(1, 2)) / plan.num_slots

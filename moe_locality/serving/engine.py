@@ -23,12 +23,12 @@ from moe_locality.dispatch.traffic import counters, local_traffic, reset_traffic
 from moe_locality.errors import ConfigError
 from moe_locality.integrations.transformers_ep import expert_layers
 from moe_locality.layer.agreement import all_agree, all_succeed
-from moe_locality.layer.state import plan_rows
+from moe_locality.layer.state import moe_modules, plan_rows
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.serving.cache import Rows, assemble, check_cache, pass_inputs
 from moe_locality.serving.grouping import chooser, profile_of
 from moe_locality.serving.homes import HandOver, HomeRule
-from moe_locality.serving.lockstep import LockStep, RouteTap, deepspeed_layers
+from moe_locality.serving.lockstep import LockStep, RouteTap
 from moe_locality.serving.requests import (
     CompletionOutput,
     Request,
@@ -117,7 +117,7 @@ class Engine:
         sees = self._profiles or self._looks or homes == "predicted" or ":" in homes
         self.tap = RouteTap(model, sees=sees)
         self.lockstep = all_succeed(lambda: LockStep(model, self.tap, self.device))
-        names = [name for name, _ in expert_layers(model) or deepspeed_layers(model)]
+        names = [name for name, _ in expert_layers(model) or moe_modules(model)]
         rows = all_succeed(lambda: plan_rows(model, plan, names) if plan and names else [])
         rule = HomeRule(homes, self.lockstep.size, plan=plan, rows=rows, seed=seed)
         nodes = next((layer.topology for layer in self.tap.layers), None)

@@ -9,7 +9,6 @@ small collective travel.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +21,7 @@ from moe_locality.dispatch.desync import ask_ranks
 from moe_locality.errors import ConfigError, TraceError
 from moe_locality.integrations.transformers_ep import LocalityEP, expert_layers
 from moe_locality.layer.agreement import LostRanks
+from moe_locality.layer.state import has_auto_ep, moe_modules
 from moe_locality.trace.recorder.hooks import find_moe_layers, hook_layer
 
 
@@ -30,12 +30,6 @@ def world() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
-
-
-def deepspeed_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """Return (name, module) of every MoE layer of DeepSpeed, ours in its place too."""
-    kind = getattr(sys.modules.get("deepspeed.moe.layer"), "MoE", ())
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
 
 
 class RouteTap:
@@ -125,9 +119,9 @@ class LockStep:
                 f"found tensor parallelism at {wide[0]}, expected ranks with requests of their own:"
                 " load the model with tp_size=1"
             )
-        theirs = deepspeed_layers(model)
+        theirs = moe_modules(model)
         wrong = [name for name, layer in theirs if not _is_settled(layer.deepspeed_moe.gate)]
-        if any(getattr(module, "_is_autoep_layer", False) for module in model.modules()):
+        if has_auto_ep(model):
             wrong.append("layers of AutoEP")
         if wrong:
             raise ConfigError(

@@ -134,8 +134,11 @@ def place_layers(
     replicated: list[replicas.Candidate] = []
     slots = [problem.num_slots] * num_layers
     if problem.num_slots > problem.trace.num_experts and problem.group_of is None:
-        args = (seen, node_of, caps, seeds, price, replica_rounds)
-        replicated, slots = _replicate_by_layer(problem, *args)
+        least = _least_copies(problem, seen)
+        args = (seen, node_of, caps, seeds, price, replica_rounds, least)
+        replicated, slots = _slots_by_layer(
+            problem, caps, least, lambda num: _replicate(replace(problem, num_slots=num), *args)
+        )
 
     def finish(layer: int) -> tuple[RankLists, list[int]]:
         members = [np.flatnonzero(node_of[layer] == n) for n in range(problem.num_nodes)]
@@ -262,28 +265,26 @@ def _finish(
     return held, order
 
 
-def _replicate_by_layer(
-    problem: Problem,
-    layers: Sequence[Layer],
-    node_of: Sequence[np.ndarray],
-    caps: Sequence[Cap],
-    seeds: Sequence[int],
-    price: float,
-    rounds: int,
-) -> tuple[list[replicas.Candidate], list[int]]:
-    """``_replicate`` and the slots of each layer: equally many, or in the mean over the layers."""
+def _least_copies(problem: Problem, layers: Sequence[Layer]) -> float:
+    """Copies per token below which an imbalance that is allowed is not worth having."""
     visits = float(np.mean([linear_layout(layer).copies for layer in layers]))
     anywhere = 1.0 if problem.home_rank is not None else 1 - 1 / problem.num_nodes
-    least, experts = problem.worth * visits * anywhere, problem.trace.num_experts  # least: copies
-    middle, step = problem.num_slots, problem.num_ranks
+    return problem.worth * visits * anywhere
 
-    def search(slots: int) -> list[replicas.Candidate]:
-        one = replace(problem, num_slots=slots)
-        return _replicate(one, layers, node_of, caps, seeds, price, rounds, least)
 
+def _slots_by_layer(
+    problem: Problem,
+    caps: Sequence[Cap],
+    least: float,
+    search: Callable[[int], list[replicas.Candidate]],
+) -> tuple[list[replicas.Candidate], list[int]]:
+    """What ``search`` finds for a number of slots, and the slots of each layer: equally many, or in
+    the mean over the layers.
+    """
+    experts, middle, step = problem.trace.num_experts, problem.num_slots, problem.num_ranks
     fits = experts <= middle - step and middle + step <= experts * problem.num_ranks
     if not problem.per_layer or not fits:
-        return search(middle), [middle] * len(layers)
+        return search(middle), [middle] * len(caps)
     some = (middle - step, middle, middle + step)
     found = [search(slots) for slots in some]
     chosen = replicas.share_slots(found, least, sum(cap.allowed for cap in caps))
@@ -354,9 +355,8 @@ def _serve_visited(
         goal = (price, caps[place].most, seeds[place] + turn)
         return visited.searched_visited(*seen[place], tokens[place][1], begun[place], *goal)
 
-    return _best_of_prices(begun, search, caps, rounds, max(price, load_noise.LEAST_PRICE), least)[
-        0
-    ]
+    first = max(price, load_noise.LEAST_PRICE)
+    return _best_of_prices(begun, search, caps, rounds, first, least)[0]
 
 
 def _capped_by_linear(problem: Problem, caps: Sequence[Cap]) -> bool:

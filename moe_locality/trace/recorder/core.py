@@ -26,6 +26,7 @@ from moe_locality.trace.recorder.hooks import (
     IdleSteps,
     MoeLayer,
     Places,
+    config_of,
     encoder_of,
     find_moe_layers,
     hook_layer,
@@ -567,7 +568,7 @@ def check_writable(directory: Path) -> None:
 
 def _name_of(model: torch.nn.Module) -> str:
     """Under which name transformers loaded the model, else its type; "" for other models."""
-    config = getattr(getattr(model, "module", model), "config", None)
+    config = config_of(model)
     names = (getattr(config, name, None) for name in ("name_or_path", "model_type"))
     return next((name for name in names if isinstance(name, str) and name), "")
 

@@ -526,9 +526,14 @@ def _first_axes(values: list[Any]) -> tuple[int, int] | None:
     return None
 
 
+def config_of(model: torch.nn.Module) -> Any:
+    """The ``config`` of a model, also below DDP; None for models without one."""
+    return getattr(getattr(model, "module", model), "config", None)
+
+
 def model_type_of(model: torch.nn.Module) -> str:
     """The ``model_type`` of a transformers model (of its language part), "" for other models."""
-    config: Any = getattr(getattr(model, "module", model), "config", None)  # below DDP
+    config = config_of(model)
     for part in ("thinker_config", "text_config", "llm_config"):
         config = getattr(config, part, None) or config
     found = getattr(config, "model_type", "")
