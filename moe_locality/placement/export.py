@@ -9,8 +9,8 @@
 * ``trtllm``: the YAML of TensorRT-LLM's ``moe_config.load_balancer``, a static assignment: rows by
   *transformer* layer (examples/wide_ep/ep_load_balancer). With replicas too.
 * ``vllm-ascend``: the experts of every device of every *MoE* layer: ``eplb_config.expert_map_path``
-  (vllm_ascend/eplb/core/eplb_utils.py of vllm-ascend 0.23.0, which takes the devices in the order
-  of the file). With replicas too.
+  (vllm_ascend/eplb/core/eplb_utils.py of vllm-ascend 0.23.0.post1, which takes the devices in the
+  order of the file). With replicas too.
 * ``vllm``: a list of rows, slot → logical expert, one row per *MoE* layer: ``eplb_config.
   initial_expert_map_path`` of vllm-project/vllm PR 49572. No released vLLM (up to 0.33.0) reads it.
 * ``vllm-ranks``: ``{"expert_to_ep_rank": [E]}``, the rank of every expert: ``--expert-placement-
@@ -281,8 +281,8 @@ def engine_serving_slots(plan: PlacementPlan, rule: str) -> np.ndarray:
 
     Args:
         rule: "sglang", see ``sglang_serving_slots``; "in_turn": of n copies, rank g takes number g
-            modulo n, wherever it is. So does vllm-ascend (0.23.0, without tensor parallelism);
-            TensorRT-LLM takes the copies in turn token by token: as many picks for each.
+            modulo n, wherever it is. So does vllm-ascend (0.23.0.post1, without tensor
+            parallelism); TensorRT-LLM takes them in turn token by token: as many picks for each.
     """
     if rule == "sglang":
         return sglang_serving_slots(plan)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -93,7 +92,6 @@ def solve(
     Raises:
         PlacementError: the arguments do not fit each other; the message says what to change.
     """
-    method = _current_name(method)
     cap = read_cap(max_imbalance, sampling_unit, start)
     cap |= {"one_layout": one_layout, "per_layer": redundant_per_layer}
     cap |= {"objective": objective, "max_home_imbalance": max_home_imbalance}
@@ -124,6 +122,13 @@ def _check_per_layer(problem: Problem, method: str, start: PlacementPlan | None)
             f"redundant_per_layer: found method {method!r} with {extra} redundant experts, "
             f"expected 'coactivation' with at least {problem.num_ranks} (one per rank, so that "
             "layers can have fewer), without start, expert_groups and one_layout"
+        )
+    per_rank, most = problem.num_slots // problem.num_ranks, problem.trace.num_experts - 1
+    if per_rank > most:
+        raise PlacementError(
+            f"redundant_per_layer: found {per_rank} slots per rank for {most + 1} experts, "
+            f"expected at most {most}, so that layers can have one more: ask for at most "
+            f"{most * problem.num_ranks - problem.trace.num_experts} redundant experts"
         )
 
 
@@ -191,14 +196,6 @@ def _with_rule(problem: Problem, rule: str | None, searching: bool) -> Problem:
             f"for it, on at most {MOST_NODES} nodes"
         )
     return replace(problem, serving_rule=rule or ("visited" if able else "home"))
-
-
-def _current_name(method: str) -> str:
-    if method not in RENAMED:
-        return method
-    text = f"method {method!r} is now called {RENAMED[method]!r}: use that name"
-    warnings.warn(text, DeprecationWarning, stacklevel=3)
-    return RENAMED[method]
 
 
 def _run(problem, method, joint, start, move_budget) -> Solution:
@@ -348,8 +345,6 @@ METHODS: dict[str, Method] = {
     "request_kmeans": Method(run=baselines.solve_request_kmeans, needs_tokens=True),
     "round_robin": Method(run=partial(_same_rows, baselines.round_robin)),
 }
-RENAMED = {"seed": "request_kmeans"}
-"""Names that a method had before; ``solve`` takes them for one more version."""
 COMPARED = ("linear", "round_robin", "eplb", "coactivation")
 """What ``moe-locality bench`` and the demo on a trace set side by side."""
 

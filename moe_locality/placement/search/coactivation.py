@@ -281,9 +281,8 @@ def _slots_by_layer(
     """What ``search`` finds for a number of slots, and the slots of each layer: equally many, or in
     the mean over the layers.
     """
-    experts, middle, step = problem.trace.num_experts, problem.num_slots, problem.num_ranks
-    fits = experts <= middle - step and middle + step <= experts * problem.num_ranks
-    if not problem.per_layer or not fits:
+    middle, step = problem.num_slots, problem.num_ranks
+    if not problem.per_layer:
         return search(middle), [middle] * len(caps)
     some = (middle - step, middle, middle + step)
     found = [search(slots) for slots in some]

@@ -311,6 +311,9 @@ def test_redundant_per_layer_gives_slots_to_the_layers_that_save_most(tmp_path):
     for change in ({"method": "eplb"}, {"one_layout": True}, {"num_redundant_experts": 0}):
         with pytest.raises(PlacementError, match="redundant_per_layer: found method"):
             solve(trace, cluster, **options | change, redundant_per_layer=True)
+    whole = "found 16 slots per rank for 16 experts, expected at most 15.*at most 44 redundant"
+    with pytest.raises(PlacementError, match=whole):
+        solve(trace, cluster, num_redundant_experts=48, redundant_per_layer=True)
 
 
 @pytest.mark.parametrize("ranks_per_node", [1, 2])
