@@ -12,6 +12,7 @@ import pytest
 
 from moe_locality.demo.launch import free_port
 from moe_locality.placement.plan import PlacementPlan
+from tests.fork_launcher import CLIENT, server_address
 from tests.launch import skip_without_expert_parallelism
 
 ROOT = Path(__file__).parents[2]
@@ -270,15 +271,13 @@ end_distributed()
 """
 
 
-FORKED = f"""#!{sys.executable}
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-from tests import fork_launcher
-_, _, ranks, _, port, *words = sys.argv
-sys.argv[1:] = [ranks, port, *words]
-fork_launcher.main()
-"""
-"""Stands for ``deepspeed --num_accelerators N --master_port P SCRIPT``."""
+def stand_in(folder):
+    """Write ``deepspeed --num_accelerators N --master_port P SCRIPT`` that forks its ranks."""
+    given = f"[{server_address()!r}, sys.argv[2], *sys.argv[4:]]"
+    script = f"#!{sys.executable} -IS\nimport sys\nsys.argv[1:] = {given}\n{CLIENT}"
+    folder.mkdir()
+    (folder / "deepspeed").write_text(script)
+    (folder / "deepspeed").chmod(0o755)
 
 
 def test_a_users_script_records_is_placed_and_trained(tmp_path):
@@ -308,9 +307,7 @@ def test_a_users_script_records_is_placed_and_trained(tmp_path):
     arguments = ["--trace", "t", "--nodes", "2", "--ranks-per-node", "1", "--method", "linear"]
     done = run("place", *arguments, "--plan", "p.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/deepspeed").write_text(FORKED)
-    (tmp_path / "bin/deepspeed").chmod(0o755)
+    stand_in(tmp_path / "bin")
     port["PATH"] = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:/usr/bin:/bin"
     done = run("compare", "--ranks", "2", "--plan", "p.json", *own, cwd=tmp_path, **port)
     assert done.returncode == 0, done.stdout + done.stderr
