@@ -7,8 +7,8 @@ peers     new tokens per second of the engine, of ``model.generate`` in batches 
 watching  time of a decode step with the engine's counts of every step, and with a recorder too,
           against the same step without, step by step.
 lowbit    a small trained model (``--model``, of examples/paper_decoder.py): perplexity of held-out
-          text and greedy texts that stay the same, with expert weights as the low-bit store decodes
-          them, and with the payloads of an exchange, against bfloat16.
+          text and greedy texts that stay the same, with the engine's low-bit expert store and with
+          the payloads of an exchange, against bfloat16.
 
 All cases of a part take turns; a figure is the median over rounds or steps. Everything is measured.
 """
@@ -32,7 +32,6 @@ from _results import append_rows
 from torch import Tensor, nn
 
 import moe_locality
-from moe_locality.quantization import fake_quantize
 from moe_locality.quantization.rows import decode_rows, encode_rows
 from moe_locality.serving import Engine, Limits, SamplingParams
 
@@ -65,10 +64,10 @@ def work(kind: str, count: int) -> Asked:
     ]
 
 
-def by_engine(model: Any) -> Run:
+def by_engine(model: Any, **options: Any) -> Run:
     """An engine is made once, as a server would: its two passes of warm-up are not timed."""
     limits = Limits(max_num_seqs=SEQS, max_num_batched_tokens=SEQS * PROMPT)
-    engine = Engine(model, limits=limits)
+    engine = Engine(model, limits=limits, **options)
     params = SamplingParams(temperature=0, ignore_eos=True)
 
     def run(asked: Asked) -> list[list[int]]:
@@ -232,52 +231,43 @@ def do_nothing(counts: dict[str, Any]) -> None:
 # -- low bits
 
 
-@contextlib.contextmanager
-def rounded(model: Any, name: str) -> Iterator[None]:
-    """Round the weights of the experts to a format, as the store decodes them, or what they are
-    given and what they give to a payload, as an exchange sends it.
-    """
-    what, _, format = name.partition(" ")
-    experts = [layer.mlp.experts for layer in model.model.layers]
-    kept = [(p, p.data) for module in experts for p in module.parameters()]
-    handles: list[Any] = []
-    if what == "weights":
-        for parameter, data in kept:
-            parameter.data = torch.stack([fake_quantize(w, format, role="weight") for w in data])
-    elif what == "payload":
+def send_in(payload: str, model: Any) -> None:
+    """Let the experts of a whole model be given what an exchange would send them."""
 
-        def sent(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            del module
-            coded = encode_rows(given[0], format)
-            rows = decode_rows(coded, format, given[0].shape[1], given[0].dtype)
-            return (rows, *given[1:])
+    def sent(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        del module
+        coded = encode_rows(given[0], payload)
+        rows = decode_rows(coded, payload, given[0].shape[1], given[0].dtype)
+        return (rows, *given[1:])
 
-        handles = [module.register_forward_pre_hook(sent) for module in experts]
-    try:
-        yield
-    finally:
-        for parameter, data in kept:
-            parameter.data = data
-        for handle in handles:
-            handle.remove()
+    for layer in model.model.layers:
+        layer.mlp.experts.register_forward_pre_hook(sent)
 
 
 def lowbit(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(chosen.model, dtype=torch.bfloat16)
+    whole = AutoModelForCausalLM.from_pretrained(chosen.model, dtype=torch.bfloat16)
     _, part = build_requests(seq_len=PROMPT, train_per_domain=64, held_out_per_domain=64, seed=1)
     tokens = torch.from_numpy(part.tokens.astype("int64"))
     asked = [(one["prompt_token_ids"], NEW) for one in requests_of(part)]
     names = ["bfloat16", *(f"weights {f}" for f in FORMATS), *(f"payload {p}" for p in PAYLOADS)]
     texts: dict[str, list[list[int]]] = {}
     for name in names:
-        with rounded(model, name), torch.no_grad():
+        what, _, format = name.partition(" ")
+        model = copy.deepcopy(whole)
+        if what == "payload":
+            send_in(format, model)
+        run = by_engine(model, expert_store=format if what == "weights" else None)
+        with torch.no_grad():
             losses = [model(ids, labels=ids).loss.item() for ids in tokens.split(32)]
-            texts[name] = by_engine(model)(asked)
+        texts[name] = run(asked)
         note = f"{len(part)} held-out requests of {PROMPT + 1} bytes; Qwen3-MoE, 8 layers x 32, "
         note += f"top-4, bfloat16; {NEW} greedy tokens each"
         case = f"low bit: {name}"
+        experts = [layer.mlp.experts for layer in model.model.layers]
+        held = sum(t.nbytes for one in experts for t in (*one.parameters(), *one.buffers()))
+        yield row(case, "bytes of experts", held, "bytes", note=note)
         value = math.exp(statistics.fmean(losses))
         yield row(case, "perplexity", value, "per byte", note=note)
         pairs = list(zip(texts[name], texts["bfloat16"], strict=True))

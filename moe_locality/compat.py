@@ -16,7 +16,7 @@ import inspect
 import sys
 import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -329,6 +329,24 @@ def master_fragment(parameter: Any) -> tuple[Any, Any] | None:
     if not hasattr(parameter, "_hp_mapping"):
         return None
     return parameter._hp_mapping, parameter._dp_group
+
+
+def remove_parameters(module: Any, names: Collection[str]) -> None:
+    """Take parameters out of a module, and of FSDP2 where it holds them: their memory is free."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(module, FSDPModule):
+        module.reshard()
+        state = module._get_fsdp_state()
+        for group in state._fsdp_param_groups:
+            own = [p for p in group.fsdp_params if p._module_info.module is module]
+            gone = [p for p in own if p._module_info.param_name in names]
+            for parameter in gone:
+                parameter._post_load_hook_handle.remove()  # it holds the weights
+            group.fsdp_params = [p for p in group.fsdp_params if p not in gone]
+        state._fsdp_param_groups = [g for g in state._fsdp_param_groups if g.fsdp_params]
+    for name in names:
+        delattr(module, name)
 
 
 def grouped_mm() -> Any:

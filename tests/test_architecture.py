@@ -81,9 +81,9 @@ MIN_LINES = 80
 # Front ends for transformers and AutoEP: 6 files and 2,100 lines. Maps and transports of other
 # engines: 700 lines. Serving: 14 files and 4,500 lines. Serving rule: 2 files, 1,100 lines.
 # Caps that are found, what requests come in: 450 lines. Bounds with replicas: 1 file, 320 lines.
-# Metrics, report and watch of serving: 2 files, 900 lines.
+# Metrics, report and watch of serving: 2 files, 900 lines. Low-bit store of stacked experts: 155.
 MAX_FILES = 140
-MAX_TOTAL_LINES = 45_421
+MAX_TOTAL_LINES = 45_575
 
 
 def module_name(path: Path) -> str:

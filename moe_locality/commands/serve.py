@@ -24,6 +24,7 @@ _SEQS = "Sequences that a rank continues together."
 _TOKENS = "Tokens of a step; longer prompts come in chunks."
 _GROUPING = "fifo, cosine or experts."
 _CONFIG = "JSON with a section moe_locality: dispatch (low-bit payloads too), kernels, cluster."
+_STORE = "Keep the experts in low bits, such as mxfp4-mbs-h or mxfp8."
 _WATCH = "off, propose (OUT/plan-step-N.json) or apply (between steps)."
 _PORT = "this port, plus the local rank."
 _HOMES = "arrival, predicted, first:N, domain, random or round_robin."
@@ -48,6 +49,7 @@ def serve(
     dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16.")] = "auto",
     trace: Annotated[Path | None, typer.Option(help="Also record the routing there.")] = None,
     config: Annotated[Path | None, typer.Option(help=_CONFIG)] = None,
+    expert_store: Annotated[str | None, typer.Option(help=_STORE)] = None,
     watch: Annotated[str, typer.Option(help=f"Of the routing: {_WATCH}")] = "off",
     watch_every: Annotated[int, typer.Option(min=1, help="Steps between two decisions.")] = 500,
     move_budget: Annotated[float, typer.Option(help="Share of the slots that may move.")] = 0.1,
@@ -72,7 +74,7 @@ def serve(
     most |= {"max_num_kv_tokens": max_num_kv_tokens, "max_num_ready": max_num_ready}
     limits = Limits(**most, max_num_batched_tokens=max_num_batched_tokens)
     section, placed = _section(config, plan, nodes, ranks_per_node)
-    _check_choices(homes, placed, grouping)
+    _check_choices(homes, placed, grouping, expert_store)
     online = _online(watch, watch_every, move_budget)
     settings = tracking_settings(wandb, wandb_mode, wandb_dir, None, "serve")
     _check_files(requests, out, dtype)
@@ -81,6 +83,7 @@ def serve(
     counted = _metrics(rank, metrics_port, metrics_host, settings, **told) if counts else None
     options: dict[str, Any] = {"limits": limits, "homes": homes, "plan": placed}
     options |= {"grouping": grouping, "watch": watch, "online": online, "seed": seed}
+    options["expert_store"] = expert_store
     total = _serve(_load(model, dtype, placed), trace, (requests, out, params), counted, options)
     _leave_ranks()
     if rank:
@@ -114,13 +117,18 @@ def _serve(
     return total
 
 
-def _check_choices(homes: str, plan: PlacementPlan | None, grouping: str) -> None:
+def _check_choices(
+    homes: str, plan: PlacementPlan | None, grouping: str, expert_store: str | None
+) -> None:
     """Say what is wrong before anything is loaded."""
+    from moe_locality.quantization import get_format
     from moe_locality.serving.grouping import chooser
     from moe_locality.serving.homes import HomeRule
 
     HomeRule(homes, 1 if plan is None else plan.num_ranks, plan=plan)
     chooser(grouping)
+    if expert_store is not None:
+        get_format(expert_store)
 
 
 def _metrics(

@@ -9,8 +9,7 @@ Where experts have replicas, each expert has one row, which the optimizer trains
 that are fetched from it (:class:`_FetchCopies`); gradients of all copies are added to that row.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,9 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from moe_locality.compat import remove_parameters
 from moe_locality.errors import ConfigError
+from moe_locality.layer.expert_store import other_parameters, stored_parameters
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -62,6 +63,12 @@ class RowExchange:
             placed=torch.from_numpy(np.argsort(arrival).astype(np.int64)),
             group=group,
         )
+
+    @classmethod
+    def reordering(cls, current: np.ndarray, target: np.ndarray, group: Any) -> "RowExchange":
+        """Of rows with the experts ``current [E]``, to become those with ``target [E]``."""
+        wanted = np.argsort(current)[target].reshape(dist.get_world_size(group), -1)
+        return cls.of(list(wanted), wanted.shape[1], group)
 
     def fetch(self, rows: Tensor) -> Tensor:
         """Return the rows that are wanted here ``[n, ...]`` from the own ``rows [E / G, ...]``."""
@@ -172,14 +179,14 @@ def expert_parameters(experts: nn.Module, name: str, num_experts: int) -> dict[s
             if len(tensor.to_local()) * tensor.device_mesh.size(-1) != num_experts:
                 raise ConfigError(
                     f"found {name}.{key} split over several copies of its expert group, expected "
-                    "ep_size = fsdp_size * tp_size: a plan needs every expert whole on one rank; "
-                    "raise ep_size, or leave the plan out"
+                    "ep_size = fsdp_size * tp_size: a plan, or a low-bit store, needs every expert "
+                    "whole on one rank; raise ep_size, or leave it out"
                 )
         elif tensor.ndim and len(tensor) == num_experts:
             raise ConfigError(
                 f"found {name}.{key} {list(tensor.shape)}, which transformers does not split over "
-                "the experts, expected only stacked parameters [E, ...]: a plan cannot be applied "
-                "to this model; leave it out"
+                "the experts, expected only stacked parameters [E, ...]: this model takes no plan "
+                "and no low-bit store; leave it out"
             )
     return found
 
@@ -194,9 +201,7 @@ def in_order(
     own rows only, and needs room for two more of them.
     """
     local = tensor.to_local()
-    sources = np.argsort(current)[target]
-    wanted = list(sources.reshape(dist.get_world_size(group), -1))
-    exchange = RowExchange.of(wanted, len(local), group)
+    exchange = RowExchange.reordering(current, target, group)
     as_bytes = local.contiguous().reshape(len(local), -1).view(torch.uint8)
     moved = exchange.fetch(as_bytes).view(local.dtype).reshape(local.shape)
     return DTensor.from_local(
@@ -224,7 +229,7 @@ class ExpertRows:
     ) -> None:
         self.experts, self.forward, self.order, self.group = experts, forward, order, group
         self.name = ""
-        self.kept: dict[str, Tensor] = {}
+        self.kept: dict[str, Any] = {}
         self._stacked: dict[str, DTensor] = {}
         self._versions: list[int] = []
         self._own: Tensor | None = None
@@ -254,6 +259,9 @@ class ExpertRows:
                 moved = in_order(tensor, self.order, order, self.group)
                 with torch.no_grad():
                     tensor.to_local().copy_(moved.to_local())
+            exchange = RowExchange.reordering(self.order, order, self.group)
+            for name, tensor in stored_parameters(self.experts).items():
+                self.experts.add_module(name, tensor.moved(exchange.fetch))
         self.kept.clear()
         self.order, self._stacked = order, found
         return slots
@@ -266,12 +274,14 @@ class ExpertRows:
         number, first = len(tokens_per_slot) - own, sum(tokens_per_slot[:own])
         results = self._run(rows[:first], tokens_per_slot[:own], self._own)
         if number == 0:  # connected with the graph: other ranks send gradients for the rows here
-            return results + 0 * sum(copy.sum() for copy in copies.values())
-        with self._parameters(copies, number):
+            return results + 0 * sum(c.sum() for c in copies.values() if isinstance(c, Tensor))
+        with other_parameters(self.experts, copies, number):
             more = self._run(rows[first:], tokens_per_slot[own:], torch.arange(number))
         return torch.cat([results, more])
 
     def _run(self, rows: Tensor, tokens_per_slot: tuple[int, ...], row_of_slot: Tensor) -> Tensor:
+        if rows.shape[0] == 0 and not torch.is_grad_enabled():
+            return rows
         if rows.shape[0] == 0:  # connected with the graph, for the exchanges of the backward pass
             row = rows.new_zeros(1, rows.shape[1]) + rows.sum(0, keepdim=True)
             first = torch.zeros(1, 1, dtype=torch.long, device=rows.device)
@@ -280,28 +290,27 @@ class ExpertRows:
         ids = ids.to(rows.device)[:, None]
         return self.forward(rows, ids, torch.ones_like(ids, dtype=rows.dtype))
 
-    def _copies(self) -> dict[str, Tensor]:
+    def let_go_of_parameters(self) -> dict[str, Tensor]:
+        """Return the rows of this rank by parameter; neither FSDP2 nor the module has them then."""
+        found = expert_parameters(self.experts, self.name, len(self.order))
+        remove_parameters(self.experts, found)
+        self.kept.clear()
+        self._stacked = {}
+        return {name: parameter.to_local() for name, parameter in found.items()}
+
+    def _copies(self) -> dict[str, Any]:
         """Return the parameters of the slots that are copies. Collective over the group."""
         assert self._exchange is not None
+        if stored := stored_parameters(self.experts):
+            fetch = self._exchange.fetch
+            self.kept = self.kept or {name: own.moved(fetch) for name, own in stored.items()}
+            return self.kept
         versions = [parameter._version for parameter in self._stacked.values()]
         if self.kept and versions == self._versions and not torch.is_grad_enabled():
             return self.kept
         parameters: dict[str, Any] = self.experts._parameters
-        fetch: Any = _FetchCopies.apply
-        copies = fetch(self._exchange, *(parameters[key] for key in self._stacked))
+        fetch_copies: Any = _FetchCopies.apply
+        copies = fetch_copies(self._exchange, *(parameters[key] for key in self._stacked))
         found = dict(zip(self._stacked, copies, strict=True))
         self.kept, self._versions = {} if torch.is_grad_enabled() else found, versions
         return found
-
-    @contextmanager
-    def _parameters(self, given: dict[str, Tensor], number: int) -> Iterator[None]:
-        """Let the experts module have other parameters, of ``number`` experts."""
-        experts: Any = self.experts
-        own, own_number = dict(experts._parameters), experts.num_experts
-        experts._parameters.update(given)
-        experts.num_experts = number
-        try:
-            yield
-        finally:
-            experts._parameters.update(own)
-            experts.num_experts = own_number

@@ -116,13 +116,19 @@ def followed_optimizers() -> list[torch.optim.Optimizer]:
     return [optimizer for number in sorted(everywhere) if (optimizer := alive[number]) is not None]
 
 
-def tensors_beside(rows: ExpertRows, optimizers: list[torch.optim.Optimizer]) -> list[DTensor]:
+def tensors_beside(
+    rows: ExpertRows, optimizers: list[torch.optim.Optimizer] | None = None
+) -> list[DTensor]:
     """Return the gradients and moments of an experts module: they move with its parameters.
+
+    optimizers: whose moments; None: of all that this rank follows.
 
     Raises:
         PlacementError: an optimizer keeps its state in another form.
     """
     found = []
+    if optimizers is None:
+        optimizers = [known for ref in _followed.values() if (known := ref()) is not None]
     for parameter in expert_parameters(rows.experts, rows.name, len(rows.order)).values():
         if isinstance(parameter.grad, DTensor):
             found.append(parameter.grad)

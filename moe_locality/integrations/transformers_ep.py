@@ -156,6 +156,15 @@ class LocalityEP(ExchangingLayer, EPImplementation):
         whole = DTensor.from_local(tensor, self.tp_mesh, [Replicate()], run_check=False)
         return whole.redistribute(self.tp_mesh, [Shard(0)]).to_local()
 
+    def check_untrained(self) -> None:
+        """Raise ConfigError where a low-bit store would take weights from under a training."""
+        if tensors_beside(self.rows):
+            raise ConfigError(
+                f"found gradients, or moments of an optimizer, of the experts {self.rows.name}, "
+                "expected inference: stored experts are not trained. Save the model and load it "
+                "anew to store them"
+            )
+
     def place(self, slot_to_logical: np.ndarray, serving: SlotMap, others: list[DTensor]) -> None:
         """Move the experts to their slots ``[P]``. Collective over the EP group.
 

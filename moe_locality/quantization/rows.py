@@ -48,26 +48,19 @@ def encode_rows(x: Tensor, format: str, *, backend: CodecBackend = "auto") -> Te
         ConfigError: a format without rows of their own, or x is not a matrix of floats.
         BackendUnavailable: the backend asked for by name is not usable here.
     """
-    fmt = _check_activations(x, format)
-    kernels = _encoder(x, fmt, backend)
-    if kernels is None:
-        return _encode(x, fmt)
-    rows = _new_rows(x, x.shape[0], fmt)
-    if rows.numel():
-        kernels.encode(_unit_stride(x), None, None, rows, fmt)
-    return rows
+    return permute_encode(x, None, format, backend=backend)
 
 
 def permute_encode(
     x: Tensor,
-    row_token: Tensor,
+    row_token: Tensor | None,
     format: str,
     *,
     positions: Tensor | None = None,
     backend: CodecBackend = "auto",
 ) -> Tensor:
     """Encode each token of ``x [T, D]`` once; return the rows ``[R, row_bytes]`` of ``row_token
-    [R]``. A row of token -1 (padding) is zeros, which decode to zeros.
+    [R]`` (None: of each token). A row of token -1 (padding) is zeros, which decode to zeros.
 
     ``positions [T, K]`` is the inverse of ``row_token``: the rows of each token, -1 for none. It
     saves the GPU kernels a sort, and a wait for its largest number of rows per token.
@@ -75,12 +68,14 @@ def permute_encode(
     fmt = _check_activations(x, format)
     kernels = _encoder(x, fmt, backend)
     if kernels is None:
-        return _select(_encode(x, fmt), row_token)
-    rows = _new_rows(x, row_token.shape[0], fmt)
+        return _encode(x, fmt) if row_token is None else _select(_encode(x, fmt), row_token)
+    shape = (len(x if row_token is None else row_token), row_layout(fmt, x.shape[1]).row_bytes)
+    rows = torch.empty(shape, dtype=torch.uint8, device=x.device)
     if rows.numel():
-        if positions is None:
+        if positions is None and row_token is not None:
             positions = inverse_positions(row_token, x.shape[0])
-        kernels.encode(_unit_stride(x), positions, row_token, rows, fmt)
+        x = x if x.stride(1) == 1 else x.contiguous()
+        kernels.encode(x, positions, row_token, rows, fmt)
     return rows
 
 
@@ -189,15 +184,6 @@ def _why_not(backend: str) -> str | None:
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     return None
-
-
-def _new_rows(x: Tensor, count: int, fmt: Format) -> Tensor:
-    size = row_layout(fmt, x.shape[1]).row_bytes
-    return torch.empty((count, size), dtype=torch.uint8, device=x.device)
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 SCALE_RULES = {"floor": 0, "oas": 1, "fp32": 2}

@@ -23,6 +23,7 @@ from moe_locality.dispatch.traffic import counters, local_traffic, reset_traffic
 from moe_locality.errors import ConfigError
 from moe_locality.integrations.transformers_ep import expert_layers
 from moe_locality.layer.agreement import all_agree, all_succeed
+from moe_locality.layer.expert_store import store_experts
 from moe_locality.layer.state import moe_modules, plan_rows
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.serving.cache import Rows, assemble, check_cache, pass_inputs
@@ -69,6 +70,7 @@ class Engine:
         plan: of the model's experts, for homes that are chosen by it.
         grouping: which ready request takes a free row (:mod:`moe_locality.serving.grouping`);
             others than ``fifo`` need ``max_num_ready`` to choose from.
+        expert_store: low-bit format, such as ``mxfp4-mbs-h``, in which each rank keeps its experts.
         watch: ``propose`` another plan when the routing has drifted, or ``apply`` it between steps
             (:mod:`moe_locality.serving.watch`); ``off``. ``online``: how often, and the budgets.
         on_watch: called with every :class:`~moe_locality.serving.watch.WatchDecision`.
@@ -89,6 +91,7 @@ class Engine:
         homes: str = "arrival",
         plan: PlacementPlan | None = None,
         grouping: str = "fifo",
+        expert_store: str | None = None,
         watch: str = "off",
         online: OnlineConfig | None = None,
         seed: int = 0,
@@ -105,8 +108,10 @@ class Engine:
         self.device: torch.device = self.model.device
         self.config: Any = self.model.config.get_text_config(decoder=True)
         self.limits = all_succeed(lambda: (limits or Limits()).of_model(self.config))
-        told = (self.limits, homes, grouping, seed, plan and plan.digest(), watch, online)
-        all_agree("settings of the engine", repr(told))
+        told = (self.limits, homes, grouping, expert_store, seed, plan and plan.digest(), watch)
+        all_agree("settings of the engine", repr((*told, online)))
+        if expert_store is not None:
+            all_succeed(lambda: store_experts(model, expert_store))
         self.eos = _eos_tokens(self.model)
         parameters = inspect.signature(self.model.forward).parameters
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
@@ -123,10 +128,7 @@ class Engine:
         nodes = next((layer.topology for layer in self.tap.layers), None)
         self.handover = HandOver(rule, self.lockstep.rank, self.device, nodes)
         self.scheduler = Scheduler(
-            self.limits,
-            pads=not self.recurrent,
-            choose=chooser(grouping),
-            stages=rule.reads_routes,
+            self.limits, pads=not self.recurrent, choose=chooser(grouping), stages=rule.reads_routes
         )
         self._surplus = self.unserved = self._arrived = self._steps = 0
         self._drains = self._stopped = False

@@ -226,12 +226,13 @@ class Watch:
     def _prices(self, tokens: int) -> dict[str, float]:
         """Bytes of an expert, of a copy there and back, and tokens of a step of all ranks."""
         layer = self.layers[0]
-        own: list[Any] = [getattr(one, "_local_tensor", one) for one in layer.experts.parameters()]
+        tensors = [*layer.experts.parameters(), *layer.experts.buffers()]  # of a low-bit store
+        own: list[Any] = [getattr(one, "_local_tensor", one) for one in tensors]
         experts = layer.num_experts
         width = self.model.config.get_text_config(decoder=True).hidden_size
         return {
             "expert_bytes": sum(one.nbytes for one in own) * layer.ep_mesh.size() / experts,
-            "copy_bytes": copy_bytes(layer.dispatch_config, width, own[0].element_size()),
+            "copy_bytes": copy_bytes(layer.dispatch_config, width, self.model.dtype.itemsize),
             "tokens_per_step": tokens / self.config.every_n_steps,
             "steps": float(self.config.pays_within_steps),
         }

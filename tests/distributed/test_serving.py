@@ -2,6 +2,7 @@
 and our exchange, must give the tokens of the whole model's own ``generate``.
 """
 
+import gc
 import tempfile
 import time
 from collections import Counter
@@ -12,8 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed.test_transformers_ep import SIZES, placed, save_tiny
+from tests.distributed.test_transformers_ep import SIZES, make_plan, placed, save_tiny
 from tests.launch import run_ranks
+from tests.unit.serving.test_engine import with_rounded_experts
 
 transformers = pytest.importorskip("transformers")
 
@@ -335,6 +337,94 @@ def test_watch_moves_experts_under_requests_in_flight(tmp_path):
     some = {request_id: kept[request_id] for request_id in (0, 31, 1031, 3031)}
     asked = [r for rank in range(4) for r in shifting_prompts(rank, 4, 32)]
     assert some == expected(path, [r for r in asked if r["request_id"] in some])
+
+
+def bytes_held():
+    """Bytes of all tensors that Python can reach."""
+    gc.collect()
+    tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
+    tensors = [getattr(one, "_local_tensor", one) for one in tensors]
+    held = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
+    return sum(held.values())
+
+
+def serve_stored(rank, world, path, name):
+    """Serve under a watch with experts in low bits, then under plans with and without replicas."""
+    import moe_locality
+    from moe_locality.config import OnlineConfig
+    from moe_locality.errors import ConfigError
+    from moe_locality.integrations.transformers_ep import expert_layers
+    from moe_locality.layer import store_experts
+    from moe_locality.quantization import row_bytes
+    from moe_locality.serving import Engine, Limits
+    from moe_locality.topology.cluster import ClusterTopology
+
+    model, _ = placed(path, world, "copied")
+    with torch.no_grad():
+        model(torch.arange(4)[None])  # copies of weights are there, and what FSDP2 gathers
+    parts = [layer.experts for _, layer in expert_layers(model)]
+    plain = sum(p.to_local().nbytes for part in parts for p in part.parameters())
+    model(torch.arange(4)[None]).logits.sum().backward()
+    with pytest.raises(ConfigError, match=r"found gradients.* of the experts model\.layers\.0"):
+        store_experts(model, name)
+    model.zero_grad()
+    before = bytes_held()
+    report = store_experts(model, name)
+    assert (report.bytes_before, report.num_experts) == (plain, 2 * 8 // world)
+    assert report.bytes_after == sum(b.nbytes for part in parts for b in part.buffers())
+    # neither the rows of FSDP2 nor copies of replicas are left
+    assert before - bytes_held() >= plain + plain // 2 - report.bytes_after
+    online = OnlineConfig(
+        every_n_steps=25, pays_within_steps=10**9, move_budget=0.5, max_imbalance=1.5
+    )
+    limits, decisions = Limits(max_num_seqs=4, max_num_batched_tokens=24, max_model_len=64), []
+    moe_locality.apply(model, plan=usual_order(2, world // 2))
+    engine = Engine(
+        model, limits=limits, plan=usual_order(2, world // 2), watch="apply", online=online,
+        on_watch=decisions.append,
+    )  # fmt: skip
+    found = [list(engine.generate(shifting_prompts(rank, world, 24)))]
+    nodes = ClusterTopology.uniform(num_nodes=2, ranks_per_node=world // 2)
+    for kind in ("copied", "moved"):
+        moe_locality.apply(model, plan=make_plan(kind, (0, 1), 2, world // 2), topology=nodes)
+        found.append(list(Engine(model, limits=limits).generate(prompts_of(rank, 4))))
+    steps, coded = [], {"exchange": "flat", "payload": "mxfp8", "combine_payload": "mxfp4"}
+    moe_locality.apply(model, config={"dispatch": coded}, topology=nodes)
+    outputs = list(Engine(model, limits=limits, on_step=steps.append).generate(prompts_of(rank, 4)))
+    assert all(len(o.outputs[0].token_ids) == p["max_tokens"] for o, p in zip(
+        sorted(outputs, key=lambda o: o.request_id), prompts_of(rank, 4), strict=True,
+    ))  # fmt: skip
+    for kind, payload in (("dispatch", "mxfp8"), ("combine", "mxfp4")):
+        sent = [(step["bytes"][kind], step["rows"][kind]) for step in steps if step["bytes"]]
+        size = row_bytes(payload, SIZES["hidden_size"])
+        assert all(bytes == [size * n for n in rows] for bytes, rows in sent)
+        assert sum(rows[2] for _, rows in sent) > 0
+    for what in (model.state_dict, lambda: model.save_pretrained(f"{path}-again")):
+        with pytest.raises(ConfigError, match=f"experts stored in {name}, expected neither"):
+            what()
+    with pytest.raises(ConfigError, match=f"need gradients at an expert stored in {name}"):
+        model(torch.arange(4)[None])
+    tokens = [{o.request_id: o.outputs[0].token_ids for o in outputs} for outputs in found]
+    return tokens, sum(decision.applied for decision in decisions)
+
+
+def test_engine_moves_experts_that_are_kept_in_low_bits(tmp_path):
+    """[F17.5] The weights are gone from memory; a watch's move and plans with and without replicas
+    give the tokens of rounded weights; gradients, state dicts and training are refused.
+    """
+    name = "mxfp4-mbs-h"
+    path = save_tiny(tmp_path, "GptOss", **CASES["GptOss"])
+    results = run_ranks(serve_stored, 2, path, name, timeout_s=200.0)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with_rounded_experts(model, name).save_pretrained(f"{path}-rounded")
+    asked = [[*shifting_prompts(rank, 2, 24)] for rank in range(2)]
+    wanted = expected(f"{path}-rounded", asked[0] + asked[1])
+    others = expected(f"{path}-rounded", prompts_of(0, 4) + prompts_of(1, 4))
+    assert {**results[0][0][0], **results[1][0][0]} == wanted
+    for turn in (1, 2):
+        assert {**results[0][0][turn], **results[1][0][turn]} == others
+    assert results[0][1] == results[1][1] > 0
+    assert wanted != expected(path, asked[0] + asked[1])
 
 
 class MoeMlp(torch.nn.Module):

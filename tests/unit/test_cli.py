@@ -476,7 +476,7 @@ BAD_VALUES = {
     "row_bytes": ("-1", "nan"),
     "requests": ("GONE",),
     "config": ("GONE", "online.json"),  # a section that training alone has
-    **dict.fromkeys(("dtype", "grouping", "watch"), ("wrong",)),
+    **dict.fromkeys(("dtype", "grouping", "watch", "expert_store"), ("wrong",)),
     **dict.fromkeys(("max_num_seqs", "max_num_batched_tokens", "max_model_len"), ("0", "-1")),
     **dict.fromkeys(("max_num_kv_tokens", "max_tokens"), ("0", "-1")),
     "max_num_ready": ("-1",),

@@ -408,7 +408,8 @@ def _sizes(kind: str, module: Any, routers: Routers) -> tuple[int, int | None]:
     if kind == "autoep":
         return int(module.num_experts), int(module.top_k)
     if getattr(module, "_is_expert_parallel", False):  # its num_experts counts those of this rank
-        return int(next(module.parameters()).shape[0]), None
+        ours = getattr(module, "moe_locality_ep", None)  # stored in low bits, it has no parameters
+        return int(ours.num_experts if ours else next(module.parameters()).shape[0]), None
     for name in ("num_routed_experts", "num_experts"):
         if hasattr(module, name):
             return int(getattr(module, name)), None

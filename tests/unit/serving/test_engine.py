@@ -1,5 +1,6 @@
 """The engine on one rank: what it takes, refuses and returns, on a tiny whole model."""
 
+import copy
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from moe_locality.errors import ConfigError
+from moe_locality.quantization import fake_quantize
 from moe_locality.trace import read_trace
 
 transformers = pytest.importorskip("transformers")
@@ -286,6 +288,47 @@ def test_copy_bytes_are_those_of_the_coded_rows(payload, combine_payload):
     row = torch.ones(1, 200, dtype=torch.bfloat16)
     sent = [Codec.of_payload(name).encode(row) for name in (payload, combine_payload)]
     assert copy_bytes(config, 200, 2) == sum(coded.nbytes for coded in sent)
+
+
+def with_rounded_experts(model, name):
+    """The same whole model with the experts' matrices as a format holds them, in place."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False) if hasattr(module, "has_gate") else ():
+            if parameter.ndim > 2:
+                data = parameter.data.mT if module.is_transposed else parameter.data
+                rows = torch.stack([fake_quantize(row, name, role="weight") for row in data])
+                parameter.data = rows.mT.contiguous() if module.is_transposed else rows
+    return model
+
+
+@pytest.mark.parametrize(("family", "name"), [("Mixtral", "nvfp4"), ("GptOss", "mxfp4-mbs-h")])
+def test_engine_keeps_experts_in_low_bits(family, name):
+    """[F17.5] On a whole model: less memory, the logits and tokens of rounded weights bit for bit;
+    no training, no state dict, no second store.
+    """
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SIZES, head_dim=8)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    rounded = with_rounded_experts(copy.deepcopy(model), name)
+    plain = sum(p.nbytes for n, p in model.named_parameters() if ".experts." in n)
+    with pytest.raises(ConfigError, match="int4"):
+        engine_of(model, expert_store="int4")
+    engine = engine_of(model, expert_store=name)
+    stored = sum(b.nbytes for n, b in model.named_buffers() if ".experts." in n)
+    assert not [n for n, _ in model.named_parameters() if ".experts." in n]
+    assert 5 < plain / stored < 8
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, rounded(ids).logits)
+    (done,) = engine.generate([[1, 2, 3]], serving.SamplingParams(temperature=0, max_tokens=5))
+    assert done.outputs[0].token_ids == greedy(rounded, [1, 2, 3], 5)
+    with pytest.raises(ConfigError, match=f"need gradients at an expert stored in {name}"):
+        model(ids)
+    for what in (model.state_dict, lambda: model.load_state_dict(rounded.state_dict())):
+        with pytest.raises(ConfigError, match=f"experts stored in {name}, expected neither"):
+            what()
+    with pytest.raises(ConfigError, match=f"found experts stored in {name} already"):
+        engine_of(model, expert_store="mxfp8")
 
 
 def test_lockstep_explains_errors_of_the_backend_alone(model):
