@@ -105,8 +105,7 @@ class SlotMap:
         ):
             slot_of_expert = None  # nothing to look up
         self.slot_of_expert, self.nodes, self.home_node = slot_of_expert, nodes, home_node
-        self._on: dict[torch.device, Tensor] = {}
-        self._nodes_on: dict[torch.device, Tensor] = {}
+        self._on: dict[tuple[str, torch.device], Tensor] = {}
 
     @classmethod
     def of(cls, slot_to_logical: np.ndarray) -> "SlotMap":
@@ -133,23 +132,19 @@ class SlotMap:
         found = np.where(given >= 0, slots[given], -1).astype(given.dtype)
         return SlotMap(found, self.nodes, self.home_node)
 
-    def on(self, device: torch.device) -> Tensor:
-        """Return the map as a tensor ``[E]`` on ``device``."""
-        assert self.slot_of_expert is not None
-        if device not in self._on:
-            self._on[device] = torch.from_numpy(self.slot_of_expert).to(device)
-        return self._on[device]
+    def on(self, device: torch.device, table: str = "slot_of_expert") -> Tensor:
+        """Return the map (or ``nodes``) as a tensor on ``device``."""
+        if (table, device) not in self._on:
+            self._on[table, device] = torch.from_numpy(getattr(self, table)).to(device)
+        return self._on[table, device]
 
     def slot_ids(self, topk_ids: Tensor, kernels: ops.Backend = "auto") -> Tensor:
         """Map logical expert ids ``[T, K]`` (-1 = dropped) to slots, same shape and dtype."""
         if self.slot_of_expert is None:
             return topk_ids
         if self.nodes is not None:
-            device = topk_ids.device
-            if device not in self._nodes_on:
-                self._nodes_on[device] = torch.from_numpy(self.nodes).to(device)
-            choices = (self.on(device), self._nodes_on[device], self.home_node)
-            return ops.serve_visited(topk_ids, *choices, backend=kernels)
+            tables = (self.on(topk_ids.device), self.on(topk_ids.device, "nodes"))
+            return ops.serve_visited(topk_ids, *tables, self.home_node, backend=kernels)
         slots = self.on(topk_ids.device).to(topk_ids.dtype)
         return torch.where(topk_ids < 0, topk_ids, slots[topk_ids.clamp_min(0).long()])
 
@@ -212,15 +207,9 @@ class Pending(Generic[Result]):
 
 def warn_if_lossy(config: DispatchConfig) -> None:
     """Log a warning, once per kind, where ``config`` sends rows in a low-bit format."""
-    lossy = {
-        name: value
-        for name, value in (
-            ("payload", config.payload),
-            ("combine_payload", config.combine_payload),
-        )
-        if value != "none"
-    }
-    said = ", ".join(f"dispatch.{name}={value}" for name, value in lossy.items())
+    payloads = {"payload": config.payload, "combine_payload": config.combine_payload}
+    lossy = [f"dispatch.{name}={value}" for name, value in payloads.items() if value != "none"]
+    said = ", ".join(lossy)
     if lossy and said not in _said_lossy:
         _said_lossy.add(said)
         logger.warning(
@@ -281,16 +270,7 @@ class TokenDispatcher:
         self.kernels: ops.Backend = kernels
         clock = StageClock(config.timing)
         self.traffic = traffic or TrafficCounter(ranks=ranks, topology=topology, clock=clock)
-        self.transport = make_transport(
-            config,
-            group=ep_group,
-            rails=rails,
-            num_slots=num_slots,
-            comm=comm or torch.distributed,
-            kernels=kernels,
-            traffic=self.traffic,
-            position=self.position,
-        )
+        self.transport = self._make_transport(config, ep_group, rails, comm or torch.distributed)
         if len(ranks) > 1:
             announce_process()
             if ep_group is not None:
@@ -397,6 +377,65 @@ class TokenDispatcher:
         apply: Any = _Combine.apply
         return Pending(lambda: apply(expert_out, weights, transport, receive, metadata))
 
+    def _make_transport(
+        self,
+        config: DispatchConfig,
+        group: "ProcessGroup | None",
+        rails: Rails | None,
+        comm: Collectives,
+    ) -> AnyTransport:
+        """Return the transport that ``config`` asks for.
+
+        Raises:
+            ConfigError: what is asked for is not possible here.
+            BackendUnavailable: DeepEP is asked for and is not installed.
+        """
+        traffic = self.traffic
+        payloads = (config.payload, config.combine_payload)
+        common: dict[str, Any] = {
+            "num_slots": self.num_slots,
+            "kernels": self.kernels,
+            "payload": Codec.of_payload(config.payload),
+            "combine_payload": Codec.of_payload(config.combine_payload),
+            "clock": traffic.clock,
+        }
+        part = functools.partial(AllToAllGroup, comm=comm, counter=traffic, position=self.position)
+        whole = part(process_group=group, ranks=traffic.ranks)
+        size = len(traffic.ranks)
+        flat = config.exchange == "flat" or (config.exchange == "auto" and rails is None)
+        if config.exchange == "deepep" and size > 1:
+            if payloads != ("none", "none"):
+                raise ConfigError(
+                    f"found payload {config.payload!r} and combine_payload "
+                    f"{config.combine_payload!r} with exchange 'deepep', expected 'none': DeepEP "
+                    "moves the rows, and knows no such format of ours"
+                )
+            made: Transport[Any] = DeepEPTransport(
+                group=group,
+                num_slots=self.num_slots,
+                max_tokens=config.deepep_max_tokens_per_rank,
+                clock=traffic.clock,
+            )
+        elif config.capacity:
+            made = FixedTransport(whole, capacity=config.capacity, **common)
+        elif flat or size == 1:
+            made = FlatTransport(whole, **common)
+        elif rails is None:
+            raise ConfigError(
+                "dispatch.exchange is 'hierarchical' and the expert groups of the nodes were "
+                "not made: start with moe_locality.initialize, or use 'flat'"
+            )
+        else:
+            made = HierarchicalTransport(
+                rails,
+                inter_node=part(process_group=rails.inter_group, ranks=rails.inter_ranks),
+                intra_node=part(process_group=rails.intra_group, ranks=rails.intra_ranks),
+                reduce_at_node=config.reduce_at_node,
+                **common,
+            )
+        # a transport only gets metadata that it made: dispatch checks metadata_type
+        return cast("AnyTransport", made)
+
     def _check_metadata(self, metadata: DispatchMetadata, slot_ids: Tensor) -> None:
         expected = self.transport.metadata_type
         if not isinstance(metadata, expected):
@@ -411,11 +450,6 @@ class TokenDispatcher:
             )
 
 
-def _no_stage(name: str) -> AbstractContextManager[None]:
-    del name
-    return contextlib.nullcontext()
-
-
 def run_moe(
     dispatcher: TokenDispatcher,
     x: Tensor,
@@ -424,7 +458,7 @@ def run_moe(
     run_experts: RunExperts,
     *,
     overlap_fn: Callable[[], object] | None = None,
-    stage: Callable[[str], AbstractContextManager[None]] = _no_stage,
+    stage: Callable[[str], AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> Tensor:
     """Send routed tokens through their experts: ``x [T, D]`` to ``[T, D]``, with autograd.
 
@@ -510,71 +544,6 @@ class _Combine(torch.autograd.Function):
             grad.contiguous(), rows, weights, ctx.dispatch_metadata, ctx.needs_input_grad[0]
         )
         return *grads, None, None, None
-
-
-def make_transport(
-    config: DispatchConfig,
-    *,
-    group: "ProcessGroup | None",
-    rails: Rails | None,
-    num_slots: int,
-    comm: Collectives,
-    kernels: ops.Backend,
-    traffic: TrafficCounter,
-    position: CallPosition,
-) -> AnyTransport:
-    """Return the transport that ``config`` asks for; arguments as of :class:`TokenDispatcher`.
-
-    Raises:
-        ConfigError: what is asked for is not possible here.
-        BackendUnavailable: DeepEP is asked for and is not installed.
-    """
-    common: dict[str, Any] = {
-        "num_slots": num_slots,
-        "kernels": kernels,
-        "payload": Codec.of_payload(config.payload),
-        "combine_payload": Codec.of_payload(config.combine_payload),
-        "clock": traffic.clock,
-    }
-    part = functools.partial(AllToAllGroup, comm=comm, counter=traffic, position=position)
-    whole = part(process_group=group, ranks=traffic.ranks)
-    size = len(traffic.ranks)
-    flat = config.exchange == "flat" or (config.exchange == "auto" and rails is None)
-    if config.exchange == "deepep" and size > 1:
-        made: Transport[Any] = _deepep(config, group, num_slots, traffic.clock)
-    elif config.capacity:
-        made = FixedTransport(whole, capacity=config.capacity, **common)
-    elif flat or size == 1:
-        made = FlatTransport(whole, **common)
-    elif rails is None:
-        raise ConfigError(
-            "dispatch.exchange is 'hierarchical' and the expert groups of the nodes were "
-            "not made: start with moe_locality.initialize, or use 'flat'"
-        )
-    else:
-        made = HierarchicalTransport(
-            rails,
-            inter_node=part(process_group=rails.inter_group, ranks=rails.inter_ranks),
-            intra_node=part(process_group=rails.intra_group, ranks=rails.intra_ranks),
-            reduce_at_node=config.reduce_at_node,
-            **common,
-        )
-    # a transport only gets metadata that it made: dispatch checks metadata_type
-    return cast("AnyTransport", made)
-
-
-def _deepep(
-    config: DispatchConfig, group: "ProcessGroup | None", num_slots: int, clock: StageClock
-) -> DeepEPTransport:
-    if (config.payload, config.combine_payload) != ("none", "none"):
-        raise ConfigError(
-            f"found payload {config.payload!r} and combine_payload "
-            f"{config.combine_payload!r} with exchange 'deepep', expected 'none': DeepEP "
-            "moves the rows, and knows no such format of ours"
-        )
-    return DeepEPTransport(
-        group=group, num_slots=num_slots, max_tokens=config.deepep_max_tokens_per_rank, clock=clock
-    )
 
 
 class ExchangingLayer:

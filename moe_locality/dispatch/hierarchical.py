@@ -365,19 +365,6 @@ def gather_weight_grads(layout: InterNodeLayout, grads: Tensor) -> Tensor:
     return grads.gather(0, copy).masked_fill_(nodes < 0, 0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _SentCopies:
-    """Packed copies that are being sent; ``metadata``: None in the first step of its routes."""
-
-    layout: InterNodeLayout
-    metadata: HierarchicalMetadata | None
-    pending: PendingRows
-    wire: WireFormat
-    top_k: int
-    width: int
-    dtype: torch.dtype
-
-
 class HierarchicalTransport(Transport[HierarchicalMetadata]):
     """Two all-to-alls in each direction: between nodes (``inter_node``) and inside the node
     (``intra_node``).
@@ -447,16 +434,7 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
             )
         splits, extra = (layout.input_splits, layout.output_splits), wire.extra_bytes
         pending = self.inter_node.start_rows(packed, *splits, "dispatch", extra_bytes=extra)
-        sent_copies = _SentCopies(
-            layout=layout,
-            metadata=metadata,
-            pending=pending,
-            wire=wire,
-            top_k=layout.local_slots.shape[1],
-            width=x.shape[1],
-            dtype=x.dtype,
-        )
-        return partial(self._finish_dispatch, sent_copies)
+        return partial(self._finish_dispatch, pending, wire, layout, metadata, x)
 
     def _raise_inside(
         self, desync: DesyncError, device: torch.device
@@ -467,36 +445,47 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
         self.intra_node.start_counts(none, desync).read()
         raise desync
 
-    def _finish_dispatch(self, step: _SentCopies) -> DispatchedRows[HierarchicalMetadata]:
-        """Receive the copies and send their rows on to the ranks of their experts."""
+    def _finish_dispatch(
+        self,
+        pending: PendingRows,
+        wire: WireFormat,
+        layout: InterNodeLayout,
+        metadata: HierarchicalMetadata | None,
+        x: Tensor,
+    ) -> DispatchedRows[HierarchicalMetadata]:
+        """Receive the copies and send their rows on to the ranks of their experts.
+
+        ``metadata``: None in the first step of its routes. ``x``: for its width and type.
+        """
         with self.clock("dispatch across"):
-            parts = step.wire.unpack(step.pending.wait())
+            parts = wire.unpack(pending.wait())
         rows, weights = parts[0], parts[-1].contiguous() if self.sends_weights else None
-        counts, metadata = None, step.metadata
+        counts = None
         with self.clock("plan"):
             if metadata is None:
-                routes = sort_routes(parts[1].int(), self.slots_of_node, self.kernels)
-                splits = step.layout.output_splits
-                cells = counts_by_slot_and_home(routes, splits, step.top_k, self.slots_of_node)
+                local = parts[1].int()
+                routes = sort_routes(local, self.slots_of_node, self.kernels)
+                splits, top_k = layout.output_splits, local.shape[1]
+                cells = counts_by_slot_and_home(routes, splits, top_k, self.slots_of_node)
                 counts = self.intra_node.start_counts(cells)
             else:
                 routes = metadata.intra_node.routes
         if counts is not None and routes.padded:
             # most rows of a map of fixed size are past the end: better to wait than to make them
-            metadata = self._metadata(step.layout, routes, counts)
+            metadata = self._metadata(layout, routes, counts)
             routes = metadata.intra_node.routes
         with self.clock("permute"):
             rows = ops.permute(rows.contiguous(), routes, backend=self.kernels)
         if metadata is None:
             assert counts is not None
-            metadata = self._metadata(step.layout, routes, counts)
+            metadata = self._metadata(layout, routes, counts)
         inside = metadata.intra_node
         with self.clock("dispatch inside"):
             splits = (inside.input_splits, inside.output_splits)
             rows = self.intra_node.rows(rows, *splits, "dispatch")
         with self.clock("reorder"):
             rows = ops.permute(rows, inside.by_expert, backend=self.kernels)
-            rows = self.payload.decode(rows, step.width, step.dtype)
+            rows = self.payload.decode(rows, x.shape[1], x.dtype)
         return DispatchedRows(metadata, rows, weights)
 
     def dispatch_backward(

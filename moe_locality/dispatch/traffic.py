@@ -7,6 +7,7 @@ rows to itself are counted as ``same_rank``: they cost a copy, not a link. What 
 rows travel is in ``transport``; here the ranks gather it.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -52,16 +53,17 @@ def traffic_report(
     mine = [(name, _counted(counter)) for name, counter in counters(model)]
     topology = topology or next((c.topology for _, c in counters(model) if c.topology), None)
     ranks, everyone = _gather(mine, group)
-    names = [name for name, *_ in max(everyone, key=len)] if everyone else []
-    layers, total = [], _Sums(ranks)
-    for index, name in enumerate(names):
-        sums = _Sums(ranks)
-        for sender, entries in enumerate(everyone):
-            if index < len(entries):
-                sums.add(sender, entries[index][1])
-        total.merge(sums)
-        layers.append({"name": name, **_report(sums, topology)})
-    return {"ranks": list(ranks), **_report(total, topology), "per_layer": layers}
+    names = [name for name, _ in max(everyone, key=len)]
+    sent = [
+        [(sender, own[i][1]) for sender, own in enumerate(everyone) if i < len(own)]
+        for i in range(len(names))
+    ]
+    layers = [
+        {"name": name, **_report(ranks, layer, topology)}
+        for name, layer in zip(names, sent, strict=True)
+    ]
+    total = _report(ranks, itertools.chain(*sent), topology)
+    return {"ranks": list(ranks), **total, "per_layer": layers}
 
 
 def _counted(counter: TrafficCounter) -> dict[str, Any]:
@@ -87,67 +89,49 @@ _MATRICES = {"bytes": "by_link", "rows": "rows_by_link", "messages": "messages_b
 """What is counted per pair of ranks, and its name in the report when summed by link."""
 
 
-class _Sums:
-    """PendingCounts of all ranks, as matrices."""
-
-    def __init__(self, ranks: tuple[int, ...]) -> None:
-        size = len(ranks)
-        self.ranks = ranks
-        self.matrices = {
-            name: {kind: np.zeros((size, size), dtype=np.int64) for kind in ALL_KINDS}
-            for name in _MATRICES
-        }
-        self.load = np.zeros(size, dtype=np.int64)
-        self.stage_us: dict[str, np.ndarray] = {}
-
-    def add(self, sender: int, counted: dict[str, Any]) -> None:
-        """Add what one rank counted."""
-        place = {rank: i for i, rank in enumerate(self.ranks)}
+def _report(
+    ranks: tuple[int, ...],
+    sent: Iterable[tuple[int, dict[str, Any]]],
+    topology: ClusterTopology | None,
+) -> dict[str, Any]:
+    """The sums of what was counted, with the place of the rank that counted it."""
+    size, place = len(ranks), {rank: i for i, rank in enumerate(ranks)}
+    sums = {
+        name: {kind: np.zeros((size, size), dtype=np.int64) for kind in ALL_KINDS}
+        for name in _MATRICES
+    }
+    load, stage_us = np.zeros(size, dtype=np.int64), {}
+    for sender, counted in sent:
         outside = [rank for rank in counted["ranks"] if rank not in place]
         if outside:
             raise TopologyError(
                 f"found traffic to ranks {outside}, expected only ranks of the group "
-                f"{list(self.ranks)}: ask for the report over the world"
+                f"{list(ranks)}: ask for the report over the world"
             )
         columns = [place[rank] for rank in counted["ranks"]]
-        for name, matrices in self.matrices.items():
+        for name, matrices in sums.items():
             for kind, matrix in matrices.items():
                 matrix[sender, columns] += counted[name][kind]
-        self.load[sender] += counted["load"]
+        load[sender] += counted["load"]
         for stage, us in counted["stage_us"].items():
-            self._stage(stage)[sender] += us
-
-    def merge(self, other: "_Sums") -> None:
-        """Add the counts of another layer."""
-        for name, matrices in self.matrices.items():
-            for kind, matrix in matrices.items():
-                matrix += other.matrices[name][kind]
-        self.load += other.load
-        for stage, us in other.stage_us.items():
-            self._stage(stage)[:] += us
-
-    def _stage(self, name: str) -> np.ndarray:
-        return self.stage_us.setdefault(name, np.zeros(len(self.ranks)))
-
-
-def _report(sums: _Sums, topology: ClusterTopology | None) -> dict[str, Any]:
+            stage_us.setdefault(stage, np.zeros(size))[sender] += us
+    links = None if topology is None else link_classes(ranks, topology)
     report: dict[str, Any] = {
         name: {kind: matrix.tolist() for kind, matrix in matrices.items()}
-        for name, matrices in sums.matrices.items()
+        for name, matrices in sums.items()
     }
-    links = None if topology is None else link_classes(sums.ranks, topology)
     for name, key in _MATRICES.items():
-        report[key] = links if links is None else _by_link(sums.matrices[name], links)
-    report["load"] = sums.load.tolist()
-    report["stage_us"] = {stage: us.tolist() for stage, us in sums.stage_us.items()}
+        report[key] = (
+            None
+            if links is None
+            else {
+                kind: {link: int(matrix[links == i].sum()) for i, link in enumerate(LINKS)}
+                for kind, matrix in sums[name].items()
+            }
+        )
+    report["load"] = load.tolist()
+    report["stage_us"] = {stage: us.tolist() for stage, us in stage_us.items()}
     return report
-
-
-def _by_link(matrices: dict[str, np.ndarray], links: np.ndarray) -> dict[str, dict[str, int]]:
-    return {
-        kind: {link: int(matrix[links == i].sum()) for i, link in enumerate(LINKS)}
-        for kind, matrix in matrices.items()
-    }
 
 
 def link_classes(ranks: Sequence[int], topology: ClusterTopology) -> np.ndarray:

@@ -17,7 +17,7 @@ Shapes: T tokens on this rank, K top-k, P slots, N rows, D model width.
 import importlib
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache, partial
 from types import ModuleType
 from typing import Any, Literal
@@ -281,15 +281,7 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
 
 # -- operators of torch.library, for torch.compile and export
 
-MAP_FIELDS = (
-    "row_route",
-    "row_token",
-    "positions",
-    "tokens_per_slot",
-    "slot_offsets",
-    "routed_per_slot",
-    "overflow",
-)
+MAP_FIELDS = tuple(field.name for field in fields(RowMap) if field.name != "padded")
 """The results of the operator and of the backend function ``row_map``, in this order."""
 
 SCHEMAS = {

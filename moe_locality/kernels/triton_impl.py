@@ -89,7 +89,6 @@ def serve_visited(ids: Tensor, slots: Tensor, nodes: Tensor, home_node: int) -> 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
     kernels = _kernels()
-
     x, index = x.contiguous(), index.contiguous()
     rows = x.new_empty(index.shape[0], x.shape[1])
     if rows.numel():
@@ -102,7 +101,6 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
 
 def permute(x: Tensor, row_token: Tensor, positions: Tensor, slot_offsets: Tensor | None) -> Tensor:
     kernels = _kernels()
-
     x = x.contiguous()
     num_rows, width = row_token.shape[0], x.shape[1]
     rows = x.new_empty(num_rows, width)
@@ -128,7 +126,6 @@ def permute(x: Tensor, row_token: Tensor, positions: Tensor, slot_offsets: Tenso
 
 def combine(rows: Tensor, positions: Tensor, weights: Tensor | None) -> Tensor:
     kernels = _kernels()
-
     rows = rows.contiguous()
     num_tokens, top_k = positions.shape
     out = rows.new_empty(num_tokens, rows.shape[1])
@@ -159,12 +156,11 @@ def combine_backward(
     slot_offsets: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     kernels = _kernels()
-
     (num_tokens, top_k), width, num_rows = positions.shape, grad.shape[1], row_token.shape[0]
     grad_rows = grad.new_empty(num_rows, width) if need_rows else None
     grad_weights = None if rows is None else weights.new_empty(weights.shape)
     if not num_tokens:
-        return _zero(grad_rows), grad_weights
+        return None if grad_rows is None else grad_rows.zero_(), grad_weights
     tile, columns, warps = _tile(num_tokens, width, whole_rows=True)
     padding = _padding(slot_offsets if need_rows else None, num_rows, columns)
     token_blocks = _blocks(num_tokens, tile)
@@ -235,10 +231,6 @@ def _accumulator(rows: Tensor, weights: Tensor | None) -> Any:
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
-
-
-def _zero(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.zero_()
 
 
 def _blocks(count: int, size: int) -> int:
