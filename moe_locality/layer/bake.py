@@ -354,9 +354,11 @@ def read_optimizer_states(
                 f"found an optimizer state with {found}, expected a plain torch optimizer's: fp32 "
                 "masters belong to slots; load with load_module_only=True"
             )
-    if names is None and trust_order:
-        names = _names_by_order(files, next(iter(dense.values())), states)
-    if names is None:
+    if names is not None:
+        flat = [name for group in names for name in group]
+    elif trust_order:
+        flat = _names_by_order(files, next(iter(dense.values())), states)
+    else:
         raise NotBaked(
             "the checkpoint does not name the optimizer's parameters (moe_locality did not save "
             "it); if they are in the order of the model, allow it (trust_parameter_order=True, "
@@ -364,7 +366,6 @@ def read_optimizer_states(
         )
     ranks = 1 + max(rank for rank, _ in states)
     per_rank, rest = divmod(files.num_experts, ranks)
-    flat = [name for group in names for name in group]
     _check_names(files, flat, per_rank if rest == 0 else 0, contents)
     _check_shapes(flat, contents, files.num_experts)
     return OptimizerStates(files=files, states=states, names=flat, per_rank=per_rank)
@@ -415,7 +416,7 @@ def _permuted(state: dict[str, Any], source: np.ndarray) -> dict[str, Any]:
 
 def _names_by_order(
     files: CheckpointFiles, dense: dict[str, Any], states: dict[tuple[int, int], dict[str, Any]]
-) -> list[list[str]] | None:
+) -> list[str]:
     """Return DeepSpeed's default: the dense parameters, then the experts, in model order."""
     buffers = set(dense.get("buffer_names") or ())
     shapes = {k: tuple(v.shape) for k, v in dense["module"].items() if k not in buffers}
@@ -445,24 +446,10 @@ def _names_by_order(
                 f"found states of shape {sorted(found)} for parameter {i}, expected {shape} of "
                 f"{name}: the order of the model is not the optimizer's"
             )
-    names = iter(flat)
-    return [[next(names) for _ in range(size)] for size in sizes]
+    return list(flat)
 
 
 # -- the whole checkpoint --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Job:
-    """One bake: what was read, and per layer the old slot that each new slot takes."""
-
-    files: CheckpointFiles
-    dense: dict[int, dict[str, Any]]
-    sources: list[np.ndarray]
-    entry: dict[str, Any]
-    optimizer: OptimizerStates | None
-    left_out: str | None
-    trusted: bool
 
 
 def bake_checkpoint(
@@ -507,99 +494,96 @@ def bake_checkpoint(
     tag = resolve_tag(source, tag)
     check_is_permutation(plan)
     check_is_new(out)
-    trusts = (trust_checkpoint, trust_parameter_order)
-    job = _prepare(source / tag, plan, *trusts, num_expert_groups)
+    bake = _Bake(source / tag, plan, trust_checkpoint, trust_parameter_order, num_expert_groups)
 
     def write(folder: Path) -> None:
-        _write(job, folder / tag)
+        bake.write(folder / tag)
         (folder / "latest").write_text(tag, encoding="utf-8")
 
     replace_folder(out, write)
-    return _summarize(job, plan, source, out, tag)
+    return {"checkpoint": str(source), "out": str(out), "tag": tag, **bake.summary()}
 
 
-def _prepare(
-    folder: Path, plan: PlacementPlan, trusted: bool, trust_order: bool, num_groups: int | None
-) -> _Job:
-    """Read the small files and check everything; write nothing."""
-    files = find_files(folder)
-    plan.check_fits(num_experts=files.num_experts, layer_count=files.num_layers)
-    dense = {mp: read_file(path, trusted=trusted) for mp, path in files.dense.items()}
-    if files.auto_ep:
-        section = dense[min(dense)]["ds_config"]["expert_parallel"]
-        preset = section.get("preset_model") or "unnamed"
-        names = PRESETS.get(preset, PRESETS["deepseek_v3"])
-        check_groups(plan, groups_of({}, preset, names, num_groups) or 1)
-    numbers = layer_numbers(files.prefixes, dense[min(dense)].get("module") or ())
-    first = files.dense[min(files.dense)]
-    entry = read_entry(dense[min(dense)], first)
-    current = orders_of(entry, files.num_layers, files.num_experts)
-    rows = plan.rows_for(numbers, files.num_layers)
-    target = [row.astype(np.int64) for row in plan.physical_to_logical_map[rows]]
-    sources = [source_slots(old, new) for old, new in zip(current, target, strict=True)]
-    names = entry.get("optimizer_names") if entry else None
-    optimizer, left_out = None, None
-    if entry is not None and entry.get("optimizer_left_out"):
-        left_out = "an earlier bake left it out"
-    try:
-        if entry is not None and entry.get("replicas"):
-            raise NotBaked("it was made with replicas, and belongs to their slots")
-        optimizer = read_optimizer_states(
-            files, dense, names, trusted=trusted, trust_order=trust_order
-        )
-    except NotBaked as reason:
-        left_out = str(reason)
-        logger.warning("the optimizer state was left out of %s: %s", folder, reason)
-    return _Job(
-        files=files,
-        dense=dense,
-        sources=sources,
-        entry=make_entry(
+class _Bake:
+    """One bake. The constructor reads the small files and checks everything; it writes nothing.
+
+    ``sources``: per layer, the old slot that each new slot takes.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        plan: PlacementPlan,
+        trusted: bool,
+        trust_order: bool,
+        groups: int | None,
+    ) -> None:
+        files = find_files(folder)
+        plan.check_fits(num_experts=files.num_experts, layer_count=files.num_layers)
+        dense = {mp: read_file(path, trusted=trusted) for mp, path in files.dense.items()}
+        first = min(dense)
+        if files.auto_ep:
+            section = dense[first]["ds_config"]["expert_parallel"]
+            preset = section.get("preset_model") or "unnamed"
+            family = PRESETS.get(preset, PRESETS["deepseek_v3"])
+            check_groups(plan, groups_of({}, preset, family, groups) or 1)
+        numbers = layer_numbers(files.prefixes, dense[first].get("module") or ())
+        entry = read_entry(dense[first], files.dense[first]) or {}
+        current = orders_of(entry or None, files.num_layers, files.num_experts)
+        rows = plan.rows_for(numbers, files.num_layers)
+        target = [row.astype(np.int64) for row in plan.physical_to_logical_map[rows]]
+        self.files, self.dense, self.plan, self.trusted = files, dense, plan, trusted
+        self.sources = [source_slots(old, new) for old, new in zip(current, target, strict=True)]
+        names = entry.get("optimizer_names")
+        self.optimizer: OptimizerStates | None = None
+        self.left_out = "an earlier bake left it out" if entry.get("optimizer_left_out") else None
+        try:
+            if entry.get("replicas"):
+                raise NotBaked("it was made with replicas, and belongs to their slots")
+            trusts = {"trusted": trusted, "trust_order": trust_order}
+            self.optimizer = read_optimizer_states(files, dense, names, **trusts)
+        except NotBaked as reason:
+            self.left_out = str(reason)
+            logger.warning("the optimizer state was left out of %s: %s", folder, reason)
+        self.entry = make_entry(
             target,
             plan_digest=plan.digest(),
             optimizer_names=names,
-            optimizer_left_out=left_out is not None,
-        ),
-        optimizer=optimizer,
-        left_out=left_out,
-        trusted=trusted,
-    )
+            optimizer_left_out=self.left_out is not None,
+        )
 
+    def write(self, folder: Path) -> None:
+        files = self.files
+        folder.mkdir(parents=True)
+        for path in files.copied:
+            target = folder / path.relative_to(files.folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, target)
+        write_experts(files, self.sources, folder, trusted=self.trusted)
+        rank_0: dict[int, Any] = {}
+        if self.optimizer is not None:
+            for (rank, mp), states in self.optimizer.baked(self.sources):
+                _write_file(states, folder / files.optimizer[rank, mp].name)
+                if rank == 0:
+                    rank_0[mp] = states["optimizer"]
+        for mp, path in files.dense.items():
+            states = bake_dense(self.dense[mp], files, self.sources, path)
+            # rank 0 writes its optimizer here too; DeepSpeed reads it from the expp_rank files
+            states["optimizer"] = rank_0.get(mp) if states.get("optimizer") is not None else None
+            states[KEY] = self.entry
+            _write_file(states, folder / path.name)
 
-def _write(job: _Job, folder: Path) -> None:
-    folder.mkdir(parents=True)
-    for path in job.files.copied:
-        target = folder / path.relative_to(job.files.folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(path, target)
-    write_experts(job.files, job.sources, folder, trusted=job.trusted)
-    rank_0: dict[int, Any] = {}
-    if job.optimizer is not None:
-        for (rank, mp), states in job.optimizer.baked(job.sources):
-            _write_file(states, folder / job.files.optimizer[rank, mp].name)
-            if rank == 0:
-                rank_0[mp] = states["optimizer"]
-    for mp, path in job.files.dense.items():
-        states = bake_dense(job.dense[mp], job.files, job.sources, path)
-        # rank 0 writes its optimizer here too; DeepSpeed reads it from the expp_rank files
-        states["optimizer"] = rank_0.get(mp) if states.get("optimizer") is not None else None
-        states[KEY] = job.entry
-        _write_file(states, folder / path.name)
-
-
-def _summarize(job: _Job, plan: PlacementPlan, source: Path, out: Path, tag: str) -> dict[str, Any]:
-    optimizer = "baked" if job.optimizer is not None else "none"
-    left_out = [*job.files.other_optimizer]
-    left_out += [] if job.optimizer is not None else job.files.optimizer.values()
-    return {
-        "checkpoint": str(source),
-        "out": str(out),
-        "tag": tag,
-        "num_layers": job.files.num_layers,
-        "num_experts": job.files.num_experts,
-        "plan_digest": plan.digest(),
-        **count_moves(job.sources, plan.slots_per_rank),
-        "optimizer": optimizer if job.left_out is None else f"left out: {job.left_out}",
-        "copied": [str(path.relative_to(job.files.folder)) for path in job.files.copied],
-        "left_out": [path.name for path in left_out],
-    }
+    def summary(self) -> dict[str, Any]:
+        """What ``bake_checkpoint`` returns, without the paths."""
+        files, baked = self.files, self.optimizer is not None
+        optimizer = "baked" if baked else "none"
+        left_out = [*files.other_optimizer, *(() if baked else files.optimizer.values())]
+        return {
+            "num_layers": files.num_layers,
+            "num_experts": files.num_experts,
+            "plan_digest": self.plan.digest(),
+            **count_moves(self.sources, self.plan.slots_per_rank),
+            "optimizer": optimizer if self.left_out is None else f"left out: {self.left_out}",
+            "copied": [str(path.relative_to(files.folder)) for path in files.copied],
+            "left_out": [path.name for path in left_out],
+        }

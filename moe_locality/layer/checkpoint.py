@@ -57,6 +57,7 @@ from moe_locality.layer.state import (
     state_source,
 )
 from moe_locality.placement.plan import PlacementPlan
+from moe_locality.topology.groups import exchange_objects
 
 KEY = "moe_locality"
 FORMAT_VERSION = 1
@@ -242,7 +243,13 @@ def wrap_checkpoints(engine: Any, plan: PlacementPlan | None = None) -> None:
             raise ConfigError(
                 f"found the key {KEY!r} in client_state, which moe_locality writes: rename it"
             )
-        client_state[KEY] = _entry_of(engine, plan or plan_of(engine))
+        followed = plan or plan_of(engine)
+        client_state[KEY] = make_entry(
+            [current_order(module) for _, module in moe_modules(engine.module)],
+            plan_digest=followed.digest() if followed else None,
+            optimizer_names=_optimizer_names(engine),
+            replicas=slots_of(engine),
+        )
         bound.arguments["client_state"] = client_state
         return save(*bound.args, **bound.kwargs)
 
@@ -385,15 +392,6 @@ def _digest(decision: _Decision | None) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _entry_of(engine: Any, plan: PlacementPlan | None) -> dict[str, Any]:
-    return make_entry(
-        [current_order(module) for _, module in moe_modules(engine.module)],
-        plan_digest=plan.digest() if plan else None,
-        optimizer_names=_optimizer_names(engine),
-        replicas=slots_of(engine),
-    )
-
-
 def _optimizer_names(engine: Any) -> list[list[str]] | None:
     """Names of the optimizer's parameters, group by group, where all ranks have the same.
 
@@ -405,16 +403,13 @@ def _optimizer_names(engine: Any) -> list[list[str]] | None:
     if optimizer is not None:
         name_of = {id(p): name for name, p in engine.module.named_parameters()}
         names = [[name_of[id(p)] for p in group["params"]] for group in optimizer.param_groups]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()
-        found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, digest)
-        if len(set(found)) > 1:
-            logger.warning(
-                "the optimizer's parameter groups differ between ranks (set PYTHONHASHSEED=0): "
-                "their names are not saved, so optimizer state cannot be baked offline"
-            )
-            return None
+    digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()
+    if dist.is_initialized() and len(set(exchange_objects(digest))) > 1:
+        logger.warning(
+            "the optimizer's parameter groups differ between ranks (set PYTHONHASHSEED=0): "
+            "their names are not saved, so optimizer state cannot be baked offline"
+        )
+        return None
     return names
 
 
@@ -440,7 +435,7 @@ class ExpertFiles:
         """Save a file; that of a slot under the number of its expert, or not at all."""
         found = self._slot_of(path)
         if found is not None:
-            replicas, slot = found
+            _, replicas, slot = found
             expert = int(replicas.slot_to_logical[slot])
             if replicas.primary_slots[expert] != slot:
                 return None  # the expert is in the file of another slot
@@ -452,16 +447,17 @@ class ExpertFiles:
         found = self._slot_of(path)
         if found is None:
             return self._load(path, *args, **kwargs)
-        replicas, slot = found
-        layer = int(EXPERT_STATES.fullmatch(Path(path).name)[1])  # pyright: ignore
+        layer, replicas, slot = found
         wanted = int(replicas.slot_to_logical[slot])
         number = int(np.flatnonzero(self.orders[layer] == wanted)[0])
         return renumbered(self._load(_numbered(path, number), *args, **kwargs), slot)
 
-    def _slot_of(self, path: Any) -> tuple[LayerReplicas, int] | None:
-        match = EXPERT_STATES.fullmatch(Path(path).name)
-        replicas = self.layers[int(match[1])] if match else None
-        return (replicas, int(match[2])) if match and replicas is not None else None
+    def _slot_of(self, path: Any) -> tuple[int, LayerReplicas, int] | None:
+        if (match := EXPERT_STATES.fullmatch(Path(path).name)) is None:
+            return None
+        layer, slot, _ = map(int, match.groups())
+        replicas = self.layers[layer]
+        return None if replicas is None else (layer, replicas, slot)
 
 
 def _numbered(path: Any, number: int) -> str:

@@ -135,21 +135,18 @@ def _swap(
     """Turn the named layers into ours; return the names of those that were DeepSpeed's."""
     key_of = {"dispatch_config": "dispatch", "kernels": "kernels", "experts": "experts"}
     chosen: dict[str, Any] = {given: getattr(section, key) for given, key in key_of.items()}
+    said = {
+        given: chosen[given] for given, key in key_of.items() if key in section.model_fields_set
+    }
     swapped = []
     for number, (name, module) in enumerate(layers):
-        new = adopt(module, **chosen, topology=topology)
+        if adopt(module, **chosen, topology=topology):
+            swapped.append(name)
+        else:  # built as ours: what its constructor was given stays, unless the section says it
+            configure(module, **said, topology=topology)
         layer: Any = module.deepspeed_moe
         layer.cluster = section.cluster or layer.cluster
-        position: Any = layer.call_position
-        position.number, position.name = number, name
-        if new:
-            swapped.append(name)
-            continue
-        # built as ours: what its constructor was given stays, unless the section says otherwise
-        said = {
-            given: chosen[given] for given, key in key_of.items() if key in section.model_fields_set
-        }
-        configure(module, **said, topology=topology)
+        layer.call_position.number, layer.call_position.name = number, name
     return swapped
 
 

@@ -91,15 +91,10 @@ class AttributeOverride:
         object.__setattr__(self, "_replaced", replaced)
 
     def __getattr__(self, name: str) -> Any:
-        replaced = object.__getattribute__(self, "_replaced")
-        return (
-            replaced[name]
-            if name in replaced
-            else getattr(object.__getattribute__(self, "_target"), name)
-        )
+        return self._replaced[name] if name in self._replaced else getattr(self._target, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(object.__getattribute__(self, "_target"), name, value)
+        setattr(self._target, name, value)
 
 
 class LocalityTopKGate(TopKGate):
@@ -113,7 +108,8 @@ class LocalityTopKGate(TopKGate):
     slot_to_logical: np.ndarray
     _placed: SlotMap
     """slot of each expert; None inside where both orders are one"""
-    _serving: SlotMap | None = None
+    serving: SlotMap | None = None
+    """the slot that serves each expert for this rank's tokens, where experts have replicas"""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -152,16 +148,10 @@ class LocalityTopKGate(TopKGate):
         # not a buffer: it must not be saved, cast, or made on the meta device
         self._placed = SlotMap.of(slot_to_logical)
 
-    def set_serving_slots(self, serving: SlotMap | None) -> None:
-        """Say which slot serves each expert for this rank's tokens, where experts have replicas;
-        None: the one slot that holds it.
-        """
-        self._serving = serving
-
     @property
     def slot_map(self) -> SlotMap:
         """The slot of each logical expert for the tokens of this rank."""
-        return self._serving or self._placed
+        return self.serving or self._placed
 
     def slot_ids(self, logical_ids: Tensor) -> Tensor:
         """Map logical ids (-1 = dropped) to slots, the same shape and dtype."""
@@ -406,12 +396,9 @@ def adopt(
     layer: Any = module.deepspeed_moe
     if isinstance(layer, LocalityMOELayer):
         return False
-    parts = (
-        ("deepspeed_moe", layer, MOELayer),
-        ("gate", layer.gate, TopKGate),
-        ("experts", layer.experts, Experts),
-    )
-    for name, part, expected in parts:
+    parts = (layer, layer.gate, layer.experts)
+    kinds = {"deepspeed_moe": MOELayer, "gate": TopKGate, "experts": Experts}
+    for part, (name, expected) in zip(parts, kinds.items(), strict=True):
         if type(part) is not expected:
             raise ConfigError(
                 f"found {type(part).__qualname__} as {name} of an MoE layer, expected DeepSpeed's "

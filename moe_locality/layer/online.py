@@ -183,15 +183,9 @@ class OnlinePlacement:
             max_imbalance=self.config.max_imbalance,
             **self._prices(gathered),
         )
-        facts = {
-            "reason": found.reason,
-            "num_tokens": trace.num_tokens,
-            "drift": drift,
-            "moved_slots": found.moved_slots,
-            "saved_us_per_step": found.saved_us_per_step,
-            "move_us": found.move_us,
-            "break_even_steps": found.break_even_steps,
-        }
+        names = ("reason", "moved_slots", "saved_us_per_step", "move_us", "break_even_steps")
+        facts = {name: getattr(found, name) for name in names}
+        facts |= {"num_tokens": trace.num_tokens, "drift": drift}
         pays = found.worth_it is True and found.moved_slots > 0
         return (found.plan.to_dict() if pays else None), facts
 

@@ -109,7 +109,11 @@ def relabel(
     digest = plan.digest() if isinstance(plan, PlacementPlan) else repr(plan)
     report = relabel_to(prepare, digest, timeout_s=timeout_s)
     if engine is not None:
-        _remember_plan(engine, plan)
+        runtime = getattr(engine, "moe_locality", None)
+        if runtime is None:
+            engine.moe_locality_plan = plan
+        else:
+            runtime.plan = plan
     return report
 
 
@@ -117,14 +121,6 @@ def plan_of(engine: Any) -> PlacementPlan | None:
     """Return the plan that an engine follows: that of its last relabel, or of its start."""
     runtime = getattr(engine, "moe_locality", None)
     return getattr(engine, "moe_locality_plan", None) if runtime is None else runtime.plan
-
-
-def _remember_plan(engine: Any, plan: PlacementPlan) -> None:
-    runtime = getattr(engine, "moe_locality", None)
-    if runtime is None:
-        engine.moe_locality_plan = plan
-    else:
-        runtime.plan = plan
 
 
 def relabel_to(prepare: Any, digest: str, *, timeout_s: float = TIMEOUT_S) -> MoveReport:

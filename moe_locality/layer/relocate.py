@@ -100,6 +100,9 @@ def signals_deferred() -> Iterator[None]:
             signal.raise_signal(number)
 
 
+FindShards = Callable[[], tuple[list[list[TensorShard]], list[TensorShard]]]
+"""What moves with the expert of each slot of this rank, and what of the gate."""
+
 Step = tuple[tuple[int, int], ...]
 """Pairs (slot that is read, slot that is written): a rank reads the slots that it writes."""
 
@@ -208,12 +211,12 @@ class _Layer:
     """
 
     name: str
-    slots: dict[int, list[TensorShard]]
     group: dist.ProcessGroup | None
     per_rank: int
-    buffers: list[Tensor]
     report: MoveReport
     timeout_s: float
+    slots: dict[int, list[TensorShard]] = field(default_factory=dict)
+    buffers: list[Tensor] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     stop: BaseException | None = None
     rolling_back: bool = False
@@ -291,7 +294,7 @@ def relabel_layer(
 
 @torch.no_grad()
 def move_experts(
-    find_shards: Callable[[], tuple[list[list[TensorShard]], list[TensorShard]]],
+    find_shards: FindShards,
     current: np.ndarray,
     target: np.ndarray,
     *,
@@ -320,7 +323,8 @@ def move_experts(
     steps = plan_steps(current, target, num_ranks)
     if not steps:
         return report
-    layer, gate = _open(find_shards, per_rank, group, name, report, timeout_s)
+    layer = _Layer(name=name, group=group, per_rank=per_rank, report=report, timeout_s=timeout_s)
+    gate = _open(layer, find_shards)
     done: list[Step] = []
     try:
         for step in steps:
@@ -372,38 +376,22 @@ def place_stacked(
     total.log("placed")
 
 
-def _open(
-    find_shards: Callable[[], tuple[list[list[TensorShard]], list[TensorShard]]],
-    per_rank: int,
-    group: Any,
-    name: str,
-    report: MoveReport,
-    timeout_s: float,
-) -> tuple[_Layer, list[TensorShard]]:
-    """Find what moves and allocate the buffers, before anything changes."""
-    first = (0 if group is None else dist.get_rank(group)) * per_rank
-    layer = _Layer(
-        name=name,
-        slots={},
-        group=group,
-        per_rank=per_rank,
-        buffers=[],
-        report=report,
-        timeout_s=timeout_s,
-    )
+def _open(layer: _Layer, find_shards: FindShards) -> list[TensorShard]:
+    """Find what moves and allocate the buffers, before anything changes; return the gate's part."""
+    first = (0 if layer.group is None else dist.get_rank(layer.group)) * layer.per_rank
     gate: list[TensorShard] = []
     with layer.guard():
         experts, gate = find_shards()
         layer.slots = {first + number: shards for number, shards in enumerate(experts)}
         largest = max(flat_bytes(layer.slots[first]), flat_bytes(gate))
         locals_ = (s.local for s in layer.slots[first])
-        device = wire_device(group, next((t for t in locals_ if t is not None), None))
+        device = wire_device(layer.group, next((t for t in locals_ if t is not None), None))
         layer.buffers = [
             torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(NUM_BUFFERS)
         ]
-        report.buffer_bytes = NUM_BUFFERS * largest
+        layer.report.buffer_bytes = NUM_BUFFERS * largest
     layer.agree()
-    return layer, gate
+    return gate
 
 
 @contextmanager

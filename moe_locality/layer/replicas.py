@@ -116,25 +116,22 @@ def with_new_parameters(model: nn.Module, given: Any) -> Any:
     followers = _followers(model)
     if isinstance(given, torch.optim.Optimizer):
         groups = given.param_groups
-        known = {id(p) for group in groups for p in group["params"]}
-        if not any(id(p) not in known for new in followers.values() for p in new):
-            return given
-        if given.state:
-            raise ConfigError(
-                "found an optimizer that has taken steps, and a plan with replicas, expected a new "
-                "optimizer: make it after the replicas were added, with moe_locality.apply"
-            )
-        for group in groups:
-            group["params"] = _extended(group["params"], followers, known)
+    else:
+        items = list(given)
+        if not any(isinstance(item, dict) for item in items):
+            return _extended(items, followers, {id(p) for p in items})
+        given = groups = [{**group, "params": _listed(group["params"])} for group in items]
+    known = {id(p) for group in groups for p in group["params"]}
+    if all(id(p) in known for new in followers.values() for p in new):
         return given
-    items = list(given)
-    if any(isinstance(item, dict) for item in items):
-        groups = [{**group, "params": _listed(group["params"])} for group in items]
-        known = {id(p) for group in groups for p in group["params"]}
-        for group in groups:
-            group["params"] = _extended(group["params"], followers, known)
-        return groups
-    return _extended(items, followers, {id(p) for p in items})
+    if getattr(given, "state", None):
+        raise ConfigError(
+            "found an optimizer that has taken steps, and a plan with replicas, expected a new "
+            "optimizer: make it after the replicas were added, with moe_locality.apply"
+        )
+    for group in groups:
+        group["params"] = _extended(group["params"], followers, known)
+    return given
 
 
 def _listed(parameters: Any) -> list[Tensor]:
@@ -245,8 +242,7 @@ def _build(target: Target, serving: SlotMap) -> None:
         part.num_local_experts = replicas.slots_per_rank
     permute_gate(layer.gate, np.argsort(current))
     set_slot_to_logical(module, np.arange(module.num_experts))
-    layer.gate.set_serving_slots(serving)
-    layer.replicas, layer.dispatcher = replicas, None
+    layer.gate.serving, layer.replicas, layer.dispatcher = serving, replicas, None
 
 
 def _tensors(expert: nn.Module) -> list[Tensor]:

@@ -22,6 +22,7 @@ from moe_locality.config import TrackingConfig
 from moe_locality.dispatch.dispatcher import group_ranks
 from moe_locality.dispatch.flat import lost_routes
 from moe_locality.dispatch.traffic import counters, joined_traffic, local_traffic
+from moe_locality.dispatch.transport import LINKS
 from moe_locality.errors import ConfigError
 from moe_locality.files import replace_text
 from moe_locality.layer.moe import LocalityTopKGate
@@ -132,10 +133,7 @@ class RunLog:
             found["copies"] = hit.sum()
         before = self._routing.get(name)
         if before is not None:  # micro-batches
-            found = {
-                key: value if key == "ranks" else value + before[key]
-                for key, value in found.items()
-            }
+            found = {k: v if k == "ranks" else v + before[k] for k, v in found.items()}
         self._routing[name] = found
 
     # -- after a step -----------------------------------------------------------------------------
@@ -308,10 +306,7 @@ def _traffic(
     """Bytes, messages and times per step; imbalances as means over the layers."""
     values: dict[str, float] = {}
     if counted["by_link"]:
-        totals = {
-            link: sum(kind[link] for kind in counted["by_link"].values())
-            for link in ("same_rank", "same_node", "cross_node")
-        }
+        totals = {link: sum(kind[link] for kind in counted["by_link"].values()) for link in LINKS}
         values = {f"traffic/{link}_bytes": count / steps for link, count in totals.items()}
         values["traffic/cross_node_frac"] = totals["cross_node"] / max(sum(totals.values()), 1)
         messages = (
@@ -363,13 +358,8 @@ def _routing(everyone: Sequence[dict[str, dict[str, Any]]]) -> dict[str, float]:
 
 def _recorded(reports: Sequence[Any]) -> dict[str, float]:
     reports = [report for report in reports if report is not None]
-    if not reports:
-        return {}
-    return {
-        "trace/recorded_tokens": float(sum(report.recorded_tokens for report in reports)),
-        "trace/dropped_tokens": float(sum(report.dropped_tokens for report in reports)),
-        "trace/skipped_forwards": float(sum(report.skipped_forwards for report in reports)),
-    }
+    names = ("recorded_tokens", "dropped_tokens", "skipped_forwards") if reports else ()
+    return {f"trace/{name}": float(sum(getattr(r, name) for r in reports)) for name in names}
 
 
 def _minus(now: Any, before: Any) -> Any:

@@ -103,10 +103,10 @@ def test_add_replicas_replicas_need_our_layer_and_the_ranks_of_the_plan():
 def test_add_replicas_the_gate_names_the_serving_slot():
     layer = MoE(4, nn.Linear(4, 4), num_experts=4)
     gate = layer.deepspeed_moe.gate
-    gate.set_serving_slots(SlotMap(np.array([4, 1, 5, 3])))
+    gate.serving = SlotMap(np.array([4, 1, 5, 3]))
     ids_of = torch.tensor([[0, 2], [-1, 3]], dtype=torch.int32)
     assert gate.slot_ids(ids_of).tolist() == [[4, 5], [-1, 3]]
     assert gate.slot_ids(ids_of).dtype == torch.int32
-    gate.set_serving_slots(None)
+    gate.serving = None
     set_slot_to_logical(layer, [1, 0, 3, 2])
     assert gate.slot_ids(ids_of).tolist() == [[1, 3], [-1, 2]]
