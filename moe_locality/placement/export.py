@@ -54,18 +54,15 @@ def to_vllm_ranks(plan: PlacementPlan) -> dict[str, list[int]]:
             f"found {plan.num_redundant_experts} replicas per layer, expected none: vLLM's "
             "placement file names one rank per expert; export with --to vllm"
         )
-    rank_of = [[0] * plan.num_experts for _ in plan.layer_ids]
-    for ranks, experts in zip(rank_of, plan.physical_to_logical_map.tolist(), strict=True):
-        for slot, expert in enumerate(experts):
-            ranks[expert] = slot // plan.slots_per_rank
-    differing = [i for i, ranks in zip(plan.layer_ids, rank_of, strict=True) if ranks != rank_of[0]]
-    if differing:
+    rank_of = np.argsort(plan.physical_to_logical_map, axis=1) // plan.slots_per_rank  # [L, E]
+    differing = np.flatnonzero((rank_of != rank_of[0]).any(axis=1))
+    if len(differing):
         raise PlacementError(
-            f"found another placement in layer {differing[0]} than in layer {plan.layer_ids[0]}, "
-            "expected the same in all: vLLM's placement file has one list for all layers; export "
-            "with --to vllm"
+            f"found another placement in layer {plan.layer_ids[differing[0]]} than in layer "
+            f"{plan.layer_ids[0]}, expected the same in all: vLLM's placement file has one list "
+            "for all layers; export with --to vllm"
         )
-    return {"expert_to_ep_rank": rank_of[0]}
+    return {"expert_to_ep_rank": rank_of[0].tolist()}
 
 
 def to_sglang_map(plan: PlacementPlan, num_hidden_layers: int | None) -> dict[str, Any]:
@@ -156,16 +153,11 @@ def to_autoep_descriptors(plan: PlacementPlan) -> dict[int, dict[str, Any]]:
 
 def to_vllm_ascend(plan: PlacementPlan) -> dict[str, Any]:
     """The map of vllm-ascend; its ``layer_id`` counts MoE layers."""
-    rows = np.array(to_vllm_map(plan))
-    by_rank = rows.reshape(plan.num_layers, plan.num_ranks, -1).tolist()
-    devices = [
-        [{"device_id": rank, "device_expert": held} for rank, held in enumerate(rows)]
-        for rows in by_rank
-    ]
-    layers = [
-        {"layer_id": row, "device_count": plan.num_ranks, "device_list": one}
-        for row, one in enumerate(devices)
-    ]
+    layers = []
+    for number, row in enumerate(to_vllm_map(plan)):
+        held = np.reshape(row, (plan.num_ranks, -1)).tolist()
+        devices = [{"device_id": rank, "device_expert": some} for rank, some in enumerate(held)]
+        layers.append({"layer_id": number, "device_count": plan.num_ranks, "device_list": devices})
     return {"moe_layer_count": plan.num_layers, "layer_list": layers}
 
 

@@ -19,7 +19,7 @@ import math
 import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -195,25 +195,6 @@ def to_plain(value: Any, where: str) -> Any:
 
 logger = logging.getLogger(__name__)
 
-_REQUIRED = (
-    "format_version",
-    "layer_ids",
-    "num_experts",
-    "num_nodes",
-    "physical_to_logical_map",
-    "ranks_per_node",
-)
-_OPTIONAL = (
-    "costs",
-    "expert_load",
-    "home_profiles",
-    "model",
-    "provenance",
-    "rank_to_node",
-    "serving_nodes",
-    "serving_rule",
-)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PlacementPlan:
@@ -260,22 +241,16 @@ class PlacementPlan:
         put(self, "layer_ids", ints("layer_ids", self.layer_ids))
         for name in ("num_experts", "num_nodes", "ranks_per_node"):
             put(self, name, positive(name, getattr(self, name)))
-        put(
-            self,
-            "physical_to_logical_map",
-            frozen_ints("physical_to_logical_map", self.physical_to_logical_map, np.int32),
-        )
+        name = "physical_to_logical_map"
+        put(self, name, frozen_ints(name, self.physical_to_logical_map, np.int32))
         if self.expert_load is not None:
             put(self, "expert_load", frozen_ints("expert_load", self.expert_load, np.int64))
-        if self.rank_to_node is None:
-            nodes: Iterable[int] = (r // self.ranks_per_node for r in range(self.num_ranks))
-        else:
-            nodes = self.rank_to_node
+        nodes: Any = self.rank_to_node
+        if nodes is None:
+            nodes = (r // self.ranks_per_node for r in range(self.num_ranks))
         put(self, "rank_to_node", ints("rank_to_node", nodes))
-        put(self, "provenance", to_plain(self.provenance, "provenance"))
-        put(self, "costs", to_plain(self.costs, "costs"))
-        if self.home_profiles is not None:
-            put(self, "home_profiles", to_plain(self.home_profiles, "home_profiles"))
+        for name in ("provenance", "costs", "home_profiles"):
+            put(self, name, to_plain(getattr(self, name), name))
         self.validate()
         if self.serving_nodes is not None:
             nodes = np.array(self.serving_nodes, dtype=np.int64)
@@ -443,17 +418,19 @@ class PlacementPlan:
                 f"found format_version {version!r}, expected {FORMAT_VERSION}: "
                 "make the plan again with this version of moe_locality"
             )
-        missing = [key for key in _REQUIRED if key not in content]
-        unknown = sorted(set(content) - set(_REQUIRED) - set(_OPTIONAL))
+        known = sorted(item.name for item in fields(cls))
+        required = {f.name for f in fields(cls) if f.default is f.default_factory is MISSING}
+        missing = sorted(required - set(content))
+        unknown = sorted(set(content) - set(known))
         if missing or unknown:
             raise PlacementError(
-                f"found unknown keys {unknown} and missing keys {missing}, expected "
-                f"{sorted((*_REQUIRED, *_OPTIONAL))}: correct the file or make the plan again"
+                f"found unknown keys {unknown} and missing keys {missing}, expected {known}: "
+                "correct the file or make the plan again"
             )
-        fields = dict(content)
-        packed = fields.pop("serving_nodes", None)
+        values = dict(content)
+        packed = values.pop("serving_nodes", None)
         try:
-            found = cls(**fields)
+            found = cls(**values)
             if packed is None:
                 return found
             nodes = unpack_choices(packed, found.held_by_node)

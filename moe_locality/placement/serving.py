@@ -213,17 +213,8 @@ def _choose_slots(slots_of, served_node, on_node, load, rank_of_slot, node_of_ra
         sure = ~open_choice[:, home]
         np.add.at(rank_load, (layer[sure], rank_of_slot[slot[sure]]), load[sure])
     if open_choice.any():
-        _choose_ranks(
-            slots_of,
-            rank_of,
-            node_of,
-            load,
-            node_of_rank,
-            table,
-            rank_load,
-            open_choice,
-            served_node,
-        )
+        places = (slots_of, rank_of, node_of)
+        _choose_ranks(*places, load, node_of_rank, table, rank_load, open_choice, served_node)
     return table
 
 

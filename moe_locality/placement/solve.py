@@ -361,23 +361,25 @@ def _check_arguments(trace, method, max_imbalance, homes, expert_groups) -> None
             f"max_imbalance: found {max_imbalance}, expected at least 1 (it is max / mean): "
             "1.05 lets the busiest node do 5 % more than the mean"
         )
+
+    def able(fits: Callable[[Method], bool]) -> str:
+        return ", ".join(repr(name) for name, some in METHODS.items() if fits(some))
+
     chosen = METHODS[method]
     if homes is not None and not chosen.uses_homes:
-        able = [name for name, some in METHODS.items() if some.uses_homes]
         raise PlacementError(
-            f"found homes for method {method!r}, expected none: only {_quoted(able)} uses homes"
+            f"found homes for method {method!r}, expected none: only "
+            f"{able(lambda some: some.uses_homes)} uses homes"
         )
     if chosen.needs_tokens and trace.expert_ids is None:
-        able = [name for name, some in METHODS.items() if not some.needs_tokens]
         raise PlacementError(
             f"method {method!r} needs a trace of tokens, found a trace of counts: use "
-            f"{_quoted(able)}, or record tokens"
+            f"{able(lambda some: not some.needs_tokens)}, or record tokens"
         )
     if expert_groups is not None and not chosen.uses_groups:
-        able = [name for name, some in METHODS.items() if some.uses_groups]
         raise PlacementError(
             f"expert_groups: found groups for method {method!r}, which cannot keep groups whole: "
-            f"use {_quoted(able)}"
+            f"use {able(lambda some: some.uses_groups)}"
         )
 
 
@@ -386,7 +388,3 @@ def _has_picks(trace: RoutingTrace) -> bool:
         return bool(trace.load().any())
     steps = range(0, trace.num_rows, _FEW_ROWS)
     return any((trace.expert_ids[row : row + _FEW_ROWS] >= 0).any() for row in steps)
-
-
-def _quoted(names: list[str]) -> str:
-    return ", ".join(repr(name) for name in names)

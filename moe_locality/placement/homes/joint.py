@@ -68,17 +68,6 @@ class _Pair:
     cost: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Homes:
-    """Home ranks and nodes of the requests [R], their exact cost, and what places new requests."""
-
-    rank: np.ndarray
-    node: np.ndarray
-    cost: float
-    predictor: Predictor
-    token_price: np.ndarray
-
-
 def solve_joint(problem: Problem) -> Solution:
     """A plan with ``home_profiles``, and homes of the requests as predicted for new ones."""
     data = _prepare(problem)
@@ -91,24 +80,24 @@ def solve_joint(problem: Problem) -> Solution:
             tables=data.tables,
             replica_rounds=1,
         )
-        home_node = _homes(
-            data,
-            make_plan(problem, placed.rows, load=placed.load, serving_nodes=placed.serving_nodes),
-        ).node
+        quick = make_plan(
+            problem, placed.rows, load=placed.load, serving_nodes=placed.serving_nodes
+        )
+        _, home_node, _, _ = _homes(data, quick)
     found = coactivation.solve_coactivation(_at_home(data, home_node), tables=data.tables)
-    chosen = _homes(data, found.plan)
-    pairs = zip(data.requests.request_ids, chosen.rank, strict=True)
+    chosen, _, cost, predictor = _homes(data, found.plan)
+    pairs = zip(data.requests.request_ids, chosen.rank_of, strict=True)
     homes = {int(q): int(r) for q, r in pairs}
     kept = home_profiles(
         problem.trace,
         found.plan,
         homes,
         objective=data.objective,
-        predictors={data.predict: chosen.predictor},
+        predictors={data.predict: predictor},
         token_price=chosen.token_price,
     )
     notes = {**found.notes, "objective": data.objective, "predict": data.predict}
-    notes[f"joint_{data.objective}"] = [round(x) for x in (*history, chosen.cost)]
+    notes[f"joint_{data.objective}"] = [round(x) for x in (*history, cost)]
     return Solution(plan=replace(found.plan, home_profiles=kept), homes=homes, notes=notes)
 
 
@@ -260,8 +249,12 @@ def _at_home(data: _Setup, home_node: np.ndarray) -> Problem:
     return replace(problem, home_rank=rank_of_node[home_node[data.requests.index]])
 
 
-def _homes(data: _Setup, plan: PlacementPlan) -> _Homes:
-    """The homes of the requests under a full plan, replicas too, and what they cost."""
+def _homes(
+    data: _Setup, plan: PlacementPlan
+) -> tuple[capacitated.Assignment, np.ndarray, float, Predictor]:
+    """(homes of the requests under a full plan, replicas too; their nodes [R]; their exact cost;
+    what predicts those of new requests).
+    """
     problem, tokens = data.problem, data.requests.tokens
     rows = align_trace(problem.trace, plan, None, None).plan_rows
     serving = serving_of_plan(plan, data.objective, rows)
@@ -273,13 +266,7 @@ def _homes(data: _Setup, plan: PlacementPlan) -> _Homes:
     assigned = capacitated.assign(score, tokens, serving.node_of_rank, caps)
     node = serving.node_of_rank[assigned.rank_of]
     cost = float((full[np.arange(len(full)), node] * tokens).sum()) * data.ids.shape[1]
-    return _Homes(
-        rank=assigned.rank_of,
-        node=node,
-        cost=cost,
-        predictor=predictor,
-        token_price=assigned.token_price,
-    )
+    return assigned, node, cost, predictor
 
 
 def _clusters(data: _Setup, number: int) -> np.ndarray:
