@@ -155,16 +155,10 @@ def _encode_elements(y, MBITS: tl.constexpr, EBIAS: tl.constexpr, MAX: tl.conste
 @triton.jit
 def _encode_chunk(
     x,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    MBITS: tl.constexpr,
-    EBIAS: tl.constexpr,
-    EMAX: tl.constexpr,
-    MAX: tl.constexpr,
-    OAS: tl.constexpr,
-    MBS: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, MBITS: tl.constexpr, EBIAS: tl.constexpr,
+    EMAX: tl.constexpr, MAX: tl.constexpr, OAS: tl.constexpr, MBS: tl.constexpr,
     FP32_SCALE: tl.constexpr,
-):
+):  # fmt: skip
     """Codes [CHUNK], scales [CHUNK / BLOCK] and factors [CHUNK / 128] of values [CHUNK]."""
     MACROS: tl.constexpr = CHUNK // 128
     LOCALS: tl.constexpr = 128 // BLOCK
@@ -197,22 +191,11 @@ def _encode_chunk(
 
 @triton.jit
 def _store_row(
-    base,
-    there,
-    start,
-    codes,
-    scales,
-    m8,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    MBITS: tl.constexpr,
-    MBS: tl.constexpr,
-    FP32_SCALE: tl.constexpr,
-    CODE_BYTES: tl.constexpr,
-    FACTOR_END: tl.constexpr,
-    SCALE_START: tl.constexpr,
-    SCALE_END: tl.constexpr,
-):
+    base, there, start, codes, scales, m8,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, MBITS: tl.constexpr, MBS: tl.constexpr,
+    FP32_SCALE: tl.constexpr, CODE_BYTES: tl.constexpr, FACTOR_END: tl.constexpr,
+    SCALE_START: tl.constexpr, SCALE_END: tl.constexpr,
+):  # fmt: skip
     """Store one chunk of one encoded row, which begins at ``base``."""
     PER_BYTE: tl.constexpr = 2 if MBITS == 1 else 1
     code_cols = start // PER_BYTE + tl.arange(0, CHUNK // PER_BYTE)
@@ -232,29 +215,13 @@ def _store_row(
 
 @triton.jit
 def encode_kernel(
-    x_ptr,
-    positions_ptr,
-    out_ptr,
-    x_stride,
-    WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr,
-    K: tl.constexpr,
-    PERMUTE: tl.constexpr,
-    BF16: tl.constexpr,
-    BLOCK: tl.constexpr,
-    MBITS: tl.constexpr,
-    EBIAS: tl.constexpr,
-    EMAX: tl.constexpr,
-    MAX: tl.constexpr,
-    OAS: tl.constexpr,
-    MBS: tl.constexpr,
-    FP32_SCALE: tl.constexpr,
-    CODE_BYTES: tl.constexpr,
-    FACTOR_END: tl.constexpr,
-    SCALE_START: tl.constexpr,
-    SCALE_END: tl.constexpr,
-    ROW_BYTES: tl.constexpr,
-):
+    x_ptr, positions_ptr, out_ptr, x_stride,
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr, K: tl.constexpr, PERMUTE: tl.constexpr,
+    BF16: tl.constexpr, BLOCK: tl.constexpr, MBITS: tl.constexpr, EBIAS: tl.constexpr,
+    EMAX: tl.constexpr, MAX: tl.constexpr, OAS: tl.constexpr, MBS: tl.constexpr,
+    FP32_SCALE: tl.constexpr, CODE_BYTES: tl.constexpr, FACTOR_END: tl.constexpr,
+    SCALE_START: tl.constexpr, SCALE_END: tl.constexpr, ROW_BYTES: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     for start in range(0, WIDTH, CHUNK):
         cols = start + tl.arange(0, CHUNK)
@@ -324,23 +291,12 @@ def _decode_elements(codes, MBITS: tl.constexpr, EBIAS: tl.constexpr):
 
 @triton.jit
 def decode_kernel(
-    in_ptr,
-    index_ptr,
-    out_ptr,
-    WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    MBITS: tl.constexpr,
-    EBIAS: tl.constexpr,
-    MBS: tl.constexpr,
-    FP32_SCALE: tl.constexpr,
-    CODE_BYTES: tl.constexpr,
-    SCALE_START: tl.constexpr,
-    ROW_BYTES: tl.constexpr,
-    LARGEST: tl.constexpr,
-    OUT: tl.constexpr,
+    in_ptr, index_ptr, out_ptr,
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, MBITS: tl.constexpr,
+    EBIAS: tl.constexpr, MBS: tl.constexpr, FP32_SCALE: tl.constexpr, CODE_BYTES: tl.constexpr,
+    SCALE_START: tl.constexpr, ROW_BYTES: tl.constexpr, LARGEST: tl.constexpr, OUT: tl.constexpr,
     IN_ORDER: tl.constexpr,
-):
+):  # fmt: skip
     """Row n is the decoded row index[n]; of index -1 it is zeros, and nothing is read for it."""
     row = tl.program_id(0).to(tl.int64)
     source = row
