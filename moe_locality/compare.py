@@ -12,7 +12,7 @@ import logging
 import math
 import re
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -182,15 +182,12 @@ def compare_plans(
             f"found the plans {list(labels)}, expected one or more with different names: rename one"
         )
     costs = [evaluate(trace, c.plan, topology, c.homes) for c in candidates]
-    interval = None
-    if len(candidates) > 1:
-        blocks = request_blocks(trace, seed)
-        interval = ratio_interval(
-            *(
-                copies_of_blocks(trace, c.plan, topology, c.homes, blocks)
-                for c in (candidates[0], candidates[-1])
-            )
-        )
+    blocks = request_blocks(trace, seed) if len(candidates) > 1 else None
+    first, last = (
+        copies_of_blocks(trace, c.plan, topology, c.homes, blocks)
+        for c in (candidates[0], candidates[-1])
+    )
+    interval = ratio_interval(first, last)
     rows = tuple(
         Row(
             metric=name,
@@ -202,8 +199,8 @@ def compare_plans(
         for name, unit in METRICS
     )
     own = [c.label for c in candidates if made_from(c.plan, trace, split_from)]
-    first = candidates[0].plan
-    cluster = f"{first.num_nodes} nodes x {first.ranks_per_node} ranks"
+    baseline = candidates[0].plan
+    cluster = f"{baseline.num_nodes} nodes x {baseline.ranks_per_node} ranks"
     facts = (
         ("model", trace.model or "not named"),
         ("trace", f"{trace.content_hash()[:12]} ({trace.num_tokens:,} tokens)"),
@@ -216,29 +213,24 @@ def compare_plans(
         facts=facts,
         figures=tuple(_figures_of_plans(trace, candidates, costs, topology, seed, own)),
         tables=(_layer_table(candidates, costs),),
-        notes=(*_notes(own), *_above_the_cap(candidates, costs)),
+        notes=tuple(_notes(own, candidates, costs)),
         synthetic=is_synthetic(trace),
-        sources={c.label: _source_of_plan(c.plan) for c in candidates},
+        sources={
+            c.label: {"model": c.plan.model, "plan": c.plan.digest(), **c.plan.provenance}
+            for c in candidates
+        },
     )
 
 
-def _source_of_plan(plan: PlacementPlan) -> dict[str, Any]:
-    return {"model": plan.model, "plan": plan.digest(), **plan.provenance}
-
-
-def _notes(own: list[str]) -> tuple[str, ...]:
-    if not own:
-        return ()
-    note = (
-        f"Made from these same requests: {', '.join(own)}. In-sample figures flatter a plan: judge "
-        "it on requests that its solver did not see (--held-out)."
-    )
-    return (note,)
-
-
-def _above_the_cap(candidates: list[Candidate], costs: list[Costs]) -> list[str]:
-    """A sentence for each plan that is less level here than its solver was told to expect."""
+def _notes(own: list[str], candidates: list[Candidate], costs: list[Costs]) -> list[str]:
+    """What to know of plans made from the trace itself, and of each that is less level here than
+    its solver was told to expect."""
     found = []
+    if own:
+        found.append(
+            f"Made from these same requests: {', '.join(own)}. In-sample figures flatter a plan: "
+            "judge it on requests that its solver did not see (--held-out)."
+        )
     for candidate, cost in zip(candidates, costs, strict=True):
         made = candidate.plan.provenance
         expected, cap = made.get("expected_imbalance"), made.get("max_imbalance")
@@ -508,7 +500,9 @@ def _source_of_run(run: Run) -> dict[str, Any]:
     return found if run.plan is None else {**found, "plan": run.plan.digest()}
 
 
-def _row(metric: str, unit: str, values: list[float | None], better: Any = "lower") -> list[Row]:
+def _row(
+    metric: str, unit: str, values: Sequence[float | None], better: Any = "lower"
+) -> list[Row]:
     """One row, or none where a run lacks the value."""
     if any(value is None for value in values):
         return []
@@ -538,13 +532,11 @@ def _differences(pair: tuple[Run, Run]) -> tuple[str, ...]:
 
 def _loss_rows(pair: tuple[Run, Run]) -> list[Row]:
     rows: list[Row] = []
-    curves = [run.loss_curve() for run in pair]
-    last: list[float | None] = [None, None]
-    there = [curve for curve in curves if curve is not None]
-    if len(there) == 2 and (common := np.intersect1d(there[0][0], there[1][0])).size:
-        last = [float(losses[steps == common[-1]][-1]) for steps, losses in there]
-    rows += _row("quality/train_loss", "nats per token, last step", last, "equal")
-    losses = [None if run.evaluation is None else run.evaluation.get("loss") for run in pair]
+    curves = [curve for run in pair if (curve := run.loss_curve()) is not None]
+    if len(curves) == 2 and (common := np.intersect1d(curves[0][0], curves[1][0])).size:
+        last = [float(losses[steps == common[-1]][-1]) for steps, losses in curves]
+        rows += _row("quality/train_loss", "nats per token, last step", last, "equal")
+    losses = [(run.evaluation or {}).get("loss") for run in pair]
     means = [None if loss is None else float(loss.mean()) for loss in losses]
     rows += _row("quality/eval_loss", "nats per token, held out", means, "equal")
     return rows
@@ -552,35 +544,29 @@ def _loss_rows(pair: tuple[Run, Run]) -> list[Row]:
 
 def _traffic_rows(pair: tuple[Run, Run]) -> list[Row]:
     rows: list[Row] = []
-    links = [run.traffic.get("by_link") if run.traffic else None for run in pair]
-    steps = [(run.traffic or {}).get("steps") for run in pair]
-    counted = [step for step in steps if step]
-    per, of = (" per step", counted) if len(counted) == 2 else ("", [1, 1])
+    traffic = [run.traffic or {} for run in pair]
+    steps: list[Any] = [found.get("steps") for found in traffic]
+    per, steps = (" per step", steps) if all(steps) else ("", [1, 1])
+    links = [found.get("by_link") or {} for found in traffic]
     if all(links):
-        totals = [
-            {link: sum(kind[link] for kind in by_kind.values()) for link in LINKS}
-            for by_kind in links
-            if by_kind
-        ]
-        crossing = [total["cross_node"] / n for total, n in zip(totals, of, strict=True)]
-        rows += _row("traffic/cross_node_bytes", f"bytes{per}, all directions", [*crossing])
+        totals = [{k: sum(kind[k] for kind in found.values()) for k in LINKS} for found in links]
+        crossing = [total["cross_node"] / n for total, n in zip(totals, steps, strict=True)]
+        rows += _row("traffic/cross_node_bytes", f"bytes{per}, all directions", crossing)
         shares = [total["cross_node"] / max(sum(total.values()), 1) for total in totals]
-        rows += _row("traffic/cross_node_frac", "share of all bytes", [*shares])
-        dispatch = [link["dispatch"]["cross_node"] for link in links if link]
-        dispatch = [count / n for count, n in zip(dispatch, of, strict=True)]
-        rows += _row("traffic/dispatch_cross_node_bytes", f"bytes{per}, dispatch", dispatch)
-    messages = [run.traffic.get("messages_by_link") if run.traffic else None for run in pair]
+        rows += _row("traffic/cross_node_frac", "share of all bytes", shares)
+        counts = [f["dispatch"]["cross_node"] / n for f, n in zip(links, steps, strict=True)]
+        rows += _row("traffic/dispatch_cross_node_bytes", f"bytes{per}, dispatch", counts)
+    messages = [found.get("messages_by_link") or {} for found in traffic]
     if all(messages):
         counts = [
-            sum(kind["cross_node"] for name, kind in by_kind.items() if name != "routing") / n
-            for by_kind, n in zip(messages, of, strict=True)
-            if by_kind
+            sum(kind["cross_node"] for name, kind in found.items() if name != "routing") / n
+            for found, n in zip(messages, steps, strict=True)
         ]
-        rows += _row("traffic/cross_node_messages", f"messages{per}, all directions", [*counts])
-    received = [_received(run) for run in pair]
-    if all(r is not None and r.sum() > 0 for r in received):
-        balance = [float(r.mean() / r.max()) for r in received if r is not None]
-        rows += _row("load/balancedness", "mean / max rows per rank", [*balance], "higher")
+        rows += _row("traffic/cross_node_messages", f"messages{per}, all directions", counts)
+    received = [found for run in pair if (found := _received(run)) is not None and found.sum() > 0]
+    if len(received) == 2:
+        balance = [float(found.mean() / found.max()) for found in received]
+        rows += _row("load/balancedness", "mean / max rows per rank", balance, "higher")
     return rows
 
 
@@ -590,8 +576,8 @@ def _received(run: Run) -> np.ndarray | None:
     A report without them, of an older version, has the rows that each rank received: the same where
     rows go straight to their experts.
     """
-    if (run.traffic or {}).get("load"):
-        return np.asarray((run.traffic or {})["load"], dtype=np.float64)
+    if load := (run.traffic or {}).get("load"):
+        return np.asarray(load, dtype=np.float64)
     matrix = _dispatched(run, "rows")
     return None if matrix is None else matrix.sum(axis=0)
 
@@ -622,11 +608,13 @@ def _figures_of_runs(
 ) -> list[FigureData]:
     figures: list[FigureData] = []
     seed = pair[0].summary.get("seed")
-    matrices = [m for run in pair if (m := _dispatched(run, "bytes")) is not None]
-    if nodes is not None and len(matrices) == 2 and all(len(m) == len(nodes) for m in matrices):
-        counts = [rows for run in pair if (rows := _dispatched(run, "rows")) is not None]
-        rows = sum(int(count.sum()) for count in counts)
-        before, after = (matrix / 1e6 for matrix in matrices)
+    bytes_of, rows_of = (
+        [m for run in pair if (m := _dispatched(run, unit)) is not None]
+        for unit in ("bytes", "rows")
+    )
+    if nodes is not None and len(bytes_of) == 2 and all(len(m) == len(nodes) for m in bytes_of):
+        rows = sum(int(count.sum()) for count in rows_of)
+        before, after = (matrix / 1e6 for matrix in bytes_of)
         figures.append(
             TrafficData(
                 before=before,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 import numpy as np
 
 from moe_locality.errors import BackendUnavailable, ConfigError
-from moe_locality.files import replace_file, replace_text
+from moe_locality.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -189,11 +189,9 @@ def numbers(data: FigureData) -> Table:
     else:
         head = ("run", data.x_label, data.y_label.partition(" (")[0])
         rows = [
-            (name, step, loss)
-            for name, (steps, losses) in data.runs.items()
-            for step, loss in zip(
-                np.asarray(steps).tolist(), np.asarray(losses).tolist(), strict=True
-            )
+            (name, *point)
+            for name, curve in data.runs.items()
+            for point in zip(*(np.asarray(axis).tolist() for axis in curve), strict=True)
         ]
     return Table(title=data.title, columns=head, rows=tuple(map(tuple, rows)))
 
@@ -559,10 +557,8 @@ def write_figure(figure: "Figure", path: Path) -> None:
     if suffix not in (".svg", ".png"):
         raise ConfigError(f"found the figure {path}, expected a name that ends in .svg or .png")
     try:
-        if suffix == ".svg":
-            replace_text(path, svg_text(figure))
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, lambda file: file.write(png_bytes(figure)))
+        content = svg_text(figure).encode() if suffix == ".svg" else png_bytes(figure)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, lambda file: file.write(content))
     except OSError as error:
         raise ConfigError(f"cannot write the figure {path}: {error.strerror or error}") from error

@@ -17,8 +17,8 @@ import numpy as np
 
 from moe_locality.analysis import analyze
 from moe_locality.analysis.potential import Potential
-from moe_locality.analysis.stats import load_by
-from moe_locality.compare import Comparison, Row, is_synthetic
+from moe_locality.analysis.stats import UNKNOWN_PART, load_by
+from moe_locality.compare import Comparison, is_synthetic
 from moe_locality.errors import ConfigError, MoeLocalityError
 from moe_locality.figures import (
     Basis,
@@ -263,7 +263,10 @@ footer { margin-top: 2rem; }
 
 
 MAX_DOMAINS = 10
-UNKNOWN = "(unknown)"
+NEXT_STEPS = (
+    "moe-locality place TRACE --nodes 4 --ranks-per-node 8 --held-out 0.3 -o plan.json",
+    "moe-locality report TRACE --plan plan.json -o report.html",
+)
 HEADLINES = (
     ("copies", "copies across nodes"),
     ("traffic/cross_node_bytes", "bytes across nodes"),
@@ -315,7 +318,7 @@ def _left_out(found: int, shown: int) -> str:
 
 def _load_figure(trace: RoutingTrace, basis: Basis) -> LoadData:
     names, loads = load_by(trace, "group")
-    known = [i for i, name in enumerate(names) if name != UNKNOWN] or list(range(len(names)))
+    known = [i for i, name in enumerate(names) if name != UNKNOWN_PART] or list(range(len(names)))
     size = loads.sum(axis=(1, 2))
     chosen = sorted(known, key=lambda i: (-int(size[i]), names[i]))[:MAX_DOMAINS]
     layers = sorted({0, trace.num_layers // 2, trace.num_layers - 1})
@@ -347,16 +350,12 @@ def trace_facts(trace: RoutingTrace) -> tuple[tuple[str, str], ...]:
 def trace_summary_table(summary: dict) -> Table:
     """Return what ``analyze`` found as a table of measures."""
     rows: list[tuple[object, ...]] = []
-    for name, spread in summary["load"].items():
-        if isinstance(spread, dict) and "mean" in spread and "per_layer" in spread:
-            rows.append((f"load: {name}", spread["mean"], spread["min"], spread["max"]))
-    for part in ("prefill_decode", "overlap"):
+    for part in ("load", "prefill_decode", "overlap", "coactivation"):
         for name, value in (summary.get(part) or {}).items():
-            if isinstance(value, (int, float)):
+            if isinstance(value, dict) and "per_layer" in value:
+                rows.append((f"{part}: {name}", value["mean"], value["min"], value["max"]))
+            elif part != "load" and isinstance(value, (int, float)):
                 rows.append((f"{part}: {name}", value, None, None))
-    for name, spread in (summary.get("coactivation") or {}).items():
-        if isinstance(spread, dict) and "mean" in spread:
-            rows.append((f"coactivation: {name}", spread["mean"], spread["min"], spread["max"]))
     domains = summary.get("domains") or {}
     means = ("mean_js_bits", "mean_noise_floor_bits", "mean_cosine")
     rows += [(f"domains: {name}", domains[name], None, None) for name in means if name in domains]
@@ -419,14 +418,7 @@ def trace_report(
         headlines=headlines,
         figures=tuple(figures),
         tables=tuple(tables),
-        next_steps=() if comparison else _place_next(),
-    )
-
-
-def _place_next() -> tuple[str, ...]:
-    return (
-        "moe-locality place TRACE --nodes 4 --ranks-per-node 8 --held-out 0.3 -o plan.json",
-        "moe-locality report TRACE --plan plan.json -o report.html",
+        next_steps=() if comparison else NEXT_STEPS,
     )
 
 
@@ -453,8 +445,9 @@ def comparison_words(comparison: Comparison) -> tuple[str, ...]:
         ("traffic/cross_node_bytes", "bytes cross nodes (measured)"),
     ):
         row = comparison.row(metric)
-        if row is not None and row.ratios[-1] is not None:
-            text.append(f"With {comparison.names[-1]}, {_change(row)} {words}.")
+        if row is not None and (ratio := row.ratios[-1]) is not None:
+            change = f"{abs(1 - ratio):.1%} {'fewer' if ratio <= 1 else 'more'}"
+            text.append(f"With {comparison.names[-1]}, {change} {words}.")
     row = comparison.row("node_imbalance")
     if row is not None and row.values[-1] is not None:
         text.append(
@@ -466,11 +459,6 @@ def comparison_words(comparison: Comparison) -> tuple[str, ...]:
         difference = abs(row.values[-1] - row.values[0])
         text.append(f"The held-out loss differs by {difference:.2g} nats per token.")
     return tuple(part for part in (" ".join(text), *comparison.notes) if part)
-
-
-def _change(row: Row) -> str:
-    ratio = row.ratios[-1] or 1.0
-    return f"{abs(1 - ratio):.1%} {'fewer' if ratio <= 1 else 'more'}"
 
 
 def headlines_of(comparison: Comparison) -> tuple[Headline, ...]:
@@ -497,25 +485,11 @@ def potential_table(found: Potential) -> Table:
     """Return one row per lever: what it saves of the copies, its interval, ceiling and balance."""
     rows = []
     for lever in found.levers:
-        low, high = lever.interval or (None, None)
-        rows.append(
-            (
-                lever.name,
-                *(None if value is None else 100 * value for value in (lever.saving, low, high)),
-                None if lever.ceiling is None else 100 * lever.ceiling,
-                lever.node_imbalance,
-                lever.rank_imbalance,
-            )
-        )
-    head = (
-        "lever",
-        "saving %",
-        "from %",
-        "to %",
-        "at most %",
-        "busiest node / mean",
-        "busiest rank / mean",
-    )
+        shares = (lever.saving, *(lever.interval or (None, None)), lever.ceiling)
+        percent = [None if share is None else 100 * share for share in shares]
+        rows.append((lever.name, *percent, lever.node_imbalance, lever.rank_imbalance))
+    head = ("lever", "saving %", "from %", "to %", "at most %")
+    head += ("busiest node / mean", "busiest rank / mean")
     title = f"What could be saved on {found.num_nodes} nodes x {found.ranks_per_node} ranks"
     return Table(title=title, columns=head, rows=tuple(rows))
 

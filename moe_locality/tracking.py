@@ -202,7 +202,6 @@ def start_tracking(
     *,
     run_config: Mapping[str, Any] | None = None,
     rank: int = 0,
-    tags: Sequence[str] = (),
     step_metric: str = STEP_METRIC,
 ) -> Tracker:
     """Start a run as the section "tracking" says; other ranks than 0 get the tracker that does
@@ -230,7 +229,6 @@ def start_tracking(
         "job_type": config.job_type,
         "dir": config.dir,
         "config": {"versions": package_versions(), **given},
-        "tags": list(tags) or None,
         "reinit": "create_new",
     }
     try:

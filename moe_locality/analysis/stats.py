@@ -263,17 +263,15 @@ def domain_divergence(
         for j in range(i):
             js[i, j] = js[j, i] = known_mean(jensen_shannon_bits(loads[i], loads[j]))
             cos[i, j] = cos[j, i] = known_mean(cosine(loads[i], loads[j]))
-    floor = np.array(
-        [
-            known_mean(split_half_js_bits(part, num_splits=num_splits, seed=seed))
-            for part in (trace.filter(domain_groups=name) for name in names)
-        ]
-    )
+    parts = (trace.filter(domain_groups=name) for name in names)
+    floor = [
+        known_mean(split_half_js_bits(part, num_splits=num_splits, seed=seed)) for part in parts
+    ]
     return DomainDivergence(
         names=names,
         tokens=tuple(int(tokens[i]) for i in keep),
         js_bits=js,
-        noise_floor_bits=floor.reshape(count),
+        noise_floor_bits=np.array(floor),
         cosine=cos,
     )
 

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import json
 import platform
 import re
 import shutil
@@ -159,8 +160,6 @@ def _backends() -> dict[str, str]:
     except subprocess.SubprocessError as error:
         lines = str(getattr(error, "stderr", "") or error).strip().splitlines()
         return {"kernels": f"cannot be asked: {lines[-1] if lines else error}"}
-    import json
-
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -174,6 +173,5 @@ def _tool(name: str) -> str | None:
         done = subprocess.run([path, flag], capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.SubprocessError):
         return path
-    lines = [line for line in (done.stdout or done.stderr).splitlines() if "release" in line]
-    first = (done.stdout or done.stderr).strip().splitlines()
-    return (lines or first or [path])[0].strip()
+    lines = (done.stdout or done.stderr).strip().splitlines()
+    return next((line for line in lines if "release" in line), (lines or [path])[0]).strip()

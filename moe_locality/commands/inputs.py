@@ -46,15 +46,8 @@ def read_cluster(
     Raises:
         TopologyError: none or several are given, or only one of --nodes and --ranks-per-node.
     """
-    given = [
-        name
-        for name, there in (
-            ("--nodes", nodes is not None or ranks_per_node is not None),
-            ("--cluster", cluster is not None),
-            ("--hostfile", hostfile is not None),
-        )
-        if there
-    ]
+    ways = {"--nodes": nodes or ranks_per_node, "--cluster": cluster, "--hostfile": hostfile}
+    given = [flag for flag, value in ways.items() if value is not None]
     if len(given) != 1:
         raise TopologyError(
             f"found {' and '.join(given) or 'no cluster'}, expected one of: --nodes with "

@@ -84,12 +84,12 @@ def guard(
     try:
         code = body()
     except Exception as error:  # noqa: BLE001  the last place where an error can be told in words
-        if debug or not _is_expected(error):
+        kind, words, code, expected = _told(error)
+        if debug or not expected:
             traceback.print_exc(file=sys.stderr)
-        words = _words(error)
         if isinstance(error, MoeLocalityError):
             words = reword(words)
-        return _report(_kind(error), words, _code(error), as_json)
+        return _report(kind, words, code, as_json)
     except KeyboardInterrupt:
         return _report("KeyboardInterrupt", "interrupted", INTERRUPTED, as_json)
     except SystemExit as stop:
@@ -127,40 +127,18 @@ def in_flags(message: str, flags: Mapping[str, str], given: Sequence[str]) -> st
     return re.sub(rf"(?<![\w./-])(?P<name>{names}) ?= ?{value}", flag_of, message)
 
 
-def _is_usage(error: BaseException) -> bool:
-    """Whether the command line parser raised it (its class differs between releases of typer)."""
-    return hasattr(error, "format_message") and hasattr(error, "exit_code")
-
-
-def _is_abort(error: BaseException) -> bool:
-    return type(error).__name__ == "Abort"
-
-
-def _is_expected(error: BaseException) -> bool:
-    return isinstance(error, MoeLocalityError) or _is_usage(error) or _is_abort(error)
-
-
-def _kind(error: BaseException) -> str:
-    if _is_abort(error):
-        return "KeyboardInterrupt"
-    return "UsageError" if _is_usage(error) else type(error).__name__
-
-
-def _words(error: BaseException) -> str:
-    if _is_abort(error):
-        return str(error) or "interrupted"
-    if _is_usage(error):
-        return error.format_message()  # type: ignore[attr-defined]
-    text = str(error) or type(error).__name__
-    return text if _is_expected(error) else f"unexpected {type(error).__name__}: {text}"
-
-
-def _code(error: BaseException) -> int:
-    if _is_abort(error):
-        return INTERRUPTED
-    if _is_usage(error):
-        return int(error.exit_code)  # type: ignore[attr-defined]
-    return NOT_POSSIBLE if isinstance(error, BackendUnavailable) else WRONG_INPUT
+def _told(error: Any) -> tuple[str, str, int, bool]:
+    """(type, message, exit code) as they are told, and whether such an error is expected."""
+    kind, text = type(error).__name__, str(error)
+    if kind in ("Abort", "KeyboardInterrupt"):
+        return "KeyboardInterrupt", text or "interrupted", INTERRUPTED, True
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+        # of the command line parser, whose class differs between releases of typer
+        return "UsageError", error.format_message(), int(error.exit_code), True
+    code = NOT_POSSIBLE if isinstance(error, BackendUnavailable) else WRONG_INPUT
+    if isinstance(error, MoeLocalityError):
+        return kind, text or kind, code, True
+    return kind, f"unexpected {kind}: {text or kind}", code, False
 
 
 def _report(kind: str, message: str, code: int, as_json: bool) -> int:
@@ -174,18 +152,17 @@ def _report(kind: str, message: str, code: int, as_json: bool) -> int:
 
 def present(result: Result, *, as_json: bool) -> None:
     """Print a result on stdout, and what comes after it; as JSON one object, the last."""
-    if result.then is None or not as_json:
-        _print(result, as_json)
+    if not as_json:
+        _print(result)
+    elif result.then is None:
+        write_json(result.payload)
     if result.then is not None:
         with quiet_stdout():
             after = result.then()
         present(after, as_json=as_json)
 
 
-def _print(result: Result, as_json: bool) -> None:
-    if as_json:
-        write_json(result.payload)
-        return
+def _print(result: Result) -> None:
     if result.text:
         sys.stdout.write("\n".join(result.text) + "\n")
     if result.show is not None:
@@ -205,7 +182,7 @@ def published(payload: dict[str, Any], publish: Callable[[], dict[str, Any]]) ->
     try:
         more = publish()
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  the result is not to be lost
-        words = _words(error) if isinstance(error, Exception) else "interrupted"
+        words = _told(error)[1]
         sys.stderr.write(f"moe-locality: warning: the result could not be published: {words}\n")
         more = {}
     lines = [f"{name}: {value}" for name, value in more.items()]
@@ -302,11 +279,10 @@ def brief(costs: "Costs") -> dict[str, Any]:
 def costs_table(title: str, named: Mapping[str, dict[str, Any] | None]) -> Any:
     """Return a rich table of costs, a column per plan and the ratio of the last to the first."""
     known = {name: costs for name, costs in named.items() if costs is not None}
-    columns = [*known.values()]
     rows = []
-    elsewhere = any(costs.get("transport", "once_per_node") != "once_per_node" for costs in columns)
-    for metric in (*SHOWN, "idle", "crossing") if elsewhere else SHOWN:
-        values = [costs[metric] for costs in columns]
+    transports = {costs.get("transport", "once_per_node") for costs in known.values()}
+    for metric in SHOWN if transports == {"once_per_node"} else (*SHOWN, "idle", "crossing"):
+        values = [costs[metric] for costs in known.values()]
         first, last = values[0], values[-1]
         ratio = round(last / first, 3) if first and last and len(values) > 1 else None
         rows.append((metric, *values, ratio))

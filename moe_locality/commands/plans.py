@@ -146,17 +146,19 @@ def evaluate(
     }
 
     def show(console: Any) -> None:
-        words = "homes at random" if homes is None else f"homes of {homes}"
-        if held_out:
-            words += f", {held_out:.0%} of the requests, held out"
-        if payload["in_sample"]:
-            words += "; in-sample: the plan was made from these requests"
-        console.print(f"{plan} on {trace}: {words}", soft_wrap=True)
+        share = f", {held_out:.0%} of the requests, held out" if held_out else ""
+        console.print(_judged_on(payload, share), soft_wrap=True)
         console.print(costs_table("Predicted", {"linear": linear, "plan": brief(costs)}))
         if transport == "allgather":
             console.print(ALLGATHER, soft_wrap=True)
 
     return Result(payload=payload, show=show)
+
+
+def _judged_on(found: dict[str, Any], share: str = "") -> str:
+    homes = "homes at random" if found["homes"] is None else f"homes of {found['homes']}"
+    own = "; in-sample: the plan was made from these requests" if found["in_sample"] else ""
+    return f"{found['plan']} on {found['trace']}: {homes}{share}{own}"
 
 
 def simulate(
@@ -294,10 +296,7 @@ def _write_figure(path: Path, swept: dict[str, Any], content: RoutingTrace) -> N
 
 def _show(console: Any, found: dict[str, Any], model: StepModel) -> None:
     linear = found["linear"]
-    words = "homes at random" if found["homes"] is None else f"homes of {found['homes']}"
-    if found["in_sample"]:
-        words += "; in-sample: the plan was made from these requests"
-    console.print(f"{found['plan']} on {found['trace']}: {words}", soft_wrap=True)
+    console.print(_judged_on(found), soft_wrap=True)
     console.print(
         f"Simulated: {found['num_steps']} steps of {found['batch_tokens']:,} tokens per rank, "
         f"{found['groups']} group(s), {found['exchange']} exchange, {found['payload']} dispatch of "
@@ -347,17 +346,8 @@ def _show_sweep(console: Any, sweep: dict[str, Any]) -> None:
     from moe_locality.simulator.simulate import GAIN, SWEEPS
 
     head = (SWEEPS[sweep["over"]], "linear, us", "plan, us", "speed-up", "+-", "across, share")
-    rows = [
-        (
-            row["value"],
-            row["baseline_us"],
-            row["plan_us"],
-            row["speedup"],
-            row["speedup_error"],
-            row["across_share"],
-        )
-        for row in sweep["rows"]
-    ]
+    names = ("value", "baseline_us", "plan_us", "speedup", "speedup_error", "across_share")
+    rows = [[row[name] for name in names] for row in sweep["rows"]]
     console.print(table("Simulated sweep", head, rows))
     gain = ", ".join(f"{value:g}" for value in sweep["gain"]) or "none of them"
     console.print(f"At least {GAIN - 1:.0%} faster at: {gain}")

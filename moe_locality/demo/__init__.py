@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moe_locality.demo.launch import DemoOptions, Progress, WandbMode
+from moe_locality.demo.launch import DemoOptions, Progress
 from moe_locality.errors import ConfigError
 from moe_locality.files import replace_text
 
@@ -19,39 +19,21 @@ MARKER = ".moe_locality_demo.json"
 OWN = ("record", "linear", "placed", "once_per_node", "plan.json", "homes.json", "report.html")
 
 
-def run_demo(
-    *,
-    out: Path,
-    trace: Path | None = None,
-    num_nodes: int = 2,
-    ranks_per_node: int = 2,
-    wandb_mode: WandbMode = "offline",
-    seed: int = 0,
-    steps: int | None = None,
-    preset: str = "demo",
-    quiet: bool = False,
-) -> dict[str, Any]:
+def run_demo(*, quiet: bool = False, **fields: Any) -> dict[str, Any]:
     """Run the demo and return what it found as plain data; files go below ``out``.
 
     Without ``trace`` the example model is trained, on ``num_nodes * ranks_per_node`` local ranks.
     With it, that trace is analyzed and placed, and nothing is run. ``out`` is new, empty, or the
-    directory of an earlier demo, whose files are replaced; other files there stay.
+    directory of an earlier demo, whose files are replaced; other files there stay. ``fields``:
+    those of ``DemoOptions``.
 
     Raises:
         ConfigError: ``out`` holds files of others; nothing was changed.
         MoeLocalityError: a stage failed; the message says which and why.
     """
-    options = DemoOptions(
-        out=Path(out),
-        trace=trace,
-        num_nodes=num_nodes,
-        ranks_per_node=ranks_per_node,
-        wandb_mode=wandb_mode,
-        seed=seed,
-        steps=steps,
-        preset=preset,
-    )
-    if trace is not None and not Path(trace).exists():
+    options = DemoOptions(**fields)
+    trace = options.trace
+    if trace is not None and not trace.exists():
         raise ConfigError(f"found no trace at {trace}, expected a directory or an .npz file")
     start = time.monotonic()
     with _own_directory(options.out, trace), Progress(quiet=quiet) as progress:

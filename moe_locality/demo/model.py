@@ -15,7 +15,7 @@ The stages and what each writes below ``out``:
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -67,9 +67,8 @@ class ModelDemo:
     analysis: dict[str, Any]
     plan: PlacementPlan
     topology: ClusterTopology
-    linear: Run
-    placed: Run
-    once_per_node: Run
+    runs: dict[str, Run]
+    """"linear", "placed" and "once_per_node", in this order"""
     predicted: Comparison
     measured: Comparison
     agreements: dict[str, Agreement]
@@ -89,46 +88,38 @@ def run_model(options: DemoOptions, progress: Progress) -> ModelDemo:
     analysis = analyze(held_out, seed=options.seed)
     _say_specialization(analysis, progress)
     topology = ClusterTopology.uniform(options.num_nodes, options.ranks_per_node)
-    plan = _place(options, seen, topology, progress)
+    with progress.stage("place the experts (requests of the training text)"):
+        cap, seed = options.max_imbalance, options.seed
+        plan = solve(seen, topology, homes="joint", max_imbalance=cap, seed=seed)
+        plan.write(out / "plan.json")
     homes = _homes(options, held_out, plan, topology)
-    flat = ["--exchange", "flat"]
-    linear = _run(options, "linear", flat, progress)
-    placed_arguments = ["--plan", str(out / "plan.json"), "--homes", str(out / "homes.json")]
-    placed = _run(options, "placed", [*placed_arguments, *flat], progress)
-    hierarchical = [*placed_arguments, "--exchange", "hierarchical"]
-    once_per_node = _run(options, "once_per_node", hierarchical, progress)
-    dealt = ranks_of_requests(linear)
+    flat, placed = ["--exchange", "flat"], ["--plan", str(out / "plan.json")]
+    placed += ["--homes", str(out / "homes.json")]
+    arguments = {"linear": flat, "placed": [*placed, *flat]}
+    arguments["once_per_node"] = [*placed, "--exchange", "hierarchical"]
+    runs = {name: _run(options, name, extra, progress) for name, extra in arguments.items()}
+    linear = runs["linear"]
+    usual = solve(seen, topology, method="linear")
     candidates = [
-        Candidate(name="linear", plan=solve(seen, topology, method="linear"), homes=dealt),
+        Candidate(name="linear", plan=usual, homes=ranks_of_requests(linear)),
         Candidate(name="placed", plan=plan, homes=homes),
     ]
-    agreements = {
-        "stock": check_agreement(read_run(out / "record", "stock"), linear, training=False),
-        "placed": check_agreement(linear, placed),
-        "once_per_node": check_agreement(linear, once_per_node),
-    }
-    recorded = agreements["stock"].flips
-
-    def check(run: Run, of: PlacementPlan, cost: Literal["picks", "copies"]) -> dict[str, Any]:
-        flips = recorded + (agreements[run.name].flips if run is not linear else 0)
-        return check_prediction(run, held_out, of, topology, cost, flips=flips)
-
-    usual = candidates[0].plan
-    checked = {
-        "linear": check(linear, usual, "picks"),
-        "placed": check(placed, plan, "picks"),
-        "once_per_node": check(once_per_node, plan, "copies"),
-    }
+    stock = read_run(out / "record", "stock")
+    agreements = {"stock": check_agreement(stock, linear, training=False)}
+    agreements |= {n: check_agreement(linear, runs[n]) for n in ("placed", "once_per_node")}
+    checked = {}
+    for name, run in runs.items():
+        flips = agreements["stock"].flips + (agreements[name].flips if run is not linear else 0)
+        of, cost = usual if run is linear else plan, "copies" if "once" in name else "picks"
+        checked[name] = check_prediction(run, held_out, of, topology, cost, flips=flips)
     return ModelDemo(
         held_out=held_out,
         analysis=analysis,
         plan=plan,
         topology=topology,
-        linear=linear,
-        placed=placed,
-        once_per_node=once_per_node,
+        runs=runs,
         predicted=compare_plans(held_out, candidates, topology, seed=options.seed),
-        measured=compare_runs(linear, placed, node_of_rank=topology.rank_to_node),
+        measured=compare_runs(linear, runs["placed"], node_of_rank=topology.rank_to_node),
         agreements=agreements,
         bytes_checked=checked,
     )
@@ -180,34 +171,19 @@ def _launch(
         )
 
 
-def _place(
-    options: DemoOptions, seen: RoutingTrace, topology: ClusterTopology, progress: Progress
-) -> PlacementPlan:
-    with progress.stage("place the experts (requests of the training text)"):
-        plan = solve(
-            seen, topology, homes="joint", max_imbalance=options.max_imbalance, seed=options.seed
-        )
-        plan.write(options.out / "plan.json")
-    return plan
-
-
 def _homes(
     options: DemoOptions, held_out: RoutingTrace, plan: PlacementPlan, topology: ClusterTopology
 ) -> dict[int, int]:
     """Give every held-out request a home, batch by batch, from its first tokens only."""
-    size = _batch_requests(options)
+    # requests of a global batch, as the run itself reported them
+    summary = json.loads((options.out / "record" / "summary.json").read_text(encoding="utf-8"))
+    size = int(summary["global_batch"])
     homes: dict[int, int] = {}
     for start in range(0, len(held_out.request_ids), size):
         batch = held_out.filter(requests=held_out.request_ids[start : start + size])
         homes |= assign_homes(batch, plan, topology, predict=PREDICT_FROM, equal_requests=True)
     write_homes(homes, options.out / "homes.json")
     return homes
-
-
-def _batch_requests(options: DemoOptions) -> int:
-    """Requests of a global batch, as the run itself reported them."""
-    summary = json.loads((options.out / "record" / "summary.json").read_text(encoding="utf-8"))
-    return int(summary["global_batch"])
 
 
 def _say_specialization(analysis: dict[str, Any], progress: Progress) -> None:
@@ -228,7 +204,7 @@ def publish(options: DemoOptions, found: ModelDemo, progress: Progress) -> dict[
     report = options.out / "report.html"
     with progress.stage("write report and wandb runs"):
         write_report(report_data(options, found, facts), report)
-        directory = _track(options, found, facts)
+        directory = _track(options, found)
     if not facts["balance"]["kept"]:
         raise MoeLocalityError(
             f"{balance_line(facts)}: expected at most the cap, or what the usual order has; the "
@@ -242,8 +218,9 @@ def outcome(options: DemoOptions, found: ModelDemo) -> dict[str, Any]:
     domains = found.analysis["domains"]
     bytes_of = {name: check["counted_bytes"] for name, check in found.bytes_checked.items()}
     balance = {
-        run.name: counted_imbalance(run, found.topology) for run in (found.linear, found.placed)
+        name: counted_imbalance(found.runs[name], found.topology) for name in ("linear", "placed")
     }
+    node = {name: measured["node"] for name, measured in balance.items()}
     copies = found.predicted.row("copies")
     placed = found.agreements["placed"]
 
@@ -262,16 +239,15 @@ def outcome(options: DemoOptions, found: ModelDemo) -> dict[str, Any]:
             name: 1 - size / bytes_of["linear"] for name, size in bytes_of.items()
         },
         "prediction_check": found.bytes_checked,
-        "node_imbalance": {name: found["node"] for name, found in balance.items()},
-        "rank_imbalance": {name: found["rank"] for name, found in balance.items()},
+        "node_imbalance": node,
+        "rank_imbalance": {name: measured["rank"] for name, measured in balance.items()},
         "predicted_copies": dict(zip(balance, copies.values, strict=True)) if copies else {},
         "balance": {
             "cap": options.max_imbalance,
             "expected": found.plan.provenance["expected_imbalance"],
-            "counted": balance["placed"]["node"],
-            "usual_order": balance["linear"]["node"],
-            "kept": balance["placed"]["node"]
-            <= max(options.max_imbalance, balance["linear"]["node"]),
+            "counted": node["placed"],
+            "usual_order": node["linear"],
+            "kept": node["placed"] <= max(options.max_imbalance, node["linear"]),
         },
         "max_loss_difference": worst("max_loss_difference"),
         "max_logit_difference": worst("max_logit_difference"),
@@ -434,7 +410,7 @@ def _headlines(facts: dict[str, Any]) -> tuple[Headline, ...]:
     )
 
 
-def _track(options: DemoOptions, found: ModelDemo, facts: dict[str, Any]) -> str | None:
+def _track(options: DemoOptions, found: ModelDemo) -> str | None:
     """One wandb run per job of the experiment, in one group."""
     group = f"demo-seed{options.seed}-{found.plan.digest()[:8]}"
     out = options.out
@@ -451,19 +427,18 @@ def _track(options: DemoOptions, found: ModelDemo, facts: dict[str, Any]) -> str
         config = {"demo": {"seed": options.seed, "preset": options.preset}, "run": name}
         return start_tracking(settings, run_config=config)
 
-    for run_found in (found.linear, found.placed, found.once_per_node):
-        with run("train", run_found.name) as tracker:
+    for name, trained in found.runs.items():
+        with run("train", name) as tracker:
             tokens = 0
-            for step in run_found.steps:
+            for step in trained.steps:
                 tokens += int(step.get("tokens", 0))
                 values = {"quality/loss": step["loss"], "time/step_us": step["step_s"] * 1e6}
                 tracker.log(values, tokens=tokens)
-            link = (run_found.traffic or {})["by_link"]["dispatch"]
-            crossed = link["cross_node"]
+            link = (trained.traffic or {})["by_link"]["dispatch"]
             traffic = {
-                "traffic/cross_node_bytes": crossed,
-                "traffic/cross_node_frac": crossed / sum(link.values()),
-                "load/node_imbalance": counted_imbalance(run_found, found.topology)["node"],
+                "traffic/cross_node_bytes": link["cross_node"],
+                "traffic/cross_node_frac": link["cross_node"] / sum(link.values()),
+                "load/node_imbalance": counted_imbalance(trained, found.topology)["node"],
             }
             tracker.log(traffic, tokens=tokens + found.held_out.num_tokens)
     with run("compare", "compare") as tracker:

@@ -90,18 +90,14 @@ def _candidates(
     progress: Progress,
 ) -> list[Candidate]:
     """Every method with random homes, then the joint plan with homes predicted for new requests."""
-    found = []
+    found, given = [], {"max_imbalance": options.max_imbalance, "seed": options.seed}
     with progress.stage("place on part of the requests") as update:
         for done, method in enumerate(COMPARED):
             update(done, len(COMPARED) + 1, method)
-            plan = solve(
-                fit, topology, method=method, max_imbalance=options.max_imbalance, seed=options.seed
-            )
+            plan = solve(fit, topology, method=method, **given)
             found.append(Candidate(name=method, plan=plan))
         update(len(COMPARED), len(COMPARED) + 1, "coactivation with homes")
-        joint = solve(
-            fit, topology, homes="joint", max_imbalance=options.max_imbalance, seed=options.seed
-        )
+        joint = solve(fit, topology, homes="joint", **given)
         predict = default_prediction(held_out)
         homes = assign_homes(held_out, joint, topology, predict=predict)
         found.append(Candidate(name=f"joint, {predict}", plan=joint, homes=homes))

@@ -16,6 +16,7 @@ of the time model. Units: 1 GB/s = 1000 bytes per microsecond.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -191,22 +192,17 @@ class RowCounts:
         }
 
 
-def stack(counts: list[RowCounts]) -> RowCounts:
-    """[S, L, G] from S counts of [L, G]."""
-    names = RowCounts.__slots__
-    return RowCounts(**{n: np.stack([getattr(one, n) for one in counts]) for n in names})
+def combined(counts: list[RowCounts], how: Callable[[list[np.ndarray]], np.ndarray]) -> RowCounts:
+    """One of several: ``how`` joins the arrays of each field."""
+    return RowCounts(**{n: how([getattr(one, n) for one in counts]) for n in RowCounts.__slots__})
 
 
 def count_rows(aligned: AlignedTrace, tokens: np.ndarray | slice, exchange: str) -> RowCounts:
     """Rows of some tokens of an aligned trace with homes.
 
     Raises:
-        PlacementError: the exchange is unknown, or hierarchical on nodes of unequal size.
+        PlacementError: hierarchical on nodes of unequal size.
     """
-    if exchange not in EXCHANGES:
-        raise PlacementError(
-            f"exchange: found {exchange!r}, expected one of {', '.join(EXCHANGES)}: correct it"
-        )
     assert aligned.ids is not None
     assert aligned.home_rank is not None
     home = aligned.home_rank[tokens]
@@ -217,21 +213,16 @@ def count_rows(aligned: AlignedTrace, tokens: np.ndarray | slice, exchange: str)
         _count_layers(aligned, ids[:, first : first + step], home, first, rails)
         for first in range(0, aligned.num_layers, step)
     ]
-    names = RowCounts.__slots__
-    return RowCounts(**{n: np.concatenate([getattr(b, n) for b in blocks]) for n in names})
+    return combined(blocks, np.concatenate)
 
 
 def count_all(aligned: AlignedTrace, exchange: str) -> RowCounts:
     """Rows of all tokens of an aligned trace, added up in parts; ``distinct`` is meaningless."""
     assert aligned.ids is not None
-    tokens = len(aligned.ids)
     step = max(_CHUNK_PICKS // max(aligned.ids.shape[1] * aligned.ids.shape[2], 1), 1)
-    parts = [
-        count_rows(aligned, slice(first, first + step), exchange)
-        for first in range(0, tokens, step)
-    ]
-    together = stack(parts)
-    return RowCounts(**{n: getattr(together, n).sum(axis=0) for n in RowCounts.__slots__})
+    starts = range(0, len(aligned.ids), step)
+    parts = [count_rows(aligned, slice(first, first + step), exchange) for first in starts]
+    return combined(parts, lambda arrays: np.sum(arrays, axis=0))
 
 
 def _rails(node_of_rank: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

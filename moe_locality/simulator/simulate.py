@@ -20,10 +20,10 @@ from moe_locality.placement.problem import Homes, align_trace
 from moe_locality.simulator.model import (
     RowCounts,
     StepModel,
+    combined,
     count_all,
     count_rows,
     expected_maximum,
-    stack,
     step_times,
 )
 from moe_locality.topology.cluster import ClusterTopology
@@ -145,7 +145,7 @@ def replay_steps(
     assert aligned.home_rank is not None
     steps = draw_steps(aligned.home_rank, aligned.num_ranks, batch_tokens, max_steps, seed)
     return Replay(
-        steps=stack([count_rows(aligned, tokens, exchange) for tokens in steps]),
+        steps=combined([count_rows(aligned, tokens, exchange) for tokens in steps], np.stack),
         all=count_all(aligned, exchange),
         node_of_rank=aligned.node_of_rank,
         num_tokens=trace.num_tokens,

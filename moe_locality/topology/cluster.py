@@ -70,10 +70,11 @@ class ClusterTopology:
                 f"found node names {', '.join(map(str, names))} for {len(found)} nodes, "
                 "expected a different name for each"
             )
-        for field in ("intra_node_gbps", "inter_node_gbps"):
-            _check_figure(field, getattr(self, field), above_zero=True)
-        for field in ("intra_node_latency_us", "inter_node_latency_us"):
-            _check_figure(field, getattr(self, field), above_zero=False)
+        for field, value in self.tiers().items():
+            bandwidth = field.endswith("gbps")
+            if not (math.isfinite(value) and (value > 0 if bandwidth else value >= 0)):
+                expected = "a number above 0" if bandwidth else "a number of at least 0"
+                raise TopologyError(f"found {field}={value}, expected {expected}")
 
     @property
     def num_nodes(self) -> int:
@@ -125,12 +126,9 @@ class ClusterTopology:
 
     def tiers(self) -> dict[str, float]:
         """Return the four link figures, as keyword arguments of the constructors."""
-        return {
-            "intra_node_gbps": self.intra_node_gbps,
-            "inter_node_gbps": self.inter_node_gbps,
-            "intra_node_latency_us": self.intra_node_latency_us,
-            "inter_node_latency_us": self.inter_node_latency_us,
-        }
+        tiers = ("intra_node", "inter_node")
+        names = [f"{tier}_{unit}" for unit in ("gbps", "latency_us") for tier in tiers]
+        return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for reports; ``ClusterTopology(**d)`` gives it back."""
@@ -214,13 +212,6 @@ class ClusterTopology:
     @classmethod
     def _of(cls, shape: sources.Shape, tiers: Mapping[str, float]) -> "ClusterTopology":
         return cls(rank_to_node=shape[0], node_names=shape[1], **tiers)
-
-
-def _check_figure(name: str, value: float, *, above_zero: bool) -> None:
-    fine = math.isfinite(value) and (value > 0 if above_zero else value >= 0)
-    if not fine:
-        expected = "a number above 0" if above_zero else "a number of at least 0"
-        raise TopologyError(f"found {name}={value}, expected {expected}")
 
 
 Order = Literal["E+D", "D+E"]

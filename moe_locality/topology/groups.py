@@ -40,17 +40,6 @@ from moe_locality.topology.sources import NODE_VARIABLE, RANKS_PER_NODE_VARIABLE
 if TYPE_CHECKING:
     from moe_locality.config import ClusterConfig
 
-__all__ = [
-    "ExpertParallelGroups",
-    "GroupLayout",
-    "build_groups",
-    "discover_topology",
-    "exchange_objects",
-    "layout_groups",
-    "prepare_groups",
-    "register_with_deepspeed",
-]
-
 logger = logging.getLogger(__name__)
 
 _KINDS = ("ep", "edp", "intra_node", "inter_node")
@@ -125,8 +114,10 @@ def build_groups(layout: GroupLayout) -> ExpertParallelGroups:
     _check_agreement([answer[:2] for answer in answers], len(answers))
     if found is not None and all(answer[2] for answer in answers):
         return found
-    groups = {ranks: _new_group(ranks) for ranks in _in_one_order(layout)}
-    mine = {name: group_of(getattr(layout, f"{name}_groups"), dist.get_rank()) for name in _KINDS}
+    kinds = {name: getattr(layout, f"{name}_groups") for name in _KINDS}
+    in_one_order = dict.fromkeys(ranks for all_of_kind in kinds.values() for ranks in all_of_kind)
+    groups = {ranks: _new_group(ranks) for ranks in in_one_order}
+    mine = {name: group_of(all_of_kind, dist.get_rank()) for name, all_of_kind in kinds.items()}
     fields: dict[str, Any] = {f"{name}_group": groups[ranks] for name, ranks in mine.items()}
     fields |= {f"{name}_ranks": ranks for name, ranks in mine.items()}
     return _remember(ExpertParallelGroups(layout=layout, **fields))
@@ -147,17 +138,6 @@ def _remember(built: ExpertParallelGroups) -> ExpertParallelGroups:
 
     _built[built.layout.digest()] = recall
     return built
-
-
-def _in_one_order(layout: GroupLayout) -> list[tuple[int, ...]]:
-    """Return each different list of ranks once, in the order in which all ranks create them."""
-    kinds = (
-        layout.ep_groups,
-        layout.edp_groups,
-        layout.intra_node_groups,
-        layout.inter_node_groups,
-    )
-    return list(dict.fromkeys(ranks for groups in kinds for ranks in groups))
 
 
 def _new_group(ranks: Sequence[int]) -> Any:
@@ -324,16 +304,13 @@ def discover_topology(
 
 def _local_facts() -> dict[str, Any]:
     env = os.environ
-    launcher = None
-    for number, count in (("CROSS_RANK", "CROSS_SIZE"), ("GROUP_RANK", "GROUP_WORLD_SIZE")):
-        if number in env and int(env.get(count, "1")) > 1:
-            launcher = env[number]
-            break
+    launchers = (("CROSS_RANK", "CROSS_SIZE"), ("GROUP_RANK", "GROUP_WORLD_SIZE"))
+    numbers = (env.get(n) for n, count in launchers if int(env.get(count, "1")) > 1)
     return {
         "host": socket.gethostname(),
         "node": env.get(NODE_VARIABLE),
         "ranks_per_node": env.get(RANKS_PER_NODE_VARIABLE),
-        "launcher": launcher,
+        "launcher": next((number for number in numbers if number is not None), None),
     }
 
 

@@ -22,14 +22,9 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
         TopologyError: the file cannot be read, holds no host, names one twice, or a line is not
             ``name slots=N``.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise TopologyError(f"cannot read the hostfile {path}: {why}: check the path") from error
     first_line: dict[str, int] = {}
     slots: dict[str, int] = {}
-    for number, raw in enumerate(text.splitlines(), start=1):
+    for number, raw in enumerate(_text_of(path, "hostfile").splitlines(), start=1):
         line = raw.strip()
         if not line or line.startswith("#"):
             continue
@@ -53,6 +48,14 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
     return slots
 
 
+def _text_of(path: str | Path, what: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise TopologyError(f"cannot read the {what} {path}: {why}: check the path") from error
+
+
 def select_slots(
     slots: dict[str, int], include: str | None = None, exclude: str | None = None
 ) -> dict[str, list[int]]:
@@ -72,18 +75,13 @@ def select_slots(
             "drop the other"
         )
     every = {host: list(range(count)) for host, count in slots.items()}
-    if include:
-        named = _parse_filter(include, every)
-        left = {host: named[host] for host in every if host in named}
-    elif exclude:
-        named = _parse_filter(exclude, every)
-        left = {
-            host: [slot for slot in every[host] if slot not in named.get(host, ())]
-            for host in every
-        }
-    else:
-        left = every
+    left = every
     if include or exclude:
+        named = _parse_filter(include or exclude or "", every)
+        left = {
+            host: [slot for slot in own if (slot in named.get(host, ())) == bool(include)]
+            for host, own in every.items()
+        }
         left = {host: kept for host, kept in left.items() if kept}
     if not any(left.values()):
         chosen = f"include={include!r}, exclude={exclude!r}" if include or exclude else "slots=0"
@@ -159,12 +157,7 @@ def read_cluster_yaml(path: str | Path) -> tuple[Shape, dict[str, float]]:
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise TopologyError(
-            f"cannot read the cluster file {path}: {why}: check the path"
-        ) from error
+        content = yaml.safe_load(_text_of(path, "cluster file"))
     except yaml.YAMLError as error:
         raise TopologyError(f"the cluster file {path} is not YAML: {error}") from error
     content = _mapping(content, str(path), _YAML_KEYS)

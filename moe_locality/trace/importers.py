@@ -21,7 +21,7 @@ from moe_locality.errors import TraceError
 from moe_locality.trace import llamacpp, megatron, routed, sglang, tables
 from moe_locality.trace.io import write_trace
 from moe_locality.trace.merge import concat
-from moe_locality.trace.parquet import make_directory, replace_shards, shard_paths
+from moe_locality.trace.parquet import make_directory, replace_shards, shard_files
 from moe_locality.trace.reading import ImportOptions, Report, is_count, text_lines, whole_json
 from moe_locality.trace.schema import RoutingTrace
 
@@ -123,7 +123,7 @@ def import_to(
     given, place = _options(**options), Path(out)
     parts = _parts(path, format, given)
     single = place.suffix == ".npz" and not place.is_dir()
-    if single or (place.is_dir() and shard_paths(place) and not overwrite):
+    if single or (place.is_dir() and shard_files(place) and not overwrite):
         trace = concat(list(parts))
         write_trace(trace, place, overwrite=overwrite)
         return {**_Summary().add(trace).to_dict(), "left_out": given.left_out}
@@ -202,28 +202,21 @@ def _content_format(path: Path) -> tuple[str | None, str]:
 
 
 def _zip_format(path: Path) -> tuple[str | None, str]:
+    pickled = b""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            for name in (name for name in names if name.endswith("data.pkl")):
+                pickled = archive.read(name)  # to look for a word; nothing of it is unpickled
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError) as error:
         return None, f"a damaged archive ({error})"
-    if any(name.endswith("data.pkl") for name in names):
-        return ("slime" if _names_samples(path) else "sglang-dump"), ""
+    if pickled:
+        return ("slime" if b"rollout_routed_experts" in pickled else "sglang-dump"), ""
     if {"kind.npy", "format_version.npy", "expert_ids.npy", "expert_load.npy"} & set(names):
         return "npz", ""
     if names and all(name.endswith(".npy") for name in names):
         return "vllm", ""
     return None, f"an archive of {names[:4]}"
-
-
-def _names_samples(path: Path) -> bool:
-    """Whether a torch file speaks of slime's samples; nothing of it is unpickled."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-            return b"rollout_routed_experts" in archive.read(name)
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, EOFError):
-        return False
 
 
 def _json_format(path: Path, line: str) -> tuple[str | None, str]:
@@ -248,10 +241,9 @@ def _json_format(path: Path, line: str) -> tuple[str | None, str]:
 def _responses_format(response: dict) -> str | None:
     choices = response.get("choices")
     spots = [response, *(choices if isinstance(choices, list) else [])]
+    spots = [spot for spot in spots if isinstance(spot, dict)]
     marks = ("meta_info", "sglext", "sgl_ext")
-    if any(
-        isinstance(spot, dict) and isinstance(spot.get(m), dict) for spot in spots for m in marks
-    ):
+    if any(isinstance(spot.get(mark), dict) for spot in spots for mark in marks):
         return "sglang"
     if "choices" in response or "routed_experts" in response:
         return "vllm"
@@ -360,7 +352,7 @@ def _joined(
     """Yield several files of one format as one trace: requests are numbered on, or by the table."""
     traces: list[tuple[RoutingTrace, str, str | None]] = []
     read = []
-    alone = replace(options, report=None, left_out=options.left_out)
+    alone = replace(options, report=None)
     errors = []
     for place, (file, name, domain) in enumerate(files):
         if options.report is not None:
@@ -426,12 +418,9 @@ def _read_table(path: Path) -> dict[str, tuple[int | None, str | None]]:
         content = whole_json(path)
         rows = content.items() if isinstance(content, dict) else ()
     else:
-        columns = ("name", "request_id", "domain")
-        lines = [text for _, text in text_lines(path, ImportOptions())]
-        reader = csv.DictReader(lines)
-        if "name" not in (reader.fieldnames or ()) or not set(reader.fieldnames or ()) & {
-            *columns[1:]
-        }:
+        reader = csv.DictReader([text for _, text in text_lines(path, ImportOptions())])
+        columns = set(reader.fieldnames or ())
+        if "name" not in columns or not columns & {"request_id", "domain"}:
             raise TraceError(
                 f"found the columns {reader.fieldnames} in {path}, expected name and request_id or "
                 "domain: see docs/formats.md"
@@ -443,11 +432,8 @@ def _read_table(path: Path) -> dict[str, tuple[int | None, str | None]]:
         request = row.get("request_id") if isinstance(row, dict) else ""
         if isinstance(request, str) and request.strip().isdecimal():
             request = int(request)
-        if (
-            not isinstance(row, dict)
-            or name in table
-            or not (request in (None, "") or is_count(request))
-        ):
+        known = request in (None, "") or is_count(request)
+        if not isinstance(row, dict) or name in table or not known:
             raise TraceError(
                 f"found {row!r} for {name!r} in {path}, expected one entry per name, with a whole "
                 "number as request_id or a text as domain: correct it"

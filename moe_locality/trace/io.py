@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_locality.errors import TraceError
-from moe_locality.trace.merge import merge, settings
+from moe_locality.trace.merge import SETTINGS, merge, settings
 from moe_locality.trace.npz import write_npz
 from moe_locality.trace.parquet import (
     TMP_PREFIX,
@@ -26,7 +26,6 @@ from moe_locality.trace.parquet import (
     replace_shards,
     replaced_since,
     shard_files,
-    shard_paths,
 )
 from moe_locality.trace.schema import RoutingTrace
 
@@ -138,18 +137,15 @@ def write_trace(
     """
     place = Path(path)
     if place.suffix == ".npz" and not place.is_dir():
-        if (
-            place.exists()
-            and not overwrite
-            and not RoutingTrace.from_npz(place).same_content(trace)
-        ):
+        kept = place.exists() and not overwrite
+        if kept and not RoutingTrace.from_npz(place).same_content(trace):
             raise _occupied(place)
         write_npz(trace, place)
         return
     if shard_tokens < 1:
         raise TraceError(f"found shard_tokens {shard_tokens}, expected at least 1")
     directory = make_directory(place)
-    if not overwrite and shard_paths(directory):
+    if not overwrite and shard_files(directory):
         if _holds(directory, trace):
             return
         raise _occupied(directory)
@@ -222,13 +218,12 @@ def _fitting(
     for part in parts.values():
         rows[settings(part)] += max(part.num_rows, 1)
     expected = rows.most_common(1)[0][0]
-    words = ("model", "kind", "num_experts", "top_k")
     for shard, part in parts.items():
         if settings(part) == expected:
             continue
         differing = ", ".join(
             f"{word} {found!r} (expected {want!r})"
-            for word, found, want in zip(words, settings(part), expected, strict=True)
+            for word, found, want in zip(SETTINGS, settings(part), expected, strict=True)
             if found != want
         )
         text = (

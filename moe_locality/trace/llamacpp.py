@@ -20,6 +20,7 @@ layer and expert is the generic CSV.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,13 +90,11 @@ def parts(path: Path, options: ImportOptions) -> Iterator[RoutingTrace]:
 
 def _read(path: Path, options: ImportOptions) -> tuple[np.ndarray, list[int]]:
     """int32 [picks, 2]: layer and expert; and the picks before which a header stands."""
-    numbers: list[np.ndarray] = []
-    headers: list[int] = []
-    block: list[tuple[int, int]] = []
+    numbers, headers = array("i"), set()
     for line, text in text_lines(path, options):
         cells = text.strip().split(",")
         if [cell.strip().lower() for cell in cells] == HEADER:
-            headers.append(sum(map(len, numbers)) + len(block))
+            headers.add(len(numbers) // 2)
             continue
         try:
             layer, expert = (int(cell) for cell in cells)
@@ -108,16 +107,11 @@ def _read(path: Path, options: ImportOptions) -> tuple[np.ndarray, list[int]]:
                 f"{path}, line {line}: found {text.strip()[:80]!r} ({error}), expected a layer and "
                 "an expert, as llama.cpp's moe-trace writes them"
             ) from error
-        block.append((layer, expert))
-        if len(block) >= 1 << 16:
-            numbers.append(np.array(block, np.int32))
-            block = []
-    if block:
-        numbers.append(np.array(block, np.int32))
+        numbers.extend((layer, expert))
     if not numbers:
         raise TraceError(f"found no pick in {path}, expected rows of layer and expert")
-    picks = np.concatenate(numbers)
-    return picks, sorted({header for header in headers if header < len(picks)})
+    picks = np.array(numbers, np.int32).reshape(-1, 2)
+    return picks, sorted(header for header in headers if header < len(picks))
 
 
 def _picks_per_token(

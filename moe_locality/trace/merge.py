@@ -67,13 +67,12 @@ def content_hash(trace: RoutingTrace) -> str:
 
 def _canonical_domains(trace: RoutingTrace) -> tuple[np.ndarray, list[tuple[str, str]]]:
     """Return domain ids [rows] against the sorted table of the domains in use, and that table."""
-    present = np.unique(trace.domain_id)  # type: ignore[arg-type]
-    used = sorted((trace.domain[i], trace.groups[i]) for i in present if i >= 0)
+    present = [i for i in np.unique(trace.domain_id) if i >= 0]  # type: ignore[arg-type]
+    used = sorted((trace.domain[i], trace.groups[i]) for i in present)
     lookup = np.full(len(trace.domain) + 1, -1, np.int32)
     place = {name: i for i, (name, _) in enumerate(used)}
     for i in present:
-        if i >= 0:
-            lookup[i] = place[trace.domain[i]]
+        lookup[i] = place[trace.domain[i]]
     return lookup[trace.domain_id], used
 
 
@@ -102,15 +101,13 @@ def _fingerprint(trace: RoutingTrace) -> np.ndarray:
             continue
         value = value.view(np.int16) if value.dtype == np.float16 else value
         flat = value.reshape(len(value), -1)
-        factors = rng.integers(1, 2**63, flat.shape[1], dtype=np.uint64) * np.uint64(2) + np.uint64(
-            1
-        )
-        for column, factor in enumerate(factors):
+        numbers = rng.integers(1, 2**63, flat.shape[1], dtype=np.uint64)
+        for column, factor in enumerate(numbers * np.uint64(2) + np.uint64(1)):
             total += flat[:, column].astype(np.uint64) * factor
     return total
 
 
-_SETTINGS = ("model", "kind", "num_experts", "top_k")
+SETTINGS = ("model", "kind", "num_experts", "top_k")
 _OPTIONAL = ("expert_weights", "rank", "step", "step_tokens")
 _KEYS = {"tokens": ("step", "request_id", "position"), "load": ("step", "domain_id", "stage")}
 
@@ -169,19 +166,13 @@ def unify_domains(traces: Sequence[RoutingTrace]) -> list[RoutingTrace]:
                     f"found domain {name!r} in group {group_of[name]!r} and in group {group!r}, "
                     "expected one group: rename one of them"
                 )
-    names = tuple(group_of)
+    names, groups = tuple(group_of), tuple(group_of.values())
+    table = {"domain": names, "domain_group": () if groups == names else groups}
     place = {name: i for i, name in enumerate(names)}
-    table = {"domain": names, "domain_group": tuple(group_of.values())}
-    if table["domain"] == table["domain_group"]:
-        table["domain_group"] = ()
+    number = [np.array([*(place[name] for name in t.domain), -1], np.int32) for t in traces]
     return [
-        trace.evolve(
-            domain_id=np.array([*(place[name] for name in trace.domain), -1], np.int32)[
-                trace.domain_id
-            ],
-            **table,
-        )
-        for trace in traces
+        trace.evolve(domain_id=new[trace.domain_id], **table)
+        for trace, new in zip(traces, number, strict=True)
     ]
 
 
@@ -240,9 +231,8 @@ def _of_one_model(traces: Sequence[RoutingTrace]) -> Sequence[RoutingTrace]:
     """Check that traces may be joined; return them with the ``model_type`` that one knows."""
     known = next((trace.model_type for trace in traces if trace.model_type), "")
     for trace in traces[1:]:
-        for name, expected, found in zip(
-            _SETTINGS, settings(traces[0]), settings(trace), strict=True
-        ):
+        pairs = zip(settings(traces[0]), settings(trace), strict=True)
+        for name, (expected, found) in zip(SETTINGS, pairs, strict=True):
             if found != expected:
                 raise TraceError(
                     f"found {name} {found!r} beside {expected!r}, expected the same in all traces "
@@ -257,9 +247,7 @@ def _of_one_model(traces: Sequence[RoutingTrace]) -> Sequence[RoutingTrace]:
 
 
 def _join(groups: Sequence[RoutingTrace], strict: bool) -> tuple[RoutingTrace, list[str]]:
-    groups = sorted(
-        unify_domains(groups), key=lambda group: min(group.layer_ids.tolist(), default=0)
-    )
+    groups = sorted(unify_domains(groups), key=lambda g: min(g.layer_ids.tolist(), default=0))
     problems: list[str] = []
     row_of = _row_table(groups, strict, problems)
     missing = row_of < 0
@@ -312,8 +300,7 @@ def _row_table(groups: Sequence[RoutingTrace], strict: bool, problems: list[str]
     source = np.repeat(np.arange(len(groups)), [group.num_rows for group in groups])
     row = np.concatenate([np.arange(group.num_rows) for group in groups])
     order = np.lexsort([row, source, *keys[::-1]])
-    new = np.ones(len(order), bool)
-    new[1:] = False
+    new = np.arange(len(order)) == 0
     for key in keys:
         new[1:] |= key[order[1:]] != key[order[:-1]]
     number = np.cumsum(new) - 1
@@ -355,8 +342,7 @@ def _describe(trace: RoutingTrace, row: int) -> str:
 
 def _rows(block: np.ndarray, rows: np.ndarray, name: str) -> np.ndarray:
     result = block[rows] if len(block) else np.zeros((len(rows), *block.shape[1:]), block.dtype)
-    if (rows < 0).any():
-        result[rows < 0] = -1 if name == "expert_ids" else 0
+    result[rows < 0] = -1 if name == "expert_ids" else 0
     return result
 
 
@@ -370,18 +356,15 @@ def _first_known(
     """
     if not _everywhere(groups, name):
         return None
-    unknown = {"stage": UNKNOWN, "domain_id": -1}.get(name)
-    result = np.full(
-        row_of.shape[1], -1 if unknown is None else unknown, getattr(groups[0], name).dtype
-    )
+    labels = {"stage": UNKNOWN, "domain_id": -1}  # these may be unknown; the others are not below 0
+    unknown = labels.get(name, -1)
+    result = np.full(row_of.shape[1], unknown, getattr(groups[0], name).dtype)
     known = np.zeros(row_of.shape[1], bool)
     for group, rows in zip(groups, row_of, strict=True):
         if not len(getattr(group, name)):
             continue
         value = getattr(group, name)[rows]
-        here = rows >= 0
-        if unknown is not None:
-            here &= value != unknown
+        here = (rows >= 0) & (value != unknown)
         clash = here & known & (value != result)
         if name != "rank" and clash.any():
             text = (

@@ -90,12 +90,9 @@ def write_npz(trace: RoutingTrace, path: str | PathLike[str]) -> None:
         arrays["expert_ids"] = view.expert_ids.astype(np.uint8) if compact else view.expert_ids
     else:
         arrays["expert_load"] = trace.expert_load
-        arrays |= {} if trace.step_tokens is None else {"tokens": trace.step_tokens}
-    for name, key in (("expert_weights", "expert_weights"), ("rank", "rank")):
-        if getattr(trace, name) is not None:
-            arrays[key] = getattr(trace, name)
-    if trace.step is not None:
-        arrays["step" if trace.kind == "tokens" else "step_id"] = trace.step
+    optional = {"tokens": trace.step_tokens, "expert_weights": trace.expert_weights}
+    optional |= {"rank": trace.rank, "step" if trace.kind == "tokens" else "step_id": trace.step}
+    arrays |= {name: array for name, array in optional.items() if array is not None}
     try:
         replace_file(path, lambda file: np.savez_compressed(file, **arrays))
     except OSError as error:

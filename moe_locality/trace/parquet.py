@@ -27,22 +27,11 @@ import pyarrow.parquet as pq
 
 from moe_locality.errors import TraceError
 from moe_locality.files import replace_text
-from moe_locality.trace.schema import RoutingTrace
+from moe_locality.trace.schema import SCALARS, RoutingTrace
 
 FORMAT_VERSION = 1
 META_KEY = b"moe_locality.trace"
 CRC_KEY = b"moe_locality.trace.crc32"
-
-SCALARS = {
-    "request_id": pa.int64(),
-    "position": pa.int32(),
-    "stage": pa.uint8(),
-    "domain_id": pa.int32(),
-    "rank": pa.int32(),
-    "step": pa.int64(),
-    "step_tokens": pa.int64(),
-}
-"""Columns with one number per row, and their types."""
 
 _NEEDED = {
     "tokens": ("request_id", "position", "stage", "domain_id"),
@@ -106,9 +95,7 @@ def id_dtype(num_experts: int) -> np.dtype:
 def to_table(trace: RoutingTrace, rank: int | None) -> pa.Table:
     """Arrow table of a trace, metadata included."""
     arrays: dict[str, pa.Array] = {
-        name: pa.array(value, type=kind)
-        for name, kind in SCALARS.items()
-        if (value := getattr(trace, name)) is not None
+        name: pa.array(value) for name in SCALARS if (value := getattr(trace, name)) is not None
     }
     if trace.expert_ids is not None:
         blocks = [("expert_ids", trace.expert_ids, id_dtype(trace.num_experts))]
@@ -193,11 +180,11 @@ def _metadata(schema: pa.Schema) -> ShardMeta:
 
 
 def _scalar(table: pa.Table, name: str) -> np.ndarray:
-    column = table.column(name)
-    if column.type != SCALARS[name] or column.null_count:
+    column, expected = table.column(name), pa.from_numpy_dtype(SCALARS[name])
+    if column.type != expected or column.null_count:
         raise ValueError(
             f"column {name!r} has type {column.type} and {column.null_count} nulls, expected "
-            f"{SCALARS[name]} without"
+            f"{expected} without"
         )
     return column.to_numpy()
 
@@ -362,13 +349,9 @@ def _unwritable(directory: Path, error: OSError) -> TraceError:
     )
 
 
-def shard_paths(directory: Path) -> list[Path]:
-    """Shards of a directory in the order of rank and sequence; other files are not looked at."""
-    return list(shard_files(directory))
-
-
 def shard_files(directory: Path) -> dict[Path, tuple[int, ...]]:
-    """The same, each with what tells its file from a later one of that name."""
+    """Shards of a directory in the order of rank and sequence, each with what tells its file from
+    a later one of that name; other files are not looked at."""
     found = _shard_files(directory)
     while found != (again := _shard_files(directory)):  # listed while a trace was being replaced
         found = again

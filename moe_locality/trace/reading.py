@@ -18,6 +18,7 @@ import collections
 import io
 import json
 import logging
+import math
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -100,9 +101,8 @@ def json_lines(
         TraceError: a line is no JSON object; the message names it.
     """
     for line, text in text_lines(path, options, share):
-        if not text.strip():
-            continue
-        yield line, json_line(path, line, text)
+        if text.strip():
+            yield line, json_line(path, line, text)
 
 
 def json_line(path: Path, line: int, text: str) -> dict[str, Any]:
@@ -274,7 +274,7 @@ class _Reader(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _STORAGES:
-            return _StorageType(name)
+            return np.dtype(_STORAGES[name])
         known = {
             ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
             ("collections", "OrderedDict"): collections.OrderedDict,
@@ -286,33 +286,22 @@ class _Reader(pickle.Unpickler):
         return known[module, name]
 
     def persistent_load(self, pid: Any) -> np.ndarray:
-        kind, storage, key, _, elements = pid
-        if kind != "storage" or not isinstance(storage, _StorageType):
+        kind, dtype, key, _, elements = pid
+        if kind != "storage" or not isinstance(dtype, np.dtype):
             raise pickle.UnpicklingError(f"found the persistent id {kind!r}, expected a storage")
-        content = self.archive.read(f"{self.root}data/{key}")
-        array = np.frombuffer(content, storage.dtype)
+        array = np.frombuffer(self.archive.read(f"{self.root}data/{key}"), dtype)
         if len(array) != elements:
             raise ValueError(f"found {len(array)} numbers in storage {key}, expected {elements}")
         return array
 
 
-class _StorageType:
-    """Stands for ``torch.LongStorage`` and its kin."""
-
-    def __init__(self, name: str) -> None:
-        self.dtype = np.dtype(_STORAGES[name])
-
-
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> np.ndarray:
     """The tensor as a copy; refuses one that reaches outside its storage, or repeats it."""
-    numbers = (offset, *shape, *stride)
-    if not isinstance(storage, np.ndarray) or not all(type(i) is int and i >= 0 for i in numbers):
+    plain = all(type(i) is int and i >= 0 for i in (offset, *shape, *stride))
+    plain &= isinstance(storage, np.ndarray) and len(shape) == len(stride) <= 8
+    if not plain:
         raise ValueError(f"found a tensor of shape {shape!r} and stride {stride!r}")
-    if len(shape) != len(stride) or len(shape) > 8:
-        raise ValueError(f"found a tensor of shape {shape!r} and stride {stride!r}")
-    count = 1
-    for length in shape:
-        count *= length
+    count = math.prod(shape)
     if count == 0:
         return np.zeros(shape, storage.dtype)
     last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))

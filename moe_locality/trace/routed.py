@@ -34,7 +34,6 @@ from __future__ import annotations
 import base64
 import io
 import logging
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -108,12 +107,14 @@ def array_file(path: Path, options: ImportOptions, number: int = 0) -> Iterator[
             where = f"{path}, array {name}" if name else str(path)
             array = content[name] if name else content
             yield _attempt(_named_array, where, array, (name,) if name else ())
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, SyntaxError) as error:
-        if isinstance(error, TraceError):
-            raise
-        raise _unreadable(path, error) from error
+    except TraceError:
+        raise
     except Exception as error:  # a hostile header raises whatever its parser meets
-        raise _unreadable(path, error) from error
+        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TraceError(
+            f"found that {path} cannot be read as arrays: {detail}; expected .npy or .npz with "
+            "[tokens, layers, picks] per request: save it again"
+        ) from error
 
 
 def _named_array(where: str, array: Any, names: tuple[str, ...]) -> Sequence:
@@ -125,14 +126,6 @@ def _attempt(decode: Callable[..., _T], *args: Any) -> _T | TraceError:
         return decode(*args)
     except TraceError as error:
         return error
-
-
-def _unreadable(path: Path, error: Exception) -> TraceError:
-    detail = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return TraceError(
-        f"found that {path} cannot be read as arrays: {detail}; expected .npy or .npz with "
-        "[tokens, layers, picks] per request: save it again"
-    )
 
 
 def responses(path: Path, options: ImportOptions, number: int) -> Iterator[tuple[str, Any]]:
@@ -231,16 +224,14 @@ def _decoded(where: str, value: Any) -> np.ndarray:
             raise TraceError(f"{where}: found {raw.size} numbers for the shape {shape}")
         return id_block(where, raw.reshape(shape))
     if isinstance(value, str):
+        raw = _base64(where, value, 1)
         try:
-            content = np.load(io.BytesIO(_base64(where, value, 1)), allow_pickle=False)
+            value = np.load(io.BytesIO(raw), allow_pickle=False)
         except Exception as error:  # hostile bytes raise whatever the parser meets
-            if isinstance(error, TraceError):
-                raise
             raise TraceError(
                 f"{where}: found no .npy file in the base64 text ({error}), expected vLLM's "
                 "routed_experts; SGLang's are imported with format 'sglang'"
             ) from error
-        return id_block(where, content)
     return id_block(where, value)
 
 
@@ -303,8 +294,7 @@ def _sglang_choice(
             usage = choice.get("meta_info") or {}
             if len(response["choices"]) == 1 and not usage:
                 usage = response.get("usage")
-            names = {"id": response.get("id")}
-            return _sglang_picks(where, {**names, **spot}, usage, options)
+            return _sglang_picks(where, {"id": response.get("id"), **spot}, usage, options)
     raise TraceError(
         f"{where}: found no routed_experts in sgl_ext, sglext or meta_info, expected a response to "
         "a request with return_routed_experts (SGLang returns those of the first choice only)"
@@ -319,8 +309,7 @@ def _sglang_picks(where: str, spot: dict[str, Any], usage: Any, options: ImportO
     said = spot.get("routed_experts_start_len", usage.get("routed_experts_start_len"))
     if said is not None and not is_count(said):
         raise TraceError(f"{where}: found routed_experts_start_len {said!r}, expected a position")
-    top_k, layers = options.top_k or 1, options.num_layers
-    tokens = None
+    top_k, layers, tokens = options.top_k or 1, options.num_layers, None
     if usage or layers is None:
         if not is_count(prompt) or not is_count(answer) or not 1 < prompt + answer < 2**31:
             raise TraceError(
@@ -668,10 +657,10 @@ def _to_trace(
 ) -> RoutingTrace:
     lengths = [len(one.ids) for one, _, _ in block]
     stages = [
-        np.full(len(one.ids), UNKNOWN)
+        np.full(length, UNKNOWN)
         if one.prompt is None
-        else np.where(np.arange(len(one.ids)) < one.prompt, PREFILL, DECODE)
-        for one, _, _ in block
+        else np.where(np.arange(length) < one.prompt, PREFILL, DECODE)
+        for (one, _, _), length in zip(block, lengths, strict=True)
     ]
     try:
         return RoutingTrace(

@@ -42,7 +42,7 @@ MAX_EXPERTS = 32_767
 """Expert ids are int16."""
 
 _CHUNK_ELEMENTS = 1 << 22
-_SCALARS = {
+SCALARS = {
     "request_id": np.int64,
     "position": np.int32,
     "stage": np.uint8,
@@ -51,6 +51,7 @@ _SCALARS = {
     "step": np.int64,
     "step_tokens": np.int64,
 }
+"""Fields with one number per row, and their types."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -279,7 +280,9 @@ class RoutingTrace:
         """
         if not 0 < fraction < 1:
             raise TraceError(f"found fraction {fraction}, expected a number between 0 and 1")
-        unit = self._split_unit()
+        unit = self.step if self.request_id is None else self.request_id
+        if unit is None:
+            unit = np.arange(self.num_rows)
         ids = np.unique(unit)
         if len(ids) < 2:
             word = "requests" if self.kind == "tokens" else "steps"
@@ -291,11 +294,6 @@ class RoutingTrace:
         chosen = np.random.default_rng(seed).permutation(len(ids))[:num_train]
         in_train = np.isin(unit, ids[chosen])
         return self.take(in_train), self.take(~in_train)
-
-    def _split_unit(self) -> np.ndarray:
-        if self.request_id is not None:
-            return self.request_id
-        return self.step if self.step is not None else np.arange(self.num_rows)
 
     @classmethod
     def concat(cls, traces: Sequence[RoutingTrace]) -> RoutingTrace:
@@ -391,7 +389,7 @@ def checked(trace: RoutingTrace) -> dict[str, Any]:
     else:
         fields |= _load_fields(trace, num_experts, len(layer_ids))
         num_rows = len(fields["expert_load"])
-    for name in _SCALARS:
+    for name in SCALARS:
         fields[name] = _row_scalar(name, getattr(trace, name), num_rows)
     if fields["stage"] is None:
         fields["stage"] = np.full(num_rows, UNKNOWN, np.uint8)
@@ -473,16 +471,14 @@ def _row_scalar(name: str, value: Any, num_rows: int) -> np.ndarray | None:
             f"found {len(array)} entries in {name} for {num_rows} rows of the trace, expected one "
             "per row"
         )
-    dtype = np.dtype(_SCALARS[name])
-    if array.dtype == dtype:
-        return array
+    dtype = np.dtype(SCALARS[name])
     limits = np.iinfo(dtype)
     if array.size and (int(array.min()) < limits.min or int(array.max()) > limits.max):
         raise TraceError(
             f"found {name} values {int(array.min())}..{int(array.max())}, expected "
             f"{limits.min}..{limits.max} ({dtype})"
         )
-    return array.astype(dtype)
+    return array.astype(dtype, copy=False)
 
 
 def _check_row_values(fields: dict[str, Any]) -> None:
@@ -501,9 +497,8 @@ def _check_row_values(fields: dict[str, Any]) -> None:
             f"found domain_id {worst}, expected -1 (unknown) to {num_domains - 1}, for the domain "
             f"table has {num_domains} names"
         )
-    stage = fields["stage"]
-    present = np.bincount(stage, minlength=256) if stage.size else np.zeros(256, np.int64)
-    strange = [int(code) for code in np.flatnonzero(present) if code not in STAGE_NAMES]
+    present = np.flatnonzero(np.bincount(fields["stage"]))
+    strange = [code for code in present.tolist() if code not in STAGE_NAMES]
     if strange:
         raise TraceError(
             f"found stage code {strange[0]}, expected 0 prefill, 1 decode, 2 train or 255 unknown"
@@ -552,13 +547,11 @@ def check_ids(ids: np.ndarray, num_experts: int) -> None:
         if not part.size:
             continue
         if part.min() < -1 or part.max() >= num_experts:
-            token, layer, _ = np.argwhere((part < -1) | (part >= num_experts))[0]
-            bad = part[token, layer][
-                (part[token, layer] < -1) | (part[token, layer] >= num_experts)
-            ]
+            token, layer, pick = np.argwhere((part < -1) | (part >= num_experts))[0]
             raise TraceError(
-                f"found expert id {bad[0]} at token {start + token}, layer row {layer}, expected "
-                f"-1 (no pick) to {num_experts - 1}: the ids must be logical ids of this model"
+                f"found expert id {part[token, layer, pick]} at token {start + token}, layer row "
+                f"{layer}, expected -1 (no pick) to {num_experts - 1}: the ids must be logical ids "
+                "of this model"
             )
         if ids.shape[2] > 1:
             ordered = np.sort(part, axis=2)

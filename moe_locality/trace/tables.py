@@ -189,7 +189,7 @@ def csv_parts(path: Path, columns: list[str], options: ImportOptions) -> Iterato
     absent = [name for name in WIDE if name not in columns]
     if absent:
         raise _unreadable(path, f"column {absent[0]!r} is missing", WIDE)
-    layer_ids = sorted(_layers(path, options))
+    layer_ids = sorted({row["layer"] for _, row in _rows(path, options, 0)})
     yield from token_parts(
         path,
         {"layer_ids": layer_ids},
@@ -214,10 +214,6 @@ def _rows(path: Path, options: ImportOptions, number: int) -> Iterator[tuple[int
         if isinstance(error, TraceError):
             raise
         raise _unreadable(path, str(error), WIDE) from error
-
-
-def _layers(path: Path, options: ImportOptions) -> set[int]:
-    return {row["layer"] for _, row in _rows(path, options, 0)}
 
 
 def _tokens(path: Path, layer_ids: list[int], options: ImportOptions, number: int) -> Tokens:
@@ -359,15 +355,8 @@ def _token_keys(block: dict[str, np.ndarray]) -> np.ndarray:
 
 def _batches(path: Path, names: list[str], options: ImportOptions, number: int):
     """Yield dicts of the columns as numpy arrays, checked; text as stage codes and names."""
-    text_names = {"stage", "domain"}
-    types = {
-        name: pa.string()
-        if name in text_names
-        else pa.float32()
-        if name == "weight"
-        else pa.int64()
-        for name in names
-    }
+    no_integers = {"stage": pa.string(), "domain": pa.string(), "weight": pa.float32()}
+    types = {name: no_integers.get(name, pa.int64()) for name in names}
     size, done = max(path.stat().st_size, 1), 0
     try:
         reader = pacsv.open_csv(
@@ -393,11 +382,10 @@ def _checked_batch(path: Path, batch: Any) -> dict[str, np.ndarray]:
             raise _unreadable(path, f"an empty cell in column {name!r}", LONG)
         block[name] = np.asarray(column.to_numpy(zero_copy_only=False))
     block.setdefault("request_id", np.zeros(len(block["layer"]), np.int64))
-    for name, limit in (("request_id", 2**31), ("position", 2**31), ("layer", 2**31)):
-        if len(block[name]) and not 0 <= block[name].min() <= block[name].max() < limit:
-            raise _unreadable(path, f"a {name} outside 0..{limit - 1}", LONG)
-    if len(block["expert"]) and not 0 <= block["expert"].min() <= block["expert"].max() < 2**31:
-        raise _unreadable(path, "an expert outside 0..2**31-1", LONG)
+    for name in ("request_id", *LONG):
+        if len(block[name]) and not 0 <= block[name].min() <= block[name].max() < 2**31:
+            a = "an" if name == "expert" else "a"
+            raise _unreadable(path, f"{a} {name} outside 0..{2**31 - 1}", LONG)
     if "stage" in block:
         known, place = np.unique(block["stage"].astype(str), return_inverse=True)
         codes = [_stage_of(path, str(name)) for name in known]

@@ -40,7 +40,6 @@ from moe_locality.trace.recorder.writer import (
     WriterThread,
     is_capturing,
     logical_lookup,
-    ring_capacity,
 )
 
 logger = logging.getLogger(__name__)
@@ -159,7 +158,7 @@ class Assembler:
         """Take over what the replays of captured graphs recorded. Waits for the device."""
         if not self.replays.captured:
             return
-        noted = self.replays.notes
+        noted = len(self.replays.notes)
         found, tokens, overwritten = self.replays.drain()
         ran = len(found) + overwritten
         for replayed, annotation in found:
@@ -348,16 +347,15 @@ class Assembler:
         block.entries.append(Entry(layer, offset, top_k, self._lookup(module)))
 
     def _ring_for(self, block: Block, routes: Routes) -> Ring | None:
-        """Return the ring, made or enlarged so that two blocks of this size fit; None: no time."""
-        per_token = len(self._names) * routes.ids.shape[1]
+        """Return the ring, made or enlarged so that two blocks of this size fit (one is copied
+        while one is filled); None: no time."""
+        per_token, tokens = len(self._names) * routes.ids.shape[1], 2 * block.num_tokens
         ring = self._ring
-        if ring is not None and (
-            block.entries or ring.capacity >= 2 * per_token * block.num_tokens
-        ):
+        if ring is not None and (block.entries or ring.capacity >= per_token * tokens):
             return ring
         if ring is not None and not ring.wait_empty(self._patience_s()):
             return None
-        capacity = ring_capacity(per_token, self._settings.ring_tokens, block.num_tokens)
+        capacity = per_token * max(self._settings.ring_tokens, tokens)
         self._ring = Ring(capacity, routes.ids.device, self._settings.weights)
         block.start = 0
         return self._ring

@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 from moe_locality.config import TraceConfig
 from moe_locality.errors import TraceError
-from moe_locality.trace.parquet import make_directory, next_sequence
+from moe_locality.trace.parquet import ShardWriter, make_directory, next_sequence
 from moe_locality.trace.recorder.assembler import Assembler, AssemblerSettings, Forward
 from moe_locality.trace.recorder.hooks import (
     Hook,
@@ -43,7 +44,7 @@ from moe_locality.trace.recorder.labels import (
     current_annotation,
     named_arguments,
 )
-from moe_locality.trace.recorder.writer import ShardSettings, WriterThread
+from moe_locality.trace.recorder.writer import WriterThread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -386,20 +387,18 @@ class RoutingRecorder:
     def _start(self) -> Assembler:
         """Make what needs the final number of layers: the writer thread and the assembler."""
         top_ks = [layer.top_k for layer in self._layers]
-        self._writer = WriterThread(
-            ShardSettings(
-                directory=self.path,
-                model=self.model,
-                model_type=self._model_type,
-                rank=self.rank,
-                layer_ids=tuple(self._layer_ids),
-                num_experts=self._layers[0].num_experts,
-                top_k=None if None in top_ks else max(k for k in top_ks if k is not None),
-                weights=self._settings.weights,
-                shard_tokens=self._shard_tokens,
-            ),
-            self._writer_failed,
+        top_k = None if None in top_ks else max(k for k in top_ks if k is not None)
+        make = partial(
+            ShardWriter,
+            self.path,
+            model=self.model,
+            model_type=self._model_type,
+            rank=self.rank,
+            layer_ids=tuple(self._layer_ids),
+            num_experts=self._layers[0].num_experts,
+            weights=self._settings.weights,
         )
+        self._writer = WriterThread(make, top_k, self._shard_tokens, self._writer_failed)
         self._assembler = Assembler(
             self._settings, self._writer, self.layer_names, self._step, self._explicit_steps
         )

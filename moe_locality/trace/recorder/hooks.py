@@ -99,43 +99,44 @@ def read_logits(logits: torch.Tensor, top_k: int, with_weights: bool) -> Routes:
     return Routes(ids, values.float().softmax(-1) if with_weights else None)
 
 
-def read_llama4_router(module: Any, output: Any, with_weights: bool) -> Routes:
+def read_llama4_router(module: Any, _args: Any, output: Any, with_weights: bool) -> Routes:
     """(scores [T, E], logits [T, E]); the weight of a pick is its sigmoid."""
     values, ids = output[1].detach().topk(module.top_k, dim=1)
     return Routes(ids, values.float().sigmoid() if with_weights else None)
 
 
-def read_jetmoe_router(module: Any, output: Any, with_weights: bool) -> Routes:
+def read_jetmoe_router(module: Any, _args: Any, output: Any, with_weights: bool) -> Routes:
     """(…, logits [T, E])."""
     return read_logits(output[4], module.top_k, with_weights)
 
 
-def read_doge_block(module: Any, output: Any, with_weights: bool) -> Routes:
+def read_doge_block(module: Any, _args: Any, output: Any, with_weights: bool) -> Routes:
     """(hidden states, logits [2, T, R]); expert x * R + y of the R * R has the score x + y."""
     rows, columns = output[1].detach()
     return read_logits((rows[:, :, None] + columns[:, None]).flatten(1), module.top_k, with_weights)
 
 
-def read_switch_router(_module: Any, output: Any, with_weights: bool) -> Routes:
+def read_switch_router(_module: Any, _args: Any, output: Any, with_weights: bool) -> Routes:
     """(one-hot [B, S, E], all zero = over capacity, probability [B, S, 1], logits)."""
     chosen, probability = output[0].flatten(0, -2), output[1].detach().reshape(-1, 1)
     ids = chosen.argmax(-1, keepdim=True).masked_fill(chosen.sum(-1, keepdim=True) == 0, -1)
     return Routes(ids, probability if with_weights else None)
 
 
-def read_nllb_router(_module: Any, output: Any, with_weights: bool) -> Routes:
+def read_nllb_router(_module: Any, _args: Any, output: Any, with_weights: bool) -> Routes:
     """(one-hot of the first pick, weights [T, E] of at most two picks, logits)."""
     weights, ids = output[1].detach().flatten(0, -2).topk(2, dim=-1)
     return Routes(ids.masked_fill(weights == 0, -1), weights if with_weights else None)
 
 
-def read_mxfp4_mlp(module: Any, output: Any, with_weights: bool) -> Routes:
+def read_mxfp4_mlp(module: Any, _args: Any, output: Any, with_weights: bool) -> Routes:
     """(hidden states, logits [T, E]); its kernels pick by the same logits."""
     return read_logits(output[1], module.router.top_k, with_weights)
 
 
-def read_custom(found: Any, with_weights: bool) -> Routes:
-    """Check what a reader of ``attach(routers=)`` returned: ids [T, K], or ids and weights."""
+def read_custom(custom: Any, module: Any, args: Any, output: Any, with_weights: bool) -> Routes:
+    """Check what a reader of ``attach(routers=)`` returns: ids [T, K], or ids and weights."""
+    found = custom(module, args, output)
     ids, weights = found if isinstance(found, tuple) else (found, None)
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.is_floating_point():
         raise TraceError(
@@ -175,28 +176,32 @@ MAX_EXPERTS = 32_767
 _EXPERTS_MARKS = ("is_transposed", "is_concatenated", "has_gate", "has_bias", "num_experts")
 """What transformers' ``@use_experts_implementation`` (the ExpertsInterface) sets on a module."""
 
-_MODELS = "transformers.models."
-_EXPERTS_INPUT = {
-    (_MODELS + "dbrx.modeling_dbrx", "DbrxExperts"): read_experts,
-    (_MODELS + "step3p7.modeling_step3p7", "Step3p7Experts"): read_experts,
-    (_MODELS + "longcat_flash.modeling_longcat_flash", "LongcatFlashExperts"): read_longcat_experts,
-    (_MODELS + "zaya.modeling_zaya", "ZayaExperts"): read_zaya_experts,
-}
-"""Experts of transformers that are called with ids and are outside the ExpertsInterface, or have
-picks that are none: their readers."""
+Reader = Callable[[Any, Any, Any, bool], Routes]
+"""Called with (module, args, kwargs or output, with_weights)."""
 
-_OUTPUTS: dict[tuple[str, str], Callable[[Any, Any, bool], Routes]] = {
-    (_MODELS + "llama4.modeling_llama4", "Llama4Router"): read_llama4_router,
-    (_MODELS + "jetmoe.modeling_jetmoe", "JetMoeTopKGating"): read_jetmoe_router,
-    (_MODELS + "doge.modeling_doge", "DogeCDMoE"): read_doge_block,
-    (
-        _MODELS + "switch_transformers.modeling_switch_transformers",
-        "SwitchTransformersTop1Router",
-    ): (read_switch_router),
-    (_MODELS + "nllb_moe.modeling_nllb_moe", "NllbMoeTop2Router"): read_nllb_router,
-    ("transformers.integrations.mxfp4", "Mxfp4GptOssMLP"): read_mxfp4_mlp,
+_READERS: dict[tuple[str, str], tuple[str, Reader]] = {
+    ("deepspeed.moe.sharded_moe", "TopKGate"): (
+        "deepspeed",
+        lambda module, _args, output, weights: read_deepspeed_gate(output, module.k, weights),
+    ),
+    ("deepspeed.moe.ep_router", "TokenChoiceTopKRouter"): (
+        "autoep",
+        lambda _module, _args, output, weights: read_autoep_router(output, weights),
+    ),
+    # experts that are called with ids and are outside the ExpertsInterface, or have no-picks
+    ("dbrx", "DbrxExperts"): ("transformers", read_experts),
+    ("step3p7", "Step3p7Experts"): ("transformers", read_experts),
+    ("longcat_flash", "LongcatFlashExperts"): ("transformers", read_longcat_experts),
+    ("zaya", "ZayaExperts"): ("transformers", read_zaya_experts),
+    # modules whose output tells the picks
+    ("llama4", "Llama4Router"): ("output", read_llama4_router),
+    ("jetmoe", "JetMoeTopKGating"): ("output", read_jetmoe_router),
+    ("doge", "DogeCDMoE"): ("output", read_doge_block),
+    ("switch_transformers", "SwitchTransformersTop1Router"): ("output", read_switch_router),
+    ("nllb_moe", "NllbMoeTop2Router"): ("output", read_nllb_router),
+    ("transformers.integrations.mxfp4", "Mxfp4GptOssMLP"): ("output", read_mxfp4_mlp),
 }
-"""Modules of transformers whose output tells the picks, and their readers."""
+"""(module, or family of transformers, and class) → kind of the layer, and its reader."""
 
 Routers = Mapping[type, "tuple[int, Callable[[Any, tuple[Any, ...], Any], Any]]"]
 """Class of a router -> (number of experts, read(module, args, output) -> ids or (ids, weights))."""
@@ -287,8 +292,8 @@ class MoeLayer:
     num_experts: int
     top_k: int | None
     """None: known only when it runs."""
-    read: Any = None
-    """Of the kinds "transformers" and "output": (module, args, kwargs or output, with_weights)."""
+    read: Reader
+    """Before it runs of the kind "transformers", after that of the others."""
     depth: int = 0
     """How many names the same module had before this one: it runs once for each."""
 
@@ -307,9 +312,10 @@ def find_moe_layers(model: torch.nn.Module, routers: Routers | None = None) -> l
     first_of: dict[int, list[str]] = {}
     for name, module in modules.items():
         parent = modules[name.rpartition(".")[0]] if name else None
-        kind, read = _kind_of(module, parent, routers or {})
-        if kind is None:
+        found = _kind_of(module, parent, routers or {})
+        if found is None:
             continue
+        kind, read = found
         known = first_of.setdefault(id(module), [])
         if known and _pattern(name) != _pattern(known[0]):
             continue
@@ -364,34 +370,18 @@ def of_one_size(
     )
 
 
-def _kind_of(module: Any, parent: Any, routers: Routers) -> tuple[str | None, Any]:
-    """The kind of a module, None = no router, and its reader where the kind does not say it."""
+def _kind_of(module: Any, parent: Any, routers: Routers) -> tuple[str, Reader] | None:
+    """The kind of a module and its reader; None: it is no router."""
     for known, (_, custom) in routers.items():
         if isinstance(module, known):
-            return "output", partial(_read_with, custom)
-    if _is_a(module, "deepspeed.moe.sharded_moe", "TopKGate"):
-        return "deepspeed", None
-    if _is_a(module, "deepspeed.moe.ep_router", "TokenChoiceTopKRouter"):
-        return "autoep", None
-    if "transformers" not in sys.modules:
-        return None, None
-    for place, read in _EXPERTS_INPUT.items():
-        if _is_a(module, *place):
-            return "transformers", read
-    for place, read in _OUTPUTS.items():
-        if _is_a(module, *place) and type(parent).__name__ != "JetMoeMoA":  # attention's experts
-            return "output", partial(_read_output, read)
-    if all(hasattr(module, mark) for mark in _EXPERTS_MARKS):
+            return "output", partial(read_custom, custom)
+    for (where, name), found in _READERS.items():
+        place = where if "." in where else f"transformers.models.{where}.modeling_{where}"
+        if _is_a(module, place, name) and type(parent).__name__ != "JetMoeMoA":  # of attention
+            return found
+    if "transformers" in sys.modules and all(hasattr(module, mark) for mark in _EXPERTS_MARKS):
         return "transformers", read_experts
-    return None, None
-
-
-def _read_with(custom: Any, module: Any, args: Any, output: Any, with_weights: bool) -> Routes:
-    return read_custom(custom(module, args, output), with_weights)
-
-
-def _read_output(read: Any, module: Any, _args: Any, output: Any, with_weights: bool) -> Routes:
-    return read(module, output, with_weights)
+    return None
 
 
 def _is_a(module: torch.nn.Module, where: str, name: str) -> bool:
@@ -443,15 +433,9 @@ def route_hooks(module: Any) -> OrderedDict[int, Callable[..., None]]:
 
 
 def _hook_router(places: Places, layer: MoeLayer, on_routes: OnRoutes) -> list[Any]:
-    def experts(module, args, kwargs):
-        on_routes(places, module, lambda weights: layer.read(module, args, kwargs, weights))
-
-    def output_of(module, args, output):
-        on_routes(places, module, lambda weights: layer.read(module, args, output, weights))
-
-    def router(module, _args, output):
+    def routed(module, args, rest):
         if not getattr(layer.parent, "calls_route_hooks", False):
-            on_routes(places, module, lambda weights: read_autoep_router(output, weights))
+            on_routes(places, module, lambda weights: layer.read(module, args, rest, weights))
 
     def exchanged(ids, scores):
         def read(weights: bool) -> Routes:
@@ -459,13 +443,9 @@ def _hook_router(places: Places, layer: MoeLayer, on_routes: OnRoutes) -> list[A
 
         on_routes(places, layer.module, read)
 
-    def gate(module, _args, output):
-        on_routes(places, module, lambda weights: read_deepspeed_gate(output, module.k, weights))
-
     if layer.kind == "transformers":
-        return [layer.module.register_forward_pre_hook(Hook(experts), with_kwargs=True)]
-    hooks = {"autoep": router, "deepspeed": gate, "output": output_of}
-    handles: list[Any] = [layer.module.register_forward_hook(Hook(hooks[layer.kind]))]
+        return [layer.module.register_forward_pre_hook(Hook(routed), with_kwargs=True)]
+    handles: list[Any] = [layer.module.register_forward_hook(Hook(routed))]
     if layer.kind == "autoep" and layer.parent is not None:
         seam = route_hooks(layer.parent)
         handles.append(RemovableHandle(seam))
@@ -479,10 +459,8 @@ def input_axes(values: Iterable[Any]) -> tuple[int, int] | None:
         if isinstance(value, torch.Tensor):
             if value.ndim == 2 and value.dtype in (torch.int64, torch.int32):
                 return value.shape[0], value.shape[1]
-            continue
-        inside = value.values() if isinstance(value, dict) else value
-        if isinstance(inside, list | tuple) or isinstance(value, dict):
-            found = input_axes(inside)
+        elif isinstance(value, (dict, list, tuple)):
+            found = input_axes(value.values() if isinstance(value, dict) else value)
             if found is not None:
                 return found
     return None

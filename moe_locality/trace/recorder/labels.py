@@ -252,17 +252,11 @@ def layout_of(
 
 
 def check_fits(annotation: Annotation, layout: Layout, first_forward: bool) -> None:
-    """Raise TraceError where positions or mask do not fit the tokens (shapes only, no copies)."""
+    """Raise TraceError where positions or mask do not fit the tokens."""
     positions = annotation.positions
-    if positions is not None and positions.ndim and first_forward:
-        fits = positions.shape in (
-            (layout.num_sequences,),
-            (layout.num_tokens,),
-            (layout.num_sequences, layout.length),
-            (1, layout.length),
-        )
-        if not fits:
-            layout.per_token(positions, "positions")
+    known = ((), (layout.num_sequences,))
+    if positions is not None and positions.shape not in known and first_forward:
+        layout.per_token(positions, "positions")
     if annotation.mask is not None and (first_forward or annotation.stage != GENERATE):
         layout.per_token(annotation.mask, "a mask")
 
@@ -619,23 +613,14 @@ def _without_cache(
     if explicit.stage == GENERATE:
         return explicit
     keep = _mask_of(given, shape, 0, explicit)
-    mask = None if keep.all() else keep
+    found: dict[str, Any] = {} if keep.all() else {"mask": keep}
     positions: Any = given.get("position_ids")
     if explicit.request_ids is None and isinstance(positions, torch.Tensor) and positions.ndim == 2:
-        found = np.broadcast_to(positions.cpu().numpy(), shape)
-        requests, within = _packed(found, keep)
+        requests, within = _packed(np.broadcast_to(positions.cpu().numpy(), shape), keep)
         if requests is not None:
             numbers = new_requests(int(requests.max()) + 1)[requests]
-            return dataclasses.replace(
-                explicit,
-                request_ids=numbers.reshape(-1),
-                positions=within,
-                mask=mask,
-                explicit=explicit,
-            )
-    if mask is None:
-        return explicit
-    return dataclasses.replace(explicit, mask=mask, explicit=explicit)
+            found = {"mask": None, "request_ids": numbers.reshape(-1), "positions": within, **found}
+    return dataclasses.replace(explicit, **found, explicit=explicit) if found else explicit
 
 
 def _packed(positions: np.ndarray, keep: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
@@ -658,10 +643,10 @@ def _packed(positions: np.ndarray, keep: np.ndarray) -> tuple[np.ndarray | None,
 
 def _widened(values: Any, rows: int) -> Any:
     """Repeat labels of B prompts for B * n rows: several samples or beams of each prompt."""
-    if values is None or len(values) in (1, rows) or rows % len(values):
-        if values is not None and len(values) == 1 and isinstance(values, np.ndarray):
-            return np.repeat(values, rows, axis=0)
+    if values is None or rows % len(values):
         return values
-    if isinstance(values, tuple):
-        return tuple(name for name in values for _ in range(rows // len(values)))
-    return np.repeat(values, rows // len(values), axis=0)
+    if isinstance(values, np.ndarray):
+        return np.repeat(values, rows // len(values), axis=0)
+    if len(values) == 1:  # one name for all
+        return values
+    return tuple(name for name in values for _ in range(rows // len(values)))

@@ -19,10 +19,8 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,9 +29,6 @@ import torch
 from moe_locality.errors import TraceError
 from moe_locality.trace.parquet import ShardWriter
 from moe_locality.trace.recorder.labels import Annotation, BlockLabels, Layout, spread
-
-_BLOCKS_OF_ROOM = 2
-"""A ring has room for this many forward passes: one is copied while one is filled."""
 
 
 class RingFull(Exception):
@@ -58,22 +53,15 @@ class Ring:
             self._device = _buffers(capacity, device, weights, False) if on_cuda else self._host
             self._stream = torch.cuda.Stream(device) if on_cuda else None
         self._arrays = [buffer.numpy() for buffer in self._host]
-        self._head = 0
+        self.head = 0
+        """Offset after the last reserved region."""
         self._tail = 0
         self._released = threading.Condition()
-
-    @property
-    def head(self) -> int:
-        """Offset after the last reserved region."""
-        return self._head
-
-    def is_empty(self) -> bool:
-        return self._tail >= self._head
 
     def wait_empty(self, timeout_s: float) -> bool:
         """Wait until every region is released; False when that takes too long."""
         with self._released:
-            return self._released.wait_for(self.is_empty, timeout_s)
+            return self._released.wait_for(lambda: self._tail >= self.head, timeout_s)
 
     def reserve(self, count: int, timeout_s: float) -> int:
         """Return the offset of ``count`` free elements in a row.
@@ -81,23 +69,22 @@ class Ring:
         Raises:
             RingFull: the consumer did not make room within ``timeout_s``.
         """
-        start = self._head
+        start = self.head
         if start % self.capacity + count > self.capacity:
             start += self.capacity - start % self.capacity
         end = start + count
         if end - self._tail > self.capacity:
-            deadline = time.monotonic() + timeout_s
             with self._released:
-                while end - self._tail > self.capacity:
-                    left = deadline - time.monotonic()
-                    if left <= 0 or not self._released.wait(left):
-                        raise RingFull
-        self._head = end
+                if not self._released.wait_for(
+                    lambda: end - self._tail <= self.capacity, timeout_s
+                ):
+                    raise RingFull
+        self.head = end
         return start
 
     def rewind(self, head: int) -> None:
         """Give back everything reserved since the head was there."""
-        self._head = head
+        self.head = head
 
     def fill(self, offset: int, ids: torch.Tensor, weights: torch.Tensor | None) -> None:
         """Write [T, K] picks (any strides, any device) at ``offset``, without waiting for them."""
@@ -138,11 +125,6 @@ class Ring:
         with self._released:
             self._tail = max(self._tail, end)
             self._released.notify_all()
-
-
-def ring_capacity(elements_per_token: int, ring_tokens: int, block_tokens: int) -> int:
-    """Elements for ``ring_tokens`` tokens, or for two forward passes if that is more."""
-    return elements_per_token * max(ring_tokens, _BLOCKS_OF_ROOM * block_tokens)
 
 
 def _buffers(
@@ -332,7 +314,7 @@ class Replays:
         self._ticks: dict[torch.device, torch.Tensor] = {}
         self._captures: list[Capture] = []
         self._open: Capture | None = None
-        self._notes: list[Annotation] = []
+        self.notes: list[Annotation] = []
         self._first_tick = 1
 
     def prepare(self, tokens: int, top_k: int, device: torch.device) -> None:
@@ -389,7 +371,7 @@ class Replays:
 
     def note(self, annotation: Annotation) -> None:
         """Label the replay that was launched last."""
-        self._notes.append(annotation)
+        self.notes.append(annotation)
 
     def drain(self) -> tuple[list[tuple[Replayed, Annotation]], int, int]:
         """Return the replays since the last call with their labels, in the order in which they ran,
@@ -406,17 +388,12 @@ class Replays:
             replays += lost
             tokens += lost * ring.tokens
         found.sort(key=lambda replayed: replayed.tick)
-        notes, self._notes = self._notes, []
+        notes, self.notes = self.notes, []
         ran = len(found) + replays
         first, self._first_tick = self._first_tick, self._first_tick + ran
         if len(notes) != ran:
             return [(r, r.capture.annotation) for r in found], tokens, replays
         return [(r, notes[r.tick - first]) for r in found], tokens, replays
-
-    @property
-    def notes(self) -> int:
-        """Labels that wait for their replays."""
-        return len(self._notes)
 
     @property
     def captured(self) -> bool:
@@ -450,33 +427,16 @@ QUEUED_BLOCKS = 1024
 """Bound of the queue: blocks of few tokens (decode) take little of the ring, yet are objects."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardSettings:
-    """What every shard of a recorder has in common."""
-
-    directory: Path
-    model: str
-    model_type: str
-    rank: int
-    layer_ids: tuple[int, ...]
-    num_experts: int
-    top_k: int | None
-    """Largest K of the layers; None: taken from the first block."""
-    weights: bool
-    shard_tokens: int
-
-
 class ShardBuffer:
-    """Rows of the shard that is being filled.
+    """Rows of the next shard of ``writer``.
 
     Memory: shard_tokens * (L * K * 2 + 25) bytes, twice the L * K * 2 with weights; pages are taken
     as rows come.
     """
 
-    def __init__(self, settings: ShardSettings, top_k: int) -> None:
-        self._settings = settings
-        self.top_k = top_k
-        rows, layers = settings.shard_tokens, len(settings.layer_ids)
+    def __init__(self, writer: ShardWriter, shard_tokens: int) -> None:
+        self._writer, self._shard_tokens = writer, shard_tokens
+        rows, layers, top_k = shard_tokens, len(writer.layer_ids), writer.top_k
         self._columns = {
             "expert_ids": np.empty((rows, layers, top_k), np.int16),
             "request_id": np.empty(rows, np.int64),
@@ -485,19 +445,9 @@ class ShardBuffer:
             "domain_id": np.empty(rows, np.int32),
             "step": np.empty(rows, np.int64),
         }
-        if settings.weights:
+        if writer.weights:
             self._columns["expert_weights"] = np.empty((rows, layers, top_k), np.float16)
         self._domains: dict[str, int] = {}
-        self._writer = ShardWriter(
-            settings.directory,
-            rank=settings.rank,
-            model=settings.model,
-            model_type=settings.model_type,
-            num_experts=settings.num_experts,
-            top_k=top_k,
-            layer_ids=settings.layer_ids,
-            weights=settings.weights,
-        )
         self.num_rows = 0
         self.written_rows = 0
         self.written_shards = 0
@@ -521,24 +471,24 @@ class ShardBuffer:
         rows = np.arange(block.num_tokens) if labels.keep is None else np.flatnonzero(labels.keep)
         self.masked_rows += block.num_tokens - len(rows)
         while len(rows):
-            room = self._settings.shard_tokens - self.num_rows
+            room = self._shard_tokens - self.num_rows
             self._append(block, labels, layers, rows[:room])
             rows = rows[room:]
-            if self.num_rows == self._settings.shard_tokens:
+            if self.num_rows == self._shard_tokens:
                 self.write()
 
     def _layer(self, entry, num_tokens: int, ring: Ring | HostPicks) -> tuple[int, np.ndarray, Any]:
-        if entry.top_k > self.top_k:
+        if entry.top_k > self._writer.top_k:
             raise TraceError(
                 f"found {entry.top_k} picks per token in layer {entry.layer}, expected at most "
-                f"{self.top_k}, as in the layers before: record models of one top_k"
+                f"{self._writer.top_k}, as in the layers before: record models of one top_k"
             )
         ids, weights = ring.read(entry.offset, num_tokens * entry.top_k)
         low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
-        if low < -1 or high >= self._settings.num_experts:
+        if low < -1 or high >= self._writer.num_experts:
             raise TraceError(
                 f"found expert ids {low}..{high} in layer {entry.layer}, expected -1.."
-                f"{self._settings.num_experts - 1}: local ids (expert parallelism inside "
+                f"{self._writer.num_experts - 1}: local ids (expert parallelism inside "
                 "transformers) cannot be recorded, use DeepSpeed's AutoEP or none"
             )
         if entry.slot_to_logical is not None:
@@ -547,32 +497,28 @@ class ShardBuffer:
         return entry.layer, ids.reshape(shape), None if weights is None else weights.reshape(shape)
 
     def _append(self, block: Block, labels: BlockLabels, layers: list, rows: np.ndarray) -> None:
-        columns = self._columns
         place = slice(self.num_rows, self.num_rows + len(rows))
-        whole = len(rows) == block.num_tokens
-        ids, weights = columns["expert_ids"][place], columns.get("expert_weights")
-        weights = weights[place] if weights is not None else None
+        taken = {name: column[place] for name, column in self._columns.items()}
+        self.num_rows += len(rows)
+        chosen = slice(None) if len(rows) == block.num_tokens else rows  # all: without a copy
+        ids, weights = taken["expert_ids"], taken.get("expert_weights")
         width = {values.shape[1] for _, values, _ in layers}
-        if len(layers) < len(self._settings.layer_ids) or width != {self.top_k}:
+        if len(layers) < len(self._writer.layer_ids) or width != {self._writer.top_k}:
             ids.fill(-1)
             if weights is not None:
                 weights.fill(0)
         for layer, values, layer_weights in layers:
-            ids[:, layer, : values.shape[1]] = values if whole else values[rows]
+            ids[:, layer, : values.shape[1]] = values[chosen]
             if weights is not None and layer_weights is not None:
-                weights[:, layer, : values.shape[1]] = (
-                    layer_weights if whole else layer_weights[rows]
-                )
-        columns["request_id"][place] = labels.request_id if whole else labels.request_id[rows]
-        columns["position"][place] = labels.position if whole else labels.position[rows]
-        columns["stage"][place] = (
-            labels.stage[rows] if isinstance(labels.stage, np.ndarray) else labels.stage
-        )
-        columns["domain_id"][place] = self._domain_ids(labels, rows)
-        columns["step"][place] = block.step
-        self.num_rows += len(rows)
+                weights[:, layer, : values.shape[1]] = layer_weights[chosen]
+        stage = labels.stage[chosen] if isinstance(labels.stage, np.ndarray) else labels.stage
+        taken["request_id"][:] = labels.request_id[chosen]
+        taken["position"][:] = labels.position[chosen]
+        taken["stage"][:] = stage
+        taken["domain_id"][:] = self._domain_ids(labels, chosen)
+        taken["step"][:] = block.step
 
-    def _domain_ids(self, labels: BlockLabels, rows: np.ndarray) -> np.ndarray | int:
+    def _domain_ids(self, labels: BlockLabels, rows: np.ndarray | slice) -> np.ndarray | int:
         if labels.domains is None:
             return -1
         ids = [self._domains.setdefault(name, len(self._domains)) for name in labels.domains]
@@ -597,11 +543,21 @@ class WriterThread:
 
     After a failure it goes on emptying the queue and the ring, so that no hook waits for it, and
     counts the tokens as lost.
+
+    Args:
+        shard_writer: makes the writer of the shards when it is given ``top_k=``.
+        top_k: largest K of the layers; None: taken from the first block.
     """
 
-    def __init__(self, settings: ShardSettings, on_failure: Callable[[Exception], None]) -> None:
-        self._settings = settings
-        self._on_failure = on_failure
+    def __init__(
+        self,
+        shard_writer: Callable[..., ShardWriter],
+        top_k: int | None,
+        shard_tokens: int,
+        on_failure: Callable[[Exception], None],
+    ) -> None:
+        self._shard_writer, self._top_k = shard_writer, top_k
+        self._shard_tokens, self._on_failure = shard_tokens, on_failure
         self._queue: queue.Queue[Any] = queue.Queue(QUEUED_BLOCKS)
         self._buffer: ShardBuffer | None = None
         self._failed = False
@@ -663,8 +619,8 @@ class WriterThread:
         if block.arrived is not None:
             block.arrived.synchronize()
         if self._buffer is None:
-            top_k = self._settings.top_k or max(entry.top_k for entry in block.entries)
-            self._buffer = ShardBuffer(self._settings, top_k)
+            top_k = self._top_k or max(entry.top_k for entry in block.entries)
+            self._buffer = ShardBuffer(self._shard_writer(top_k=top_k), self._shard_tokens)
         self._buffer.add(block, ring)
 
     def _write(self) -> None:
