@@ -108,7 +108,13 @@ class ArrivingHomes:
                 f"expert_ids: found {int(ids.min())} to {int(ids.max())}, expected -1 to "
                 f"{experts - 1}: give logical ids"
             )
-        return self._score(np.ascontiguousarray(ids, dtype=np.int16)) - self._price
+        if self._model is None and not len(ids):
+            return -self._price
+        ids = np.ascontiguousarray(ids, dtype=np.int16)
+        request, known = np.zeros(len(ids), dtype=np.int64), np.array([len(ids)])
+        cost = self._serving.costs(ids, request, 1)
+        expected = expected_costs(self._model, self._rows, ids, request, cost, known)
+        return scores_of_known(self._serving, expected, ids, request)[0] - self._price
 
     def assign_scored(self, score: np.ndarray, tokens: int) -> int:
         """:meth:`assign` for a ``score [G]``."""
@@ -129,12 +135,3 @@ class ArrivingHomes:
     def correct(self, rank: int, expected: int, actual: int) -> None:
         """Count a request of ``rank`` as ``actual`` tokens, not as the ``expected`` ones."""
         self._tokens[rank] += actual - expected
-
-    def _score(self, ids: np.ndarray) -> np.ndarray:
-        request = np.zeros(len(ids), dtype=np.int64)
-        known = np.array([len(ids)])
-        cost = self._serving.costs(ids, request, 1)
-        if self._model is None and not len(ids):
-            return np.zeros(len(self._tokens))
-        expected = expected_costs(self._model, self._rows, ids, request, cost, known)
-        return scores_of_known(self._serving, expected, ids, request)[0]

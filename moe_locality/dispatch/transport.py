@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
@@ -212,7 +213,7 @@ class StageClock:
 
     def reset(self) -> None:
         """Forget all times."""
-        self._us: dict[str, float] = {}
+        self._us: dict[str, float] = defaultdict(float)
         self._pending: list[tuple[str, Any, Any]] = []
 
     def __call__(self, stage: str) -> contextlib.AbstractContextManager[None]:
@@ -222,7 +223,7 @@ class StageClock:
         """Return the microseconds of each stage so far. Waits for the device."""
         for stage, start, stop in self._pending:
             stop.synchronize()
-            self._add(stage, 1e3 * start.elapsed_time(stop))
+            self._us[stage] += 1e3 * start.elapsed_time(stop)
         self._pending = []
         return dict(self._us)
 
@@ -237,10 +238,7 @@ class StageClock:
         else:
             begin = time.perf_counter()
             yield
-            self._add(stage, 1e6 * (time.perf_counter() - begin))
-
-    def _add(self, stage: str, us: float) -> None:
-        self._us[stage] = self._us.get(stage, 0.0) + us
+            self._us[stage] += 1e6 * (time.perf_counter() - begin)
 
 
 _OFF = contextlib.nullcontext()
@@ -378,11 +376,12 @@ class PendingCounts:
             sent, got = self.sent.tolist(), self.received.tolist()
         else:
             sent, got = self._copy.read()
-        if self._group is None:
+        if (group := self._group) is None:
             return self.received, sent, got
-        self._group.check([row[:HEADER] for row in got], self._desync)
-        received = self.received[:, HEADER:].reshape(-1)
-        return received, _without_header(sent), _without_header(got)
+        headers, me = [row[:HEADER] for row in got], torch.distributed.get_rank()
+        check_headers(headers, group.ranks, group.position, me, self._desync)
+        sent, got = ([n for row in rows for n in row[HEADER:]] for rows in (sent, got))
+        return self.received[:, HEADER:].reshape(-1), sent, got
 
     def _wait(self) -> None:
         if self._work is not None:
@@ -390,10 +389,6 @@ class PendingCounts:
             with self._group.explained("token counts"):
                 self._work.wait()
             self._work = None
-
-
-def _without_header(rows: list[list[int]]) -> list[int]:
-    return [count for row in rows for count in row[HEADER:]]
 
 
 class _HostCopy:
@@ -465,10 +460,6 @@ class AllToAllGroup:
                 received, sent, group=self.process_group, async_op=True
             )
         return PendingCounts(sent, received, work, self, desync)
-
-    def check(self, headers: Sequence[Sequence[int]], desync: DesyncError | None) -> None:
-        """Raise DesyncError where the ranks are not at one layer."""
-        check_headers(headers, self.ranks, self.position, torch.distributed.get_rank(), desync)
 
     @contextlib.contextmanager
     def explained(self, kind: str) -> Iterator[None]:

@@ -268,20 +268,16 @@ def _identify(experts: nn.ModuleList) -> GroupedMLP | str:
 
 
 def _why_unequal(experts: nn.ModuleList) -> str | None:
-    def shapes(expert: nn.Module) -> list[Any]:
-        return [(name, p.shape) for name, p in expert.named_parameters()]
+    def traits(expert: nn.Module) -> dict[str, Any]:
+        public = ({k: v for k, v in vars(m).items() if k[0] != "_"} for m in expert.modules())
+        shapes = [(name, p.shape) for name, p in expert.named_parameters()]
+        return {"shape": shapes, "their settings": list(public)}
 
-    def settings(expert: nn.Module) -> list[Any]:
-        return [
-            {k: v for k, v in vars(m).items() if not k.startswith("_")} for m in expert.modules()
-        ]
-
-    first = experts[0]
-    for expert in experts:
-        if shapes(expert) != shapes(first):
-            return "the experts differ in shape"
-        if settings(expert) != settings(first):
-            return "the experts differ in their settings"
+    wanted = traits(experts[0])
+    for found in map(traits, experts):
+        for what in wanted:
+            if found[what] != wanted[what]:
+                return f"the experts differ in {what}"
     return None
 
 
@@ -303,12 +299,8 @@ def _probe(expert: nn.Module, linears: list[str]) -> GroupedMLP | str:
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     layers: dict[str, Any] = {name: probe.get_submodule(name) for name in linears}
     for names, activation in itertools.product(itertools.permutations(linears), ACTIVATIONS):
-        mlp = GroupedMLP(
-            up=names[-2],
-            down=names[-1],
-            gate=names[0] if len(names) == 3 else None,
-            activation=activation,
-        )
+        gate = names[0] if len(names) == 3 else None
+        mlp = GroupedMLP(up=names[-2], down=names[-1], gate=gate, activation=activation)
         width = layers[mlp.up].in_features
         x = torch.randn((len(_SIZES), width), generator=generator, dtype=torch.float64)
         if _agrees(probe, layers, mlp, x * torch.tensor(_SIZES)[:, None] / width**0.5):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_locality.dispatch.traffic import traffic_report
+from moe_locality.dispatch.transport import LINKS
 from moe_locality.serving.engine import Engine
 from moe_locality.serving.metrics import Metrics
 from moe_locality.serving.requests import RequestOutput, SamplingParams, read_requests
@@ -81,17 +82,16 @@ def serve_file(
     if metrics is not None:
         metrics.close(engine)
     counts["unserved"], counts["moved"] = engine.unserved, engine.handover.moved
-    everyone = exchange_objects((counts, engine.handover.sent_bytes)) if size > 1 else None
-    everyone = everyone or [(counts, engine.handover.sent_bytes)]
+    mine = (counts, engine.handover.sent_bytes)
+    everyone = exchange_objects(mine) if size > 1 else [mine]
     seconds = time.perf_counter() - began
     total: dict[str, Any] = {name: sum(own[name] for own, _ in everyone) for name in counts}
     total |= {"seconds": seconds, "tokens_per_s": total["tokens"] / seconds}
     links = traffic_report(engine.model)["by_link"] if size > 1 else None
-    names = ("same_rank", "same_node", "cross_node")
     if links is not None:
-        total["bytes"] = {name: sum(kind[name] for kind in links.values()) for name in names}
+        total["bytes"] = {link: sum(kind[link] for kind in links.values()) for link in LINKS}
     sums = [sum(column) for column in zip(*(sent for _, sent in everyone), strict=True)]
-    return total | {"handover_bytes": dict(zip(names, sums, strict=True))}
+    return total | {"handover_bytes": dict(zip(LINKS, sums, strict=True))}
 
 
 def _share(requests: str | Path, rank: int, size: int, done: set[str]) -> Iterator[Any]:

@@ -44,14 +44,10 @@ class Limits:
 
     def __post_init__(self) -> None:
         least = {"max_num_seqs": 1, "max_num_batched_tokens": 1, "max_model_len": 2}
-        for name, low in (*least.items(), ("max_num_ready", 0)):
+        for name, low in {**least, "max_num_ready": 0, "max_num_kv_tokens": 2}.items():
             value = getattr(self, name)
             if value is not None and value < low:
-                raise ConfigError(f"found {name}={getattr(self, name)}, expected at least {low}")
-        if self.max_num_kv_tokens is not None and self.max_num_kv_tokens < 2:
-            raise ConfigError(
-                f"found max_num_kv_tokens={self.max_num_kv_tokens}, expected 2 or more"
-            )
+                raise ConfigError(f"found {name}={value}, expected at least {low}")
         if self.max_num_seqs > self.max_num_batched_tokens:
             raise ConfigError(
                 f"found max_num_seqs={self.max_num_seqs} and max_num_batched_tokens="

@@ -70,9 +70,9 @@ def assign(
     worth = (score - prices[0][node_of_rank]) * tokens[:, None] - prices[1][node_of_rank]
     order = _by_stake((near - prices[0]) * tokens[:, None] - prices[1], tokens)
     caps = (float(capacities.tokens), size, larger)
-    rank_of, filled, count = _fill(order, worth, tokens.astype(np.int64), *caps)
-    value = np.ascontiguousarray(score * tokens[:, None])
     whole = tokens.astype(np.int64)
+    rank_of, filled, count = _fill(order, worth, whole, *caps)
+    value = np.ascontiguousarray(score * tokens[:, None])
     _improve(rank_of, filled, count, value, whole, *caps[:2], EXCHANGE_ROUNDS)
     if 1 < len(tokens) <= ANNEAL_REQUESTS and ranks > 1:
         heat = float((near.max(axis=1) - near.mean(axis=1)).mean() * tokens.mean())
@@ -110,11 +110,8 @@ def _prices(near, tokens, room, seats) -> tuple[np.ndarray, np.ndarray, float]:
 
 def _by_stake(worth: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """Requests in falling order of best - second best; indifferent and short ones last."""
-    if worth.shape[1] == 1:
-        stake = np.zeros(len(worth))
-    else:
-        top = np.partition(worth, worth.shape[1] - 2, axis=1)[:, -2:]
-        stake = top[:, 1] - top[:, 0]
+    top = np.sort(worth, axis=1)[:, -2:]
+    stake = top[:, -1] - top[:, 0]  # of one node alone: zero
     return np.lexsort((np.arange(len(tokens)), -tokens, -stake))
 
 
