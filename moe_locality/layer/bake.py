@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ _SAMPLED_BYTES = 256  # of a tensor, compared first
 # -- the files of a checkpoint ------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class CheckpointFiles:
     """Paths of one tag. ``prefixes[l]`` is the module name of MoE layer l; ``auto_ep``: whether
     AutoEP made the layers.
@@ -73,15 +73,15 @@ class CheckpointFiles:
     """
 
     folder: Path
-    num_layers: int
-    num_experts: int
-    prefixes: tuple[str, ...]
-    auto_ep: bool
-    experts: dict[tuple[int, int, int], Path]
-    dense: dict[int, Path]
-    optimizer: dict[tuple[int, int], Path]
-    other_optimizer: tuple[Path, ...]
-    copied: tuple[Path, ...]
+    num_layers: int = 0
+    num_experts: int = 0
+    prefixes: tuple[str, ...] = ()
+    auto_ep: bool = False
+    experts: dict[tuple[int, ...], Path] = field(default_factory=dict)
+    dense: dict[int, Path] = field(default_factory=dict)
+    optimizer: dict[tuple[int, int], Path] = field(default_factory=dict)
+    other_optimizer: list[Path] = field(default_factory=list)
+    copied: list[Path] = field(default_factory=list)
 
     def gates_among(self, names: Iterable[str]) -> dict[str, int]:
         """The MoE layer of every tensor of a router among ``names``."""
@@ -100,40 +100,31 @@ def find_files(folder: Path) -> CheckpointFiles:
     Raises:
         ConfigError: no MoE checkpoint of this kind, or files are missing.
     """
-    experts, dense, optimizer = {}, {}, {}
-    other_optimizer, copied = [], []
+    files = CheckpointFiles(folder=folder)
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.name if path.parent == folder else ""
         if match := EXPERT_STATES.fullmatch(name):
-            layer, slot, mp = map(int, match.groups())
-            experts[layer, slot, mp] = path
+            files.experts[tuple(map(int, match.groups()))] = path
         elif match := MODEL_STATES.fullmatch(name):
-            dense[int(match[1])] = path
+            files.dense[int(match[1])] = path
         elif match := OPTIMIZER_STATES.fullmatch(name):
-            optimizer[int(match[1]), int(match[2])] = path
+            files.optimizer[int(match[1]), int(match[2])] = path
         elif path.name.endswith("optim_states.pt") or "offloaded_tensors" in path.parts:
-            other_optimizer.append(path)
+            files.other_optimizer.append(path)
         else:
-            copied.append(path)
-    layers, slots = _check_complete(folder, experts, dense, copied)
-    names = [_name_of(experts[layer, 0, min(dense)]) for layer in range(layers)]
-    return CheckpointFiles(
-        folder=folder,
-        num_layers=layers,
-        num_experts=slots,
-        prefixes=tuple(prefix for prefix, _ in names),
-        auto_ep=names[0][1],
-        experts=experts,
-        dense=dense,
-        optimizer=optimizer,
-        other_optimizer=tuple(other_optimizer),
-        copied=tuple(copied),
-    )
+            files.copied.append(path)
+    files.num_layers, files.num_experts = _check_complete(files)
+    first = min(files.dense)
+    names = [_name_of(files.experts[layer, 0, first]) for layer in range(files.num_layers)]
+    files.prefixes, files.auto_ep = tuple(prefix for prefix, _ in names), names[0][1]
+    return files
 
 
-def _check_complete(folder, experts, dense, copied) -> tuple[int, int]:
+def _check_complete(files: CheckpointFiles) -> tuple[int, int]:
+    """Return the numbers of layers and slots; raise ConfigError where a file of them is missing."""
+    folder, experts, dense = files.folder, files.experts, files.dense
     if not experts:
-        old = [p.name for p in copied if re.match(r"expert_\d+_mp_rank_", p.name)]
+        old = [p.name for p in files.copied if re.match(r"expert_\d+_mp_rank_", p.name)]
         what = f"found experts in an old format ({old[0]})" if old else "found no expert files"
         raise ConfigError(
             f"{folder}: {what}, expected layer_<L>_expert_<E>_mp_rank_<MP>_model_states.pt of "

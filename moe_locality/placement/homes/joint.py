@@ -20,13 +20,11 @@ from moe_locality.placement.homes.assign import scores_of_known
 from moe_locality.placement.homes.predictor import (
     KnownTokens,
     Predictor,
-    Requests,
     Serving,
     default_prediction,
     fit,
     home_profiles,
     k_means,
-    known_of,
     requests_of,
     serving_of_plan,
 )
@@ -42,21 +40,24 @@ CHEAPER = 0.8  # share of the price of imbalance during the search for homes
 _SLACK_SHARE = 0.9  # of the allowed imbalance of tokens that nodes use, so that ranks can meet it
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Setup:
     """What does not change from round to round."""
 
-    problem: Problem
-    objective: str
-    requests: Requests
-    predict: str
-    known: KnownTokens
-    ids: np.ndarray  # [T, L, K]
-    tables: coactivation.Tables
-    layers: list[coactivation.Layer]
-    linear: list[float]  # [L] copies of the linear layout
-    price: float  # of imbalance, during the search for homes
-    limit: list[float]  # [L] imbalance that no layer should exceed
+    def __init__(self, problem: Problem) -> None:
+        trace = problem.trace
+        self.problem = problem
+        self.requests, self.predict = requests_of(trace), default_prediction(trace)
+        self.known = KnownTokens(trace, self.requests, self.predict)
+        self.ids = np.ascontiguousarray(trace.expert_ids)  # [T, L, K]
+        self.tables = tables = coactivation.count_tables(trace, problem.sampling_unit)
+        self.layers = layers = map_layers(
+            lambda layer: coactivation.make_layer(problem, tables, layer), trace.num_layers
+        )
+        seeds = [coactivation.seed_of(problem, layer) for layer in range(len(layers))]
+        _, caps, price = coactivation.place_on_nodes(problem, layers, seeds)
+        self.linear = [coactivation.linear_layout(layer).copies for layer in layers]  # [L]
+        self.price = CHEAPER * price  # of imbalance, during the search for homes
+        self.limit = [cap.most for cap in caps]  # [L] imbalance that no layer should exceed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +71,7 @@ class _Pair:
 
 def solve_joint(problem: Problem) -> Solution:
     """A plan with ``home_profiles``, and homes of the requests as predicted for new ones."""
-    data = _prepare(problem)
+    data = _Setup(problem)
     best, history = _search(data)
     home_node = best.home_node
     if problem.num_slots > problem.trace.num_experts:
@@ -92,38 +93,13 @@ def solve_joint(problem: Problem) -> Solution:
         problem.trace,
         found.plan,
         homes,
-        objective=data.objective,
+        objective=data.problem.objective,
         predictors={data.predict: predictor},
         token_price=chosen.token_price,
     )
-    notes = {**found.notes, "objective": data.objective, "predict": data.predict}
-    notes[f"joint_{data.objective}"] = [round(x) for x in (*history, cost)]
+    notes = {**found.notes, "objective": data.problem.objective, "predict": data.predict}
+    notes[f"joint_{data.problem.objective}"] = [round(x) for x in (*history, cost)]
     return Solution(plan=replace(found.plan, home_profiles=kept), homes=homes, notes=notes)
-
-
-def _prepare(problem: Problem) -> _Setup:
-    trace = problem.trace
-    requests, predict = requests_of(trace), default_prediction(trace)
-    ids = np.ascontiguousarray(trace.expert_ids)
-    tables = coactivation.count_tables(trace, problem.sampling_unit)
-    layers = map_layers(
-        lambda layer: coactivation.make_layer(problem, tables, layer), trace.num_layers
-    )
-    seeds = [coactivation.seed_of(problem, layer) for layer in range(len(layers))]
-    _, caps, price = coactivation.place_on_nodes(problem, layers, seeds)
-    return _Setup(
-        problem=problem,
-        objective=problem.objective,
-        requests=requests,
-        predict=predict,
-        known=known_of(trace, requests, predict),
-        ids=ids,
-        tables=tables,
-        layers=layers,
-        linear=[coactivation.linear_layout(layer).copies for layer in layers],
-        price=CHEAPER * price,
-        limit=[cap.most for cap in caps],
-    )
 
 
 def _search(data: _Setup) -> tuple[_Pair, list[float]]:
@@ -222,7 +198,7 @@ def _serving(data: _Setup, node_of: np.ndarray) -> Serving:
         choices=np.ascontiguousarray(node_of[:, None, :, None]),
         holders=np.ascontiguousarray(node_of[:, :, None]),
         node_of_rank=np.arange(data.problem.num_nodes),
-        by_pick=data.objective == "picks",
+        by_pick=data.problem.objective == "picks",
     )
 
 
@@ -257,7 +233,7 @@ def _homes(
     """
     problem, tokens = data.problem, data.requests.tokens
     rows = align_trace(problem.trace, plan, None, None).plan_rows
-    serving = serving_of_plan(plan, data.objective, rows)
+    serving = serving_of_plan(plan, data.problem.objective, rows)
     full, expected, predictor = _costs(data, serving)
     score = scores_of_known(serving, expected, data.known.ids, data.known.request)
     caps = capacitated.Capacities(

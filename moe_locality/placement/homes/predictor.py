@@ -211,45 +211,26 @@ class Predictor:
         return cls(weights=weights, **arrays)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Basis:
-    """What the regression needs of the requests, whatever the placement; F = L E."""
-
-    shape: tuple[int, int]  # L, E
-    known: np.ndarray  # [R]
-    weight: np.ndarray  # [R] tokens / mean tokens
-    share: np.ndarray  # [R, F] float32 picks per known token
-    center: np.ndarray  # [F] their mean
-    scaled: np.ndarray  # [R, F] float32 (share - center) x root of the weight
-    values: np.ndarray  # [R] eigenvalues of scaled scaled'
-    vectors: np.ndarray  # [R, R]
-
-
-def make_basis(counts: np.ndarray, known: np.ndarray, tokens: np.ndarray) -> Basis:
-    """The basis of requests.
+    """What the regression needs of the requests, whatever the placement; F = L E.
 
     Args:
         counts: [R, L, E] picks of the known tokens; known: [R] how many tokens are known.
         tokens: [R] all tokens of the request.
     """
-    requests, layers, experts = counts.shape
-    weight = tokens / tokens.mean()
-    share = counts.reshape(requests, -1) / np.maximum(known, 1)[:, None].astype(np.float32)
-    some = known > 0
-    center = np.average(share, axis=0, weights=weight * some + 1e-12)
-    scaled = (share - center.astype(np.float32)) * some[:, None]
-    scaled *= np.sqrt(weight)[:, None].astype(np.float32)
-    values, vectors = np.linalg.eigh((scaled @ scaled.T).astype(float))
-    return Basis(
-        shape=(layers, experts),
-        known=known,
-        weight=weight,
-        share=share,
-        center=center,
-        scaled=scaled,
-        values=np.maximum(values, 0),
-        vectors=vectors,
-    )
+
+    def __init__(self, counts: np.ndarray, known: np.ndarray, tokens: np.ndarray) -> None:
+        self.shape, self.known, some = counts.shape[1:], known, known > 0
+        self.weight = tokens / tokens.mean()  # [R]
+        count = np.maximum(known, 1)[:, None].astype(np.float32)
+        self.share = counts.reshape(len(counts), -1) / count  # [R, F] float32 picks per known token
+        self.center = np.average(self.share, axis=0, weights=self.weight * some + 1e-12)  # [F]
+        # [R, F] float32 (share - center) x root of the weight
+        self.scaled = (self.share - self.center.astype(np.float32)) * some[:, None]
+        self.scaled *= np.sqrt(self.weight)[:, None].astype(np.float32)
+        # eigenvalues [R] and eigenvectors [R, R] of scaled scaled'
+        values, self.vectors = np.linalg.eigh((self.scaled @ self.scaled.T).astype(float))
+        self.values = np.maximum(values, 0)
 
 
 def fit_predictor(basis: Basis, cost: np.ndarray, full: np.ndarray) -> tuple[Predictor, np.ndarray]:
@@ -342,33 +323,25 @@ def serving_of_plan(plan: PlacementPlan, objective: str, rows: np.ndarray | None
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class KnownTokens:
-    """The tokens that a prediction may look at, and the regression basis of their requests.
-
-    ``fitted`` [F]: the requests that the basis has, all or an even choice of them.
+    """What ``predict`` may look at in the requests that a plan is made from: picks ``ids``
+    [N, L, K] of tokens, their ``request`` [N], how many each request has (``count`` [R]), and the
+    regression basis of the requests ``fitted`` [F], all or an even choice of them.
     """
 
-    ids: np.ndarray  # [N, L, K]
-    request: np.ndarray  # [N]
-    count: np.ndarray  # [R]
-    fitted: np.ndarray
-    basis: Basis
+    def __init__(self, trace: RoutingTrace, requests: Requests, predict: str) -> None:
+        from moe_locality.placement.count_kernels import expert_counts
 
-
-def known_of(trace: RoutingTrace, requests: Requests, predict: str) -> KnownTokens:
-    """What ``predict`` may look at in the requests that a plan is made from."""
-    from moe_locality.placement.count_kernels import expert_counts
-
-    rows, total = known_tokens(trace, requests, predict), len(requests.tokens)
-    ids, request = np.ascontiguousarray(trace.expert_ids[rows]), requests.index[rows]  # type: ignore[index]
-    count = np.bincount(request, minlength=total)
-    fitted = np.unique(np.linspace(0, total - 1, min(total, MAX_FITTED)).astype(int))
-    place = np.full(total, -1)
-    place[fitted] = np.arange(len(fitted))
-    counts = expert_counts(ids, place[request], len(fitted), trace.num_experts)
-    basis = make_basis(counts, count[fitted], requests.tokens[fitted])
-    return KnownTokens(ids=ids, request=request, count=count, fitted=fitted, basis=basis)
+        rows, total = known_tokens(trace, requests, predict), len(requests.tokens)
+        self.ids = np.ascontiguousarray(trace.expert_ids[rows])  # type: ignore[index]
+        self.request = requests.index[rows]
+        self.count = np.bincount(self.request, minlength=total)
+        fitted = np.unique(np.linspace(0, total - 1, min(total, MAX_FITTED)).astype(int))
+        place = np.full(total, -1)
+        place[fitted] = np.arange(len(fitted))
+        counts = expert_counts(self.ids, place[self.request], len(fitted), trace.num_experts)
+        self.fitted = fitted
+        self.basis = Basis(counts, self.count[fitted], requests.tokens[fitted])
 
 
 def fit(known: KnownTokens, serving: Serving, full: np.ndarray) -> tuple[Predictor, np.ndarray]:
