@@ -126,13 +126,13 @@ def dispatched_on_rank(rank: int, world: int, nodes: int, tokens: int, width: in
     """Dispatch once; return the report of what was sent."""
     from moe_locality.config import DispatchConfig
     from moe_locality.dispatch import TokenDispatcher, traffic_report
-    from moe_locality.dispatch.hierarchical import find_rails
+    from moe_locality.dispatch.hierarchical import Rails
     from moe_locality.topology import ClusterTopology
     from moe_locality.topology.groups import build_groups, layout_groups
 
     experts, top_k = 256, 8
     topology = ClusterTopology.uniform(nodes, world // nodes)
-    rails = find_rails(build_groups(layout_groups(topology, world)), topology, experts)
+    rails = Rails(build_groups(layout_groups(topology, world)), topology, experts)
     dispatcher = TokenDispatcher(
         topology=topology, num_slots=experts, rails=rails, config=DispatchConfig(**options)
     )

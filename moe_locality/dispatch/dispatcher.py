@@ -28,7 +28,7 @@ from moe_locality.config import DispatchConfig
 from moe_locality.dispatch.deepep import DeepEPTransport
 from moe_locality.dispatch.desync import CallPosition, announce_process
 from moe_locality.dispatch.flat import FixedTransport, FlatTransport
-from moe_locality.dispatch.hierarchical import HierarchicalTransport, Rails, find_rails, pays
+from moe_locality.dispatch.hierarchical import HierarchicalTransport, Rails, pays
 from moe_locality.dispatch.transport import (
     AllToAllGroup,
     Codec,
@@ -594,7 +594,7 @@ class ExchangingLayer:
                 where = (ranks, self.topology, num_slots, top_k)
                 staged = config.exchange == "auto" and pays(*where)
                 if staged or config.exchange == "hierarchical":
-                    rails = find_rails(groups, self.topology, num_slots)
+                    rails = Rails(groups, self.topology, num_slots)
             self.dispatcher = TokenDispatcher(
                 ep_group,
                 self.topology,

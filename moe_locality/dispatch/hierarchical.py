@@ -23,7 +23,7 @@ the local experts.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -46,27 +46,42 @@ from moe_locality.kernels.ops import RowMap
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.topology.groups import ExpertParallelGroups
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Rails:
-    """The position of this rank among the nodes of its EP group.
+    """The position of this rank among the nodes of its EP group, from the groups that were built
+    for its cluster.
 
     ``inter_group``, ``inter_ranks [M]``: the ranks of its local index, one on each node.
     ``intra_group``, ``intra_ranks [g]``: the ranks of its node. ``rail_of_slot [P]``: position in
     ``inter_ranks`` of the node of each slot. ``slot_in_node [P]``: each slot among those of its
     node. ``members [M][g]``: position in the EP group of each rank of each node.
+
+    Raises:
+        ConfigError: the nodes of the EP group have different numbers of its ranks.
     """
 
-    inter_group: "ProcessGroup | None"
-    inter_ranks: tuple[int, ...]
-    intra_group: "ProcessGroup | None"
-    intra_ranks: tuple[int, ...]
-    rail_of_slot: tuple[int, ...]
-    slot_in_node: tuple[int, ...]
-    members: tuple[tuple[int, ...], ...]
+    def __init__(
+        self, groups: ExpertParallelGroups, topology: ClusterTopology, num_slots: int
+    ) -> None:
+        ranks: tuple[int, ...] = groups.ep_ranks
+        nodes = [topology.node_of(rank) for rank in ranks]
+        rails = {topology.node_of(rank): i for i, rank in enumerate(groups.inter_node_ranks)}
+        if not nodes_are_even(ranks, topology) or set(rails) != set(nodes):
+            raise ConfigError(
+                f"found an expert group on nodes {nodes} with rails {groups.inter_node_ranks}, "
+                "expected as many of its ranks on every node: set dispatch.exchange to 'flat'"
+            )
+        self.inter_group, self.intra_group = groups.inter_node_group, groups.intra_node_group
+        self.inter_ranks = tuple(groups.inter_node_ranks)
+        self.intra_ranks = tuple(groups.intra_node_ranks)
+        self.members = tuple(
+            tuple(place for place, other in enumerate(nodes) if other == node)
+            for node in sorted(rails, key=lambda node: rails[node])
+        )
+        size = num_slots // len(ranks)  # slots of a rank
+        place_of = {place: i for held in self.members for i, place in enumerate(held)}
+        self.rail_of_slot = tuple(rails[nodes[p // size]] for p in range(num_slots))
+        self.slot_in_node = tuple(place_of[p // size] * size + p % size for p in range(num_slots))
 
 
 def nodes_are_even(ranks: tuple[int, ...], topology: ClusterTopology) -> bool:
@@ -85,40 +100,6 @@ def pays(ranks: tuple[int, ...], topology: ClusterTopology, num_slots: int, top_
     if len(nodes) == 1 or not nodes_are_even(ranks, topology):
         return False
     return len(ranks) > len(nodes) or (top_k > 1 and num_slots > len(nodes))
-
-
-def find_rails(groups: ExpertParallelGroups, topology: ClusterTopology, num_slots: int) -> Rails:
-    """Return the rails of this rank from the groups that were built for its cluster.
-
-    Raises:
-        ConfigError: the nodes of the EP group have different numbers of its ranks.
-    """
-    ranks: tuple[int, ...] = groups.ep_ranks
-    nodes = [topology.node_of(rank) for rank in ranks]
-    rails = {topology.node_of(rank): i for i, rank in enumerate(groups.inter_node_ranks)}
-    members = {node: [r for r in ranks if topology.node_of(r) == node] for node in set(nodes)}
-    if not nodes_are_even(ranks, topology) or set(rails) != set(nodes):
-        raise ConfigError(
-            f"found an expert group on nodes {nodes} with rails {groups.inter_node_ranks}, "
-            "expected as many of its ranks on every node: set dispatch.exchange to 'flat'"
-        )
-    slots_per_rank = num_slots // len(ranks)
-    first = {rank: members[node].index(rank) for rank, node in zip(ranks, nodes, strict=True)}
-    return Rails(
-        inter_group=groups.inter_node_group,
-        inter_ranks=tuple(groups.inter_node_ranks),
-        intra_group=groups.intra_node_group,
-        intra_ranks=tuple(groups.intra_node_ranks),
-        rail_of_slot=tuple(rails[nodes[p // slots_per_rank]] for p in range(num_slots)),
-        slot_in_node=tuple(
-            first[ranks[p // slots_per_rank]] * slots_per_rank + p % slots_per_rank
-            for p in range(num_slots)
-        ),
-        members=tuple(
-            tuple(ranks.index(rank) for rank in members[node])
-            for node in sorted(rails, key=lambda node: rails[node])
-        ),
-    )
 
 
 ALIGNMENT = 16

@@ -22,7 +22,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -115,7 +115,8 @@ def evaluate(
     Raises:
         PlacementError: the plan does not fit the trace, the cluster or the homes.
     """
-    aligned = replace(align_trace(trace, plan, topology, homes, rule), load=load)
+    aligned = align_trace(trace, plan, topology, homes, rule)
+    aligned.load = load
     if plan.expert_load is not None:
         warn_of_absent_experts(plan.expert_load, plan.layer_ids)
     _check_settings(batch_tokens, row_bytes, transport)

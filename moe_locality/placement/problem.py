@@ -25,27 +25,38 @@ Homes = Mapping[int, int] | np.ndarray | str | None
 """Home ranks: request id → rank, [T] ranks, "trace" (as recorded), or None: anywhere alike."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class AlignedTrace:
-    """Aligned arrays; the layer axis follows the trace. ``home_rank`` None = uniform homes."""
+    """Aligned arrays, made by ``align_trace``; the layer axis follows the trace.
 
-    layer_ids: tuple[int, ...]
-    plan_rows: np.ndarray  # [L] row of the plan for each layer of the trace
-    ids: np.ndarray | None  # [T, L, K], None for a trace of counts
-    load_rows: np.ndarray | None  # [S, L, E] for a trace of counts
-    num_experts: int
-    num_slots: int
-    home_rank: np.ndarray | None  # [T]
-    node_of_rank: np.ndarray  # [G]
-    table: np.ndarray  # [L, P] expert of each slot, -1: empty
-    served_slot: np.ndarray  # [L, G, E], under the rule "home"
-    has_replicas: bool
-    choices: np.ndarray | None = None
-    """[L, M, E, X] ``plan.node_choices()`` where the picks of a token decide (rule "visited")."""
-    load: np.ndarray | None = None
-    """[L, E] picks, where they are known already."""
-    counted: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list, repr=False)
-    """What ``served_by_token`` found: several costs are taken from one count."""
+    ``home_rank`` [T]: None = uniform homes. ``rows`` [L]: of the plan, for each layer of the trace.
+    """
+
+    def __init__(
+        self,
+        trace: RoutingTrace,
+        plan: PlacementPlan,
+        rows: np.ndarray,
+        home_rank: np.ndarray | None,
+        rule: str | None,
+    ) -> None:
+        self.layer_ids, self.plan_rows = tuple(int(i) for i in trace.layer_ids), rows
+        self.ids = trace.expert_ids  # [T, L, K], None for a trace of counts
+        self.load_rows = trace.expert_load  # [S, L, E] for a trace of counts
+        self.num_experts, self.num_slots = plan.num_experts, plan.num_slots
+        self.home_rank, self.node_of_rank = home_rank, plan.node_of_rank
+        self.table = plan.physical_to_logical_map[rows]  # [L, P] expert of each slot, -1: empty
+        engine = engine_serving_slots(plan, rule) if rule in ENGINE_RULES else None
+        # [L, G, E], under the rule "home"
+        self.served_slot = (plan.serving_slot() if engine is None else engine)[rows]
+        self.has_replicas = not plan.is_permutation
+        by_picks = rule is None and plan.serving_rule == "visited" and self.has_replicas
+        by_picks &= self.ids is not None  # counts do not say what goes together: rule "home"
+        # [L, M, E, X], where the picks of a token decide (rule "visited")
+        self.choices = plan.node_choices()[rows] if by_picks else None
+        self.load: np.ndarray | None = None
+        """[L, E] picks, where they are known already."""
+        self.counted: list[tuple[np.ndarray, np.ndarray]] = []
+        """What ``served_by_token`` found: several costs are taken from one count."""
 
     @property
     def num_layers(self) -> int:
@@ -332,23 +343,7 @@ def align_trace(
             f"{list(plan.layer_ids)[:5]} ...): evaluate a plan on a trace of the same model"
         )
     rows = np.array([row_of[int(i)] for i in trace.layer_ids])
-    engine = engine_serving_slots(plan, rule) if rule in ENGINE_RULES else None
-    decided = rule is None and plan.serving_rule == "visited" and not plan.is_permutation
-    decided &= trace.expert_ids is not None  # counts do not say what goes together: rule "home"
-    return AlignedTrace(
-        layer_ids=tuple(int(i) for i in trace.layer_ids),
-        plan_rows=rows,
-        ids=trace.expert_ids,
-        load_rows=trace.expert_load,
-        num_experts=plan.num_experts,
-        num_slots=plan.num_slots,
-        home_rank=resolve_homes(trace, plan.num_ranks, homes),
-        node_of_rank=plan.node_of_rank,
-        table=plan.physical_to_logical_map[rows],
-        served_slot=(plan.serving_slot() if engine is None else engine)[rows],
-        has_replicas=not plan.is_permutation,
-        choices=plan.node_choices()[rows] if decided else None,
-    )
+    return AlignedTrace(trace, plan, rows, resolve_homes(trace, plan.num_ranks, homes), rule)
 
 
 def check_topology(plan: PlacementPlan, topology: ClusterTopology | None) -> None:

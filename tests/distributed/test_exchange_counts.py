@@ -10,7 +10,7 @@ import torch
 
 from moe_locality.config import DispatchConfig
 from moe_locality.dispatch import SlotMap, TokenDispatcher, traffic_report
-from moe_locality.dispatch.hierarchical import find_rails
+from moe_locality.dispatch.hierarchical import Rails
 from moe_locality.placement import evaluate
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.topology import ClusterTopology
@@ -82,7 +82,7 @@ def counted_on_rank(rank, world):
                     topology=topology,
                     num_slots=num_slots,
                     config=DispatchConfig(exchange=exchange),
-                    rails=find_rails(groups, topology, num_slots),
+                    rails=Rails(groups, topology, num_slots),
                 )
                 x = torch.ones(TOKENS, WIDTH, requires_grad=True)
                 weights = torch.ones(TOKENS, TOP_K, requires_grad=True)

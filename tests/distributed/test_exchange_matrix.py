@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from moe_locality.config import DispatchConfig
 from moe_locality.dispatch import TokenDispatcher, flat, traffic_report
-from moe_locality.dispatch.hierarchical import HierarchicalTransport, find_rails, pays
+from moe_locality.dispatch.hierarchical import HierarchicalTransport, Rails, pays
 from moe_locality.quantization import fake_quantize, row_bytes
 from tests.distributed.exchange_cases import (
     SLOTS_PER_RANK,
@@ -44,7 +44,7 @@ def dispatcher_of(groups, topology, **config) -> TokenDispatcher:
         num_slots=num_slots,
         num_ranks=len(groups.ep_ranks),
         config=DispatchConfig(**config),
-        rails=find_rails(groups, topology, num_slots),
+        rails=Rails(groups, topology, num_slots),
         comm=comm,
     )
 

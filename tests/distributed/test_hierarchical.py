@@ -10,7 +10,7 @@ import moe_locality
 from moe_locality.config import DispatchConfig
 from moe_locality.dispatch import TokenDispatcher, traffic_report
 from moe_locality.dispatch.flat import FlatTransport
-from moe_locality.dispatch.hierarchical import HierarchicalTransport, find_rails
+from moe_locality.dispatch.hierarchical import HierarchicalTransport, Rails
 from moe_locality.errors import ConfigError
 from moe_locality.topology import ClusterTopology
 from moe_locality.topology.groups import build_groups, layout_groups
@@ -59,7 +59,7 @@ def step(dispatcher, rank, slots):
 
 def compare_on_rank(rank, world_size, nodes):
     topology, num_slots = cluster(nodes), SLOTS_PER_RANK * world_size
-    rails = find_rails(build_groups(layout_groups(topology, world_size)), topology, num_slots)
+    rails = Rails(build_groups(layout_groups(topology, world_size)), topology, num_slots)
     node_of = np.array(nodes)
     for case in ("random", "uneven", "one expert"):
         made = {}

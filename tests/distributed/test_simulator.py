@@ -6,7 +6,7 @@ import torch
 
 from moe_locality.config import DispatchConfig
 from moe_locality.dispatch import TokenDispatcher, traffic_report
-from moe_locality.dispatch.hierarchical import find_rails
+from moe_locality.dispatch.hierarchical import Rails
 from moe_locality.placement.problem import align_trace
 from moe_locality.simulator.model import count_all
 from moe_locality.topology import ClusterTopology
@@ -35,7 +35,7 @@ def case(nodes):
 def counts_on_rank(rank, world_size, nodes):
     plan, trace = case(nodes)
     topology = ClusterTopology(rank_to_node=nodes)
-    rails = find_rails(build_groups(layout_groups(topology, world_size)), topology, plan.num_slots)
+    rails = Rails(build_groups(layout_groups(topology, world_size)), topology, plan.num_slots)
     ids = trace.expert_ids[trace.rank == rank, 0]
     slots = np.where(ids < 0, -1, plan.serving_slot()[0, rank][np.maximum(ids, 0)])
     found = {}
