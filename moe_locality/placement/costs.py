@@ -115,8 +115,7 @@ def evaluate(
     Raises:
         PlacementError: the plan does not fit the trace, the cluster or the homes.
     """
-    aligned = align_trace(trace, plan, topology, homes, rule)
-    aligned.load = load
+    aligned = align_trace(trace, plan, topology, homes, rule, load)
     if plan.expert_load is not None:
         warn_of_absent_experts(plan.expert_load, plan.layer_ids)
     _check_settings(batch_tokens, row_bytes, transport)

@@ -29,6 +29,7 @@ class AlignedTrace:
     """Aligned arrays, made by ``align_trace``; the layer axis follows the trace.
 
     ``home_rank`` [T]: None = uniform homes. ``rows`` [L]: of the plan, for each layer of the trace.
+    ``load`` [L, E]: picks, where they are known already.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class AlignedTrace:
         rows: np.ndarray,
         home_rank: np.ndarray | None,
         rule: str | None,
+        load: np.ndarray | None,
     ) -> None:
         self.layer_ids, self.plan_rows = tuple(int(i) for i in trace.layer_ids), rows
         self.ids = trace.expert_ids  # [T, L, K], None for a trace of counts
@@ -53,8 +55,7 @@ class AlignedTrace:
         by_picks &= self.ids is not None  # counts do not say what goes together: rule "home"
         # [L, M, E, X], where the picks of a token decide (rule "visited")
         self.choices = plan.node_choices()[rows] if by_picks else None
-        self.load: np.ndarray | None = None
-        """[L, E] picks, where they are known already."""
+        self.load = load
         self.counted: list[tuple[np.ndarray, np.ndarray]] = []
         """What ``served_by_token`` found: several costs are taken from one count."""
 
@@ -312,11 +313,13 @@ def align_trace(
     topology: ClusterTopology | None,
     homes: Homes,
     rule: str | None = None,
+    load: np.ndarray | None = None,
 ) -> AlignedTrace:
     """Check that trace, plan, cluster and homes belong together and align them.
 
     ``rule``: who serves a pick; None: as the plan says; "home": by the table of that rule
-    (``placement.serving``); of ``ENGINE_RULES``: see ``engine_serving_slots``.
+    (``placement.serving``); of ``ENGINE_RULES``: see ``engine_serving_slots``. ``load``: [L, E]
+    ``trace.load()``, where known.
 
     Raises:
         PlacementError: something does not fit; the message says what.
@@ -343,7 +346,8 @@ def align_trace(
             f"{list(plan.layer_ids)[:5]} ...): evaluate a plan on a trace of the same model"
         )
     rows = np.array([row_of[int(i)] for i in trace.layer_ids])
-    return AlignedTrace(trace, plan, rows, resolve_homes(trace, plan.num_ranks, homes), rule)
+    home_rank = resolve_homes(trace, plan.num_ranks, homes)
+    return AlignedTrace(trace, plan, rows, home_rank, rule, load)
 
 
 def check_topology(plan: PlacementPlan, topology: ClusterTopology | None) -> None:
