@@ -2,7 +2,8 @@
 VENV   ?= .venv
 PYTHON ?= python3
 OUT    ?= runs/demo
-JOBS   ?= 2
+# test files at a time: one more than two cores, since the ranks of a test wait for each other
+JOBS   ?= 3
 PY      = $(VENV)/bin/python
 # one line for each step, and errors: pip's warnings (run as root, no cache, ...) are nobody's business
 PIP     = @$(PY) -m pip install -qq --disable-pip-version-check -c constraints-dev.txt

@@ -314,7 +314,10 @@ def checkpoints_are_stock(rank, world, folder, stage):
             torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("world", "stage"), [(2, 0), (2, 1), (2, 2), (4, 1), (4, 2)])
+@pytest.mark.parametrize(
+    ("world", "stage"),
+    [(2, 0), (2, 2), (4, 2), *(pytest.param(n, 1, marks=pytest.mark.slow) for n in (2, 4))],
+)
 def test_auto_ep_checkpoints_hold_logical_experts(tmp_path, world, stage):
     """On four ranks ZeRO splits the masters of an expert between two."""
     reversed_plan(tmp_path, 2, nodes=1)

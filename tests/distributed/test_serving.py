@@ -286,7 +286,7 @@ def serve_watched(rank, world, path):
     from moe_locality.serving import Engine, Limits
 
     online = OnlineConfig(
-        every_n_steps=25, pays_within_steps=10**9, move_budget=0.5, max_imbalance=1.5
+        every_n_steps=15, pays_within_steps=10**9, move_budget=0.5, max_imbalance=1.5
     )
     limits = Limits(max_num_seqs=4, max_num_batched_tokens=24, max_model_len=64)
     found = {}
@@ -299,7 +299,7 @@ def serve_watched(rank, world, path):
             model, limits=limits, homes=homes, plan=plan, watch=watch, online=online,
             on_watch=decisions.append, on_step=steps.append,
         )  # fmt: skip
-        outputs = list(engine.generate(shifting_prompts(rank, world, 32)))
+        outputs = list(engine.generate(shifting_prompts(rank, world, 20)))
         tokens = {output.request_id: output.outputs[0].token_ids for output in outputs}
         across = [sum(links[2] for links in step["bytes"].values()) for step in steps]
         total = sum(kind["cross_node"] for kind in traffic_report(model)["by_link"].values())
@@ -331,11 +331,11 @@ def test_watch_moves_experts_under_requests_in_flight(tmp_path):
         assert proposed, case
         assert all(one["copies_after"] < one["copies_before"] for one in proposed)
     kept, moved, at_home = tokens.values()
-    assert len(kept) == 4 * 32
+    assert len(kept) == 4 * 20
     assert kept == moved == at_home
     assert later["apply", "arrival"] < 0.95 * later["propose", "arrival"]
-    some = {request_id: kept[request_id] for request_id in (0, 31, 1031, 3031)}
-    asked = [r for rank in range(4) for r in shifting_prompts(rank, 4, 32)]
+    some = {request_id: kept[request_id] for request_id in (0, 19, 1019, 3019)}
+    asked = [r for rank in range(4) for r in shifting_prompts(rank, 4, 20)]
     assert some == expected(path, [r for r in asked if r["request_id"] in some])
 
 

@@ -215,7 +215,7 @@ def compare_with_whole(rank, world, path, cases, num_nodes=2):
 
 
 CASES = [(None, "flat"), ("moved", "hierarchical"), ("copied", "flat"), ("copied", "hierarchical")]
-"""(plan, exchange): the first two and, in turn, one of the others for each family"""
+"""(plan, exchange): in turn, one of the first two and one of the others for each family"""
 
 
 def compare_rounding(rank, world, path):
@@ -249,7 +249,7 @@ def compare_rounding(rank, world, path):
 
 def compare_families(rank, world, paths):
     for number, path in enumerate(paths.values()):
-        compare_with_whole(rank, world, path, [*CASES[:2], CASES[2 + number % 2]])
+        compare_with_whole(rank, world, path, CASES[number % 2 :: 2])
 
 
 def compare_roundings(rank, world, paths):

@@ -32,7 +32,8 @@ def run(*command: str, interpret: bool) -> subprocess.CompletedProcess:
 
 
 def test_the_kernels_under_the_interpreter():
-    done = run("pytest", "-q", "tests/unit/kernels/interpreted_backend.py", interpret=True)
+    cases = "kernels/interpreted_backend.py", "quantization/triton_cases.py"
+    done = run("pytest", "-q", *(f"tests/unit/{path}" for path in cases), interpret=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout

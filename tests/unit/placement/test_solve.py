@@ -288,7 +288,10 @@ def test_what_cannot_be_solved_is_refused(change, message):
 
 @pytest.mark.parametrize(
     ("name", "cap", "fewer"),
-    [("gpt_oss_20b_benchmarks", 1.058, 0.22), ("deepseek_v2_lite_chat_prompts", 1.0445, 0.24)],
+    [
+        ("gpt_oss_20b_benchmarks", 1.058, 0.22),
+        pytest.param("deepseek_v2_lite_chat_prompts", 1.0445, 0.24, marks=pytest.mark.slow),
+    ],
 )
 def test_held_out_requests_of_real_models_need_fewer_copies(routing_data, name, cap, fewer):
     """The cap of each is what EPLB is expected to reach there, plus 0.02 (a little less)."""
@@ -300,11 +303,11 @@ def test_held_out_requests_of_real_models_need_fewer_copies(routing_data, name, 
     assert found.copies <= (1 - fewer) * linear.copies
     assert plan.provenance["expected_imbalance"] <= cap + 1e-6
     assert found.node_imbalance <= cap + 0.002
-    some = found.layer_ids[::6]  # a search with replicas takes ten times as long
+    some = found.layer_ids[::13]  # a search with replicas takes a hundred times as long
     options = {"num_redundant_experts": 8, "max_imbalance": 1.05}
     replicated = solve(train.select_layers(some), topology, **options)
     replicated = evaluate(test.select_layers(some), replicated)
-    assert replicated.copies < found.per_layer["copies"][::6].mean()
+    assert replicated.copies < found.per_layer["copies"][::13].mean()
     assert replicated.node_imbalance <= 1.09
 
 

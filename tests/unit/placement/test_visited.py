@@ -84,9 +84,9 @@ def test_anneal_visited_costs_no_more_than_its_start(seed, at_home):
 
 @pytest.mark.parametrize("homes", [None, "trace", "joint"])
 def test_solve_with_replicas_serves_by_visits_as_level_as_promised(homes):
-    rng = np.random.default_rng(4)
+    rng, layers = np.random.default_rng(4), 2 if homes == "joint" else 1
     trace = random_trace(
-        rng, tokens=600, layers=2, experts=16, top_k=4, requests=30, ranks=8, skew=2
+        rng, tokens=600, layers=layers, experts=16, top_k=4, requests=30, ranks=8, skew=2
     )
     options = {"num_redundant_experts": 8, "max_imbalance": 1.3, "homes": homes}
     topology = ClusterTopology.uniform(4, 2)

@@ -1,4 +1,4 @@
-"""The Triton kernels under Triton's interpreter: run by test_triton_codec.py.
+"""The Triton kernels under Triton's interpreter: run by ``test_triton.py``.
 
 Their bytes are those of the torch reference, whose bytes are tested elsewhere.
 """
