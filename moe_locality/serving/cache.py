@@ -65,6 +65,8 @@ def check_cache(model: nn.Module) -> bool:
         unknown.add("chunked_attention")
     if hasattr(text, "keep_window_size"):  # Doge keeps the best columns, padding counts
         unknown.add("dynamic mask attention")
+    if hasattr(config, "canvas_length"):  # DiffusionGemma writes many tokens at once
+        unknown.add("block diffusion")
     if unknown:
         raise ConfigError(
             f"found {sorted(unknown)} in the cache of {type(model).__name__}, expected full, "

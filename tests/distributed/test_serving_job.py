@@ -19,6 +19,7 @@ from tests.distributed.test_serving import (
 )
 from tests.distributed.test_transformers_ep import save_tiny
 from tests.launch import run_ranks
+from tests.unit.serving.test_engine import with_rounded_experts
 from tests.unit.test_launch_scripts import run
 
 transformers = pytest.importorskip("transformers")
@@ -187,7 +188,9 @@ def check_report(out, tokens):
 
 @pytest.mark.slow
 def test_serve_is_one_command_on_all_ranks(tmp_path):
-    """[F17.1] launch/serve.sh, on real launched ranks: results, refusals, one summary."""
+    """[F17.1] launch/serve.sh, on real launched ranks: results, refusals, one summary; [F17.5] with
+    experts in low bits.
+    """
     from moe_locality.demo.launch import free_port
 
     path = save_tiny(tmp_path, "Mixtral")
@@ -201,7 +204,8 @@ def test_serve_is_one_command_on_all_ranks(tmp_path):
         str(tmp_path / "in.jsonl"), "--model", path, "--out", str(tmp_path / "out"),
         "--max-num-seqs", "4", "--max-model-len", "64", "--dtype", "float32",
         "--trace", str(tmp_path / "trace"), "--metrics", "--nodes", "2",
-        "--watch", "propose", "--watch-every", "12", cwd=tmp_path, **port,
+        "--watch", "propose", "--watch-every", "12", "--expert-store", "mxfp8",
+        cwd=tmp_path, **port,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("10 served, 2 refused, 0 unserved") == 1
@@ -213,7 +217,9 @@ def test_serve_is_one_command_on_all_ranks(tmp_path):
     assert results[10]["error"].startswith("found temperature=-1")
     assert "no JSON in line 12" in results[11]["error"]
     found = {i: results[i]["outputs"][0]["token_ids"] for i in range(10)}
-    assert found == expected(path, requests)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with_rounded_experts(model, "mxfp8").save_pretrained(f"{path}-rounded")
+    assert found == expected(f"{path}-rounded", requests)
     assert set(read_trace(tmp_path / "trace").request_id.tolist()) == set(range(10))
 
 

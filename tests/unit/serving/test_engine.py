@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from moe_locality.errors import ConfigError
+from moe_locality.layer import store_experts
 from moe_locality.quantization import fake_quantize
 from moe_locality.trace import read_trace
 
 transformers = pytest.importorskip("transformers")
 serving = pytest.importorskip("moe_locality.serving", reason="transformers before 5.23")
+
+from tests.unit.trace.families import build, families, inputs  # noqa: E402
 
 SIZES = {
     "vocab_size": 64,
@@ -329,6 +332,55 @@ def test_engine_keeps_experts_in_low_bits(family, name):
             what()
     with pytest.raises(ConfigError, match=f"found experts stored in {name} already"):
         engine_of(model, expert_store="mxfp8")
+
+
+NOT_STORED = {"dbrx", "doge", "jetmoe", "llama4", "longcat_flash", "nllb_moe", "step3p7"}
+NOT_STORED |= {"switch_transformers", "vitpose", "vitpose_backbone"}
+REFUSED = {
+    *(
+        "axk2",
+        "deepseek_v32",
+        "deepseek_v4",
+        "diffusion_gemma",
+        "doge",
+        "dots3_note",
+        "glm_moe_dsa",
+    ),
+    *("hy_v4", "hy_v4_vl", "llama4", "minimax", "mistral_large4", "nllb_moe", "unlimited_ocr"),
+    "switch_transformers",
+    # none of their two tiny layers has full attention
+    *("jamba", "qwen3_5_moe", "qwen3_next", "qwen4_exp"),
+}
+INCOMPLETE = {"qwen3_omni_moe"}  # generate of the part alone needs what the whole has
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("family", families())
+def test_every_family_is_stored_and_decoded_or_refused_by_name(family):
+    """[F17.1] [F17.5] Experts in low bits give the results of rounded weights, bit for bit; greedy
+    tokens are those of generate.
+    """
+    model = build(family).eval()
+    stored, rounded = copy.deepcopy(model), with_rounded_experts(copy.deepcopy(model), "mxfp8")
+    if family in NOT_STORED:
+        with pytest.raises(ConfigError, match=r"found no experts in \w+ that can be stored"):
+            store_experts(stored, "mxfp8")
+    else:
+        store_experts(stored, "mxfp8")
+        given = inputs(family, model)
+        with torch.no_grad():
+            assert torch.equal(stored(**given)[0], rounded(**given)[0])
+            assert not torch.equal(stored(**given)[0], model(**given)[0])
+    if family in REFUSED:
+        with pytest.raises(ConfigError, match=r"use model\.generate"):
+            engine_of(model)
+    elif hasattr(model, "generate") and family not in INCOMPLETE:
+        model.generation_config.eos_token_id = None
+        prompts = [[5, 6, 7, 8, 9], [11, 12, 13], [21, 3, 4, 5, 6, 7, 8]]
+        params = serving.SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+        for output in engine_of(model).generate(prompts, params):
+            wanted = greedy(model, output.prompt_token_ids, 6)
+            assert output.outputs[0].token_ids == wanted
 
 
 def test_lockstep_explains_errors_of_the_backend_alone(model):
