@@ -116,13 +116,12 @@ class Comparison:
     def table(self) -> Table:
         """Return the rows as a table: metric, how, every candidate, ratio and interval."""
         head = ("metric", "unit", "how", *self.names, "ratio", "95 % interval")
-        return Table(title="Side by side", columns=head, rows=tuple(map(self._cells, self.rows)))
-
-    def _cells(self, row: Row) -> tuple[object, ...]:
-        ratio = row.ratios[-1]
-        interval = "" if row.interval is None else "{:.3f} to {:.3f}".format(*row.interval)
-        ratio = None if ratio is None else round(ratio, 4)
-        return (row.metric, row.unit, row.how, *row.values, ratio, interval)
+        rows = []
+        for row in self.rows:
+            interval = "" if row.interval is None else "{:.3f} to {:.3f}".format(*row.interval)
+            ratio = None if row.ratios[-1] is None else round(row.ratios[-1], 4)
+            rows.append((row.metric, row.unit, row.how, *row.values, ratio, interval))
+        return Table(title="Side by side", columns=head, rows=tuple(rows))
 
 
 def known(value: float | None) -> float | None:
@@ -476,22 +475,18 @@ def compare_runs(
         if not there
     )
     notes += _differences(pair)
-    facts = (
-        *((f"run {name}", str(run.path)) for name, run in zip(names, pair, strict=True)),
-        *(
-            (f"plan of {name}", run.plan.digest()[:12])
-            for name, run in zip(names, pair, strict=True)
-            if run.plan is not None
-        ),
-    )
+    named = dict(zip(names, pair, strict=True))
+    plans = {name: run.plan for name, run in named.items() if run.plan is not None}
+    facts = [(f"run {name}", str(run.path)) for name, run in named.items()]
+    facts += [(f"plan of {name}", plan.digest()[:12]) for name, plan in plans.items()]
     return Comparison(
         names=names,
         rows=tuple(rows),
-        facts=facts,
+        facts=tuple(facts),
         figures=tuple(_figures_of_runs(pair, names, nodes)),
         tables=tuple(_domain_tables(pair, names)),
         notes=notes,
-        sources={name: _source_of_run(run) for name, run in zip(names, pair, strict=True)},
+        sources={name: _source_of_run(run) for name, run in named.items()},
     )
 
 

@@ -130,7 +130,9 @@ def potential(
         float(lower_bounds(test, topology, seconds=bound_seconds).copies.mean()),
         trace_name,
     )
-    extra = _replicas(trace.num_experts, topology.num_ranks)
+    # about an eighth more slots, in whole slots per rank
+    slots = trace.num_experts + max(round(trace.num_experts * REPLICA_SHARE), 1)
+    extra = -(-slots // topology.num_ranks) * topology.num_ranks - trace.num_experts
     joint, replicas = {"homes": "joint"}, {"num_redundant_experts": extra}
     tried: list[tuple[str, dict[str, Any]]] = [
         ("placement", {}),
@@ -241,12 +243,6 @@ def _parts(trace: RoutingTrace, seed: int) -> tuple[RoutingTrace, RoutingTrace]:
             "judged on requests that its solver did not see"
         )
     return trace.split(1 - HELD_OUT, seed=seed)
-
-
-def _replicas(num_experts: int, num_ranks: int) -> int:
-    """About an eighth more slots, in whole slots per rank."""
-    slots = num_experts + max(round(num_experts * REPLICA_SHARE), 1)
-    return -(-slots // num_ranks) * num_ranks - num_experts
 
 
 @dataclass(frozen=True, slots=True)

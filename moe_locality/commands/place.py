@@ -137,7 +137,8 @@ def place(
     options |= {"homes": homes, "objective": objective, "expert_groups": expert_groups}
     options |= {"move_budget": MOVE_BUDGET if move_budget is None else move_budget, "seed": seed}
     options |= {"start": old, "one_layout": one_layout, "serving_rule": serving_rule}
-    options |= {"sampling_unit": _unit(sampling_unit), "redundant_per_layer": redundant_per_layer}
+    unit = int(sampling_unit) if sampling_unit and sampling_unit.isdigit() else sampling_unit
+    options |= {"sampling_unit": unit, "redundant_per_layer": redundant_per_layer}
     with progress(f"placing {trace}"), warnings_once():
         content = moe_locality.read_trace(trace)
         train, test = split(content, held_out, seed)
@@ -154,12 +155,11 @@ def place(
     payload = {"command": "place", "plan": out, "method": method, "seconds": seconds}
     payload |= _facts(plan, train, topology) | {"judged": judged, "curve": curve}
     payload |= _costs(plan, train, test, topology, options)
-    result = Result(payload=payload, show=_shown(topology.describe(), held_out, payload))
-    if not (bound or prove or bound_seconds) or bound_seconds == 0:
-        return result
-    options = {"max_imbalance": _cap_of(plan), "prove": prove, "seconds": bound_seconds or 0}
-    then = functools.partial(_bounded, plan, out, train, topology, payload, options)
-    return dataclasses.replace(result, then=then)
+    then = None
+    if (bound or prove or bound_seconds) and bound_seconds != 0:
+        options = {"max_imbalance": _cap_of(plan), "prove": prove, "seconds": bound_seconds or 0}
+        then = functools.partial(_bounded, plan, out, train, topology, payload, options)
+    return Result(payload=payload, show=_shown(topology.describe(), held_out, payload), then=then)
 
 
 def _facts(plan: PlacementPlan, trace: RoutingTrace, topology: ClusterTopology) -> dict[str, Any]:
@@ -188,11 +188,6 @@ def _check_options(
         raise PlacementError(
             f"--bound-seconds: found {bound_seconds}, expected a number of seconds, such as 10"
         )
-
-
-def _unit(given: str | None) -> str | int | None:
-    """Return the sampling unit: a word, or a number of neighbors."""
-    return int(given) if given is not None and given.isdigit() else given
 
 
 def _cap_of(plan: PlacementPlan) -> float:

@@ -38,6 +38,7 @@ MAX_IMBALANCE: dict[str, float | str] = {"ours": "auto", "replicas": 1.06}
 replicas, which can use more than that, the most that the held-out requests should see."""
 NODES = (2, 4)
 REPLICA_SHARE = 0.125
+WITH_REPLICAS = f"ours, {REPLICA_SHARE:.1%} replicas"
 BAND = 0.05
 ORDERS = 3
 """Random orders of the requests that figures of steps are means of."""
@@ -125,7 +126,7 @@ def replay(trace: RoutingTrace, *, nodes: int, seed: int = 0) -> dict[str, Any]:
     kept = {}
     by_name = {one.name: one.copies for one in conditions}
     linear = by_name["linear, random homes"]
-    for label in ("ours", _with_replicas()):
+    for label in ("ours", WITH_REPLICAS):
         anywhere, best = by_name[f"{label}, random homes"], by_name[f"{label}, oracle homes"]
         predicted = by_name[f"{label}, predicted homes"]
         kept[label] = {
@@ -148,10 +149,6 @@ def replay(trace: RoutingTrace, *, nodes: int, seed: int = 0) -> dict[str, Any]:
 
 def _share(base: float, predicted: float, best: float) -> float:
     return (base - predicted) / (base - best) if base > best else float("nan")
-
-
-def _with_replicas() -> str:
-    return f"ours, {REPLICA_SHARE:.1%} replicas"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +174,7 @@ class _Job:
             )
             yield self._costed(name, clusters, homes)
         extra = -(-round(self.train.num_experts * REPLICA_SHARE) // NUM_RANKS) * NUM_RANKS
-        for label, replicas in (("ours", 0), (_with_replicas(), extra)):
+        for label, replicas in (("ours", 0), (WITH_REPLICAS, extra)):
             plan = solve(
                 self.train,
                 self.topology,

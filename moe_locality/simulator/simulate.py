@@ -351,14 +351,11 @@ def gain_ends(rows: Sequence[dict[str, Any]], gain: float = GAIN) -> list[Any]:
 
 
 def _values(what: str, trace: RoutingTrace, topology: ClusterTopology) -> list[float]:
-    if what == "batch":
-        return list(BATCHES)
-    if what == "bandwidth":
-        return list(RATIOS)
     if what == "k":
         return [k for k in range(1, trace.top_k + 1) if trace.top_k <= 8 or not k & (k - 1)]
-    per_node = topology.ranks_per_node
-    return [m for m in NODES if trace.num_experts % (m * per_node) == 0]
+    if what == "nodes":
+        return [m for m in NODES if trace.num_experts % (m * topology.ranks_per_node) == 0]
+    return list(BATCHES if what == "batch" else RATIOS)
 
 
 def _whole(value: float) -> int:

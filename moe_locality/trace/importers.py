@@ -47,7 +47,7 @@ _BY_SUFFIX = {
     ".pt": "sglang-dump",
     ".npy": "vllm",
 }
-
+_ZIP, _NUMPY = b"PK\x03\x04", b"\x93NUMPY"
 
 Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
 
@@ -185,9 +185,9 @@ def find_format(path: Paths) -> str:
 def _content_format(path: Path) -> tuple[str | None, str]:
     """The format that the content fits, or None and what was found."""
     line = _first_line(path)
-    if line.startswith(b"PK\x03\x04"):
+    if line.startswith(_ZIP):
         return _zip_format(path)
-    if line.startswith(b"\x93NUMPY"):
+    if line.startswith(_NUMPY):
         return "vllm", ""
     try:
         text = line.decode("utf-8-sig").strip()
@@ -260,7 +260,6 @@ _REQUESTS = {
     "slime": routed.slime_samples,
 }
 """Formats of requests with their picks: files of these are read as one."""
-_SUFFIXES = (".npz", ".npy", ".json", ".jsonl", ".csv", ".pt")
 
 
 def _listed(path: Paths) -> list[tuple[Path, str, str | None]]:
@@ -276,7 +275,7 @@ def _listed(path: Paths) -> list[tuple[Path, str, str | None]]:
         if not place.is_dir():
             listed.append((place, place.stem, None))
             continue
-        inside = [p for p in sorted(place.rglob("*")) if p.suffix.lower() in _SUFFIXES]
+        inside = [p for p in sorted(place.rglob("*")) if p.suffix.lower() in _BY_SUFFIX]
         ranks = [p for p in inside if p.match("router_trace_rank*.jsonl")]
         for file in ranks or inside:
             folder = file.relative_to(place).parent
@@ -302,15 +301,11 @@ def _parts(path: Paths, format: str | None, options: ImportOptions) -> Iterator[
         raise TraceError(f"found no router_trace_rank*.jsonl in {folder}, expected at least one")
     formats = [find_format(file) if format is None else format for file, _, _ in files]
     if set(formats) <= set(_REQUESTS):
-        sources = [
-            routed.Source(
-                path=file,
-                read=routed.array_file if _is_binary(file) and f == "vllm" else _REQUESTS[f],
-                name=name,
-                domain=domain,
-            )
-            for (file, name, domain), f in zip(files, formats, strict=True)
-        ]
+        sources = []
+        for (file, name, domain), found in zip(files, formats, strict=True):
+            arrays = found == "vllm" and _first_line(file).startswith((_ZIP, _NUMPY))
+            read = routed.array_file if arrays else _REQUESTS[found]
+            sources.append(routed.Source(path=file, read=read, name=name, domain=domain))
         return routed.parts(sources, options)
     if len(set(formats)) > 1:
         raise TraceError(
@@ -327,9 +322,10 @@ def _of_format(paths: list[Path], found: str, options: ImportOptions) -> Iterato
     if found == "npz":
         return iter([_read_npz(path, options)])
     if found == "json":
-        return tables.json_parts(path, options, lines=_one_object_per_line(path))
+        return tables.json_parts(path, options)
     if found == "csv":
-        return tables.csv_parts(path, _columns(path), options)
+        columns = _cells(_first_line(path).decode("utf-8", "replace"))
+        return tables.csv_parts(path, columns, options)
     if found == "megatron":
         return megatron.parts(paths, options)
     if found == "llamacpp":
@@ -400,7 +396,7 @@ def _check_experts(files: list[Path], found: str, options: ImportOptions) -> Non
         if found == "npz":
             said[str(file)] = RoutingTrace.from_npz(file).num_experts
         elif found == "json" and options.num_experts is None:
-            number = tables.header_of(file, lines=_one_object_per_line(file)).get("num_experts")
+            number = tables.header_of(file)[0].get("num_experts")
             if number:
                 said[str(file)] = number
     if len(set(said.values())) > 1:
@@ -450,27 +446,6 @@ def _first_line(path: Path) -> bytes:
             return file.readline()
     except OSError as error:
         raise TraceError(f"found that {path} cannot be read: {error.strerror}") from error
-
-
-def _is_binary(path: Path) -> bool:
-    return _first_line(path).startswith((b"PK\x03\x04", b"\x93NUMPY"))
-
-
-def _columns(path: Path) -> list[str]:
-    return _cells(_first_line(path).decode("utf-8", "replace"))
-
-
-def _one_object_per_line(path: Path) -> bool:
-    """Whether the first line is an object by itself that holds no tokens."""
-    if path.suffix.lower() == ".json":
-        return False
-    if path.suffix.lower() == ".jsonl":
-        return True
-    try:
-        first = json.loads(_first_line(path).decode("utf-8", "replace"))
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(first, dict) and "tokens" not in first
 
 
 def _read_npz(path: Path, options: ImportOptions) -> RoutingTrace:

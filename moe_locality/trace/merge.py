@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PREFILL, DECODE, TRAIN, UNKNOWN = 0, 1, 2, 255
 STAGE_NAMES = {PREFILL: "prefill", DECODE: "decode", TRAIN: "train", UNKNOWN: "unknown"}
+STAGE_CODES = {name: code for code, name in STAGE_NAMES.items()}
 
 ROW_FIELDS = (
     "expert_ids",

@@ -72,19 +72,10 @@ class ShardMeta:
                 f"found format_version {version!r}, expected {FORMAT_VERSION}: read it with the "
                 "version of moe_locality that wrote it"
             )
-        rank = content["rank"]
-        return cls(
-            kind=str(content["kind"]),
-            model=str(content["model"]),
-            num_experts=int(content["num_experts"]),
-            top_k=int(content["top_k"]),
-            layer_ids=tuple(int(i) for i in content["layer_ids"]),
-            domain=tuple(str(name) for name in content["domain"]),
-            domain_group=tuple(str(name) for name in content["domain_group"]),
-            rank=None if rank is None else int(rank),
-            columns=tuple(str(name) for name in content["columns"]),
-            model_type=str(content.get("model_type", "")),
-        )
+        content.setdefault("model_type", "")
+        fields: dict[str, Any] = {name: content[name] for name in cls.__slots__}
+        fields |= {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+        return cls(**fields)
 
 
 def id_dtype(num_experts: int) -> np.dtype:

@@ -29,10 +29,9 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from moe_locality.errors import TraceError
-from moe_locality.trace.schema import STAGE_NAMES, UNKNOWN
+from moe_locality.trace.merge import STAGE_CODES, STAGE_NAMES, UNKNOWN
 
 _log = logging.getLogger(__name__)
-STAGE_CODES = {name: code for code, name in STAGE_NAMES.items()}
 PART_PICKS = 1 << 21
 """Picks (tokens x layers x K) that a part holds at most, about: 4 MB of ids and what they were read
 from."""

@@ -21,6 +21,7 @@ from moe_locality.trace.merge import (
     LAYER_FIELDS,
     PREFILL,
     ROW_FIELDS,
+    STAGE_CODES,
     STAGE_NAMES,
     TRAIN,
     UNKNOWN,
@@ -353,9 +354,8 @@ class TokenView:
 
 
 def _stage_codes(stages: Collection[int | str] | int | str) -> list[int]:
-    by_name = {name: code for code, name in STAGE_NAMES.items()}
     given = [stages] if isinstance(stages, (int, str)) else list(stages)
-    codes = [by_name.get(stage, -1) if isinstance(stage, str) else int(stage) for stage in given]
+    codes = [STAGE_CODES.get(s, -1) if isinstance(s, str) else int(s) for s in given]
     if any(code not in STAGE_NAMES for code in codes):
         raise TraceError(
             f"found stages {given}, expected codes or names out of {dict(STAGE_NAMES)}: correct "

@@ -17,7 +17,6 @@ import pyarrow.csv as pacsv
 from moe_locality.errors import TraceError
 from moe_locality.trace.reading import (
     PART_PICKS,
-    STAGE_CODES,
     ImportOptions,
     guess_num_experts,
     is_count,
@@ -26,51 +25,55 @@ from moe_locality.trace.reading import (
     text_lines,
     whole_json,
 )
-from moe_locality.trace.schema import MAX_EXPERTS, UNKNOWN, RoutingTrace
+from moe_locality.trace.schema import DECODE, MAX_EXPERTS, PREFILL, UNKNOWN, RoutingTrace
 
 Tokens = Iterator[tuple[str, Any]]
 
 
-def json_parts(path: Path, options: ImportOptions, *, lines: bool) -> Iterator[RoutingTrace]:
-    """Yield the trace of a ``.jsonl`` (``lines``) or ``.json`` file in parts.
+def json_parts(path: Path, options: ImportOptions) -> Iterator[RoutingTrace]:
+    """Yield the trace of a ``.jsonl`` or ``.json`` file in parts.
 
     Raises:
         TraceError: the content does not fit the layout; the message names the line or token.
     """
-    header = header_of(path, lines=lines)
-    if not lines:
-        tokens = header.get("tokens")
-        if not isinstance(tokens, list):
-            raise TraceError(
-                f"found no list named tokens in {path}, expected an object with num_experts, "
-                "layer_ids and tokens: see docs/formats.md"
-            )
-        yield from token_parts(
-            path,
-            header,
-            lambda _: ((f"{path}, token {i}", record) for i, record in enumerate(tokens)),
-            options,
+    header, lines = header_of(path)
+    tokens: Any = header.get("tokens")
+    if not lines and not isinstance(tokens, list):
+        raise TraceError(
+            f"found no list named tokens in {path}, expected an object with num_experts, "
+            "layer_ids and tokens: see docs/formats.md"
         )
-        return
-    if not header:
+    if lines and not header:
         raise TraceError(f"found no line in {path}, expected one JSON object per line")
-    if "num_experts" not in header and "layer_ids" not in header:
+    if lines and "num_experts" not in header and "layer_ids" not in header:
         raise TraceError(
             f"found {sorted(header)[:8]} as the keys of the first line of {path}, expected a "
             "header with num_experts and layer_ids: see docs/formats.md, or name the format"
         )
 
     def tokens_of(number: int) -> Tokens:
+        if not lines:
+            return ((f"{path}, token {i}", record) for i, record in enumerate(tokens))
         records = json_lines(path, options, (number, 2))
         return ((f"{path}, line {line}", record) for line, record in islice(records, 1, None))
 
     yield from token_parts(path, header, tokens_of, options)
 
 
-def header_of(path: Path, *, lines: bool) -> dict[str, Any]:
-    """Return what a file says of all its tokens; a whole object holds the tokens as well."""
-    content = next(json_lines(path, ImportOptions()), (0, {}))[1] if lines else whole_json(path)
-    return content if isinstance(content, dict) else {}
+def header_of(path: Path) -> tuple[dict[str, Any], bool]:
+    """Return what a file says of all its tokens, and whether it has an object per line: by its
+    name, else where the first line is one by itself that holds no tokens."""
+    suffix = path.suffix.lower()
+    if suffix != ".json":
+        try:
+            first = next(json_lines(path, ImportOptions()), (0, {}))[1]
+            if suffix == ".jsonl" or (first and "tokens" not in first):
+                return first, True
+        except TraceError:
+            if suffix == ".jsonl":
+                raise
+    content = whole_json(path)
+    return content if isinstance(content, dict) else {}, False
 
 
 def token_parts(
@@ -394,7 +397,7 @@ def _checked_batch(path: Path, batch: Any) -> dict[str, np.ndarray]:
 
 
 def _stage_of(path: Path, text: str) -> int:
-    aliases = {"": UNKNOWN, "prompt": STAGE_CODES["prefill"], "generation": STAGE_CODES["decode"]}
+    aliases = {"": UNKNOWN, "prompt": PREFILL, "generation": DECODE}
     if text in aliases:
         return aliases[text]
     return stage_code(str(path), int(text) if text.isdecimal() and len(text) < 4 else text)

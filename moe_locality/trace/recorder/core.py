@@ -535,11 +535,6 @@ class RoutingRecorder:
                 "open one: make a new RoutingRecorder"
             )
 
-    def _after_fork(self) -> None:
-        """In the child: the writer thread and its queue belong to the parent."""
-        self._running = False
-        self._closed = True
-
 
 def default_rank() -> int:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -579,8 +574,9 @@ def _close_all() -> None:
 
 
 def _forget_all() -> None:
+    """In a forked child: the writer threads and their queues belong to the parent."""
     for recorder in _OPEN:
-        recorder._after_fork()
+        recorder._running, recorder._closed = False, True
     _OPEN.clear()
 
 

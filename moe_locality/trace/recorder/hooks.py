@@ -232,14 +232,10 @@ class Hook:
             self._call(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_absent_hook, ())
+        return partial, (_do_nothing,)
 
 
-def _absent_hook() -> Callable[..., None]:
-    return do_nothing
-
-
-def do_nothing(*_args: Any) -> None:
+def _do_nothing(*_args: Any) -> None:
     """The hook of a copied model."""
 
 

@@ -26,9 +26,9 @@ import numpy as np
 import torch
 
 from moe_locality.errors import TraceError
+from moe_locality.trace.merge import STAGE_CODES
 from moe_locality.trace.schema import DECODE, PREFILL, TRAIN, UNKNOWN
 
-STAGES = {"prefill": PREFILL, "decode": DECODE, "train": TRAIN, "unknown": UNKNOWN}
 GENERATE = "generate"
 """Stage of a whole ``generate()``: its first forward pass is prefill, the others are decode."""
 
@@ -135,9 +135,9 @@ def _checked(request_ids, domains, stage, positions, mask) -> Annotation:
                 f"found {len(domains)} domains for {len(requests)} request_ids, expected one name "
                 "or as many names as request_ids"
             )
-    if stage is not None and stage != GENERATE and stage not in STAGES:
+    if stage is not None and stage != GENERATE and stage not in STAGE_CODES:
         raise TraceError(
-            f"found stage {stage!r}, expected one of {[*STAGES, GENERATE]}: correct the name"
+            f"found stage {stage!r}, expected one of {[*STAGE_CODES, GENERATE]}: correct the name"
         )
     if positions is not None:
         positions = _integers(positions, "positions")
@@ -182,18 +182,18 @@ class Layout:
     def num_tokens(self) -> int:
         return self.num_sequences * self.length
 
+    def flat(self, table: np.ndarray) -> np.ndarray:
+        """Bring [B, S], or what is repeated to that, into the order of the tokens: [T]."""
+        full = np.broadcast_to(table, (self.num_sequences, self.length))
+        return (full.T if self.sequence_first else full).reshape(-1)
+
     def per_sequence(self, values: np.ndarray) -> np.ndarray:
         """Spread [B] over the tokens: [T]."""
-        if self.sequence_first:
-            return np.tile(values, self.length)
-        return np.repeat(values, self.length)
+        return self.flat(values[:, None])
 
     def offsets(self) -> np.ndarray:
         """int64 [T], index of each token within its sequence."""
-        count = np.arange(self.length, dtype=np.int64)
-        if self.sequence_first:
-            return np.repeat(count, self.num_sequences)
-        return np.tile(count, self.num_sequences)
+        return self.flat(np.arange(self.length, dtype=np.int64))
 
     def by_sequence(self, values: np.ndarray) -> np.ndarray:
         """Bring [B, S'] or [B * S'] in the order of the tokens to [B, S'], or [1, S'] to itself."""
@@ -205,11 +205,9 @@ class Layout:
 
     def per_token(self, values: np.ndarray, name: str) -> np.ndarray:
         """Flatten [B, S], [1, S] or [T] into the order of the tokens: [T]."""
-        if values.ndim == 2 and values.shape[1] == self.length:
-            if values.shape[0] in (1, self.num_sequences):
-                full = np.broadcast_to(values, (self.num_sequences, self.length))
-                return (full.T if self.sequence_first else full).reshape(-1)
-        elif values.ndim == 1 and len(values) == self.num_tokens:
+        if values.shape in ((1, self.length), (self.num_sequences, self.length)):
+            return self.flat(values)
+        if values.shape == (self.num_tokens,):
             return values
         raise TraceError(
             f"found {name} of shape {values.shape}, expected [{self.num_tokens}] or "
@@ -346,7 +344,7 @@ def spread(
     domains, index = annotation.domains, None
     if domains is not None and len(domains) > 1:
         index = _per_token(np.arange(len(domains)), layout)
-    stage = STAGES.get(annotation.stage or "", TRAIN if training else UNKNOWN)
+    stage = STAGE_CODES.get(annotation.stage or "", TRAIN if training else UNKNOWN)
     if annotation.stage == GENERATE:
         stage = PREFILL if forward_index == 0 else DECODE
     if annotation.drafts:
