@@ -167,6 +167,7 @@ def _cover(blocks, first, last, k, u, reach, nodes):
         rest, further nodes that are in some smallest cover).
     """
     count, least = last - first, u.min()
+    own = least if nodes <= 4 else 0.0  # of a further node; of many, some need none
     everything = (1 << count) - 1
     best, kept, bare, more = float(count), everything, 0, 0
     price_of = np.zeros(count)
@@ -174,8 +175,9 @@ def _cover(blocks, first, last, k, u, reach, nodes):
         for i in range(k):
             if blocks[first + b] >> i & 1:
                 price_of[b] += u[i]
-    for g in range(1, nodes - count + 1):
-        value = count - g / (nodes - 1) + max(price_of.min(), g * least)
+    for g in range(1, nodes - count + 1):  # each of them has a replica of its own
+        value = count - g / (nodes - 1) + price_of.min()
+        value += (g - 1) * (least if count > 1 else price_of[0])
         if value < best:
             best, more = value, g
     for some in range(everything):
@@ -199,19 +201,13 @@ def _cover(blocks, first, last, k, u, reach, nodes):
             price = apart if empty else near
             for g in range(nodes - cover + 1):
                 value = cover - g / (nodes - 1) + price
-                if cover == 1:
-                    value += g * (u.sum() - most)
+                if cover == 1:  # each of them has all picks
+                    value += g * u.sum() - min(apart, g * most)
                 elif g:
-                    value += max(0.0 if empty else whole, _extras(g, count - size, nodes) * least)
+                    value += (least if empty else whole) + (g - 1) * own
                 if value < best:
                     best, kept, bare, more = value, some, empty, g
     return best, kept, bare, more
-
-
-@numba.njit(cache=True, nogil=True)
-def _extras(g, spared, nodes):
-    """Fewest replicas, besides those of a smallest cover, for g more nodes to be in one."""
-    return g if nodes <= 4 else max(1, g - spared)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -297,25 +293,26 @@ def _count(blocks, first, last, k, weight, u, reach, nodes, cover, together, by,
 def _count_more(blocks, first, last, k, weight, u, kept, cover, bare, more, nodes, copies):
     """Add the replicas that bring further nodes into a smallest cover."""
     best, chosen = -1.0, 0  # the block that replaces the cover, or that is replaced
+    apart, dropped = 0.0, 0
     for b in range(first, last):
-        price = 0.0
+        price, stays = 0.0, kept >> (b - first) & 1
         for i in range(k):
             if blocks[b] >> i & 1:
                 price += u[i]
-        if cover == 1:
-            if not kept >> (b - first) & 1 and price > best:
-                best, chosen = price, blocks[b]
-        elif kept >> (b - first) & 1 and (best < 0 or price < best):
+        if not stays:
+            apart, dropped = apart + price, dropped | blocks[b]
+        fits = price > best if cover == 1 else best < 0 or price < best
+        if fits and stays == (cover > 1):
             best, chosen = price, blocks[b]
-    count = _extras(more, last - first - cover + bare, nodes)
-    if cover > 1 and (bare or count * u.min() > best):
-        copies[np.argmin(u)] += weight * count
+    if cover == 1:
+        spared, times = (chosen, more) if more * best <= apart else (dropped, 1)
+        for i in range(k):
+            copies[i] += weight * (more - times * (spared >> i & 1))
         return
+    own = more - 1 if nodes <= 4 or dropped == 0 else 0
+    copies[np.argmin(u)] += weight * (own + (bare > 0))
     for i in range(k):
-        if cover == 1 and not chosen >> i & 1:
-            copies[i] += weight * more
-        elif cover > 1 and chosen >> i & 1:
-            copies[i] += weight
+        copies[i] += weight * (chosen >> i & 1 if bare == 0 else 0)
 
 
 @numba.njit(cache=True, nogil=True)

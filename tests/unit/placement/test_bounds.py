@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from benchmarks.mean_imbalance_bound import bound_for_mean_imbalance
 from moe_locality.errors import PlacementError
 from moe_locality.placement import evaluate, solve
+from moe_locality.placement.bounds import replicated
 from moe_locality.placement.bounds.lower import certify_plan, lower_bounds
 from moe_locality.placement.bounds.relaxation import hull_slopes, partition_counts, set_partitions
 from moe_locality.placement.plan import PlacementPlan
@@ -283,3 +284,35 @@ def test_no_plan_with_replicas_is_below_the_bound_whoever_serves(data):
         found = certify_plan(trace, plan, seconds=1e3)
         assert found.bound[0] == pytest.approx(bound, abs=1e-12)
         assert found.found[0] >= bound - 1e-9
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.sampled_from([(1, 4), (2, 3), (2, 5), (3, 3), (3, 4)]), st.integers(0, 2**32 - 1))
+def test_cover_asks_no_more_than_any_replicas_that_serve_a_token(shape, seed):
+    """Against all ways to put replicas of its picks: nodes touched, and the prices of these."""
+    picks, nodes = shape
+    rng = np.random.default_rng(seed)
+    u, z = (rng.random(s) * rng.choice([0, 0.1, 0.3, 1], s) for s in (picks, (picks, picks)))
+    np.fill_diagonal(z, 0)
+    reach, asked = np.zeros((picks, 1 << picks)), {}
+    replicated._sum_near(z, picks, reach)
+    every = range(1, 1 << nodes)
+    for held in itertools.product(every, repeat=picks):  # nodes of each pick as bits
+        covers = [s for s in every if all(s & some for some in held)]
+        size = min(s.bit_count() for s in covers)
+        found = np.bitwise_or.reduce([s for s in covers if s.bit_count() == size])
+        touched = (size * nodes - int(found).bit_count()) / (nodes - 1)
+        on = [[n for n in range(nodes) if some >> n & 1] for some in held]
+        for first in itertools.product(*on):  # the primaries
+            blocks = [[i for i in range(picks) if first[i] == n] for n in sorted(set(first))]
+            key = tuple(sorted(sum(1 << i for i in some) for some in blocks))
+            if key not in asked:
+                args = (np.array(key), 0, len(key), picks, u, reach, nodes)
+                asked[key] = replicated._cover(*args)[0]
+            price = sum(
+                u[i] + sum(z[i, j] for j in range(picks) if first[j] == n)
+                for i in range(picks)
+                for n in on[i]
+                if n != first[i]
+            )
+            assert asked[key] <= touched + price + 1e-9
