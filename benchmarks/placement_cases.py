@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from placement_evidence import evidence_rows
+from placement_evidence import evidence_rows, with_hindsight
 from placement_rows import UNITS, Row, against, summary
 
 from moe_locality.placement import Costs, PlacementPlan, assign_homes, evaluate, solve
@@ -203,7 +203,7 @@ GOALS = (
 """What placement is held to now, under the default cap."""
 
 TABLE = tuple(
-    replace(goal, every=3 if goal.replicas else 1)
+    replace(goal, every=3 if goal.replicas > 0.125 else 1)
     for goal in GOALS
     if "redundant_per_layer" not in goal.options
 )
@@ -279,6 +279,35 @@ def goal_figures(folder: Path, goal: Goal, split_seed: int, seed: int) -> dict[s
         "promised": plan.provenance["expected_imbalance"],
         "seconds": seconds,
     }
+
+
+def hindsight_figures(
+    folder: Path, goal: Goal, split_seed: int, seed: int, most: float
+) -> dict[str, float]:
+    """``goal_figures`` of a plan that is made from the judged requests, and level on them."""
+    data = parts(folder, goal.trace, split_seed, goal.every)
+    extra = round(data.train.num_experts * goal.replicas)
+    topology = cluster(goal.nodes, data.train.num_experts + extra)
+    assert topology is not None
+    costs = with_hindsight(data.test, topology, goal, extra, most, seed)
+    return against(costs, linear_costs(folder, goal.trace, goal.nodes, split_seed, goal.every))
+
+
+def hindsight_row(goal: Goal, missed: Row, each: Sequence[Mapping[str, float]]) -> Row:
+    """Beside a missed target, from ``hindsight_figures`` of the same splits."""
+    value, spread = summary([f[goal.metric] for f in each])
+    _, levels = summary([f[goal.limit] for f in each])
+    figures = ", ".join(f"{f[goal.metric]:.1f} @ {f[goal.limit]:.3f}" for f in each)
+    return Row(
+        case=f"{missed.case}, made from the judged requests",
+        metric=goal.metric,
+        value=value,
+        unit="%",
+        baseline="linear",
+        note="not a result: what the same search reaches when it may see the requests (and their "
+        "homes, where they have some) that it is judged on, and has to be within the limit on "
+        f"them; target {goal.target:g}; {spread}; {figures}; {goal.limit} {levels}",
+    )
 
 
 def goal_rows(

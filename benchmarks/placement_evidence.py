@@ -66,7 +66,12 @@ def evidence_rows(
 
 
 def with_hindsight(
-    trace: RoutingTrace, topology: ClusterTopology, goal: Goal, extra: int, max_imbalance: float
+    trace: RoutingTrace,
+    topology: ClusterTopology,
+    goal: Goal,
+    extra: int,
+    max_imbalance: float,
+    seed: int = 0,
 ) -> Costs:
     """The costs of a plan on the trace that it was made from, and made level for."""
     problem = Problem(
@@ -76,7 +81,8 @@ def with_hindsight(
         max_imbalance=max_imbalance,
         home_rank=None,
         group_of=None,
-        seed=0,
+        seed=seed,
+        serving_rule="visited" if extra else "home",
         objective=goal.options.get("objective", "copies"),
         max_home_imbalance=goal.options.get("max_home_imbalance", MAX_TOKEN_IMBALANCE),
         unseen=False,
