@@ -206,7 +206,7 @@ class FlatTransport(Transport[FlatMetadata]):
         del grad_weights
         rows = self._take(grad_rows, metadata.by_source)
         splits = (metadata.output_splits, metadata.input_splits)
-        rows = self.all_to_all.rows(rows, *splits, "dispatch_grad")
+        rows = self.all_to_all.start_rows(rows, *splits, "dispatch_grad").wait()
         return ops.permute_backward(rows, metadata.row_map.positions, backend=self.kernels), None
 
     def start_combine(
@@ -244,7 +244,7 @@ class FlatTransport(Transport[FlatMetadata]):
         )
         if grad_rows is not None:
             splits = (metadata.input_splits, metadata.output_splits)
-            arrived = self.all_to_all.rows(grad_rows, *splits, "combine_grad")
+            arrived = self.all_to_all.start_rows(grad_rows, *splits, "combine_grad").wait()
             grad_rows = self._take(arrived, metadata.by_expert)
         return grad_rows, grad_weights
 

@@ -388,7 +388,12 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
         counts = None
         if metadata is None:
             with self.clock("plan"):
-                layout = self._layout_inter_node(slot_ids)
+                tables = self._on(slot_ids.device)[:2]
+                layout = layout_inter_node(
+                    *(slot_ids, *tables, self.inter_node.size),
+                    one_by_one=not self.sends_weights,
+                    kernels=self.kernels,
+                )
                 counts = self.inter_node.start_counts(layout.copies.tokens_per_slot)
         else:
             layout = metadata.inter_node
@@ -463,7 +468,7 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
         inside = metadata.intra_node
         with self.clock("dispatch inside"):
             splits = (inside.input_splits, inside.output_splits)
-            rows = self.intra_node.rows(rows, *splits, "dispatch")
+            rows = self.intra_node.start_rows(rows, *splits, "dispatch").wait()
         with self.clock("reorder"):
             rows = ops.permute(rows, inside.by_expert, backend=self.kernels)
             rows = self.payload.decode(rows, x.shape[1], x.dtype)
@@ -476,7 +481,7 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
         across, inside = metadata.inter_node, metadata.intra_node
         rows = ops.permute(grad_rows, inside.by_source, backend=self.kernels)
         splits = (inside.output_splits, inside.input_splits)
-        rows = self.intra_node.rows(rows, *splits, "dispatch_grad")
+        rows = self.intra_node.start_rows(rows, *splits, "dispatch_grad").wait()
         if not self.sends_weights:
             assert across.routes is not None
             rows = self._start_one_by_one(rows, metadata, "dispatch_grad").wait()
@@ -485,14 +490,10 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
         if grad_weights is not None:
             parts.append(grad_weights)
         wire = wire_format(*parts)
-        arrived = self.inter_node.rows(
-            wire.pack(parts),
-            across.output_splits,
-            across.input_splits,
-            "dispatch_grad",
-            extra_bytes=wire.extra_bytes,
-        )
-        rows, *rest = wire.unpack(arrived)
+        splits, extra = (across.output_splits, across.input_splits), wire.extra_bytes
+        packed = wire.pack(parts)
+        pending = self.inter_node.start_rows(packed, *splits, "dispatch_grad", extra_bytes=extra)
+        rows, *rest = wire.unpack(pending.wait())
         rows = rows.contiguous()
         grad = ops.permute_backward(rows, across.copies.positions, backend=self.kernels)
         return grad, gather_weight_grads(across, rest[0]) if rest else None
@@ -509,7 +510,7 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
             rows = codec.encode(ops.permute(expert_out, inside.by_source, backend=self.kernels))
         with self.clock("combine inside"):
             splits = (inside.output_splits, inside.input_splits)
-            rows = self.intra_node.rows(rows, *splits, "combine")
+            rows = self.intra_node.start_rows(rows, *splits, "combine").wait()
         if self.sends_weights:
             with self.clock("sum"):
                 rows = codec.decode(rows, width, dtype)
@@ -552,7 +553,7 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
         if self.sends_weights:
             sent = ops.permute(grad, across.copies, backend=self.kernels)
             splits = (across.input_splits, across.output_splits)
-            grad = self.inter_node.rows(sent, *splits, "combine_grad")
+            grad = self.inter_node.start_rows(sent, *splits, "combine_grad").wait()
         grad_rows, grad_weights = ops.combine_backward(
             grad, rows, row_map, topk_weights, need_rows=need_rows, backend=self.kernels
         )
@@ -560,11 +561,11 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
             return None, grad_weights
         if not self.sends_weights:
             splits = (metadata.route_splits, inside.home_splits)
-            arrived = self.inter_node.rows(grad_rows, *splits, "combine_grad")
+            arrived = self.inter_node.start_rows(grad_rows, *splits, "combine_grad").wait()
             assert inside.from_home is not None
             grad_rows = ops.permute(arrived, inside.from_home, backend=self.kernels)
         splits = (inside.input_splits, inside.output_splits)
-        got = self.intra_node.rows(grad_rows, *splits, "combine_grad")
+        got = self.intra_node.start_rows(grad_rows, *splits, "combine_grad").wait()
         return ops.permute(got, inside.by_expert, backend=self.kernels), grad_weights
 
     def _start_one_by_one(
@@ -576,17 +577,6 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
         rows = ops.permute(rows, inside.by_home, backend=self.kernels)
         splits = (inside.home_splits, metadata.route_splits)
         return self.inter_node.start_rows(rows, *splits, kind)
-
-    def _layout_inter_node(self, slot_ids: Tensor) -> InterNodeLayout:
-        rail_of_slot, slot_in_node, _ = self._on(slot_ids.device)
-        return layout_inter_node(
-            slot_ids,
-            rail_of_slot,
-            slot_in_node,
-            self.inter_node.size,
-            one_by_one=not self.sends_weights,
-            kernels=self.kernels,
-        )
 
     def _metadata(
         self, across: InterNodeLayout, routes: RowMap, counts: PendingCounts

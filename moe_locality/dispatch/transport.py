@@ -512,16 +512,3 @@ class AllToAllGroup:
                 async_op=True,
             )
         return PendingRows(received, work, rows, kind, self)
-
-    def rows(
-        self,
-        rows: Tensor,
-        input_splits: Sequence[int],
-        output_splits: Sequence[int],
-        kind: str,
-        *,
-        extra_bytes: int = 0,
-    ) -> Tensor:
-        """:meth:`start_rows`, and wait."""
-        pending = self.start_rows(rows, input_splits, output_splits, kind, extra_bytes=extra_bytes)
-        return pending.wait()

@@ -11,6 +11,7 @@ All checks run, and all ranks agree on them, before anything moves.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,8 @@ from moe_locality.layer.relocate import (
     TIMEOUT_S,
     MoveReport,
     RolledBackError,
-    relabel_layer,
+    layer_shards,
+    move_experts,
     signals_deferred,
 )
 from moe_locality.layer.state import (
@@ -161,12 +163,12 @@ def _move_layers(targets: list[Target], state: StateSource, timeout_s: float) ->
     total = MoveReport()
     for number, target in enumerate(targets):
         try:
-            report = relabel_layer(
-                target.module,
+            report = move_experts(
+                partial(layer_shards, target.module, state),
                 current_order(target.module),
                 target.slot_to_logical,
+                num_ranks=target.module.ep_size,
                 group=target.group,
-                state=state,
                 name=target.name,
                 timeout_s=timeout_s,
             )

@@ -261,35 +261,13 @@ class _Layer:
             raise failure
 
 
-def relabel_layer(
-    module: Any,
-    current: np.ndarray,
-    target: np.ndarray,
-    *,
-    group: dist.ProcessGroup | None,
-    state: StateSource = no_state,
-    name: str = "the layer",
-    timeout_s: float = TIMEOUT_S,
-) -> MoveReport:
-    """Take a ``deepspeed.moe.layer.MoE`` from one slot order to another; see :func:`move_experts`.
-
-    ``state``: what the optimizer keeps for a parameter.
-    """
-
-    def find_shards() -> tuple[list[list[TensorShard]], list[TensorShard]]:
-        layer = module.deepspeed_moe
-        experts = [expert_shards(expert, state) for expert in layer.experts.deepspeed_experts]
-        return experts, gate_shards(layer.gate, state)
-
-    return move_experts(
-        find_shards,
-        current,
-        target,
-        num_ranks=module.ep_size,
-        group=group,
-        name=name,
-        timeout_s=timeout_s,
-    )
+def layer_shards(
+    module: Any, state: StateSource
+) -> tuple[list[list[TensorShard]], list[TensorShard]]:
+    """What moves with each local expert of a ``deepspeed.moe.layer.MoE``, and its gate."""
+    layer = module.deepspeed_moe
+    experts = [expert_shards(expert, state) for expert in layer.experts.deepspeed_experts]
+    return experts, gate_shards(layer.gate, state)
 
 
 @torch.no_grad()

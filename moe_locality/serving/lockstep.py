@@ -48,20 +48,17 @@ class RouteTap:
         self.num_experts: int | None = None
         self._hooks: list[Any] = []
         if sees:
-            self._look(model)
+            with contextlib.suppress(TraceError):  # a dense model has nothing to see
+                found = find_moe_layers(model)
+                self.num_experts = max(layer.num_experts for layer in found)
+                for number, layer in enumerate(found):
+                    self._hooks += hook_layer((number,), layer, self._see, None)
         self.order: list[tuple[LocalityEP, int, int, torch.dtype]] = []
         self.valid: Tensor | None = None
         self.keeps, self.learns = False, False
         self.picks: dict[int, Tensor] = {}
         for layer in self.layers:
             layer.on_routes = self.on_routes
-
-    def _look(self, model: nn.Module) -> None:
-        with contextlib.suppress(TraceError):  # a dense model has nothing to see
-            found = find_moe_layers(model)
-            self.num_experts = max(layer.num_experts for layer in found)
-            for number, layer in enumerate(found):
-                self._hooks += hook_layer((number,), layer, self._see, None)
 
     def on_routes(self, layer: LocalityEP, hidden: Tensor, ids: Tensor) -> Tensor:
         """Take the picks ``ids [T, K]`` of a layer; return those that are sent."""

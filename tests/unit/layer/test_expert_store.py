@@ -1,6 +1,7 @@
 """Experts in a low-bit format: bit for bit those with rounded weights, in less memory."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -15,8 +16,7 @@ from deepspeed.moe.layer import MoE as StockMoE
 import moe_locality
 from moe_locality.errors import ConfigError
 from moe_locality.layer.expert_store import StoredExpert, store_experts
-from moe_locality.layer.relocate import relabel_layer
-from moe_locality.layer.state import set_slot_to_logical
+from moe_locality.placement import PlacementPlan
 from moe_locality.quantization import FORMATS, bytes_per_row, fake_quantize
 from tests.tolerances import LAYER
 
@@ -183,11 +183,11 @@ def test_store_experts_refusals():
 def test_store_experts_stored_experts_can_be_relabelled():
     layer = make()
     store_experts(layer, "mxfp4-mbs-h")
+    plan = PlacementPlan.linear(4, [0], 1, 1)
+    plan = dataclasses.replace(plan, physical_to_logical_map=np.array([[2, 0, 3, 1]]))
     with torch.no_grad():
         wanted = layer(tokens())
-        current, target = np.arange(4), np.array([2, 0, 3, 1])
-        relabel_layer(layer, current, target, group=None)
-        set_slot_to_logical(layer, target)
+        moe_locality.relabel(layer, plan)
         found = layer(tokens())
     torch.testing.assert_close(found[0], wanted[0], rtol=LAYER["float32"][0], atol=1e-6)
     assert torch.equal(found[2], wanted[2])
