@@ -83,9 +83,9 @@ class RunLog:
             what = {"digest": plan.digest()}
             self._guarded(self.tracker.log_artifact, "plan", "plan", [plan_file], metadata=what)
         self._hooks = [
-            module.deepspeed_moe.gate.register_forward_hook(partial(self._after_gate, name, module))
-            for name, module in moe_modules(engine.module)
-            if isinstance(module.deepspeed_moe.gate, LocalityTopKGate)
+            layer.gate.register_forward_hook(partial(self._after_gate, name, layer))
+            for name, layer in ((name, m.deepspeed_moe) for name, m in moe_modules(engine.module))
+            if isinstance(layer.gate, LocalityTopKGate)
         ]
 
     # -- while a step runs ------------------------------------------------------------------------
@@ -99,15 +99,11 @@ class RunLog:
         if isinstance(loss, torch.Tensor) and loss.numel() == 1 and self.wanted():
             self._losses.append(loss.detach())
 
-    def _after_gate(self, name: str, module: Any, gate: Any, _inputs: Any, output: Any) -> None:
-        """Forward hook of a gate."""
-        if gate.training and torch.is_grad_enabled() and self.wanted():
-            ids = read_deepspeed_gate(output, gate.k, False).ids.detach()
-            self.record_routes(name, module, gate.slot_ids(ids))
-
-    def record_routes(self, name: str, module: Any, slots: torch.Tensor) -> None:
-        """Count the slots ``[T, K]`` (-1: dropped) of a layer. Does not wait for the device."""
-        layer = module.deepspeed_moe
+    def _after_gate(self, name: str, layer: Any, gate: Any, _inputs: Any, output: Any) -> None:
+        """Forward hook of a gate: count the slots of its routes. Does not wait for the device."""
+        if not (gate.training and torch.is_grad_enabled() and self.wanted()):
+            return
+        slots = gate.slot_ids(read_deepspeed_gate(output, gate.k, False).ids.detach())  # [T, K]
         ranks = group_ranks(layer.ep_group, layer.ep_size)
         num_slots = layer.ep_size * layer.num_local_experts
         kept = slots >= 0

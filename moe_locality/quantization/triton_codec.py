@@ -46,7 +46,7 @@ def encode(
             K=1 if positions is None else positions.shape[1],
             PERMUTE=positions is not None,
             BF16=is_bf16,
-            **_encode_constants(fmt, x.shape[1]),
+            **_constants(fmt, x.shape[1], encodes=True),
             enable_fp_fusion=False,
         )
     if row_token is not None:
@@ -68,7 +68,7 @@ def decode(buffer: Tensor, index: Tensor | None, out: Tensor, fmt: Format) -> No
         IN_ORDER=index is not None,
         OUT=_FLOATS[out.dtype],
         LARGEST=torch.finfo(out.dtype).max,
-        **_decode_constants(fmt, out.shape[1]),
+        **_constants(fmt, out.shape[1], encodes=False),
         enable_fp_fusion=False,
     )
 
@@ -77,9 +77,16 @@ def _launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
     kernel[(programs,)](*args, **constants)  # beyond type checkers
 
 
-def _decode_constants(fmt: Format, width: int) -> dict[str, Any]:
-    """The compile-time constants that both kernels take."""
+def _constants(fmt: Format, width: int, encodes: bool) -> dict[str, Any]:
+    """The compile-time constants of the kernels; the one that encodes takes some more."""
     layout = row_layout(fmt, width)
+    more = {
+        "EMAX": ELEMENT_EMAX[fmt.element],
+        "MAX": ELEMENT_MAX[fmt.element],
+        "OAS": fmt.scale_rule == "oas",
+        "FACTOR_END": layout.factors_end,
+        "SCALE_END": layout.scales_end,
+    }
     return {
         "WIDTH": width,
         "CHUNK": min(_CHUNK, max(MACRO_BLOCK, 1 << (width - 1).bit_length())),
@@ -91,18 +98,7 @@ def _decode_constants(fmt: Format, width: int) -> dict[str, Any]:
         "CODE_BYTES": layout.codes_end,
         "SCALE_START": layout.scales_start,
         "ROW_BYTES": layout.row_bytes,
-    }
-
-
-def _encode_constants(fmt: Format, width: int) -> dict[str, Any]:
-    layout = row_layout(fmt, width)
-    return {
-        **_decode_constants(fmt, width),
-        "EMAX": ELEMENT_EMAX[fmt.element],
-        "MAX": ELEMENT_MAX[fmt.element],
-        "OAS": fmt.scale_rule == "oas",
-        "FACTOR_END": layout.factors_end,
-        "SCALE_END": layout.scales_end,
+        **(more if encodes else {}),
     }
 
 
