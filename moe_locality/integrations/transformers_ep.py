@@ -22,8 +22,8 @@ from moe_locality.config import MoeLocalityConfig, read_config, refuse_settings
 from moe_locality.dispatch.desync import CallPosition
 from moe_locality.dispatch.dispatcher import ExchangingLayer, SlotMap, run_moe
 from moe_locality.errors import ConfigError, PlacementError
-from moe_locality.integrations.expert_rows import ExpertRows
-from moe_locality.integrations.logical_state import (
+from moe_locality.integrations.expert_rows import (
+    ExpertRows,
     follow_optimizer,
     followed_optimizers,
     keep_checkpoints_logical,

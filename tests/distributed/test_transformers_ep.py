@@ -834,9 +834,9 @@ def test_forward_raises_on_the_one_rank_that_left_apply_out(tmp_path):
 
 
 def save_on_one_rank(rank, world, path):
-    from moe_locality.integrations import logical_state
+    from moe_locality.integrations import expert_rows
 
-    logical_state._STATE_DICT_TIMEOUT_S = 3.0
+    expert_rows._STATE_DICT_TIMEOUT_S = 3.0
     model, _ = placed(path, world, "moved")
     optimizer = torch.optim.Adagrad(model.parameters())  # has state before its first step
     train(model, optimizer, rank, range(1))

@@ -37,7 +37,8 @@ for name in ("fp8", "mxfp8", "mxfp4", "mxfp4-mbs-s"):
     constants = m._constants(fmt, 2048, encodes=True) | {"K": 8, "PERMUTE": True, "BF16": True}
     pointers = {"x_ptr": "*i16", "positions_ptr": "*i32", "out_ptr": "*u8", "x_stride": "i32"}
     compile(m.encode_kernel, pointers, constants)
-    constants = m._constants(fmt, 2048, encodes=False) | {"OUT": 1, "LARGEST": 3.3895313892515355e38}
+    constants = m._constants(fmt, 2048, encodes=False)
+    constants |= {"OUT": 1, "LARGEST": 3.3895313892515355e38}
     pointers = {"in_ptr": "*u8", "index_ptr": "*i32", "out_ptr": "*i16"}
     compile(m.decode_kernel, pointers, constants | {"IN_ORDER": True})
 pointers = {"row_token_ptr": "*i32", "out_ptr": "*u8", "num_rows": "i32"}
