@@ -160,12 +160,18 @@ def init_stock_moe(stock: type, module: Any, *args: Any, **kwargs: Any) -> None:
     same_code(module, *args, **kwargs)
 
 
+def _groups() -> Any:
+    from deepspeed.utils import groups
+
+    return groups
+
+
 def tensor_parallel_size() -> int:
     """Return the tensor-parallel size of the dense layers (1 without an mpu)."""
-    from deepspeed.utils import groups
     from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 
-    return 1 if groups.mpu is None else bwc_tensor_model_parallel_world_size(groups.mpu)
+    mpu = model_parallel_unit()
+    return 1 if mpu is None else bwc_tensor_model_parallel_world_size(mpu)
 
 
 def spreads_data_only(mpu: Any) -> bool:
@@ -179,9 +185,7 @@ def spreads_data_only(mpu: Any) -> bool:
 
 def model_parallel_unit() -> Any:
     """Return the ``mpu`` that DeepSpeed was given, or None."""
-    from deepspeed.utils import groups
-
-    return groups.mpu
+    return _groups().mpu
 
 
 def all_to_all_replaced() -> bool:
@@ -196,25 +200,14 @@ def all_to_all_replaced() -> bool:
     return function.__module__ != sharded_moe.__name__ or "apply" in vars(function)
 
 
-def expert_group_registered(name: str) -> bool:
-    """Return whether DeepSpeed has an expert-parallel group of this name (``ep_size_{n}``)."""
-    from deepspeed.utils import groups
-
-    return name in groups._get_expert_parallel_group_dict()
-
-
 def expert_parallel_group(name: str) -> Any:
-    """Return the expert-parallel group of this rank that is registered under ``name``."""
-    from deepspeed.utils import groups
-
-    return groups._get_expert_parallel_group(name)
+    """Return the expert-parallel group of this rank under ``name`` (``ep_size_{n}``), or None."""
+    return _groups()._get_expert_parallel_group_dict().get(name)
 
 
 def expert_data_parallel_group(name: str) -> Any:
-    """Return the expert-data-parallel group of this rank under ``name``, None without one."""
-    from deepspeed.utils import groups
-
-    return groups._get_expert_data_parallel_group_dict().get(name)
+    """Return the expert-data-parallel group of this rank under ``name``, or None."""
+    return _groups()._get_expert_data_parallel_group_dict().get(name)
 
 
 def pipeline_layer_kinds(module: Any) -> list[type | None]:
@@ -288,9 +281,7 @@ def _timeout(group: Any) -> Any:
 
 def registered_expert_ranks(ep_size: int) -> tuple[list[int], list[int]] | None:
     """Return the EP and EDP ranks that DeepSpeed has for this rank under ``ep_size``, if any."""
-    from deepspeed.utils import groups
-
-    name = f"ep_size_{ep_size}"
+    groups, name = _groups(), f"ep_size_{ep_size}"
     if name not in groups._EXPERT_PARALLEL_GROUP and name not in groups._EXPERT_DATA_PARALLEL_GROUP:
         return None
     return (
@@ -307,11 +298,9 @@ def register_expert_groups(
     What is registered already stays; the caller checks that it has the same ranks. The name has to
     be ``ep_size_<number>``: DeepSpeed reads the number back from every name.
     """
-    from deepspeed.utils import groups
-
     if registered_expert_ranks(ep_size) is not None:
         return
-    name = f"ep_size_{ep_size}"
+    groups, name = _groups(), f"ep_size_{ep_size}"
     groups._EXPERT_PARALLEL_GROUP[name] = ep_group
     groups._EXPERT_PARALLEL_GROUP_RANKS[name] = list(ep_ranks)
     groups._EXPERT_DATA_PARALLEL_GROUP[name] = edp_group

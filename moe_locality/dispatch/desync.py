@@ -23,6 +23,7 @@ import time
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -324,10 +325,8 @@ def _told(
 def _machine() -> str:
     """Return an id of this host, boot and PID namespace; ``""`` where it is unknown."""
     try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return (
-                f"{socket.gethostname()} {file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
-            )
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
 
@@ -341,8 +340,7 @@ def _has_ended(store: Any, rank: int) -> bool:
     if not machine or machine != _machine():
         return False
     try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] in "ZX"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
     except FileNotFoundError:
         return True
     except OSError:

@@ -162,22 +162,6 @@ def _name_of(path: Path) -> tuple[str, bool]:
     return prefix, ".deepspeed_moe." not in key
 
 
-def write_experts(
-    files: CheckpointFiles, sources: Sequence[np.ndarray], folder: Path, *, trusted: bool
-) -> None:
-    """Write every expert under its new slot's number, one file in memory at a time.
-
-    Raises:
-        PlacementError: layers of other orders have the same expert tensors.
-    """
-    tied = _TiedTensors(sources)
-    for layer, slot, mp in files.experts:
-        old = int(sources[layer][slot])
-        read = partial(read_file, files.experts[layer, old, mp], trusted=trusted)
-        tied.check(layer, read)
-        _write_file(renumbered(read(), slot), folder / files.experts[layer, slot, mp].name)
-
-
 class _TiedTensors:
     """Refuses equal tensors in layers that move in different ways (files do not say what is tied).
 
@@ -550,7 +534,12 @@ class _Bake:
             target = folder / path.relative_to(files.folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, target)
-        write_experts(files, self.sources, folder, trusted=self.trusted)
+        tied = _TiedTensors(self.sources)
+        for (layer, slot, mp), path in files.experts.items():  # one file in memory at a time
+            old = int(self.sources[layer][slot])
+            read = partial(read_file, files.experts[layer, old, mp], trusted=self.trusted)
+            tied.check(layer, read)
+            _write_file(renumbered(read(), slot), folder / path.name)
         rank_0: dict[int, Any] = {}
         if self.optimizer is not None:
             for (rank, mp), states in self.optimizer.baked(self.sources):

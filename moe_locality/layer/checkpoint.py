@@ -93,13 +93,6 @@ def resolve_tag(folder: Path, tag: str | None) -> str:
     return tag
 
 
-def model_state_files(folder: Path) -> list[Path]:
-    """Return ``mp_rank_*_model_states.pt`` of a tag's folder, by rising rank."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if MODEL_STATES.fullmatch(path.name))
-
-
 def read_file(path: Path, *, trusted: bool = False) -> dict[str, Any]:
     """Read a file of a checkpoint on the CPU, tensors mapped from disk where the format allows.
 
@@ -374,11 +367,12 @@ def _peek(folder: Path, tag: str | None) -> tuple[Path, dict[str, Any] | None] |
         tag = resolve_tag(folder, None if tag is None else str(tag))
     except ConfigError:
         return None
-    files = model_state_files(folder / tag)
-    if not files:
+    files = (path for path in (folder / tag).iterdir() if MODEL_STATES.fullmatch(path.name))
+    first = min(files, default=None)
+    if first is None:
         return None
     # trusted: the engine unpickles this very file a moment later
-    return files[0], read_entry(read_file(files[0], trusted=True), files[0])
+    return first, read_entry(read_file(first, trusted=True), first)
 
 
 def _digest(decision: _Decision | None) -> str:

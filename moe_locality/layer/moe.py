@@ -339,8 +339,9 @@ class MoE(StockMoE):
 def _follow_the_nodes(module: StockMoE, use_data_before_expert_parallel: bool) -> None:
     """Make the expert groups of a layer whose nodes are not known yet. Collective."""
     layer: Any = module.deepspeed_moe
-    registered = compat.expert_group_registered(module.expert_group_name)
-    if registered or layer.topology is not None or compat.model_parallel_unit() is not None:
+    group = compat.expert_parallel_group(module.expert_group_name)
+    known = (group, layer.topology, compat.model_parallel_unit())
+    if any(one is not None for one in known):
         return
     order = "D+E" if use_data_before_expert_parallel else "E+D"
     try:

@@ -313,9 +313,7 @@ def find_group(module: Any, group: dist.ProcessGroup | None) -> dist.ProcessGrou
             f"found a layer with ep_size {module.ep_size} and no process group, expected one: call "
             "deepspeed.init_distributed() before relabel"
         )
-    found = module.deepspeed_moe.ep_group or group
-    if found is None and compat.expert_group_registered(name):
-        found = compat.expert_parallel_group(name)
+    found = module.deepspeed_moe.ep_group or group or compat.expert_parallel_group(name)
     if found is None and dist.get_world_size() == module.ep_size:
         found = dist.group.WORLD
     if found is None:
