@@ -364,10 +364,15 @@ def serve_stored(rank, world, path, name):
         model(torch.arange(4)[None])  # copies of weights are there, and what FSDP2 gathers
     parts = [layer.experts for _, layer in expert_layers(model)]
     plain = sum(p.to_local().nbytes for part in parts for p in part.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     model(torch.arange(4)[None]).logits.sum().backward()
-    with pytest.raises(ConfigError, match=r"found gradients.* of the experts model\.layers\.0"):
+    for leave in (optimizer.step, model.zero_grad):  # gradients, then moments are left
+        with pytest.raises(ConfigError, match=r"found gradients.* of the experts model\.layers\.0"):
+            store_experts(model, name)
+        leave()
+    with pytest.raises(ConfigError, match=r"moments of an optimizer, of the experts model\.layers"):
         store_experts(model, name)
-    model.zero_grad()
+    del optimizer, leave
     before = bytes_held()
     report = store_experts(model, name)
     assert (report.bytes_before, report.num_experts) == (plain, 2 * 8 // world)

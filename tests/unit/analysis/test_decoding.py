@@ -104,20 +104,26 @@ def test_classify_domains_finds_domains_that_have_experts_of_their_own(trace):
         classify_domains(train, test, lambda name: "all")
 
 
-def test_paper_on_trace_finds_what_the_trace_was_made_with(trace):
-    """Domains of disjoint experts: placement and homes keep every token on its node."""
-    found = paper.paper_on_trace(trace, nodes=(2,))
+@pytest.mark.parametrize("seed", [0, 1])
+def test_paper_on_trace_finds_what_the_trace_was_made_with(monkeypatch, seed):
+    """[F17.7] Domains of disjoint experts, nine picks of ten: under a cap that has room for the
+    sampling of few requests, placement and homes keep nearly every token on its node.
+    """
+    monkeypatch.setattr(paper, "MAX_IMBALANCE", {"ours": 1.2, "replicas": 1.2})
+    trace = make_trace(num_requests=120, seed=seed)
+    found = paper.paper_on_trace(trace, nodes=(2,), seed=seed)
     (one,) = found["replays"]
     cases = {case["name"]: case for case in one["conditions"]}
     linear, ours = cases["linear, random homes"], cases["ours, predicted homes"]
     with_replicas = cases["ours, 12.5% replicas, predicted homes"]
-    assert with_replicas["change"]["copies"] < ours["change"]["copies"] < 0
-    assert with_replicas["change"]["copies"] < -20
-    assert ours["node_imbalance"] <= 1.2
+    assert with_replicas["change"]["copies"] < ours["change"]["copies"] < -75
+    assert cases["ours, random homes"]["change"]["copies"] < -30
+    assert max(case["node_imbalance"] for case in (ours, with_replicas)) <= 1.2
     oracle = cases["ours, oracle homes"]
     gained = linear["copies"] - ours["copies"]
     best = linear["copies"] - oracle["copies"]
     assert one["kept"]["ours"]["of_all"] == pytest.approx(gained / best)
+    assert gained / best > 0.95
     assert linear["picks"] == pytest.approx(trace.top_k / 2)
     words = "\n".join(paper.lines(found))
     assert "100.0 % right" in words

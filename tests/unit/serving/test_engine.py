@@ -108,6 +108,7 @@ def test_generate_takes_texts_tokens_dicts_and_requests(model):
         {"prompt_token_ids": [1], "sampling_params": [3]},
         {"prompt_token_ids": [1], "request_id": [3]},
         {"prompt_token_ids": [1] * 40},
+        {"prompt_token_ids": [1] * 20, "max_tokens": 11},  # than the room of the caches
         {"prompt_token_ids": [1], "n": 4},
         None,
         5,
@@ -115,7 +116,8 @@ def test_generate_takes_texts_tokens_dicts_and_requests(model):
 )
 def test_generate_refuses_a_wrong_request_alone(model, wrong):
     good = {"prompt_token_ids": [1, 2], "temperature": 0, "max_tokens": 3}
-    outputs = list(engine_of(model, Letters()).generate([good, wrong, good]))
+    engine = engine_of(model, Letters(), limits={"max_num_kv_tokens": 30})
+    outputs = list(engine.generate([good, wrong, good]))
     refused = [output for output in outputs if output.error]
     assert len(refused) == 1
     assert refused[0].error.startswith("found ")
