@@ -363,7 +363,7 @@ def trace_summary_table(summary: dict) -> Table:
     return Table(title="The trace in numbers", columns=head, rows=tuple(rows))
 
 
-def trace_words(trace: RoutingTrace, summary: dict) -> tuple[str, ...]:
+def trace_words(summary: dict) -> tuple[str, ...]:
     """Return the trace in two or three sentences."""
     imbalance = summary["load"]["imbalance"]["mean"]
     line = f"Mean over the layers: the busiest expert gets {imbalance:.2f} times the mean load."
@@ -399,7 +399,7 @@ def trace_report(
     summary = analyze(trace, seed) if summary is None else summary
     figures = trace_figures(trace, summary, seed=seed)
     tables: list[Table] = [trace_summary_table(summary)]
-    words, facts = trace_words(trace, summary), trace_facts(trace)
+    words, facts = trace_words(summary), trace_facts(trace)
     title, headlines = f"Routing of {trace.model or 'a model'}", ()
     if comparison is not None:
         title = f"Placement of {trace.model or 'a model'}"

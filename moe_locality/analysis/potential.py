@@ -289,9 +289,8 @@ class _Judge:
             words += ["--cluster CLUSTER.yaml"]
         if plan.provenance["method"] == "linear":
             words += ["--method linear"]
-        elif with_homes:
-            words += ["--homes joint"]
-        if plan.provenance["method"] != "linear":
+        else:
+            words += ["--homes joint"] if with_homes else []
             words += [f"--max-imbalance {plan.provenance['max_imbalance']:g}"]
         if plan.num_redundant_experts:
             words += [f"--redundant-experts {plan.num_redundant_experts}"]

@@ -153,7 +153,7 @@ def analyze(
                 page = reports.add_potential(page, content, found_potential, points, seed)
             reports.write_report(page, report)
             payload["report"] = report
-    words = reports.trace_words(content, summary)
+    words = reports.trace_words(summary)
     found = reports.trace_summary_table(summary)
 
     def show(console: Any) -> None:

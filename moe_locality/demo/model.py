@@ -110,7 +110,8 @@ def run_model(options: DemoOptions, progress: Progress) -> ModelDemo:
     checked = {}
     for name, run in runs.items():
         flips = agreements["stock"].flips + (agreements[name].flips if run is not linear else 0)
-        of, cost = usual if run is linear else plan, "copies" if "once" in name else "picks"
+        cost = "copies" if name == "once_per_node" else "picks"
+        of = usual if run is linear else plan
         checked[name] = check_prediction(run, held_out, of, topology, cost, flips=flips)
     return ModelDemo(
         held_out=held_out,
@@ -343,7 +344,7 @@ def report_data(options: DemoOptions, found: ModelDemo, facts: dict[str, Any]) -
             "placement through the exchange that sends each token once per node.",
             *(f"{line[0].upper()}{line[1:]}." for line in outcome_lines(facts)),
             *found.predicted.notes,
-            *trace_words(trace, found.analysis),
+            *trace_words(found.analysis),
         ),
         facts=(
             *trace_facts(trace),

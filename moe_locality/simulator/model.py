@@ -286,12 +286,10 @@ class _Counter:
         source = np.broadcast_to(source, there.shape)
         on_node = there & (self.node_of_rank[source] == self.node_of_rank[target])
         on_rank = there & (source == target)
-        inside, across = on_node & ~on_rank, there & ~on_node
         self.rows["local"] += self.per_rank(on_rank, source)
-        self.rows["inside_sent"] += self.per_rank(inside, source)
-        self.rows["inside_received"] += self.per_rank(inside, target)
-        self.rows["across_sent"] += self.per_rank(across, source)
-        self.rows["across_received"] += self.per_rank(across, target)
+        for name, mask in (("inside", on_node & ~on_rank), ("across", there & ~on_node)):
+            self.rows[f"{name}_sent"] += self.per_rank(mask, source)
+            self.rows[f"{name}_received"] += self.per_rank(mask, target)
 
     def _by_matrix(self, there: np.ndarray, source: np.ndarray, target: np.ndarray) -> None:
         """The same from one count of all pairs of ranks."""

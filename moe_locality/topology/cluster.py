@@ -358,17 +358,14 @@ def _node_groups(topology: ClusterTopology, ep_groups: RankGroups) -> tuple[Rank
 
 def _warn_of_different_shapes(topology: ClusterTopology, ep_groups: RankGroups) -> None:
     """One plan serves all EP groups, so their positions should lie on nodes in the same way."""
-    shapes = {_shape(topology, group): group for group in ep_groups}
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+    for group in ep_groups:
+        nodes = [topology.rank_to_node[rank] for rank in group]
+        number = {node: index for index, node in enumerate(dict.fromkeys(nodes))}
+        shapes[tuple(number[node] for node in nodes)] = group
     if len(shapes) > 1:
         logger.warning(
             "EP groups lie on their nodes in different ways (%s): a placement plan fits only one "
             "of them well; number the ranks of each node consecutively",
             "; ".join(f"ranks {list(group)}: nodes {list(s)}" for s, group in shapes.items()),
         )
-
-
-def _shape(topology: ClusterTopology, group: Sequence[int]) -> tuple[int, ...]:
-    """Return the node of each position of a group, nodes numbered by first appearance."""
-    nodes = [topology.rank_to_node[rank] for rank in group]
-    number = {node: index for index, node in enumerate(dict.fromkeys(nodes))}
-    return tuple(number[node] for node in nodes)

@@ -50,6 +50,8 @@ _BY_SUFFIX = {
 _ZIP, _NUMPY = b"PK\x03\x04", b"\x93NUMPY"
 
 Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
+Listed = list[tuple[Path, str, str | None]]
+"""(file, name, domain)"""
 
 
 def import_trace(
@@ -262,11 +264,10 @@ _REQUESTS = {
 """Formats of requests with their picks: files of these are read as one."""
 
 
-def _listed(path: Paths) -> list[tuple[Path, str, str | None]]:
-    """(file, name, domain) of every file that is named, or in a directory that is named: the folder
-    inside it is the domain."""
+def _listed(path: Paths) -> Listed:
+    """Every file that is named, or in a named directory: the folder inside it is the domain."""
     given = [path] if isinstance(path, (str, PathLike)) else list(path)
-    listed: list[tuple[Path, str, str | None]] = []
+    listed: Listed = []
     for place in map(Path, given):
         if not place.exists():
             raise TraceError(
@@ -340,10 +341,7 @@ def _taken(parts: Iterator[RoutingTrace], options: ImportOptions) -> Iterator[Ro
 
 
 def _joined(
-    files: list[tuple[Path, str, str | None]],
-    found: str,
-    options: ImportOptions,
-    folder: Path | None,
+    files: Listed, found: str, options: ImportOptions, folder: Path | None
 ) -> Iterator[RoutingTrace]:
     """Yield several files of one format as one trace: requests are numbered on, or by the table."""
     traces: list[tuple[RoutingTrace, str, str | None]] = []

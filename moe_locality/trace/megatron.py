@@ -23,9 +23,7 @@ and what is made of it:
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -118,40 +116,30 @@ def _to_trace(
 
 def _passes(path: Path, options: ImportOptions, number: int) -> Iterator[Pass]:
     """Yield the forward passes of a file, a step at a time."""
-    left_out = [0]
-    records = _decoder_records(path, options, number, left_out)
-    steps = groupby(records, key=lambda found: (found[0]["rank"], found[0]["step"]))
-    previous: tuple[int, int, dict[int, list[np.ndarray]]] | None = None
-    layers: set[int] = set()
-    for (rank, step), group in steps:
-        if previous is not None:
-            yield from _split(path, previous, layers, is_last=False, loud=number == 0)
-        tables: dict[int, list[np.ndarray]] = defaultdict(list)
-        for record, picks in group:
-            tables[record["layer"]].append(picks)
-        layers |= set(tables)
-        previous = rank, step, tables
-    if left_out[0] and number == 0:
+    left_out, layers = 0, set()
+    step: tuple[int, int] | None = None
+    tables: dict[int, list[np.ndarray]] = {}
+    for line, record in json_lines(path, options, (number, 2)):
+        picks = _picks(f"{path}, line {line}", record)
+        if record["block"] == "mtp":
+            left_out += 1
+            continue
+        begun = record["rank"], record["step"]
+        if step is not None and step != begun:
+            yield from _split(path, (*step, tables), layers, is_last=False, loud=number == 0)
+            tables = {}
+        step = begun
+        tables.setdefault(record["layer"], []).append(picks)
+        layers.add(record["layer"])
+    if left_out and number == 0:
         _log.warning(
             "%s: left out %d records of multi-token-prediction layers (their numbers clash with "
             "decoder layers)",
             path,
-            left_out[0],
+            left_out,
         )
-    if previous is not None:
-        yield from _split(path, previous, layers, is_last=True, loud=number == 0)
-
-
-def _decoder_records(
-    path: Path, options: ImportOptions, number: int, left_out: list[int]
-) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-    """Yield the records of decoder layers with their picks; count the others."""
-    for line, record in json_lines(path, options, (number, 2)):
-        picks = _picks(f"{path}, line {line}", record)
-        if record["block"] == "mtp":
-            left_out[0] += 1
-        else:
-            yield record, picks
+    if step is not None:
+        yield from _split(path, (*step, tables), layers, is_last=True, loud=number == 0)
 
 
 def _split(
@@ -164,7 +152,7 @@ def _split(
 ) -> Iterator[Pass]:
     """Yield the micro-batches of one step; ``layers``: all that the file has shown so far."""
     rank, step, tables = found
-    counts = {len(tables[layer]) if layer in tables else 0 for layer in layers}
+    counts = {len(tables.get(layer, ())) for layer in layers}
     if len(counts) > 1:
         text = f"{path}: found that step {step} lacks records of some layers"
         if not is_last:

@@ -49,6 +49,9 @@ _log = logging.getLogger(__name__)
 _VERIFY = 5
 _STAGES = {1: PREFILL, 2: DECODE, _VERIFY: DECODE}
 
+Records = list[tuple[Path, dict[str, Any], np.ndarray]]
+"""(file, record of a forward pass, logical expert of each slot [layers, P])"""
+
 
 def parts(paths: Sequence[Path], options: ImportOptions) -> Iterator[RoutingTrace]:
     """Yield the trace of one or more dumps of one recording; each file is held in memory.
@@ -85,7 +88,7 @@ def _is_json(path: Path) -> bool:
         return file.read(64).lstrip().startswith(b"{")
 
 
-def _records(path: Path, content: dict[str, Any]) -> list[tuple[Path, dict[str, Any], np.ndarray]]:
+def _records(path: Path, content: dict[str, Any]) -> Records:
     records, table = content.get("records"), content.get("last_physical_to_logical_map")
     if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
         raise _strange(path, f"the keys {sorted(map(str, content))[:8]}")
@@ -151,7 +154,7 @@ def _chosen(options: ImportOptions, num_layers: int) -> np.ndarray:
     return chosen if chosen.any() else ~chosen
 
 
-def _num_experts(records: list[tuple[Path, dict[str, Any], np.ndarray]], layers: np.ndarray) -> int:
+def _num_experts(records: Records, layers: np.ndarray) -> int:
     """Experts of each of the layers (bool [L]), which the maps tell."""
     sizes = np.max([table.max(axis=1) for _, _, table in records], axis=0) + 1
     return one_size(str(records[0][0]), {int(i): int(sizes[i]) for i in np.flatnonzero(layers)})
@@ -180,9 +183,7 @@ def _load_trace(
     )
 
 
-def _from_passes(
-    path: Path, records: list[tuple[Path, dict[str, Any], np.ndarray]], options: ImportOptions
-) -> RoutingTrace:
+def _from_passes(path: Path, records: Records, options: ImportOptions) -> RoutingTrace:
     experts = 1 + max(int(table.max()) for _, _, table in records)
     of_pass: dict[int, np.ndarray] = {}
     seen: set[tuple[int, int]] = set()
@@ -215,9 +216,7 @@ def _number(path: Path, record: dict[str, Any], name: str) -> int:
 # -- tokens --
 
 
-def _from_tokens(
-    path: Path, records: list[tuple[Path, dict[str, Any], np.ndarray]], options: ImportOptions
-) -> RoutingTrace:
+def _from_tokens(path: Path, records: Records, options: ImportOptions) -> RoutingTrace:
     blocks: list[np.ndarray] = []
     rows: list[dict[str, np.ndarray]] = []
     open_requests: dict[int, _Requests] = {}
@@ -286,7 +285,7 @@ def _logical(path: Path, record: dict[str, Any], table: np.ndarray) -> np.ndarra
     return np.where(ids < 0, -1, logical).transpose(1, 0, 2)
 
 
-def _draft_tokens(records: list[tuple[Path, dict[str, Any], np.ndarray]]) -> int:
+def _draft_tokens(records: Records) -> int:
     """Tokens of a request in a pass that verifies drafts: the largest number that cuts all such
     passes into pieces of a least position, first, and those that follow it without a gap."""
     passes = [

@@ -188,7 +188,7 @@ _READERS: dict[tuple[str, str], tuple[str, Reader]] = {
         "autoep",
         lambda _module, _args, output, weights: read_autoep_router(output, weights),
     ),
-    # experts that are called with ids and are outside the ExpertsInterface, or have no-picks
+    # experts that are called with ids and are outside the ExpertsInterface, or with ids of no pick
     ("dbrx", "DbrxExperts"): ("transformers", read_experts),
     ("step3p7", "Step3p7Experts"): ("transformers", read_experts),
     ("longcat_flash", "LongcatFlashExperts"): ("transformers", read_longcat_experts),

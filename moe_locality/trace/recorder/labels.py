@@ -99,22 +99,16 @@ def annotate(
     Raises:
         TraceError: a label has an impossible type, shape or value.
     """
-    outer = _CURRENT.get()
     own = _checked(request_ids, domains, stage, positions, mask)
-    merged = Annotation(
-        **{
-            name: value if (value := getattr(own, name)) is not None else getattr(outer, name)
-            for name in ("request_ids", "domains", "stage", "positions", "mask")
-        }
-    )
-    token = _CURRENT.set(merged)
+    given = {name: label for name, label in own.items() if label is not None}
+    token = _CURRENT.set(dataclasses.replace(_CURRENT.get(), **given))
     try:
         yield
     finally:
         _CURRENT.reset(token)
 
 
-def _checked(request_ids, domains, stage, positions, mask) -> Annotation:
+def _checked(request_ids, domains, stage, positions, mask) -> dict[str, Any]:
     requests = None
     if request_ids is not None:
         requests = _integers(request_ids, "request_ids")
@@ -148,9 +142,8 @@ def _checked(request_ids, domains, stage, positions, mask) -> Annotation:
             )
     if mask is not None:
         mask = _numpy(mask).astype(bool)
-    return Annotation(
-        request_ids=requests, domains=domains, stage=stage, positions=positions, mask=mask
-    )
+    labels = {"request_ids": requests, "domains": domains, "stage": stage}
+    return labels | {"positions": positions, "mask": mask}
 
 
 def _numpy(value: Any) -> np.ndarray:
