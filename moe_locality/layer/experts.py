@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from moe_locality import compat
 from moe_locality.errors import ConfigError
-from moe_locality.layer.state import LayerReplicas, packed, unpack, whole_shards
+from moe_locality.layer.state import LayerReplicas, packed, whole_shards, whole_tensors
 
 ExpertsMode = Literal["auto", "loop", "grouped"]
 Activation = Callable[[Tensor], Tensor]
@@ -439,20 +439,14 @@ def _swap(mine: list[Tensor], expert: SharedExpert, group: Any) -> list[list[Ten
     if not mine:
         return [mine]
     outgoing = packed(mine, mine[0].device)
-    incoming = {rank: torch.empty_like(outgoing) for rank in expert.ranks}
-    others = [rank for place, rank in enumerate(expert.ranks) if place != expert.own]
+    own = expert.ranks[expert.own]
+    others = [rank for rank in expert.ranks if rank != own]
+    incoming = {own: outgoing, **{rank: torch.empty_like(outgoing) for rank in others}}
     operations = [dist.P2POp(dist.isend, outgoing, rank, group) for rank in others]
     operations += [dist.P2POp(dist.irecv, incoming[rank], rank, group) for rank in others]
     for request in dist.batch_isend_irecv(operations):
         request.wait()
-    found = []
-    for place, rank in enumerate(expert.ranks):
-        theirs = mine
-        if place != expert.own:
-            theirs = [grad.new_empty(grad.shape) for grad in mine]
-            unpack(incoming[rank], whole_shards(theirs))
-        found.append(theirs)
-    return found
+    return [list(whole_tensors(incoming[rank], whole_shards(mine))) for rank in expert.ranks]
 
 
 def _own_part(grads: list[Tensor], edp_group: Any) -> list[Tensor]:

@@ -41,8 +41,8 @@ from moe_locality.layer.state import (
     permute_gate,
     plan_rows,
     set_slot_to_logical,
-    unpack,
     whole_shards,
+    whole_tensors,
 )
 from moe_locality.placement.plan import PlacementPlan, source_slots
 
@@ -280,13 +280,11 @@ def _fetch(
             if slot in leaving and r != own
         ]
         source = wanted[own]
-        mine = [t.detach().clone() for t in tensors[source % per_rank]]
+        like = tensors[source % per_rank]
+        incoming = packed(like, device)  # a copy, where it stays on this rank
         if source // per_rank != own:
-            incoming = packed(mine, device)
             operations.append(dist.P2POp(dist.irecv, incoming, ranks[source // per_rank], group))
         for request in dist.batch_isend_irecv(operations) if operations else ():
             request.wait()
-        if source // per_rank != own:
-            unpack(incoming, whole_shards(mine))
-        found.append(mine)
+        found.append(list(whole_tensors(incoming, whole_shards(like))))
     return found

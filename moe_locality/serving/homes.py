@@ -207,13 +207,10 @@ class HandOver:
         mine, self.due, stay = self.due, [], []
         for source, count in enumerate(offers_of):
             for row in range(int(count)):
-                number, reserve, told, kv = (int(value) for value in tables[source, row, :4])
-                offer = Offer(source, number, reserve, told, kv)
-                if source == self.rank:
-                    offer = mine[row]
-                offer.home = self.rule.assign(
-                    source, offer.number, offer.reserve, tables[source, row, 4:]
-                )
+                told, score = tables[source, row, :4], tables[source, row, 4:]
+                numbers: Any = told.astype(int).tolist()
+                offer = mine[row] if source == self.rank else Offer(source, *numbers)
+                offer.home = self.rule.assign(source, offer.number, offer.reserve, score)
                 if offer.state is not None:
                     offer.state.home = offer.home
                 if offer.home != source:
