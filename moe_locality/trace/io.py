@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_locality.errors import TraceError
-from moe_locality.trace.merge import SETTINGS, merge, settings
+from moe_locality.trace.merge import OPTIONAL, SETTINGS, merge, settings
 from moe_locality.trace.npz import write_npz
 from moe_locality.trace.parquet import (
     TMP_PREFIX,
@@ -239,7 +239,7 @@ def _fitting(
 def _even(parts: dict[Path, RoutingTrace], strict: bool, problems: list[str]) -> list[RoutingTrace]:
     """Make sure optional fields are in all shards or in none."""
     traces = list(parts.values())
-    for field in ("expert_weights", "rank", "step", "step_tokens"):
+    for field in OPTIONAL:
         lacking = [shard for shard, part in parts.items() if getattr(part, field) is None]
         if not lacking or len(lacking) == len(parts):
             continue

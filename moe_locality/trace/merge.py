@@ -22,22 +22,22 @@ PREFILL, DECODE, TRAIN, UNKNOWN = 0, 1, 2, 255
 STAGE_NAMES = {PREFILL: "prefill", DECODE: "decode", TRAIN: "train", UNKNOWN: "unknown"}
 STAGE_CODES = {name: code for code, name in STAGE_NAMES.items()}
 
-ROW_FIELDS = (
-    "expert_ids",
-    "expert_weights",
-    "expert_load",
-    "request_id",
-    "position",
-    "stage",
-    "domain_id",
-    "rank",
-    "step",
-    "step_tokens",
-)
-"""Fields with one entry per row: per token (kind "tokens") or per step (kind "load")."""
-
 LAYER_FIELDS = ("expert_ids", "expert_weights", "expert_load")
 """Row fields whose second axis is the MoE layer."""
+
+SCALARS = {
+    "request_id": np.int64,
+    "position": np.int32,
+    "stage": np.uint8,
+    "domain_id": np.int32,
+    "rank": np.int32,
+    "step": np.int64,
+    "step_tokens": np.int64,
+}
+"""Fields with one number per row, and their types."""
+
+ROW_FIELDS = (*LAYER_FIELDS, *SCALARS)
+"""Fields with one entry per row: per token (kind "tokens") or per step (kind "load")."""
 
 _CHUNK_ROWS = 65_536
 
@@ -109,7 +109,7 @@ def _fingerprint(trace: RoutingTrace) -> np.ndarray:
 
 
 SETTINGS = ("model", "kind", "num_experts", "top_k")
-_OPTIONAL = ("expert_weights", "rank", "step", "step_tokens")
+OPTIONAL = ("expert_weights", "rank", "step", "step_tokens")
 _KEYS = {"tokens": ("step", "request_id", "position"), "load": ("step", "domain_id", "stage")}
 
 
@@ -134,7 +134,7 @@ def concat(traces: Sequence[RoutingTrace]) -> RoutingTrace:
             "found traces with different layers, expected the same in each: join pipeline stages "
             "with merge()"
         )
-    for name in _OPTIONAL:
+    for name in OPTIONAL:
         _in_all(traces, name, "traces")
     if len(traces) == 1:
         return first

@@ -27,7 +27,8 @@ import pyarrow.parquet as pq
 
 from moe_locality.errors import TraceError
 from moe_locality.files import replace_text
-from moe_locality.trace.schema import SCALARS, RoutingTrace
+from moe_locality.trace.merge import SCALARS
+from moe_locality.trace.schema import RoutingTrace
 
 FORMAT_VERSION = 1
 META_KEY = b"moe_locality.trace"

@@ -21,6 +21,7 @@ from moe_locality.trace.merge import (
     LAYER_FIELDS,
     PREFILL,
     ROW_FIELDS,
+    SCALARS,
     STAGE_CODES,
     STAGE_NAMES,
     TRAIN,
@@ -43,16 +44,6 @@ MAX_EXPERTS = 32_767
 """Expert ids are int16."""
 
 _CHUNK_ELEMENTS = 1 << 22
-SCALARS = {
-    "request_id": np.int64,
-    "position": np.int32,
-    "stage": np.uint8,
-    "domain_id": np.int32,
-    "rank": np.int32,
-    "step": np.int64,
-    "step_tokens": np.int64,
-}
-"""Fields with one number per row, and their types."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -28,6 +28,7 @@ is left out, with a warning.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -220,7 +221,7 @@ def _from_tokens(path: Path, records: Records, options: ImportOptions) -> Routin
     blocks: list[np.ndarray] = []
     rows: list[dict[str, np.ndarray]] = []
     open_requests: dict[int, _Requests] = {}
-    next_request, num_rows = [0], 0
+    numbers, num_rows = itertools.count(), 0
     seen: dict[Any, int] = {}
     copies: set[int] = set()
     drafts = _draft_tokens(records)
@@ -239,7 +240,7 @@ def _from_tokens(path: Path, records: Records, options: ImportOptions) -> Routin
         mode = record.get("forward_mode")
         verify = mode == _VERIFY
         lengths = _pieces(file, record, len(ids), drafts if verify else 1)
-        held = open_requests.setdefault(rank, _Requests(next_request))
+        held = open_requests.setdefault(rank, _Requests(numbers))
         labels = {"stage": _STAGES.get(mode, UNKNOWN), "rank": rank, "step": step}  # type: ignore[arg-type]
         columns = {name: np.full(len(ids), value) for name, value in labels.items()}
         request = held.assign(position, lengths, num_rows, verify)
@@ -324,8 +325,8 @@ class _Requests:
     where that was one of drafts.
     """
 
-    def __init__(self, next_request: list[int]) -> None:
-        self.next_request = next_request
+    def __init__(self, numbers: Iterator[int]) -> None:
+        self.numbers = numbers
         self.waiting: dict[int, list[int]] = {}
         self.places: dict[int, list[int]] = {}
         self.drafts: dict[int, tuple[int, np.ndarray]] = {}
@@ -355,8 +356,7 @@ class _Requests:
 
     def _of(self, start: int) -> int:
         if not start or not self.waiting.get(start):
-            self.next_request[0] += 1
-            return self.next_request[0] - 1
+            return next(self.numbers)
         request = self.waiting[start][0]
         for place in self.places.pop(request):
             self.waiting[place].remove(request)
@@ -365,9 +365,8 @@ class _Requests:
 
     def _drop(self, request: int, next_start: int) -> None:
         row, piece = self.drafts.pop(request, (0, np.zeros(0, np.int64)))
-        found, place, count = np.unique(piece, return_inverse=True, return_counts=True)
-        unsure = (count[place] > 1) if len(found) else np.zeros(0, bool)
-        self.dropped.append(row + np.flatnonzero((piece >= next_start) | unsure))
+        _, place, count = np.unique(piece, return_inverse=True, return_counts=True)
+        self.dropped.append(row + np.flatnonzero((piece >= next_start) | (count[place] > 1)))
 
     def rejected(self) -> np.ndarray:
         """Rows of draft tokens that were rejected, or of which that cannot be told."""
