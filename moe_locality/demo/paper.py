@@ -317,22 +317,13 @@ def tables(
         )
         rows: list[tuple[object, ...]] = []
         for case in one["conditions"]:
-            change = case["change"]
-            names = ("step_largest_copy_message", "step_largest_pick_message")
-            rows.append(
-                (
-                    *(case["name"], case["copies"], _signed(change["copies"])),
-                    *(_signed(change["picks"]), case["node_imbalance"]),
-                    *(_signed(change[name]) for name in names),
-                    *(case["steps"]["node_imbalance"], _signed(change["step_distinct"])),
-                )
-            )
+            change = {name: f"{percent:+.1f}" for name, percent in case["change"].items()}
+            row = [case["name"], case["copies"], change["copies"], change["picks"]]
+            row += [case["node_imbalance"], change["step_largest_copy_message"]]
+            row += [change["step_largest_pick_message"], case["steps"]["node_imbalance"]]
+            rows.append((*row, change["step_distinct"]))
         yield title, head, rows
     yield "The paper (arXiv 2604.23150)", ("what", "its figure", "comparable?"), list(PAPER)
-
-
-def _signed(percent: float) -> str:
-    return f"{percent:+.1f}"
 
 
 def lines(found: Mapping[str, Any]) -> list[str]:

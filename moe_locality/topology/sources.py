@@ -186,17 +186,19 @@ def _yaml_shape(content: dict[str, Any], path: Path) -> Shape:
             "num_nodes with ranks_per_node; nodes; hostfile"
         )
     if "num_nodes" in content:
-        num_nodes = _count(content["num_nodes"], f"{path}, num_nodes")
-        per_node = _count(content["ranks_per_node"], f"{path}, ranks_per_node")
+        num_nodes = _whole(content["num_nodes"], f"{path}, num_nodes")
+        per_node = _whole(content["ranks_per_node"], f"{path}, ranks_per_node")
         return shape_of_counts([f"node{n}" for n in range(num_nodes)], [per_node] * num_nodes)
     if "hostfile" in content:
         return shape_of_hostfile(path.parent / str(content["hostfile"]), None, None)
     return _yaml_nodes(content["nodes"], path)
 
 
-def _count(value: Any, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise TopologyError(f"{where}: found {value!r}, expected a whole number of at least 1")
+def _whole(
+    value: Any, where: str, least: int = 1, what: str = "a whole number of at least 1"
+) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise TopologyError(f"{where}: found {value!r}, expected {what}")
     return value
 
 
@@ -214,10 +216,12 @@ def _yaml_nodes(nodes: Any, path: Path) -> Shape:
         names.append(str(entry.get("name", f"node{index}")))
         ranks = entry.get("ranks")
         if isinstance(ranks, list):
-            ranks_of.append([_rank(rank, f"{where}, ranks") for rank in ranks])
+            ranks_of.append(
+                [_whole(rank, f"{where}, ranks", 0, "a rank (0, 1, …)") for rank in ranks]
+            )
         else:
             first = sum(map(len, ranks_of))
-            ranks_of.append(list(range(first, first + _count(ranks, f"{where}, ranks"))))
+            ranks_of.append(list(range(first, first + _whole(ranks, f"{where}, ranks"))))
     if len({isinstance(node["ranks"], list) for node in nodes}) > 1:
         raise TopologyError(
             f"{path}, nodes: found counts and lists of ranks mixed, expected one kind for all nodes"
@@ -229,12 +233,6 @@ def _yaml_nodes(nodes: Any, path: Path) -> Shape:
         )
     node_of = {rank: node for node, ranks in enumerate(ranks_of) for rank in ranks}
     return tuple(node_of[rank] for rank in range(len(placed))), tuple(names)
-
-
-def _rank(value: Any, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise TopologyError(f"{where}: found {value!r}, expected a rank (0, 1, …)")
-    return value
 
 
 def _yaml_tiers(tiers: Any, path: str) -> dict[str, float]:
