@@ -10,7 +10,6 @@ that are fetched from it (:class:`_FetchCopies`); gradients of all copies are ad
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,26 +31,20 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RowExchange:
     """Which rows this rank sends to each rank of the group, and where those that arrive belong.
 
     ``sent``: positions among the rows of this rank, rank after rank. ``placed [n]``: position,
     among the rows that arrive (rank after rank), of each row that is wanted here.
+
+    Args:
+        wanted: ``wanted[g]``: the rows, numbered over the group, that rank g wants, in its order.
     """
 
-    sent: Tensor
-    sent_splits: list[int]
-    received_splits: list[int]
-    placed: Tensor
-    group: "ProcessGroup"
-
-    @classmethod
-    def of(
-        cls, wanted: Sequence[np.ndarray], rows_per_rank: int, group: "ProcessGroup"
-    ) -> "RowExchange":
-        """``wanted[g]``: the rows, numbered over the group, that rank g wants, in its order."""
-        me = dist.get_rank(group)
+    def __init__(
+        self, wanted: Sequence[np.ndarray], rows_per_rank: int, group: "ProcessGroup"
+    ) -> None:
+        me, self.group = dist.get_rank(group), group
         owners = [rows // rows_per_rank for rows in wanted]
         sent = [
             rows[owner == me] - me * rows_per_rank
@@ -59,19 +52,16 @@ class RowExchange:
         ]
         mine = owners[me]
         arrival = np.argsort(mine, kind="stable")
-        return cls(
-            sent=torch.from_numpy(np.concatenate(sent).astype(np.int64)),
-            sent_splits=[len(rows) for rows in sent],
-            received_splits=np.bincount(mine, minlength=len(wanted)).tolist(),
-            placed=torch.from_numpy(np.argsort(arrival).astype(np.int64)),
-            group=group,
-        )
+        self.sent = torch.from_numpy(np.concatenate(sent).astype(np.int64))
+        self.sent_splits = [len(rows) for rows in sent]
+        self.received_splits: list[int] = np.bincount(mine, minlength=len(wanted)).tolist()
+        self.placed = torch.from_numpy(np.argsort(arrival).astype(np.int64))
 
     @classmethod
     def reordering(cls, current: np.ndarray, target: np.ndarray, group: Any) -> "RowExchange":
         """Of rows with the experts ``current [E]``, to become those with ``target [E]``."""
         wanted = np.argsort(current)[target].reshape(dist.get_world_size(group), -1)
-        return cls.of(list(wanted), wanted.shape[1], group)
+        return cls(list(wanted), wanted.shape[1], group)
 
     def fetch(self, rows: Tensor) -> Tensor:
         """Return the rows that are wanted here ``[n, ...]`` from the own ``rows [E / G, ...]``."""
@@ -113,47 +103,38 @@ class _FetchCopies(torch.autograd.Function):
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RowLayout:
     """Rows and slots of a layer whose plan has replicas, seen from one rank.
+
+    Each expert has its one row on a rank that has a slot for it, as far as possible: every rank has
+    E / G rows, so some may have it on a rank that does not serve them.
 
     ``order [E]``: the expert in each row. ``slots [P]``: the new number of each slot of the plan: a
     rank's slots whose experts have their row there come first. ``own``: rows (from 0 on this rank)
     of those slots. ``wanted [G]``: the rows that the other slots of each rank copy.
     """
 
-    order: np.ndarray
-    slots: np.ndarray
-    own: np.ndarray
-    wanted: list[np.ndarray]
+    def __init__(self, slot_to_logical: np.ndarray, num_ranks: int, rank: int) -> None:
+        from scipy.optimize import linear_sum_assignment
 
-
-def layout_rows(slot_to_logical: np.ndarray, num_ranks: int, rank: int) -> RowLayout:
-    """Give each expert its one row on a rank that has a slot for it, as far as possible.
-
-    Every rank has E / G rows, so some experts may have their row on a rank that does not serve
-    them.
-    """
-    from scipy.optimize import linear_sum_assignment
-
-    by_rank = slot_to_logical.reshape(num_ranks, -1)
-    num_experts = int(slot_to_logical.max()) + 1
-    rows_per_rank = num_experts // num_ranks
-    absent = np.ones((num_experts, num_ranks), dtype=np.int64)
-    for holder, experts in enumerate(by_rank):
-        absent[experts, holder] = 0
-    _, row_of = linear_sum_assignment(np.repeat(absent, rows_per_rank, axis=1))
-    slots, wanted, own = np.empty(slot_to_logical.size, dtype=np.int64), [], np.empty(0, np.int64)
-    for holder, experts in enumerate(by_rank):
-        rows = row_of[experts]
-        here = rows // rows_per_rank == holder
-        order = np.concatenate([np.flatnonzero(here), np.flatnonzero(~here)])
-        first = holder * len(experts)
-        slots[first + order] = first + np.arange(len(experts))
-        wanted.append(rows[~here])
-        if holder == rank:
-            own = rows[here] - rank * rows_per_rank
-    return RowLayout(order=np.argsort(row_of), slots=slots, own=own, wanted=wanted)
+        by_rank = slot_to_logical.reshape(num_ranks, -1)
+        num_experts = int(slot_to_logical.max()) + 1
+        rows_per_rank = num_experts // num_ranks
+        absent = np.ones((num_experts, num_ranks), dtype=np.int64)
+        for holder, experts in enumerate(by_rank):
+            absent[experts, holder] = 0
+        _, row_of = linear_sum_assignment(np.repeat(absent, rows_per_rank, axis=1))
+        self.order, self.slots = np.argsort(row_of), np.empty(by_rank.size, dtype=np.int64)
+        self.wanted: list[np.ndarray] = []
+        for holder, experts in enumerate(by_rank):
+            rows = row_of[experts]
+            here = rows // rows_per_rank == holder
+            order = np.concatenate([np.flatnonzero(here), np.flatnonzero(~here)])
+            first = holder * len(experts)
+            self.slots[first + order] = first + np.arange(len(experts))
+            self.wanted.append(rows[~here])
+            if holder == rank:
+                self.own = rows[here] - rank * rows_per_rank
 
 
 def stored(experts: nn.Module) -> nn.Module:
@@ -253,10 +234,10 @@ class ExpertRows:
         self._own = self._exchange = None
         found = expert_parameters(self.experts, self.name, len(self.order))
         if len(order) > len(self.order):
-            layout = layout_rows(order, size, dist.get_rank(self.group))
+            layout = RowLayout(order, size, dist.get_rank(self.group))
             order, slots = layout.order, layout.slots
             self._own = torch.from_numpy(layout.own)
-            self._exchange = RowExchange.of(layout.wanted, len(order) // size, self.group)
+            self._exchange = RowExchange(layout.wanted, len(order) // size, self.group)
         if (order != self.order).any():
             for tensor in (*found.values(), *others):
                 moved = in_order(tensor, self.order, order, self.group)
