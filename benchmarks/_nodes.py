@@ -230,7 +230,9 @@ class Nodes:
     def start(
         self, script: str | Path, arguments: Sequence[str] = (), **environment: str
     ) -> subprocess.Popen[str]:
-        """Start a script on all nodes with ``deepspeed --hostfile ... --launcher pdsh``."""
+        """Start a Python script on all nodes with ``deepspeed --hostfile ... --launcher pdsh``, or a
+        script of ``launch/`` that does so itself.
+        """
         everywhere = {
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
@@ -241,14 +243,20 @@ class Nodes:
         lines = [f"{key}={value}\n" for key, value in everywhere.items()]
         (self.folder / ".deepspeed_env").write_text("".join(lines))
         ssh = " ".join(self._ssh_options())
-        launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
-        launcher += ["--hostfile", str(self.hostfile), "--launcher", "pdsh", "--no_ssh_check"]
-        launcher += ["--ssh_port", str(SSH_PORT)]
-        launcher += ["--master_addr", self.addresses[0], "--master_port", str(MASTER_PORT)]
+        options = ["--launcher", "pdsh", "--no_ssh_check", "--ssh_port", str(SSH_PORT)]
+        options += ["--master_addr", self.addresses[0], "--master_port", str(MASTER_PORT)]
+        hostfile = ["--hostfile", str(self.hostfile)]
+        if Path(script).suffix == ".sh":
+            command = [str(script), *hostfile]
+            everywhere["DEEPSPEED_ARGS"] = " ".join(options)
+            everywhere["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        else:
+            runner = [sys.executable, "-m", "deepspeed.launcher.runner"]
+            command = [*runner, *hostfile, *options, str(script)]
         python = {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1"}
         python["PYTHONFAULTHANDLER"] = "1"  # a rank that crashes says where
         return subprocess.Popen(
-            [*self.enter(0), *launcher, str(script), *arguments],
+            [*self.enter(0), *command, *arguments],
             cwd=self.folder,
             env={**os.environ, **python, **everywhere, "PDSH_SSH_ARGS_APPEND": ssh},
             stdin=subprocess.DEVNULL,
