@@ -28,8 +28,7 @@ def rows_of(name: str, found: dict[str, Any]) -> Iterator[dict[str, Any]]:
         where = f"{name} {one['num_nodes']} nodes x {one['ranks_per_node']} ranks"
         note = (
             f"{one['judged_tokens']} decode tokens of {one['judged_requests']} held-out requests; "
-            f"homes predicted from {one['predicted_from']}; max_imbalance "
-            f"{one['max_imbalance']['ours']}, with replicas {one['max_imbalance']['replicas']}"
+            f"homes predicted from {one['predicted_from']}; default cap"
         )
         for case in one["conditions"]:
             label = f"{where}, {case['name']}"

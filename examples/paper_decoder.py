@@ -41,7 +41,7 @@ from moe_locality.analysis.stats import prefill_decode_correlation
 from moe_locality.arrivals import ArrivingHomes
 from moe_locality.compat import end_distributed
 from moe_locality.config import TrackingConfig
-from moe_locality.demo.paper import MAX_IMBALANCE, PAPER, REPLICA_SHARE
+from moe_locality.demo.paper import PAPER, REPLICA_SHARE
 from moe_locality.errors import TraceError
 from moe_locality.figures import Table
 from moe_locality.placement import PlacementPlan, assign_homes, evaluate, solve
@@ -301,7 +301,6 @@ def cases_of(
             topology,
             homes="joint",
             num_redundant_experts=replicas,
-            max_imbalance=MAX_IMBALANCE[name],
         )
     recipe = cluster_homes(asked, plans["recipe"], topology, predict="prefill")
     cases = (

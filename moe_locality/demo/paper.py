@@ -33,9 +33,6 @@ from moe_locality.trace import DECODE, RoutingTrace
 
 NUM_RANKS = 4
 MAX_NUM_SEQS = 16
-MAX_IMBALANCE: dict[str, float | str] = {"ours": "auto", "replicas": 1.06}
-"""Asked of the solver, without a look at the requests that are judged: the default cap; with
-replicas, which can use more than that, the most that the held-out requests should see."""
 NODES = (2, 4)
 REPLICA_SHARE = 0.125
 WITH_REPLICAS = f"ours, {REPLICA_SHARE:.1%} replicas"
@@ -141,7 +138,6 @@ def replay(trace: RoutingTrace, *, nodes: int, seed: int = 0) -> dict[str, Any]:
         "judged_requests": len(judged.request_ids),
         "predicted_from": job.predict,
         "max_num_seqs": MAX_NUM_SEQS,
-        "max_imbalance": MAX_IMBALANCE,
         "conditions": [{**asdict(one), "change": one.against(conditions[0])} for one in conditions],
         "kept": kept,
     }
@@ -180,7 +176,6 @@ class _Job:
                 self.topology,
                 homes="joint",
                 num_redundant_experts=replicas,
-                max_imbalance=MAX_IMBALANCE["replicas" if replicas else "ours"],
                 seed=self.seed,
             )
             yield from self._ours(label, plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -92,6 +93,10 @@ def solve(
     Raises:
         PlacementError: the arguments do not fit each other; the message says what to change.
     """
+    if method in RENAMED:
+        text = f"method {method!r} is now called {RENAMED[method]!r}: use that name"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
+        method = RENAMED[method]
     cap = read_cap(max_imbalance, sampling_unit, start)
     cap |= {"one_layout": one_layout, "per_layer": redundant_per_layer}
     cap |= {"objective": objective, "max_home_imbalance": max_home_imbalance}
@@ -345,6 +350,8 @@ METHODS: dict[str, Method] = {
     "request_kmeans": Method(run=baselines.solve_request_kmeans, needs_tokens=True),
     "round_robin": Method(run=partial(_same_rows, baselines.round_robin)),
 }
+RENAMED = {"seed": "request_kmeans"}
+"""Names that a method had before; ``solve`` takes them for one more version."""
 COMPARED = ("linear", "round_robin", "eplb", "coactivation")
 """What ``moe-locality bench`` and the demo on a trace set side by side."""
 

@@ -188,7 +188,8 @@ class HandOver:
         )
 
     def choose(self, offers_of: Sequence[int]) -> list[RequestState]:
-        """Choose the homes of all offers, ``offers_of [G]`` of them per rank. Collective.
+        """Choose the homes of all offers, ``offers_of [G]`` of them per rank: first of those that
+        have most to lose. Collective.
 
         Returns this rank's requests that stay.
         """
@@ -204,19 +205,24 @@ class HandOver:
         everyone = torch.empty(self.size * table.numel(), dtype=torch.float64, device=self.device)
         dist.all_gather_into_tensor(everyone, table.reshape(-1).to(self.device))
         tables = everyone.view(self.size, most, -1).cpu().numpy()
-        mine, self.due, stay = self.due, [], []
+        offers: list[tuple[float, Offer, np.ndarray]] = []
         for source, count in enumerate(offers_of):
             for row in range(int(count)):
-                told, score = tables[source, row, :4], tables[source, row, 4:]
-                numbers: Any = told.astype(int).tolist()
-                offer = mine[row] if source == self.rank else Offer(source, *numbers)
-                offer.home = self.rule.assign(source, offer.number, offer.reserve, score)
-                if offer.state is not None:
-                    offer.state.home = offer.home
-                if offer.home != source:
-                    self.waiting.append(offer)
-                elif offer.state is not None:
-                    stay.append(offer.state)
+                number, reserve, told, kv = (int(value) for value in tables[source, row, :4])
+                score = tables[source, row, 4:]
+                offer = Offer(source, number, reserve, told, kv)
+                if source == self.rank:
+                    offer = self.due[row]
+                offers.append(((score.max() - score.mean()) * reserve, offer, score))
+        self.due, stay = [], []
+        for _, offer, score in sorted(offers, key=lambda one: -one[0]):
+            offer.home = self.rule.assign(offer.source, offer.number, offer.reserve, score)
+            if offer.state is not None:
+                offer.state.home = offer.home
+            if offer.home != offer.source:
+                self.waiting.append(offer)
+            elif offer.state is not None:
+                stay.append(offer.state)
         return stay
 
     def start(self, room: np.ndarray) -> int:

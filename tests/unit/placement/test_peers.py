@@ -48,6 +48,15 @@ def test_request_kmeans_makes_clusters_of_requests_nodes():
         cluster_homes(trace, solve(trace, topology), topology, predict="oracle")
 
 
+def test_solve_takes_the_old_name_of_request_kmeans_with_a_warning():
+    trace, topology = two_kinds(), ClusterTopology.uniform(2, 2)
+    with pytest.warns(DeprecationWarning, match="now called 'request_kmeans'"):
+        old = solve(trace, topology, method="seed", seed=3)
+    new = solve(trace, topology, method="request_kmeans", seed=3)
+    assert old == new
+    assert new.provenance["method"] == "request_kmeans"
+
+
 def test_use_places_every_expert_once_before_any_twice():
     use = np.array([[9, 8, 7, 0], [6, 5, 1, 2]])
     assert _place_by_use(use, 2) == [[0, 1], [3, 2]]
