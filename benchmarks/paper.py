@@ -55,6 +55,8 @@ def rows_of(name: str, found: dict[str, Any]) -> Iterator[dict[str, Any]]:
         )
         case = f"{name}, {kind} told from what homes are predicted from"
         yield row(case, "accuracy", 100 * one["ridge"], "%", note=note)
+        case = f"{name}, {kind} told from the whole request, hindsight"
+        yield row(case, "accuracy", 100 * one["whole_request"], "%", note=note)
     for metric, value in (found["prefill_decode_correlation"] or {}).items():
         if metric != "num_requests":
             yield row(f"{name}, prefill-decode correlation", metric, value, "Pearson r")

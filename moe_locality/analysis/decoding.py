@@ -236,7 +236,10 @@ class Classification:
 
 
 def classify_domains(
-    train: RoutingTrace, test: RoutingTrace, label_of: Callable[[str], str] = str
+    train: RoutingTrace,
+    test: RoutingTrace,
+    label_of: Callable[[str], str] = str,
+    predict: str | None = None,
 ) -> Classification:
     """Tell the domain of held-out requests from the experts of their known tokens alone.
 
@@ -246,6 +249,7 @@ def classify_domains(
 
     Args:
         label_of: the label of a domain, such as its data set.
+        predict: which tokens are known, as for homes; by default what these are predicted from.
 
     Raises:
         TraceError: fewer than two domains are in both parts.
@@ -253,7 +257,7 @@ def classify_domains(
     points, labels = [], []
     for part in (train, test):
         requests = requests_of(part)
-        rows = known_tokens(part, requests, default_prediction(part))
+        rows = known_tokens(part, requests, predict or default_prediction(part))
         picks = request_picks(part, requests.index, rows)
         root = np.sqrt(picks)  # Hellinger: counts of frequent experts do not drown the others
         points.append(root / np.maximum(np.linalg.norm(root, axis=1, keepdims=True), 1e-12))

@@ -244,6 +244,7 @@ def without_collapsed(trace: RoutingTrace) -> tuple[RoutingTrace, list[int]]:
 
 def told_domains(trace: RoutingTrace, seed: int = 0) -> dict[str, dict[str, Any]]:
     """Domains of held-out requests told from prefill, by kind of label; see ``Classification``.
+    "whole_request": the share told right by ``ridge`` from all tokens, with hindsight.
 
     "group": the coarse group of a domain; "data set": what its name begins with.
     """
@@ -256,7 +257,11 @@ def told_domains(trace: RoutingTrace, seed: int = 0) -> dict[str, dict[str, Any]
     found = {}
     for kind, label in kinds.items():
         if len({label(name) for name in trace.domain}) > 1:
-            found[kind] = asdict(classify_domains(train, test, label))
+            whole = classify_domains(train, test, label, predict="oracle").ridge
+            found[kind] = {
+                **asdict(classify_domains(train, test, label)),
+                "whole_request": whole,
+            }
     return found
 
 
@@ -335,7 +340,8 @@ def lines(found: Mapping[str, Any]) -> list[str]:
             f"{kind} told from prefill, {len(one['domains'])} of them, {one['num_requests']} "
             f"held-out requests: {100 * one['ridge']:.1f} % right (nearest center "
             f"{100 * one['nearest_center']:.1f} %, always the largest "
-            f"{100 * one['largest_class']:.1f} %)"
+            f"{100 * one['largest_class']:.1f} %; from the whole request "
+            f"{100 * one['whole_request']:.1f} %)"
         )
     if pair := found["prefill_decode_correlation"]:
         told.append(
