@@ -118,19 +118,26 @@ class ArrivingHomes:
 
     def assign_scored(self, score: np.ndarray, tokens: int) -> int:
         """:meth:`assign` for a ``score [G]``."""
-        if tokens < 0:
-            raise PlacementError(f"tokens: found {tokens}, expected 0 or more")
-        mean = (int(self._tokens.sum()) + tokens) / len(self._tokens)
-        self._requests += 1
-        if self._requests < HORIZON_REQUESTS * len(self._tokens):
-            mean *= HORIZON_REQUESTS * len(self._tokens) / self._requests
-        fits = self._tokens + tokens <= self._max_imbalance * mean
-        if fits.any():
-            rank = int(np.lexsort((self._tokens, -np.where(fits, score, -np.inf)))[0])
-        else:
-            rank = int(np.argmin(self._tokens))
-        self._tokens[rank] += tokens
-        return rank
+        return int(self.assign_together(score[None], np.array([tokens]))[0])
+
+    def assign_together(self, scores: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """The home ranks ``[n]`` of requests that arrive at once, with ``scores [n, G]``.
+
+        Those with most to lose choose first, under the mean that includes all of them.
+        """
+        if (tokens < 0).any():
+            raise PlacementError(f"tokens: found {tokens.min()}, expected 0 or more")
+        ranks, self._requests = len(self._tokens), self._requests + len(tokens)
+        most = self._max_imbalance * int(self._tokens.sum() + tokens.sum()) / ranks
+        most *= max(HORIZON_REQUESTS * ranks / max(self._requests, 1), 1)
+        homes = np.zeros(len(tokens), dtype=np.int64)
+        stake = (scores.max(axis=1) - scores.mean(axis=1)) * tokens
+        for one in np.argsort(-stake, kind="stable"):
+            fits = self._tokens + tokens[one] <= most
+            worth = np.where(fits, scores[one], -np.inf) if fits.any() else 0 * self._tokens
+            homes[one] = np.lexsort((self._tokens, -worth))[0]
+            self._tokens[homes[one]] += tokens[one]
+        return homes
 
     def correct(self, rank: int, expected: int, actual: int) -> None:
         """Count a request of ``rank`` as ``actual`` tokens, not as the ``expected`` ones."""

@@ -103,16 +103,19 @@ class HomeRule:
         ids[:, self._rows] = found
         return self._arriving.score(ids)
 
-    def assign(self, arrival: int, number: int, tokens: int, score: np.ndarray) -> int:
-        """The home of the next request; all ranks call it with the same ones in the same order."""
+    def assign(self, offers: Sequence[Offer], scores: np.ndarray) -> list[int]:
+        """The homes of the requests that are due, ``scores [n, G]``; all ranks call it with the
+        same ones in the same order.
+        """
         if self.homes == "random":
-            rng = np.random.default_rng((self._seed, arrival, number))
-            return int(rng.integers(self.num_ranks))
+            seeds = [(self._seed, offer.source, offer.number) for offer in offers]
+            return [int(np.random.default_rng(s).integers(self.num_ranks)) for s in seeds]
         if self.homes == "round_robin":
-            self._turn += 1
-            return (self._turn - 1) % self.num_ranks
+            first, self._turn = self._turn, self._turn + len(offers)
+            return [(first + place) % self.num_ranks for place in range(len(offers))]
         assert self._arriving is not None
-        return self._arriving.assign_scored(score, tokens)
+        tokens = np.array([offer.reserve for offer in offers])
+        return self._arriving.assign_together(scores, tokens).tolist()
 
     def follow(self, plan: PlacementPlan) -> None:
         """Take a plan for the same ranks whose experts have moved."""
@@ -188,8 +191,7 @@ class HandOver:
         )
 
     def choose(self, offers_of: Sequence[int]) -> list[RequestState]:
-        """Choose the homes of all offers, ``offers_of [G]`` of them per rank: first of those that
-        have most to lose. Collective.
+        """Choose the homes of all offers, ``offers_of [G]`` of them per rank. Collective.
 
         Returns this rank's requests that stay.
         """
@@ -205,18 +207,16 @@ class HandOver:
         everyone = torch.empty(self.size * table.numel(), dtype=torch.float64, device=self.device)
         dist.all_gather_into_tensor(everyone, table.reshape(-1).to(self.device))
         tables = everyone.view(self.size, most, -1).cpu().numpy()
-        offers: list[tuple[float, Offer, np.ndarray]] = []
+        offers: list[Offer] = []
         for source, count in enumerate(offers_of):
-            for row in range(int(count)):
-                number, reserve, told, kv = (int(value) for value in tables[source, row, :4])
-                score = tables[source, row, 4:]
-                offer = Offer(source, number, reserve, told, kv)
-                if source == self.rank:
-                    offer = self.due[row]
-                offers.append(((score.max() - score.mean()) * reserve, offer, score))
+            for number, reserve, told, kv in tables[source, : int(count), :4].astype(int).tolist():
+                offers.append(Offer(source, number, reserve, told, kv))
+            if source == self.rank:
+                offers[len(offers) - int(count) :] = self.due
+        scores = [tables[source, : int(count), 4:] for source, count in enumerate(offers_of)]
+        homes = self.rule.assign(offers, np.concatenate(scores))
         self.due, stay = [], []
-        for _, offer, score in sorted(offers, key=lambda one: -one[0]):
-            offer.home = self.rule.assign(offer.source, offer.number, offer.reserve, score)
+        for offer, offer.home in zip(offers, homes, strict=True):
             if offer.state is not None:
                 offer.state.home = offer.home
             if offer.home != offer.source:

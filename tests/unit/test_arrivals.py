@@ -45,6 +45,21 @@ def test_the_cap_holds_when_everybody_wants_the_same_node():
     assert filled[:2].sum() > filled[2:].sum()  # what the cap allows goes to the experts
 
 
+def test_who_has_most_to_lose_chooses_first_of_those_who_come_together():
+    """Sixty whose picks are on node 0 more often than not, then twenty whose picks all are."""
+    online = ArrivingHomes(PLAN)
+    mild, eager = (np.array(experts).reshape(5, 1, 1) for experts in ([0, 0, 0, 4, 4], [0] * 5))
+    asked = [np.repeat(picks, 2, axis=1) for picks in [mild] * 60 + [eager] * 20]
+    homes = online.assign_together(
+        np.stack([online.score(picks) for picks in asked]), np.full(80, 10)
+    )
+    nodes = PLAN.node_of_rank[homes]
+    assert (nodes[60:] == 0).all()
+    filled = online.tokens_per_rank
+    assert filled.max() / filled.mean() <= 1.05
+    assert filled[:2].sum() == 420  # as many as the cap allows: 21 requests on each of its ranks
+
+
 def test_corrections_make_room_and_nothing_known_goes_to_the_emptiest():
     online = ArrivingHomes(PLAN)
     nothing = np.zeros((0, 2, 1), dtype=np.int16)
