@@ -230,8 +230,8 @@ class Nodes:
     def start(
         self, script: str | Path, arguments: Sequence[str] = (), **environment: str
     ) -> subprocess.Popen[str]:
-        """Start a Python script on all nodes with ``deepspeed --hostfile ... --launcher pdsh``, or a
-        script of ``launch/`` that does so itself.
+        """Start a Python script on all nodes with ``deepspeed --hostfile ... --launcher pdsh``, or
+        a script of ``launch/`` that does so itself.
         """
         everywhere = {
             "DS_ACCELERATOR": "cpu",

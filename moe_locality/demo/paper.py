@@ -33,6 +33,7 @@ from moe_locality.trace import DECODE, RoutingTrace
 
 NUM_RANKS = 4
 MAX_NUM_SEQS = 16
+MAX_IMBALANCE: float | str = "auto"  # the default cap, from the requests that plans are made from
 NODES = (2, 4)
 REPLICA_SHARE = 0.125
 WITH_REPLICAS = f"ours, {REPLICA_SHARE:.1%} replicas"
@@ -176,6 +177,7 @@ class _Job:
                 self.topology,
                 homes="joint",
                 num_redundant_experts=replicas,
+                max_imbalance=MAX_IMBALANCE,
                 seed=self.seed,
             )
             yield from self._ours(label, plan)

@@ -93,10 +93,7 @@ def solve(
     Raises:
         PlacementError: the arguments do not fit each other; the message says what to change.
     """
-    if method in RENAMED:
-        text = f"method {method!r} is now called {RENAMED[method]!r}: use that name"
-        warnings.warn(text, DeprecationWarning, stacklevel=2)
-        method = RENAMED[method]
+    method = _current_name(method)
     cap = read_cap(max_imbalance, sampling_unit, start)
     cap |= {"one_layout": one_layout, "per_layer": redundant_per_layer}
     cap |= {"objective": objective, "max_home_imbalance": max_home_imbalance}
@@ -116,6 +113,13 @@ def solve(
     problem = _with_rule(problem, serving_rule, method == "coactivation" and start is None)
     found = _run(problem, method, joint, start, move_budget)
     return _signed(problem, found, found.homes if joint else homes, method, joint, start is None)
+
+
+def _current_name(method: str) -> str:
+    if method in RENAMED:
+        text = f"method {method!r} is now called {RENAMED[method]!r}: use that name"
+        warnings.warn(text, DeprecationWarning, stacklevel=3)
+    return RENAMED.get(method, method)
 
 
 def _check_per_layer(problem: Problem, method: str, start: PlacementPlan | None) -> None:

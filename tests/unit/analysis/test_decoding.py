@@ -109,7 +109,7 @@ def test_paper_on_trace_finds_what_the_trace_was_made_with(monkeypatch, seed):
     """[F17.7] Domains of disjoint experts, nine picks of ten: under a cap that has room for the
     sampling of few requests, placement and homes keep nearly every token on its node.
     """
-    monkeypatch.setattr(paper, "MAX_IMBALANCE", {"ours": 1.2, "replicas": 1.2})
+    monkeypatch.setattr(paper, "MAX_IMBALANCE", 1.2)
     trace = make_trace(num_requests=120, seed=seed)
     found = paper.paper_on_trace(trace, nodes=(2,), seed=seed)
     (one,) = found["replays"]
