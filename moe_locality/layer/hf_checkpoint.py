@@ -12,8 +12,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,48 +84,39 @@ def family_of(config: dict[str, Any]) -> str:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
 class _File:
-    """One safetensors file: its header as bytes, and the entry of each tensor, in file order."""
+    """One safetensors file: its header as bytes (``head``), the entry of each tensor in file order,
+    and ``data``, uint8, the tensors' bytes, which are mapped and not read.
 
-    path: Path
-    head: bytes
-    entries: dict[str, dict[str, Any]]
-
-    @cached_property
-    def data(self) -> np.ndarray:
-        """uint8, the tensors' bytes; mapped, not read."""
-        if self.path.stat().st_size == len(self.head):
-            return np.zeros(0, np.uint8)
-        return np.memmap(self.path, np.uint8, mode="r", offset=len(self.head))
-
-
-def _read_header(path: Path) -> _File:
-    """
     Raises:
         ConfigError: the file is cut off, or no safetensors.
     """
-    try:
-        with open(path, "rb") as file:
-            size = file.read(8)
-            length = int.from_bytes(size, "little")
-            if length > path.stat().st_size:  # a pointer of git LFS begins with text
-                raise ValueError(f"no safetensors file: it begins with {size!r}")
-            head = size + file.read(length)
-        entries = json.loads(head[8:])
-        entries.pop("__metadata__", None)
-        entries = dict(sorted(entries.items(), key=lambda item: item[1]["data_offsets"]))
-        ends = [0] + [entry["data_offsets"][1] for entry in entries.values()]
-        starts = [entry["data_offsets"][0] for entry in entries.values()]
-        whole = starts == ends[:-1] and ends[-1] + len(head) == path.stat().st_size
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}: download or copy it again") from error
-    if not whole:
-        raise ConfigError(
-            f"{path}: found {path.stat().st_size} bytes, expected those of its header, "
-            f"{ends[-1] + len(head)}, without gaps: download or copy it again"
-        )
-    return _File(path=path, head=head, entries=entries)
+
+    def __init__(self, path: Path) -> None:
+        try:
+            total = path.stat().st_size
+            with open(path, "rb") as file:
+                size = file.read(8)
+                length = int.from_bytes(size, "little")
+                if length > total:  # a pointer of git LFS begins with text
+                    raise ValueError(f"no safetensors file: it begins with {size!r}")
+                head = size + file.read(length)
+            entries: dict[str, dict[str, Any]] = json.loads(head[8:])
+            entries.pop("__metadata__", None)
+            entries = dict(sorted(entries.items(), key=lambda item: item[1]["data_offsets"]))
+            ends = [0] + [entry["data_offsets"][1] for entry in entries.values()]
+            starts = [entry["data_offsets"][0] for entry in entries.values()]
+            whole = starts == ends[:-1] and ends[-1] + len(head) == total
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"cannot read {path}: {error}: download or copy it again") from error
+        if not whole:
+            raise ConfigError(
+                f"{path}: found {total} bytes, expected those of its header, "
+                f"{ends[-1] + len(head)}, without gaps: download or copy it again"
+            )
+        self.path, self.head, self.entries, self.data = path, head, entries, np.zeros(0, np.uint8)
+        if total > len(head):
+            self.data = np.memmap(path, np.uint8, mode="r", offset=len(head))
 
 
 class _Tensors(Mapping[str, Any]):
@@ -245,7 +235,7 @@ def _files_of(folder: Path) -> list[_File]:
     """The files of weights that transformers reads, headers only."""
     if (folder / INDEX).exists():
         index = _read_json(folder / INDEX).get("weight_map", {})
-        files = [_read_header(folder / name) for name in sorted(set(index.values()))]
+        files = [_File(folder / name) for name in sorted(set(index.values()))]
         found = {name: file.path.name for file in files for name in file.entries}
         wrong = next((name for name in sorted(index) if found.get(name) != index[name]), None)
         if wrong is not None:
@@ -259,7 +249,7 @@ def _files_of(folder: Path) -> list[_File]:
             f"found neither {INDEX} nor {SINGLE} in {folder}, expected the weights as safetensors: "
             "load the model with transformers and save it with save_pretrained"
         )
-    return [_read_header(folder / SINGLE)]
+    return [_File(folder / SINGLE)]
 
 
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:
