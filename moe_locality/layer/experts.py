@@ -345,12 +345,11 @@ class SharedExpert:
     """An expert of this rank that other ranks hold too.
 
     ``count``: how many parameters of the exchange are its. ``ranks``: the global ranks of all
-    holders in slot order; ``own``: the index of this rank among them.
+    holders in slot order.
     """
 
     count: int
     ranks: tuple[int, ...]
-    own: int
 
 
 def run_with_summed_gradients(
@@ -403,13 +402,8 @@ def _collect(
         found = [(n, p) for n, p in experts[local].named_parameters() if p.requires_grad]
         names += [f"experts.deepspeed_experts.{local}.{name}" for name, _ in found]
         parameters += [parameter for _, parameter in found]
-        shared.append(
-            SharedExpert(
-                count=len(found),
-                ranks=tuple(ranks[holder] for holder in holders),
-                own=holders.index(replicas.ep_rank),
-            )
-        )
+        where = tuple(ranks[holder] for holder in holders)
+        shared.append(SharedExpert(count=len(found), ranks=where))
     return names, parameters, shared
 
 
@@ -439,7 +433,7 @@ def _swap(mine: list[Tensor], expert: SharedExpert, group: Any) -> list[list[Ten
     if not mine:
         return [mine]
     outgoing = packed(mine, mine[0].device)
-    own = expert.ranks[expert.own]
+    own = dist.get_rank()
     others = [rank for rank in expert.ranks if rank != own]
     incoming = {own: outgoing, **{rank: torch.empty_like(outgoing) for rank in others}}
     operations = [dist.P2POp(dist.isend, outgoing, rank, group) for rank in others]
