@@ -68,16 +68,10 @@ class OnlineDecision:
 
     def metrics(self) -> dict[str, float]:
         """Numbers for a tracker, keys as ``online/...``; what is not known is left out."""
-        found: dict[str, Any] = {
-            "online/relocated": int(self.relocated),
-            "online/drift": self.drift,
-            "online/moved_slots": self.moved_slots,
-            "online/saved_us_per_step": self.saved_us_per_step,
-            "online/move_us": self.move_us,
-            "online/elapsed_s": self.elapsed_s,
-            "online/sent_bytes": None if self.report is None else self.report.sent_bytes,
-        }
-        return {key: float(value) for key, value in found.items() if value is not None}
+        names = ("relocated", "drift", "moved_slots", "saved_us_per_step", "move_us", "elapsed_s")
+        found = {name: getattr(self, name) for name in names}
+        found["sent_bytes"] = None if self.report is None else self.report.sent_bytes
+        return {f"online/{k}": float(value) for k, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
