@@ -117,7 +117,7 @@ def serve_at_homes(rank, world, path, options):
     model, _ = placed(path, world, None)
     plan = plan_with_homes(path, world)
     moe_locality.apply(model, plan=plan)
-    requests = prompts_of(rank, 6 if rank < world - 1 else 0)
+    requests = prompts_of(rank, 4 if rank < world - 1 else 0)
     for i, request in enumerate(requests):
         request |= {"domain": f"d{i % 4}", "n": 1 + i % 2}
     found = {}
