@@ -14,7 +14,7 @@ Shapes: G ranks of the EP group, e local experts, P = G*e slots, R rows received
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -140,6 +140,7 @@ def flat_metadata(
     )
 
 
+@dataclass(eq=False)
 class FlatTransport(Transport[FlatMetadata]):
     """One ragged all-to-all of the whole EP group in each direction.
 
@@ -148,22 +149,13 @@ class FlatTransport(Transport[FlatMetadata]):
 
     metadata_type: ClassVar[type] = FlatMetadata
 
-    def __init__(
-        self,
-        all_to_all: AllToAllGroup,
-        *,
-        num_slots: int,
-        kernels: ops.Backend,
-        payload: Codec,
-        combine_payload: Codec,
-        clock: StageClock,
-    ) -> None:
-        self.all_to_all = all_to_all
-        self.num_slots = num_slots
-        self.kernels: ops.Backend = kernels
-        self.payload = payload
-        self.combine_payload = combine_payload
-        self.clock = clock
+    all_to_all: AllToAllGroup
+    _: KW_ONLY
+    num_slots: int
+    kernels: ops.Backend
+    payload: Codec
+    combine_payload: Codec
+    clock: StageClock
 
     def start_dispatch(
         self,

@@ -21,7 +21,7 @@ the local experts.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import ClassVar
 
@@ -346,6 +346,7 @@ def gather_weight_grads(layout: InterNodeLayout, grads: Tensor) -> Tensor:
     return grads.gather(0, copy).masked_fill_(nodes < 0, 0)
 
 
+@dataclass(eq=False)
 class HierarchicalTransport(Transport[HierarchicalMetadata]):
     """Two all-to-alls in each direction: between nodes (``inter_node``) and inside the node
     (``intra_node``).
@@ -355,26 +356,20 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
 
     metadata_type: ClassVar[type] = HierarchicalMetadata
 
-    def __init__(
-        self,
-        rails: Rails,
-        *,
-        inter_node: AllToAllGroup,
-        intra_node: AllToAllGroup,
-        num_slots: int,
-        kernels: ops.Backend,
-        payload: Codec,
-        combine_payload: Codec,
-        clock: StageClock,
-        reduce_at_node: bool = True,
-    ) -> None:
-        self.rails = rails
-        self.inter_node, self.intra_node = inter_node, intra_node
-        self.slots_of_node = num_slots // inter_node.size
-        self.kernels: ops.Backend = kernels
-        self.payload, self.combine_payload = payload, combine_payload
-        self.clock = clock
-        self.sends_weights = reduce_at_node
+    rails: Rails
+    _: KW_ONLY
+    inter_node: AllToAllGroup
+    intra_node: AllToAllGroup
+    num_slots: int
+    kernels: ops.Backend
+    payload: Codec
+    combine_payload: Codec
+    clock: StageClock
+    reduce_at_node: bool = True
+
+    def __post_init__(self) -> None:
+        self.slots_of_node = self.num_slots // self.inter_node.size
+        self.sends_weights = self.reduce_at_node
         self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
     def start_dispatch(
