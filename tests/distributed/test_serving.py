@@ -484,26 +484,32 @@ def serve_deepspeed(rank, world):
             Engine(wrong)
         assert str(caught.value).startswith(f"found {expected_name}")
     engine = moe_locality.init_inference(llama_of_deepspeed(world), config)
-    limits, steps = Limits(max_num_seqs=4, max_num_batched_tokens=24, max_model_len=64), []
-    serving = Engine(engine, limits=limits, homes="round_robin", on_step=steps.append)
-    requests = prompts_of(rank, 7 if rank < world - 1 else 0)
-    found = {one.request_id: one.outputs[0].token_ids for one in serving.generate(requests)}
-    assert {step["kind"] for step in steps} >= {"prefill", "decode"}
-    assert sum(step["moved"] for step in steps[-1:]) == (3 if rank == 0 else 0)
-    assert sum(step["bytes"]["dispatch"][2] for step in steps if step["bytes"]) > 0
-    serving.close()
-    wanted = {}
-    for request in prompts_of(0, 7):  # the ranks in step: the same request on each
-        ids = torch.tensor([request["prompt_token_ids"]])
-        words = {"max_new_tokens": request["max_tokens"], "do_sample": False, "pad_token_id": 0}
-        output = engine.module.generate(ids, attention_mask=torch.ones_like(ids), **words)
-        wanted[request["request_id"]] = output[0, ids.shape[1] :].tolist()
-    assert {number: wanted[number] for number in found} == found
+    limits = Limits(max_num_seqs=4, max_num_batched_tokens=24, max_model_len=64)
+    options, whole = {"limits": limits, "homes": "round_robin"}, []
+    for store in (None, "mxfp4"):
+        steps, wanted = [], {}
+        serving = Engine(engine, on_step=steps.append, expert_store=store, **options)
+        requests = prompts_of(rank, 7 if rank < world - 1 else 0)
+        found = {one.request_id: one.outputs[0].token_ids for one in serving.generate(requests)}
+        assert {step["kind"] for step in steps} >= {"prefill", "decode"}
+        assert sum(step["moved"] for step in steps[-1:]) == (3 if rank == 0 else 0)
+        assert sum(step["bytes"]["dispatch"][2] for step in steps if step["bytes"]) > 0
+        serving.close()
+        for request in prompts_of(0, 7):  # the ranks in step: the same request on each
+            ids = torch.tensor([request["prompt_token_ids"]])
+            words = {"max_new_tokens": request["max_tokens"], "do_sample": False, "pad_token_id": 0}
+            output = engine.module.generate(ids, attention_mask=torch.ones_like(ids), **words)
+            wanted[request["request_id"]] = output[0, ids.shape[1] :].tolist()
+        assert {number: wanted[number] for number in found} == found
+        whole.append(wanted)
+    assert whole[0] != whole[1]
     return sorted(found)
 
 
 def test_generate_continues_a_model_whose_moe_layers_are_deepspeeds():
-    """[F17.8] Mixed lengths, an idle rank and homes; refused by name where it cannot be served."""
+    """[F17.8] Mixed lengths, an idle rank and homes, also with experts in low bits; refused by name
+    where it cannot be served.
+    """
     found = run_ranks(serve_deepspeed, 2, deepspeed=True, timeout_s=200)
     assert sorted(found[0] + found[1]) == list(range(7))
     assert all(found)
