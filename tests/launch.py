@@ -73,7 +73,7 @@ def init_deepspeed(limit):
     )
 
 
-def preload(deepspeed: bool, transformers: bool = True) -> None:
+def preload(deepspeed: bool) -> None:
     """Import here, once, what every forked rank needs: ``torch._dynamo``, which comes with the
     layer and with every optimizer, or Muon, which DeepSpeed asks each optimizer about, take a rank
     seconds each.
@@ -88,9 +88,9 @@ def preload(deepspeed: bool, transformers: bool = True) -> None:
             "deepspeed.module_inject.auto_ep_layer",
             "deepspeed.runtime.zero.muon.muon_optimizer",
             "torch.utils.cpp_extension",
+            "transformers.modeling_utils",
+            "transformers.models.auto.modeling_auto",
         ]
-    if deepspeed and transformers:
-        theirs += ["transformers.modeling_utils", "transformers.models.auto.modeling_auto"]
     for name in (*(f"moe_locality.{name}" for name in ours), *theirs):
         with contextlib.suppress(ImportError):  # another DeepSpeed may have other modules
             importlib.import_module(name)
