@@ -141,12 +141,8 @@ class OnlinePlacement:
         )
         self.decisions.append(decision)
         if dist.get_rank() == 0:
-            logger.info(
-                "online placement, step %d: %s: %s",
-                self._steps,
-                "relocated" if decision.relocated else "nothing moved",
-                decision.reason,
-            )
+            words = "relocated" if decision.relocated else "nothing moved"
+            logger.info("online placement, step %d: %s: %s", self._steps, words, decision.reason)
         return decision
 
     def _taken(self) -> "_Sample":

@@ -184,14 +184,9 @@ class MoveReport:
 
     def log(self, done: str) -> None:
         """Log what was done to the layers of a model ("relabelled", "placed")."""
-        logger.info(
-            "%s %d MoE layers in %.2f s: %d experts changed rank, %d bytes left this rank",
-            done,
-            self.num_layers,
-            self.elapsed_s,
-            self.num_experts_moved,
-            self.sent_bytes,
-        )
+        facts = (done, self.num_layers, self.elapsed_s, self.num_experts_moved, self.sent_bytes)
+        text = "%s %d MoE layers in %.2f s: %d experts changed rank, %d bytes left this rank"
+        logger.info(text, *facts)
 
     def add(self, other: "MoveReport") -> None:
         """Add the report of another layer; its buffers replace those of this one."""

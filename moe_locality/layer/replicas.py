@@ -85,12 +85,8 @@ def add_replicas(
             rank = dist.get_rank(target.group)
             maps[rank] = maps.get(rank) or SlotMap.of_plan(plan, rank)
             _build(target, maps[rank][row])
-    logger.info(
-        "moe_locality: up to %d slots for %d experts in %d MoE layers",
-        plan.num_slots,
-        plan.num_experts,
-        len(targets),
-    )
+    facts = (plan.num_slots, plan.num_experts, len(targets))
+    logger.info("moe_locality: up to %d slots for %d experts in %d MoE layers", *facts)
 
 
 def has_replicas(model: nn.Module) -> bool:
