@@ -104,16 +104,9 @@ def combine_backward(
     wide = _floats(weights)
     grad_rows = grad.new_empty(row_token.shape[0], grad.shape[1]) if need_rows else None
     grad_weights = None if rows is None else torch.empty_like(wide)
-    torch.ops.moe_locality_cuda.combine_backward(
-        grad.contiguous(),
-        None if rows is None else rows.contiguous(),
-        positions,
-        row_token,
-        slot_offsets,
-        wide,
-        grad_rows,
-        grad_weights,
-    )
+    given = (grad.contiguous(), None if rows is None else rows.contiguous())
+    where = (positions, row_token, slot_offsets)
+    torch.ops.moe_locality_cuda.combine_backward(*given, *where, wide, grad_rows, grad_weights)
     return grad_rows, None if grad_weights is None else grad_weights.to(weights.dtype)
 
 
