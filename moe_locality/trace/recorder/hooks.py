@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moe_locality import compat
 from moe_locality.errors import TraceError
+from moe_locality.trace.schema import MAX_EXPERTS
 
 
 class Routes(NamedTuple):
@@ -169,9 +170,6 @@ def _describe(items: Any) -> str:
 
 
 logger = logging.getLogger(__name__)
-
-MAX_EXPERTS = 32_767
-"""Expert ids are kept as int16, and one more number marks "no expert" in some routers."""
 
 _EXPERTS_MARKS = ("is_transposed", "is_concatenated", "has_gate", "has_bias", "num_experts")
 """What transformers' ``@use_experts_implementation`` (the ExpertsInterface) sets on a module."""
