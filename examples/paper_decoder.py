@@ -498,7 +498,7 @@ def homes_keep(
     best = assign_homes(tokens, plan, topology, predict="oracle")
     gain = first - evaluate(tokens, plan, topology, best).copies
     return {
-        name: 100 * (first - evaluate(tokens, plan, topology, some).copies) / gain
+        name: 100 * (first - evaluate(tokens, plan, topology, some).copies) / (gain or np.nan)
         for name, some in chosen.items()
     }
 

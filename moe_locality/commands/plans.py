@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -492,17 +493,31 @@ def bench(
 
 
 def bench_paper(
-    trace: Trace,
+    trace: Annotated[
+        Path | None, typer.Argument(help="Trace to replay; without one a small model decodes.")
+    ] = None,
     nodes: Annotated[
         int | None, typer.Option(help="Nodes that the 4 ranks stand for, 2 or 4. Default: both.")
     ] = None,
     seed: Seed = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Of model and reports, without a trace: runs/paper.")
+    ] = None,
 ) -> Result:
-    """Repeat the experiment of arXiv 2604.23150 on a trace, beside the paper's figures."""
+    """Repeat the experiment of arXiv 2604.23150, beside the paper's figures: on a trace, or by 4
+    local ranks that train a small model, record it and decode."""
     from moe_locality.demo import paper
 
     if nodes not in (None, *paper.NODES):
         raise ConfigError(f"--nodes: found {nodes}, expected 2 or 4: they share 4 ranks")
+    if out if trace else seed:
+        raise ConfigError(
+            f"found --out {out} with a trace, which writes no files: leave it out"
+            if trace
+            else f"found --seed {seed} without a trace, expected 0: the small model has its own"
+        )
+    if trace is None:
+        return _paper_in_decoder(paper.NODES if nodes is None else (nodes,), out)
     content = moe_locality.read_trace(trace)
     with progress("replaying decode") as update:
         found = paper.paper_on_trace(
@@ -516,3 +531,22 @@ def bench_paper(
         console.print("\n".join(paper.lines(found)), highlight=False)
 
     return Result(payload=payload, show=show)
+
+
+def _paper_in_decoder(nodes: Sequence[int], out: Path | None) -> Result:
+    """``bench paper`` without a trace."""
+    from moe_locality.demo import paper
+
+    folder = (out or Path("runs/paper")).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    with progress("training a small model, recording it, decoding"):
+        found = [paper.paper_in_decoder(folder, nodes=count) for count in nodes]
+
+    def show(console: Any) -> None:
+        for one in found:
+            *own, last = paper.decoder_tables(one)
+            for title, head, rows in (*own, last) if one is found[-1] else own:
+                console.print(table(title, head, rows))
+        console.print(f"reports and wandb runs: {folder}", highlight=False)
+
+    return Result(payload={"command": "bench paper", "runs": found}, show=show)

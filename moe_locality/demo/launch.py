@@ -87,10 +87,11 @@ def run_training(
     *,
     num_ranks: int,
     log: Path,
+    script: str = "train_lm.py",
     on_progress: OnProgress | None = None,
     timeout_s: float = 900.0,
 ) -> float:
-    """Run ``train_lm.py`` on ``num_ranks`` local ranks and return the seconds it took.
+    """Run a script of the examples on ``num_ranks`` local ranks; return the seconds it took.
 
     Args:
         arguments: of the script.
@@ -101,7 +102,7 @@ def run_training(
         MoeLocalityError: the run failed or passed ``timeout_s``; the message has the end of the
         log.
     """
-    command = launch_command(num_ranks, examples_folder() / "train_lm.py", arguments)
+    command = launch_command(num_ranks, examples_folder() / script, arguments)
     log.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     tail: deque[str] = deque(maxlen=TAIL_LINES)
@@ -126,7 +127,7 @@ def run_training(
     if code != 0:
         end = "\n".join(f"  | {line}" for line in tail)
         raise MoeLocalityError(
-            f"a training run failed with exit code {code}; the end of {log}:\n{end}"
+            f"a run of {script} failed with exit code {code}; the end of {log}:\n{end}"
         )
     return time.monotonic() - start
 

@@ -7,9 +7,11 @@ routing, not a run on a cluster.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from moe_locality.analysis.decoding import (
     step_costs,
 )
 from moe_locality.analysis.stats import prefill_decode_correlation
+from moe_locality.demo.launch import run_training
 from moe_locality.errors import TraceError
 from moe_locality.placement import PlacementPlan, assign_homes, evaluate, solve
 from moe_locality.placement.baselines import cluster_homes
@@ -73,6 +76,14 @@ PAPER = (
     ),
 )
 """(what, the paper's figure, whether ours is comparable)."""
+
+
+_Table = tuple[str, tuple[str, ...], list[tuple[object, ...]]]
+_PAPER_TABLE: _Table = (
+    "The paper (arXiv 2604.23150)",
+    ("what", "its figure", "comparable?"),
+    [*PAPER],
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,9 +314,42 @@ def paper_on_trace(
     }
 
 
-def tables(
-    found: Mapping[str, Any],
-) -> Iterator[tuple[str, tuple[str, ...], list[tuple[object, ...]]]]:
+def paper_in_decoder(out: Path, *, nodes: int, arguments: Sequence[str] = ()) -> dict[str, Any]:
+    """Train a small model, or take the one in ``out``, and decode on ``NUM_RANKS`` local ranks that
+    stand for ``nodes``: examples/paper_decoder.py, with its further ``arguments``.
+
+    Returns:
+        what it writes to paper.json; its report is ``out``/report-N-nodes.html.
+
+    Raises:
+        MoeLocalityError: the run failed; the message has the end of its log.
+    """
+    words = ["--out", str(out), "--num-nodes", str(nodes), *arguments]
+    log = out / f"ranks-{nodes}-nodes.log"
+    how: dict[str, Any] = {"num_ranks": NUM_RANKS, "log": log, "timeout_s": 1800.0}
+    run_training(words, script="paper_decoder.py", **how)
+    (out / "report.html").replace(out / f"report-{nodes}-nodes.html")
+    return json.loads((out / "paper.json").read_text(encoding="utf-8"))
+
+
+def decoder_tables(found: Mapping[str, Any]) -> Iterator[_Table]:
+    """(title, head, rows) of ``paper_in_decoder``, and the paper's figures last."""
+    title = (
+        f"{found['model']}: {found['nodes']} nodes x {found['ranks_per_node']} ranks of one "
+        f"machine, {found['requests']} requests x {found['new_tokens']} tokens; bytes are those "
+        "that the exchange counts, and there are no times of links"
+    )
+    metric, head = "decode bytes across nodes per token", ("", "bytes per token", "%")
+    rows: list[tuple[object, ...]] = [
+        (name, one[metric], f"{one['changes'][metric]:+.1f}", one["node_imbalance"])
+        for name, one in found["conditions"].items()
+    ]
+    yield title, (*head, "node imbalance"), rows
+    yield "What prefill tells", ("", "here"), list(found["told"].items())
+    yield _PAPER_TABLE
+
+
+def tables(found: Mapping[str, Any]) -> Iterator[_Table]:
     """(title, head, rows) for each part of ``paper_on_trace``, and the paper's figures last."""
     head = (
         *("", "copies", "copies %", "picks %", "node imbalance"),
@@ -325,7 +369,7 @@ def tables(
             row += [change["step_largest_pick_message"], case["steps"]["node_imbalance"]]
             rows.append((*row, change["step_distinct"]))
         yield title, head, rows
-    yield "The paper (arXiv 2604.23150)", ("what", "its figure", "comparable?"), list(PAPER)
+    yield _PAPER_TABLE
 
 
 def lines(found: Mapping[str, Any]) -> list[str]:

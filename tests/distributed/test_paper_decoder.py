@@ -40,6 +40,31 @@ def test_counted_takes_the_steps_in_which_no_rank_reads_a_prompt():
     assert found["full"] == 1
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_paper_in_decoder_trains_records_and_decodes(tmp_path):
+    """[F17.7] ``bench paper`` without a trace, with a model that has hardly learned; the second run
+    takes the model that is there.
+    """
+    skip_without_expert_parallelism()
+    from moe_locality.demo import paper
+
+    words = ["--steps", "4", "--earlier", "24", "--served", "16", "--new-tokens", "4"]
+    found = [paper.paper_in_decoder(tmp_path, nodes=n, arguments=words) for n in paper.NODES]
+    assert "recording: " in (tmp_path / "ranks-2-nodes.log").read_text()
+    assert "recording: " not in (tmp_path / "ranks-4-nodes.log").read_text()
+    for nodes, one in zip(paper.NODES, found, strict=True):
+        assert (tmp_path / f"report-{nodes}-nodes.html").exists()
+        for facts in one["conditions"].values():
+            counted = facts["decode rows across nodes per token"]
+            assert counted == pytest.approx(facts["predicted rows per token"])
+        (title, _, rows), told, last = paper.decoder_tables(one)
+        assert f"{nodes} nodes" in title
+        assert [name for name, *_ in rows] == list(one["conditions"])
+        assert len(told[2]) >= 3
+        assert len(last[2]) == len(paper.PAPER)
+
+
 def test_the_experiment_replays_a_recording_on_two_nodes(tmp_path):
     """[F17.7] The rows that the exchange counts are those that the recording and its plans say."""
     skip_without_expert_parallelism()
