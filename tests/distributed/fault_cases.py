@@ -20,7 +20,7 @@ from tests.launch import init_deepspeed, preload
 
 WORLD, VICTIM = 4, 2
 EXPERTS, WIDTH, LAYERS = 8, 16, 2
-WAIT_S = 10  # of the process group: how long a rank waits for one that still lives
+WAIT_S = 20  # of the process group: how long a rank waits for one that still lives
 END_S = 60  # all ranks have ended by then, on a machine that does other things too
 
 
