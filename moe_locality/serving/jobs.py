@@ -2,7 +2,8 @@
 
 Every rank takes its share of the lines and appends each result to a file of its own when it is
 there; a job that is started again goes on with what has no result yet. The first SIGTERM or SIGINT
-drains: what has begun is finished on all ranks, nothing else is started.
+on any rank, or a file ``drain`` in the directory of the results, drains: what has begun is finished
+on all ranks, nothing else is started.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from moe_locality.serving.engine import Engine
 from moe_locality.serving.metrics import Metrics
 from moe_locality.serving.requests import RequestOutput, SamplingParams, read_requests
 from moe_locality.topology.groups import exchange_objects
+
+DRAIN_FILE = "drain"
+_LOOKS_EVERY_S = 0.5
 
 
 def result_file(out: Path, rank: int) -> Path:
@@ -59,6 +63,7 @@ def serve_file(
     rank, size = engine.lockstep.rank, engine.lockstep.size
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    (out / DRAIN_FILE).unlink(missing_ok=True)  # of a job before, and before the ranks meet
     done = {json.dumps(r["request_id"]) for r in read_results(out) if not r.get("error")}
     if size > 1:  # before any rank writes
         done = set().union(*exchange_objects(done))
@@ -69,7 +74,7 @@ def serve_file(
         metrics.write_to(out / f"metrics-{rank}.jsonl")
     path = result_file(out, rank)
     torn = path.exists() and not path.read_bytes().endswith(b"\n")
-    with path.open("a", encoding="utf-8") as results, draining(engine):
+    with path.open("a", encoding="utf-8") as results, draining(engine, out / DRAIN_FILE):
         if torn and path.stat().st_size:
             results.write("\n")
         for output in engine.generate(_share(requests, rank, size, done), params):
@@ -102,23 +107,36 @@ def _share(requests: str | Path, rank: int, size: int, done: set[str]) -> Iterat
 
 
 @contextlib.contextmanager
-def draining(engine: Engine) -> Iterator[None]:
-    """Drain the engine at the first SIGTERM or SIGINT; the second one interrupts."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+def draining(engine: Engine, file: Path) -> Iterator[None]:
+    """Drain the engine when ``file`` appears, or at the first SIGTERM or SIGINT; the second signal
+    interrupts. A SIGTERM after a SIGINT does not: launchers send it to the ranks when a Ctrl-C has
+    reached both.
+    """
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(_LOOKS_EVERY_S):
+            if file.exists():
+                engine.drain()
 
     def asked(number: int, frame: Any) -> None:
         del frame
         engine.drain()
-        for one in before:
+        for one in {number, signal.SIGINT}:
             signal.signal(one, signal.default_int_handler)
 
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread():
+        numbers = ()  # signals are the main thread's
+    before = {number: signal.getsignal(number) for number in numbers}
     for number in before:
         signal.signal(number, asked)
+    watcher = threading.Thread(target=look, daemon=True)
+    watcher.start()
     try:
         yield
     finally:
+        ended.set()
+        watcher.join()
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import time
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from tests.distributed.test_serving import (
 from tests.distributed.test_transformers_ep import save_tiny
 from tests.launch import run_ranks
 from tests.unit.serving.test_engine import with_rounded_experts
-from tests.unit.test_launch_scripts import run
+from tests.unit.test_launch_scripts import ROOT, environment, run
 
 transformers = pytest.importorskip("transformers")
 
@@ -221,6 +223,42 @@ def test_serve_is_one_command_on_all_ranks(tmp_path):
     with_rounded_experts(model, "mxfp8").save_pretrained(f"{path}-rounded")
     assert found == expected(f"{path}-rounded", requests)
     assert set(read_trace(tmp_path / "trace").request_id.tolist()) == set(range(10))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_serve_script_drains_at_a_signal(tmp_path, number):
+    """[F17 faults] Ctrl-C reaches all processes of the terminal, a scheduler's SIGTERM the script
+    alone; nothing is left behind.
+    """
+    from moe_locality.demo.launch import free_port
+
+    path = save_tiny(tmp_path, "Mixtral")
+    requests = write_requests(tmp_path / "in.jsonl", 400)
+    out = tmp_path / "out"
+    command = [ROOT / "launch" / "serve.sh", "--ranks", "2", tmp_path / "in.jsonl"]
+    command += ["--model", path, "--out", out, "--max-num-seqs", "2", "--dtype", "float32"]
+    with (tmp_path / "log").open("w") as log:
+        job = subprocess.Popen(
+            [*map(str, command), "--max-model-len", "64"],
+            env=environment(DEEPSPEED_ARGS=f"--master_port {free_port()}"),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        until = time.monotonic() + 120
+        while not tokens_in(out) and job.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+        (os.killpg if number == signal.SIGINT else os.kill)(job.pid, number)
+        code = job.wait(timeout=100)
+    said = (tmp_path / "log").read_text()
+    assert code == 0, said
+    found = tokens_in(out)
+    assert 0 < len(found) < 400
+    assert f"{len(found)} served, 0 refused, " in said
+    assert found == expected(path, [one for one in requests if one["request_id"] in found])
+    listed = subprocess.run(["pgrep", "-f", str(out)], capture_output=True, text=True, check=False)
+    assert not listed.stdout.split()
 
 
 def one_port_is_taken(rank, world):

@@ -21,18 +21,23 @@ SCRIPTS = ("record", "place", "train", "compare", "generate", "serve", "paper")
 TRAIN = str(ROOT / "examples/train_lm.py")
 
 
-def run(script, *arguments, cwd=ROOT, limit_s=300, **variables):
-    """Run a script with a PATH on which there is no nvidia-smi; return the finished process."""
+def environment(**variables):
+    """Variables of a script, with a PATH on which there is no nvidia-smi."""
     bin_folder = str(Path(sys.executable).parent)
     environ = {"PATH": f"{bin_folder}:/usr/bin:/bin", "HOME": os.environ.get("HOME", "/")}
     environ |= {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    return {**environ, **variables}
+
+
+def run(script, *arguments, cwd=ROOT, limit_s=300, **variables):
+    """Run a script; return the finished process."""
     return subprocess.run(
         ["bash", str(ROOT / "launch" / f"{script}.sh"), *arguments],
         capture_output=True,
         text=True,
         timeout=limit_s,
         cwd=cwd,
-        env={**environ, **variables},
+        env=environment(**variables),
     )
 
 
@@ -87,9 +92,8 @@ def test_serve_runs_the_command_on_every_rank():
         "--num_accelerators",
         "2",
         *module,
-        *arguments,
-        "--plan",
-        "p.json",
+        *arguments[:3],
+        *("--plan", "p.json", "--out", "o"),
     ]
     example = str(ROOT / "examples/paper_decoder.py")
     (words,) = printed("paper", "--ranks", "2", "--trace", "t.npz", "--num-nodes", "2")
