@@ -104,6 +104,7 @@ class LocalityEP(ExchangingLayer, EPImplementation):
         if self.waits_for_plan:
             compat.before_forward_passes(experts, self._check_is_placed)
         self.slot_map = SlotMap()
+        self.placed_by: str | None = None  # digest of the plan
         self.on_routes: OnRoutes | None = None
         watch_optimizers(self.rows)
         experts.moe_locality_ep = self  # pyright: ignore[reportArgumentType]
@@ -240,6 +241,7 @@ def apply(
         serving = SlotMap.of_plan(wanted, dist.get_rank(layers[0][1].group))
         for (_, layer), (row, beside) in zip(layers, moves, strict=True):
             layer.place(wanted.experts_of_slots(row), serving[row], beside)
+            layer.placed_by = wanted.digest()
     placed = not layers[0][1].rows.is_identity or wanted is not None
     announce(f"{len(layers)} layers of {type(model).__name__}", section, placed)
     return model

@@ -12,6 +12,7 @@ import inspect
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,15 +22,13 @@ from torch import Tensor, nn
 from moe_locality.config import OnlineConfig
 from moe_locality.dispatch.traffic import counters, local_traffic, reset_traffic
 from moe_locality.errors import ConfigError
-from moe_locality.integrations.transformers_ep import expert_layers
-from moe_locality.layer.agreement import all_agree, all_succeed
+from moe_locality.layer.agreement import all_agree, all_succeed, section_and_plan
 from moe_locality.layer.expert_store import store_experts
-from moe_locality.layer.state import moe_modules, plan_rows
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.serving.cache import Rows, assemble, check_cache, pass_inputs
 from moe_locality.serving.grouping import chooser, profile_of
 from moe_locality.serving.homes import HandOver, HomeRule
-from moe_locality.serving.lockstep import LockStep, RouteTap
+from moe_locality.serving.lockstep import LockStep, RouteTap, rows_of
 from moe_locality.serving.requests import (
     CompletionOutput,
     Request,
@@ -38,6 +37,8 @@ from moe_locality.serving.requests import (
     SamplingParams,
     as_request,
     check_prompt,
+    is_request_id,
+    shown,
 )
 from moe_locality.serving.sampling import Choice, choose, draw, seed_of
 from moe_locality.serving.scheduler import (
@@ -67,7 +68,7 @@ class Engine:
         tokenizer: for prompts and stops that are texts, and for the text of results.
         limits: what this rank may hold; the same on all ranks.
         homes: which rank continues a request (:class:`~moe_locality.serving.homes.HomeRule`).
-        plan: of the model's experts, for homes that are chosen by it.
+        plan: that the model has, or its file: for homes that are chosen by it, and the watch.
         grouping: which ready request takes a free row (:mod:`moe_locality.serving.grouping`);
             others than ``fifo`` need ``max_num_ready`` to choose from.
         expert_store: low-bit format, such as ``mxfp4-mbs-h``, in which each rank keeps its experts.
@@ -79,7 +80,7 @@ class Engine:
         on_step: called with the counts of every step, see :meth:`step_counts`.
 
     Raises:
-        ConfigError: the model cannot be served so, on all ranks.
+        ConfigError, PlacementError: the model cannot be served so, on all ranks.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class Engine:
         *,
         limits: Limits | None = None,
         homes: str = "arrival",
-        plan: PlacementPlan | None = None,
+        plan: PlacementPlan | str | Path | None = None,
         grouping: str = "fifo",
         expert_store: str | None = None,
         watch: str = "off",
@@ -108,8 +109,10 @@ class Engine:
         self.device: torch.device = self.model.device
         self.config: Any = self.model.config.get_text_config(decoder=True)
         self.limits = all_succeed(lambda: (limits or Limits()).of_model(self.config))
+        plan = all_succeed(lambda: section_and_plan({}, plan)[1])
         told = (self.limits, homes, grouping, expert_store, seed, plan and plan.digest(), watch)
         all_agree("settings of the engine", repr((*told, online)))
+        rows = all_succeed(lambda: rows_of(plan, model) if plan else [])
         if expert_store is not None:
             all_succeed(lambda: store_experts(model, expert_store))
         self.eos = _eos_tokens(self.model)
@@ -122,8 +125,6 @@ class Engine:
         sees = self._profiles or self._looks or homes == "predicted" or ":" in homes
         self.tap = RouteTap(model, sees=sees)
         self.lockstep = all_succeed(lambda: LockStep(model, self.tap, self.device))
-        names = [name for name, _ in expert_layers(model) or moe_modules(model)]
-        rows = all_succeed(lambda: plan_rows(model, plan, names) if plan and names else [])
         rule = HomeRule(homes, self.lockstep.size, plan=plan, rows=rows, seed=seed)
         nodes = next((layer.topology for layer in self.tap.layers), None)
         self.handover = HandOver(rule, self.lockstep.rank, self.device, nodes)
@@ -217,7 +218,7 @@ class Engine:
             request = as_request(value, number, sampling_params or SamplingParams())
             request_id = request.request_id
             state = self._state_of(request, number)
-        except (RequestError, TypeError) as error:
+        except (TypeError, ValueError, RecursionError) as error:  # RequestError is a ValueError
             return [self._refused(request_id, error)]
         if state.due_at == 0:
             self.scheduler.park(state)
@@ -229,10 +230,8 @@ class Engine:
     def _refused(self, request_id: Any, error: Exception) -> RequestOutput:
         rank = self.lockstep.rank
         self.refused += 1
-        if not isinstance(request_id, (int, str)):
-            request_id = repr(request_id)
         return RequestOutput(
-            request_id=request_id,
+            request_id=request_id if is_request_id(request_id) else shown(request_id),
             prompt_token_ids=[],
             outputs=[],
             error=str(error),
@@ -242,17 +241,23 @@ class Engine:
 
     def _state_of(self, request: Request, number: int) -> RequestState:
         ids, params = request.prompt_token_ids, request.sampling_params
-        if not isinstance(request.request_id, (int, str)):
-            raise RequestError(
-                f"found request_id {request.request_id!r}, expected a number or text"
-            )
+        if not is_request_id(request.request_id):
+            found = shown(request.request_id)
+            raise RequestError(f"found request_id {found}, expected a text or a number of 64 bits")
+        if not isinstance(request.domain, str | None):
+            raise RequestError(f"found domain {shown(request.domain)}, expected a text, or none")
+        (request.domain or "").encode()  # a trace holds UTF-8
         if (ids is None) == (request.prompt is None):
             raise RequestError("found both or none of prompt and prompt_token_ids, expected one")
         if self.tokenizer is None and (request.prompt is not None or params.stop):
-            raise RequestError("found a text, expected token ids: give the engine a tokenizer")
+            names = "stop" if request.prompt is None else "prompt"
+            raise RequestError(
+                f"found {names} as a text and no tokenizer, expected token ids: give the engine a "
+                "tokenizer"
+            )
         if request.prompt is not None:
             if not isinstance(request.prompt, str):
-                raise RequestError(f"found prompt {request.prompt!r}, expected a text")
+                raise RequestError(f"found prompt {shown(request.prompt)}, expected a text")
             tokenize: Any = self.tokenizer
             ids = tokenize(request.prompt)["input_ids"]
         prompt = check_prompt(ids, self.config.vocab_size)

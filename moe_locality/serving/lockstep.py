@@ -18,11 +18,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_locality.dispatch.desync import ask_ranks
-from moe_locality.errors import ConfigError, TraceError
+from moe_locality.errors import ConfigError, PlacementError, TraceError
 from moe_locality.integrations.transformers_ep import LocalityEP, expert_layers
 from moe_locality.layer.agreement import LostRanks
-from moe_locality.layer.state import has_auto_ep, moe_modules
-from moe_locality.trace.recorder.hooks import find_moe_layers, hook_layer
+from moe_locality.layer.state import has_auto_ep, moe_modules, plan_rows
+from moe_locality.placement.plan import PlacementPlan
+from moe_locality.trace.recorder.hooks import find_moe_layers, hook_layer, model_type_of
 
 
 def world() -> tuple[int, int]:
@@ -30,6 +31,27 @@ def world() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def rows_of(plan: PlacementPlan, model: nn.Module) -> list[int]:
+    """Return the row of the plan for each MoE layer; none where the experts are not spread.
+
+    Raises:
+        PlacementError: the plan does not fit, or is not the one that the model was placed with.
+    """
+    num_ranks = world()[1]
+    plan.check_fits(model_type=model_type_of(model), num_ranks=num_ranks if num_ranks > 1 else None)
+    layers = expert_layers(model)
+    for _, layer in layers:
+        plan.check_fits(num_experts=layer.num_experts)
+        if layer.placed_by not in (None, plan.digest()):
+            raise PlacementError(
+                f"found the plan {plan.digest()[:12]} for a model that was placed with "
+                f"{layer.placed_by[:12]}, expected the same: give the engine the plan of "
+                "moe_locality.apply(model, plan=plan), or apply this one first"
+            )
+    names = [name for name, _ in layers or moe_modules(model)]
+    return plan_rows(model, plan, names) if names else []
 
 
 class RouteTap:

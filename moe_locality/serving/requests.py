@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -49,43 +50,51 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        one = isinstance(self.stop, str)
-        object.__setattr__(self, "stop", (self.stop,) if one else tuple(self.stop or ()))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        try:
-            wrong = {
-                "n": not self.n >= 1,
-                "temperature": not 0 <= self.temperature < float("inf"),
-                "top_p": not 0 < self.top_p <= 1,
-                "top_k": not self.top_k >= -1,
-                "max_tokens": self.max_tokens is not None and not self.max_tokens >= 1,
-                "logprobs": self.logprobs is not None and not self.logprobs >= 0,
-                "seed": self.seed is not None and not isinstance(self.seed, int),
-                "stop": not all(isinstance(s, str) and s for s in self.stop),
-                "stop_token_ids": not all(isinstance(t, int) for t in self.stop_token_ids),
-            }
-            names = ("n", "top_k", "max_tokens", "logprobs")
-            wrong |= {name: True for name in names if isinstance(getattr(self, name), (float, str))}
-        except TypeError as error:
-            raise RequestError(f"found sampling parameters {self} ({error})") from error
-        for name, bad in wrong.items():
-            if bad:
-                raise RequestError(
-                    f"found {name}={getattr(self, name)!r}, expected {_EXPECTED[name]}: correct it"
-                )
+        for name in ("stop", "stop_token_ids"):
+            given = getattr(self, name)
+            some = given if isinstance(given, (list, tuple)) else (given,)
+            object.__setattr__(self, name, () if given is None else tuple(some))
+        for name, (fits, expected) in _RULES.items():
+            found = getattr(self, name)
+            if not fits(found):
+                raise RequestError(f"found {name}={shown(found)}, expected {expected}: correct it")
 
 
-_EXPECTED = {
-    "n": "a whole number of at least 1",
-    "temperature": "a number of at least 0 (0 is greedy)",
-    "top_p": "a number above 0 and at most 1",
-    "top_k": "a whole number, 0 or -1 for all tokens",
-    "max_tokens": "a whole number of at least 1, or none",
-    "logprobs": "a whole number of at least 0, or none",
-    "seed": "a whole number, or none",
-    "stop": "texts that are not empty",
-    "stop_token_ids": "token ids",
+def _whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+_AT_LEAST_1 = "a whole number of at least 1"
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "n": (lambda v: _whole(v) and v >= 1, _AT_LEAST_1),
+    "temperature": (lambda v: _number(v) and 0 <= v <= 1e300, "a number from 0 (greedy) to 1e300"),
+    "top_p": (lambda v: _number(v) and 0 < v <= 1, "a number above 0 and at most 1"),
+    "top_k": (lambda v: _whole(v) and -1 <= v < 1 << 63, "a whole number, 0 or -1 for all tokens"),
+    "max_tokens": (lambda v: v is None or (_whole(v) and v >= 1), f"{_AT_LEAST_1}, or none"),
+    "logprobs": (lambda v: v is None or (_whole(v) and v >= 0), "a whole number from 0, or none"),
+    "seed": (lambda v: v is None or _whole(v), "a whole number, or none"),
+    "stop": (lambda v: all(isinstance(s, str) and s for s in v), "texts that are not empty"),
+    "stop_token_ids": (lambda v: all(map(_whole, v)), "token ids"),
 }
+
+
+def shown(value: Any) -> str:
+    """Return what a message says of a value: 80 characters of it at most."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, or too deeply nested
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def is_request_id(value: Any) -> bool:
+    """Whether it names a request: a text, or a number that traces can hold."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, str) or (whole and -(1 << 63) <= value < 1 << 63)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +172,9 @@ def as_request(value: Any, number: int, default: SamplingParams) -> Request:
     request_id = given.pop("request_id", number)
     nested = given.pop("sampling_params", None) or {}
     if not isinstance(nested, Mapping):
-        raise RequestError(f"found sampling_params {nested!r}, expected an object of parameters")
+        raise RequestError(
+            f"found sampling_params {shown(nested)}, expected an object of parameters"
+        )
     given |= nested
     known = {item.name for item in dataclasses.fields(SamplingParams)}
     if unknown := sorted(given.keys() - known):
@@ -184,10 +195,9 @@ def check_prompt(ids: Any, vocab_size: int) -> list[int]:
     except (TypeError, ValueError):
         tokens, same = [], False
     if not same or not tokens or min(tokens) < 0 or max(tokens) >= vocab_size:
-        shown = repr(ids)
         raise RequestError(
-            f"found prompt tokens {shown[:60]}{'...' if len(shown) > 60 else ''}, expected at least"
-            f" one, each from 0 to {vocab_size - 1}: tokenize with the tokenizer of this model"
+            f"found prompt tokens {shown(ids)}, expected at least one, each from 0 to "
+            f"{vocab_size - 1}: tokenize with the tokenizer of this model"
         )
     return tokens
 
@@ -195,21 +205,21 @@ def check_prompt(ids: Any, vocab_size: int) -> list[int]:
 def read_requests(path: str | Path) -> Iterator[Any]:
     """Yield the requests of a JSONL file: objects, texts or lists of token ids, one a line.
 
-    Those without a ``request_id`` get the number of their line, from 0. A line that is no JSON
-    comes as a :class:`RequestError`.
+    Those without a ``request_id`` get "line N" (from 1). A line that is no JSON in UTF-8 comes as a
+    :class:`RequestError`.
     """
-    with Path(path).open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines):
+    with Path(path).open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                value = json.loads(line)
-            except ValueError as error:
-                wrong = RequestError(f"found no JSON in line {number + 1} of {path} ({error})")
-                wrong.request_id = number
+                value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except (ValueError, RecursionError) as error:
+                wrong = RequestError(f"found no JSON in line {number} of {path} ({error})")
+                wrong.request_id = f"line {number}"
                 yield wrong
                 continue
             if not isinstance(value, dict):
                 name = "prompt" if isinstance(value, str) else "prompt_token_ids"
                 value = {name: value}
-            yield {"request_id": number, **value}
+            yield {"request_id": f"line {number}", **value}

@@ -19,9 +19,11 @@ from moe_locality.serving.requests import RequestId, SamplingParams
 def seed_of(params: SamplingParams, request_id: RequestId, engine_seed: int) -> int:
     """The seed of a request: its own, or one made of the engine's and its id."""
     if params.seed is not None:
-        return params.seed % (1 << 64)
+        return int(params.seed) % (1 << 64)
     told = f"{engine_seed}/{type(request_id).__name__}/{request_id}"
-    return int.from_bytes(hashlib.sha256(told.encode()).digest()[:8], "little")
+    return int.from_bytes(
+        hashlib.sha256(told.encode(errors="surrogatepass")).digest()[:8], "little"
+    )
 
 
 def draw(seed: int, index: int, position: int) -> float:

@@ -112,11 +112,21 @@ def plan_with_homes(path, world):
 def serve_at_homes(rank, world, path, options):
     """Serve the same requests under every option; return the tokens and where they were decoded."""
     import moe_locality
+    from moe_locality.errors import PlacementError
+    from moe_locality.placement.plan import PlacementPlan
     from moe_locality.serving import Engine, Limits
 
     model, _ = placed(path, world, None)
     plan = plan_with_homes(path, world)
     moe_locality.apply(model, plan=plan)
+    for wrong, said in (
+        (usual_order(1, 2), "the plan does not fit: expert-parallel ranks: found 2"),
+        (PlacementPlan.linear(16, range(2), 2, 2), "the plan does not fit: experts per layer"),
+        (usual_order(), "for a model that was placed with"),
+        ("none.json" if rank else usual_order(), "found by ranks" if not rank else "none.json"),
+    ):
+        with pytest.raises(PlacementError, match=said):
+            Engine(model, plan=wrong)
     requests = prompts_of(rank, 4 if rank < world - 1 else 0)
     for i, request in enumerate(requests):
         request |= {"domain": f"d{i % 4}", "n": 1 + i % 2}

@@ -216,8 +216,8 @@ def test_serve_is_one_command_on_all_ranks(tmp_path):
     from moe_locality.trace import read_trace
 
     results = {r["request_id"]: r for r in read_results(tmp_path / "out")}
-    assert results[10]["error"].startswith("found temperature=-1")
-    assert "no JSON in line 12" in results[11]["error"]
+    assert results["line 11"]["error"].startswith("found temperature=-1")
+    assert "no JSON in line 12" in results["line 12"]["error"]
     found = {i: results[i]["outputs"][0]["token_ids"] for i in range(10)}
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     with_rounded_experts(model, "mxfp8").save_pretrained(f"{path}-rounded")

@@ -1,13 +1,14 @@
 """The engine on one rank: what it takes, refuses and returns, on a tiny whole model."""
 
 import copy
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
 
-from moe_locality.errors import ConfigError
+from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.layer import store_experts
 from moe_locality.quantization import fake_quantize
 from moe_locality.trace import read_trace
@@ -110,6 +111,16 @@ def test_generate_takes_texts_tokens_dicts_and_requests(model):
         {"prompt_token_ids": [1] * 40},
         {"prompt_token_ids": [1] * 20, "max_tokens": 11},  # than the room of the caches
         {"prompt_token_ids": [1], "n": 4},
+        {"prompt_token_ids": [1], "temperature": "hot"},
+        {"prompt_token_ids": [1], "temperature": 10**400},
+        {"prompt_token_ids": [1], "top_k": 10**30},
+        {"prompt_token_ids": [1], "n": True},
+        {"prompt_token_ids": [1], "stop": 5},
+        {"prompt_token_ids": [1], "domain": 5},
+        {"prompt_token_ids": [1], "domain": ["a"]},
+        {"prompt_token_ids": [1], "request_id": True},
+        {"prompt_token_ids": [1], "request_id": 2**63},
+        {"prompt_token_ids": [1], "request_id": -(10**5000)},
         None,
         5,
     ],
@@ -126,8 +137,67 @@ def test_generate_refuses_a_wrong_request_alone(model, wrong):
 
 
 def test_generate_refuses_texts_without_a_tokenizer(model):
-    (output,) = engine_of(model).generate(["ab"])
-    assert "tokenizer" in output.error
+    stops = {"prompt_token_ids": [1], "stop": "ab"}
+    text, stop = engine_of(model).generate(["ab", stops])
+    assert text.error.startswith("found prompt as a text and no tokenizer")
+    assert stop.error.startswith("found stop as a text and no tokenizer")
+
+
+BAD_LINES = [
+    b'{"prompt_token_ids": [1], "request_id": 18446744073709551616}',
+    b'{"prompt_token_ids": [1], "request_id": true}',
+    b'{"prompt_token_ids": [1], "domain": 5}',
+    b'{"prompt_token_ids": [1], "domain": ["a"]}',
+    b'{"prompt_token_ids": [1], "domain": "\\ud800"}',
+    b'{"prompt_token_ids": [1], "request_id": ' + b"[" * 900 + b"]" * 900 + b"}",
+    b'{"prompt": "\xff"}',
+    b"[" * 100_000,
+    b"no json",
+]
+
+
+def test_serve_file_refuses_a_wrong_line_alone(model, tmp_path):
+    """The line before each and behind it is served, recorded too; a mark of the order of bytes is
+    no part of the first; a line without an id has none that another request may have.
+    """
+    import moe_locality
+    from moe_locality.serving.jobs import read_results, serve_file
+
+    good = b'{"prompt_token_ids": [1, 2], "temperature": 0, "max_tokens": 3, "request_id": %d}'
+    lines = [good % 0]
+    for number, bad in enumerate(BAD_LINES, start=1):
+        lines += [bad, good % number]
+    lines += [b'{"prompt_token_ids": [1, 2], "domain": "", "request_id": "\\ud800"}', b"[3]"]
+    file, out = tmp_path / "in.jsonl", tmp_path / "out"
+    file.write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines))
+    with moe_locality.attach(model, tmp_path / "trace"):
+        total = serve_file(engine_of(model), file, out)
+    assert (total["served"], total["refused"]) == (len(BAD_LINES) + 3, len(BAD_LINES))
+    results = list(read_results(out))
+    served = {r["request_id"]: r["outputs"][0]["token_ids"] for r in results if not r["error"]}
+    wanted = greedy(model, [1, 2], 3)
+    assert [served[number] for number in range(len(BAD_LINES) + 1)] == [wanted] * (len(served) - 2)
+    assert served.keys() - range(len(served)) == {"\ud800", f"line {len(lines)}"}
+    refused = [r["request_id"] for r in results if r["error"]]
+    assert refused[-3:] == ["line 14", "line 16", "line 18"]
+    assert read_trace(tmp_path / "trace").num_rows == total["tokens"] + len(served) - 1
+    total = serve_file(engine_of(model), file, out)
+    assert (total["served"], total["refused"]) == (0, len(BAD_LINES))
+
+
+def test_engine_refuses_a_plan_of_another_model(model, tmp_path):
+    """On one rank a plan for any number of ranks is taken, from its file too."""
+    from moe_locality.placement.plan import PlacementPlan
+
+    plan = PlacementPlan.linear(4, range(2), 2, 2)
+    engine_of(model, plan=plan.write(tmp_path / "plan.json"))
+    other = dataclasses.replace(plan, provenance={"model_type": "qwen3_moe"})
+    with pytest.raises(
+        PlacementError, match="the plan does not fit: model_type: found 'qwen3_moe'"
+    ):
+        engine_of(model, plan=other)
+    with pytest.raises(PlacementError, match="found a int as the plan"):
+        engine_of(model, plan=5)
 
 
 def test_generate_ends_at_stop_tokens_stop_texts_and_the_models_own(model):
