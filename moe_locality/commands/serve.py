@@ -79,7 +79,7 @@ def serve(
     settings = tracking_settings(wandb, wandb_mode, wandb_dir, None, "serve")
     _check_files(requests, out, dtype)
     counts = metrics or metrics_port is not None or settings is not None
-    rank = _join_ranks(section, counts)
+    rank = _join_ranks(section, counts, out)
     counted = _metrics(rank, metrics_port, metrics_host, settings, **told) if counts else None
     options: dict[str, Any] = {"limits": limits, "homes": homes, "plan": placed}
     options |= {"grouping": grouping, "watch": watch, "online": online, "seed": seed}
@@ -154,10 +154,10 @@ def _online(watch: str, every: int, budget: float) -> OnlineConfig:
     from moe_locality.config import OnlineConfig
     from moe_locality.serving.watch import MODES
 
-    if watch not in MODES or not 0 < budget <= 1:
-        raise ConfigError(
-            f"found --watch {watch} and --move-budget {budget}, expected one of {MODES} and a share"
-        )
+    if watch not in MODES:
+        raise ConfigError(f"found --watch {watch}, expected one of {', '.join(MODES)}")
+    if not 0 < budget <= 1:
+        raise ConfigError(f"found --move-budget {budget}, expected a share above 0, at most 1")
     return OnlineConfig(every_n_steps=every, move_budget=budget)
 
 
@@ -189,22 +189,30 @@ def _check_files(requests: Path, out: Path, dtype: str) -> None:
         ) from error
 
 
-def _join_ranks(section: dict[str, Any], counts: bool) -> int:
-    """Register the exchange where there is one, timed where it is counted; return the rank."""
+def _join_ranks(section: dict[str, Any], counts: bool, out: Path) -> int:
+    """Register the exchange where there is one, timed where it is counted; return the rank.
+
+    Another job that writes to ``out`` is found before anything is loaded.
+    """
+    from moe_locality.layer.agreement import all_succeed
+    from moe_locality.serving.jobs import lock_results
+
     if section or "WORLD_SIZE" in os.environ:
         import moe_locality
 
         if counts:
             section["dispatch"] = {**section.get("dispatch", {}), "timing": True}
         moe_locality.register(section)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0
-    import torch
+    rank = 0
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        import torch
 
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    torch.distributed.init_process_group()
-    return torch.distributed.get_rank()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.distributed.init_process_group()
+        rank = torch.distributed.get_rank()
+    all_succeed(lambda: lock_results(out, rank).close())
+    return rank
 
 
 def _leave_ranks() -> None:

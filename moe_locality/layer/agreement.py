@@ -7,6 +7,7 @@ Answers travel over the process group's key-value store, which works when a coll
 import hashlib
 import logging
 import pickle
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -157,12 +158,17 @@ def all_agree(what: str, value: str, error: type[MoeLocalityError] = PlacementEr
     if len(ranks_with) == 1:
         return
     largest = max(ranks_with.values(), key=len)
-    parts = [f"{found[:12]} on ranks {ranks}" for found, ranks in ranks_with.items()]
+    parts = [f"{_told(found)} on ranks {ranks}" for found, ranks in ranks_with.items()]
     others = sorted(rank for ranks in ranks_with.values() if ranks is not largest for rank in ranks)
     raise error(
         f"found different {what} on the ranks ({'; '.join(parts)}), expected one: ranks {others} "
         f"differ from ranks {largest}; nothing was moved: give every rank the same"
     )
+
+
+def _told(value: str) -> str:
+    """What a message says of a value: the first characters of a digest, all of others."""
+    return value[:12] if re.fullmatch("[0-9a-f]{32,}", value) else value
 
 
 def _collective_timeout_s() -> float:

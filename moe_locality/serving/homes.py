@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +27,6 @@ from moe_locality.compat import default_timeout
 from moe_locality.errors import ConfigError
 from moe_locality.layer.agreement import LostRanks
 from moe_locality.placement.homes.assign import domain_scores
-from moe_locality.placement.homes.predictor import check_prediction
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.serving.cache import Rows, pack_row, row_bytes, unpack_row
 from moe_locality.serving.scheduler import RequestState
@@ -61,17 +61,16 @@ class HomeRule:
         seed: int = 0,
     ) -> None:
         predict = "prefill" if homes == "predicted" else homes
-        if homes not in ("arrival", "predicted", *AT_ARRIVAL):
-            if not homes.startswith("first:"):
-                raise ConfigError(
-                    f"found homes={homes!r}, expected arrival, predicted, first:N, domain, random "
-                    "or round_robin"
-                )
-            check_prediction(homes)
+        first = re.fullmatch("first:([0-9]*[1-9][0-9]*)", homes)
+        if homes not in ("arrival", "predicted", *AT_ARRIVAL) and not first:
+            raise ConfigError(
+                f"found homes={homes!r}, expected arrival, predicted, first:N (N tokens), domain, "
+                "random or round_robin"
+            )
         self.homes, self.num_ranks = homes, num_ranks
         self.moves = homes != "arrival" and num_ranks > 1
         self.reads_routes = self.moves and homes not in AT_ARRIVAL
-        self._first = int(homes[6:]) if homes.startswith("first:") else None
+        self._first = int(first[1]) if first else None
         self._rows, self._seed, self._turn = list(rows), seed, 0
         self.plan, self._arriving = plan, None
         if not self.moves or homes in ("random", "round_robin"):

@@ -9,16 +9,19 @@ on all ranks, nothing else is started.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from moe_locality.dispatch.traffic import traffic_report
 from moe_locality.dispatch.transport import LINKS
+from moe_locality.errors import ConfigError
+from moe_locality.layer.agreement import all_succeed
 from moe_locality.serving.engine import Engine
 from moe_locality.serving.metrics import Metrics
 from moe_locality.serving.requests import RequestOutput, SamplingParams, read_requests
@@ -31,6 +34,26 @@ _LOOKS_EVERY_S = 0.5
 def result_file(out: Path, rank: int) -> Path:
     """The file of the results that end on a rank."""
     return out / f"rank-{rank}.jsonl"
+
+
+def lock_results(out: Path, rank: int) -> TextIO:
+    """Open the file of a rank's results to append to, for one job alone.
+
+    Raises:
+        ConfigError: another job writes there.
+    """
+    results = result_file(out, rank).open("a", encoding="utf-8")
+    try:
+        fcntl.flock(results, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        results.close()
+        raise ConfigError(
+            f"out: found a job that is running and writes {results.name}, expected none: wait for "
+            "it, end it, or name another directory"
+        ) from error
+    except OSError:  # a file system without locks
+        pass
+    return results
 
 
 def read_results(out: str | Path) -> Iterator[dict[str, Any]]:
@@ -55,14 +78,18 @@ def serve_file(
     Collective.
 
     Line i is the request of rank i modulo the number of ranks. Returns what was done on all ranks:
-    ``served``, ``refused``, ``unserved`` (after a signal), ``tokens`` (new ones), ``seconds``,
+    ``served``, ``refused``, ``unserved`` (when drained), ``tokens`` (new ones), ``seconds``,
     ``tokens_per_s``, ``moved`` (requests to another home), and bytes sent, by link: ``bytes`` of
     the exchange, ``handover_bytes``. ``metrics``, which the engine feeds, also go to
     ``out/metrics-R.jsonl``.
+
+    Raises:
+        ConfigError: another job writes to ``out``; on all ranks.
     """
     rank, size = engine.lockstep.rank, engine.lockstep.size
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    results = all_succeed(lambda: lock_results(out, rank))
     (out / DRAIN_FILE).unlink(missing_ok=True)  # of a job before, and before the ranks meet
     done = {json.dumps(r["request_id"]) for r in read_results(out) if not r.get("error")}
     if size > 1:  # before any rank writes
@@ -72,12 +99,11 @@ def serve_file(
     if metrics is not None:
         metrics.topology = engine.topology
         metrics.write_to(out / f"metrics-{rank}.jsonl")
-    path = result_file(out, rank)
-    torn = path.exists() and not path.read_bytes().endswith(b"\n")
-    with path.open("a", encoding="utf-8") as results, draining(engine, out / DRAIN_FILE):
-        if torn and path.stat().st_size:
+    before, share = result_file(out, rank).read_bytes(), _share(requests, rank, size, done)
+    with results, draining(engine, out / DRAIN_FILE):
+        if before and not before.endswith(b"\n"):  # torn
             results.write("\n")
-        for output in engine.generate(_share(requests, rank, size, done), params):
+        for output in engine.generate(share, params):
             results.write(output.to_json() + "\n")
             results.flush()
             counts["refused" if output.error else "served"] += 1
@@ -86,7 +112,8 @@ def serve_file(
                 on_result(output)
     if metrics is not None:
         metrics.close(engine)
-    counts["unserved"], counts["moved"] = engine.unserved, engine.handover.moved
+    counts["unserved"] = engine.unserved + sum(1 for _ in share)
+    counts["moved"] = engine.handover.moved
     mine = (counts, engine.handover.sent_bytes)
     everyone = exchange_objects(mine) if size > 1 else [mine]
     seconds = time.perf_counter() - began
@@ -102,7 +129,8 @@ def serve_file(
 def _share(requests: str | Path, rank: int, size: int, done: set[str]) -> Iterator[Any]:
     for number, value in enumerate(read_requests(requests)):
         told = value["request_id"] if isinstance(value, dict) else value.request_id
-        if number % size == rank and json.dumps(told) not in done:
+        known = isinstance(told, (int, str)) and json.dumps(told) in done
+        if number % size == rank and not known:
             yield value
 
 

@@ -127,6 +127,8 @@ def serve_at_homes(rank, world, path, options):
     ):
         with pytest.raises(PlacementError, match=said):
             Engine(model, plan=wrong)
+    with pytest.raises(PlacementError, match=r"max_num_seqs=16.*'random'.* on ranks \[1, 2, 3\]"):
+        Engine(model, plan=plan, homes="random" if rank else "arrival")
     requests = prompts_of(rank, 4 if rank < world - 1 else 0)
     for i, request in enumerate(requests):
         request |= {"domain": f"d{i % 4}", "n": 1 + i % 2}

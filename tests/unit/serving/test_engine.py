@@ -132,6 +132,7 @@ def test_generate_refuses_a_wrong_request_alone(model, wrong):
     refused = [output for output in outputs if output.error]
     assert len(refused) == 1
     assert refused[0].error.startswith("found ")
+    assert "expected" in refused[0].error
     served = [output.outputs[0].token_ids for output in outputs if not output.error]
     assert served == [greedy(model, [1, 2], 3)] * 2
 
@@ -183,6 +184,44 @@ def test_serve_file_refuses_a_wrong_line_alone(model, tmp_path):
     assert read_trace(tmp_path / "trace").num_rows == total["tokens"] + len(served) - 1
     total = serve_file(engine_of(model), file, out)
     assert (total["served"], total["refused"]) == (0, len(BAD_LINES))
+
+
+def test_serve_file_counts_what_a_drain_leaves_and_shares_no_results(model, tmp_path):
+    """All lines that have not begun are unserved, those too that the engine had not taken; a job
+    that finds another one at its results ends before it reads its model.
+    """
+    from typer.testing import CliRunner
+
+    from moe_locality.cli import app
+    from moe_locality.serving.jobs import lock_results, read_results, serve_file
+
+    file, out = tmp_path / "in.jsonl", tmp_path / "out"
+    line = '{"prompt": [1, 2], "max_tokens": 2, "request_id": %d}\n'
+    file.write_text("".join(line % number for number in range(40)))
+    engine = engine_of(model)
+    total = serve_file(engine, file, out, on_result=lambda result: engine.drain())
+    assert 0 < total["served"] <= 2 * LIMITS["max_num_seqs"]
+    assert total["served"] + total["unserved"] == 40
+    before = list(read_results(out))
+    with lock_results(out, 0):
+        with pytest.raises(ConfigError, match=r"found a job that is running and writes .*rank-0"):
+            serve_file(engine_of(model), file, out)
+        words = ["serve", str(file), "--model", str(tmp_path / "none"), "--out", str(out)]
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 1
+        assert "found a job that is running" in done.output
+    assert list(read_results(out)) == before
+    assert serve_file(engine_of(model), file, out)["served"] == total["unserved"]
+
+
+def test_engine_names_the_choices_of_homes_and_watch(model):
+    from moe_locality.commands.serve import _online
+
+    for homes in ("first:x", "first:0", "nearest"):
+        with pytest.raises(ConfigError, match=f"found homes='{homes}', expected arrival, pred"):
+            engine_of(model, homes=homes)
+    with pytest.raises(ConfigError, match="found --watch x, expected one of off, propose, apply"):
+        _online("x", 500, 0.1)
 
 
 def test_engine_refuses_a_plan_of_another_model(model, tmp_path):
