@@ -192,7 +192,7 @@ def check_prompt(ids: Any, vocab_size: int) -> list[int]:
     try:
         tokens = [int(token) for token in ids]
         same = all(token == found for token, found in zip(tokens, ids, strict=True))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         tokens, same = [], False
     if not same or not tokens or min(tokens) < 0 or max(tokens) >= vocab_size:
         raise RequestError(

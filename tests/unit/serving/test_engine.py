@@ -100,6 +100,7 @@ def test_generate_takes_texts_tokens_dicts_and_requests(model):
         {"prompt_token_ids": [64]},
         {"prompt_token_ids": [1.5]},
         {"prompt_token_ids": ["x"]},
+        {"prompt_token_ids": [float("inf")]},
         {"prompt_token_ids": 5},
         {"prompt": "ab", "prompt_token_ids": [1]},
         {"prompt": 5},
@@ -151,6 +152,10 @@ BAD_LINES = [
     b'{"prompt_token_ids": [1], "domain": ["a"]}',
     b'{"prompt_token_ids": [1], "domain": "\\ud800"}',
     b'{"prompt_token_ids": [1], "request_id": ' + b"[" * 900 + b"]" * 900 + b"}",
+    b'{"prompt_token_ids": [1], "max_tokens": Infinity}',
+    b'{"prompt_token_ids": [1], "seed": 1e400}',
+    b'{"prompt_token_ids": [1], "stop_token_ids": [[2]]}',
+    b'{"prompt_token_ids": ' + b"[" * 900 + b"]" * 900 + b"}",
     b'{"prompt": "\xff"}',
     b"[" * 100_000,
     b"no json",
@@ -180,7 +185,7 @@ def test_serve_file_refuses_a_wrong_line_alone(model, tmp_path):
     assert [served[number] for number in range(len(BAD_LINES) + 1)] == [wanted] * (len(served) - 2)
     assert served.keys() - range(len(served)) == {"\ud800", f"line {len(lines)}"}
     refused = [r["request_id"] for r in results if r["error"]]
-    assert refused[-3:] == ["line 14", "line 16", "line 18"]
+    assert refused[-3:] == [f"line {len(lines) - after}" for after in (7, 5, 3)]
     assert read_trace(tmp_path / "trace").num_rows == total["tokens"] + len(served) - 1
     total = serve_file(engine_of(model), file, out)
     assert (total["served"], total["refused"]) == (0, len(BAD_LINES))
