@@ -1,4 +1,4 @@
-"""The table of results: one appended to CSV that every benchmark writes to.
+"""The table of results: one CSV that every benchmark appends to.
 
 Columns: benchmark, case, metric, value, unit, kind (``measured`` or ``simulated``), baseline,
 device, versions, commit, date, note. A figure in the README or in docs/ names its row.
