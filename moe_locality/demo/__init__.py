@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moe_locality.demo.launch import DemoOptions, Progress
+from moe_locality.demo.launch import DemoOptions, Progress, WandbMode
 from moe_locality.errors import ConfigError
 from moe_locality.files import replace_text
 
@@ -19,24 +19,36 @@ MARKER = ".moe_locality_demo.json"
 OWN = ("record", "linear", "placed", "once_per_node", "plan.json", "homes.json", "report.html")
 
 
-def run_demo(*, quiet: bool = False, **fields: Any) -> dict[str, Any]:
+def run_demo(
+    *,
+    out: str | Path,
+    trace: str | Path | None = None,
+    num_nodes: int = 2,
+    ranks_per_node: int = 2,
+    wandb_mode: WandbMode = "offline",
+    seed: int = 0,
+    steps: int | None = None,
+    preset: str = "demo",
+    quiet: bool = False,
+) -> dict[str, Any]:
     """Run the demo and return what it found as plain data; files go below ``out``.
 
     Without ``trace`` the example model is trained, on ``num_nodes * ranks_per_node`` local ranks.
     With it, that trace is analyzed and placed, and nothing is run. ``out`` is new, empty, or the
-    directory of an earlier demo, whose files are replaced; other files there stay. ``fields``:
-    those of ``DemoOptions``.
+    directory of an earlier demo, whose files are replaced; other files there stay.
 
     Raises:
         ConfigError: ``out`` holds files of others; nothing was changed.
         MoeLocalityError: a stage failed; the message says which and why.
     """
-    options = DemoOptions(**fields)
-    trace = options.trace
-    if trace is not None and not trace.exists():
+    recorded = None if trace is None else Path(trace)
+    sizes = {"num_nodes": num_nodes, "ranks_per_node": ranks_per_node, "seed": seed}
+    more: dict[str, Any] = {"steps": steps, "preset": preset, "wandb_mode": wandb_mode}
+    options = DemoOptions(out=Path(out), trace=recorded, **sizes, **more)
+    if recorded is not None and not recorded.exists():
         raise ConfigError(f"found no trace at {trace}, expected a directory or an .npz file")
     start = time.monotonic()
-    with _own_directory(options.out, trace), Progress(quiet=quiet) as progress:
+    with _own_directory(options.out, recorded), Progress(quiet=quiet) as progress:
         if trace is not None:
             from moe_locality.demo.trace_run import run_trace
 

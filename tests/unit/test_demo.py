@@ -54,7 +54,7 @@ def test_files_of_others_are_left_and_the_directory_refused(tmp_path, marker):
 def test_a_link_to_nothing_is_no_directory(tmp_path):
     (tmp_path / "out").symlink_to(tmp_path / "gone")
     with pytest.raises(ConfigError, match=r"--out: found the link to nothing .*expected a direc"):
-        run_demo(out=tmp_path / "out", quiet=True)
+        run_demo(out=str(tmp_path / "out"), quiet=True)
 
 
 def test_a_demo_replaces_what_a_demo_made_and_nothing_else(tmp_path):
@@ -91,7 +91,7 @@ def test_the_demo_on_a_trace_never_deletes_that_trace(tmp_path):
         write_trace(make_trace(), tmp_path / "record" / "trace")
     for given in (tmp_path / "record" / "trace", tmp_path / "record" / ".." / "record" / "trace"):
         with pytest.raises(ConfigError, match=r"--trace: found .* among what the demo replaces"):
-            run_demo(out=tmp_path, trace=given, quiet=True)
+            run_demo(out=str(tmp_path), trace=str(given), quiet=True)
     assert read_trace(tmp_path / "record" / "trace").same_content(make_trace())
 
 
