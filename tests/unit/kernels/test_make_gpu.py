@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.slow
 def test_a_dry_run_goes_through_and_claims_nothing(tmp_path):
     pytest.importorskip("triton", reason="triton is not installed (pip install triton)")
     command = ["make", "-s", "gpu", "DRY=1", "PEERS=others"]
