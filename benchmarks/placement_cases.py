@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from placement_evidence import evidence_rows, with_hindsight
+from placement_evidence import HINDSIGHT, evidence_rows, with_hindsight
 from placement_rows import UNITS, Row, against, summary
 
 from moe_locality.placement import Costs, PlacementPlan, assign_homes, evaluate, solve
@@ -262,12 +262,20 @@ def asked(data: Parts, goal: Goal) -> float | str:
     return goal.cap or limit_of(*data.train.split(SPLIT, seed=0), goal)
 
 
-def goal_figures(folder: Path, goal: Goal, split_seed: int, seed: int) -> dict[str, Any]:
-    """A headline cell on one split of the requests, with one seed of the solver."""
-    data = parts(folder, goal.trace, split_seed, goal.every)
+def cell_of(
+    folder: Path, goal: Goal, split_seed: int = 0, every: int = 1
+) -> tuple[Parts, ClusterTopology, int]:
+    """(requests, cluster, number of replicas) of a headline cell."""
+    data = parts(folder, goal.trace, split_seed, every)
     extra = round(data.train.num_experts * goal.replicas)
     topology = cluster(goal.nodes, data.train.num_experts + extra)
     assert topology is not None
+    return data, topology, extra
+
+
+def goal_figures(folder: Path, goal: Goal, split_seed: int, seed: int) -> dict[str, Any]:
+    """A headline cell on one split of the requests, with one seed of the solver."""
+    data, topology, extra = cell_of(folder, goal, split_seed, goal.every)
     linear = linear_costs(folder, goal.trace, goal.nodes, split_seed, goal.every)
     cap = asked(data, goal)
     options = {"num_redundant_experts": extra, "max_imbalance": cap, "seed": seed, **goal.options}
@@ -285,28 +293,28 @@ def hindsight_figures(
     folder: Path, goal: Goal, split_seed: int, seed: int, most: float
 ) -> dict[str, float]:
     """``goal_figures`` of a plan that is made from the judged requests, and level on them."""
-    data = parts(folder, goal.trace, split_seed, goal.every)
-    extra = round(data.train.num_experts * goal.replicas)
-    topology = cluster(goal.nodes, data.train.num_experts + extra)
-    assert topology is not None
+    data, topology, extra = cell_of(folder, goal, split_seed, goal.every)
     costs = with_hindsight(data.test, topology, goal, extra, most, seed)
     return against(costs, linear_costs(folder, goal.trace, goal.nodes, split_seed, goal.every))
+
+
+def levels_of(goal: Goal, each: Sequence[Mapping[str, Any]]) -> str:
+    """Every figure with its imbalance, and the median of these."""
+    figures = ", ".join(f"{f[goal.metric]:.1f} @ {f[goal.limit]:.3f}" for f in each)
+    return f"{figures}; {goal.limit} {summary([f[goal.limit] for f in each])[1]}"
 
 
 def hindsight_row(goal: Goal, missed: Row, each: Sequence[Mapping[str, float]]) -> Row:
     """Beside a missed target, from ``hindsight_figures`` of the same splits."""
     value, spread = summary([f[goal.metric] for f in each])
-    _, levels = summary([f[goal.limit] for f in each])
-    figures = ", ".join(f"{f[goal.metric]:.1f} @ {f[goal.limit]:.3f}" for f in each)
     return Row(
         case=f"{missed.case}, made from the judged requests",
         metric=goal.metric,
         value=value,
         unit="%",
         baseline="linear",
-        note="not a result: what the same search reaches when it may see the requests (and their "
-        "homes, where they have some) that it is judged on, and has to be within the limit on "
-        f"them; target {goal.target:g}; {spread}; {figures}; {goal.limit} {levels}",
+        note=f"{HINDSIGHT}, and has to be within the limit on them; target {goal.target:g}; "
+        f"{spread}; {levels_of(goal, each)}",
     )
 
 
@@ -316,10 +324,7 @@ def goal_rows(
     """A headline cell, from ``goal_figures`` of several solver seeds, or of several ``splits``: the
     median, and the imbalance that it was reached at.
     """
-    data = parts(folder, goal.trace)
-    extra = round(data.train.num_experts * goal.replicas)
-    topology = cluster(goal.nodes, data.train.num_experts + extra)
-    assert topology is not None
+    data, topology, extra = cell_of(folder, goal)
     value, spread = summary([f[goal.metric] for f in each])
     imbalance, levels = summary([f[goal.limit] for f in each])
     above, _ = summary([f[goal.limit] - f["most"] for f in each])
@@ -328,13 +333,12 @@ def goal_rows(
     case = f"target: {goal.trace} {shape}, {goal.label}, {cap}"
     case += f", one of {goal.every} layers" if goal.every > 1 else ""
     case += f", {len(each)} splits" if splits else ", split 0"
-    figures = ", ".join(f"{f[goal.metric]:.1f} @ {f[goal.limit]:.3f}" for f in each)
     limits = " / ".join(dict.fromkeys(f"{f['most']:.4g}" for f in each))
     caps = " / ".join(dict.fromkeys(f["asked"] for f in each))
     note = (
         f"split by request 70/30, {'seeds of split and solver' if splits else 'solver seeds'} 0 to "
         f"{len(each) - 1}: {spread}; "
-        f"max_imbalance {caps}; {figures}; {goal.limit} {levels}, limit {limits}, "
+        f"max_imbalance {caps}; {levels_of(goal, each)}, limit {limits}, "
         f"promised {summary([f['promised'] for f in each])[0]:.4f}; solved in "
         f"{summary([f['seconds'] for f in each])[0]:.0f} s"
     )

@@ -27,6 +27,10 @@ BOUND_EXPERTS = 32
 nodes) and leaves every target open."""
 
 NO_CAP = 1e3
+HINDSIGHT = (
+    "not a result: what the same search reaches when it may see the requests (and their homes, "
+    "where they have some) that it is judged on"
+)
 
 
 def evidence_rows(
@@ -53,9 +57,8 @@ def evidence_rows(
             value=against(costs, linear)[goal.metric],
             unit="%",
             baseline="linear",
-            note="not a result: what the same search reaches when it may see the requests (and "
-            f"their homes, where they have some) that it is judged on; {how}, {goal.limit} "
-            f"{getattr(costs, goal.limit):.4f}, limit {most:.4f}",
+            note=f"{HINDSIGHT}; {how}, {goal.limit} {getattr(costs, goal.limit):.4f}, "
+            f"limit {most:.4f}",
         )
         for words, costs, how in found
     ]

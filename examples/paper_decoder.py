@@ -41,7 +41,8 @@ from moe_locality.analysis.stats import prefill_decode_correlation
 from moe_locality.arrivals import ArrivingHomes
 from moe_locality.compat import end_distributed
 from moe_locality.config import TrackingConfig
-from moe_locality.demo.paper import PAPER, REPLICA_SHARE
+from moe_locality.demo.paper import PAPER, REPLICA_SHARE, share_of_gain
+from moe_locality.demo.paper import WITH_REPLICAS as REPLICATED
 from moe_locality.errors import TraceError
 from moe_locality.figures import Table
 from moe_locality.placement import PlacementPlan, assign_homes, evaluate, solve
@@ -63,7 +64,7 @@ Prepared = tuple[RoutingTrace, RoutingTrace, list[dict[str, Any]], Path, dict[st
 """Earlier routing, that of the requests to serve, these, the model, what their prefill tells."""
 PROMPT, RECORDED_TOKENS = 48, 48
 BASE, OURS = "linear, random homes", "ours, predicted homes"
-WITH_REPLICAS = f"ours, {REPLICA_SHARE:.1%} replicas, predicted homes"
+WITH_REPLICAS = f"{REPLICATED}, predicted homes"
 BYTES, STEP = "decode bytes across nodes per token", "decode step, median"
 UNITS = {
     BYTES: "bytes",
@@ -496,9 +497,9 @@ def homes_keep(
     }
     first = evaluate(tokens, linear, topology).copies
     best = assign_homes(tokens, plan, topology, predict="oracle")
-    gain = first - evaluate(tokens, plan, topology, best).copies
+    least = evaluate(tokens, plan, topology, best).copies
     return {
-        name: 100 * (first - evaluate(tokens, plan, topology, some).copies) / (gain or np.nan)
+        name: 100 * share_of_gain(first, evaluate(tokens, plan, topology, some).copies, least)
         for name, some in chosen.items()
     }
 

@@ -139,8 +139,8 @@ def replay(trace: RoutingTrace, *, nodes: int, seed: int = 0) -> dict[str, Any]:
         anywhere, best = by_name[f"{label}, random homes"], by_name[f"{label}, oracle homes"]
         predicted = by_name[f"{label}, predicted homes"]
         kept[label] = {
-            "of_all": _share(linear, predicted, best),
-            "of_homes": _share(anywhere, predicted, best),
+            "of_all": share_of_gain(linear, predicted, best),
+            "of_homes": share_of_gain(anywhere, predicted, best),
         }
     return {
         "num_nodes": nodes,
@@ -155,8 +155,9 @@ def replay(trace: RoutingTrace, *, nodes: int, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def _share(base: float, predicted: float, best: float) -> float:
-    return (base - predicted) / (base - best) if base > best else float("nan")
+def share_of_gain(base: float, found: float, best: float) -> float:
+    """What ``found`` keeps of the gain of ``best`` over ``base``; nan where that gains nothing."""
+    return (base - found) / (base - best) if base > best else float("nan")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
