@@ -21,7 +21,9 @@ on_signal() {
   if [[ -z $asked ]]; then
     asked=1
     echo "draining: what has begun is finished; a second signal ends the ranks"
-    mkdir -p "$out" && touch "$out/drain"
+    mkdir -p "$out"
+    # again and again: a job that is still starting removes the file of the one before
+    (while kill -0 "$ranks_pid"; do touch "$out/drain" && sleep 1; done) &>/dev/null &
   else
     kill -TERM -- "-$ranks_pid" 2>/dev/null || true
   fi
@@ -35,4 +37,5 @@ while kill -0 "$ranks_pid" 2>/dev/null; do
   code=0
   wait "$ranks_pid" || code=$?
 done
+wait  # for what touches the file
 exit "$code"
