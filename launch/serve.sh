@@ -18,15 +18,12 @@ command=("${launcher[@]}" --no_local_rank --module moe_locality.cli serve "${pas
 # The launcher would end the ranks at the first signal, so it has a session of its own.
 asked=""
 on_signal() {
-  if [[ -z $asked ]]; then
-    asked=1
-    echo "draining: what has begun is finished; a second signal ends the ranks"
-    mkdir -p "$out"
-    # again and again: a job that is still starting removes the file of the one before
-    (while kill -0 "$ranks_pid"; do touch "$out/drain" && sleep 1; done) &>/dev/null &
-  else
-    kill -TERM -- "-$ranks_pid" 2>/dev/null || true
-  fi
+  [[ -z $asked ]] || { kill -TERM -- "-$ranks_pid" 2>/dev/null || true; return; }
+  asked=1
+  echo "draining: what has begun is finished; a second signal ends the ranks"
+  mkdir -p "$out"
+  # again and again: a job that is still starting removes the file of the one before
+  (while kill -0 "$ranks_pid"; do touch "$out/drain" && sleep 1; done) &>/dev/null &
 }
 dry_run=1 show_and_run "${command[@]}"
 setsid "${command[@]}" &

@@ -378,11 +378,11 @@ class RoutingRecorder:
 
         And where another rank records the same tokens.
         """
-        if self._running:
-            return not (self._repeats or self._tracker.is_bw)
-        if self._settings.strict and self._failure is not None and not self._closed:
-            raise TraceError(f"recording stopped: {self._failure}") from self._failure
-        return False
+        if self._failure is not None:
+            if self._settings.strict and not self._closed:
+                raise TraceError(f"recording stopped: {self._failure}") from self._failure
+            return False
+        return self._running and not (self._repeats or self._tracker.is_bw)
 
     def _start(self) -> Assembler:
         """Make what needs the final number of layers: the writer thread and the assembler."""
@@ -521,12 +521,14 @@ class RoutingRecorder:
             raise error
 
     def _writer_failed(self, error: Exception) -> None:
-        if self._failure is None:
+        first = self._failure is None
+        if first:
             self._failure = error
+        self._running = False  # before the log, which may take long while the model goes on
+        if first:
             logger.error(
                 "recording of the routing stops, the model goes on: %s", error, exc_info=error
             )
-        self._running = False
 
     def _check_open(self) -> None:
         if self._closed or self._failure is not None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 
 from moe_locality.errors import TraceError
 from moe_locality.trace import parquet, read_trace
-from moe_locality.trace.recorder import RoutingRecorder, annotate, attach, writer
+from moe_locality.trace.recorder import RoutingRecorder, annotate, attach, core, writer
 from moe_locality.trace.recorder.writer import Ring, RingFull
 from tests.recorder_models import MoeModel, inputs
 
@@ -146,17 +147,30 @@ def test_a_full_disk_stops_the_recording_and_not_the_training(tmp_path, monkeypa
     assert sum("trace in" in r.message and "incomplete" in r.message for r in caplog.records) == 1
 
 
+class SlowLog(logging.Handler):
+    """Keeps the thread that logs until ``go_on`` is set."""
+
+    def __init__(self):
+        super().__init__(logging.ERROR)
+        self.entered, self.go_on = threading.Event(), threading.Event()
+
+    def emit(self, _record):
+        self.entered.set()
+        self.go_on.wait(60)
+
+
 def test_a_full_disk_raises_where_strict(tmp_path, monkeypatch):
     break_the_disk(monkeypatch)
     model = MoeModel(num_layers=1)
     recorder = attach(model, tmp_path, shard_tokens=10, strict=True)
+    log = SlowLog()
+    monkeypatch.setattr(core.logger, "handlers", [log])
     model(inputs())
-    for _ in range(200):
-        if recorder.report().failure:
-            break
-        time.sleep(0.01)
+    assert log.entered.wait(60)  # the writer has failed, and is still telling the log
+    assert recorder.report().failure
     with pytest.raises(TraceError, match=r"recording stopped: .*No space left"):
         model(inputs())
+    log.go_on.set()
     with pytest.raises(TraceError, match=r"recording stopped: .*No space left"):
         recorder.close()
 
