@@ -521,9 +521,7 @@ class RoutingRecorder:
             raise error
 
     def _writer_failed(self, error: Exception) -> None:
-        first = self._failure is None
-        if first:
-            self._failure = error
+        first, self._failure = self._failure is None, self._failure or error
         self._running = False  # before the log, which may take long while the model goes on
         if first:
             logger.error(
