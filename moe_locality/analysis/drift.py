@@ -198,8 +198,8 @@ def _check(old: RoutingTrace, new: RoutingTrace) -> None:
             f"{old.num_layers} layers and {settings(new)} with {new.num_layers} layers, expected "
             "the same model, kind and layers: compare traces of one model"
         )
-    if not old.num_rows or not new.num_rows:
-        raise TraceError("found an empty trace, expected rows on both sides: record more")
+    if not old.load().any() or not new.load().any():
+        raise TraceError("found an empty trace, expected picks on both sides: record more")
 
 
 def _split_half(trace: RoutingTrace, num_splits: int, seed: int) -> np.ndarray:

@@ -172,6 +172,14 @@ def tradeoff(
     return sorted(points, key=lambda point: point["max_imbalance"])
 
 
+def usual_order(
+    trace: RoutingTrace, topology: ClusterTopology, num_redundant_experts: int
+) -> PlacementPlan:
+    """The plan that engines assume without one; without replicas where that is possible."""
+    extra = num_redundant_experts if trace.num_experts % topology.num_ranks else 0
+    return solve(trace, topology, method="linear", num_redundant_experts=extra)
+
+
 def judged_caps(
     trace: RoutingTrace,
     topology: ClusterTopology,
@@ -182,8 +190,8 @@ def judged_caps(
 ) -> list[dict[str, float]]:
     """As ``tradeoff``, in the order of the caps."""
     train, test = _parts(trace, seed)
-    linear = solve(train, topology, method="linear")
-    base = evaluate(test, linear, topology).copies
+    usual = usual_order(train, topology, options.get("num_redundant_experts", 0))
+    base = evaluate(test, usual, topology).copies
     points = []
     for cap in caps:
         plan = solve(train, topology, max_imbalance=cap, seed=seed, **options)

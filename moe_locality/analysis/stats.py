@@ -455,13 +455,14 @@ def analyze(trace: RoutingTrace, seed: int = 0) -> dict[str, Any]:
     Raises:
         TraceError: the trace is empty.
     """
-    if not trace.num_rows or not trace.num_layers:
+    load = trace.load()
+    if not load.any():
         raise TraceError(
-            f"found an empty trace ({trace.num_rows} rows, {trace.num_layers} layers), expected "
-            "tokens to analyze: record a run first, or check the filter"
+            f"found an empty trace ({trace.num_rows} rows, {trace.num_layers} layers, no picks), "
+            "expected tokens to analyze: record a run first, or check the filter"
         )
     left_out: dict[str, str] = {}
-    warn_of_absent_experts(trace.load(), trace.layer_ids)
+    warn_of_absent_experts(load, trace.layer_ids)
     result = {
         "trace": _describe(trace),
         "load": _load(trace),

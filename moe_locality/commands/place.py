@@ -127,6 +127,7 @@ def place(
     seed: Seed = 0,
 ) -> Result:
     """Compute where the experts should live, or improve a plan with few moves."""
+    from moe_locality.analysis.potential import usual_order
     from moe_locality.placement.problem import warnings_once
 
     _check_options(homes, start, move_budget, bound_seconds)
@@ -137,8 +138,7 @@ def place(
     options |= {"homes": homes, "objective": objective, "expert_groups": expert_groups}
     options |= {"move_budget": MOVE_BUDGET if move_budget is None else move_budget, "seed": seed}
     options |= {"start": old, "one_layout": one_layout, "serving_rule": serving_rule}
-    unit = int(sampling_unit) if sampling_unit and sampling_unit.isdigit() else sampling_unit
-    options |= {"sampling_unit": unit, "redundant_per_layer": redundant_per_layer}
+    options |= {"sampling_unit": sampling_unit, "redundant_per_layer": redundant_per_layer}
     with progress(f"placing {trace}"), warnings_once():
         content = moe_locality.read_trace(trace)
         train, test = split(content, held_out, seed)
@@ -149,7 +149,7 @@ def place(
         seconds = time.perf_counter() - begun
         judged = _judged(plan, train, test, topology, options)
         if judged["kept"] == "linear":
-            plan = _usual_order(train, topology, redundant_experts)
+            plan = usual_order(train, topology, redundant_experts)
     plan = _signed(plan, content, held_out, judged)
     plan.write(out)
     payload = {"command": "place", "plan": out, "method": method, "seconds": seconds}
@@ -268,14 +268,6 @@ def _check_start(
         )
 
 
-def _usual_order(
-    trace: RoutingTrace, topology: ClusterTopology, redundant_experts: int
-) -> PlacementPlan:
-    """Return the plan that engines assume without one; without replicas where that is possible."""
-    extra = redundant_experts if trace.num_experts % topology.num_ranks else 0
-    return moe_locality.solve(trace, topology, method="linear", num_redundant_experts=extra)
-
-
 def _transport(options: dict[str, Any]) -> str:
     """Return the transport that the objective is for."""
     return "per_rank" if options["objective"] == "rank_copies" else "once_per_node"
@@ -292,7 +284,7 @@ def _judged(
 
     ``gained`` None: it cannot be said, for the ``reason``; then the plan is written as it is.
     """
-    from moe_locality.analysis.potential import HELD_OUT
+    from moe_locality.analysis.potential import HELD_OUT, usual_order
     from moe_locality.placement.costs import NUM_BLOCKS, expected_change, request_blocks
     from moe_locality.placement.homes.predictor import default_prediction
 
@@ -313,19 +305,18 @@ def _judged(
         reason = f"found {count} requests to judge on, expected at least {NUM_BLOCKS[0]}: the plan "
         return {**found, "reason": f"{reason}may gain nothing; record more requests"}
     trial = plan if test is not None else moe_locality.solve(fit, topology, **options)
-    base = old
-    if base is None:
-        base = linear_plan(train, topology) or _usual_order(
-            train, topology, options["num_redundant_experts"]
-        )
-    homes = None
+    base = old or usual_order(train, topology, options["num_redundant_experts"])
+    homes = base_homes = None
     if trial.home_profiles is not None:
         found["homes"] = default_prediction(unseen)
         homes = moe_locality.assign_homes(unseen, trial, topology, predict=found["homes"])
+        if old is not None:  # has profiles too: the new plan has them from it
+            base_homes = moe_locality.assign_homes(unseen, old, topology, predict=found["homes"])
     transport = _transport(options)
     by_rank = transport == "per_rank"
-    change = expected_change(unseen, base, trial, topology, homes, blocks, by_rank=by_rank)
-    before = moe_locality.evaluate(unseen, base, topology, transport=transport)
+    both = ((base, base_homes), (trial, homes))
+    change = expected_change(unseen, *both, topology, blocks, by_rank=by_rank)
+    before = moe_locality.evaluate(unseen, base, topology, base_homes, transport=transport)
     goal = "rank_imbalance" if method in LEVELLERS else options["objective"]
     gained = _gains(change, goal, before.node_imbalance > _cap_of(trial))
     keep = "plan" if gained or old is not None or method not in OURS else "linear"

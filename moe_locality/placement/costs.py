@@ -365,21 +365,20 @@ def _around(value: float, left_out: np.ndarray) -> tuple[float, float]:
 
 def expected_change(
     trace: RoutingTrace,
-    base: PlacementPlan,
-    plan: PlacementPlan,
+    base: tuple[PlacementPlan, Homes],
+    plan: tuple[PlacementPlan, Homes],
     topology: ClusterTopology | None,
-    homes: Homes,
     blocks: np.ndarray,
     *,
     by_rank: bool = False,
 ) -> dict[str, tuple[float, float, float] | None]:
-    """(change, low, high) of costs from ``base``, requests anywhere, to ``plan`` with ``homes``.
+    """(change, low, high) of costs from ``base`` to ``plan``, each with the homes of its requests.
 
     Shares of the base, -0.2 is a fifth less, with their 95 % interval over the blocks of requests;
     copies, picks, node_imbalance and rank_imbalance, with ``by_rank`` rank_copies too. None: the
     base has nothing to change.
     """
-    both = ((base, None), (plan, homes))
+    both = (base, plan)
     kinds = {"copies": False, "rank_copies": True} if by_rank else {"copies": False}
     copies = {
         name: [
@@ -388,7 +387,7 @@ def expected_change(
         for name, kind in kinds.items()
     }
     traffic = [_traffic_of_blocks(trace, some, topology, at, blocks) for some, at in both]
-    node = plan.node_of_rank
+    node = plan[0].node_of_rank
     remote = node[:, None] != node
     picks = [(some * remote).sum(axis=(1, 2, 3)) for some in traffic]
     found: dict[str, tuple[float, float, float] | None] = {}
@@ -398,7 +397,7 @@ def expected_change(
             found[name] = None
         else:
             found[name] = float(last.sum() / first.sum() - 1), reach[0] - 1, reach[1] - 1
-    on_node = (node[:, None] == np.arange(plan.num_nodes)).astype(np.float64)
+    on_node = (node[:, None] == np.arange(node.max() + 1)).astype(np.float64)
     for name, onto in (("node_imbalance", on_node), ("rank_imbalance", np.eye(len(node)))):
         loads = [some.sum(axis=2) @ onto for some in traffic]  # [B, L, nodes or ranks]
         total, without = (

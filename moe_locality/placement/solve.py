@@ -110,7 +110,7 @@ def solve(
         seed=seed,
         **cap,
     )
-    problem = _with_rule(problem, serving_rule, method == "coactivation" and start is None)
+    problem = _with_rule(problem, serving_rule, method, start)
     found = _run(problem, method, joint, start, move_budget)
     return _signed(problem, found, found.homes if joint else homes, method, joint, start is None)
 
@@ -178,6 +178,8 @@ def read_cap(
         slack, worth = None, 0.0
         cap = float(made_for) if isinstance(made_for, int | float) and made_for >= 1 else 1.05
     unit = sampling_unit
+    if isinstance(unit, str) and unit.isdecimal():
+        unit = int(unit)
     if unit is None:
         unit = "request" if slack is None else AUTO
     if unit not in (AUTO, "request", "domain") and not (isinstance(unit, int) and unit > 0):
@@ -188,20 +190,30 @@ def read_cap(
     return {"max_imbalance": cap, "slack": slack, "worth": worth, "sampling_unit": unit}
 
 
-def _with_rule(problem: Problem, rule: str | None, searching: bool) -> Problem:
-    """The problem with the rule to search for; ``searching``: from nothing, for copies.
+def _with_rule(
+    problem: Problem, rule: str | None, method: str, start: PlacementPlan | None
+) -> Problem:
+    """The problem with the rule to search for; a start keeps its own.
 
     Raises:
-        PlacementError: it is unknown, or "visited" where nothing searches for it.
+        PlacementError: it is unknown, not that of the start, or "visited" where nothing searches
+            for it.
     """
     if rule not in (None, *RULES):
         raise PlacementError(f"serving_rule: found {rule!r}, expected one of {', '.join(RULES)}")
-    able = searching and problem.group_of is None and not problem.one_layout
+    if start is not None:
+        if rule not in (None, start.serving_rule):
+            raise PlacementError(
+                f"serving_rule: found {rule!r} and a plan to improve with {start.serving_rule!r}, "
+                "which it keeps: leave the option out, or solve without a start"
+            )
+        return problem
+    able = method == "coactivation" and problem.group_of is None and not problem.one_layout
     able = able and problem.objective == "copies" and problem.num_nodes <= MOST_NODES
     if rule == "visited" and not able:
         raise PlacementError(
             "serving_rule: found 'visited', expected 'home' or none: only method 'coactivation' "
-            "for the objective 'copies', without expert_groups, start and one_layout, searches "
+            "for the objective 'copies', without expert_groups and one_layout, searches "
             f"for it, on at most {MOST_NODES} nodes"
         )
     return replace(problem, serving_rule=rule or ("visited" if able else "home"))

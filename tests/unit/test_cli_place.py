@@ -85,6 +85,7 @@ def test_objective_home_cap_and_groups_reach_the_solver(folder, tmp_path):
         (("--start", "PLAN", "--redundant-experts", "4"), "found 4 for a plan with 0"),
         (("--start", "PLAN", "--homes", "joint"), "found --start with --homes joint"),
         (("--start", "PLAN", *CLUSTER), "refresh on the cluster of the plan"),
+        (("--start", "PLAN", "--serving-rule", "visited"), "improve with 'home', which it keeps"),
         (("--start", "GONE"), "cannot read the plan"),
         ((*CLUSTER, "--objective", "speed"), "--objective: found 'speed'"),
         ((*CLUSTER, "--objective", "picks"), "use --homes joint"),
@@ -294,6 +295,18 @@ def test_a_peer_and_a_start_are_written_as_asked_and_say_what_they_bring(folder,
     assert "against the plan to improve" in run(*line).stdout
 
 
+def test_a_start_with_homes_is_judged_with_its_homes(folder, tmp_path):
+    """No slot had moved, and "copies -20.4%" was what the homes saved, not the plan."""
+    trace = read_trace(folder / "old.npz")
+    solve(trace, ClusterTopology.uniform(2, 2), homes="joint").write(tmp_path / "joint.json")
+    line = ("place", folder / "old.npz", "--start", tmp_path / "joint.json", "--move-budget", "0")
+    found = answer(*line, "-o", tmp_path / "p.json")
+    assert found["start"]["moved_slots"] == 0
+    judged = found["judged"]
+    assert judged["before"] == judged["after"]
+    assert (judged["change"]["copies"], judged["gained"]) == (0, False)
+
+
 def test_replicas_say_what_memory_they_take(folder, tmp_path):
     """What replicas cost was not said [F7]."""
     line = ("place", folder / "old.npz", *CLUSTER, "-o", tmp_path / "p.json")
@@ -303,6 +316,16 @@ def test_replicas_say_what_memory_they_take(folder, tmp_path):
     found = answer(*line, "--bound", "--bound-seconds", "60")["certificate"]
     assert 0 < found["bound"] < found["found"]
     assert found["max_imbalance"] is None
+
+
+def test_experts_that_only_divide_with_replicas_are_placed(folder, tmp_path):
+    """The caps were compared with a layout without replicas, which there is none of here: "found 16
+    experts + 0 redundant = 16 slots" for an option that said 2.
+    """
+    line = ("place", folder / "old.npz", "--nodes", "3", "--ranks-per-node", "1")
+    found = answer(*line, "--redundant-experts", "2", "-o", tmp_path / "p.json")
+    assert [point["chosen"] for point in found["curve"]].count(True) == 1
+    assert PlacementPlan.read(tmp_path / "p.json").num_slots == 18
 
 
 @pytest.mark.parametrize("as_json", [(), ("--json",)])

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from moe_locality.analysis import analyze
+from moe_locality.analysis import analyze, drift
 from moe_locality.errors import TraceError
 from moe_locality.trace import RoutingTrace
 from tests.unit.analysis.test_similarity import two_domains
@@ -42,11 +42,16 @@ def test_what_cannot_be_told_is_none_with_a_reason():
 def test_missing_picks_are_counted():
     trace = make_trace(num_tokens=300)
     assert analyze(trace)["trace"]["missing_picks"] == int((trace.expert_ids < 0).sum()) > 0
-    nothing = trace.evolve(expert_ids=np.full_like(trace.expert_ids, -1))
-    assert analyze(nothing)["load"]["imbalance"]["mean"] is None
 
 
 def test_empty_traces_are_refused():
+    """A trace without picks ended `analyze` with a TypeError, and drift was "0 of 2"."""
+    trace = make_trace()
+    nothing = trace.evolve(expert_ids=np.full_like(trace.expert_ids, -1))
+    with pytest.raises(TraceError, match="no picks"):
+        analyze(nothing)
+    with pytest.raises(TraceError, match="expected picks on both sides"):
+        drift.compare(trace, nothing)
     with pytest.raises(TraceError, match=r"empty trace \(0 rows"):
         analyze(make_trace(num_tokens=0))
     with pytest.raises(TraceError, match="0 layers"):
