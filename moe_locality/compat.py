@@ -338,6 +338,38 @@ def remove_parameters(module: Any, names: Collection[str]) -> None:
         delattr(module, name)
 
 
+def compute_on_shards(module: Any) -> None:
+    """Let forward passes without gradients read a module's parameters where FSDP2 keeps them.
+
+    On a mesh of one rank FSDP2 has nothing to gather and copies all the same. Here its hooks find
+    no parameters in such a pass; before and after it, all is as FSDP2 has made it. Parameters that
+    it casts, or gets from other ranks or from the CPU, are gathered as before.
+    """
+    import torch
+
+    state, hidden = module._get_fsdp_state(), []
+
+    def give_back(*_: Any) -> None:
+        if hidden:
+            state._fsdp_param_groups = hidden.pop()
+
+    @torch.compiler.disable
+    def hide(*_: Any) -> None:
+        give_back()  # what an interrupted pass has left
+        groups = state._fsdp_param_groups
+        held = not torch.is_grad_enabled() and all(g.is_sharded for g in groups)
+        for p in (p for group in groups for p in group.fsdp_params):
+            casts = getattr(p, "param_dtype", True) is not None  # absent before the first pass
+            whole = p.sharded_size == p._orig_size and p._module_info.module is module
+            held = held and whole and not casts and not p.offload_to_cpu
+        if held:
+            state._fsdp_param_groups = []
+            hidden.append(groups)
+
+    module.register_forward_pre_hook(hide, prepend=True)
+    module.register_forward_hook(give_back, always_call=True)
+
+
 def grouped_mm() -> Any:
     """Return torch's grouped matrix product (public since 2.10, private before), or None."""
     import torch

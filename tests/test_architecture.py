@@ -82,8 +82,9 @@ MIN_LINES = 80
 # engines: 700 lines. Serving: 14 files and 4,500 lines. Serving rule: 2 files, 1,100 lines.
 # Caps that are found, what requests come in: 450 lines. Bounds with replicas: 1 file, 320 lines.
 # Metrics, report and watch of serving: 2 files, 900 lines. Low-bit store of stacked experts: 155.
+# Experts held once in passes without gradients: 40.
 MAX_FILES = 139
-MAX_TOTAL_LINES = 44_777
+MAX_TOTAL_LINES = 44_816
 
 
 def module_name(path: Path) -> str:

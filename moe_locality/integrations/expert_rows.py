@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from moe_locality.compat import remove_parameters
+from moe_locality.compat import compute_on_shards, remove_parameters
 from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.layer.agreement import gather_answers
 from moe_locality.layer.expert_store import other_parameters, stored_parameters
@@ -218,6 +218,13 @@ class ExpertRows:
         self._versions: list[int] = []
         self._own: Tensor | None = None
         self._exchange: RowExchange | None = None
+        self._holds_once = False
+
+    def hold_once(self) -> None:
+        """Let passes without gradients compute on the rows, not on copies of FSDP2."""
+        if isinstance(stored(self.experts), FSDPModule) and not self._holds_once:
+            compute_on_shards(self.experts)
+            self._holds_once = True
 
     @property
     def is_identity(self) -> bool:

@@ -117,6 +117,7 @@ class LocalityEP(ExchangingLayer, EPImplementation):
         self.dispatch_config, self.kernels = section.dispatch, section.kernels
         self.topology, self.dispatcher = topology, None
         self.call_position, self.rows.name = position, position.name
+        self.rows.hold_once()
 
     def _check_is_placed(self) -> bool:
         if self.waits_for_plan:

@@ -158,6 +158,8 @@ class LockStep:
         its root at the end of the first one: two passes. ``run`` runs the model on one token.
         """
         self._run = run
+        for layer in self.tap.layers:
+            layer.rows.hold_once()
         keep = getattr(self.model, "set_reshard_after_forward", None)
         if keep is not None:
             keep(False)

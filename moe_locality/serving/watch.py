@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from torch.distributed.fsdp import FSDPModule
 
 from moe_locality.analysis.drift import load_drift
 from moe_locality.config import DispatchConfig, OnlineConfig
@@ -142,10 +141,8 @@ class Watch:
     def _apply(self, plan: PlacementPlan) -> None:
         counters = [layer.traffic for layer in self.layers]
         apply(self.model, plan=plan, topology=self.topology)
-        for layer, layer.counter in zip(self.layers, counters, strict=True):
-            # the move has let go of the weights; an idle rank runs no pass that would fetch them
-            if isinstance(layer.experts, FSDPModule):
-                layer.experts.unshard()
+        for layer, counter in zip(self.layers, counters, strict=True):
+            layer.counter = counter
         self.plan, self._load = plan, plan.expert_load
 
     # -- rank 0

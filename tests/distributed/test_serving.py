@@ -2,7 +2,6 @@
 and our exchange, must give the tokens of the whole model's own ``generate``.
 """
 
-import gc
 import tempfile
 import time
 from collections import Counter
@@ -13,7 +12,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed.test_transformers_ep import SIZES, make_plan, placed, save_tiny
+from tests.distributed.test_transformers_ep import (
+    SIZES,
+    bytes_held,
+    check_experts_are_held_once,
+    logical,
+    make_plan,
+    placed,
+    save_tiny,
+    whole,
+)
 from tests.launch import run_ranks
 from tests.unit.serving.test_engine import with_rounded_experts
 
@@ -67,10 +75,11 @@ def serve_and_compare(rank, world, path, options):
 
     model, _ = placed(path, world, "moved")
     requests = prompts_of(rank, 7 if rank < world - 1 or world == 1 else 0)
-    steps = []
+    steps, before = [], bytes_held()
     limits = Limits(max_num_seqs=4, max_num_batched_tokens=24, max_model_len=64)
     engine = Engine(model, limits=limits, on_step=steps.append, **options)
     outputs = list(engine.generate(requests))
+    check_experts_are_held_once(model, before)
     found = {output.request_id: output.outputs[0].token_ids for output in outputs}
     assert found == expected(path, requests)
     return steps
@@ -78,7 +87,10 @@ def serve_and_compare(rank, world, path, options):
 
 @pytest.mark.parametrize("case", CASES)
 def test_generate_gives_the_tokens_of_the_whole_model(tmp_path, case):
-    """[F17.1] Rows of other lengths join and leave; long prompts come in chunks; an empty rank."""
+    """[F17.1] Rows of other lengths join and leave; long prompts come in chunks; an empty rank.
+
+    Only dense weights, not the experts, are gathered for good.
+    """
     family = case.partition(",")[0]
     path = save_tiny(tmp_path, family, **CASES[case])
     steps = run_ranks(serve_and_compare, 4, path, {})
@@ -306,12 +318,13 @@ def serve_watched(rank, world, path):
         model, _ = placed(path, world, None)
         plan = plan_with_homes(path, world) if homes == "predicted" else usual_order()
         moe_locality.apply(model, plan=plan)
-        decisions, steps = [], []
+        decisions, steps, before = [], [], bytes_held()
         engine = Engine(
             model, limits=limits, homes=homes, plan=plan, watch=watch, online=online,
             on_watch=decisions.append, on_step=steps.append,
         )  # fmt: skip
         outputs = list(engine.generate(shifting_prompts(rank, world, 20)))
+        check_experts_are_held_once(model, before)
         tokens = {output.request_id: output.outputs[0].token_ids for output in outputs}
         across = [sum(links[2] for links in step["bytes"].values()) for step in steps]
         total = sum(kind["cross_node"] for kind in traffic_report(model)["by_link"].values())
@@ -319,12 +332,20 @@ def serve_watched(rank, world, path):
         assert [step["watch"] for step in steps if step["watch"]] == moved
         moved = [{**decision, "seconds": 0} for decision in moved]  # each rank's own
         found[watch, homes] = tokens, moved, across, total
+    engine.close()
+    whole_model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    for each in (model, whole_model):  # the same tokens on all ranks: the mean is that of one
+        each(torch.arange(9)[None], labels=torch.arange(9)[None]).loss.backward()
+    for name, parameter in whole_model.named_parameters():
+        ours = logical(model, name, whole(model.get_parameter(name).grad))
+        torch.testing.assert_close(ours, parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
     return found
 
 
 def test_watch_moves_experts_under_requests_in_flight(tmp_path):
     """[F17.4] The traffic shifts: with a watch that applies, fewer bytes cross nodes afterwards,
-    every request has the tokens that it has without, and the counters go on.
+    every request has the tokens that it has without, and the counters go on. No expert is held
+    twice, and afterwards the model has the gradients of the whole one.
     """
     path = save_tiny(tmp_path, "Mixtral", sliding_window=8)
     results = run_ranks(serve_watched, 4, path, timeout_s=300.0)
@@ -349,15 +370,6 @@ def test_watch_moves_experts_under_requests_in_flight(tmp_path):
     some = {request_id: kept[request_id] for request_id in (0, 19, 1019, 3019)}
     asked = [r for rank in range(4) for r in shifting_prompts(rank, 4, 20)]
     assert some == expected(path, [r for r in asked if r["request_id"] in some])
-
-
-def bytes_held():
-    """Bytes of all tensors that Python can reach."""
-    gc.collect()
-    tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
-    tensors = [getattr(one, "_local_tensor", one) for one in tensors]
-    held = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
-    return sum(held.values())
 
 
 def serve_stored(rank, world, path, name):

@@ -3,6 +3,7 @@ plan, and the same training as transformers' own exchange. Real models, tiny, on
 """
 
 import dataclasses
+import gc
 import json
 import logging
 import time
@@ -277,7 +278,26 @@ def test_apply_equals_the_whole_model(tmp_path, half):
                 assert distance <= most, f"{family}, {kind}, gradient of {name}"
 
 
-def count_bytes(_rank, world, path):
+def bytes_held():
+    """Bytes of all tensors that Python can reach."""
+    gc.collect()
+    tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
+    tensors = [getattr(one, "_local_tensor", one) for one in tensors]
+    held = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
+    return sum(held.values())
+
+
+def check_experts_are_held_once(model, before):
+    """What has come since ``before`` is dense weights and caches."""
+    from moe_locality.integrations.transformers_ep import expert_layers
+
+    experts = {p for _, layer in expert_layers(model) for p in layer.experts.parameters()}
+    dense = sum(p.numel() * p.itemsize for p in model.parameters() if p not in experts)
+    held = sum(p.to_local().nbytes for p in experts)
+    assert bytes_held() - before < dense + held / 2
+
+
+def count_bytes(rank, world, path):
     """Bytes of experts that this rank reads, gets from other ranks, has in buffers, and keeps."""
     import safetensors
     from transformers import modeling_utils
@@ -322,6 +342,11 @@ def count_bytes(_rank, world, path):
         for _, layer in expert_layers(model)
         for parameter in layer.experts.parameters()
     ]
+    dist.all_to_all_single, before = exchange, bytes_held()
+    model.set_reshard_after_forward(False)
+    with torch.no_grad():
+        model(inputs(rank))
+    check_experts_are_held_once(model, before)
     return {
         "experts": experts,
         "rest": sum(size for _, size in read) - experts,
