@@ -36,7 +36,7 @@ HOP_BY_HOP = {"connection", "keep-alive", "proxy-connection", "te", "trailer", "
 HOP_BY_HOP |= {"transfer-encoding", "host", "content-length", "expect"}
 MOST_BYTES = 1 << 26
 LOOKED_AT = 1 << 14
-LINGER_S = 5.0
+LINGER_S = 30.0
 RUN, KINDS = 4, 1 << 14
 """Bytes of a body that are looked at; runs of bytes, and how many kinds of them are told apart."""
 

@@ -16,23 +16,19 @@ command=("${launcher[@]}" --no_local_rank --module moe_locality.cli serve "${pas
 [[ -n $dry_run || -z $out ]] && { show_and_run "${command[@]}" && exit; }
 
 # The launcher would end the ranks at the first signal, so it has a session of its own.
-asked=""
+asked="" ranks_pid=""
 on_signal() {
   [[ -z $asked ]] || { kill -TERM -- "-$ranks_pid" 2>/dev/null || true; return; }
   asked=1
   echo "draining: what has begun is finished; a second signal ends the ranks"
-  mkdir -p "$out"
-  # again and again: a job that is still starting removes the file of the one before
-  (while kill -0 "$ranks_pid"; do touch "$out/drain" && sleep 1; done) &>/dev/null &
 }
+trap on_signal INT TERM  # from the first line of output on
 dry_run=1 show_and_run "${command[@]}"
 setsid "${command[@]}" &
 ranks_pid=$!
-trap on_signal INT TERM
-code=0
 while kill -0 "$ranks_pid" 2>/dev/null; do
-  code=0
-  wait "$ranks_pid" || code=$?
+  # again and again: a job that is still starting removes the file of the one before
+  [[ -z $asked ]] || { mkdir -p "$out" && touch "$out/drain"; } || true
+  sleep 1 || true
 done
-wait  # for what touches the file
-exit "$code"
+wait "$ranks_pid"

@@ -321,11 +321,12 @@ def _watch(work: Any, offer: Offer, on_cuda: bool) -> Callable[[], bool]:
     thread.start()
 
     def done() -> bool:
+        ended = not thread.is_alive()  # asked first: a thread that fails says so before it ends
         if failed:
             raise LostRanks(
                 f"a request on its way from rank {offer.source} to rank {offer.home} was lost "
                 f"({failed[0]}): one of them exited or hangs; look at their output"
             ) from failed[0]
-        return not thread.is_alive()
+        return ended
 
     return done

@@ -153,9 +153,8 @@ def draining(engine: Engine, file: Path) -> Iterator[None]:
         for one in {number, signal.SIGINT}:
             signal.signal(one, signal.default_int_handler)
 
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread():
-        numbers = ()  # signals are the main thread's
+    signals_are_ours = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGTERM, signal.SIGINT) if signals_are_ours else ()
     before = {number: signal.getsignal(number) for number in numbers}
     for number in before:
         signal.signal(number, asked)

@@ -3,9 +3,11 @@ and our exchange, must give the tokens of the whole model's own ``generate``.
 """
 
 import tempfile
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -228,6 +230,31 @@ def test_transfer_that_does_not_come_is_named(tmp_path):
     ((request_id, prompt, age),) = came
     assert (request_id, prompt) == (8, [1, 2])
     assert age > 0.1
+
+
+def test_transfer_that_fails_while_it_is_asked_for_has_not_arrived(monkeypatch):
+    """It was taken for one that had come, with whatever was in its memory."""
+    from moe_locality.layer.agreement import LostRanks
+    from moe_locality.serving import homes
+
+    breaks = threading.Event()
+
+    class Transfer:
+        def wait(self, _timeout):
+            breaks.wait(60)
+            raise RuntimeError("Connection closed by peer")
+
+    class BreaksWhenAsked(threading.Thread):
+        def is_alive(self):
+            breaks.set()
+            self.join(60)
+            return super().is_alive()
+
+    monkeypatch.setattr(homes, "threading", SimpleNamespace(Thread=BreaksWhenAsked))
+    monkeypatch.setattr(homes, "default_timeout", lambda: None)
+    done = homes._watch(Transfer(), homes.Offer(0, 7, 1, 1, 0, home=1), on_cuda=False)
+    with pytest.raises(LostRanks, match=r"from rank 0 to rank 1 was lost \(Connection closed"):
+        done()
 
 
 def serve_and_count(rank, world, path):

@@ -226,18 +226,15 @@ def test_serve_is_one_command_on_all_ranks(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "early"),
-    [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGTERM, True)],
-)
-def test_serve_script_drains_at_a_signal(tmp_path, number, early):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_serve_script_drains_at_a_signal(tmp_path, number):
     """[F17 faults] Ctrl-C reaches all processes of the terminal, a scheduler's SIGTERM the script
-    alone, ``early`` before the ranks have begun; nothing is left behind.
+    alone; nothing is left behind.
     """
     from moe_locality.demo.launch import free_port
 
     path = save_tiny(tmp_path, "Mixtral")
-    requests = write_requests(tmp_path / "in.jsonl", 400)
+    requests = write_requests(tmp_path / "in.jsonl", 4000)  # never done before the signal
     out = tmp_path / "out"
     command = [ROOT / "launch" / "serve.sh", "--ranks", "2", tmp_path / "in.jsonl"]
     command += ["--model", path, "--out", out, "--max-num-seqs", "2", "--dtype", "float32"]
@@ -249,18 +246,15 @@ def test_serve_script_drains_at_a_signal(tmp_path, number, early):
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        until = time.monotonic() + 120
-        while job.poll() is None and time.monotonic() < until:
-            if (tmp_path / "log").stat().st_size if early else tokens_in(out):
-                break
+        until = time.monotonic() + 240
+        while job.poll() is None and time.monotonic() < until and not tokens_in(out):
             time.sleep(0.05)
-        time.sleep(early)  # the script has its trap
         (os.killpg if number == signal.SIGINT else os.kill)(job.pid, number)
-        code = job.wait(timeout=100)
+        code = job.wait(timeout=240)
     said = (tmp_path / "log").read_text()
     assert code == 0, said
     found = tokens_in(out)
-    assert 0 < len(found) < 400 or (early and not found)
+    assert 0 < len(found) < 4000
     assert f"{len(found)} served, 0 refused, " in said
     assert found == expected(path, [one for one in requests if one["request_id"] in found])
     listed = subprocess.run(["pgrep", "-f", str(out)], capture_output=True, text=True, check=False)

@@ -1,6 +1,7 @@
 """The command line: how it answers. What the commands compute is in test_cli_flow.py."""
 
 import base64
+import contextlib
 import json
 import os
 import signal
@@ -233,7 +234,6 @@ def test_control_c_ends_quickly_and_in_words(tmp_path):
         "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it\n"
         "from moe_locality.placement.homes.assign import read_homes\n"
         "from moe_locality.commands.output import guard\n"
-        "print('ready', file=sys.stderr, flush=True)\n"
         "sys.exit(guard(lambda: read_homes(Path(sys.argv[1])), as_json=True, debug=False))\n"
     )
     process = subprocess.Popen(
@@ -242,10 +242,15 @@ def test_control_c_ends_quickly_and_in_words(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert process.stderr.readline() == "ready\n"
-    time.sleep(0.3)
+    writer = None
+    while writer is None:  # until it has opened the pipe
+        assert process.poll() is None, process.communicate()
+        with contextlib.suppress(OSError):
+            writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=120)
+    os.close(writer)
     assert process.returncode == 130
     assert one_json_object(out)["error"]["message"] == "interrupted"
     assert "Traceback" not in err

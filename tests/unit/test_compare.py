@@ -449,7 +449,7 @@ def test_without_network_the_comparison_is_printed_and_the_run_is_offline(tmp_pa
         for form in ([], ["--json"])
     ]
     for form, process in forms:
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
         assert "wandb could not start an online run" in errors
         if form:

@@ -391,6 +391,27 @@ def test_place_runs_the_line_that_it_prints(tmp_path):
     assert (written.num_nodes, written.ranks_per_node, written.num_experts) == (2, 2, experts)
 
 
+JOB = """#!/bin/sh
+for turn in first again; do  # a job that starts removes the file of the one before
+  for _ in $(seq 600); do [ -e out/drain ] && break; sleep 0.1; done
+  rm out/drain || exit 1
+done
+exit 3
+"""
+
+
+def test_serve_script_drains_at_a_signal_before_its_ranks_have_begun(tmp_path):
+    """A signal that came while it started the ranks ended it, and left them alone."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "deepspeed").write_text(JOB)
+    (tmp_path / "bin" / "deepspeed").chmod(0o755)
+    early = tmp_path / "early"  # bash reads it first
+    early.write_text("trap '[[ $BASH_COMMAND != ranks_pid=* ]] || kill -TERM $$' DEBUG\n")
+    found = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "BASH_ENV": str(early)}
+    done = run("serve", "--ranks", "2", "requests", "--out", "out", cwd=tmp_path, **found)
+    assert (done.returncode, done.stdout.count("draining: ")) == (3, 1), done.stderr
+
+
 def test_the_scripts_are_short_and_strict():
     for script in SCRIPTS:
         path = ROOT / "launch" / f"{script}.sh"

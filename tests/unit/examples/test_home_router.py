@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import os
 import select
+import socket
 import subprocess
 import sys
 import threading
@@ -231,10 +232,11 @@ def test_home_router_shows_what_breaks(routed, tmp_path):
 
 def test_home_router_answers_502_where_no_engine_is(tmp_path):
     write_plan(tmp_path / "plan.json")
-    with serving() as (_, address):
-        pass  # its port is free again
-    words = command(tmp_path / "plan.json", address, "--dp-size", 2)
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as proxy:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen; nobody else can meanwhile
+        address = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        words = command(tmp_path / "plan.json", address, "--dp-size", 2)
+        proxy = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
         try:
             port = int(proxy.stdout.readline().rpartition(":")[2])
             answer, line = ask(port, body=b"x")
@@ -242,3 +244,5 @@ def test_home_router_answers_502_where_no_engine_is(tmp_path):
             line.close()
         finally:
             proxy.terminate()
+            proxy.wait(SECONDS)
+            proxy.stdout.close()

@@ -36,16 +36,15 @@ def record(directory, forwards=10**9, write_shard=parquet.write_shard):
 
 
 def in_place(trace, directory, rank, sequence):
-    """Write a shard under its own name from the first byte on, as a careless writer would."""
+    """Write a shard under its own name, as a careless writer would; never end the second one."""
     whole = directory / "whole"
     parquet.pq.write_table(parquet.to_table(trace, rank), whole)
     content = whole.read_bytes()
     whole.unlink()
-    with open(directory / parquet.shard_name(rank or 0, sequence), "wb") as file:
-        for begin in range(0, len(content), 256):
-            file.write(content[begin : begin + 256])
-            file.flush()
-            time.sleep(0.02)
+    shard = directory / parquet.shard_name(rank or 0, sequence)
+    shard.write_bytes(content[: -256 * sequence or None])
+    if sequence:
+        time.sleep(600)  # it is killed here
     return sequence, sequence + 1
 
 
@@ -176,36 +175,40 @@ def test_a_full_disk_raises_where_strict(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def slow_disk(monkeypatch):
-    """Each shard takes 50 ms."""
-    write = parquet.write_shard
+def disk(monkeypatch):
+    """An event: no shard is written before it is set."""
+    write, free = parquet.write_shard, threading.Event()
 
     def slow(*args):
-        time.sleep(0.05)
+        assert free.wait(60)
         return write(*args)
 
     monkeypatch.setattr(parquet, "write_shard", slow)
+    yield free
+    free.set()
 
 
-@pytest.mark.usefixtures("slow_disk")
-def test_a_slow_disk_is_waited_for(tmp_path):
+def test_a_slow_disk_is_waited_for(tmp_path, disk):
     model = MoeModel(num_layers=1)
+    threading.Timer(0.5, disk.set).start()
     with attach(model, tmp_path, shard_tokens=10, ring_tokens=20, strict=True) as recorder:
         for seed in range(12):
             model(inputs(seed=seed))
     assert recorder.report().recorded_tokens == 120
 
 
-@pytest.mark.usefixtures("slow_disk")
 @pytest.mark.parametrize("bound", ["ring", "queue"])
-def test_a_slow_disk_costs_tokens_and_not_time_where_asked(tmp_path, caplog, monkeypatch, bound):
+def test_a_slow_disk_costs_tokens_and_not_time_where_asked(
+    tmp_path, caplog, monkeypatch, disk, bound
+):
     monkeypatch.setattr(writer, "QUEUED_BLOCKS", 1 if bound == "queue" else 1024)
     model = MoeModel(num_layers=1)
     ring_tokens = 20 if bound == "ring" else 10_000
     recorder = attach(model, tmp_path, shard_tokens=10, ring_tokens=ring_tokens, max_wait_s=0.0)
     for seed in range(30):
         model(inputs(seed=seed))
-    time.sleep(0.3)  # the writer catches up, and recording goes on
+    disk.set()
+    recorder.flush()  # the writer catches up, and recording goes on
     model(inputs(seed=30))
     report = recorder.close()
     assert report.recorded_tokens + report.dropped_tokens == 310
