@@ -140,13 +140,12 @@ def _collect(queue, ranks, world_size, timeout_s):
     results: dict[int, Any] = {}
     deadline = time.monotonic() + timeout_s
     while len(results) < world_size:
+        late = time.monotonic() > deadline
+        # asked before the queue is read: what a rank said has left it before it ends
+        dead = [r for r, p in enumerate(ranks) if p.exitcode is not None and r not in results]
         try:
             rank, fine, value = queue.get(timeout=0.2)
         except Empty:
-            dead = [
-                r for r, p in enumerate(ranks) if p.exitcode not in (None, 0) and r not in results
-            ]
-            late = time.monotonic() > deadline
             if dead or late:
                 why = f"ranks {dead} died" if dead else f"no answer within {timeout_s} s"
                 raise AssertionError(

@@ -5,9 +5,11 @@ import gc
 import json
 import multiprocessing
 import os
+import re
 import signal
 import time
 import traceback
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from tests.launch import init_deepspeed, preload
 WORLD, VICTIM = 4, 2
 EXPERTS, WIDTH, LAYERS = 8, 16, 2
 WAIT_S = 20  # of the process group: how long a rank waits for one that still lives
-END_S = 60  # all ranks have ended by then, on a machine that does other things too
+LIMIT_S = 240  # all ranks have ended by then, on a machine that does other things too
 
 
 class Net(nn.Module):
@@ -97,26 +99,24 @@ def start_ranks(fault, folder: Path, *args, world: int = WORLD) -> list:
     return ranks
 
 
-def end_of(ranks: list, folder: Path) -> tuple[dict[int, dict], float]:
-    """What each surviving rank said, and the seconds from the fault until all had ended."""
-    wait_until = time.monotonic() + 120 + END_S
+def end_of(ranks: list, folder: Path) -> dict[int, dict]:
+    """What each surviving rank said, when all have ended."""
+    wait_until = time.monotonic() + LIMIT_S
     for process in ranks:
         process.join(max(0.0, wait_until - time.monotonic()))
-    ended = time.time()
     alive = [rank for rank, process in enumerate(ranks) if process.is_alive()]
     for process in ranks:
         process.kill()
         process.join()
     assert not alive, f"ranks {alive} still wait"
-    said = {
+    return {
         rank: json.loads((folder / f"said-{rank}").read_text())
         for rank in range(len(ranks))
         if (folder / f"said-{rank}").exists()
     }
-    return said, ended - (folder / "fault").stat().st_mtime
 
 
-def end_together(fault, folder: Path, *args) -> tuple[dict[int, dict], float]:
+def end_together(fault, folder: Path, *args) -> dict[int, dict]:
     """As ``start_ranks`` and ``end_of``."""
     return end_of(start_ranks(fault, folder, *args), folder)
 
@@ -141,5 +141,15 @@ def one_rank(fault, rank, world, folder, args):
     os._exit(0)
 
 
-def note_fault(folder):
-    (folder / "fault").touch()
+def check_named(texts: Iterable[str], before: str, rank: int, after: str) -> None:
+    """All texts have ``before [...] after`` with this rank in the list. Others that were late, on a
+    machine that stands still for seconds, may be in it too; they themselves name the rank alone.
+    """
+    words = re.compile(rf"{re.escape(before)} \[([\d, ]+)\] {re.escape(after)}")
+    named = []
+    for text in texts:
+        found = words.search(text)
+        assert found, text
+        named.append(found[1].split(", "))
+    assert all(str(rank) in ranks for ranks in named), named
+    assert [str(rank)] in named, named

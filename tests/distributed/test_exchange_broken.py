@@ -14,10 +14,11 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from moe_locality.demo.launch import free_port
 from moe_locality.dispatch import TokenDispatcher, desync
 from moe_locality.errors import MoeLocalityError
+from tests.distributed.fault_cases import check_named
 from tests.launch import preload
 
 WAIT_S = 6  # of an exchange, once all ranks are there
-LIMIT_S = 60  # on a machine that does other things too
+LIMIT_S = 120  # on a machine that does other things too
 
 
 def leaves(how):
@@ -36,14 +37,11 @@ def on_rank(rank, folder, victim, how, store):
         _set_pg_timeout(timedelta(seconds=WAIT_S), dist.group.WORLD)
         if rank == victim:
             leaves(how)
-        started = time.monotonic()
         try:
             for _ in range(3):
                 dispatcher.dispatch(x, slots, torch.ones(6, 1))
         except MoeLocalityError as error:
-            took = time.monotonic() - started
-            (folder / f"{how}-{rank}").write_text(f"{took:.1f} s: {error}")
-            time.sleep(1)  # rank 0 may hold the store
+            (folder / f"{how}-{rank}").write_text(str(error))
     except BaseException:
         traceback.print_exc()
     os._exit(0)
@@ -77,12 +75,13 @@ def test_the_survivors_are_told_which_rank_is_gone(tmp_path):
     assert set(alive) <= {("hangs", 2)}, "survivors still wait"
     expected = {
         "ends": "The processes of ranks [1] have ended",
-        "hangs": f"Ranks [2] gave no sign within {desync.WAIT_S:g} s",
         "took the store": "rank 0 or the launcher, which holds it, has ended",
     }
-    for how, rank in waited:
-        message = (tmp_path / f"{how}-{rank}").read_text()
-        assert expected[how] in message, (how, rank, message)
+    said = {(how, rank): (tmp_path / f"{how}-{rank}").read_text() for how, rank in waited}
+    hung = [message for (how, _), message in said.items() if how == "hangs"]
+    check_named(hung, "Ranks", 2, f"gave no sign within {desync.WAIT_S:g} s")
+    for (how, rank), message in said.items():
+        assert expected.get(how, "") in message, (how, rank, message)
         assert "another rank died or left before this one" in message
         assert f"token counts of layer 0, call 2 with ranks [0, 1, 2] broke off on rank {rank}" in (
             message

@@ -12,7 +12,6 @@ import moe_locality
 from moe_locality.placement import PlacementPlan
 from moe_locality.trace import read_trace
 from tests.distributed.fault_cases import (
-    END_S,
     EXPERTS,
     LAYERS,
     VICTIM,
@@ -20,7 +19,6 @@ from tests.distributed.fault_cases import (
     batch,
     die,
     end_together,
-    note_fault,
     start,
     train,
 )
@@ -38,7 +36,6 @@ def dies_in_a_step(rank, folder, exchange, where):
         layer = engine.module.moe[0 if where == "backward" else 1].deepspeed_moe
 
         def at_the_expert(module, args, output):
-            note_fault(folder)
             if where == "forward":
                 die()
             output.register_hook(die)
@@ -70,9 +67,8 @@ def straight():
 
 @pytest.mark.parametrize(("exchange", "where"), [("flat", "forward"), ("hierarchical", "backward")])
 def test_a_rank_killed_in_a_step_ends_all_and_nothing_is_lost(tmp_path, exchange, where, straight):
-    said, seconds = end_together(dies_in_a_step, tmp_path, exchange, where)
+    said = end_together(dies_in_a_step, tmp_path, exchange, where)
     assert sorted(said) == [rank for rank in range(WORLD) if rank != VICTIM]
-    assert seconds < END_S
     for rank, words in said.items():
         assert words["error"] == "MoeLocalityError", (rank, words)
         assert BROKEN in words["text"], (rank, words)
@@ -101,15 +97,14 @@ class Collectives:
         | {"isend", "irecv", "send", "recv"}
     )
 
-    def __init__(self, folder=None, last=None):
-        self.count, self.folder, self.last = 0, folder, last
+    def __init__(self, last=None):
+        self.count, self.last = 0, last
 
     def __call__(self, frame, event, argument):
         code = frame.f_code
         if event == "call" and code.co_name in self.NAMES:
             self.count += code.co_filename.endswith("distributed_c10d.py")
             if self.count == self.last:
-                note_fault(self.folder)
                 die()
 
     def __enter__(self):
@@ -129,16 +124,15 @@ def dies_in_relabel(rank, folder):
     dist.barrier()
     assert first.count > 2
     if rank == VICTIM:
-        with Collectives(folder, first.count - 1):
+        with Collectives(first.count - 1):
             moe_locality.relabel(engine, plan_of(2), timeout_s=2)
     moe_locality.relabel(engine, plan_of(2), timeout_s=2)
     train(engine, range(4, 6), rank)
 
 
 def test_a_rank_killed_while_experts_move_ends_all_and_the_checkpoint_is_whole(tmp_path, straight):
-    said, seconds = end_together(dies_in_relabel, tmp_path)
+    said = end_together(dies_in_relabel, tmp_path)
     assert sorted(said) == [rank for rank in range(WORLD) if rank != VICTIM]
-    assert seconds < END_S
     assert all(words["error"] is not None for words in said.values()), said
     went_on = run_ranks(losses_from_the_checkpoint, WORLD, tmp_path, deepspeed=True)
     for found, expected in zip(went_on, straight, strict=True):

@@ -1,7 +1,6 @@
 """Process groups and the discovery of the cluster, on four gloo ranks."""
 
 import os
-import time
 
 import pytest
 import torch
@@ -25,12 +24,11 @@ KINDS = ("ep", "edp", "intra_node", "inter_node")
 
 
 def caught(call, *args, **kwargs):
-    """Return (message, seconds) of the TopologyError that a call raises, or what it returned."""
-    start = time.monotonic()
+    """Return the message of the TopologyError that a call raises, or what it returned."""
     try:
         return call(*args, **kwargs)
     except TopologyError as error:
-        return str(error), time.monotonic() - start
+        return str(error)
 
 
 def sum_of_ranks_in_each_group(rank, world):
@@ -105,11 +103,10 @@ def test_built_groups_are_those_of_the_same_nodes():
 
 def test_ranks_that_disagree_all_raise_and_name_the_odd_ones():
     for two_and_two, one_odd, wrong_world in run_ranks(different_layouts, 4, timeout_s=60):
-        assert "on ranks [1, 2] than on the other 2 of 4" in two_and_two[0]
-        assert "on ranks [3] than on the other 3 of 4" in one_odd[0]
-        assert "same cluster description, ep_size and order" in one_odd[0]
-        assert "found a layout for 2 ranks, expected one for the 4 of this run" in wrong_world[0]
-        assert max(two_and_two[1], one_odd[1], wrong_world[1]) < 20
+        assert "on ranks [1, 2] than on the other 2 of 4" in two_and_two
+        assert "on ranks [3] than on the other 3 of 4" in one_odd
+        assert "same cluster description, ep_size and order" in one_odd
+        assert "found a layout for 2 ranks, expected one for the 4 of this run" in wrong_world
 
 
 def exchange(rank, world):
@@ -189,9 +186,8 @@ def test_nodes_are_found_by_name(variables, rank_to_node):
     ],
 )
 def test_contradictions_raise_on_all_ranks(variables, message):
-    for error, seconds in run_ranks(discover, 4, variables, timeout_s=60):
+    for error in run_ranks(discover, 4, variables, timeout_s=60):
         assert message in error
-        assert seconds < 20
 
 
 def test_the_configuration_wins_and_only_the_first_rank_reads_its_files(tmp_path, monkeypatch):
@@ -220,9 +216,8 @@ def test_the_configuration_wins_and_only_the_first_rank_reads_its_files(tmp_path
     ],
 )
 def test_a_configuration_that_does_not_fit_raises_on_all_ranks(config, message):
-    for error, seconds in run_ranks(discover, 4, [{}] * 4, config, timeout_s=60):
+    for error in run_ranks(discover, 4, [{}] * 4, config, timeout_s=60):
         assert message in error
-        assert seconds < 20
 
 
 def discover_a_half(rank, world):

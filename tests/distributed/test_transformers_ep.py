@@ -6,7 +6,6 @@ import dataclasses
 import gc
 import json
 import logging
-import time
 from pathlib import Path
 from typing import ClassVar
 
@@ -785,12 +784,11 @@ def refuse(rank, world, path, folder):
     calls["two copies"] = place_two_copies
     said = {}
     for name, call in calls.items():
-        start = time.monotonic()
         try:
             call()
-            said[name] = (None, 0.0)
+            said[name] = None
         except MoeLocalityError as error:
-            said[name] = (f"{type(error).__name__}: {error}", time.monotonic() - start)
+            said[name] = f"{type(error).__name__}: {error}"
     assert all(
         isinstance(m.moe_locality_ep, LocalityEP)
         for m in model.modules()
@@ -825,10 +823,9 @@ def test_apply_refuses_on_every_rank_with_the_reason(tmp_path):
     path = save_tiny(tmp_path, "Qwen3Moe")
     everyone = run_ranks(refuse, 4, path, str(tmp_path), timeout_s=180.0)
     for said in everyone:
-        for name, (message, seconds) in said.items():
+        for name, message in said.items():
             assert message is not None, f"{name} was accepted"
             assert REFUSALS.get(name, "") in message, name
-            assert seconds < 60
 
 
 def forget_on_one_rank(rank, world, path, folder):
