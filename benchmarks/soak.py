@@ -98,6 +98,7 @@ def train_and_sample(rank: int, world: int, steps: int, folder: Path, leak: Any 
         if leak is not None:
             leak(step)
         if (step + 1) % (steps // SAMPLES) == 0:
+            engine.moe_locality.recorder.flush()  # no shard is open while files are counted
             samples.append(sample())
     seconds = time.perf_counter() - start
     engine.moe_locality.close()

@@ -46,6 +46,8 @@ def train(engine, steps, rank):
     engine.train()
     for step in range(steps):
         losses = []
+        if step == 5 and engine.moe_locality.recorder is not None:
+            engine.moe_locality.recorder.flush()  # there are shards now, however slow the disk is
         for part in (0, 1):
             x, _ = nets.batch(2 * step + part, rank)
             loss = engine(x).square().mean() + 0.01 * engine.module.l_aux

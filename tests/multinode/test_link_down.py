@@ -48,6 +48,6 @@ def wait_for_step(file: Path, step: int, launch) -> None:
 
 def wait_for_errors(folder: Path, deadline: float) -> dict[int, str]:
     """The ranks beyond the cut cannot tell the launcher; their files are on the same disk."""
-    while len(list(folder.glob("error-*"))) < 4 and time.monotonic() < deadline:
+    while len(list(folder.glob("error-?"))) < 4 and time.monotonic() < deadline:
         time.sleep(0.2)
-    return {int(f.name.split("-")[1]): f.read_text() for f in folder.glob("error-*")}
+    return {int(f.name.split("-")[1]): f.read_text() for f in folder.glob("error-?")}

@@ -126,7 +126,9 @@ def until_broken(out: Path) -> None:
             if dist.get_rank() == 0:
                 (out / "step").write_text(str(step))
     except Exception:
-        (out / f"error-{dist.get_rank()}").write_text(traceback.format_exc())
+        whole = out / f"error-{dist.get_rank()}"
+        whole.with_suffix(".part").write_text(traceback.format_exc())
+        whole.with_suffix(".part").rename(whole)
         engine.moe_locality.close()
         sys.stdout.flush()
         os._exit(3)  # the backend's threads may still wait for the node that is gone

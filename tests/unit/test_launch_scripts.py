@@ -268,7 +268,8 @@ for step in range(args.steps):
     engine.step()
 if engine.global_rank == 0:
     placed = engine.moe_locality.plan is not None
-    print("MY OWN:", json.dumps({"steps": args.steps, "placed": placed}), flush=True)
+    found = json.dumps({"steps": args.steps, "placed": placed})
+    print(f"MY OWN: {found}", flush=True)  # in one piece: other ranks write there too
 engine.destroy()
 del engine, model
 end_distributed()

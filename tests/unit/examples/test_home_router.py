@@ -22,7 +22,7 @@ from moe_locality.trace.schema import RoutingTrace
 
 SCRIPT = Path(__file__).parents[3] / "examples" / "home_router.py"
 TEXTS = {"code": "def f(x):\n    return x + 1\n" * 50, "prose": "It was a dark night. " * 50}
-SECONDS = 60
+SECONDS = 200
 
 
 class Engine(BaseHTTPRequestHandler):
