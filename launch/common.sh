@@ -1,8 +1,8 @@
 # shellcheck shell=bash disable=SC2034
 # Shared by the scripts beside it. They take
 #   --hostfile FILE | --ranks N   where to run (default: the accelerators of this machine, else 4)
-#   --plan FILE, --trace DIR, --out DIR, --stock   those of the variable `takes`; also PLAN, TRACE
-#                                 and OUT in the environment
+#   --plan FILE, --trace DIR, --out DIR (-o DIR), --stock   those of the variable `takes`; also
+#                                 PLAN, TRACE and OUT in the environment
 #   --dry-run                     print the command lines only
 #   -- SCRIPT [ARGUMENTS]         your own training script instead of the example
 # What else they are given goes to the example. DEEPSPEED_ARGS holds further arguments of the
@@ -15,13 +15,16 @@ hostfile="" ranks="" dry_run="" stock="" pass=() script=()
 plan=${PLAN:-} trace=${TRACE:-} out=${OUT:-}
 while (($#)); do
   case $1 in
-    --plan | --trace | --out | --stock)
+    --hostfile=* | --ranks=* | --plan=* | --trace=* | --out=*)
+      set -- "${1%%=*}" "${1#*=}" "${@:2}" && continue ;;
+    -o?*) set -- -o "${1#-o}" "${@:2}" && continue ;;
+    --plan | --trace | --out | -o | --stock)
       [[ " $takes " == *" $1 "* ]] || { pass+=("$1") && shift && continue; } ;;&
     --hostfile) hostfile=${2:?--hostfile needs a file} && shift 2 ;;
     --ranks) ranks=${2:?--ranks needs a number} && shift 2 ;;
     --plan) plan=${2:?--plan needs a file} && shift 2 ;;
     --trace) trace=${2:?--trace needs a directory} && shift 2 ;;
-    --out) out=${2:?--out needs a directory} && shift 2 ;;
+    --out | -o) out=${2:?--out needs a directory} && shift 2 ;;
     --stock) stock=1 && shift ;;
     --dry-run) dry_run=1 && shift ;;
     --) script=("${@:2}") && break ;;

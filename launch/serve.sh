@@ -5,7 +5,7 @@
 #   See common.sh, and moe-locality serve --help for the options. The first SIGTERM or Ctrl-C drains
 #   (with a hostfile: where the nodes share DIR), the second one ends the ranks.
 set -euo pipefail
-takes="--plan --out"
+takes="--plan --out -o"
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 

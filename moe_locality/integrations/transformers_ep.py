@@ -97,14 +97,14 @@ class LocalityEP(ExchangingLayer, EPImplementation):
         self.group = ep_mesh.get_group()
         self.ranks = dist.get_process_group_ranks(self.group)
         self.num_experts = self.num_slots = self.num_local_experts * ep_mesh.size()
-        usual = np.arange(self.num_experts)
-        self.rows = ExpertRows(experts, self.experts_forward, usual, self.group)
+        self.slot_to_logical = np.arange(self.num_experts)
+        given = (experts, self.experts_forward, self.slot_to_logical, self.group)
+        self.rows = ExpertRows(*given)
         self.configure(_registered, None, CallPosition())
         self.waits_for_plan = self.section.plan is not None
         if self.waits_for_plan:
             compat.before_forward_passes(experts, self._check_is_placed)
         self.slot_map = SlotMap()
-        self.placed_by: str | None = None  # digest of the plan
         self.on_routes: OnRoutes | None = None
         watch_optimizers(self.rows)
         experts.moe_locality_ep = self  # pyright: ignore[reportArgumentType]
@@ -175,7 +175,8 @@ class LocalityEP(ExchangingLayer, EPImplementation):
         """
         slots = self.rows.place(slot_to_logical, others)
         self.slot_map = serving.renumbered(slots)
-        self.num_slots, self.dispatcher = len(slot_to_logical), None
+        self.slot_to_logical, self.num_slots = slot_to_logical, len(slot_to_logical)
+        self.dispatcher = None
         keep_checkpoints_logical(self.rows, first=self.call_position.number == 0)
         self.waits_for_plan = False
 
@@ -242,7 +243,6 @@ def apply(
         serving = SlotMap.of_plan(wanted, dist.get_rank(layers[0][1].group))
         for (_, layer), (row, beside) in zip(layers, moves, strict=True):
             layer.place(wanted.experts_of_slots(row), serving[row], beside)
-            layer.placed_by = wanted.digest()
     placed = not layers[0][1].rows.is_identity or wanted is not None
     announce(f"{len(layers)} layers of {type(model).__name__}", section, placed)
     return model

@@ -663,14 +663,9 @@ def _exchange_us(traffic: dict[str, Any]) -> float:
 
 
 def _eos_tokens(model: Any) -> frozenset[int]:
-    settings = getattr(model, "generation_config", None)
-    found = getattr(settings, "eos_token_id", None)
-    if found is None:
-        found = getattr(model.config.get_text_config(decoder=True), "eos_token_id", None)
-    if found is None:
-        return frozenset()
-    if isinstance(found, (list, tuple)):
-        return frozenset(int(token) for token in found)
-    if isinstance(found, Tensor):
-        return frozenset(found.reshape(-1).tolist())
-    return frozenset([int(found)])
+    own = getattr(model, "generation_config", None), model.config.get_text_config(decoder=True)
+    for settings in own:
+        found = getattr(settings, "eos_token_id", None)
+        if found is not None:
+            return frozenset(torch.as_tensor(found).reshape(-1).tolist())
+    return frozenset()

@@ -21,7 +21,8 @@ from moe_locality.dispatch.desync import ask_ranks
 from moe_locality.errors import ConfigError, PlacementError, TraceError
 from moe_locality.integrations.transformers_ep import LocalityEP, expert_layers
 from moe_locality.layer.agreement import LostRanks
-from moe_locality.layer.state import has_auto_ep, moe_modules, plan_rows
+from moe_locality.layer.replicas import replicas_of
+from moe_locality.layer.state import current_order, has_auto_ep, moe_modules, plan_rows
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.trace.recorder.hooks import find_moe_layers, hook_layer, model_type_of
 
@@ -42,16 +43,26 @@ def rows_of(plan: PlacementPlan, model: nn.Module) -> list[int]:
     num_ranks = world()[1]
     plan.check_fits(model_type=model_type_of(model), num_ranks=num_ranks if num_ranks > 1 else None)
     layers = expert_layers(model)
-    for _, layer in layers:
+    named = layers or moe_modules(model)
+    for _, layer in named:
         plan.check_fits(num_experts=layer.num_experts)
-        if layer.placed_by not in (None, plan.digest()):
+    rows = plan_rows(model, plan, [name for name, _ in named]) if named else []
+    for (name, layer), row in zip(named if num_ranks > 1 else (), rows, strict=False):
+        if not np.array_equal(_slots(layer), plan.experts_of_slots(row)):
             raise PlacementError(
-                f"found the plan {plan.digest()[:12]} for a model that was placed with "
-                f"{layer.placed_by[:12]}, expected the same: give the engine the plan of "
-                "moe_locality.apply(model, plan=plan), or apply this one first"
+                f"found the plan {plan.digest()[:12]} for a model that was not placed with it: "
+                f"{name} has other experts in its slots. Give the engine the plan of "
+                "moe_locality.apply, or of init_inference, or place the model with this one first"
             )
-    names = [name for name, _ in layers or moe_modules(model)]
-    return plan_rows(model, plan, names) if names else []
+    return rows
+
+
+def _slots(layer: Any) -> np.ndarray:
+    """Return the expert in each slot of a layer of transformers or DeepSpeed."""
+    if isinstance(layer, LocalityEP):
+        return layer.slot_to_logical
+    replicas = replicas_of(layer)
+    return current_order(layer) if replicas is None else replicas.slot_to_logical
 
 
 class RouteTap:

@@ -132,11 +132,13 @@ def serve_at_homes(rank, world, path, options):
 
     model, _ = placed(path, world, None)
     plan = plan_with_homes(path, world)
+    with pytest.raises(PlacementError, match=r"was not placed with it: model\.layers\.0"):
+        Engine(model, plan=plan)
     moe_locality.apply(model, plan=plan)
     for wrong, said in (
         (usual_order(1, 2), "the plan does not fit: expert-parallel ranks: found 2"),
         (PlacementPlan.linear(16, range(2), 2, 2), "the plan does not fit: experts per layer"),
-        (usual_order(), "for a model that was placed with"),
+        (usual_order(), "was not placed with it: model.layers.0"),
         ("none.json" if rank else usual_order(), "found by ranks" if not rank else "none.json"),
     ):
         with pytest.raises(PlacementError, match=said):
@@ -520,7 +522,7 @@ def llama_of_deepspeed(world, **options):
 
 def serve_deepspeed(rank, world):
     import moe_locality
-    from moe_locality.errors import ConfigError
+    from moe_locality.errors import ConfigError, PlacementError
     from moe_locality.serving import Engine, Limits
 
     section = {"cluster": {"num_nodes": world, "ranks_per_node": 1}}
@@ -534,9 +536,17 @@ def serve_deepspeed(rank, world):
         with pytest.raises(ConfigError) as caught:
             Engine(wrong)
         assert str(caught.value).startswith(f"found {expected_name}")
-    engine = moe_locality.init_inference(llama_of_deepspeed(world), config)
+    plan = make_plan("moved", (0, 1), world, 1, num_experts=4)
+    for kind in (None, "copied"):
+        model = llama_of_deepspeed(world)
+        other = make_plan(kind, (0, 1), world, 1, num_experts=4) if kind else None
+        engine = moe_locality.init_inference(model, config, plan=other)
+        with pytest.raises(PlacementError, match=r"not placed with it: model\.layers\.0\.mlp"):
+            Engine(engine, plan=plan)
+        Engine(engine, plan=other).close()
+    engine = moe_locality.init_inference(llama_of_deepspeed(world), config, plan=plan)
     limits = Limits(max_num_seqs=4, max_num_batched_tokens=24, max_model_len=64)
-    options, whole = {"limits": limits, "homes": "round_robin"}, []
+    options, texts = {"limits": limits, "homes": "round_robin", "plan": plan}, []
     for store in (None, "mxfp4"):
         steps, wanted = [], {}
         serving = Engine(engine, on_step=steps.append, expert_store=store, **options)
@@ -552,14 +562,14 @@ def serve_deepspeed(rank, world):
             output = engine.module.generate(ids, attention_mask=torch.ones_like(ids), **words)
             wanted[request["request_id"]] = output[0, ids.shape[1] :].tolist()
         assert {number: wanted[number] for number in found} == found
-        whole.append(wanted)
-    assert whole[0] != whole[1]
+        texts.append(wanted)
+    assert texts[0] != texts[1]
     return sorted(found)
 
 
 def test_generate_continues_a_model_whose_moe_layers_are_deepspeeds():
     """[F17.8] Mixed lengths, an idle rank and homes, also with experts in low bits; refused by name
-    where it cannot be served.
+    where it cannot be served, or was placed with another plan.
     """
     found = run_ranks(serve_deepspeed, 2, deepspeed=True, timeout_s=200)
     assert sorted(found[0] + found[1]) == list(range(7))

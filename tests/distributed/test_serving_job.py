@@ -50,10 +50,13 @@ def tokens_in(out):
 
 
 def engine_of(path, world, homes="arrival", plan=None, **options):
+    import moe_locality
     from moe_locality.serving import Engine, Limits
 
     model, _ = placed(path, world, None)
-    plan = plan_with_homes(path, world) if homes == "predicted" else plan
+    if homes == "predicted":
+        plan = plan_with_homes(path, world)
+        moe_locality.apply(model, plan=plan)
     return Engine(model, limits=Limits(**LIMITS), homes=homes, plan=plan, **options)
 
 

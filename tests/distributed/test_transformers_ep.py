@@ -96,7 +96,7 @@ def load(path, world, name="moe_locality", dtype=torch.float32, **sizes):
     )
 
 
-def make_plan(kind, layer_ids, num_nodes, ranks_per_node, seed=0):
+def make_plan(kind, layer_ids, num_nodes, ranks_per_node, seed=0, num_experts=NUM_EXPERTS):
     """A random permutation ("moved"), one with replicas ("copied"; fewer in every other layer), or
     no plan (None).
     """
@@ -104,17 +104,17 @@ def make_plan(kind, layer_ids, num_nodes, ranks_per_node, seed=0):
         return None
     rng, num_ranks, rows = np.random.default_rng(seed), num_nodes * ranks_per_node, []
     for number, _ in enumerate(layer_ids):
-        most = NUM_EXPERTS // 2 if kind == "copied" else 0
+        most = num_experts // 2 if kind == "copied" else 0
         extra = max(most - num_ranks * (number % 2), 0)
         while True:
-            slots = rng.permutation([*range(NUM_EXPERTS), *rng.integers(0, NUM_EXPERTS, extra)])
+            slots = rng.permutation([*range(num_experts), *rng.integers(0, num_experts, extra)])
             if all(len(set(rank)) == len(rank) for rank in slots.reshape(num_ranks, -1)):
                 break
         empty = np.full((num_ranks, (most - extra) // num_ranks), -1)
         rows.append(np.concatenate([slots.reshape(num_ranks, -1), empty], axis=1).ravel())
     return PlacementPlan(
         layer_ids=tuple(layer_ids),
-        num_experts=NUM_EXPERTS,
+        num_experts=num_experts,
         num_nodes=num_nodes,
         ranks_per_node=ranks_per_node,
         physical_to_logical_map=np.stack(rows),

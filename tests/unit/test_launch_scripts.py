@@ -95,6 +95,11 @@ def test_serve_runs_the_command_on_every_rank():
         *arguments[:3],
         *("--plan", "p.json", "--out", "o"),
     ]
+    for out in (("--out=o",), ("-o", "o"), ("-oo",)):  # with a directory it drains
+        asked = ("--plan=p.json", "--ranks=2", *arguments[:3], *out)
+        assert printed("serve", *asked) == [words]
+    done = run("serve", *arguments[:3], "--out=")
+    assert "--out needs a directory" in done.stderr
     example = str(ROOT / "examples/paper_decoder.py")
     (words,) = printed("paper", "--ranks", "2", "--trace", "t.npz", "--num-nodes", "2")
     assert words[3:] == [example, *("--out", "runs/paper", "--num-nodes", "2", "--trace", "t.npz")]
