@@ -1,5 +1,6 @@
 """Files that appear whole or not at all."""
 
+import errno
 import json
 import os
 import shutil
@@ -49,12 +50,15 @@ def write_text(path: str | os.PathLike[str], text: str, *, what: str) -> Path:
 def replace_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> Path:
     """Write a file whole or not at all: a new file in the same folder, fsync, rename.
 
-    What stood there before stays where anything fails.
+    What stood there before stays where anything fails. A link stays; what it names is replaced.
 
     Raises:
-        OSError: the folder is absent or cannot be written. Whatever ``write`` raises goes through.
+        OSError: the folder is absent or cannot be written, or a device or pipe stands there.
+            Whatever ``write`` raises goes through.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path))
+    if is_special(target):  # a rename would put a file in its place: /dev/null is gone then
+        raise OSError(errno.EINVAL, "it is a device or a pipe")
     handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -68,7 +72,12 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    return target
+    return Path(path)
+
+
+def is_special(path: Path) -> bool:
+    """Whether something stands there that is neither a file nor a folder."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def check_is_new(folder: Path) -> None:

@@ -13,6 +13,7 @@ import typer
 
 import moe_locality
 from moe_locality.errors import ConfigError, PlacementError, TopologyError, TraceError
+from moe_locality.files import is_special
 
 if TYPE_CHECKING:
     from moe_locality import ClusterTopology, PlacementPlan, RoutingTrace
@@ -145,13 +146,16 @@ def check_writable(path: Path, what: str, *inputs: Path | None) -> None:
     looked at. ``inputs``: files that the command reads and must not replace.
 
     Raises:
-        ConfigError: the path is a directory or an input, or nothing can be made there.
+        ConfigError: the path is a directory, a device or an input, or nothing can be made there.
     """
-    parent = path.absolute().parent
+    target = Path(os.path.realpath(path))
+    parent = target.parent
     while not parent.exists():
         parent = parent.parent
-    if path.resolve() in [given.resolve() for given in inputs if given is not None]:
+    if target in [Path(os.path.realpath(given)) for given in inputs if given is not None]:
         reason = "it is also an input, which would be lost"
+    elif is_special(target):
+        reason = "it is a device or a pipe"
     elif path.is_dir():
         reason = "it is a directory"
     elif not parent.is_dir():

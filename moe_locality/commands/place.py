@@ -131,7 +131,7 @@ def place(
     from moe_locality.placement.problem import warnings_once
 
     _check_options(homes, start, move_budget, bound_seconds)
-    check_writable(out, "plan", trace)
+    check_writable(out, "plan", trace, cluster, hostfile)
     old, topology = _start_on(start, (nodes, ranks_per_node, cluster, hostfile))
     options: dict[str, Any] = {"method": method, "num_redundant_experts": redundant_experts}
     options |= {"max_imbalance": max_imbalance, "max_home_imbalance": max_home_imbalance}

@@ -188,7 +188,7 @@ def simulate(
     if figure is not None and sweep is None:
         raise PlacementError("found --figure without --sweep, expected both: name a sweep")
     if figure is not None:
-        check_writable(figure, "figure", trace, plan)
+        check_writable(figure, "figure", trace, plan, cluster, homes)
     with progress(f"simulating {plan}"):
         content, train, origin = read_judged(trace, held_out, seed)
         placed = read_fitting_plan(plan, content)
@@ -374,12 +374,19 @@ def export(
     ] = None,
 ) -> Result:
     """Write a plan as the map of a serving engine, and say what starts the engine with it."""
+    import numpy as np
+
     from moe_locality.placement.export import launch_lines, write_export
 
     check_writable(out, "map", plan)
     placed = moe_locality.PlacementPlan.read(plan)
     write_export(placed, out, to, num_hidden_layers, layer_numbers(layers))
     launch = launch_lines(placed, to, out, str(plan))
+    if to != "autoep" and np.count_nonzero(np.diff(placed.node_of_rank)) >= placed.num_nodes:
+        launch += (
+            "engines put consecutive ranks on a node, this plan does not: place with --nodes and "
+            "--ranks-per-node",
+        )
     payload = {
         "command": "export",
         "launch": launch,

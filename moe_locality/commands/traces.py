@@ -132,7 +132,7 @@ def analyze(
     from moe_locality.placement.problem import warnings_once
 
     if report is not None:
-        check_writable(report, "report", trace, plan)
+        check_writable(report, "report", trace, plan, against, cluster, hostfile)
     named = (nodes, ranks_per_node, cluster, hostfile)
     topology = read_cluster(*named) if any(value is not None for value in named) else None
     found_potential, points = None, []

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import PlacementError
-from moe_locality.files import dump_rows, replace_text
+from moe_locality.files import dump_rows, write_text
 from moe_locality.placement.serving import (
     MOST_NODES,
     RULES,
@@ -79,6 +79,17 @@ def frozen_ints(name: str, values: Any, dtype: type) -> np.ndarray:
     return array
 
 
+def check_ranks(plan: PlacementPlan) -> None:
+    """Raise PlacementError unless all ranks hold as many slots; before a list of ranks is made."""
+    slots, ranks = plan.num_slots, plan.num_ranks
+    if not slots or slots % ranks:
+        raise PlacementError(
+            f"found {slots} slots per layer, expected a multiple of the {ranks} ranks "
+            f"({plan.num_nodes} nodes x {plan.ranks_per_node}): every rank holds as many slots; "
+            f"add {-slots % ranks} redundant experts or change the number of ranks"
+        )
+
+
 def check_header(plan: PlacementPlan) -> None:
     if plan.format_version != FORMAT_VERSION:
         raise PlacementError(
@@ -100,17 +111,11 @@ def check_header(plan: PlacementPlan) -> None:
             f"rank_to_node: found {list(nodes)}, expected {plan.ranks_per_node} ranks on each of "
             f"{plan.num_nodes} nodes: placement needs nodes of equal size"
         )
-    rows, slots = plan.physical_to_logical_map.shape
+    rows = len(plan.physical_to_logical_map)
     if rows != plan.num_layers:
         raise PlacementError(
             f"physical_to_logical_map: found {rows} rows, expected one for each of the "
             f"{plan.num_layers} layers"
-        )
-    if slots % plan.num_ranks:
-        raise PlacementError(
-            f"found {slots} slots per layer, expected a multiple of the {plan.num_ranks} ranks "
-            f"({plan.num_nodes} nodes x {plan.ranks_per_node}): every rank holds as many slots; "
-            f"add {-slots % plan.num_ranks} redundant experts or change the number of ranks"
         )
     if plan.serving_rule not in RULES or (
         plan.serving_rule == "visited" and plan.num_nodes > MOST_NODES
@@ -243,6 +248,7 @@ class PlacementPlan:
             put(self, name, positive(name, getattr(self, name)))
         name = "physical_to_logical_map"
         put(self, name, frozen_ints(name, self.physical_to_logical_map, np.int32))
+        check_ranks(self)
         if self.expert_load is not None:
             put(self, "expert_load", frozen_ints("expert_load", self.expert_load, np.int64))
         nodes: Any = self.rank_to_node
@@ -494,8 +500,8 @@ class PlacementPlan:
         return dump_rows(self.to_dict()) + "\n"
 
     def write(self, path: str | os.PathLike[str]) -> Path:
-        """Write the plan whole or not at all: a temporary file in the folder, fsync, rename."""
-        return replace_text(path, self.to_json())
+        """Write the plan whole or not at all, see ``files.write_text``."""
+        return write_text(path, self.to_json(), what="plan")
 
     def digest(self) -> str:
         """SHA-256 (hex) of what decides where tokens go: all but ``provenance`` and ``costs``."""

@@ -219,6 +219,9 @@ def test_bench_times_the_methods(made):
         ("report", "trace.npz", "--out", "trace.npz"),
         ("analyze", "trace.npz", "--report", "trace.npz"),
         ("compare", "trace.npz", "--plan", "plan.json", "--report", "plan.json"),
+        ("place", "trace.npz", "--hostfile", "plan.json", "-o", "plan.json"),
+        ("analyze", "trace.npz", "--against", "plan.json", "--report", "plan.json"),
+        ("simulate", "t", "--plan", "p", "--homes", "h", "--sweep", "k", "--figure", "h"),
     ],
     ids=lambda words: words[0],
 )
@@ -495,6 +498,11 @@ def test_export_writes_the_map_of_an_engine(made, tmp_path):
     assert not (tmp_path / "sglang.json").exists()
     answer(*words, "--num-hidden-layers", 7)
     assert len(json.loads((tmp_path / "sglang.json").read_text())["physical_to_logical_map"]) == 7
+    mixed = dataclasses.replace(plan, rank_to_node=(0, 1, 2, 3, 0, 1, 2, 3))
+    mixed.write(tmp_path / "mixed.json")
+    words = ("export", tmp_path / "mixed.json", "--to", "vllm", "-o", tmp_path / "vllm.json")
+    told = "engines put consecutive ranks on a node"
+    assert [told in answer(*words)["launch"][-1], told in done["launch"][-1]] == [True, False]
 
 
 def test_import_of_an_engines_record_names_its_format(tmp_path):

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_locality.errors import PlacementError
+from moe_locality.commands.inputs import check_writable
+from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.placement.plan import PlacementPlan
 from tests.unit.placement.cases import plans
 
@@ -105,6 +106,8 @@ def test_remote_homes_use_the_least_loaded_replica():
         ([[0.0, 1.0]], {"experts": 2}, "expected integers"),
         ([[0, 1]], {"experts": 2, "expert_load": [[1, 2, 3]]}, "expert_load: found shape"),
         ([[0, 1]], {"experts": 2, "rank_to_node": (0, 0)}, "rank_to_node"),
+        # before a list of the ranks is made, which "num_nodes": 1000000000000 fills the memory with
+        ([[0, 1]], {"experts": 2, "nodes": 3, "rank_to_node": (0, 0)}, "found 2 slots per layer"),
         ([[0, 1]], {"experts": 2, "rank_to_node": (0, 0.5)}, "expected a list of integers"),
         ([[0, 1]], {"experts": 2, "nodes": 0}, "num_nodes: found 0"),
         ([[0, 1]], {"experts": 2, "provenance": {"x": object()}}, "provenance.x: found a object"),
@@ -161,10 +164,28 @@ def test_a_failed_write_leaves_the_old_plan_and_no_rubbish(tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(ConfigError, match=r"cannot write the plan .*No space left"):
         plan_of([[1, 0]], experts=2).write(path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_write_keeps_links_and_refuses_pipes(tmp_path):
+    """`place -o /dev/null` made a file of the device, for the whole machine where root ran it."""
+    plan, link, pipe = plan_of([[0, 1]], experts=2), tmp_path / "link.json", tmp_path / "pipe"
+    link.symlink_to("plan.json")
+    plan.write(link)
+    assert link.is_symlink()
+    assert PlacementPlan.read(tmp_path / "plan.json") == plan
+    os.mkfifo(pipe)
+    with pytest.raises(ConfigError, match="it is a device or a pipe"):
+        plan.write(pipe)
+    with pytest.raises(ConfigError, match="it is a device or a pipe"):  # before the work
+        check_writable(pipe, "plan")
+    assert pipe.is_fifo()
+    link.unlink()
+    link.symlink_to(link)  # a loop
+    check_writable(link, "plan")
 
 
 @pytest.mark.parametrize(
