@@ -1,11 +1,12 @@
 """The serving engine on one rank: against its peers, what watching costs, what low bits lose.
 
-    python benchmarks/serving.py [--parts peers watching lowbit] [--csv benchmarks/results.csv]
+    python benchmarks/serving.py [--parts peers watching stored lowbit] [--csv FILE]
 
 peers     new tokens per second of the engine, of ``model.generate`` in batches as large, and of
           transformers' continuous batching, on requests of equal and of mixed lengths.
 watching  time of a decode step with the engine's counts of every step, and with a recorder too,
           against the same step without, step by step.
+stored    the same with the experts in low bits, against bfloat16.
 lowbit    a small trained model (``--model``, of examples/paper_decoder.py): perplexity of held-out
           text and greedy texts that stay the same, with the engine's low-bit expert store and with
           the payloads of an exchange, against bfloat16.
@@ -23,7 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,54 +170,71 @@ def peers(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def watching(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Three engines over the same weights decode the same batch, a step each in turns.
+    other = yield from in_turns(chosen, small(chosen.width), WATCHED, "fp32")
+    case = f"decode step, {WATCHED[-1]}, D={chosen.width}"
+    note = f"per step; {chosen.rounds} rounds of {chosen.steps} steps in turns"
+    yield row(case, "seconds, CPU of the recorder's thread", 1e3 * other, "ms", note=note)
+
+
+def stored(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    names = ("bfloat16", *FORMATS)
+    yield from in_turns(chosen, small(chosen.width).bfloat16(), names, "bfloat16 otherwise")
+
+
+def in_turns(
+    chosen: argparse.Namespace, model: Any, names: Sequence[str], dtype: str
+) -> Generator[dict[str, Any], None, float]:
+    """Engines over the same weights decode the same batch, a step each in turns.
 
     A step is compared with the one of the first engine beside it, so what slows both down drops
     out; every round makes engines anew, since where their memory lies counts too. ``seconds`` and
-    ``CPU`` are of the thread that steps; the recorder's own thread is apart.
+    ``CPU`` are of the thread that steps; returns CPU seconds per step of other threads.
     """
-    model = small(chosen.width)
-    found: dict[str, list[list[float]]] = {name: [] for name in WATCHED}
+    found: dict[str, list[list[float]]] = {name: [] for name in names}
     other = 0.0
     for turn in range(chosen.rounds):
-        other += watched(model, turn, chosen.steps, found) / chosen.rounds
-    note = f"{SEQS} sequences, 8 layers, 32 experts, top-4, D={chosen.width}, fp32, one thread; "
+        other += one_round(model, turn, chosen.steps, found) / chosen.rounds
+    note = f"{SEQS} sequences, 8 layers, 32 experts, top-4, D={chosen.width}, {dtype}, one thread; "
     note += f"{chosen.rounds} rounds of {chosen.steps} steps in turns; of the medians of rounds"
     for name, own in found.items():
         case = f"decode step, {name}, D={chosen.width}"
         for at, what in enumerate(CLOCKS):
             value = 1e3 * statistics.median(step[at] for step in own)
             yield row(case, f"seconds{what}", value, "ms", note=note)
-            ratios = [a[at] / b[at] - 1 for a, b in zip(own, found[WATCHED[0]], strict=True)]
+            ratios = [a[at] / b[at] - 1 for a, b in zip(own, found[names[0]], strict=True)]
             n = chosen.steps
             costs = [statistics.median(ratios[i : i + n]) for i in range(0, len(ratios), n)]
-            if name != WATCHED[0]:
+            if name != names[0]:
                 spread = f" {100 * min(costs):.1f} to {100 * max(costs):.1f}"
                 cost = 100 * statistics.median(costs)
-                yield row(case, f"overhead{what}", cost, "%", "nothing", note + spread)
-    yield row(case, "seconds, CPU of the recorder's thread", 1e3 * other, "ms", note=note)
+                yield row(case, f"overhead{what}", cost, "%", names[0], note + spread)
+    return other
 
 
-def watched(model: Any, turn: int, steps: int, found: dict[str, list[list[float]]]) -> float:
-    """One round: add the clocks of every step; return CPU seconds per step of other threads."""
+def one_round(model: Any, turn: int, steps: int, found: dict[str, list[list[float]]]) -> float:
+    """Add the clocks of every step to those of its name; return CPU seconds of other threads."""
     limits = Limits(max_num_seqs=SEQS, max_num_batched_tokens=SEQS * PROMPT)
     params = SamplingParams(temperature=0, max_tokens=steps + 4, ignore_eos=True)
-    order = random.Random(turn)
+    order, names = random.Random(turn), list(found)
     engines: dict[str, Engine] = {}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as recorders:
-        for name in order.sample(WATCHED, 3):
+        for name in order.sample(names, len(names)):
             own = copy.deepcopy(model, {id(p): p for p in model.parameters()})
             if "recorder" in name:
                 recorders.enter_context(moe_locality.attach(own, Path(folder) / "trace"))
-            on_step = None if name == "nothing" else do_nothing
-            engine = engines[name] = Engine(own, limits=limits, on_step=on_step)
+            engine = engines[name] = Engine(
+                own,
+                limits=limits,
+                on_step=do_nothing if "counts" in name else None,
+                expert_store=name if name in FORMATS else None,
+            )
             for i, (prompt, _) in enumerate(work("equal", SEQS)):
                 engine.add_request({"request_id": i, "prompt_token_ids": prompt}, params)
             engine.step()  # reads the prompts
             engine.step()
         began = time.process_time() - time.thread_time()
         for _ in range(steps):
-            for name in order.sample(WATCHED, 3):
+            for name in order.sample(names, len(names)):
                 before = [clock() for clock in CLOCKS.values()]
                 engines[name].step()
                 after = [clock() for clock in CLOCKS.values()]
@@ -300,14 +318,14 @@ def row(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parts = {"peers": peers, "watching": watching, "lowbit": lowbit}
+    parts = {"peers": peers, "watching": watching, "stored": stored, "lowbit": lowbit}
     add = parser.add_argument
     add("--parts", nargs="+", choices=parts, default=["peers", "watching"])
     add("--rounds", type=int, default=7)
     add("--against", nargs="+", default=PEERS, choices=PEERS, help="of the part peers")
     add("--requests", type=int, default=32, help="of the part peers")
     add("--lengths", nargs="+", choices=KINDS, default=KINDS, help="of the part peers")
-    add("--steps", type=int, default=40, help="of a round of the part watching")
+    add("--steps", type=int, default=40, help="of a round of the parts watching and stored")
     add("--width", type=int, default=256, help="of the model of random weights, 8 layers")
     add("--model", type=Path, default=Path("runs/paper/model"), help="of the part lowbit")
     add("--csv", type=Path, help="table to append the figures to")
