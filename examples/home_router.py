@@ -5,8 +5,8 @@ node holds its experts.
     python examples/home_router.py --plan plan.json --engine http://127.0.0.1:8000 --texts texts/
 
 The home follows from the request's domain and the plan's home profiles. The domain is that of the
-header ``X-Domain``, else what the body looks like: ``texts/code.txt``, ``texts/prose.txt``, ...
-have some text of each domain of the trace (runs of four bytes, naive Bayes). Both engines read the
+header ``X-Domain``, else what the body looks like: ``texts/code.txt``, ``texts/mmlu/law.txt``, ...
+have some text of the domains of the trace (runs of four bytes, naive Bayes). Both engines read the
 header ``X-data-parallel-rank``, which is all that is added; one that the client sent stays.
 
 Bodies are passed on byte by byte and neither kept nor logged; a stream is passed on as it comes.
@@ -55,17 +55,44 @@ def kinds_of(text: bytes) -> np.ndarray:
     return ((runs.reshape(-1, RUN) @ weight) % np.uint64(16381)).astype(np.int64)
 
 
+def engine_at(address: str) -> urllib.parse.SplitResult:
+    """The parts of http://HOST:PORT."""
+    with contextlib.suppress(ValueError):
+        parts = urllib.parse.urlsplit(address)
+        if parts.scheme == "http" and parts.hostname and parts.port != 0:
+            return parts
+    raise PlacementError(f"found --engine {address}, expected http://HOST:PORT")
+
+
+def read_texts(folder: Path, plan: PlacementPlan) -> dict[str, bytes]:
+    """The text of each domain, by the name of its file in the folder."""
+    files = {
+        file.relative_to(folder).with_suffix("").as_posix(): file
+        for file in sorted(folder.rglob("*.txt"))
+    }
+    known = domain_scores(plan, list(files), {})[1]
+    wrong = [name for name, is_known in zip(files, known, strict=True) if not is_known]
+    if wrong or not files:
+        raise PlacementError(
+            f"found {wrong or 'no file'} in --texts {folder}, expected DOMAIN.txt of domains of "
+            f"the plan ({sorted((plan.home_profiles or {})['domain_rank_share'])[:9]}, ...)"
+        )
+    return {name: file.read_bytes() for name, file in files.items()}
+
+
 class Homes:
     """Homes of requests: ``choose`` one, ``release`` it when the request is done."""
 
     def __init__(
         self, plan: PlacementPlan, ranks: int, slack: int, texts: dict[str, bytes]
     ) -> None:
-        if plan.num_ranks % ranks:
+        if ranks < 1 or plan.num_ranks % ranks:
             raise PlacementError(
                 f"found {ranks} data-parallel ranks for {plan.num_ranks} ranks of the plan, "
                 "expected as many, or a divisor: correct --dp-size"
             )
+        if slack < 1:
+            raise PlacementError(f"found --slack {slack}, expected at least 1: some rank has room")
         self.plan, self.ranks, self.slack = plan, ranks, slack
         self.texts = {name: log_shares(text) for name, text in texts.items()}
         self.in_flight = Counter[int]()
@@ -129,7 +156,10 @@ class Handler(BaseHTTPRequestHandler):
             self.drain()
             return
         given = RANK in self.headers
-        home = None if given else self.homes.choose(self.headers.get(DOMAIN), body)
+        domain = self.headers.get(DOMAIN)
+        with contextlib.suppress(UnicodeError):  # headers are read as Latin-1; most send UTF-8
+            domain = domain and domain.encode("latin-1").decode("utf-8")
+        home = None if given else self.homes.choose(domain, body)
         upstream = http.client.HTTPConnection(self.engine.hostname or "", self.engine.port)
         try:
             self.answer(self.ask(upstream, home, body))
@@ -193,17 +223,18 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080, help="0: any that is free")
     options = parser.parse_args()
-    plan = PlacementPlan.read(options.plan)
-    files = sorted(options.texts.glob("*.txt")) if options.texts else []
-    texts = {file.stem: file.read_bytes() for file in files}
-    Handler.engine = urllib.parse.urlsplit(options.engine)
-    if Handler.engine.scheme != "http":
-        parser.error(f"found --engine {options.engine}, expected http://HOST:PORT")
     try:
-        Handler.homes = Homes(plan, options.dp_size or plan.num_ranks, options.slack, texts)
+        Handler.engine = engine_at(options.engine)
+        plan = PlacementPlan.read(options.plan)
+        texts = read_texts(options.texts, plan) if options.texts else {}
+        ranks = plan.num_ranks if options.dp_size is None else options.dp_size
+        Handler.homes = Homes(plan, ranks, options.slack, texts)
+        server = ThreadingHTTPServer((options.host, options.port), Handler)
     except MoeLocalityError as error:
         parser.error(str(error))
-    with ThreadingHTTPServer((options.host, options.port), Handler) as server:
+    except (OSError, OverflowError) as error:  # a text, or the address
+        parser.error(f"found {error}: correct --texts, --host or --port")
+    with server:
         print(f"http://{options.host}:{server.server_port}", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()

@@ -2,7 +2,6 @@
 
 import contextlib
 import http.client
-import os
 import select
 import socket
 import subprocess
@@ -21,7 +20,8 @@ from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 
 SCRIPT = Path(__file__).parents[3] / "examples" / "home_router.py"
-TEXTS = {"code": "def f(x):\n    return x + 1\n" * 50, "prose": "It was a dark night. " * 50}
+PROSE = "prose/проза"
+TEXTS = {"code": "def f(x):\n    return x + 1\n" * 50, PROSE: "It was a dark night. " * 50}
 SECONDS = 200
 
 
@@ -83,7 +83,7 @@ def write_plan(path):
         model="made",
         num_experts=8,
         layer_ids=np.array([0]),
-        domain=("code", "prose"),
+        domain=("code", PROSE),
         expert_ids=ids[:, None].astype(np.int16),
         request_id=np.repeat(np.arange(40), 20),
         position=np.tile(np.arange(20), 40),
@@ -107,7 +107,7 @@ def routed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("router")
     plan, home_of = write_plan(folder / "plan.json")
     texts = folder / "texts"
-    texts.mkdir()
+    (texts / PROSE).parent.mkdir(parents=True)
     for name, text in TEXTS.items():
         (texts / f"{name}.txt").write_text(text)
     errors = folder / "stderr"
@@ -141,10 +141,15 @@ def ranks_of(headers):
 
 def test_home_router_sets_the_home_of_the_domain_and_changes_nothing_else(routed):
     engine, port, plan, home_of, errors = routed
-    assert plan.rank_to_node[home_of["code"]] != plan.rank_to_node[home_of["prose"]]
+    assert plan.rank_to_node[home_of["code"]] != plan.rank_to_node[home_of[PROSE]]
     body = b'{"prompt": "\xc3\xa9\x00", "n": 1}'
     for domain, home in home_of.items():
-        sent = [("X-Domain", domain), ("X-Twice", "1"), ("X-Twice", "2"), ("Cookie", "c")]
+        sent = [
+            ("X-Domain", domain.encode().decode("latin-1")),
+            ("X-Twice", "1"),
+            ("X-Twice", "2"),
+            ("Cookie", "c"),
+        ]
         answer, line = ask(port, "/v1/completions?x=%20y", body, sent)
         assert (answer.status, answer.read()) == (201, body)
         assert answer.headers.get_all("Set-Cookie") == ["a=1", "b=2"]
@@ -160,7 +165,7 @@ def test_home_router_sets_the_home_of_the_domain_and_changes_nothing_else(routed
 
 def test_home_router_tells_the_domain_from_the_text(routed):
     engine, port, _, home_of, _ = routed
-    for domain, text in (("code", b"    return x + 1\n"), ("prose", b"a dark night. It was")):
+    for domain, text in (("code", b"    return x + 1\n"), (PROSE, b"a dark night. It was")):
         answer, line = ask(port, body=b'{"prompt": "' + text * 4 + b'"}')
         answer.read()
         line.close()
@@ -218,13 +223,22 @@ def test_home_router_shows_what_breaks(routed, tmp_path):
     line.close()
     PlacementPlan.from_dict({**plan.to_dict(), "home_profiles": None}).write(tmp_path / "p.json")
     plan.write(tmp_path / "plan.json")
+    (tmp_path / "law.txt").write_text("the court")
+    engine = "http://127.0.0.1:1"
     for words, message in (
-        (command(tmp_path / "p.json", "http://127.0.0.1:1"), "found no domain profiles"),
-        (command(tmp_path / "plan.json", "http://127.0.0.1:1", "--dp-size", 3), "found 3 data-"),
-        (command(tmp_path / "plan.json", "127.0.0.1:1"), "expected http://HOST:PORT"),
+        (("p.json", engine), "found no domain profiles"),
+        (("gone.json", engine), "cannot read the plan"),
+        (("plan.json", engine, "--dp-size", 3), "found 3 data-"),
+        (("plan.json", engine, "--slack", 0), "found --slack 0"),
+        (("plan.json", engine, "--texts", tmp_path), "found ['law'] in --texts"),
+        (("plan.json", engine, "--texts", tmp_path / "none"), "found no file in --texts"),
+        (("plan.json", f"{engine}x"), "expected http://HOST:PORT"),
     ):
         done = subprocess.run(
-            words, capture_output=True, text=True, timeout=SECONDS, env=os.environ
+            command(tmp_path / words[0], *words[1:]),
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
         )
         assert (done.returncode, done.stdout) == (2, "")
         assert message in done.stderr
