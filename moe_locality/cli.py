@@ -8,6 +8,7 @@ Exit codes: 0 done; 1 the input is wrong or does not fit; 2 wrong usage, or some
 for is not available here; 130 interrupted.
 """
 
+import io
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -101,6 +102,8 @@ for _body in (
 
 def main() -> None:
     """Run the command line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name in other letters is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     app()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from moe_locality.demo.launch import DemoOptions, Progress, WandbMode
 from moe_locality.errors import ConfigError
-from moe_locality.files import replace_text
+from moe_locality.files import write_text
 
 __all__ = ["DemoOptions", "run_demo"]
 
@@ -122,4 +122,4 @@ def _content(out: Path) -> set[Path]:
 
 
 def _note(out: Path, made: list[str]) -> None:
-    replace_text(out / MARKER, json.dumps({"made": made}, indent=1) + "\n")
+    write_text(out / MARKER, json.dumps({"made": made}, indent=1) + "\n", what="demo results")

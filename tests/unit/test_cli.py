@@ -20,6 +20,7 @@ from moe_locality import __version__
 from moe_locality.cli import app
 from moe_locality.commands import doctor, output
 from moe_locality.errors import BackendUnavailable, PlacementError
+from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.solve import METHODS
 from moe_locality.trace import write_trace
 from tests.unit.made_trace import make_trace
@@ -254,6 +255,14 @@ def test_control_c_ends_quickly_and_in_words(tmp_path):
     assert process.returncode == 130
     assert one_json_object(out)["error"]["message"] == "interrupted"
     assert "Traceback" not in err
+
+
+def test_export_prints_a_name_that_stdout_has_no_letters_for(tmp_path):
+    """A name in other letters than those of the terminal ended a finished command with an error."""
+    PlacementPlan.linear(4, [0], 2, 1).write(tmp_path / "plan.json")
+    words = ("export", tmp_path / "plan.json", "--to", "vllm", "-o", tmp_path / "карта.json")
+    done = shell(*words, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, "1 MoE layers for vllm" in done.stdout) == (0, True), done.stderr
 
 
 def test_doctor_lists_what_is_here():

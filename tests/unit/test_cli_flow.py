@@ -242,6 +242,15 @@ def test_the_demo_refuses_a_directory_of_others(made):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_the_demo_says_that_the_disk_is_full(made, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    words = ("demo", "--trace", made[0] / "trace.npz", *CLUSTER, "--out", tmp_path / "out")
+    assert "cannot write the demo results" in refusal(*words)["message"]
+
+
 def test_the_demo_on_a_trace_writes_its_report_and_answers_in_json(made, tmp_path, monkeypatch):
     folder, _ = made
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
