@@ -96,10 +96,9 @@ class LocalityEP(ExchangingLayer, EPImplementation):
         self.experts = experts
         self.group = ep_mesh.get_group()
         self.ranks = dist.get_process_group_ranks(self.group)
-        self.num_experts = self.num_slots = self.num_local_experts * ep_mesh.size()
+        self.num_experts = self.num_local_experts * ep_mesh.size()
         self.slot_to_logical = np.arange(self.num_experts)
-        given = (experts, self.experts_forward, self.slot_to_logical, self.group)
-        self.rows = ExpertRows(*given)
+        self.rows = ExpertRows(experts, self.experts_forward, self.slot_to_logical, self.group)
         self.configure(_registered, None, CallPosition())
         self.waits_for_plan = self.section.plan is not None
         if self.waits_for_plan:
@@ -135,7 +134,7 @@ class LocalityEP(ExchangingLayer, EPImplementation):
         dispatcher = self.get_dispatcher(
             self.group,
             self.slot_map,
-            num_slots=self.num_slots,
+            num_slots=len(self.slot_to_logical),
             num_ranks=self.ep_mesh.size(),
             top_k=top_k_index.shape[1],
         )
@@ -175,8 +174,7 @@ class LocalityEP(ExchangingLayer, EPImplementation):
         """
         slots = self.rows.place(slot_to_logical, others)
         self.slot_map = serving.renumbered(slots)
-        self.slot_to_logical, self.num_slots = slot_to_logical, len(slot_to_logical)
-        self.dispatcher = None
+        self.slot_to_logical, self.dispatcher = slot_to_logical, None
         keep_checkpoints_logical(self.rows, first=self.call_position.number == 0)
         self.waits_for_plan = False
 

@@ -18,6 +18,7 @@ from tests.distributed.test_transformers_ep import (
     SIZES,
     bytes_held,
     check_experts_are_held_once,
+    load,
     logical,
     make_plan,
     placed,
@@ -263,6 +264,7 @@ def serve_and_count(rank, world, path):
     """Every collective that torch ran in each step, and the bytes that the engine counted."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
+    import moe_locality
     from moe_locality.dispatch.traffic import traffic_report
     from moe_locality.serving import Engine, Limits
 
@@ -272,8 +274,9 @@ def serve_and_count(rank, world, path):
                 calls[func.name()] += 1
             return func(*args, **(kwargs or {}))
 
-    model, _ = placed(path, world, "moved")
-    seen, calls, mode = [], Counter(), Collectives()
+    moe_locality.register({"cluster": {"num_nodes": 2, "ranks_per_node": world // 2}})
+    model = load(path, world)  # the engine takes it without apply too
+    before, seen, calls, mode = bytes_held(), [], Counter(), Collectives()
 
     def on_step(counts):
         seen.append((counts["kind"], dict(calls), counts["bytes"]))
@@ -283,6 +286,7 @@ def serve_and_count(rank, world, path):
     engine = Engine(model, limits=limits, on_step=on_step)
     with mode:
         list(engine.generate(prompts_of(rank, 2 + rank)))
+    check_experts_are_held_once(model, before)
     return seen, traffic_report(model)["by_link"]
 
 
