@@ -14,6 +14,7 @@ Seconds are measured on this machine. Parts:
     targets      the same cells on split 0, over several solver seeds (--splits: and splits)
     earlier      the same for the targets of earlier versions
     peers        every method on every trace, 2, 4 and 8 nodes; 4 nodes with 12.5 and 25 % replicas
+    shares       what fixed shares of an expert's picks for each home node would level
     bounds       how far plans are from the certified lower bound
     partitioner  mt-KaHyPar at equal balance (where the package mtkahypar is installed)
     transfer     plans made on one family of domains (1000 tokens at least), judged on another
@@ -58,6 +59,8 @@ from placement_checks import (
     public_rows,
     replica_bound_rows,
     scale_rows,
+    shares_figures,
+    shares_rows,
     transfer_rows,
 )
 from placement_grouping import TRANSPORT_CASES, grouping_rows, transport_rows
@@ -65,7 +68,7 @@ from placement_rows import Row, target_table
 from placement_workloads import workload_rows
 
 PARTS = ("targets", "calibration", "bounds", "partitioner", "transfer", "grouping", "transports")
-PARTS += ("public", "workloads", "scale", "peers", "earlier")
+PARTS += ("shares", "public", "workloads", "scale", "peers", "earlier")
 REPLICAS = (0.125, 0.25)
 TABLE_SPLITS, TABLE_SECONDS = 5, 900.0
 
@@ -97,6 +100,10 @@ def rows_of(part: str, options: argparse.Namespace) -> Iterator[Row]:
         work = [(replica_bound_rows, folder)]
         work += [(bound_rows, folder, name) for name in BOUND_EFFORT]
         yield from side_by_side(work, options.processes)
+    elif part == "shares":
+        with ProcessPoolExecutor(options.processes) as pool:
+            splits = range(TABLE_SPLITS)
+            yield from shares_rows(list(pool.map(shares_figures, [folder] * len(splits), splits)))
     elif part == "partitioner":
         cells = [(name, nodes) for name in PARTITION_LAYERS for nodes in PARTITION_NODES]
         work = [(partitioner_rows, folder, *cell) for cell in cells]

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 from placement_cases import CHAT, GPT, cluster, parts
-from placement_rows import Row
+from placement_rows import Row, summary
+from scipy.optimize import linprog
 
 from moe_locality.errors import BackendUnavailable
-from moe_locality.placement import evaluate, solve
+from moe_locality.placement import PlacementPlan, evaluate, solve
 from moe_locality.placement.baselines import partition_mtkahypar
 from moe_locality.placement.bounds.lower import Certificate, certify_plan
+from moe_locality.placement.count_kernels import serve_tokens
 from moe_locality.placement.counting import map_layers, processors
 from moe_locality.placement.problem import Problem, make_plan
 from moe_locality.placement.search.coactivation import place_layers
@@ -32,6 +34,8 @@ PARTITION_SPLITS = {GPT: (0, 1), CHAT: (0,)}
 LEVEL_TRIES = 4
 LEVEL_ROOM = 5e-3
 """Imbalance by which a plan may be above the one that it is held against."""
+SHARED_LEVEL = 1.01
+"""Imbalance that the shares of picks aim at in every layer."""
 SOLVE_TARGET_S = 5.0
 LEAST_TOKENS = 1000
 """Of a family of domains, to solve on and to cost: gpt-oss has two of fewer."""
@@ -82,6 +86,102 @@ def _gap_row(case: str, target: float, found: Certificate, more: str) -> Row:
         f"bound {found.bound.mean():.4f}; widest {100 * worst['worst_gap']:.1f} % (layer "
         f"{worst['worst_layer']}); {more}",
     )
+
+
+def shares_figures(folder: Path, split: int) -> dict[str, tuple[float, float]]:
+    """(copies against linear in per cent, rank imbalance) on unseen requests of a plan with
+    replicas under the default cap: as it is, and with shares of picks that level its own loads.
+    """
+    data = parts(folder, GPT, split, EVERY)
+    topology = ClusterTopology.uniform(4, 1)
+    plan = solve(data.train, topology, num_redundant_experts=REPLICAS, seed=split)
+    linear = evaluate(data.test, solve(data.train, topology, method="linear"), topology)
+    layers = [_shares_of_layer(plan, data.train, data.test, row) for row in range(plan.num_layers)]
+    found = {}
+    for name in layers[0]:
+        copies, level = np.mean([layer[name] for layer in layers], axis=0)
+        found[name] = (100 * (copies / linear.copies - 1), level)
+    return found
+
+
+def _shares_of_layer(
+    plan: PlacementPlan, train: RoutingTrace, test: RoutingTrace, row: int
+) -> dict[str, tuple[float, float]]:
+    """(copies per token, max / mean of the node loads) of one layer, homes at random. "train" and
+    "train, shares" are of the requests that plan and shares were made from.
+
+    The linear program (HiGHS) is over the fraction of the picks of an expert, by homes on one node,
+    that another list of nodes serves: the fewest copies at which no node is above ``SHARED_LEVEL``.
+    What a list changes is counted with all other lists as they are in the plan.
+    """
+    choices, held = plan.node_choices()[row], plan.held_by_node[row]  # [M, E, X], [E, M]
+    nodes = len(choices)
+    moves = [
+        (expert, home, [first, *rest])
+        for expert in np.flatnonzero(held.sum(axis=1) > 1)
+        for home in np.flatnonzero(~held[expert])
+        for first in np.flatnonzero(held[expert])
+        for rest in ([], [n for n in np.flatnonzero(held[expert]) if n != first])
+    ]
+    counted = {}
+    for name, trace in (("train", train), ("test", test)):
+        ids = np.ascontiguousarray(trace.expert_ids[:, row])
+        base = sum(_served(ids, choices, home) for home in range(nodes))
+        changes = []
+        for expert, home, nodes_of in moves:
+            some = ids[(ids == expert).any(axis=1)]
+            other = choices.copy()
+            other[home, expert] = [*nodes_of, *[-1] * (choices.shape[2] - len(nodes_of))]
+            changes.append(_served(some, other, home) - _served(some, choices, home))
+        counted[name] = base / len(ids) / nodes, np.array(changes) / len(ids) / nodes
+    base, changes = counted["train"]
+    each = np.array([[e == move[0] and h == move[1] for move in moves] for e, h, _ in moves])
+    at_most = np.concatenate([changes[:, 1:].T, each])
+    above = np.concatenate([-np.ones(nodes), np.zeros(len(moves))])  # what no shares can level
+    room = SHARED_LEVEL * base[1:].mean() - base[1:]
+    found = linprog(
+        np.append(changes[:, 0], 1e3),
+        A_ub=np.column_stack([at_most, above]),
+        b_ub=np.concatenate([room, np.ones(len(moves))]),
+    )
+    figures = {}
+    for name, (start, by) in counted.items():
+        for words, total in ((name, start), (f"{name}, shares", start + found.x[:-1] @ by)):
+            figures[words] = (total[0], total[1:].max() / total[1:].mean())
+    return figures
+
+
+def _served(ids: np.ndarray, choices: np.ndarray, home: int) -> np.ndarray:
+    """[1 + M] copies, and picks served by each node, of tokens ids [N, K] at home on one node."""
+    nodes, found = len(choices), np.empty(ids.shape, dtype=np.int64)
+    serve_tokens(ids, np.full(len(ids), home), choices, found)
+    visited = (found[..., None] == np.arange(nodes)).any(axis=1)
+    visited[:, home] = False
+    return np.append(visited.sum(), np.bincount(found[found >= 0], minlength=nodes)).astype(float)
+
+
+def shares_rows(each: list[dict[str, tuple[float, float]]]) -> list[Row]:
+    """What shares change, from ``shares_figures`` of several splits."""
+    rows = []
+    for name in each[0]:
+        for place, (metric, unit) in enumerate(
+            (("copies_vs_linear", "%"), ("rank_imbalance", "max/mean"))
+        ):
+            if name.startswith("train") and metric == "copies_vs_linear":
+                continue  # the linear layout is that of the judged requests
+            value, spread = summary([one[name][place] for one in each])
+            row = Row(
+                case=f"shares: {GPT} 4 nodes, {REPLICAS / 32:.1%} replicas, {name}",
+                metric=metric,
+                value=value,
+                unit=unit,
+                baseline="linear" if unit == "%" else "",
+                note=f"every {EVERY}rd layer, default cap, seeds of split and solver 0 to "
+                f"{len(each) - 1}: {spread}; shares of picks from a linear program that levels the "
+                f"requests of the plan to {SHARED_LEVEL:g}",
+            )
+            rows.append(row)
+    return rows
 
 
 def partitioner_rows(folder: Path, name: str, nodes: int, preset: str = "quality") -> list[Row]:
