@@ -327,15 +327,31 @@ def remove_parameters(module: Any, names: Collection[str]) -> None:
     if isinstance(module, FSDPModule):
         module.reshard()
         state = module._get_fsdp_state()
-        for group in state._fsdp_param_groups:
+        groups = fsdp_groups(state)
+        for group in groups:
             own = [p for p in group.fsdp_params if p._module_info.module is module]
             gone = [p for p in own if p._module_info.param_name in names]
             for parameter in gone:
                 parameter._post_load_hook_handle.remove()  # it holds the weights
             group.fsdp_params = [p for p in group.fsdp_params if p not in gone]
-        state._fsdp_param_groups = [g for g in state._fsdp_param_groups if g.fsdp_params]
+        set_fsdp_groups(state, [g for g in groups if g.fsdp_params])
     for name in names:
         delattr(module, name)
+
+
+def fsdp_groups(state: Any) -> list[Any]:
+    """Return the groups of parameters of a module's FSDP2 state; older torch has one group."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return state._fsdp_param_groups
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
+def set_fsdp_groups(state: Any, groups: list[Any]) -> None:
+    """Put ``groups`` in the place of ``fsdp_groups``."""
+    if hasattr(state, "_fsdp_param_groups"):
+        state._fsdp_param_groups = groups
+    else:
+        state._fsdp_param_group = groups[0] if groups else None
 
 
 def compute_on_shards(module: Any) -> None:
@@ -351,19 +367,19 @@ def compute_on_shards(module: Any) -> None:
 
     def give_back(*_: Any) -> None:
         if hidden:
-            state._fsdp_param_groups = hidden.pop()
+            set_fsdp_groups(state, hidden.pop())
 
     @torch.compiler.disable
     def hide(*_: Any) -> None:
         give_back()  # what an interrupted pass has left
-        groups = state._fsdp_param_groups
+        groups = fsdp_groups(state)
         held = not torch.is_grad_enabled() and all(g.is_sharded for g in groups)
         for p in (p for group in groups for p in group.fsdp_params):
             casts = getattr(p, "param_dtype", True) is not None  # absent before the first pass
             whole = p.sharded_size == p._orig_size and p._module_info.module is module
             held = held and whole and not casts and not p.offload_to_cpu
         if held:
-            state._fsdp_param_groups = []
+            set_fsdp_groups(state, [])
             hidden.append(groups)
 
     module.register_forward_pre_hook(hide, prepend=True)

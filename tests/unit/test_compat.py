@@ -4,6 +4,7 @@ import subprocess
 import sys
 from datetime import timedelta
 from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -162,6 +163,18 @@ def test_grouped_products_of_an_older_torch_are_found(monkeypatch):
     assert compat.grouped_mm() == "private"
     monkeypatch.delattr(torch, "_grouped_mm")
     assert compat.grouped_mm() is None
+
+
+@pytest.mark.parametrize("name", ["_fsdp_param_groups", "_fsdp_param_group"])
+def test_fsdp_groups_are_those_of_either_torch(name):
+    group = object()
+    state = SimpleNamespace(**{name: [group] if name.endswith("s") else group})
+    assert compat.fsdp_groups(state) == [group]
+    compat.set_fsdp_groups(state, [])
+    assert not getattr(state, name)
+    assert compat.fsdp_groups(state) == []
+    compat.set_fsdp_groups(state, [group])
+    assert compat.fsdp_groups(state) == [group]
 
 
 def test_the_time_limit_of_the_default_group_is_read(tmp_path):
