@@ -42,13 +42,11 @@ def rows_of(plan: PlacementPlan, model: nn.Module) -> list[int]:
     """
     num_ranks = world()[1]
     plan.check_fits(model_type=model_type_of(model), num_ranks=num_ranks if num_ranks > 1 else None)
-    layers = expert_layers(model)
-    named = layers or moe_modules(model)
-    for _, layer in named:
-        plan.check_fits(num_experts=layer.num_experts)
+    named = expert_layers(model) or moe_modules(model)
     rows = plan_rows(model, plan, [name for name, _ in named]) if named else []
-    for (name, layer), row in zip(named if num_ranks > 1 else (), rows, strict=False):
-        if not np.array_equal(_slots(layer), plan.experts_of_slots(row)):
+    for (name, layer), row in zip(named, rows, strict=True):
+        plan.check_fits(num_experts=layer.num_experts)
+        if num_ranks > 1 and not np.array_equal(_slots(layer), plan.experts_of_slots(row)):
             raise PlacementError(
                 f"found the plan {plan.digest()[:12]} for a model that was not placed with it: "
                 f"{name} has other experts in its slots. Give the engine the plan of "
