@@ -107,8 +107,8 @@ def run_ranks(
     is up too.
 
     Raises:
-        AssertionError: a rank failed (with its traceback) or did not answer within ``timeout_s``
-        seconds.
+        AssertionError: a rank failed (with its traceback), did not answer within ``timeout_s``
+        seconds, or did not end after its answer.
     """
     preload(deepspeed)
     context = mp.get_context("fork")
@@ -155,6 +155,12 @@ def _collect(queue, ranks, world_size, timeout_s):
         if not fine:
             raise AssertionError(f"rank {rank} failed:\n{value}")
         results[rank] = value
+    deadline = time.monotonic() + timeout_s
     for process in ranks:
-        process.join(timeout=10)
+        process.join(max(0.0, deadline - time.monotonic()))
+    codes, said = [process.exitcode for process in ranks], ""
+    if codes != [0] * world_size:
+        with contextlib.suppress(Empty):
+            said = queue.get(timeout=1)[2]
+        raise AssertionError(f"all ranks answered and ended with {codes} (None: not yet)\n{said}")
     return [results[rank] for rank in range(world_size)]
