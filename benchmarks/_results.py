@@ -4,6 +4,7 @@ Columns: benchmark, case, metric, value, unit, kind (``measured`` or ``simulated
 device, versions, commit, date, note. A figure in the README or in docs/ names its row.
 """
 
+import argparse
 import csv
 import datetime
 import os
@@ -32,13 +33,25 @@ COLUMNS = (
 )
 
 
+def table_path(text: str) -> Path:
+    """The path of an option ``--csv``: one that rows can be appended to, known before the work."""
+    path = Path(text)
+    try:
+        path.open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"found {text} ({error.strerror}), expected a table that can be written"
+        ) from error
+    return path
+
+
 def append_rows(
     path: Path, rows: Iterable[dict[str, Any]], *, packages: Sequence[str] = ("numpy",)
 ) -> None:
     """Append rows; device, versions (of ``packages``), commit and date are filled in.
 
     A row has at least benchmark, case, metric, value, unit and kind. The file is made with its
-    header where it is absent.
+    header where it is absent or empty.
     """
     common = {
         "device": device(),
@@ -46,11 +59,13 @@ def append_rows(
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
-    new = not path.exists()
+    before = path.read_bytes() if path.exists() else b""
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-        if new:
+        if not before:
             writer.writeheader()
+        elif not before.endswith(b"\n"):
+            file.write("\n")
         for row in rows:
             if row["kind"] not in ("measured", "simulated"):
                 raise ValueError(f"kind is {row['kind']!r}, expected measured or simulated")

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from _results import append_rows
+from _results import append_rows, table_path
 
 from moe_locality.placement import baselines
 from moe_locality.placement.balance import balance, rank_loads
@@ -181,7 +181,7 @@ def totals(rows: list[dict]) -> Iterator[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--csv", type=table_path)
     parser.add_argument("--peer", action="append", default=[], type=read_peer)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

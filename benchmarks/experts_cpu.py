@@ -9,10 +9,9 @@ is the median of the ratios of neighbors. It decides what ``experts: auto`` mean
 import argparse
 import statistics
 import time
-from pathlib import Path
 
 import torch
-from _results import RESULTS, append_rows
+from _results import RESULTS, append_rows, table_path
 from torch import nn
 
 from moe_locality.layer.experts import run_experts
@@ -42,7 +41,7 @@ def seconds(experts: nn.Module, rows: torch.Tensor, counts: tuple[int, ...], mod
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--csv", type=Path, default=RESULTS)
+    parser.add_argument("--csv", type=table_path, default=RESULTS)
     options = parser.parse_args()
     from deepspeed.moe.experts import Experts
 

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn as nn
-from _results import append_rows
+from _results import append_rows, table_path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.launch import run_ranks
@@ -318,7 +318,7 @@ def adapter_on_rank(rank: int, world: int, rounds: int) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--csv", type=table_path)
     parser.add_argument("--parts", default="layer,bytes,payload,adapter,overlap")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()

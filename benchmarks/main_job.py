@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from _results import RESULTS, append_rows
+from _results import RESULTS, append_rows, table_path
 
 from moe_locality.demo import run_demo
 from moe_locality.errors import MoeLocalityError
@@ -72,7 +72,7 @@ def level_rows(seed: int, found: dict[str, Any] | None, broken: str) -> list[dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/main_job"))
-    parser.add_argument("--csv", type=Path, default=RESULTS)
+    parser.add_argument("--csv", type=table_path, default=RESULTS)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     found, broken = None, ""

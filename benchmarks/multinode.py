@@ -38,7 +38,7 @@ import _multinode_rows as rows_of
 import numpy as np
 from _multinode_page import write_page
 from _nodes import Nodes, why_not
-from _results import append_rows
+from _results import append_rows, table_path
 
 from moe_locality.placement import PlacementPlan, assign_homes, solve
 from moe_locality.topology import ClusterTopology
@@ -324,7 +324,7 @@ def parse() -> argparse.Namespace:
     add("--hidden", type=int, default=16, help="narrow experts: the links decide")
     add("--rounds", type=int, default=15)
     add("--uniform-tokens", type=int, default=128, help="tokens per rank of the parts about bytes")
-    add("--csv", type=Path)
+    add("--csv", type=table_path)
     add("--page", type=Path, help="page whose tables are written anew; pictures beside it")
     chosen = parser.parse_args()
     chosen.parts = chosen.parts.split(",")

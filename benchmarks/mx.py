@@ -33,7 +33,7 @@ from _mx_model import (
     start_one_rank,
     trained_model,
 )
-from _results import RESULTS, append_rows
+from _results import RESULTS, append_rows, table_path
 from torch import Tensor, nn
 
 from moe_locality.quantization import FORMATS, fake_quantize
@@ -266,7 +266,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--held-out", type=int, default=192, help="requests per domain")
-    parser.add_argument("--csv", type=Path, default=RESULTS)
+    parser.add_argument("--csv", type=table_path, default=RESULTS)
     options = parser.parse_args()
     start_one_rank()
     losses: dict[int, Losses] = {}

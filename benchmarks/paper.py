@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from _results import append_rows
+from _results import append_rows, table_path
 
 from moe_locality.demo.paper import paper_on_trace
 from moe_locality.trace import RoutingTrace
@@ -80,7 +80,7 @@ def row(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--traces", nargs="+", default=TRACES)
-    parser.add_argument("--csv", type=Path, help="table to append the figures to")
+    parser.add_argument("--csv", type=table_path, help="table to append the figures to")
     parser.add_argument("--data", type=Path, default=os.environ.get("MOE_LOCALITY_DATA"))
     options = parser.parse_args()
     if options.data is None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from _nodes import ROOT, Nodes, why_not
-from _results import append_rows
+from _results import append_rows, table_path
 
 from moe_locality.demo.launch import launch_command, launch_environment
 
@@ -95,7 +95,7 @@ def main() -> None:
     add("--nodes", type=int, nargs="+", choices=(2, 4), default=(2, 4))
     add("--mbit", type=float, default=200, help="rate of a node's link")
     add("--limit", type=float, default=1800, help="seconds")
-    add("--csv", type=Path, help="table to append the figures to")
+    add("--csv", type=table_path, help="table to append the figures to")
     add("words", nargs="*", help="after --: for examples/paper_decoder.py")
     chosen = parser.parse_args()
     for num_nodes in chosen.nodes:

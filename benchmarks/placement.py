@@ -36,7 +36,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from _results import append_rows
+from _results import append_rows, table_path
 from placement_calibration import CALIBRATED, calibration_rows, pooled
 from placement_cases import (
     EARLIER,
@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="targets whose label has these words")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="of targets, peers")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="of scale")
-    parser.add_argument("--csv", type=Path, help="table to append the figures to")
+    parser.add_argument("--csv", type=table_path, help="table to append the figures to")
     parser.add_argument("--data", type=Path, default=os.environ.get("MOE_LOCALITY_DATA"))
     options = parser.parse_args()
     if options.data is None:

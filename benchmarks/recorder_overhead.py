@@ -25,7 +25,7 @@ from pathlib import Path
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
-from _results import append_rows
+from _results import append_rows, table_path
 from deepspeed.moe.layer import MoE
 from torch import nn
 
@@ -232,7 +232,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard-tokens", type=int, default=16_384)
     parser.add_argument("--out", help="directory of the recorded trace (default: temporary)")
-    parser.add_argument("--csv", type=Path, help="table to append the figures to")
+    parser.add_argument("--csv", type=table_path, help="table to append the figures to")
     return parser.parse_args()
 
 

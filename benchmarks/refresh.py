@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from _results import append_rows
+from _results import append_rows, table_path
 from refresh_ceiling import most_share
 
 from moe_locality.placement import evaluate, solve
@@ -224,7 +224,7 @@ def peak_bytes() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--csv", type=table_path)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--nodes", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=1_000_000)

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _results import append_rows
+from _results import append_rows, table_path
 from torch import Tensor, nn
 
 import moe_locality
@@ -328,7 +328,7 @@ def main() -> None:
     add("--steps", type=int, default=40, help="of a round of the parts watching and stored")
     add("--width", type=int, default=256, help="of the model of random weights, 8 layers")
     add("--model", type=Path, default=Path("runs/paper/model"), help="of the part lowbit")
-    add("--csv", type=Path, help="table to append the figures to")
+    add("--csv", type=table_path, help="table to append the figures to")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     for part in chosen.parts:

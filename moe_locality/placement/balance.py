@@ -16,11 +16,11 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-import numba
 import numpy as np
 
 from moe_locality.errors import PlacementError
 from moe_locality.placement.costs import imbalance, traffic_matrix
+from moe_locality.placement.count_kernels import compiled
 from moe_locality.placement.counting import over_layers
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.trace.schema import RoutingTrace
@@ -103,7 +103,7 @@ def most_level(trace: RoutingTrace, plan: PlacementPlan, other: PlacementPlan) -
     return plan if (better == table).all() else replace(plan, physical_to_logical_map=better)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _balance_anywhere(load, num_nodes, alone, table, first, last):
     """Fill some layers; ``alone`` [E] (or empty): every expert as a group of its own."""
     _, num_ranks, size = table.shape
@@ -115,7 +115,7 @@ def _balance_anywhere(load, num_nodes, alone, table, first, last):
             pack_nodes(load[layer], num_nodes, alone, table[layer], False, True)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _balance_groups(load, num_nodes, group_of, table, first, last):
     """Fill some layers with whole groups on each node."""
     _, num_ranks, size = table.shape
@@ -126,7 +126,7 @@ def _balance_groups(load, num_nodes, group_of, table, first, last):
             table[layer] = other
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def pack_nodes(load, num_nodes, group_of, held, level_nodes, level_ranks):
     """Groups onto nodes, then each node by itself; return the largest rank load.
 
@@ -154,7 +154,7 @@ def pack_nodes(load, num_nodes, group_of, held, level_nodes, level_ranks):
     return largest
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def pack_experts(load, held, improve):
     """Fill held [R, S] with replicas of the experts and return the largest rank load."""
     num_ranks, size = held.shape
@@ -167,7 +167,7 @@ def pack_experts(load, held, improve):
     return sums.max()
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _replicate(load, num_slots, most):
     """[E] replicas: one each, then one by one for the largest load per replica, up to ``most``."""
     counts = np.ones(len(load), dtype=np.int64)
@@ -179,7 +179,7 @@ def _replicate(load, num_slots, most):
     return counts
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _place(share, counts, held, has):
     """Replicas in falling order of share, each to the lightest open rank that lacks the expert."""
     num_ranks, size = held.shape
@@ -201,7 +201,7 @@ def _place(share, counts, held, has):
     return sums
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _make_room(share, held, has, used, sums, e):
     """All open ranks hold ``e``: move an expert there from a full rank, and return that rank.
 
@@ -231,7 +231,7 @@ def _make_room(share, held, has, used, sums, e):
     return full
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _swap_down(share, held, has, sums):
     """Exchange experts of the busiest rank while that lowers the larger load of the two ranks."""
     num_ranks, size = held.shape

@@ -6,11 +6,33 @@ served differently, or 1 where all are served alike (no replicas).
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from typing import Any
+
 import numba
 import numpy as np
 
+_log = logging.getLogger(__name__)
+_not_kept: list[str] = []
 
-@numba.njit(nogil=True, cache=True)
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """Compile a function, and keep the code for later processes where numba finds a place for it:
+    not where only root may write the package, under a user without a home directory.
+    """
+    try:
+        return numba.njit(nogil=True, cache=not _not_kept)(function)
+    except RuntimeError:
+        _not_kept.append(function.__name__)  # the next ones do not try
+        _log.warning(
+            "found no directory for compiled functions, so every process compiles anew: set "
+            "NUMBA_CACHE_DIR to one that you may write"
+        )
+    return numba.njit(nogil=True)(function)
+
+
+@compiled
 def choose_node(nodes, mask):
     """The first of the nodes (padded with -1) that the mask has, else the first one."""
     for node in nodes:
@@ -21,7 +43,7 @@ def choose_node(nodes, mask):
     return nodes[0]
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def serve_token(row, home, choices, found, later):
     """Fill found [K] with the node that serves each pick of a token at home on node ``home``, -1
     for no pick; return the nodes visited, home included, as bits.
@@ -52,7 +74,7 @@ def serve_token(row, home, choices, found, later):
     return mask
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def serve_tokens(ids, home, choices, found):
     """Fill found [T, K] with the node that serves each pick of ids [T, K], -1 for none.
 
@@ -63,7 +85,7 @@ def serve_tokens(ids, home, choices, found):
         serve_token(ids[token], home[token], choices[home[token]], found[token], later)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def remote_by_home(ids, request, num_requests, choices, num_nodes, by_pick):
     """[R, M] float64 whole numbers: what the tokens of a request send to other nodes, by home node.
 
@@ -109,7 +131,7 @@ def remote_by_home(ids, request, num_requests, choices, num_nodes, by_pick):
     return cost
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def picks_on_rank(ids, request, num_requests, holders, num_ranks):
     """[R, G] picks of a request whose expert has a replica on the rank.
 
@@ -132,7 +154,7 @@ def picks_on_rank(ids, request, num_requests, holders, num_ranks):
     return count
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def expert_counts(ids, request, num_requests, num_experts):
     """[R, L, E] float32 picks of each expert by each request; tokens of request -1 do not count."""
     tokens, layers, picks = ids.shape
@@ -149,7 +171,7 @@ def expert_counts(ids, request, num_requests, num_experts):
     return count
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def weighted_picks(ids, request, num_requests, weights):
     """[R, M] float64 sum of weights [M, L, E] over the picks of each request."""
     tokens, layers, picks = ids.shape

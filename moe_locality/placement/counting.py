@@ -339,9 +339,9 @@ def processors() -> int:
 @functools.cache
 def _compiled(loop: Callable[..., None]) -> Callable[..., None]:
     """Compile a loop when it is first asked for: to import numba takes 0.3 s."""
-    import numba
+    from moe_locality.placement.count_kernels import compiled
 
-    return numba.njit(nogil=True, cache=True)(loop)
+    return compiled(loop)
 
 
 _BLOCK_TOKENS = 2048  # rows of a block stay in the cache while its layers are counted

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import PlacementError
-from moe_locality.files import replace_text
+from moe_locality.files import write_text
 from moe_locality.placement.plan import PlacementPlan, check_equal_slots
 
 AUTOEP_DESCRIPTOR_VERSION = 1
@@ -192,8 +192,8 @@ def write_export(
     ``layers``: see ``with_layers``.
 
     Raises:
-        PlacementError: the target is unknown or cannot hold this plan, or the file cannot be
-            written or would not be read under this name.
+        PlacementError: the target is unknown or cannot hold this plan, or the file would not be
+            read under this name. ConfigError: the file cannot be written.
     """
     if target not in TARGETS:
         raise PlacementError(f"found target {target!r}, expected one of: {', '.join(TARGETS)}")
@@ -207,13 +207,7 @@ def write_export(
     known = num_hidden_layers if target in BY_TRANSFORMER_LAYER else None
     content = TARGETS[target](with_layers(plan, layers, known), num_hidden_layers)
     text = _yaml(content) if target == "trtllm" else json.dumps(content) + "\n"
-    try:
-        return replace_text(path, text)
-    except OSError as error:
-        raise PlacementError(
-            f"cannot write {path}: {error.strerror or error}: give a path in a directory that you "
-            "may write"
-        ) from error
+    return write_text(path, text, what="map")
 
 
 def _yaml(content: dict[str, Any]) -> str:

@@ -23,8 +23,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numba
 import numpy as np
+
+from moe_locality.placement.count_kernels import compiled
 
 SMOOTHING, _LEAST_SMOOTHING = 0.15, 0.01
 _AT_ONCE = 10  # rounds of one smoothing
@@ -280,7 +281,7 @@ def _project(matrix: np.ndarray, across: np.ndarray, size: int) -> np.ndarray:
     return size / n + (turned * np.clip(values - high, 0, size)) @ turned.T
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def block_prices(w, k, price, pull):
     """price [2^k] of each block of a pattern: 1 + its pairs' prices; price[0] = 0."""
     price[0] = pull[0] = 0.0
@@ -293,7 +294,7 @@ def block_prices(w, k, price, pull):
                 price[base | rest] = price[rest] + pull[rest]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _block_factors(w, k, tilt, smoothing, factor, pull):
     """factor [2^k] = exp(-(price - items x tilt) / smoothing) of each block, with few exp."""
     alone, item = np.exp((tilt - 1.0) / smoothing), np.exp(tilt / smoothing)
@@ -308,7 +309,7 @@ def _block_factors(w, k, tilt, smoothing, factor, pull):
                 factor[base | rest] = factor[rest] * pull[rest]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _soft_blocks(blocks, starts, factor, price, chance):
     """(sum of the weights of all partitions, lowest price); chance: weight that a block is in."""
     total, lowest = 0.0, np.inf
@@ -325,7 +326,7 @@ def _soft_blocks(blocks, starts, factor, price, chance):
     return total, lowest
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _move_prices(members, tokens, blocks, starts, ahead, w, scale, smoothing, step, cost):
     """One ascent step of every pattern's prices; adds tokens x prices to ``cost``.
 
@@ -356,7 +357,7 @@ def _move_prices(members, tokens, blocks, starts, ahead, w, scale, smoothing, st
     cost += cost.T.copy()
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _lowest(members, tokens, blocks, starts, w, cost):
     """Sum over tokens of the exact minimum over partitions; adds tokens x prices to ``cost``."""
     num, k = members.shape

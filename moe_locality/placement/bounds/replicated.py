@@ -26,7 +26,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 
 from moe_locality.placement.bounds.relaxation import (
@@ -40,6 +39,7 @@ from moe_locality.placement.bounds.relaxation import (
     start_prices,
     steps_of,
 )
+from moe_locality.placement.count_kernels import compiled
 
 _COOLING = 0.97  # faster than without replicas: rounds take longer
 _NEAR, _EXTRA = 0.2, 0.4  # prices to begin with
@@ -149,7 +149,7 @@ def _best_replicas(
     return float(gains.ravel()[chosen].sum()), beside, count.astype(np.float64)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _sum_near(z, k, reach):
     """reach [k, 2^k]: the price of a replica of pick i on a block."""
     for i in range(k):
@@ -158,7 +158,7 @@ def _sum_near(z, k, reach):
                 reach[i, rest | 1 << top] = reach[i, rest] + z[i, top]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _cover(blocks, first, last, k, u, reach, nodes):
     """The cheapest way to serve a token whose primaries are in the blocks of a partition.
 
@@ -210,7 +210,7 @@ def _cover(blocks, first, last, k, u, reach, nodes):
     return best, kept, bare, more
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _nearest(blocks, first, last, some, i, reach):
     """The block of ``some`` on which a replica of pick i is cheapest; 0: there is none."""
     best = 0
@@ -220,7 +220,7 @@ def _nearest(blocks, first, last, some, i, reach):
     return best
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _weigh(blocks, starts, k, w, z, u, nodes, price, pull, reach, totals, covers):
     """Fill totals [partitions] and covers [partitions, 3]; return the lowest total."""
     block_prices(w, k, price, pull)
@@ -237,7 +237,7 @@ def _weigh(blocks, starts, k, w, z, u, nodes, price, pull, reach, totals, covers
     return lowest
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _lowest(members, tokens, blocks, starts, nodes, w, z, u, cost, near, extra):
     """Sum over tokens of the exact minimum; adds tokens x prices to cost, near and extra."""
     num, k = members.shape
@@ -254,7 +254,7 @@ def _lowest(members, tokens, blocks, starts, nodes, w, z, u, cost, near, extra):
     return found
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _collect(picks, tokens, w, z, u, cost, near, extra):
     for i in range(len(picks)):
         e = picks[i]
@@ -266,7 +266,7 @@ def _collect(picks, tokens, w, z, u, cost, near, extra):
                 near[e, picks[j]] += tokens * z[i, j]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _count(blocks, first, last, k, weight, u, reach, nodes, cover, together, by, copies):
     """Add the pairs and the replicas of a partition and its ``_cover``."""
     kept, bare, more = cover
@@ -289,7 +289,7 @@ def _count(blocks, first, last, k, weight, u, reach, nodes, cover, together, by,
         _count_more(blocks, first, last, k, weight, u, kept, size + bare, bare, more, nodes, copies)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _count_more(blocks, first, last, k, weight, u, kept, cover, bare, more, nodes, copies):
     """Add the replicas that bring further nodes into a smallest cover."""
     best, chosen = -1.0, 0  # the block that replaces the cover, or that is replaced
@@ -315,7 +315,7 @@ def _count_more(blocks, first, last, k, weight, u, kept, cover, bare, more, node
         copies[i] += weight * (chosen >> i & 1 if bare == 0 else 0)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _move(
     members, tokens, blocks, starts, nodes, ahead, beside, count,
     w, z, u, smoothing, step, cost, near, extra,

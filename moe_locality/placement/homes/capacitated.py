@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 
+from moe_locality.placement.count_kernels import compiled
 from moe_locality.placement.search.swaps import next_random
 
 PRICE_STEPS = 150
@@ -115,7 +115,7 @@ def _by_stake(worth: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return np.lexsort((np.arange(len(tokens)), -tokens, -stake))
 
 
-@numba.njit(cache=True)
+@compiled
 def _fits(rank, tokens, filled, count, cap, size, larger):
     """Whether the rank has room for these tokens and one more request."""
     if filled[rank] + tokens > cap:
@@ -123,7 +123,7 @@ def _fits(rank, tokens, filled, count, cap, size, larger):
     return count[rank] < size or (larger > 0 and count[rank] == size)
 
 
-@numba.njit(cache=True)
+@compiled
 def _fill(order, worth, tokens, cap, size, larger):
     """Each request in turn to its best rank with room; then level what is above the capacity."""
     requests, ranks = worth.shape
@@ -152,7 +152,7 @@ def _fill(order, worth, tokens, cap, size, larger):
     return rank_of, filled, count
 
 
-@numba.njit(cache=True)
+@compiled
 def _improve(rank_of, filled, count, value, tokens, cap, size, rounds):
     """Move or exchange requests: first less above the capacity, then more value.
 
@@ -203,7 +203,7 @@ def _improve(rank_of, filled, count, value, tokens, cap, size, rounds):
             break
 
 
-@numba.njit(cache=True)
+@compiled
 def _move(request, rank, rank_of, filled, count, tokens):
     home = rank_of[request]
     rank_of[request] = rank
@@ -213,7 +213,7 @@ def _move(request, rank, rank_of, filled, count, tokens):
     count[rank] += 1
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _anneal(rank_of, filled, count, value, tokens, cap, size, steps, heat):
     """[R] the best assignment met by random moves and exchanges under falling heat.
 

@@ -13,11 +13,11 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import numba
 import numpy as np
 
 from moe_locality.errors import PlacementError
 from moe_locality.files import replace_file
+from moe_locality.placement.count_kernels import compiled
 from moe_locality.placement.counting import count_coactivation
 from moe_locality.placement.search.swaps import near_blocks, swap_near
 from moe_locality.trace.schema import RoutingTrace
@@ -176,7 +176,7 @@ EXCESS_WEIGHT = 1.0
 few swaps all go into balance and copies rise; with much less, none do."""
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def swap_best(weight, pin, load, item, block_of, rank_of, block_cap, rank_cap, most):
     """Swap items between blocks, always the pair with the largest gain in any layer.
 
@@ -234,7 +234,7 @@ def swap_best(weight, pin, load, item, block_of, rank_of, block_cap, rank_cap, m
     return done
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _move(weight, load, block_of, near, block_load, i, j):
     """Exchange the blocks of two items."""
     a, b = block_of[i], block_of[j]
@@ -245,7 +245,7 @@ def _move(weight, load, block_of, near, block_load, i, j):
     block_of[i], block_of[j] = b, a
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def level_best(load, item, rank_of, node_of_rank, whole_nodes, most):
     """Swap slots so that the busiest ranks do less: always in the least level layer that can gain.
 
@@ -291,14 +291,14 @@ def level_best(load, item, rank_of, node_of_rank, whole_nodes, most):
     return done
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _over(first, second, shift, cap):
     """Change of the load above ``cap`` when ``shift`` moves from ``second`` to ``first``."""
     after = max(first + shift - cap, 0.0) + max(second - shift - cap, 0.0)
     return after - max(first - cap, 0.0) - max(second - cap, 0.0)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _find(weight, near, load, item, places, loads, caps, has, pair):
     """Write the best swap of a layer into ``pair``; return its score, 0 when none helps."""
     block_of, rank_of = places
@@ -326,7 +326,7 @@ def _find(weight, near, load, item, places, loads, caps, has, pair):
     return best
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _find_level(load, item, rank_of, rank_load, has, node_of_rank, whole_nodes):
     """The swap of a slot of the busiest rank that leaves the smaller maximum of two ranks."""
     top = np.argmax(rank_load)
@@ -348,7 +348,7 @@ def _find_level(load, item, rank_of, rank_load, has, node_of_rank, whole_nodes):
     return first, second
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _exchange(item, rank_of, rank_load, load, has, i, j):
     """Exchange the ranks of two items."""
     r, s = rank_of[i], rank_of[j]

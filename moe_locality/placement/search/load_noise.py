@@ -20,10 +20,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numba
 import numpy as np
 
 from moe_locality.errors import PlacementError
+from moe_locality.placement.count_kernels import compiled
 from moe_locality.placement.counting import map_layers
 from moe_locality.trace.schema import RoutingTrace
 
@@ -311,7 +311,7 @@ def _expected(block_load: np.ndarray, covariance: np.ndarray, noise: Noise) -> f
     return float((share[:, None] + root @ _draws(blocks)).max(axis=0).mean())
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _block_covariance(covariance, block_of, blocks):
     """[M, M] sums of covariance [E, E] over pairs of blocks."""
     sums = np.zeros((blocks, blocks))

@@ -11,9 +11,9 @@ pick) pairs, W words per token, E experts, M nodes, H home groups (1: homes are 
 ``load`` [E] int64; ``order`` [E]: experts by falling load, equal loads by number.
 """
 
-import numba
 import numpy as np
 
+from moe_locality.placement.count_kernels import compiled
 from moe_locality.placement.search.swaps import (
     expected_highest,
     metropolis_loss,
@@ -22,7 +22,7 @@ from moe_locality.placement.search.swaps import (
 )
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def serve(held, load, order, served):
     """Fill served [M, E] int64: the node that serves each expert for homes on each node."""
     copies_of = held.sum(axis=0)
@@ -34,7 +34,7 @@ def serve(held, load, order, served):
             _serve_shared(held, load, e, served, node_load)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def serve_changed(held, load, order, copies_of, base, e, f, served, node_load, some):
     """``serve`` where only the nodes that hold e and f have changed.
 
@@ -56,7 +56,7 @@ def serve_changed(held, load, order, copies_of, base, e, f, served, node_load, s
     return count
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def sure_loads(held, load, copies_of):
     """[M] int64 what the nodes serve before any replica is chosen; ``hold`` keeps it up to date."""
     base = np.zeros(len(held), dtype=np.int64)
@@ -65,7 +65,7 @@ def sure_loads(held, load, copies_of):
     return base
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def hold(held, load, copies_of, base, e, sign):
     """Add to base [M] what expert e loads its nodes with, or take it away (``sign`` -1)."""
     nodes = len(base)
@@ -74,7 +74,7 @@ def hold(held, load, copies_of, base, e, sign):
             base[n] += sign * load[e] * (nodes if copies_of[e] == 1 else 1)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _serve_sure(held, copies_of, e, served):
     """Homes on nodes that hold e, and all of them where one node does."""
     for n in range(len(held)):
@@ -84,7 +84,7 @@ def _serve_sure(held, copies_of, e, served):
                 served[:, e] = n
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _serve_shared(held, load, e, served, node_load):
     """Homes on the other nodes: each at the node with e that has the least load so far."""
     for home in range(len(held)):
@@ -98,7 +98,7 @@ def _serve_shared(held, load, e, served, node_load):
         node_load[best] += load[e]
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def load_above(served, picks, cap):
     """Picks above the cap, summed over the nodes; picks [M, E] are those of homes on each node."""
     nodes, experts = served.shape
@@ -120,7 +120,7 @@ _HOPE = 6.0
 be kept for a saving of fewer copies than this."""
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _alone_one(row, weight, bits):
     """Plain loops over whole slices: these become vector instructions."""
     total = np.int64(0)
@@ -130,7 +130,7 @@ def _alone_one(row, weight, bits):
     return total
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _alone_four(first, second, third, fourth, weight, bits):
     total = np.int64(0)
     one, two, three, four = bits[0], bits[1], bits[2], bits[3]
@@ -140,7 +140,7 @@ def _alone_four(first, second, third, fourth, weight, bits):
     return total
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _alone(words, weight, start, stop, others):
     """Weight of the tokens start .. stop that pick none of the experts in ``others`` [W]."""
     size = words.shape[0]
@@ -165,7 +165,7 @@ def _alone(words, weight, start, stop, others):
     return total
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def reroute(words, weight, first, bit, served, target, sets, some):
     """Bring ``sets`` from served to target (both [M, E]), which differ for experts among ``some``
     at most; return the change of copies.
@@ -190,7 +190,7 @@ def reroute(words, weight, first, bit, served, target, sets, some):
     return change
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def lonely(words, weight, first, bit, served, sets, home, gain):
     """Fill gain [E]: copies of a home that e alone causes."""
     others = np.empty(words.shape[0], dtype=words.dtype)
@@ -203,7 +203,7 @@ def lonely(words, weight, first, bit, served, sets, home, gain):
             gain[e] = _alone(words, weight, first[row, e], first[row, e + 1], others)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def add_greedily(words, weight, first, bit, load, order, picks, cap, held, room):
     """Fill the room [M] of the nodes, each time with the replica that saves most copies.
 
@@ -265,7 +265,7 @@ def add_greedily(words, weight, first, bit, load, order, picks, cap, held, room)
     return served, sets, start, copies
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _rerouted(served, target, part, some, changed, share):
     """Fill changed [E] with those of ``some`` experts that are served otherwise in target, and
     share [M, E] with what each node's share of their picks grows by, both from the left; return how
@@ -289,7 +289,7 @@ def _rerouted(served, target, part, some, changed, share):
     return count
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _loads_after(cov, picks, near, node_load, variance, changed, share, count, new_load, new_var):
     """Loads and variances of the nodes once the shares of some experts have changed."""
     for n in range(len(node_load)):
@@ -307,7 +307,7 @@ def _loads_after(cov, picks, near, node_load, variance, changed, share, count, n
         new_load[n], new_var[n] = load, var
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _loads_of(cov, picks, served, part):
     """([M, E] covariance of each expert with each node, [M] loads, [M] variances)."""
     nodes, experts = served.shape
@@ -320,7 +320,7 @@ def _loads_of(cov, picks, served, part):
     return near, load, var
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _level(load, variance, unit, limit, draws, deviation, room):
     """Expected load of the busiest node; beyond the limit it counts ``STEEP`` times more."""
     for n in range(len(load)):
@@ -328,7 +328,7 @@ def _level(load, variance, unit, limit, draws, deviation, room):
     return priced(expected_highest(load, deviation, draws, room), limit)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def anneal(
     words, weight, first, bit, load, order, picks, held, served, sets,
     steps, hot, cold, price, limit, cov, unit, draws, seed,
@@ -391,13 +391,13 @@ def anneal(
     return best, best_total
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _copy_columns(source, into, some):
     for x in some:
         into[:, x] = source[:, x]
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def propose(held, copies_of, state):
     """(a, e, b, f): put expert f in the place of e on node a and, where b >= 0, e in the place of f
     on node b; a is -1 where the draw is no change.
@@ -419,7 +419,7 @@ def propose(held, copies_of, state):
     return a, e, b, f
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _change(held, load, copies_of, base, a, e, b, f):
     """Put f in the place of e on node a and, where b >= 0, e in the place of f on node b."""
     hold(held, load, copies_of, base, e, -1)
@@ -434,7 +434,7 @@ def _change(held, load, copies_of, base, a, e, b, f):
     hold(held, load, copies_of, base, f, 1)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _follow(cov, near, changed, share, count):
     """Bring near [M, E], the covariance of each expert with each node, to the changed shares."""
     for n in range(len(near)):

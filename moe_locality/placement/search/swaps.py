@@ -22,9 +22,9 @@ one node), S samples.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from moe_locality.placement.count_kernels import compiled
 from moe_locality.placement.search.load_noise import Noise, samples_of
 
 STEEP = 8.0
@@ -36,7 +36,7 @@ CHUNK = 64
 _LOSSES = -np.log((np.arange(1024) + 0.5) / 1024)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def count_pattern_visits(ids, home_block, count, block_of, num_blocks):
     """Blocks that tokens visit besides their home, summed; float64.
 
@@ -61,7 +61,7 @@ def count_pattern_visits(ids, home_block, count, block_of, num_blocks):
     return total
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def pack(load, order, room):
     """[E] block of each expert: in this order, into the lightest with room [B] (used up)."""
     block_of, sums = np.zeros(len(load), np.int64), np.zeros(len(room))
@@ -76,7 +76,7 @@ def pack(load, order, room):
     return block_of
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def next_random(state):
     """splitmix64 (Steele, Lea, Flood 2014): state [1] uint64 in, 31 random bits out."""
     state[0] += np.uint64(0x9E3779B97F4A7C15)
@@ -86,14 +86,14 @@ def next_random(state):
     return np.int64((z ^ (z >> np.uint64(31))) >> np.uint64(33))
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def next_pair(state, n):
     """Two random numbers below ``n`` (< 2^31)."""
     both = next_random(state), next_random(state)
     return both[0] * n >> 31, both[1] * n >> 31
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def metropolis_loss(state):
     """-log of a uniform number; times the temperature, the loss that a step of annealing may bring
     (Metropolis et al. 1953).
@@ -101,7 +101,7 @@ def metropolis_loss(state):
     return _LOSSES[next_random(state) & 1023]
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def block_sums(cov, load, block_of, num_blocks):
     """([E, B] covariance of an expert with a block, [B] loads, [B] covariances of the blocks)."""
     near_cov = np.zeros((len(cov), num_blocks))
@@ -117,7 +117,7 @@ def block_sums(cov, load, block_of, num_blocks):
     return near_cov, block_load, block_var
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def expected_highest(load, deviation, draws, highest):
     """Mean over the samples of the highest of the loads [B], each with so many of its standard
     ``deviation`` [B] added as ``draws`` [B, S] says; ``highest`` [S] is a work array.
@@ -137,7 +137,7 @@ def expected_highest(load, deviation, draws, highest):
     return total / size
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def loads_after(load, cov, near_cov, block_load, block_var, a, b, e, f):
     """(loads of a and b, variances of a and b) once e of a and f of b are swapped."""
     shift = load[f] - load[e]
@@ -149,19 +149,19 @@ def loads_after(load, cov, near_cov, block_load, block_var, a, b, e, f):
     return block_load[a] + shift, block_load[b] - shift, var_a, var_b
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def priced(level, limit):
     """Expected load of the busiest block, plus ``STEEP`` times what is beyond the limit."""
     return level + STEEP * max(level - limit, 0.0)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def cooling(hot, cold, steps):
     """Factor on the temperature from one chunk of steps to the next."""
     return (cold / hot) ** (CHUNK / max(steps - CHUNK, 1))
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def start_levels(load, cov, unit, draws, limit, block_of):
     """([B] and [E, B] sums that ``try_swap`` keeps up to date, and its room; the priced level)."""
     near_cov, block_load, block_var = block_sums(cov, load, block_of, len(draws))
@@ -172,7 +172,7 @@ def start_levels(load, cov, unit, draws, limit, block_of):
     return sums, level
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def try_swap(load, cov, unit, draws, limit, sums, mean, most, a, b, e, f):
     """The priced level once e of a and f of b are swapped, and the sums brought up to date; if it
     is above ``most``, infinity, and nothing has changed. ``mean``: of the block loads.
@@ -199,7 +199,7 @@ def try_swap(load, cov, unit, draws, limit, sums, mean, most, a, b, e, f):
     return level
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def near_blocks(table, pin, block_of):
     """[E, B]: ``pin``, and the sums of ``table`` [E, E] with what is in each block."""
     near = pin.copy()
@@ -209,7 +209,7 @@ def near_blocks(table, pin, block_of):
     return near
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def swap_near(near, table, a, b, e, f):
     """Swap e of block a with f of block b in near [E, B], the sums of ``table`` [E, E] by block.
 
@@ -258,7 +258,7 @@ def anneal(
     )  # fmt: skip
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _anneal(weight, pin, load, cov, unit, draws, price, limit, start, steps, hot, cold, seed):
     n = len(start)
     block_of, best = start.copy(), start.copy()
@@ -319,7 +319,7 @@ def patterns(
     return ids[first], home[first] if home.size else home, count
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _join(ids, home):
     """([N] first token of each pattern, [N] tokens of it), by a table with open addresses."""
     tokens = len(ids)
@@ -359,7 +359,7 @@ def _join(ids, home):
     return first[:found].copy(), count[:found].copy()
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _place(key, home, size):
     mixed = (key ^ (key >> np.uint64(32))) * np.uint64(0x9E3779B97F4A7C15)
     mixed += np.uint64(home) * np.uint64(0xBF58476D1CE4E5B9)
@@ -397,7 +397,7 @@ def refine_exact(
     )  # fmt: skip
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _patterns_of(ids, num_experts):
     """(offsets [E + 1], patterns that hold each expert)."""
     offset = np.zeros(num_experts + 1, np.int64)
@@ -417,7 +417,7 @@ def _patterns_of(ids, num_experts):
     return offset, holds
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _count(ids, home, count, block_of, num_blocks):
     """State of the search: inside [N, B] picks (and home) of each pattern in each block, alone [E],
     absent [E, B], pair_alone [E, E], and the visits.
@@ -452,7 +452,7 @@ def _count(ids, home, count, block_of, num_blocks):
     return inside, alone, absent, pair_alone, visits
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _mark_alone(picks, e, w, alone, pair_alone):
     """Expert e becomes (w > 0) or is no longer (w < 0) the only tie of w tokens to its block."""
     alone[e] += w
@@ -461,7 +461,7 @@ def _mark_alone(picks, e, w, alone, pair_alone):
             pair_alone[e, f] += w
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _leave(ids, count, inside, holds, e, partner, a, b, block_of, alone, absent, pair_alone):
     """Move e from block a to b in the patterns ``holds``, but where ``partner`` is picked too."""
     for t in holds:
@@ -494,7 +494,7 @@ def _leave(ids, count, inside, holds, e, partner, a, b, block_of, alone, absent,
         inside[t, b] += 1
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _exchange(ids, count, offset, holds, e, f, block_of, inside, alone, absent, pair_alone):
     """Swap e and f; returns the visits saved."""
     a, b = block_of[e], block_of[f]
@@ -514,7 +514,7 @@ def _exchange(ids, count, offset, holds, e, f, block_of, inside, alone, absent, 
     return saved
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _refine(
     ids, home, count, load, cov, unit, draws, price, limit, start, blocks, steps, hot, cold, seed
 ):  # fmt: skip

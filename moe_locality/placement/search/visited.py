@@ -15,10 +15,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 
-from moe_locality.placement.count_kernels import choose_node, serve_token
+from moe_locality.placement.count_kernels import choose_node, compiled, serve_token
 from moe_locality.placement.search.load_noise import Noise, expected_shared_imbalance, few_draws
 from moe_locality.placement.search.replica_moves import propose
 from moe_locality.placement.search.replicas import Candidate
@@ -194,7 +193,7 @@ def searched_visited(
     return served_visited(whole, load, noise, held, choices)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def count_served(ids, weight, home, choices, nodes):
     """(copies summed over the tokens and their homes, [M, E] picks that each node serves)."""
     served = np.zeros((nodes, choices.shape[1]), np.int64)
@@ -212,7 +211,7 @@ def count_served(ids, weight, home, choices, nodes):
     return copies, served
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _bits(mask):
     count = 0
     while mask:
@@ -221,7 +220,7 @@ def _bits(mask):
     return count
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _visit(row, home, alone, choices, later, loads):
     """Copies of a token (of all homes where ``home`` is -1); fill loads [M] with its picks.
 
@@ -256,7 +255,7 @@ def _visit(row, home, alone, choices, later, loads):
     return copies
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _list_holders(held, e, alone, choices, node_load):
     """Every node that holds e may serve it, the one with least load preferred."""
     nodes = len(held)
@@ -271,7 +270,7 @@ def _list_holders(held, e, alone, choices, node_load):
             choices[h, e, : len(holders)] = holders
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _draw_list(held, alone, choices, state):
     """Draw another list for homes on some node, in random order and length; return its expert, -1
     where none was found that several nodes hold.
@@ -291,7 +290,7 @@ def _draw_list(held, alone, choices, state):
     return -1
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _put(held, a, e, b, f, forth):
     """Put f in the place of e on node a and, where b >= 0, e in that of f on b; or take it back."""
     held[a, e], held[a, f] = not forth, forth
@@ -299,7 +298,7 @@ def _put(held, a, e, b, f, forth):
         held[b, f], held[b, e] = not forth, forth
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _count_again(tokens, some, alone, choices, tick, seen, known, new, found, load):
     """Count the tokens of the experts ``some`` again: fill found [N] with their patterns and new
     (copies [N], loads [N, M]) with their costs; load [M] is brought up to date.
@@ -325,7 +324,7 @@ def _count_again(tokens, some, alone, choices, tick, seen, known, new, found, lo
     return count, change
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _first_count(tokens, held, copies_of, choices, load):
     """(alone [E], known, new, found, seen, copies) of the start; load [M] is filled."""
     nodes, experts = held.shape
@@ -343,7 +342,7 @@ def _first_count(tokens, held, copies_of, choices, load):
     return alone, known, new, found, seen, copies
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def anneal_visited(
     ids, weight, home, first, index, held, choices, steps, hot, cold, price, limit, deviation,
     draws, list_share, seed,
@@ -402,7 +401,7 @@ def anneal_visited(
     return best_held, best_choices
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _keep(known, new, found, count):
     for place in range(count):
         known[0][found[place]] = new[0][place]

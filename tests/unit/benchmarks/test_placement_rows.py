@@ -1,5 +1,7 @@
 """The table of targets and the choice of a cap: pure parts of the placement figures."""
 
+import argparse
+import csv
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ from moe_locality.placement import evaluate, solve
 from tests.unit.placement.cases import random_trace
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
+from _results import append_rows, table_path
 from placement_cases import Goal, Parts, asked, cluster
 from placement_rows import Row, target_table
 from placement_workloads import WORKLOADS, picks_of_step, workload_trace
@@ -73,3 +76,23 @@ def test_workloads_have_the_published_heat_and_distinct_picks():
     assert heat["W5_zero_expert_rank"] == pytest.approx((2.156, 1.007), rel=0.1)
     homes = np.bincount(workload_trace("W4_source_ragged", range(2)).rank)
     assert homes.tolist() == [512, 256, 128, 128]
+
+
+def test_append_rows_begins_a_line_and_table_path_refuses_a_folder(tmp_path):
+    """A row was glued to a last line without an end; a folder failed after an hour's work."""
+    one = {
+        "benchmark": "b",
+        "case": "c",
+        "metric": "m",
+        "value": 1,
+        "unit": "u",
+        "kind": "measured",
+    }
+    path = table_path(str(tmp_path / "rows.csv"))
+    append_rows(path, [one])
+    path.write_text(path.read_text().rstrip("\n"))
+    append_rows(path, [one])
+    with path.open(newline="") as file:
+        assert [found["benchmark"] for found in csv.DictReader(file)] == ["b", "b"]
+    with pytest.raises(argparse.ArgumentTypeError, match="expected a table"):
+        table_path(str(tmp_path))

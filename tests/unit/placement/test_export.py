@@ -6,7 +6,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 
-from moe_locality.errors import PlacementError
+from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.placement.export import (
     TARGETS,
     engine_serving_slots,
@@ -178,7 +178,7 @@ def test_what_a_target_cannot_hold_is_refused(tmp_path):
         with pytest.raises(PlacementError, match="takes a file only by the end"):
             write_export(replicas, tmp_path / "map.yaml", target, 3)
     (tmp_path / "file").write_text("")
-    with pytest.raises(PlacementError, match="cannot write"):
+    with pytest.raises(ConfigError, match="cannot write the map"):
         write_export(replicas, tmp_path / "file" / "map.json", "vllm")
 
 

@@ -208,6 +208,24 @@ for homes in (None, "joint"):
     assert '"seed": 7' in texts[0]
 
 
+def test_solve_works_where_nothing_compiled_can_be_kept():
+    """A package that root installed failed under a user without a home directory: "no locator"."""
+    code = """
+import numpy as np
+from moe_locality.placement.count_kernels import serve_token
+import moe_locality.placement.search.visited
+found = np.zeros(1, np.int64)
+serve_token(np.array([1]), 0, np.array([[0], [1]]), found, np.zeros(1, np.int64))
+print(found)
+"""
+    env = {**os.environ, "NUMBA_CACHE_LOCATOR_CLASSES": "IPythonCacheLocator"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, env=env
+    )
+    assert (done.returncode, done.stdout) == (0, "[1]\n"), done.stderr
+    assert done.stderr.count("set NUMBA_CACHE_DIR") == 1
+
+
 def test_replicas_save_copies_and_are_worth_more_than_hot_ones():
     rng = np.random.default_rng(6)
     trace, _ = planted(rng, stray=0.6)
