@@ -313,7 +313,12 @@ def _parts(path: Paths, format: str | None, options: ImportOptions) -> Iterator[
             f"found files of the formats {', '.join(sorted(set(formats)))}, expected one: import "
             "them apart, or name the format"
         )
-    if (len(files) == 1 and not folder) or formats[0] in ("megatron", "sglang-dump"):
+    nameless = formats[0] in ("megatron", "sglang-dump")
+    if nameless and options.table is not None:
+        raise TraceError(
+            f"table: found one for {formats[0]}, which names no requests: leave it out"
+        )
+    if (len(files) == 1 and not folder and options.table is None) or nameless:
         return _taken(_of_format([file for file, _, _ in files], formats[0], options), options)
     return _taken(_joined(files, formats[0], options, folder), options)
 
@@ -325,7 +330,7 @@ def _of_format(paths: list[Path], found: str, options: ImportOptions) -> Iterato
     if found == "json":
         return tables.json_parts(path, options)
     if found == "csv":
-        columns = _cells(_first_line(path).decode("utf-8", "replace"))
+        columns = _cells(_first_line(path).decode("utf-8-sig", "replace"))
         return tables.csv_parts(path, columns, options)
     if found == "megatron":
         return megatron.parts(paths, options)

@@ -77,7 +77,7 @@ def text_lines(path: Path, options: ImportOptions, share: tuple[int, int] = (0, 
     try:
         size = max(path.stat().st_size, 1)
         done, told = share[0] * size, 0
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for number, text in enumerate(file, 1):
                 done += len(text)
                 if options.report is not None and done - told > size >> 8:
@@ -131,7 +131,7 @@ def whole_json(path: Path) -> Any:
         TraceError: it cannot be read as JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise TraceError(
             f"found that {path} cannot be read as JSON: {error}; expected one object: correct the "

@@ -57,6 +57,19 @@ def test_csv(tmp_path):
         "4,1,2,2,decode,code\n4,1,5,,decode,code\n9,0,5,1 -1,,\n9,0,2,5 6,,\n"
     )
     check_generic(import_trace(path, model="m", num_experts=8))
+    path.write_text(path.read_text(), encoding="utf-8-sig")  # as a spreadsheet writes it
+    check_generic(import_trace(path, model="m", num_experts=8))
+
+
+def test_import_trace_heeds_the_table_of_a_single_file(tmp_path):
+    """It was read and left aside."""
+    (tmp_path / "t.csv").write_text("request_id,position,layer,expert_ids\n4,0,2,3 1\n")
+    (tmp_path / "names.csv").write_text("name,request_id,domain\nt,7,law\n")
+    table = {"num_experts": 8, "table": tmp_path / "names.csv"}
+    trace = import_trace(tmp_path / "t.csv", **table)
+    assert (trace.request_ids.tolist(), trace.domain) == ([7], ("law",))
+    with pytest.raises(TraceError, match="found one for megatron"):
+        import_trace(tmp_path / "t.csv", format="megatron", **table)
 
 
 def test_npz(tmp_path):
