@@ -213,6 +213,12 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = do_OPTIONS = forward
 
 
+class Server(ThreadingHTTPServer):
+    """Keeps a burst of connections waiting; of more than six the library's own loses some."""
+
+    request_queue_size = 512
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Gives requests homes.")
     parser.add_argument("--plan", type=Path, required=True, help="made with --homes joint")
@@ -229,7 +235,7 @@ def main() -> None:
         texts = read_texts(options.texts, plan) if options.texts else {}
         ranks = plan.num_ranks if options.dp_size is None else options.dp_size
         Handler.homes = Homes(plan, ranks, options.slack, texts)
-        server = ThreadingHTTPServer((options.host, options.port), Handler)
+        server = Server((options.host, options.port), Handler)
     except MoeLocalityError as error:
         parser.error(str(error))
     except (OSError, OverflowError) as error:  # a text, or the address

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -253,10 +254,14 @@ def test_home_router_answers_502_where_no_engine_is(tmp_path):
         proxy = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
         try:
             port = int(proxy.stdout.readline().rpartition(":")[2])
-            answer, line = ask(port, body=b"x")
-            assert answer.status == 502
-            line.close()
+            proxy.send_signal(signal.SIGSTOP)  # it takes none of a burst of connections up
+            burst = [socket.create_connection(("127.0.0.1", port), SECONDS / 10) for _ in range(64)]
+            proxy.send_signal(signal.SIGCONT)
+            for line in burst:
+                line.sendall(b"GET / HTTP/1.0\r\n\r\n")
+                assert line.recv(12) == b"HTTP/1.1 502"
+                line.close()
         finally:
-            proxy.terminate()
+            proxy.kill()  # also where it is stopped
             proxy.wait(SECONDS)
             proxy.stdout.close()
