@@ -356,11 +356,11 @@ def ratio_interval(first: np.ndarray | None, last: np.ndarray | None) -> tuple[f
 
 
 def _around(value: float, left_out: np.ndarray) -> tuple[float, float]:
-    """95 % interval of a value, from the [B] values without one block each."""
+    """95 % interval of a ratio, from the [B] ratios without one block each."""
     count = len(left_out)
     spread = math.sqrt((count - 1) / count * ((left_out - left_out.mean()) ** 2).sum())
     reach = T_975[count - 1] * spread
-    return float(value - reach), float(value + reach)
+    return max(float(value - reach), 0.0), float(value + reach)
 
 
 def expected_change(

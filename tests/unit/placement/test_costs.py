@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_locality.errors import PlacementError
-from moe_locality.placement.costs import evaluate, traffic_matrix
+from moe_locality.placement.costs import evaluate, ratio_interval, traffic_matrix
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
@@ -350,3 +350,9 @@ def test_an_empty_trace_is_refused():
     empty = trace.take(np.zeros(2, dtype=bool))
     with pytest.raises(PlacementError, match="found an empty trace"):
         evaluate(empty, PlacementPlan.linear(4, [0], 2, 1))
+
+
+def test_ratio_interval_holds_no_negative_ratio():
+    """A few requests gave "copies -72.9% (-102.0% to -43.9%)"."""
+    low, high = ratio_interval(np.full(5, 4), np.array([0, 0, 0, 0, 4]))
+    assert (low, high > 0.2) == (0, True)
