@@ -315,13 +315,14 @@ def _watch(work: Any, offer: Offer, on_cuda: bool) -> Callable[[], bool]:
         except BaseException as error:  # noqa: BLE001  raised where it is asked for
             failed.append(error)
 
-    if on_cuda:
-        return work.is_completed
     thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
+    if not on_cuda:
+        thread.start()
 
     def done() -> bool:
-        ended = not thread.is_alive()  # asked first: a thread that fails says so before it ends
+        ended = work.is_completed() if on_cuda else not thread.is_alive()  # asked before `failed`
+        if ended and on_cuda:
+            wait()  # NCCL says "completed" of a transfer that failed, and raises here
         if failed:
             raise LostRanks(
                 f"a request on its way from rank {offer.source} to rank {offer.home} was lost "

@@ -235,7 +235,8 @@ def test_transfer_that_does_not_come_is_named(tmp_path):
     assert age > 0.1
 
 
-def test_transfer_that_fails_while_it_is_asked_for_has_not_arrived(monkeypatch):
+@pytest.mark.parametrize("on_cuda", [False, True])
+def test_transfer_that_fails_while_it_is_asked_for_has_not_arrived(monkeypatch, on_cuda):
     """It was taken for one that had come, with whatever was in its memory."""
     from moe_locality.layer.agreement import LostRanks
     from moe_locality.serving import homes
@@ -243,6 +244,10 @@ def test_transfer_that_fails_while_it_is_asked_for_has_not_arrived(monkeypatch):
     breaks = threading.Event()
 
     class Transfer:
+        def is_completed(self):  # NCCL's is so for one that failed
+            breaks.set()
+            return True
+
         def wait(self, _timeout):
             breaks.wait(60)
             raise RuntimeError("Connection closed by peer")
@@ -255,7 +260,7 @@ def test_transfer_that_fails_while_it_is_asked_for_has_not_arrived(monkeypatch):
 
     monkeypatch.setattr(homes, "threading", SimpleNamespace(Thread=BreaksWhenAsked))
     monkeypatch.setattr(homes, "default_timeout", lambda: None)
-    done = homes._watch(Transfer(), homes.Offer(0, 7, 1, 1, 0, home=1), on_cuda=False)
+    done = homes._watch(Transfer(), homes.Offer(0, 7, 1, 1, 0, home=1), on_cuda)
     with pytest.raises(LostRanks, match=r"from rank 0 to rank 1 was lost \(Connection closed"):
         done()
 
