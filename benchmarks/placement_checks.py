@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 from placement_cases import CHAT, GPT, cluster, parts
-from placement_rows import Row, summary
+from placement_rows import UNITS, Row, summary
 from scipy.optimize import linprog
 
 from moe_locality.errors import BackendUnavailable
 from moe_locality.placement import PlacementPlan, evaluate, solve
 from moe_locality.placement.baselines import partition_mtkahypar
 from moe_locality.placement.bounds.lower import Certificate, certify_plan
-from moe_locality.placement.count_kernels import serve_tokens
 from moe_locality.placement.counting import map_layers, processors
 from moe_locality.placement.problem import Problem, make_plan
 from moe_locality.placement.search.coactivation import place_layers
+from moe_locality.placement.search.visited import count_served
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace import RoutingTrace
 
@@ -88,9 +88,9 @@ def _gap_row(case: str, target: float, found: Certificate, more: str) -> Row:
     )
 
 
-def shares_figures(folder: Path, split: int) -> dict[str, tuple[float, float]]:
-    """(copies against linear in per cent, rank imbalance) on unseen requests of a plan with
-    replicas under the default cap: as it is, and with shares of picks that level its own loads.
+def shares_figures(folder: Path, split: int) -> dict[str, dict[str, float]]:
+    """Figures of a plan with replicas under the default cap, as it is and with shares of picks that
+    level the requests that it was made from ("train"); judged on others ("test").
     """
     data = parts(folder, GPT, split, EVERY)
     topology = ClusterTopology.uniform(4, 1)
@@ -100,15 +100,16 @@ def shares_figures(folder: Path, split: int) -> dict[str, tuple[float, float]]:
     found = {}
     for name in layers[0]:
         copies, level = np.mean([layer[name] for layer in layers], axis=0)
-        found[name] = (100 * (copies / linear.copies - 1), level)
+        found[name] = {"rank_imbalance": level}
+        if name.startswith("test"):
+            found[name]["copies_vs_linear"] = 100 * (copies / linear.copies - 1)
     return found
 
 
 def _shares_of_layer(
     plan: PlacementPlan, train: RoutingTrace, test: RoutingTrace, row: int
 ) -> dict[str, tuple[float, float]]:
-    """(copies per token, max / mean of the node loads) of one layer, homes at random. "train" and
-    "train, shares" are of the requests that plan and shares were made from.
+    """(copies per token, max / mean of the node loads) of one layer, homes at random.
 
     The linear program (HiGHS) is over the fraction of the picks of an expert, by homes on one node,
     that another list of nodes serves: the fewest copies at which no node is above ``SHARED_LEVEL``.
@@ -126,14 +127,14 @@ def _shares_of_layer(
     counted = {}
     for name, trace in (("train", train), ("test", test)):
         ids = np.ascontiguousarray(trace.expert_ids[:, row])
-        base = sum(_served(ids, choices, home) for home in range(nodes))
         changes = []
         for expert, home, nodes_of in moves:
             some = ids[(ids == expert).any(axis=1)]
             other = choices.copy()
             other[home, expert] = [*nodes_of, *[-1] * (choices.shape[2] - len(nodes_of))]
             changes.append(_served(some, other, home) - _served(some, choices, home))
-        counted[name] = base / len(ids) / nodes, np.array(changes) / len(ids) / nodes
+        units = len(ids) * nodes
+        counted[name] = _served(ids, choices, -1) / units, np.array(changes) / units
     base, changes = counted["train"]
     each = np.array([[e == move[0] and h == move[1] for move in moves] for e, h, _ in moves])
     at_most = np.concatenate([changes[:, 1:].T, each])
@@ -152,35 +153,30 @@ def _shares_of_layer(
 
 
 def _served(ids: np.ndarray, choices: np.ndarray, home: int) -> np.ndarray:
-    """[1 + M] copies, and picks served by each node, of tokens ids [N, K] at home on one node."""
-    nodes, found = len(choices), np.empty(ids.shape, dtype=np.int64)
-    serve_tokens(ids, np.full(len(ids), home), choices, found)
-    visited = (found[..., None] == np.arange(nodes)).any(axis=1)
-    visited[:, home] = False
-    return np.append(visited.sum(), np.bincount(found[found >= 0], minlength=nodes)).astype(float)
+    """[1 + M] copies, and picks that each node serves, of tokens ids [N, K] at home on one node;
+    -1: on every node in turn.
+    """
+    homes, once = np.full(len(ids), home), np.ones(len(ids), dtype=np.int64)
+    copies, served = count_served(ids, once, homes, choices, len(choices))
+    return np.append(copies, served.sum(axis=1)).astype(float)
 
 
-def shares_rows(each: list[dict[str, tuple[float, float]]]) -> list[Row]:
+def shares_rows(each: list[dict[str, dict[str, float]]]) -> list[Row]:
     """What shares change, from ``shares_figures`` of several splits."""
     rows = []
-    for name in each[0]:
-        for place, (metric, unit) in enumerate(
-            (("copies_vs_linear", "%"), ("rank_imbalance", "max/mean"))
-        ):
-            if name.startswith("train") and metric == "copies_vs_linear":
-                continue  # the linear layout is that of the judged requests
-            value, spread = summary([one[name][place] for one in each])
-            row = Row(
-                case=f"shares: {GPT} 4 nodes, {REPLICAS / 32:.1%} replicas, {name}",
-                metric=metric,
-                value=value,
-                unit=unit,
-                baseline="linear" if unit == "%" else "",
-                note=f"every {EVERY}rd layer, default cap, seeds of split and solver 0 to "
-                f"{len(each) - 1}: {spread}; shares of picks from a linear program that levels the "
-                f"requests of the plan to {SHARED_LEVEL:g}",
-            )
-            rows.append(row)
+    for name, metric in [(key, metric) for key in each[0] for metric in sorted(each[0][key])]:
+        value, spread = summary([one[name][metric] for one in each])
+        row = Row(
+            case=f"shares: {GPT} 4 nodes, {REPLICAS / 32:.1%} replicas, {name}",
+            metric=metric,
+            value=value,
+            unit=UNITS[metric],
+            baseline="linear" if metric.endswith("_vs_linear") else "",
+            note=f"every {EVERY}rd layer, default cap, seeds of split and solver 0 to "
+            f"{len(each) - 1}: {spread}; shares of picks from a linear program that levels the "
+            f"requests of the plan to {SHARED_LEVEL:g}",
+        )
+        rows.append(row)
     return rows
 
 

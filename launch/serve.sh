@@ -18,7 +18,7 @@ command=("${launcher[@]}" --no_local_rank --module moe_locality.cli serve "${pas
 # The launcher would end the ranks at the first signal, so it has a session of its own.
 asked="" ranks_pid=""
 on_signal() {
-  [[ -z $asked ]] || { kill -TERM -- "-$ranks_pid" 2>/dev/null || true; return; }
+  [[ -z $asked ]] || { kill -TERM -- "-$ranks_pid" 2>/dev/null || true; return; }  # they may have ended
   asked=1
   echo "draining: what has begun is finished; a second signal ends the ranks"
 }
@@ -27,7 +27,8 @@ dry_run=1 show_and_run "${command[@]}"
 setsid "${command[@]}" &
 ranks_pid=$!
 while kill -0 "$ranks_pid" 2>/dev/null; do
-  # again and again: a job that is still starting removes the file of the one before
+  # again and again: a job that is still starting removes the file of the one before. What fails here
+  # (no room for the file, a sleep that Ctrl-C ends) must not end the script before its ranks.
   [[ -z $asked ]] || { mkdir -p "$out" && touch "$out/drain"; } || true
   sleep 1 || true
 done
