@@ -430,7 +430,7 @@ class TokenDispatcher:
                 rails,
                 inter_node=part(process_group=rails.inter_group, ranks=rails.inter_ranks),
                 intra_node=part(process_group=rails.intra_group, ranks=rails.intra_ranks),
-                reduce_at_node=config.reduce_at_node,
+                sends_weights=config.reduce_at_node,
                 **common,
             )
         # a transport only gets metadata that it made: dispatch checks metadata_type

@@ -1,21 +1,19 @@
 """The flat exchange: one row per (token, expert) pair, ragged or with a fixed capacity.
 
-First the arithmetic of a step (splits, and the order of received rows by expert), then
-:class:`FlatTransport`, then :class:`FixedTransport`. The latter never tells the host what was
-routed: every rank sends exactly C rows for every slot, and rows without a route are zero. So no
-counts are exchanged, no shape depends on the routes, and a step can be captured in a CUDA graph.
-Routes beyond the C-th of a slot have no row: they are counted on the device and raise on all ranks,
-or are dropped, as ``dispatch.capacity`` says. Dropped are, of the routes of one rank to one slot,
-those after the first C in the order (token, k): DeepSpeed's ``drop_policy="position"``, applied per
-source rank, so the choice does not depend on other ranks and is the same in every run.
+With a fixed capacity (:class:`FixedTransport`) the host is never told what was routed: every rank
+sends exactly C rows for every slot, and rows without a route are zero. So no counts are exchanged,
+no shape depends on the routes, and a step can be captured in a CUDA graph. Routes beyond the C-th
+of a slot have no row: they are counted on the device and raise on all ranks, or are dropped, as
+``dispatch.capacity`` says. Dropped are, of the routes of one rank to one slot, those after the
+first C in the order (token, k): DeepSpeed's ``drop_policy="position"``, applied per source rank, so
+the choice does not depend on other ranks and is the same in every run.
 
 Shapes: G ranks of the EP group, e local experts, P = G*e slots, R rows received.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import KW_ONLY, dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -28,7 +26,7 @@ from moe_locality.dispatch.transport import (
     CombinedRows,
     DispatchedRows,
     PendingCounts,
-    PendingRows,
+    Splits,
     StageClock,
     Transport,
 )
@@ -38,25 +36,25 @@ from moe_locality.kernels.ops import RowMap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FlatMetadata:
+class FlatMetadata(Splits):
     """What one step sends and receives, on the host. A later dispatch of the same routes may use it
     again (see :meth:`~moe_locality.dispatch.TokenDispatcher.dispatch`).
 
     ``row_map``: the routes of this rank's tokens sorted by slot, so by destination rank; its
     ``positions`` are -1 where a route is dropped.
-    ``input_splits [G]``: rows this rank sends to each rank; ``output_splits [G]``: rows it gets.
     ``tokens_per_local_expert [e]``: rows received for each local expert.
     ``by_expert [R] int64``: row of the received buffer (ordered by source, then expert) for each
     row ordered by expert, then source; ``by_source [R]`` is its inverse. None where both orders
     agree.
+    ``lost``: with a fixed capacity, routes without a row, of every rank, on their way to the host;
+    None where not asked (``on_overflow="drop"``, or while a CUDA graph is captured).
     """
 
     row_map: RowMap
-    input_splits: tuple[int, ...]
-    output_splits: tuple[int, ...]
     tokens_per_local_expert: tuple[int, ...]
     by_expert: Tensor | None
     by_source: Tensor | None
+    lost: PendingCounts | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -114,6 +112,11 @@ def expert_major_order(counts: Tensor, num_rows: int) -> Tensor:
     return block_order(counts.reshape(-1), blocks.t().reshape(-1), num_rows)
 
 
+def sums_of(counts: Sequence[int], size: int) -> tuple[int, ...]:
+    """Return the sum of each ``size`` counts in a row."""
+    return tuple(sum(counts[i : i + size]) for i in range(0, len(counts), size))
+
+
 def flat_metadata(
     row_map: RowMap, received: Tensor, num_ranks: int, sent: list[int], got: list[int]
 ) -> FlatMetadata:
@@ -123,18 +126,15 @@ def flat_metadata(
     and ``got [G * e]`` are the counts of both sides on the host.
     """
     size = len(sent) // num_ranks
-    starts = range(0, len(sent), size)
-    output_splits = tuple(sum(got[i : i + size]) for i in starts)
-    per_expert = tuple(sum(got[i::size]) for i in range(size))
     by_expert = by_source = None
     if num_ranks > 1 and size > 1:
         by_expert = expert_major_order(received.view(num_ranks, size), sum(got))
         by_source = inverse(by_expert)
     return FlatMetadata(
         row_map=trim(row_map, sum(sent)),
-        input_splits=tuple(sum(sent[i : i + size]) for i in starts),
-        output_splits=output_splits,
-        tokens_per_local_expert=per_expert,
+        input_splits=sums_of(sent, size),
+        output_splits=sums_of(got, size),
+        tokens_per_local_expert=tuple(sum(got[i::size]) for i in range(size)),
         by_expert=by_expert,
         by_source=by_source,
     )
@@ -174,22 +174,22 @@ class FlatTransport(Transport[FlatMetadata]):
                 rows = self.payload.permute(x, row_map, self.kernels)
             with self.clock("counts"):
                 arrived, sent, got = counts.read()
-                metadata = flat_metadata(row_map, arrived, self.all_to_all.size, sent, got)
+                made = flat_metadata(row_map, arrived, self.all_to_all.size, sent, got)
         else:
+            made = metadata
             with self.clock("permute"):
-                rows = self.payload.permute(x, metadata.row_map, self.kernels)
-        splits = (metadata.input_splits, metadata.output_splits)
-        pending = self.all_to_all.start_rows(rows, *splits, "dispatch")
-        return partial(self._finish_dispatch, pending, metadata, x.shape[1], x.dtype)
+                rows = self.payload.permute(x, made.row_map, self.kernels)
+        pending = self.all_to_all.start_rows(rows, made, "dispatch")
+        width, dtype = x.shape[1], x.dtype
 
-    def _finish_dispatch(
-        self, pending: PendingRows, metadata: FlatMetadata, width: int, dtype: torch.dtype
-    ) -> DispatchedRows[FlatMetadata]:
-        with self.clock("dispatch"):
-            rows = pending.wait()
-        with self.clock("reorder"):
-            rows = self.payload.decode(rows, width, dtype, metadata.by_expert, self.kernels)
-        return DispatchedRows(metadata, rows, None)
+        def finish() -> DispatchedRows[FlatMetadata]:
+            with self.clock("dispatch"):
+                coded = pending.wait()
+            with self.clock("reorder"):
+                rows = self.payload.decode(coded, width, dtype, made.by_expert, self.kernels)
+            return DispatchedRows(made, rows, None)
+
+        return finish
 
     def dispatch_backward(
         self, grad_rows: Tensor, grad_weights: Tensor | None, metadata: FlatMetadata
@@ -197,8 +197,7 @@ class FlatTransport(Transport[FlatMetadata]):
         """Send the gradients of the rows back and add them up per token."""
         del grad_weights
         rows = self._take(grad_rows, metadata.by_source)
-        splits = (metadata.output_splits, metadata.input_splits)
-        rows = self.all_to_all.start_rows(rows, *splits, "dispatch_grad").wait()
+        rows = self.all_to_all.start_rows(rows, metadata, "dispatch_grad").wait()
         return ops.permute_backward(rows, metadata.row_map.positions, backend=self.kernels), None
 
     def start_combine(
@@ -207,8 +206,7 @@ class FlatTransport(Transport[FlatMetadata]):
         """Send the results back; they are weighted and summed where the tokens are."""
         with self.clock("reorder"):
             rows = self.combine_payload.encode(self._take(expert_out, metadata.by_source))
-        splits = (metadata.output_splits, metadata.input_splits)
-        pending = self.all_to_all.start_rows(rows, *splits, "combine")
+        pending = self.all_to_all.start_rows(rows, metadata, "combine")
         width, dtype = expert_out.shape[1], expert_out.dtype
 
         def finish() -> CombinedRows:
@@ -235,8 +233,7 @@ class FlatTransport(Transport[FlatMetadata]):
             grad, rows, metadata.row_map, topk_weights, need_rows=need_rows, backend=self.kernels
         )
         if grad_rows is not None:
-            splits = (metadata.input_splits, metadata.output_splits)
-            arrived = self.all_to_all.start_rows(grad_rows, *splits, "combine_grad").wait()
+            arrived = self.all_to_all.start_rows(grad_rows, metadata, "combine_grad").wait()
             grad_rows = self._take(arrived, metadata.by_expert)
         return grad_rows, grad_weights
 
@@ -245,17 +242,6 @@ class FlatTransport(Transport[FlatMetadata]):
 
 
 _MAX_ROWS = 2**31 - 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FixedMetadata(FlatMetadata):
-    """A :class:`FlatMetadata` whose splits are constants.
-
-    ``lost``: routes without a row, of every rank, on their way to the host; None where not asked
-    (``on_overflow="drop"``, or while a CUDA graph is captured).
-    """
-
-    lost: PendingCounts | None
 
 
 def fixed_rows(slot_ids: Tensor, num_slots: int, capacity: int, backend: ops.Backend) -> RowMap:
@@ -274,18 +260,18 @@ def fixed_rows(slot_ids: Tensor, num_slots: int, capacity: int, backend: ops.Bac
     starts = torch.arange(num_slots + 1, dtype=torch.int32, device=device) * capacity
     slots = slot_ids.long().clamp(0, num_slots - 1)
     positions = made.positions + (starts[:-1] - first)[slots]
-    return RowMap(
+    return replace(
+        made,
         row_route=made.row_route.index_select(0, source).masked_fill(empty, -1),
         row_token=made.row_token.index_select(0, source).masked_fill(empty, -1),
         positions=positions.masked_fill(made.positions < 0, -1),
-        tokens_per_slot=made.tokens_per_slot,
         slot_offsets=starts,
-        routed_per_slot=made.routed_per_slot,
         overflow=(made.routed_per_slot.sum() - made.tokens_per_slot.sum()).to(torch.int32).view(1),
         padded=True,
     )
 
 
+@dataclass(eq=False)
 class FixedTransport(FlatTransport):
     """:class:`FlatTransport` with exactly C rows per source rank and slot.
 
@@ -293,15 +279,12 @@ class FixedTransport(FlatTransport):
     too, as in DeepSpeed's padded dispatch, and its results for padding are never read.
     """
 
-    def __init__(
-        self, all_to_all: AllToAllGroup, *, capacity: CapacityConfig, **common: Any
-    ) -> None:
-        super().__init__(all_to_all, **common)
-        self.capacity = capacity
-        self.lost: Tensor | None = None
-        """int64 [1], on the device: routes of this rank that found no row, since the start"""
-        self._agreed: int | None = None
-        self._orders: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+    _: KW_ONLY
+    capacity: CapacityConfig
+    lost: Tensor | None = field(default=None, init=False)
+    """int64 [1], on the device: routes of this rank that found no row, since the start"""
+    _agreed: int | None = field(default=None, init=False)
+    _orders: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
 
     def start_dispatch(
         self,
@@ -324,7 +307,7 @@ class FixedTransport(FlatTransport):
         Raises:
             ConfigError: on all ranks, where a rank had more routes for a slot than it has rows.
         """
-        if isinstance(metadata, FixedMetadata) and metadata.lost is not None:
+        if metadata.lost is not None:
             # here, and not before the experts: their work is launched while the counts travel
             self._refuse(sum(metadata.lost.read()[2]))
         return super().start_combine(expert_out, topk_weights, metadata)
@@ -335,19 +318,18 @@ class FixedTransport(FlatTransport):
         Waits for the device: call it between the replays of a CUDA graph, which nothing else
         checks. An explicit call raises with ``on_overflow="drop"`` too.
         """
-        lost = self.lost
+        lost, group = self.lost, self.all_to_all
         if lost is None:
-            lost = torch.zeros(1, dtype=torch.int64)
-            lost = lost.to("cuda") if self._on_cuda() else lost
-        everyone = self.all_to_all.start_counts(lost.repeat(self.all_to_all.size)).read()[2]
+            # "undefined" where the job named no backend: gloo for the CPU, NCCL for the GPU
+            on_gpu = (
+                torch.cuda.is_available()
+                and torch.distributed.is_initialized()
+                and torch.distributed.get_backend(group.process_group) != "gloo"
+            )
+            lost = torch.zeros(1, dtype=torch.int64, device="cuda" if on_gpu else "cpu")
+        everyone = group.start_counts(lost.repeat(group.size)).read()[2]
         lost.zero_()
         self._refuse(sum(everyone))
-
-    def _on_cuda(self) -> bool:
-        if not torch.cuda.is_available() or not torch.distributed.is_initialized():
-            return False
-        # "undefined" where the job named no backend: gloo for the CPU, NCCL for the GPU
-        return torch.distributed.get_backend(self.all_to_all.process_group) != "gloo"
 
     def _refuse(self, lost: int) -> None:
         if lost:
@@ -357,24 +339,24 @@ class FixedTransport(FlatTransport):
                 "dispatch.capacity.on_overflow 'drop'"
             )
 
-    def _metadata(self, slot_ids: Tensor) -> FixedMetadata:
-        capturing = is_capturing(slot_ids)
+    def _metadata(self, slot_ids: Tensor) -> FlatMetadata:
+        group, capturing = self.all_to_all, is_capturing(slot_ids)
         rows = self._rows_per_slot(slot_ids, capturing)
         row_map = fixed_rows(slot_ids, self.num_slots, rows, self.kernels)
         self._count(row_map.overflow, capturing)
-        asked = self.capacity.on_overflow == "error" and not capturing
-        lost = row_map.overflow.long().repeat(self.all_to_all.size) if asked else None
-        size = self.num_slots // self.all_to_all.size
-        splits = (size * rows,) * self.all_to_all.size
+        lost = None
+        if self.capacity.on_overflow == "error" and not capturing:
+            lost = group.start_counts(row_map.overflow.long().repeat(group.size))
+        size = self.num_slots // group.size
         by_expert, by_source = self._order(rows, size, slot_ids.device)
-        return FixedMetadata(
+        return FlatMetadata(
             row_map=row_map,
-            input_splits=splits,
-            output_splits=splits,
-            tokens_per_local_expert=(self.all_to_all.size * rows,) * size,
+            input_splits=(size * rows,) * group.size,
+            output_splits=(size * rows,) * group.size,
+            tokens_per_local_expert=(group.size * rows,) * size,
             by_expert=by_expert,
             by_source=by_source,
-            lost=None if lost is None else self.all_to_all.start_counts(lost),
+            lost=lost,
         )
 
     def _rows_per_slot(self, slot_ids: Tensor, capturing: bool) -> int:
@@ -382,26 +364,22 @@ class FixedTransport(FlatTransport):
 
         All ranks need the same number: with a factor they agree on it, once, in the first step.
         """
-        if self.capacity.rows is not None:
-            rows = self.capacity.rows
-        elif self.all_to_all.size == 1:
-            rows = self._share(slot_ids.numel())
-        else:
-            if self._agreed is None:
+        group, rows = self.all_to_all, self.capacity.rows or self._agreed
+        if rows is None:
+            routes = slot_ids.numel()
+            if group.size > 1:
                 _check_warm(capturing)
-                mine = torch.full((self.all_to_all.size,), slot_ids.numel(), device=slot_ids.device)
-                self._agreed = self._share(max(self.all_to_all.start_counts(mine).read()[2]))
-            rows = self._agreed
+                mine = torch.full((group.size,), routes, device=slot_ids.device)
+                routes = max(group.start_counts(mine).read()[2])
+            assert self.capacity.factor is not None
+            rows = max(1, math.ceil(self.capacity.factor * routes / self.num_slots))
+            self._agreed = rows if group.size > 1 else None
         if rows * self.num_slots > _MAX_ROWS:
             raise ConfigError(
                 f"found {rows} rows for each of {self.num_slots} slots, expected at most "
                 f"{_MAX_ROWS} rows in all: lower dispatch.capacity"
             )
         return rows
-
-    def _share(self, routes: int) -> int:
-        assert self.capacity.factor is not None
-        return max(1, math.ceil(self.capacity.factor * routes / self.num_slots))
 
     def _count(self, overflow: Tensor, capturing: bool) -> None:
         lost = self.lost

@@ -12,9 +12,6 @@ itself, and outputs and gradients are those of the flat exchange bit for bit.
 Backward mirrors it: the gradients of a token's rows are added up on the node and cross once, with
 the gradients of the weights packed behind them.
 
-In this order: the position of a rank among the nodes (:class:`Rails`), packed rows
-(:class:`WireFormat`), the arithmetic of a step, the transport.
-
 Shapes: M nodes of the EP group, g ranks of a node, e slots of a rank, Q = g*e slots of a node, N1
 (R1) copies sent (received) in stage one, N2 rows of this rank's copies inside the node, R rows of
 the local experts.
@@ -29,7 +26,14 @@ import torch
 from torch import Tensor
 
 from moe_locality.dispatch.desync import DesyncError
-from moe_locality.dispatch.flat import block_order, inverse, sort_routes, trim
+from moe_locality.dispatch.flat import (
+    block_order,
+    expert_major_order,
+    inverse,
+    sort_routes,
+    sums_of,
+    trim,
+)
 from moe_locality.dispatch.transport import (
     AllToAllGroup,
     Codec,
@@ -37,6 +41,7 @@ from moe_locality.dispatch.transport import (
     DispatchedRows,
     PendingCounts,
     PendingRows,
+    Splits,
     StageClock,
     Transport,
 )
@@ -105,110 +110,109 @@ def pays(ranks: tuple[int, ...], topology: ClusterTopology, num_slots: int, top_
 ALIGNMENT = 16
 
 
-@dataclass(frozen=True, slots=True)
 class WireFormat:
-    """``parts``: (width, dtype) of each part of a row, in order."""
+    """How parts ``[N, width]`` lie in a packed row: ``(width, dtype)`` of each part, in order.
 
-    parts: tuple[tuple[int, torch.dtype], ...]
+    ``row_bytes``: of a packed row; ``extra_bytes``: those beyond its first part, which are the
+    other parts and the padding. A single part travels as it is.
+    """
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a packed row."""
-        return self._starts()[-1]
-
-    @property
-    def extra_bytes(self) -> int:
-        """Bytes of a packed row beyond its first part: the other parts, and the padding."""
-        return self.row_bytes - self._sizes()[0]
+    def __init__(self, parts: Sequence[tuple[int, torch.dtype]]) -> None:
+        self.dtypes = [dtype for _, dtype in parts]
+        sizes = [width * dtype.itemsize for width, dtype in parts]
+        self._places: list[tuple[int, int, int]] = []  # start, end and end of the padding
+        self.row_bytes = 0
+        for size in sizes:
+            start, stop = self.row_bytes, self.row_bytes + size
+            self.row_bytes = stop if len(parts) == 1 else -(-stop // ALIGNMENT) * ALIGNMENT
+            self._places.append((start, stop, self.row_bytes))
+        self.extra_bytes = self.row_bytes - sizes[0]
 
     def pack(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return uint8 ``[N, row_bytes]`` of parts ``[N, width]``; one part travels as it is."""
-        if len(self.parts) == 1:
+        """Return uint8 ``[N, row_bytes]`` of the parts."""
+        if len(parts) == 1:
             return parts[0]
         buffer = parts[0].new_empty(len(parts[0]), self.row_bytes, dtype=torch.uint8)
-        starts, sizes = self._starts(), self._sizes()
-        for part, start, size, stop in zip(parts, starts, sizes, starts[1:], strict=False):
-            buffer[:, start : start + size].view(part.dtype).copy_(part)
-            buffer[:, start + size : stop].zero_()
+        for part, (start, stop, end) in zip(parts, self._places, strict=True):
+            buffer[:, start:stop].view(part.dtype).copy_(part)
+            buffer[:, stop:end].zero_()
         return buffer
 
     def unpack(self, buffer: Tensor) -> list[Tensor]:
         """Return views of the parts; the inverse of :meth:`pack`."""
-        if len(self.parts) == 1:
+        if len(self.dtypes) == 1:
             return [buffer]
-        found = zip(self.parts, self._starts(), self._sizes(), strict=False)
-        return [buffer[:, start : start + size].view(dtype) for (_, dtype), start, size in found]
-
-    def _sizes(self) -> list[int]:
-        return [width * dtype.itemsize for width, dtype in self.parts]
-
-    def _starts(self) -> list[int]:
-        if len(self.parts) == 1:
-            return [0, self._sizes()[0]]
-        starts = [0]
-        for size in self._sizes():
-            starts.append(starts[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
-        return starts
+        found = zip(self._places, self.dtypes, strict=True)
+        return [buffer[:, start:stop].view(dtype) for (start, stop, _), dtype in found]
 
 
 def wire_format(*parts: Tensor | None) -> WireFormat:
     """Return the format of rows with these parts ``[N, width]``, None for one that is not there."""
-    return WireFormat(tuple((part.shape[1], part.dtype) for part in parts if part is not None))
+    return WireFormat([(part.shape[1], part.dtype) for part in parts if part is not None])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class InterNodeLayout:
-    """How this rank's own tokens cross nodes (stage one).
+class InterNodeLayout(Splits):
+    """How this rank's own tokens cross nodes (stage one); the splits ``[M]`` count copies.
 
     ``node_of_route [T, K]``: the node of each route, -1 where it is dropped. ``copies``: the map of
     (token, node) pairs by node; its ``positions [T, M]`` are the copies of each token.
     ``local_slots [N1, K]``: for each copy, the slot on its node of each route of the token, -1 for
     routes to other nodes. ``routes``: the kept routes by (node, slot on it), where results come
-    back one by one and not as sums. ``input_splits [M]``: copies to each node, ``output_splits``:
-    from each.
+    back one by one and not as sums.
     """
 
     node_of_route: Tensor
     copies: RowMap
     local_slots: Tensor
     routes: RowMap | None
-    input_splits: tuple[int, ...] = ()
-    output_splits: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class IntraNodeLayout:
-    """How the copies that arrived on this rank are sent on inside the node (stage two).
+class IntraNodeLayout(Splits):
+    """How the copies that arrived on this rank are sent on inside the node (stage two); the splits
+    ``[g]`` count rows.
 
-    ``routes``: their routes by slot. ``input_splits [g]``: rows to each rank of the node,
-    ``output_splits``: from each. ``by_expert [R]``: the received rows in the order of the experts
-    (expert, then home rank of the token in the EP group, then token: the order of the flat
-    exchange); ``by_source`` is its inverse. ``by_home``: rows sorted by slot, in the order (home
-    node, slot); ``from_home`` is its inverse; both only where results are sent back one by one, as
-    ``home_splits [M]``.
+    ``routes``: their routes by slot. ``by_expert [R]``: the received rows in the order of the
+    experts (expert, then home rank of the token in the EP group, then token: the order of the flat
+    exchange); ``by_source`` is its inverse.
     """
 
     routes: RowMap
-    input_splits: tuple[int, ...]
-    output_splits: tuple[int, ...]
     tokens_per_local_expert: tuple[int, ...]
     by_expert: Tensor
     by_source: Tensor
-    by_home: Tensor | None = None
-    from_home: Tensor | None = None
-    home_splits: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HomewardLayout(Splits):
+    """How results cross nodes one by one: the splits ``[M]`` count this rank's kept routes, and the
+    rows that it has for the routes of others.
+
+    ``routes``: as in :class:`InterNodeLayout`. ``by_home``: rows sorted by slot, in the order (home
+    node, slot); ``from_home`` is its inverse.
+    """
+
+    routes: RowMap
+    by_home: Tensor
+    from_home: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HierarchicalMetadata:
-    """Both layouts of a step. A later dispatch of the same routes may use it again.
+    """The layouts of a step. A later dispatch of the same routes may use it again.
 
-    ``route_splits [M]``: this rank's kept routes by node, where results come back one by one.
+    ``homeward``: None where results come back as sums.
     """
 
     inter_node: InterNodeLayout
     intra_node: IntraNodeLayout
-    route_splits: tuple[int, ...] = ()
+    homeward: HomewardLayout | None = None
+
+    @property
+    def home_map(self) -> RowMap:
+        """The map of what comes back across nodes."""
+        return self.inter_node.copies if self.homeward is None else self.homeward.routes
 
     @property
     def tokens_per_local_expert(self) -> tuple[int, ...]:
@@ -244,14 +248,15 @@ def layout_inter_node(
     small = torch.int16 if per_node <= torch.iinfo(torch.int16).max else torch.int32
     routes = None
     if one_by_one:
-        routes = sort_routes(
-            torch.where(dropped, -1, nodes * per_node + local), len(rail_of_slot), kernels
-        )
+        keys = torch.where(dropped, -1, nodes * per_node + local)
+        routes = sort_routes(keys, len(rail_of_slot), kernels)
     return InterNodeLayout(
         node_of_route=nodes,
         copies=copies,
         local_slots=local[token].masked_fill_(nodes[token] != node[:, None], -1).to(small),
         routes=routes,
+        input_splits=(),
+        output_splits=(),
     )
 
 
@@ -296,42 +301,46 @@ def blocks_by_expert(members: tuple[tuple[int, ...], ...], slots_per_rank: int) 
     )
 
 
-def layout_intra_node(
+def hierarchical_metadata(
+    across: InterNodeLayout,
     routes: RowMap,
     order: Tensor,
+    num_ranks: int,
     received: Tensor,
     sent: list[int],
     got: list[int],
-    *,
-    num_nodes: int,
-    num_ranks: int,
-    one_by_one: bool,
-) -> IntraNodeLayout:
-    """Return the layout inside the node from the counts ``[Q * M]`` of both sides.
+) -> HierarchicalMetadata:
+    """Return the metadata of a step from its layout across nodes, the ``routes`` that go on inside
+    the node, and the counts ``[Q * M]`` of both sides.
 
     ``order``: of :func:`blocks_by_expert`. ``received [g * e * M]`` by (rank, slot, home node).
     ``sent [Q * M]``, ``got``: both on the host.
     """
+    num_nodes = len(across.input_splits)
     size = len(got) // num_ranks  # cells of a rank
-    slots = size // num_nodes
+    slots, by_slot = size // num_nodes, sums_of(got, num_nodes)
     by_expert = block_order(received, order, sum(got))
-    cells = [sum(got[i : i + num_nodes]) for i in range(0, len(got), num_nodes)]
-    back: dict = {}
-    if one_by_one:
-        ours = torch.tensor(sent, device=received.device)
-        homes = torch.arange(len(sent), device=received.device).view(-1, num_nodes).t().reshape(-1)
-        by_home = block_order(ours, homes, sum(sent))
-        splits = tuple(sum(sent[m::num_nodes]) for m in range(num_nodes))
-        back = {"by_home": by_home, "from_home": inverse(by_home), "home_splits": splits}
-    return IntraNodeLayout(
+    inside = IntraNodeLayout(
         routes=trim(routes, sum(sent)),
-        input_splits=tuple(sum(sent[i : i + size]) for i in range(0, len(sent), size)),
-        output_splits=tuple(sum(got[i : i + size]) for i in range(0, len(got), size)),
-        tokens_per_local_expert=tuple(sum(cells[i::slots]) for i in range(slots)),
+        input_splits=sums_of(sent, size),
+        output_splits=sums_of(got, size),
+        tokens_per_local_expert=tuple(sum(by_slot[i::slots]) for i in range(slots)),
         by_expert=by_expert,
         by_source=inverse(by_expert),
-        **back,
     )
+    if across.routes is None:
+        return HierarchicalMetadata(inter_node=across, intra_node=inside)
+    kept = across.routes.tokens_per_slot.view(num_nodes, -1).sum(dim=1).tolist()
+    cells = torch.tensor(sent, device=received.device).view(-1, num_nodes)
+    by_home = expert_major_order(cells, sum(sent))
+    homeward = HomewardLayout(
+        routes=trim(across.routes, sum(kept)),
+        input_splits=tuple(kept),
+        output_splits=tuple(sum(sent[node::num_nodes]) for node in range(num_nodes)),
+        by_home=by_home,
+        from_home=inverse(by_home),
+    )
+    return HierarchicalMetadata(inter_node=across, intra_node=inside, homeward=homeward)
 
 
 def gather_weight_grads(layout: InterNodeLayout, grads: Tensor) -> Tensor:
@@ -351,7 +360,7 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
     """Two all-to-alls in each direction: between nodes (``inter_node``) and inside the node
     (``intra_node``).
 
-    With ``reduce_at_node`` the weights are sent with the rows, and combine uses those that arrived.
+    ``sends_weights``: the results of a node are added up there, with the weights that arrived.
     """
 
     metadata_type: ClassVar[type] = HierarchicalMetadata
@@ -365,11 +374,10 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
     payload: Codec
     combine_payload: Codec
     clock: StageClock
-    reduce_at_node: bool = True
+    sends_weights: bool = True
 
     def __post_init__(self) -> None:
         self.slots_of_node = self.num_slots // self.inter_node.size
-        self.sends_weights = self.reduce_at_node
         self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
     def start_dispatch(
@@ -391,6 +399,7 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
                 )
                 counts = self.inter_node.start_counts(layout.copies.tokens_per_slot)
         else:
+            assert (metadata.homeward is None) == self.sends_weights
             layout = metadata.inter_node
         with self.clock("permute"):
             parts = [self.payload.permute(x, layout.copies, self.kernels)]
@@ -413,8 +422,8 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
                 input_splits=tuple(sent),
                 output_splits=tuple(got),
             )
-        splits, extra = (layout.input_splits, layout.output_splits), wire.extra_bytes
-        pending = self.inter_node.start_rows(packed, *splits, "dispatch", extra_bytes=extra)
+        extra = wire.extra_bytes
+        pending = self.inter_node.start_rows(packed, layout, "dispatch", extra_bytes=extra)
         return partial(self._finish_dispatch, pending, wire, layout, metadata, x)
 
     def _raise_inside(
@@ -462,8 +471,7 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
             metadata = self._metadata(layout, routes, counts)
         inside = metadata.intra_node
         with self.clock("dispatch inside"):
-            splits = (inside.input_splits, inside.output_splits)
-            rows = self.intra_node.start_rows(rows, *splits, "dispatch").wait()
+            rows = self.intra_node.start_rows(rows, inside, "dispatch").wait()
         with self.clock("reorder"):
             rows = ops.permute(rows, inside.by_expert, backend=self.kernels)
             rows = self.payload.decode(rows, x.shape[1], x.dtype)
@@ -475,22 +483,15 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
         """Add the gradients of a token up on the node; they cross once, with those of weights."""
         across, inside = metadata.inter_node, metadata.intra_node
         rows = ops.permute(grad_rows, inside.by_source, backend=self.kernels)
-        splits = (inside.output_splits, inside.input_splits)
-        rows = self.intra_node.start_rows(rows, *splits, "dispatch_grad").wait()
-        if not self.sends_weights:
-            assert across.routes is not None
-            rows = self._start_one_by_one(rows, metadata, "dispatch_grad").wait()
-            return ops.permute_backward(rows, across.routes.positions, backend=self.kernels), None
-        parts = [ops.permute_backward(rows, inside.routes.positions, backend=self.kernels)]
-        if grad_weights is not None:
-            parts.append(grad_weights)
+        rows = self.intra_node.start_rows(rows, inside, "dispatch_grad").wait()
+        if self.sends_weights:
+            rows = ops.permute_backward(rows, inside.routes.positions, backend=self.kernels)
+        parts = [rows] if grad_weights is None else [rows, grad_weights]
         wire = wire_format(*parts)
-        splits, extra = (across.output_splits, across.input_splits), wire.extra_bytes
-        packed = wire.pack(parts)
-        pending = self.inter_node.start_rows(packed, *splits, "dispatch_grad", extra_bytes=extra)
+        pending = self._start_home(wire.pack(parts), metadata, "dispatch_grad", wire.extra_bytes)
         rows, *rest = wire.unpack(pending.wait())
-        rows = rows.contiguous()
-        grad = ops.permute_backward(rows, across.copies.positions, backend=self.kernels)
+        rows, positions = rows.contiguous(), metadata.home_map.positions
+        grad = ops.permute_backward(rows, positions, backend=self.kernels)
         return grad, gather_weight_grads(across, rest[0]) if rest else None
 
     def start_combine(
@@ -499,37 +500,29 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
         """Bring the results back to the entry rank of the node, and begin to send sums (or the
         results one by one) to the ranks of the tokens.
         """
-        across, inside, codec = metadata.inter_node, metadata.intra_node, self.combine_payload
+        inside, codec = metadata.intra_node, self.combine_payload
         width, dtype = expert_out.shape[1], expert_out.dtype
         with self.clock("reorder"):
             rows = codec.encode(ops.permute(expert_out, inside.by_source, backend=self.kernels))
         with self.clock("combine inside"):
-            splits = (inside.output_splits, inside.input_splits)
-            rows = self.intra_node.start_rows(rows, *splits, "combine").wait()
+            sent = rows = self.intra_node.start_rows(rows, inside, "combine").wait()
         if self.sends_weights:
             with self.clock("sum"):
                 rows = codec.decode(rows, width, dtype)
                 positions = inside.routes.positions
-                partial_sums = ops.combine(rows, positions, topk_weights, backend=self.kernels)
-                coded = codec.encode(partial_sums)
-            splits = (across.output_splits, across.input_splits)
-            pending = self.inter_node.start_rows(coded, *splits, "combine")
-        else:
-            pending = self._start_one_by_one(rows, metadata, "combine")
+                sent = ops.combine(rows, positions, topk_weights, backend=self.kernels)
+                sent = codec.encode(sent)
+        pending = self._start_home(sent, metadata, "combine")
 
         def finish() -> CombinedRows:
             with self.clock("combine across"):
                 arrived = pending.wait()
             with self.clock("sum"):
                 arrived = codec.decode(arrived, width, dtype)
-                if self.sends_weights:
-                    positions = across.copies.positions
-                    out = ops.combine(arrived, positions, None, backend=self.kernels)
-                    return CombinedRows(out, rows)
-                assert across.routes is not None
-                positions = across.routes.positions
-                out = ops.combine(arrived, positions, topk_weights, backend=self.kernels)
-                return CombinedRows(out, arrived)
+                weights = None if self.sends_weights else topk_weights
+                positions = metadata.home_map.positions
+                out = ops.combine(arrived, positions, weights, backend=self.kernels)
+                return CombinedRows(out, rows if self.sends_weights else arrived)
 
         return finish
 
@@ -542,36 +535,31 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
         need_rows: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         """As the interface says; the gradient of a token crosses once per node."""
-        across, inside = metadata.inter_node, metadata.intra_node
-        row_map = inside.routes if self.sends_weights else across.routes
-        assert row_map is not None
-        if self.sends_weights:
+        across, inside, home = metadata.inter_node, metadata.intra_node, metadata.homeward
+        if home is None:
             sent = ops.permute(grad, across.copies, backend=self.kernels)
-            splits = (across.input_splits, across.output_splits)
-            grad = self.inter_node.start_rows(sent, *splits, "combine_grad").wait()
+            grad = self.inter_node.start_rows(sent, across, "combine_grad").wait()
+        row_map = inside.routes if home is None else home.routes
         grad_rows, grad_weights = ops.combine_backward(
             grad, rows, row_map, topk_weights, need_rows=need_rows, backend=self.kernels
         )
         if grad_rows is None:
             return None, grad_weights
-        if not self.sends_weights:
-            splits = (metadata.route_splits, inside.home_splits)
-            arrived = self.inter_node.start_rows(grad_rows, *splits, "combine_grad").wait()
-            assert inside.from_home is not None
-            grad_rows = ops.permute(arrived, inside.from_home, backend=self.kernels)
-        splits = (inside.input_splits, inside.output_splits)
-        got = self.intra_node.start_rows(grad_rows, *splits, "combine_grad").wait()
+        if home is not None:
+            arrived = self.inter_node.start_rows(grad_rows, home, "combine_grad").wait()
+            grad_rows = ops.permute(arrived, home.from_home, backend=self.kernels)
+        got = self.intra_node.start_rows(grad_rows, inside, "combine_grad").wait()
         return ops.permute(got, inside.by_expert, backend=self.kernels), grad_weights
 
-    def _start_one_by_one(
-        self, rows: Tensor, metadata: HierarchicalMetadata, kind: str
+    def _start_home(
+        self, rows: Tensor, metadata: HierarchicalMetadata, kind: str, extra_bytes: int = 0
     ) -> PendingRows:
-        """Send rows sorted by slot back to the ranks of their tokens, each row by itself."""
-        inside = metadata.intra_node
-        assert inside.by_home is not None
-        rows = ops.permute(rows, inside.by_home, backend=self.kernels)
-        splits = (inside.home_splits, metadata.route_splits)
-        return self.inter_node.start_rows(rows, *splits, kind)
+        """Send sums, or rows sorted by slot one by one, to the ranks of their tokens."""
+        home = metadata.homeward
+        if home is not None:
+            rows = ops.permute(rows, home.by_home, backend=self.kernels)
+        splits = home or metadata.inter_node
+        return self.inter_node.start_rows(rows, splits, kind, extra_bytes=extra_bytes)
 
     def _metadata(
         self, across: InterNodeLayout, routes: RowMap, counts: PendingCounts
@@ -579,22 +567,8 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
         with self.clock("counts"):
             received, sent, got = counts.read()
         with self.clock("plan"):
-            inside = layout_intra_node(
-                routes,
-                self._on(received.device)[2],
-                received,
-                sent,
-                got,
-                num_nodes=self.inter_node.size,
-                num_ranks=self.intra_node.size,
-                one_by_one=not self.sends_weights,
-            )
-            splits: tuple[int, ...] = ()
-            if across.routes is not None:
-                per_node = across.routes.tokens_per_slot.view(self.inter_node.size, -1).sum(dim=1)
-                splits = tuple(per_node.tolist())
-                across = replace(across, routes=trim(across.routes, sum(splits)))
-        return HierarchicalMetadata(inter_node=across, intra_node=inside, route_splits=splits)
+            order, size = self._on(received.device)[2], self.intra_node.size
+            return hierarchical_metadata(across, routes, order, size, received, sent, got)
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         if device not in self._tables:

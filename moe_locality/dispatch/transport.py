@@ -1,9 +1,8 @@
 """The interface of a transport, and what all transports are made of.
 
 A *transport* is one way to send rows to the ranks of their experts and back: flat, hierarchical or
-DeepEP. This file has the interface (:class:`Transport`), how a row is coded on the wire
-(:class:`Codec`), the counters of what was sent (:class:`TrafficCounter`, :class:`StageClock`) and
-the all-to-all of one group of ranks: counts first, then rows (:class:`AllToAllGroup`).
+DeepEP. They share how a row is coded on the wire, the counters of what was sent, and the all-to-all
+of one group of ranks: counts first, then rows.
 """
 
 import contextlib
@@ -48,8 +47,8 @@ logger = logging.getLogger(__name__)
 class DispatchMetadata(Protocol):
     """Splits and row orders of one step; each transport has its own class.
 
-    A later dispatch of the same routes may use it again (see
-    :meth:`~moe_locality.dispatch.TokenDispatcher.dispatch`).
+    A later :meth:`~moe_locality.dispatch.TokenDispatcher.dispatch` of the same routes may use it
+    again.
     """
 
     @property
@@ -101,11 +100,7 @@ class Transport(ABC, Generic[Metadata]):
 
     @abstractmethod
     def start_dispatch(
-        self,
-        x: Tensor,
-        slot_ids: Tensor,
-        topk_weights: Tensor | None,
-        metadata: Metadata | None,
+        self, x: Tensor, slot_ids: Tensor, topk_weights: Tensor | None, metadata: Metadata | None
     ) -> Callable[[], DispatchedRows[Metadata]]:
         """Send the tokens ``x [T, D]`` to the slots of their routes ``slot_ids [T, K]``.
 
@@ -301,14 +296,13 @@ class TrafficCounter:
         if among is not None and among != self.ranks:
             where = [self.ranks.index(rank) for rank in among]
         sent = np.asarray(splits, dtype=np.int64)
-        size = math.prod(rows.shape[1:]) * rows.element_size()
-        self.rows[kind][where] += sent
-        self.bytes[kind][where] += sent * (size - extra_bytes)
-        self.messages[kind][where] += sent > 0
+        sizes = {kind: math.prod(rows.shape[1:]) * rows.element_size() - extra_bytes}
         if extra_bytes:
-            self.rows["routing"][where] += sent
-            self.bytes["routing"][where] += sent * extra_bytes
-            self.messages["routing"][where] += sent > 0
+            sizes["routing"] = extra_bytes
+        for name, size in sizes.items():
+            self.rows[name][where] += sent
+            self.bytes[name][where] += sent * size
+            self.messages[name][where] += sent > 0
 
 
 # -- the all-to-all of one group
@@ -322,24 +316,36 @@ class Collectives(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Splits:
+    """Rows between this rank and each rank of a group, in its order.
+
+    ``input_splits``: sent in a dispatch and received in a combine; ``output_splits``: the other way
+    round.
+    """
+
+    input_splits: tuple[int, ...]
+    output_splits: tuple[int, ...]
+
+
+@dataclass(slots=True)
 class PendingRows:
     """Rows that are being sent; :meth:`wait` returns them. ``sent`` must live until then.
 
-    ``kind``: of the traffic counter. ``group``: the ranks that exchange them.
+    ``kind``: what is sent, for the message of an error. ``group``: the ranks that exchange it.
     """
 
     received: Tensor
     work: "Work | None"
     sent: Tensor
-    kind: str = "dispatch"
-    group: "AllToAllGroup | None" = None
+    kind: str
+    group: "AllToAllGroup"
 
     def wait(self) -> Tensor:
         if self.work is not None:
-            assert self.group is not None
             with self.group.explained(self.kind):
                 self.work.wait()
+            self.work = None
         return self.received
 
 
@@ -350,20 +356,11 @@ class PendingCounts:
     the current stream do not delay them; on a CPU the ranks exchange them in the background.
     """
 
-    def __init__(
-        self,
-        sent: Tensor,
-        received: Tensor,
-        work: "Work | None" = None,
-        group: "AllToAllGroup | None" = None,
-        desync: DesyncError | None = None,
-    ) -> None:
-        self.sent, self.received, self._work, self._group = sent, received, work, group
-        self._desync = desync
-        self._copy = None
-        if sent.is_cuda:  # the current stream waits for the ranks, this thread does not
-            self._wait()
-            self._copy = _HostCopy(torch.stack([sent, received]))
+    def __init__(self, rows: PendingRows, desync: DesyncError | None = None) -> None:
+        self._rows, self._desync = rows, desync
+        self._read_copy = None
+        if rows.sent.is_cuda:  # the current stream waits for the ranks, this thread does not
+            self._read_copy = _copy_to_host(torch.stack([rows.sent, rows.wait()]))
 
     def read(self) -> tuple[Tensor, list[int], list[int]]:
         """Return what arrived, on the device, and (sent, received) on the host. Waits.
@@ -371,46 +368,40 @@ class PendingCounts:
         Raises:
             DesyncError: on all ranks of the group, where one is at another layer.
         """
-        self._wait()
-        if self._copy is None:
-            sent, got = self.sent.tolist(), self.received.tolist()
+        received, group = self._rows.wait(), self._rows.group
+        if self._read_copy is None:
+            sent, got = self._rows.sent.tolist(), received.tolist()
         else:
-            sent, got = self._copy.read()
-        if (group := self._group) is None:
-            return self.received, sent, got
+            sent, got = self._read_copy()
+        if group.size == 1:
+            return received, sent, got
         headers, me = [row[:HEADER] for row in got], torch.distributed.get_rank()
         check_headers(headers, group.ranks, group.position, me, self._desync)
         sent, got = ([n for row in rows for n in row[HEADER:]] for rows in (sent, got))
-        return self.received[:, HEADER:].reshape(-1), sent, got
-
-    def _wait(self) -> None:
-        if self._work is not None:
-            assert self._group is not None
-            with self._group.explained("token counts"):
-                self._work.wait()
-            self._work = None
+        return received[:, HEADER:].reshape(-1), sent, got
 
 
-class _HostCopy:
-    """A copy of a CUDA tensor to pinned memory on a side stream."""
+_streams: dict[torch.device, Any] = {}
 
-    _streams: ClassVar[dict[torch.device, Any]] = {}
 
-    def __init__(self, values: Tensor) -> None:
-        if values.device not in self._streams:
-            self._streams[values.device] = torch.cuda.Stream(values.device)
-        stream = self._streams[values.device]
-        stream.wait_stream(torch.cuda.current_stream(values.device))
-        with torch.cuda.stream(stream):
-            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self._host.copy_(values, non_blocking=True)
-            self._done = torch.cuda.Event()
-            self._done.record(stream)
-        values.record_stream(stream)
+def _copy_to_host(values: Tensor) -> Callable[[], list]:
+    """Begin to copy a CUDA tensor to pinned memory on a side stream; return what waits for it."""
+    if values.device not in _streams:
+        _streams[values.device] = torch.cuda.Stream(values.device)
+    stream = _streams[values.device]
+    stream.wait_stream(torch.cuda.current_stream(values.device))
+    with torch.cuda.stream(stream):
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record(stream)
+    values.record_stream(stream)
 
-    def read(self) -> list:
-        self._done.synchronize()
-        return self._host.tolist()
+    def read() -> list:
+        done.synchronize()
+        return host.tolist()
+
+    return read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -444,7 +435,7 @@ class AllToAllGroup:
         """
         counts = counts.contiguous()
         if self.size == 1:
-            return PendingCounts(counts, counts)
+            return PendingCounts(PendingRows(counts, None, counts, "token counts", self))
         counts = counts.view(self.size, -1)
         sent = counts.new_empty(self.size, HEADER + counts.shape[1])
         sent[:, HEADER:] = counts
@@ -454,12 +445,35 @@ class AllToAllGroup:
                 sent[:, column] = value
         else:
             sent[:, :HEADER] = torch.tensor(header)
-        received = torch.empty_like(sent)
-        with self.explained("token counts"):
+        return PendingCounts(self._start(sent, torch.empty_like(sent), "token counts"), desync)
+
+    def start_rows(
+        self, rows: Tensor, splits: Splits, kind: str, *, extra_bytes: int = 0
+    ) -> PendingRows:
+        """Begin to send consecutive rows to the ranks in order.
+
+        ``kind`` says which way: from the tokens to the experts (``dispatch``, ``combine_grad``),
+        ``rows [>= sum(input_splits), B]`` arrive as ``[sum(output_splits), B]`` in the order of the
+        sources; from the experts to the tokens, the other way round. ``extra_bytes`` of each row
+        count as ``routing``, the rest as ``kind``.
+        """
+        sent, got = splits.input_splits, splits.output_splits
+        if kind in ("combine", "dispatch_grad"):
+            sent, got = got, sent
+        rows = rows[: sum(sent)].contiguous()
+        self.counter.count(kind, sent, rows, extra_bytes, among=self.ranks)
+        if self.size == 1:
+            return PendingRows(rows, None, rows, kind, self)
+        received = rows.new_empty(sum(got), *rows.shape[1:])
+        sizes = {"output_split_sizes": list(got), "input_split_sizes": list(sent)}
+        return self._start(rows, received, kind, **sizes)
+
+    def _start(self, sent: Tensor, received: Tensor, kind: str, **sizes: Any) -> PendingRows:
+        with self.explained(kind):
             work = self.comm.all_to_all_single(
-                received, sent, group=self.process_group, async_op=True
+                received, sent, group=self.process_group, async_op=True, **sizes
             )
-        return PendingCounts(sent, received, work, self, desync)
+        return PendingRows(received, work, sent, kind, self)
 
     @contextlib.contextmanager
     def explained(self, kind: str) -> Iterator[None]:
@@ -467,48 +481,15 @@ class AllToAllGroup:
         try:
             yield
         except RuntimeError as error:
-            raise MoeLocalityError(self._explanation(kind, error)) from error
-
-    def _explanation(self, kind: str, error: RuntimeError) -> str:
-        where = f"{kind} of {self.position}"
-        history = calls_so_far(self.counter.ranks)
-        where += f" ({history})" if history else ""
-        found = (
-            f"the exchange of {where} with ranks {list(self.ranks)} broke off on rank "
-            f"{torch.distributed.get_rank()}, which mostly means that another rank died or left "
-            "before this one"
-        )
-        # logged first: the launcher may end this process before the others answer
-        logger.error("moe_locality: %s: asking the other ranks where they stand", found)
-        told = ask_ranks(self.ranks, self.counter.ranks, where)
-        return f"{found}. {told} The backend says: {error}"
-
-    def start_rows(
-        self,
-        rows: Tensor,
-        input_splits: Sequence[int],
-        output_splits: Sequence[int],
-        kind: str,
-        *,
-        extra_bytes: int = 0,
-    ) -> PendingRows:
-        """Begin to send consecutive rows to the ranks in order.
-
-        ``rows [>= sum(input_splits), B]`` arrive as ``[sum(output_splits), B]`` in the order of the
-        sources. ``extra_bytes`` of each row count as ``routing``, the rest as ``kind``.
-        """
-        rows = rows[: sum(input_splits)].contiguous()
-        self.counter.count(kind, input_splits, rows, extra_bytes, among=self.ranks)
-        if self.size == 1:
-            return PendingRows(rows, None, rows, kind)
-        received = rows.new_empty(sum(output_splits), *rows.shape[1:])
-        with self.explained(kind):
-            work = self.comm.all_to_all_single(
-                received,
-                rows,
-                output_split_sizes=list(output_splits),
-                input_split_sizes=list(input_splits),
-                group=self.process_group,
-                async_op=True,
+            where = f"{kind} of {self.position}"
+            if history := calls_so_far(self.counter.ranks):
+                where += f" ({history})"
+            found = (
+                f"the exchange of {where} with ranks {list(self.ranks)} broke off on rank "
+                f"{torch.distributed.get_rank()}, which mostly means that another rank died or "
+                "left before this one"
             )
-        return PendingRows(received, work, rows, kind, self)
+            # logged first: the launcher may end this process before the others answer
+            logger.error("moe_locality: %s: asking the other ranks where they stand", found)
+            told = ask_ranks(self.ranks, self.counter.ranks, where)
+            raise MoeLocalityError(f"{found}. {told} The backend says: {error}") from error
