@@ -12,8 +12,6 @@ start OpenMP threads, and a process that has those must not fork.
 
 from __future__ import annotations
 
-import functools
-import itertools
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -42,112 +40,91 @@ def chunks(ids: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
 
 
 def node_visits(
-    ids: np.ndarray,
-    served_node: np.ndarray,
-    home_node: np.ndarray,
-    num_nodes: int,
-    num_homes: int | None = None,
+    ids: np.ndarray, served_node: np.ndarray, home: np.ndarray, num_nodes: int, num_homes: int
 ) -> np.ndarray:
-    """How many tokens of home node m have a pick that is served on node n.
+    """[L, num_homes, M] int64: how many tokens of a home have a pick that is served on a node; a
+    token counts once per home and node, its own node included.
 
     Args:
-        ids: [T, L, K], -1 = no pick.
-        served_node: [L, H, E] the node that serves expert e for a home on node h; H = 1: the same
-            for all homes.
-        home_node: [T], the home node of each token, below M, or its home of ``num_homes``.
-
-    Returns:
-        [L, M, M] int64, or [L, num_homes, M]; a token counts once per (m, n), n = m included.
+        ids: [T, L, K], -1 = no pick. home: [T] home of each token, below ``num_homes``.
+        served_node: [L, H, E] the node that serves expert e for home h; H = 1: for all homes.
     """
     layers, homes, experts = served_node.shape
-    rows = num_homes or num_nodes
-    visits = np.zeros((layers, rows, num_nodes), dtype=np.int64)
+    visits = np.zeros((layers, num_homes, num_nodes), dtype=np.int64)
     for first in range(0, num_nodes, _NODES_PER_BYTE):
         # one bit per node of this block: the picks of a token are or-ed into one byte
         bit = served_node - first
         inside = (bit >= 0) & (bit < _NODES_PER_BYTE)
         table = np.zeros((layers, homes, experts + 1), dtype=np.uint8)
         table[:, :, 1:] = np.where(inside, 1 << np.where(inside, bit, 0), 0)
-        patterns = _count_patterns(ids, table.reshape(layers, -1), homes, home_node, rows)
+        patterns = _count_patterns(ids, table.reshape(layers, -1), homes, home, num_homes)
         width = min(_NODES_PER_BYTE, num_nodes - first)
         bits = (np.arange(256)[:, None] >> np.arange(width)) & 1
         visits[:, :, first : first + width] = patterns @ bits
     return visits
 
 
-def _count_patterns(ids, table, homes, home_node, nodes) -> np.ndarray:
-    """[L, M, 256] int64: tokens by home node and by the or of their table bytes."""
+def _count_patterns(ids, table, homes, home, num_homes) -> np.ndarray:
+    """[L, num_homes, 256] int64: tokens by home and by the or of their table bytes."""
     layers, columns = table.shape
+    counts = np.zeros(layers * num_homes * 256, dtype=np.int64)
+    shape = (layers, num_homes, 256)
     if ids.size >= COMPILED_PICKS:
-        found = np.zeros((layers, nodes, 256), dtype=np.int64)
-        _count_layers(_add_patterns, ids, table, home_node, columns // homes, found)
-        return found
-    counts = np.zeros(layers * nodes * 256, dtype=np.int64)
+        _count_layers("add_patterns", ids, table, home, columns // homes, counts.reshape(shape))
+        return counts.reshape(shape)
     layer_of = np.arange(layers)[:, None, None]
     for rows, part in chunks(ids):
         part += layer_of * columns
         if homes > 1:
-            part += (home_node[rows] * (columns // homes))[None, :, None]
+            part += (home[rows] * (columns // homes))[None, :, None]
         pattern = np.bitwise_or.reduce(table.ravel()[part], axis=2).astype(np.int64)
-        pattern += (layer_of[..., 0] * nodes + home_node[rows]) * 256
+        pattern += (layer_of[..., 0] * num_homes + home[rows]) * 256
         counts += np.bincount(pattern.ravel(), minlength=counts.size)
-    return counts.reshape(layers, nodes, 256)
+    return counts.reshape(shape)
 
 
 def picks_by_home(
-    ids: np.ndarray, num_experts: int, home: np.ndarray, num_homes: int
+    ids: np.ndarray, num_experts: int, home: np.ndarray, num_homes: int, *, repeated: bool = False
 ) -> np.ndarray:
-    """[L, H, E] int64: picks of expert e by tokens whose ``home`` [T] is h."""
-    if ids.size >= COMPILED_PICKS:
-        return compiled_picks_by_home(ids, num_experts, home, num_homes)
+    """[L, H, E] int64: picks of expert e by tokens whose ``home`` [T] is h.
+
+    ``repeated``: compiled, whatever the size.
+    """
     layers, columns = ids.shape[1], num_experts + 1
-    counts = np.zeros(layers * num_homes * columns, dtype=np.int64)
+    counts = np.zeros((layers, num_homes, columns), dtype=np.int64)
+    if repeated or ids.size >= COMPILED_PICKS:
+        _count_layers("add_picks", ids, home, counts)
+        return counts[:, :, 1:]
     layer_of = np.arange(layers)[:, None]
     for rows, part in chunks(ids):
         part += ((layer_of * num_homes + home[rows]) * columns)[:, :, None]
-        counts += np.bincount(part.ravel(), minlength=counts.size)
-    return counts.reshape(layers, num_homes, columns)[:, :, 1:]
-
-
-def compiled_picks_by_home(
-    ids: np.ndarray, num_experts: int, home: np.ndarray, num_homes: int
-) -> np.ndarray:
-    """``picks_by_home`` compiled, whatever the size: for repeated calls."""
-    found = np.zeros((ids.shape[1], num_homes, num_experts + 1), dtype=np.int64)
-    _count_layers(_add_picks, ids, home, found)
-    return found[:, :, 1:]
+        counts += np.bincount(part.ravel(), minlength=counts.size).reshape(counts.shape)
+    return counts[:, :, 1:]
 
 
 def picks_by_batch(
-    ids: np.ndarray, num_experts: int, batch_tokens: int, served_slot: np.ndarray | None, home
+    ids: np.ndarray,
+    width: int,
+    batch_tokens: int,
+    column_of: Callable[[slice], np.ndarray] | None = None,
 ) -> Iterator[np.ndarray]:
-    """Yield int64 [B, L, E] picks of some consecutive batches; a rest that fills no batch is left
-    out.
+    """Yield int64 [B, L, W] picks by expert of some consecutive batches; a rest that fills no batch
+    is left out.
 
-    With ``served_slot`` [L, G, E] and ``home`` [T]: [B, L, P] picks served by each slot.
+    ``column_of``: returns [T, L, K] what the picks of some rows are counted by instead, below W.
     """
-    tokens, layers, _ = ids.shape
-    batch_tokens = min(batch_tokens, tokens)
-    width = num_experts if served_slot is None else int(served_slot.max()) + 1
-    if served_slot is not None:
-        columns = num_experts + 1
-        table = np.zeros((*served_slot.shape[:2], columns), dtype=np.int64)
-        table[:, :, 1:] = served_slot + 1
-    group = max(CHUNK_PICKS // max(layers * max(width, batch_tokens * ids.shape[2]), 1), 1)
-    batches = tokens // batch_tokens
-    layer_of = np.arange(layers)[:, None, None]
-    for first in range(0, batches, group):
-        count = min(group, batches - first)
-        rows = slice(first * batch_tokens, (first + count) * batch_tokens)
-        part = ids[rows].transpose(1, 0, 2).astype(np.int64) + 1
-        if served_slot is not None:
-            part += (layer_of * served_slot.shape[1] + home[rows][None, :, None]) * columns
-            part = table.ravel()[part]
-        batch_of = (np.arange(count * batch_tokens) // batch_tokens)[None, :, None]
-        part += (batch_of * layers + layer_of) * (width + 1)
-        size = count * layers * (width + 1)
-        counts = np.bincount(part.ravel(), minlength=size)
-        yield counts.reshape(count, layers, width + 1)[:, :, 1:]
+    tokens, layers, picks = ids.shape
+    size = min(batch_tokens, tokens)
+    group = max(CHUNK_PICKS // max(layers * max(width, size * picks), 1), 1)
+    layer_of = np.arange(layers)[:, None]
+    for first in range(0, tokens // size, group):
+        count = min(group, tokens // size - first)
+        rows = slice(first * size, (first + count) * size)
+        batch_of = np.arange(count * size)[:, None, None] // size
+        key = (batch_of * layers + layer_of) * width
+        key = key + (ids[rows] if column_of is None else column_of(rows))
+        counts = np.bincount(key[ids[rows] >= 0], minlength=count * layers * width)
+        yield counts.reshape(count, layers, width)
 
 
 def rank_batches(
@@ -174,7 +151,7 @@ def rank_batches(
         loads = np.empty((count, layers, ranks), dtype=np.int64)
         active = np.empty((count, layers, ranks), dtype=np.int64)
         given = (table, home[rows], columns, size, loads, active, per_rank)
-        _count_layers(_add_batches, ids[rows], *given)
+        _count_layers("add_batches", ids[rows], *given)
         yield loads, active
 
 
@@ -267,7 +244,7 @@ def count_pairs(
     layers = ids.shape[1]
     pairs = np.zeros((layers, num_experts, num_experts), np.uint32)
     load = np.zeros((layers, int(unit.max(initial=0)) + 1, num_experts), np.uint32)
-    _count_layers(_add_pairs, ids, unit, pairs, load)
+    _count_layers("add_pairs", ids, unit, pairs, load)
     return pairs, load
 
 
@@ -297,21 +274,17 @@ def over_layers(fill: Callable[[int, int], object], num_layers: int, *, least: i
     Args:
         least: layers per thread below which another thread is not worth starting.
     """
-    count = max(min(processors(), num_layers // max(least, 1)), 1)
-    if count == 1:
-        fill(0, num_layers)
-        return
+    count = max(min(processors(), num_layers // least), 1)
     edges = [num_layers * i // count for i in range(count + 1)]
-    with ThreadPoolExecutor(count) as pool:
-        jobs = [pool.submit(fill, *edge) for edge in itertools.pairwise(edges)]
-        for job in jobs:
-            job.result()
+    map_layers(lambda part: fill(edges[part], edges[part + 1]), count)
 
 
-def _count_layers(loop: Callable[..., None], ids: np.ndarray, *given: Any) -> None:
-    """Run a loop below, compiled, over all layers of ids [T, L, K]."""
-    compiled = _compiled(loop)
-    over_layers(lambda first, last: compiled(ids, first, last, *given), ids.shape[1])
+def _count_layers(loop: str, ids: np.ndarray, *given: Any) -> None:
+    """Run a loop of ``count_kernels`` over all layers of ids [T, L, K]."""
+    from moe_locality.placement import count_kernels  # not before: to import numba takes 0.3 s
+
+    count = getattr(count_kernels, loop)
+    over_layers(lambda first, last: count(ids, first, last, *given), ids.shape[1])
 
 
 def map_layers(one: Callable[[int], Result], num_layers: int) -> list[Result]:
@@ -330,111 +303,3 @@ def processors() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-# The loops: C columns of a table, B batches, H homes that are served differently. They count the
-# layers ``first`` to ``last``; threads share the results.
-
-
-@functools.cache
-def _compiled(loop: Callable[..., None]) -> Callable[..., None]:
-    """Compile a loop when it is first asked for: to import numba takes 0.3 s."""
-    from moe_locality.placement.count_kernels import compiled
-
-    return compiled(loop)
-
-
-_BLOCK_TOKENS = 2048  # rows of a block stay in the cache while its layers are counted
-
-
-def _add_patterns(ids, first, last, table, home, columns, counts):
-    """Count into counts [L, M, 256] the or of table [L, C][layer, home * columns + id + 1]."""
-    tokens, picks = ids.shape[0], ids.shape[2]
-    width, homes = table.shape[1], counts.shape[1]
-    flat, into = table.ravel(), counts.ravel()
-    for token in range(tokens):  # by token: the tables of all layers stay in the cache
-        at = home[token] * columns + 1 if width > columns else 1
-        for layer in range(first, last):
-            row = layer * width + at
-            found = np.uint8(0)
-            for pick in range(picks):
-                found |= flat[np.uint64(row + ids[token, layer, pick])]
-            into[np.uint64((layer * homes + home[token]) * 256 + found)] += 1
-
-
-def _add_picks(ids, first, last, home, counts):
-    """Count into counts [L, H, E + 1] the picks (id + 1) of tokens with home [T]."""
-    tokens, picks = ids.shape[0], ids.shape[2]
-    for start in range(0, tokens, _BLOCK_TOKENS):
-        stop = min(start + _BLOCK_TOKENS, tokens)
-        for layer in range(first, last):
-            for token in range(start, stop):
-                into = counts[layer, home[token]]
-                for pick in range(picks):
-                    into[np.uint64(ids[token, layer, pick] + 1)] += 1
-
-
-def _add_batches(ids, first, last, table, home, columns, size, loads, active, per_rank):
-    """Fill loads and active [B, L, G]: picks of each rank in each batch of ``size`` tokens, and how
-    many of its ``per_rank`` slots they use.
-
-    ``table`` [L, C] holds the slot + 1 of home * columns + id + 1, 0 for no pick.
-    """
-    picks = ids.shape[2]
-    batches, ranks = loads.shape[0], loads.shape[2]
-    several = table.shape[1] > columns
-    counts = np.zeros(ranks * per_rank + 1, np.int64)
-    for batch in range(batches):
-        for layer in range(first, last):
-            slots = table[layer]
-            counts[:] = 0
-            for token in range(batch * size, (batch + 1) * size):
-                at = home[token] * columns + 1 if several else 1
-                for pick in range(picks):
-                    counts[slots[np.uint64(at + ids[token, layer, pick])]] += 1
-            for rank in range(ranks):
-                load, used = 0, 0
-                for slot in range(rank * per_rank + 1, (rank + 1) * per_rank + 1):
-                    load += counts[slot]
-                    used += counts[slot] > 0
-                loads[batch, layer, rank] = load
-                active[batch, layer, rank] = used
-
-
-_PAIR_BLOCK_TOKENS = 8192
-"""Tokens counted for one layer before the next layer: enough that the table of a layer pays for
-being fetched, few enough that the block, copied layer by layer, stays in the last-level cache."""
-
-
-def _add_pairs(ids, first, last, unit, pairs, load):
-    """Count the layers ``first`` to ``last`` of ids [T, L, K] into pairs [L, E, E] and, by unit
-    (request, say) [T] of the token, into load [L, U, E].
-
-    A pair (e, f) is counted in pairs[e, f] or in pairs[f, e], whichever order the token has it in.
-    Negative ids are no picks. Threads may share the tables when their layers differ.
-    """
-    tokens, picks = ids.shape[0], ids.shape[2]
-    num = np.uint64(load.shape[2])
-    part = np.empty((last - first, min(_PAIR_BLOCK_TOKENS, tokens), picks), ids.dtype)
-    found = np.empty(picks, dtype=np.uint64)  # unsigned: no test for an index from the end
-    for start in range(0, tokens, _PAIR_BLOCK_TOKENS):
-        stop = min(start + _PAIR_BLOCK_TOKENS, tokens)
-        for token in range(start, stop):  # rows of a layer lie far apart: one pass over all of them
-            for layer in range(first, last):
-                for pick in range(picks):
-                    part[layer - first, token - start, pick] = ids[token, layer, pick]
-        for layer in range(first, last):
-            table = pairs[layer].ravel()
-            for token in range(start, stop):
-                row = load[layer, unit[token]]
-                count = 0
-                for pick in range(picks):
-                    e = part[layer - first, token - start, pick]
-                    if e >= 0:
-                        found[count] = e
-                        count += 1
-                for i in range(count):
-                    e = found[i]
-                    row[e] += np.uint32(1)
-                    for j in range(i):
-                        table[e * num + found[j]] += np.uint32(1)

@@ -5,6 +5,7 @@ gives: the checked problem, the solution, a plan made of rows.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
@@ -56,8 +57,6 @@ class AlignedTrace:
         # [L, M, E, X], where the picks of a token decide (rule "visited")
         self.choices = plan.node_choices()[rows] if by_picks else None
         self.load = load
-        self.counted: list[tuple[np.ndarray, np.ndarray]] = []
-        """What ``served_by_token`` found: several costs are taken from one count."""
 
     @property
     def num_layers(self) -> int:
@@ -116,19 +115,17 @@ class AlignedTrace:
     def slots_on_nodes(self, layer: int) -> np.ndarray:
         """[G, M, E], see ``serving.slots_on_nodes``."""
         node_of_slot = np.repeat(self.node_of_rank, self.num_slots // self.num_ranks)
-        args = (self.table[layer], self.served_slot[layer], node_of_slot, self.node_of_rank)
-        return slots_on_nodes(*args)
+        return slots_on_nodes(
+            self.table[layer], self.served_slot[layer], node_of_slot, self.node_of_rank
+        )
 
+    @functools.cached_property  # several costs are taken from one count
     def served_by_token(self) -> tuple[np.ndarray, np.ndarray]:
         """([L, M, M] tokens of home node m on node n, m included; [L, G, P] picks by home rank and
-        slot) where the picks decide, int64.
-
-        Without homes every token counts once for each home.
+        slot) where the picks decide, int64. Without homes every token counts once for each home.
         """
-        if not self.counted:
-            visits, slots = zip(*counting.map_layers(self._served, self.num_layers), strict=True)
-            self.counted.append((np.stack(visits), np.stack(slots)))
-        return self.counted[0]
+        visits, slots = zip(*counting.map_layers(self._served, self.num_layers), strict=True)
+        return np.stack(visits), np.stack(slots)
 
     def _served(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """``served_by_token`` of one layer."""
@@ -157,7 +154,7 @@ class AlignedTrace:
     def node_visits(self) -> np.ndarray:
         """[L, M, M] tokens of home node m on node n: int64; without homes expected floats."""
         if self.choices is not None:
-            visits, _ = self.served_by_token()
+            visits, _ = self.served_by_token
             return visits if self.home_rank is not None else visits / self.num_nodes
         first_rank = np.unique(self.node_of_rank, return_index=True)[1]
         served = self.node_of_rank[self.served_rank]  # [L, G, E]
@@ -172,8 +169,7 @@ class AlignedTrace:
     def rank_visits(self) -> np.ndarray:
         """[L, G, G] tokens at home on rank g with a pick served on rank r: as ``node_visits``."""
         if self.choices is not None:
-            found = counting.map_layers(self._rank_visits_by_token, self.num_layers)
-            visits = np.stack(found)
+            visits = np.stack(counting.map_layers(self._rank_visits_by_token, self.num_layers))
             return visits if self.home_rank is not None else visits / self.num_ranks
         return self._visits(self.served_rank, np.arange(self.num_ranks), self.num_ranks)
 
@@ -216,13 +212,12 @@ class AlignedTrace:
             home = home_of_rank[self.home_rank].astype(np.int64)
             return counting.node_visits(self.ids, served, home, places, homes)
         anywhere = np.zeros(len(self.ids), dtype=np.int64)
-        visits = np.empty((self.num_layers, homes, places), dtype=np.int64)
-        for home in range(served.shape[1]):
-            one = counting.node_visits(self.ids, served[:, home : home + 1], anywhere, places, 1)
-            visits[:, home] = one[:, 0]
-        if not self.has_replicas:
-            visits[:] = visits[:, :1].copy()
-        return visits / homes
+        visits = [
+            counting.node_visits(self.ids, served[:, home : home + 1], anywhere, places, 1)
+            for home in range(served.shape[1])
+        ]
+        alike = homes // len(visits)  # without replicas all homes are served as the first one
+        return np.repeat(np.concatenate(visits, axis=1), alike, axis=1) / homes
 
     def rank_batches(self, batch_tokens: int) -> Iterator[tuple[np.ndarray, ...]]:
         """Yield ([B, L, G] picks per rank, slots of the rank that they use, probability that it has
@@ -235,9 +230,8 @@ class AlignedTrace:
             served, home = self.served_slot, self.home_rank
             if home is None or not self.has_replicas:
                 served, home = served[:, :1], np.zeros(len(self.ids), dtype=np.int64)
-            shape = (ranks, per_rank)
-            for picks, used in counting.rank_batches(self.ids, batch_tokens, served, home, shape):
-                yield picks, used, picks == 0
+            found = counting.rank_batches(self.ids, batch_tokens, served, home, (ranks, per_rank))
+            yield from ((picks, used, picks == 0) for picks, used in found)
             return
         for picks, used in self._slot_batches(batch_tokens):
             shape = (len(picks), self.num_layers, ranks, per_rank)
@@ -251,59 +245,41 @@ class AlignedTrace:
         with the share of homes that the slot serves, and n picks use it with probability 1 - (1 -
         share)^n.
         """
-        if self.choices is not None and self.home_rank is not None:
-            yield from self._batches_by_token(batch_tokens)
+        ids, homes = self.ids, self.home_rank
+        if ids is not None and homes is not None and self.has_replicas:
+
+            def slots(rows: slice) -> np.ndarray:
+                return self.slots_of(ids[rows], homes[rows], 0)
+
+            for counts in counting.picks_by_batch(ids, self.num_slots, batch_tokens, slots):
+                # where the picks decide one by one: costs are added in the order of the batches
+                step = len(counts) if self.choices is None else 1
+                parts = (counts[row : row + step] for row in range(0, len(counts), step))
+                yield from ((part, part > 0) for part in parts)
             return
-        if self.home_rank is not None and self.has_replicas:
-            assert self.ids is not None
-            for counts in counting.picks_by_batch(
-                self.ids, self.num_experts, batch_tokens, self.served_slot, self.home_rank
-            ):
-                wide = np.zeros((*counts.shape[:2], self.num_slots), dtype=np.int64)
-                wide[..., : counts.shape[2]] = counts
-                yield wide, wide > 0
-            return
-        share = self._share_of_homes()
-        for counts in self._expert_batches(batch_tokens):
-            picks = np.take_along_axis(
-                counts, np.broadcast_to(self.table, (len(counts), *self.table.shape)), 2
-            )
+        share, by_expert = self._share_of_homes(), [self.load_rows]
+        if ids is not None:
+            by_expert = counting.picks_by_batch(ids, self.num_experts, batch_tokens)
+        for counts in by_expert:
+            picks = np.take_along_axis(counts, self.table[None], axis=2)
             if not self.has_replicas:
                 yield picks, picks > 0
             else:
                 yield picks * share, 1 - (1 - share) ** picks
-
-    def _batches_by_token(self, batch_tokens: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """``_slot_batches`` with homes where the picks decide: one batch after the other."""
-        assert self.ids is not None
-        assert self.home_rank is not None
-        size = min(batch_tokens, len(self.ids))
-        for start in range(0, len(self.ids) // size * size, size):
-            ids, home = self.ids[start : start + size], self.home_rank[start : start + size]
-            key = self.slots_of(ids, home, 0) + np.arange(self.num_layers)[:, None] * self.num_slots
-            shape = (1, self.num_layers, self.num_slots)
-            counts = np.bincount(key[ids >= 0], minlength=shape[1] * shape[2]).reshape(shape)
-            yield counts, counts > 0
-
-    def _expert_batches(self, batch_tokens: int) -> Iterator[np.ndarray]:
-        if self.ids is not None:
-            return counting.picks_by_batch(self.ids, self.num_experts, batch_tokens, None, None)
-        assert self.load_rows is not None
-        return iter([self.load_rows])
 
     def _share_of_homes(self) -> np.ndarray:
         """[L, P] share of its expert's picks that a slot serves, over all homes (and tokens, where
         the picks decide).
         """
         serves = np.zeros((self.num_layers, self.num_slots))
-        for layer in range(self.num_layers):
-            if self.choices is not None:
-                slots = self.served_by_token()[1][layer].sum(axis=0)
-                expert = np.maximum(self.table[layer], 0)  # empty slots serve nothing
+        for layer, expert in enumerate(np.maximum(self.table, 0)):  # empty slots serve nothing
+            if self.choices is None:
+                served = self.served_slot[layer].ravel()
+                serves[layer] = np.bincount(served, minlength=self.num_slots)
+            else:
+                slots = self.served_by_token[1][layer].sum(axis=0)
                 whole = np.bincount(expert, weights=slots, minlength=self.num_experts)
                 serves[layer] = slots * self.num_ranks / np.maximum(whole, 1)[expert]
-                continue
-            serves[layer] = np.bincount(self.served_slot[layer].ravel(), minlength=self.num_slots)
         return serves / self.num_ranks
 
 
@@ -350,13 +326,17 @@ def align_trace(
     return AlignedTrace(trace, plan, rows, home_rank, rule, load)
 
 
-def check_topology(plan: PlacementPlan, topology: ClusterTopology | None) -> None:
+def check_topology(
+    plan: PlacementPlan,
+    topology: ClusterTopology | None,
+    advice: str = "make a plan for this cluster",
+) -> None:
     """Raise PlacementError unless the cluster has the plan's ranks on the plan's nodes."""
     if topology is not None and tuple(topology.rank_to_node) != plan.rank_to_node:
         raise PlacementError(
             f"found a plan for {plan.num_nodes} nodes x {plan.ranks_per_node} ranks (rank to node "
             f"{list(plan.rank_to_node or ())}), expected one for the cluster "
-            f"{list(topology.rank_to_node)}: make a plan for this cluster"
+            f"{list(topology.rank_to_node)}: {advice}"
         )
 
 
@@ -377,7 +357,14 @@ def resolve_homes(trace: RoutingTrace, num_ranks: int, homes: Homes) -> np.ndarr
             )
         ranks = np.asarray(trace.rank)
     elif isinstance(homes, Mapping):
-        ranks = _ranks_of_requests(trace.request_id, homes)
+        present, index = np.unique(trace.request_id, return_inverse=True)
+        absent = [int(q) for q in present if int(q) not in homes]
+        if absent:
+            raise PlacementError(
+                f"homes: found none for {len(absent)} requests (first: {absent[:5]}), expected a "
+                "rank for every request of the trace: assign homes on this trace"
+            )
+        ranks = np.array([homes[int(q)] for q in present], dtype=np.int64)[index]
     else:
         ranks = np.asarray(homes)
     if ranks.shape != (trace.num_rows,) or ranks.dtype.kind not in "iu":
@@ -391,17 +378,6 @@ def resolve_homes(trace: RoutingTrace, num_ranks: int, homes: Homes) -> np.ndarr
             f"{num_ranks - 1}: assign homes for this cluster"
         )
     return ranks.astype(np.int64)
-
-
-def _ranks_of_requests(request_id: np.ndarray, homes: Mapping[int, int]) -> np.ndarray:
-    present, index = np.unique(request_id, return_inverse=True)
-    absent = [int(q) for q in present if int(q) not in homes]
-    if absent:
-        raise PlacementError(
-            f"homes: found none for {len(absent)} requests (first: {absent[:5]}), expected a rank "
-            "for every request of the trace: assign homes on this trace"
-        )
-    return np.array([homes[int(q)] for q in present], dtype=np.int64)[index]
 
 
 AUTO = "auto"
