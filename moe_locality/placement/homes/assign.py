@@ -21,13 +21,11 @@ from moe_locality.files import write_text
 from moe_locality.placement.homes.predictor import (
     FIRST_TOKENS,
     PRIOR_TOKENS,
-    RANK_SHARE,
     Predictor,
     Requests,
-    Serving,
-    check_prediction,
     known_tokens,
     requests_of,
+    scores_of_known,
     serving_of_plan,
 )
 from moe_locality.placement.plan import PlacementPlan
@@ -150,17 +148,15 @@ def rank_scores(
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """([R, G] scores, [R] whether something was known of the request, domains unknown to the plan).
 
-    A score is minus the expected cost per token and layer of a home on the rank, plus
-    ``RANK_SHARE`` times the share of the picks on the rank itself, so that among the ranks of a
-    node the one with the experts wins.
+    A score is minus the expected cost per token and layer of a home on the rank, plus a little for
+    picks on the rank itself, so that among the ranks of a node the one with the experts wins.
     """
     profiles = plan.home_profiles or {}
-    check_prediction(predict)
     known_domains = profiles.get("domain_rank_share") or {}
     unseen = tuple(sorted({d for d in requests.domains if d is not None} - set(known_domains)))
     if predict == "domain":
-        score, predicted = domain_scores(plan, requests.domains, group_names(trace))
-        return score, predicted, unseen
+        groups = dict(zip(trace.domain, trace.groups, strict=True))
+        return *domain_scores(plan, requests.domains, groups), unseen
     aligned = align_trace(trace, plan, None, None)
     serving = serving_of_plan(plan, profiles.get("objective", "copies"), aligned.plan_rows)
     rows, total = known_tokens(trace, requests, predict), len(requests.tokens)
@@ -213,15 +209,12 @@ def predictor_of(plan: PlacementPlan, predict: str) -> Predictor | None:
     return Predictor.from_dict(stored[kind], shape)
 
 
-def group_names(trace: RoutingTrace) -> dict[str, str]:
-    """Domain → its coarse group."""
-    return dict(zip(trace.domain, trace.groups, strict=True))
-
-
 def domain_scores(
     plan: PlacementPlan, domains: tuple[str | None, ...] | list[str | None], groups: dict[str, str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """([R, G] score of each rank from the domain alone, [R] whether domain or group is known).
+
+    ``groups``: domain → its coarse group.
 
     Raises:
         PlacementError: the plan has no domain profiles.
@@ -237,14 +230,6 @@ def domain_scores(
     rows = [table.get(name) or coarse.get(groups.get(name or "", "")) for name in domains]
     score = np.array([anything if row is None else row for row in rows], dtype=float)
     return score, np.array([row is not None for row in rows])
-
-
-def scores_of_known(
-    serving: Serving, expected: np.ndarray, ids: np.ndarray, request: np.ndarray
-) -> np.ndarray:
-    """[R, G] scores from predicted costs [R, M] and the known tokens."""
-    own = serving.own_share(ids, request, len(expected))
-    return -expected[:, serving.node_of_rank] + RANK_SHARE * own
 
 
 def read_homes(path: Path, plan: PlacementPlan | None = None) -> dict[int, int]:

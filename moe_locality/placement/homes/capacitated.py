@@ -33,9 +33,7 @@ class Capacities:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
-    """``rank_of`` [R]; ``token_price`` [M] per token;
-    ``dual_bound``: no assignment under these capacities is worth more.
-    """
+    """``rank_of`` [R]; ``token_price`` [M]; ``dual_bound``: no assignment is worth more."""
 
     rank_of: np.ndarray
     token_price: np.ndarray
@@ -47,22 +45,20 @@ def assign(
 ) -> Assignment:
     """Most sum of tokens x score under the capacities.
 
+    Where whole requests do not fit below the token capacity, the rank with least takes what is
+    left, and the request capacity is kept.
+
     Args:
         score: [R, G] worth of a token of the request on that rank; ranks of a node should differ
             little, because prices are per node.
-        tokens: [R].
-        node_of_rank: [G].
-
-    Returns:
-        the assignment; where whole requests do not fit below the token capacity, the rank with
-        least takes what is left, and the request capacity is kept.
+        tokens: [R]; node_of_rank: [G].
     """
     ranks, nodes = len(node_of_rank), int(node_of_rank.max()) + 1
+    room, seats = np.bincount(node_of_rank, minlength=nodes).astype(float), None
     size, larger = len(tokens), 0  # requests of a rank; ranks that may have one more
     if capacities.even:
         size, larger = divmod(len(tokens), ranks)
-    room = np.bincount(node_of_rank, minlength=nodes).astype(float)
-    seats = room * (size + (larger > 0)) if capacities.even else None
+        seats = room * (size + (larger > 0))
     near = np.full((len(tokens), nodes), -np.inf)
     for rank, node in enumerate(node_of_rank):
         near[:, node] = np.maximum(near[:, node], score[:, rank])
@@ -172,45 +168,51 @@ def _improve(rank_of, filled, count, value, tokens, cap, size, rounds):
                     partner[home, rank] = request
         for request in range(requests):
             home = rank_of[request]
-            over = max(filled[home] - cap, 0.0)
             best, other, best_less, best_gain = -1, -1, 0.0, 1e-9
             for rank in range(ranks):
                 if rank == home:
                     continue
                 gain = value[request, rank] - value[request, home]
                 if count[rank] < size:  # never where every rank must have as many
-                    after = max(filled[home] - tokens[request] - cap, 0.0)
-                    after += max(filled[rank] + tokens[request] - cap, 0.0)
-                    less = over + max(filled[rank] - cap, 0.0) - after
+                    less = _relief(filled[home], filled[rank], tokens[request], cap)
                     if less > best_less or (less == best_less and gain > best_gain):
                         best, other, best_less, best_gain = rank, -1, less, gain
                 back = partner[rank, home]
                 if back >= 0 and rank_of[back] == rank:
                     shift = tokens[request] - tokens[back]
-                    after = max(filled[home] - shift - cap, 0.0)
-                    after += max(filled[rank] + shift - cap, 0.0)
-                    less = over + max(filled[rank] - cap, 0.0) - after
+                    less = _relief(filled[home], filled[rank], shift, cap)
                     gain += value[back, home] - value[back, rank]
                     if less > best_less or (less == best_less and gain > best_gain):
                         best, other, best_less, best_gain = rank, back, less, gain
             if best < 0:
                 continue
             changed = True
-            _move(request, best, rank_of, filled, count, tokens)
-            if other >= 0:
-                _move(other, home, rank_of, filled, count, tokens)
+            _move(request, best, other, rank_of, filled, count, tokens)
         if not changed:
             break
 
 
 @compiled
-def _move(request, rank, rank_of, filled, count, tokens):
+def _relief(first, second, shift, cap):
+    """How much less is above the capacity once ``shift`` tokens moved from first to second."""
+    before = max(first - cap, 0.0) + max(second - cap, 0.0)
+    return before - (max(first - shift - cap, 0.0) + max(second + shift - cap, 0.0))
+
+
+@compiled
+def _move(request, rank, other, rank_of, filled, count, tokens):
+    """Move a request to a rank, and ``other`` (-1: none) from there to where it was."""
     home = rank_of[request]
+    shift = tokens[request]
     rank_of[request] = rank
-    filled[home] -= tokens[request]
-    filled[rank] += tokens[request]
-    count[home] -= 1
-    count[rank] += 1
+    if other >= 0:
+        rank_of[other] = home
+        shift -= tokens[other]
+    else:
+        count[home] -= 1
+        count[rank] += 1
+    filled[home] -= shift
+    filled[rank] += shift
 
 
 @compiled
@@ -226,35 +228,28 @@ def _anneal(rank_of, filled, count, value, tokens, cap, size, steps, heat):
     gained, most = 0.0, 0.0
     for step in range(steps):
         temperature = 0.5 * heat * (1 - step / steps) ** 2 + 1e-9
-        request = next_random(state) % requests
-        home = rank_of[request]
-        other = -1
+        request, other = next_random(state) % requests, -1
+        home, shift = rank_of[request], tokens[request]
         if next_random(state) % 3 == 0:
             rank = next_random(state) % ranks
-            if rank == home or count[rank] >= size:
-                continue
-            shift = tokens[request]
-            gain = value[request, rank] - value[request, home]
         else:
             other = next_random(state) % requests
             rank = rank_of[other]
-            if rank == home:
-                continue
-            shift = tokens[request] - tokens[other]
-            gain = value[request, rank] - value[request, home]
+            shift -= tokens[other]
+        if rank == home or (other < 0 and count[rank] >= size):
+            continue
+        gain = value[request, rank] - value[request, home]
+        if other >= 0:
             gain += value[other, home] - value[other, rank]
-        more = max(filled[home] - shift - cap, 0.0) + max(filled[rank] + shift - cap, 0.0)
-        more -= max(filled[home] - cap, 0.0) + max(filled[rank] - cap, 0.0)
-        if more > 0:
+        less = _relief(filled[home], filled[rank], shift, cap)
+        if less < 0:
             continue
         luck = (next_random(state) + 1) / 2147483649.0
-        if more == 0 and gain < 0 and luck >= np.exp(gain / temperature):
+        if less == 0 and gain < 0 and luck >= np.exp(gain / temperature):
             continue
-        _move(request, rank, rank_of, filled, count, tokens)
-        if other >= 0:
-            _move(other, home, rank_of, filled, count, tokens)
+        _move(request, rank, other, rank_of, filled, count, tokens)
         gained += gain
-        if more < 0 or gained > most + 1e-9:  # less above the capacity comes first
+        if less > 0 or gained > most + 1e-9:  # less above the capacity comes first
             most = gained
             best[:] = rank_of
     return best

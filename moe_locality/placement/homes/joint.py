@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moe_locality.placement.counting import compiled_picks_by_home, map_layers
+from moe_locality.placement.counting import map_layers, picks_by_home
 from moe_locality.placement.homes import capacitated
-from moe_locality.placement.homes.assign import scores_of_known
 from moe_locality.placement.homes.predictor import (
     KnownTokens,
     Predictor,
@@ -26,6 +25,7 @@ from moe_locality.placement.homes.predictor import (
     home_profiles,
     k_means,
     requests_of,
+    scores_of_known,
     serving_of_plan,
 )
 from moe_locality.placement.plan import PlacementPlan
@@ -105,14 +105,12 @@ def solve_joint(problem: Problem) -> Solution:
 def _search(data: _Setup) -> tuple[_Pair, list[float]]:
     """The best pair of node tables and home nodes, and the costs of all rounds."""
     history: list[float] = []
-    starts: list[np.ndarray | None] = [None]
-    starts += [_clusters(data, number) for number in range(CLUSTER_STARTS)]
-    best: _Pair | None = None
-    for number, start in enumerate(starts):
-        found = _rounds(data, start, None, FIRST_ROUNDS, number, history)
-        if best is None or found.cost < best.cost:
-            best = found
-    assert best is not None
+    starts = [None, *(_clusters(data, number) for number in range(CLUSTER_STARTS))]
+    found = [
+        _rounds(data, start, None, FIRST_ROUNDS, number, history)
+        for number, start in enumerate(starts)
+    ]
+    best = min(found, key=lambda pair: pair.cost)
     return _rounds(data, best.home_node, best, MORE_ROUNDS, len(starts), history), history
 
 
@@ -148,22 +146,26 @@ def _place_on_nodes(
     data: _Setup, home_node: np.ndarray | None, warm: np.ndarray | None, number: int
 ) -> np.ndarray:
     """[L, E] node of each expert, layer by layer, for given homes."""
-    problem = data.problem
-    pins = None  # [L, E, M] picks of each expert by the tokens at home on each node
+    problem, group_of = data.problem, data.problem.group_of
+    # [groups] some expert of each group of experts that stay together
+    member = slice(None) if group_of is None else np.unique(group_of, return_index=True)[1]
+    pins = None  # [L, E or groups, M] picks by the tokens at home on each node
     if home_node is not None:
         homes = home_node[data.requests.index]
-        experts = problem.trace.num_experts
-        picks = compiled_picks_by_home(data.ids, experts, homes, problem.num_nodes)
-        pins = picks.transpose(0, 2, 1)
+        experts, nodes = problem.trace.num_experts, problem.num_nodes
+        picks = picks_by_home(data.ids, experts, homes, nodes, repeated=True)
+        pins = picks.transpose(0, 2, 1).astype(np.float64)
+        if group_of is not None:
+            pins = (group_of == np.arange(group_of.max() + 1)[:, None]).astype(float) @ pins
 
     def one(row: int) -> np.ndarray:
         layer = data.layers[row]
         if pins is not None:
-            layer = replace(layer, pin=_by_group(pins[row], problem.group_of))
+            layer = replace(layer, pin=pins[row])
         if warm is None:
             start = coactivation.lightest_first(layer.load, layer.sizes)
         else:
-            start = _one_of_group(warm[row], problem.group_of)
+            start = warm[row][member]
         node_of = coactivation.place(
             layer,
             data.linear[row],
@@ -176,20 +178,6 @@ def _place_on_nodes(
         return coactivation.expand_groups(problem, node_of)
 
     return np.stack(map_layers(one, len(data.layers)))
-
-
-def _by_group(pin: np.ndarray, group_of: np.ndarray | None) -> np.ndarray:
-    """[E, M] float64 summed over groups of experts that stay together."""
-    if group_of is None:
-        return pin.astype(np.float64)
-    summed = np.zeros((int(group_of.max()) + 1, pin.shape[1]))
-    np.add.at(summed, group_of, pin)
-    return summed
-
-
-def _one_of_group(node_of: np.ndarray, group_of: np.ndarray | None) -> np.ndarray:
-    """[groups] node of each group of experts, from the nodes of the experts."""
-    return node_of if group_of is None else node_of[np.unique(group_of, return_index=True)[1]]
 
 
 def _serving(data: _Setup, node_of: np.ndarray) -> Serving:
@@ -247,9 +235,9 @@ def _homes(
 
 def _clusters(data: _Setup, number: int) -> np.ndarray:
     """[R] node of each request: clusters of like signatures, in balance."""
-    basis, count = data.known.basis, data.problem.num_nodes
+    count = data.problem.num_nodes
     rng = np.random.default_rng((data.problem.seed, number))
-    signature = signatures(basis.share)
+    signature = signatures(data.known.share)
     centers = k_means(signature, count, rng, spherical=True)
     score = np.zeros((len(data.requests.tokens), count))
     score[data.known.fitted] = signature @ centers.T

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import PlacementError
+from moe_locality.placement.counting import picks_by_home
 from moe_locality.placement.plan import PlacementPlan
 from moe_locality.placement.problem import align_trace
 from moe_locality.trace.schema import PREFILL, RoutingTrace
@@ -70,9 +71,8 @@ def requests_of(trace: RoutingTrace) -> Requests:
 def check_prediction(predict: str) -> None:
     """Raise PlacementError unless ``predict`` is one of the four kinds."""
     kind, _, count = predict.partition(":")
-    if predict in ("prefill", "domain", "oracle"):
-        return
-    if kind != "first" or not count.isdecimal() or int(count) < 1:
+    first = kind == "first" and count.isdecimal() and int(count) > 0
+    if not first and predict not in ("prefill", "domain", "oracle"):
         raise PlacementError(
             f"predict: found {predict!r}, expected 'prefill', 'first:N', 'domain' or 'oracle'"
         )
@@ -211,55 +211,70 @@ class Predictor:
         return cls(weights=weights, **arrays)
 
 
-class Basis:
-    """What the regression needs of the requests, whatever the placement; F = L E.
-
-    Args:
-        counts: [R, L, E] picks of the known tokens; known: [R] how many tokens are known.
-        tokens: [R] all tokens of the request.
+class KnownTokens:
+    """What ``predict`` may look at in the requests that a plan is made from: picks ``ids``
+    [N, L, K] of tokens, their ``request`` [N], how many each request has (``count`` [R]); and what
+    the regression needs of the requests ``fitted`` [B], all or an even choice of them, whatever
+    the placement.
     """
 
-    def __init__(self, counts: np.ndarray, known: np.ndarray, tokens: np.ndarray) -> None:
-        self.shape, self.known, some = counts.shape[1:], known, known > 0
-        self.weight = tokens / tokens.mean()  # [R]
+    def __init__(self, trace: RoutingTrace, requests: Requests, predict: str) -> None:
+        rows, total = known_tokens(trace, requests, predict), len(requests.tokens)
+        self.ids = np.ascontiguousarray(trace.expert_ids[rows])  # type: ignore[index]
+        self.request = requests.index[rows]
+        self.count = np.bincount(self.request, minlength=total)
+        fitted = np.unique(np.linspace(0, total - 1, min(total, MAX_FITTED)).astype(int))
+        place = np.full(total, len(fitted))  # the others: one row more
+        place[fitted] = np.arange(len(fitted))
+        picks = picks_by_home(
+            self.ids, trace.num_experts, place[self.request], len(fitted) + 1, repeated=True
+        )
+        counts = picks[:, :-1].transpose(1, 0, 2).astype(np.float32, order="C")  # [B, L, E]
+        self.fitted, self.shape, known = fitted, counts.shape[1:], self.count[fitted]
+        self.weight = requests.tokens[fitted] / requests.tokens[fitted].mean()  # [B]
+        self.some = known > 0
         count = np.maximum(known, 1)[:, None].astype(np.float32)
-        self.share = counts.reshape(len(counts), -1) / count  # [R, F] float32 picks per known token
-        self.center = np.average(self.share, axis=0, weights=self.weight * some + 1e-12)  # [F]
-        # [R, F] float32 (share - center) x root of the weight
-        self.scaled = (self.share - self.center.astype(np.float32)) * some[:, None]
+        self.share = counts.reshape(len(counts), -1) / count  # [B, F] float32 picks per known token
+        self.center = np.average(self.share, axis=0, weights=self.weight * self.some + 1e-12)  # [F]
+        # [B, F] float32 (share - center) x root of the weight
+        self.scaled = (self.share - self.center.astype(np.float32)) * self.some[:, None]
         self.scaled *= np.sqrt(self.weight)[:, None].astype(np.float32)
-        # eigenvalues [R] and eigenvectors [R, R] of scaled scaled'
+        # eigenvalues [B] and eigenvectors [B, B] of scaled scaled'
         values, self.vectors = np.linalg.eigh((self.scaled @ self.scaled.T).astype(float))
         self.values = np.maximum(values, 0)
 
 
-def fit_predictor(basis: Basis, cost: np.ndarray, full: np.ndarray) -> tuple[Predictor, np.ndarray]:
-    """The predictor, and its leave-one-out predictions [R, M] of the requests of the basis.
+def fit(known: KnownTokens, serving: Serving, full: np.ndarray) -> tuple[Predictor, np.ndarray]:
+    """The predictor, and its leave-one-out predictions [R, M] of the requests.
 
-    Args:
-        cost: [R, M] cost of the known tokens, per layer.
-        full: [R, M] mean cost of all tokens of the request, per token and layer.
+    ``full`` [R, M]: mean cost of all tokens of each request, per token and layer.
     """
-    n = basis.known[:, None].astype(float)
-    mean = np.average(full, axis=0, weights=basis.weight)
-    drawn = (cost + PRIOR_TOKENS * mean) / (n + PRIOR_TOKENS)
-    miss = np.where(n > 0, full - drawn, 0)
-    some = basis.weight * (basis.known > 0)
+    from moe_locality.placement.count_kernels import weighted_picks
+
+    total, rows = len(known.count), known.fitted
+    cost = serving.costs(known.ids, known.request, total)
+    n = known.count[rows][:, None].astype(float)
+    mean = np.average(full[rows], axis=0, weights=known.weight)
+    drawn = (cost[rows] + PRIOR_TOKENS * mean) / (n + PRIOR_TOKENS)
+    miss = np.where(n > 0, full[rows] - drawn, 0)
+    some = known.weight * known.some
     shift = (miss * some[:, None]).sum(axis=0) / max(some.sum(), 1e-12)
-    slope, left_out = _ridge(basis, np.where(n > 0, miss - shift, 0))
-    predictor = Predictor(
-        mean=mean,
-        shift=shift,
-        offset=basis.center @ slope,
-        weights=slope.T.reshape(-1, *basis.shape),
-    )
-    return predictor, np.where(n > 0, drawn + shift + left_out, drawn)
+    slope, left_out = _ridge(known, np.where(n > 0, miss - shift, 0))
+    left_out = np.where(n > 0, drawn + shift + left_out, drawn)
+    weights = slope.T.reshape(-1, *known.shape)
+    found = Predictor(mean=mean, shift=shift, offset=known.center @ slope, weights=weights)
+    if len(rows) == total:
+        return found, left_out
+    weighted = weighted_picks(known.ids, known.request, total, weights)
+    expected = found.predict(cost, weighted, known.count)
+    expected[rows] = left_out
+    return found, expected
 
 
-def _ridge(basis: Basis, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weighted ridge regression in its dual form: (slope [F, M], leave-one-out fit [R, M])."""
-    root = np.sqrt(basis.weight)[:, None]
-    goal, values, vectors = target * root, basis.values, basis.vectors
+def _ridge(known: KnownTokens, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weighted ridge regression in its dual form: (slope [F, M], leave-one-out fit [B, M])."""
+    root = np.sqrt(known.weight)[:, None]
+    goal, values, vectors = target * root, known.values, known.vectors
     turned = vectors.T @ goal
     nothing = np.zeros_like(goal)
     best = (float((goal**2).sum()), nothing, nothing)  # no correction
@@ -270,7 +285,7 @@ def _ridge(basis: Basis, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         error = float(((goal - left_out) ** 2).sum())
         if error < best[0]:
             best = (error, dual, left_out)
-    return basis.scaled.T.astype(float) @ best[1], best[2] / root
+    return known.scaled.T.astype(float) @ best[1], best[2] / root
 
 
 RANK_SHARE = 0.01
@@ -299,13 +314,19 @@ class Serving:
         )
         return total / max(ids.shape[1], 1)
 
-    def own_share(self, ids: np.ndarray, request: np.ndarray, num_requests: int) -> np.ndarray:
-        """[R, G] share of the picks of each request whose expert is on the rank."""
-        from moe_locality.placement.count_kernels import picks_on_rank
 
-        count = picks_on_rank(ids, request, num_requests, self.holders, len(self.node_of_rank))
-        picks = np.bincount(request, weights=(ids >= 0).sum(axis=(1, 2)), minlength=num_requests)
-        return count / np.maximum(picks, 1)[:, None]
+def scores_of_known(
+    serving: Serving, expected: np.ndarray, ids: np.ndarray, request: np.ndarray
+) -> np.ndarray:
+    """[R, G] scores from predicted costs [R, M] and the known tokens: minus the cost at home on the
+    rank, plus ``RANK_SHARE`` times the share of the picks whose expert is on the rank itself.
+    """
+    from moe_locality.placement.count_kernels import picks_on_rank
+
+    total, node_of_rank = len(expected), serving.node_of_rank
+    count = picks_on_rank(ids, request, total, serving.holders, len(node_of_rank))
+    picks = np.bincount(request, weights=(ids >= 0).sum(axis=(1, 2)), minlength=total)
+    return -expected[:, node_of_rank] + RANK_SHARE * (count / np.maximum(picks, 1)[:, None])
 
 
 def serving_of_plan(plan: PlacementPlan, objective: str, rows: np.ndarray | None = None) -> Serving:
@@ -323,45 +344,6 @@ def serving_of_plan(plan: PlacementPlan, objective: str, rows: np.ndarray | None
     )
 
 
-class KnownTokens:
-    """What ``predict`` may look at in the requests that a plan is made from: picks ``ids``
-    [N, L, K] of tokens, their ``request`` [N], how many each request has (``count`` [R]), and the
-    regression basis of the requests ``fitted`` [F], all or an even choice of them.
-    """
-
-    def __init__(self, trace: RoutingTrace, requests: Requests, predict: str) -> None:
-        from moe_locality.placement.count_kernels import expert_counts
-
-        rows, total = known_tokens(trace, requests, predict), len(requests.tokens)
-        self.ids = np.ascontiguousarray(trace.expert_ids[rows])  # type: ignore[index]
-        self.request = requests.index[rows]
-        self.count = np.bincount(self.request, minlength=total)
-        fitted = np.unique(np.linspace(0, total - 1, min(total, MAX_FITTED)).astype(int))
-        place = np.full(total, -1)
-        place[fitted] = np.arange(len(fitted))
-        counts = expert_counts(self.ids, place[self.request], len(fitted), trace.num_experts)
-        self.fitted = fitted
-        self.basis = Basis(counts, self.count[fitted], requests.tokens[fitted])
-
-
-def fit(known: KnownTokens, serving: Serving, full: np.ndarray) -> tuple[Predictor, np.ndarray]:
-    """The predictor, and its leave-one-out predictions [R, M] of the requests.
-
-    ``full`` [R, M]: mean cost of all tokens of each request, per token and layer.
-    """
-    from moe_locality.placement.count_kernels import weighted_picks
-
-    total = len(known.count)
-    cost = serving.costs(known.ids, known.request, total)
-    found, left_out = fit_predictor(known.basis, cost[known.fitted], full[known.fitted])
-    if len(known.fitted) == total:
-        return found, left_out
-    weighted = weighted_picks(known.ids, known.request, total, found.weights)
-    expected = found.predict(cost, weighted, known.count)
-    expected[known.fitted] = left_out
-    return found, expected
-
-
 def home_profiles(
     trace: RoutingTrace,
     plan: PlacementPlan,
@@ -376,11 +358,10 @@ def home_profiles(
     serving = serving_of_plan(plan, objective, aligned.plan_rows)
     groups = list(dict.fromkeys(trace.groups))
     group_of = np.array([groups.index(g) for g in trace.groups] + [-1])
-    by_rank = aligned.picks_by_home()  # [L, G, E]
-    by_node = np.zeros((aligned.num_layers, aligned.num_nodes, aligned.num_experts), dtype=np.int64)
-    for rank, node in enumerate(aligned.node_of_rank):
-        by_node[:, node] += by_rank[:, rank]
+    assert trace.expert_ids is not None
     assert trace.domain_id is not None
+    home_node = plan.node_of_rank[aligned.home_rank]
+    by_node = picks_by_home(trace.expert_ids, trace.num_experts, home_node, plan.num_nodes)
     anyone = np.zeros(trace.num_rows, dtype=np.int64)
     return {
         "objective": objective,
@@ -400,7 +381,7 @@ def _shares(trace, serving: Serving, label: np.ndarray, names) -> dict[str, list
     ids, of = np.ascontiguousarray(trace.expert_ids[rows]), label[rows].astype(np.int64)
     tokens = np.bincount(of, minlength=len(names))
     cost = serving.costs(ids, of, len(names)) / np.maximum(tokens, 1)[:, None]
-    score = -cost[:, serving.node_of_rank] + RANK_SHARE * serving.own_share(ids, of, len(names))
+    score = scores_of_known(serving, cost, ids, of)
     return {
         name: [round(float(x), 6) for x in score[row]]
         for row, name in enumerate(names)
