@@ -19,7 +19,7 @@ from moe_locality.placement.costs import imbalance
 from moe_locality.placement.count_kernels import remote_by_home
 from moe_locality.placement.homes.predictor import serving_of_plan
 from moe_locality.placement.plan import PlacementPlan, check_equal_slots
-from moe_locality.placement.problem import Problem, Solution
+from moe_locality.placement.problem import Problem, Solution, check_topology
 from moe_locality.placement.refresh.state import RefreshState, level_best, swap_best
 from moe_locality.topology.cluster import ClusterTopology
 
@@ -28,6 +28,8 @@ IN_SAMPLE_SHARE = 0.6
 requests load nodes less evenly, so a cap met exactly here is broken there. A solve expects this
 from how the loads of single requests differ (search/load_noise.py); a refresh keeps decayed counts
 and no requests, so one share stands for it."""
+
+ANOTHER_CLUSTER = "refresh on the cluster of the plan, or solve again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,10 +102,10 @@ def refresh(
     plan.check_fits(
         num_experts=state.num_experts, layer_ids=state.layer_ids.tolist(), model=state.model
     )
-    topology = _cluster(plan, topology)
+    check_topology(plan, topology, ANOTHER_CLUSTER)
     table = _improve(plan, state, budget, max_imbalance, group_of, pin)
     figures = (expert_bytes, copy_bytes, tokens_per_step, steps)
-    return _weigh(plan, table, state, topology, figures, judged)
+    return _weigh(plan, table, state, topology or plan.topology, figures, judged)
 
 
 def relevel(
@@ -153,18 +155,6 @@ def _budget(plan: PlacementPlan, move_budget: float) -> int:
     return int(move_budget * plan.physical_to_logical_map.size + 1e-9)
 
 
-def _cluster(plan: PlacementPlan, topology: ClusterTopology | None) -> ClusterTopology:
-    if topology is None:
-        return plan.topology
-    if topology.rank_to_node != plan.rank_to_node:
-        raise PlacementError(
-            f"found a plan for ranks on nodes {plan.rank_to_node} and a cluster with "
-            f"{topology.rank_to_node}, expected the same: refresh on the cluster of the plan, or "
-            "solve again"
-        )
-    return topology
-
-
 def _improve(plan, state, budget, max_imbalance, group_of, pin) -> np.ndarray:
     """[L, P] new physical_to_logical_map; slots that do not move keep their expert."""
     old = plan.physical_to_logical_map
@@ -200,16 +190,13 @@ def _slot_weights(state: RefreshState, item: np.ndarray, share: np.ndarray, node
     Two experts: tokens that pick both, times the shares of the picks that these replicas serve. Two
     replicas of an expert: on one node they serve the homes of that node once, not of two nodes.
     """
-    layers, slots = item.shape
-    weight = np.empty((layers, slots, slots))
-    for layer in range(layers):
-        own = item[layer]
-        one = state.pairs[layer][own][:, own] * np.outer(share[layer], share[layer])
-        if slots > state.num_experts:
-            same = own[:, None] == own[None, :]
-            one[same] = -np.broadcast_to(state.load[layer][own] / nodes, same.shape)[same]
-            np.fill_diagonal(one, 0)
-        weight[layer] = one
+    (layers, slots), (first, second) = item.shape, (item[:, :, None], item[:, None])
+    pairs = state.pairs[np.arange(layers)[:, None, None], first, second]
+    weight = pairs * (share[:, :, None] * share[:, None])
+    if slots > state.num_experts:
+        own = np.take_along_axis(state.load, item, axis=1) / nodes
+        weight = np.where(first == second, -own[:, None], weight)
+        weight[:, np.arange(slots), np.arange(slots)] = 0
     return weight
 
 
@@ -270,13 +257,11 @@ def _weigh(plan, table, state, topology, figures, judged) -> Refresh:
     before, after, error = (
         sampled_copies(plan, new, state) if judged is None else saved_copies(plan, new, *judged)
     )
-    saved_us = None
+    saved_us = even = None
     if copy_bytes is not None and tokens_per_step is not None:
         copies = (before - after) * len(state.layer_ids) * tokens_per_step / plan.num_ranks
         saved_us = copies * copy_bytes / (topology.inter_node_gbps * 1e3)
-    even = None
-    if saved_us is not None and move_us is not None and saved_us > 0:
-        even = move_us / saved_us
+        even = move_us / saved_us if move_us is not None and saved_us > 0 else None
     levels = (rank_imbalance(plan, state.load), rank_imbalance(new, state.load))
     worth_it, reason = verdict(moved, before - after, error, levels, even, steps)
     return Refresh(
@@ -315,7 +300,7 @@ def solve_from(
         model=trace.model,
         model_type=trace.model_type,
     )
-    _cluster(start, problem.topology)
+    check_topology(start, problem.topology, ANOTHER_CLUSTER)
     notes = {"start": start.digest(), "move_budget": move_budget}
     if method == "balance":
         whole = problem.group_of is not None
@@ -380,10 +365,8 @@ def verdict(moved, saving, error, levels, even, steps) -> tuple[bool | None, str
 
 def moves(old, new, topology, expert_bytes) -> tuple[int, float | None]:
     """(moved slots, time in us until the busiest rank has fetched its new experts)."""
-    ranks = old.rank_of_slot
-    nodes = old.node_of_rank
-    inter = np.zeros((2, old.num_ranks))  # received, sent
-    intra = np.zeros((2, old.num_ranks))
+    ranks, nodes = old.rank_of_slot, old.node_of_rank
+    inter, intra = np.zeros((2, 2, old.num_ranks))  # of each: received, sent
     count = 0
     for before, after in zip(old.physical_to_logical_map, new.physical_to_logical_map, strict=True):
         for slot in np.flatnonzero(before != after):

@@ -36,20 +36,14 @@ class RefreshState:
 
     model: str
     num_experts: int
-    layer_ids: np.ndarray
-    """int32 [L]"""
-    pairs: np.ndarray
-    """float32 [L, E, E], weighed tokens that picked both experts; zero diagonal."""
-    load: np.ndarray
-    """float64 [L, E], weighed picks."""
-    tokens: float
-    """Weighed tokens."""
+    layer_ids: np.ndarray  # int32 [L]
+    pairs: np.ndarray  # float32 [L, E, E], weighed tokens that picked both experts; zero diagonal
+    load: np.ndarray  # float64 [L, E], weighed picks
+    tokens: float  # weighed
     half_life_tokens: float | None
     """After so many newer tokens a token counts half; None: all count the same for ever."""
-    recent_ids: np.ndarray
-    """int16 [S, L, K], the latest tokens."""
-    recent_request: np.ndarray
-    """int64 [S]"""
+    recent_ids: np.ndarray  # int16 [S, L, K], the latest tokens
+    recent_request: np.ndarray  # int64 [S]
 
     @classmethod
     def from_trace(
@@ -69,19 +63,19 @@ class RefreshState:
                 f"half_life_tokens: found {half_life_tokens}, expected a number of tokens above 0, "
                 "or None to never forget"
             )
-        found = count_coactivation(trace)
+        layers, experts = trace.num_layers, trace.num_experts
         state = cls(
             model=trace.model,
-            num_experts=trace.num_experts,
-            layer_ids=np.asarray(found.layer_ids, np.int32),
-            pairs=found.pairs.astype(np.float32),
-            load=found.load.astype(np.float64),
-            tokens=float(trace.num_tokens),
+            num_experts=experts,
+            layer_ids=np.asarray(trace.layer_ids, np.int32),
+            pairs=np.zeros((layers, experts, experts), np.float32),
+            load=np.zeros((layers, experts)),
+            tokens=0.0,
             half_life_tokens=half_life_tokens,
-            recent_ids=np.zeros((0, trace.num_layers, trace.top_k), np.int16),
+            recent_ids=np.zeros((0, layers, trace.top_k), np.int16),
             recent_request=np.zeros(0, np.int64),
         )
-        state._keep(trace, sample_tokens)
+        state.absorb(trace, sample_tokens=sample_tokens)
         return state
 
     def absorb(self, trace: RoutingTrace, *, sample_tokens: int = SAMPLE_TOKENS) -> None:
@@ -90,8 +84,8 @@ class RefreshState:
         Raises:
             PlacementError: the trace is of another model, or has other layers, experts or top_k.
         """
-        ids = trace.tokens_only("absorb").expert_ids
-        found = (trace.model, trace.num_experts, trace.layer_ids.tolist(), ids.shape[2])
+        view = trace.tokens_only("a refresh")
+        found = (trace.model, trace.num_experts, trace.layer_ids.tolist(), trace.top_k)
         top_k = self.recent_ids.shape[2]
         expected = (self.model, self.num_experts, self.layer_ids.tolist(), top_k)
         if found != expected:
@@ -108,10 +102,6 @@ class RefreshState:
         self.pairs += new.pairs
         self.load += new.load
         self.tokens += trace.num_tokens
-        self._keep(trace, sample_tokens)
-
-    def _keep(self, trace: RoutingTrace, sample_tokens: int) -> None:
-        view = trace.tokens_only("a sample of tokens")
         ids = np.concatenate([self.recent_ids, view.expert_ids[-sample_tokens:]])
         request = np.concatenate([self.recent_request, view.request_id[-sample_tokens:]])
         self.recent_ids = np.ascontiguousarray(ids[-sample_tokens:])
@@ -157,18 +147,15 @@ class RefreshState:
                 f"cannot read the refresh state {path}: {error}: make it again with "
                 "RefreshState.from_trace"
             ) from error
-        state._check(path)
-        return state
-
-    def _check(self, path: str | os.PathLike[str]) -> None:
-        layers, num = len(self.layer_ids), self.num_experts
-        shapes = (self.pairs.shape, self.load.shape, self.recent_ids.shape[1:2])
+        layers, num = len(state.layer_ids), state.num_experts
+        shapes = (state.pairs.shape, state.load.shape, state.recent_ids.shape[1:2])
         fine = shapes == ((layers, num, num), (layers, num), (layers,))
-        if not fine or self.recent_ids.max(initial=-1) >= num:
+        if not fine or state.recent_ids.max(initial=-1) >= num:
             raise PlacementError(
                 f"the refresh state {path} is damaged: found shapes {shapes}, expected those of "
                 f"{layers} layers and {num} experts: make it again with RefreshState.from_trace"
             )
+        return state
 
 
 EXCESS_WEIGHT = 1.0
@@ -182,18 +169,14 @@ def swap_best(weight, pin, load, item, block_of, rank_of, block_cap, rank_cap, m
 
     The gain is weight inside blocks plus ``EXCESS_WEIGHT`` times the load that comes down to the
     caps. No swap raises the load above the caps or puts an expert twice on a rank. Ties go to the
-    first layer, then to the first pair.
+    first layer, then to the first pair. Returns the number of swaps.
 
     Args:
         weight: [L, N, N] gain of having both items in one block (symmetric, zero diagonal).
         pin: [L, N, B] gain of having the item in that block.
-        load: [L, N]; item: [L, N] expert of each slot.
+        load: [L, N]; item: [L, N] expert of each slot; block_cap, rank_cap: [L].
         block_of, rank_of: [L, N], changed in place: a swap exchanges the places of two items.
-        block_cap, rank_cap: [L].
         most: swaps that the budget pays for.
-
-    Returns:
-        number of swaps done.
     """
     layers, num = load.shape
     num_ranks = rank_of.max() + 1
@@ -228,34 +211,22 @@ def swap_best(weight, pin, load, item, block_of, rank_of, block_cap, rank_cap, m
         if score[stale] <= 0:
             break
         i, j = pair[stale]
-        _move(weight[stale], load[stale], block_of[stale], near[stale], block_load[stale], i, j)
+        a, b = block_of[stale, i], block_of[stale, j]
+        swap_near(near[stale], weight[stale], a, b, i, j)
+        block_load[stale, a] += load[stale, j] - load[stale, i]
+        block_load[stale, b] -= load[stale, j] - load[stale, i]
+        block_of[stale, i], block_of[stale, j] = b, a
         _exchange(item[stale], rank_of[stale], rank_load[stale], load[stale], has[stale], i, j)
         done += 1
     return done
 
 
 @compiled
-def _move(weight, load, block_of, near, block_load, i, j):
-    """Exchange the blocks of two items."""
-    a, b = block_of[i], block_of[j]
-    swap_near(near, weight, a, b, i, j)
-    shift = load[j] - load[i]
-    block_load[a] += shift
-    block_load[b] -= shift
-    block_of[i], block_of[j] = b, a
-
-
-@compiled
 def level_best(load, item, rank_of, node_of_rank, whole_nodes, most):
     """Swap slots so that the busiest ranks do less: always in the least level layer that can gain.
 
-    Args:
-        load, item, rank_of: [L, N] as in ``swap_best``.
-        node_of_rank: [G]; whole_nodes: exchange inside a node only.
-        most: swaps that the budget pays for.
-
-    Returns:
-        number of swaps done.
+    ``load``, ``item``, ``rank_of`` [L, N], ``most`` and what is returned: as in ``swap_best``.
+    ``node_of_rank`` [G]; ``whole_nodes``: exchange inside a node only.
     """
     layers, num = load.shape
     num_ranks = len(node_of_rank)
