@@ -37,16 +37,14 @@ def balance(
     num_slots: int,
     group_of: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Experts of each rank, int32 [L, G, S], with a small largest rank load in every layer.
+    """Experts of each rank, int32 [L, G, S], with a small largest rank load in every layer: the
+    ranks of a node consecutive; no expert twice on a rank, each at least once.
 
     Args:
         load: [L, E] tokens per expert, not negative.
         num_slots: slots of a layer over all ranks, a multiple of the ranks.
         group_of: [E] group of each expert: equal groups that stay whole on one node, as many on
             each. None: any expert on any rank.
-
-    Returns:
-        the ranks of a node consecutive; no expert twice on a rank, each at least once.
 
     Raises:
         PlacementError: slots and experts do not fit the ranks, or the groups leave a node with
@@ -68,15 +66,14 @@ def balance(
         divides = experts % num_nodes == 0 and size <= experts // num_nodes
         alone = np.arange(experts) if divides else np.zeros(0, dtype=np.int64)
         fill = partial(_balance_anywhere, load, num_nodes, alone, table)
-        over_layers(fill, len(load), least=_LAYERS_PER_THREAD)
-        return table
-    groups = np.asarray(group_of, dtype=np.int64)
-    if size > experts // num_nodes:
+    elif size > experts // num_nodes:
         raise PlacementError(
             f"found {size} slots per rank, but groups leave {experts // num_nodes} experts for a "
             "node, and a rank holds an expert once: use fewer redundant experts, or no groups"
         )
-    fill = partial(_balance_groups, load, num_nodes, groups, table)
+    else:
+        groups = np.asarray(group_of, dtype=np.int64)
+        fill = partial(_balance_groups, load, num_nodes, groups, table)
     over_layers(fill, len(load), least=_LAYERS_PER_THREAD)
     return table
 
@@ -235,9 +232,7 @@ def _make_room(share, held, has, used, sums, e):
 def _swap_down(share, held, has, sums):
     """Exchange experts of the busiest rank while that lowers the larger load of the two ranks."""
     num_ranks, size = held.shape
-    bound = sums.sum() / num_ranks
-    for e in range(len(share)):
-        bound = max(bound, share[e])
+    bound = max(sums.sum() / num_ranks, share.max())
     for _ in range(_MOST_SWAPS):
         top = np.argmax(sums)
         if sums[top] <= bound * _ENOUGH:

@@ -19,7 +19,6 @@ layers, because a request has only one home; inside a node, ranks are packed by 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -85,8 +84,7 @@ def eplb(
         load: [E] tokens per expert.
         group_of: [E] group of each expert; a group stays on one node. None: every expert alone.
 
-    Returns:
-        the experts of each rank, the ranks of a node consecutive.
+    The ranks of a node are consecutive.
     """
     from moe_locality.placement.balance import pack_nodes
 
@@ -111,22 +109,16 @@ def add_hottest(nodes: list[list[int]], load: np.ndarray, slots_per_node: int) -
     return full
 
 
-def pack_node(
-    load: np.ndarray, members: Sequence[int], num_ranks: int, num_slots: int
-) -> RankLists:
-    """The experts of a node on its ranks, level by load; slots that are left get more replicas."""
-    local = np.array(sorted(members))
-    packed = pack_replicas(load[local], num_ranks, num_slots)
-    return [[int(local[i]) for i in rank] for rank in packed]
-
-
 def _on_nodes(problem: Problem, nodes_of_layer: list[list[list[int]]]) -> Solution:
-    """A plan from the experts of each node, per layer; ranks by ``pack_node``."""
+    """A plan from the experts of each node, per layer: on its ranks level by load; slots that are
+    left get more replicas.
+    """
     per_node = problem.num_slots // problem.num_nodes
-    rows: list[RankLists] = []
-    for load, nodes in zip(problem.trace.load(), nodes_of_layer, strict=True):
-        held = [pack_node(load, some, problem.ranks_per_node, per_node) for some in nodes]
-        rows.append([rank for node in held for rank in node])
+    rows: list[RankLists] = [[] for _ in nodes_of_layer]
+    for row, load, nodes in zip(rows, problem.trace.load(), nodes_of_layer, strict=True):
+        for members in map(np.array, map(sorted, nodes)):
+            packed = pack_replicas(load[members], problem.ranks_per_node, per_node)
+            row += members[np.array(packed)].tolist()
     return Solution(plan=make_plan(problem, rows))
 
 

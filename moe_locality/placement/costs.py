@@ -159,30 +159,22 @@ def _check_settings(batch_tokens: int, row_bytes: float | None, transport: str) 
 
 
 def warn_of_absent_experts(load: np.ndarray, layer_ids: Sequence[int] | np.ndarray) -> None:
-    """Log a warning where layers may have fewer experts than load [L, E] has."""
-    if short := _absent_experts(load):
-        row, used = next(iter(short.items()))
+    """Log a warning where layers may have fewer experts than load [L, E] has: of many picks all
+    those from half of the experts on are zero, where another layer's are not.
+    """
+    most = load.shape[1]
+    used = most - (load[:, ::-1] > 0).argmax(axis=1)
+    enough = load.sum(axis=1) >= _ENOUGH_PICKS * most
+    short = np.flatnonzero(enough & (used <= most // 2) & (used.max() > most // 2))
+    if len(short):
         log_warning(
             _log,
             "%d layers pick at most half of the %d experts (first: layer %s, experts 0 to %d only):"
             " if these layers have no more, the trace mixes layers of different sizes and neither "
             "imbalance nor plans and costs hold for them: take each group of layers by itself, "
             "recorded with attach(..., num_experts=N) or imported with --layers",
-            *(len(short), load.shape[1], layer_ids[row], used - 1),
+            *(len(short), most, layer_ids[short[0]], used[short[0]] - 1),
         )
-
-
-def _absent_experts(load: np.ndarray) -> dict[int, int]:
-    """Row of each layer that may have fewer experts than E -> how many at most.
-
-    From [L, E] picks, many in each such layer: those from half of the experts on are all zero where
-    another layer's are not.
-    """
-    most = load.shape[1]
-    used = most - (load[:, ::-1] > 0).argmax(axis=1)
-    enough = load.sum(axis=1) >= _ENOUGH_PICKS * most
-    few = enough & (used <= most // 2) & (used.max() > most // 2)
-    return {int(row): int(used[row]) for row in np.flatnonzero(few)}
 
 
 def traffic_matrix(
@@ -212,19 +204,14 @@ def imbalance(loads: np.ndarray, empty: float = 1.0) -> np.ndarray:
 def _rank_traffic(aligned: AlignedTrace) -> np.ndarray:
     """[L, G, G] float64 picks by home rank and serving rank; integers below 2**53 are exact."""
     layers, ranks = aligned.num_layers, aligned.num_ranks
-    matrix = np.zeros((layers, ranks, ranks))
     if aligned.choices is not None:
-        _, slots = aligned.served_by_token()
+        _, slots = aligned.served_by_token
         matrix = slots.reshape(layers, ranks, ranks, -1).sum(axis=3).astype(np.float64)
-        return matrix if aligned.home_rank is not None else matrix / ranks
-    shares = aligned.picks_by_home()  # [L, G, E]; without homes one row, the same for every home
-    served_rank = aligned.served_rank
-    for layer in range(layers):
-        for home in range(ranks):
-            counts = shares[layer, home if aligned.home_rank is not None else 0]
-            matrix[layer, home] = np.bincount(
-                served_rank[layer, home], weights=counts, minlength=ranks
-            )
+    else:
+        matrix = np.zeros((layers, ranks, ranks))
+        layer, home, _ = np.indices(aligned.served_rank.shape)
+        # [L, G, E] picks; without homes [L, 1, E], the same for every home
+        np.add.at(matrix, (layer, home, aligned.served_rank), aligned.picks_by_home())
     return matrix if aligned.home_rank is not None else matrix / ranks
 
 

@@ -79,17 +79,6 @@ def frozen_ints(name: str, values: Any, dtype: type) -> np.ndarray:
     return array
 
 
-def check_ranks(plan: PlacementPlan) -> None:
-    """Raise PlacementError unless all ranks hold as many slots; before a list of ranks is made."""
-    slots, ranks = plan.num_slots, plan.num_ranks
-    if not slots or slots % ranks:
-        raise PlacementError(
-            f"found {slots} slots per layer, expected a multiple of the {ranks} ranks "
-            f"({plan.num_nodes} nodes x {plan.ranks_per_node}): every rank holds as many slots; "
-            f"add {-slots % ranks} redundant experts or change the number of ranks"
-        )
-
-
 def check_header(plan: PlacementPlan) -> None:
     if plan.format_version != FORMAT_VERSION:
         raise PlacementError(
@@ -248,7 +237,13 @@ class PlacementPlan:
             put(self, name, positive(name, getattr(self, name)))
         name = "physical_to_logical_map"
         put(self, name, frozen_ints(name, self.physical_to_logical_map, np.int32))
-        check_ranks(self)
+        slots, ranks = self.num_slots, self.num_ranks
+        if not slots or slots % ranks:  # before a list of ranks is made
+            raise PlacementError(
+                f"found {slots} slots per layer, expected a multiple of the {ranks} ranks "
+                f"({self.num_nodes} nodes x {self.ranks_per_node}): every rank holds as many "
+                f"slots; add {-slots % ranks} redundant experts or change the number of ranks"
+            )
         if self.expert_load is not None:
             put(self, "expert_load", frozen_ints("expert_load", self.expert_load, np.int64))
         nodes: Any = self.rank_to_node
@@ -326,13 +321,9 @@ class PlacementPlan:
         """[L, E, X] int32, the slots of each expert in rising order, padded with -1."""
         counts = self.logical_replica_count
         table = np.full((*counts.shape, int(counts.max())), -1, dtype=np.int32)
-        # stable: slots of the same expert stay in rising order; empty slots come first
-        order = np.argsort(self.physical_to_logical_map, axis=1, kind="stable")
-        expert = np.take_along_axis(self.physical_to_logical_map, order, axis=1)
-        first = np.cumsum(counts, axis=1) - counts + (expert < 0).sum(axis=1, keepdims=True)
-        row, place = np.nonzero(expert >= 0)
-        expert = expert[row, place]
-        table[row, expert, place - first[row, expert]] = order[row, place]
+        row, slot = np.nonzero(self.physical_to_logical_map >= 0)
+        order = np.lexsort((slot, self.physical_to_logical_map[row, slot], row))
+        table[np.arange(counts.max()) < counts[..., None]] = slot[order]
         return table
 
     @property
