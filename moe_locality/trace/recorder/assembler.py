@@ -11,7 +11,7 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,6 @@ from moe_locality.trace.recorder.labels import (
 from moe_locality.trace.recorder.writer import (
     Block,
     Entry,
-    HostPicks,
     Progress,
     Replayed,
     Replays,
@@ -39,23 +38,25 @@ from moe_locality.trace.recorder.writer import (
     RingFull,
     WriterThread,
     is_capturing,
-    logical_lookup,
 )
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Forward:
+class Forward(NamedTuple):
     """The forward pass that runs: class of the model that is attached, [B, S] of its token ids."""
 
     model: str
     input_axes: tuple[int, int] | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AssemblerSettings:
-    """How blocks are collected; the names are those of RoutingRecorder."""
+@dataclass(kw_only=True, eq=False)
+class Assembler:
+    """The state between two hooks. One thread at a time runs forward passes.
+
+    The first fields are arguments of RoutingRecorder; the next request without a name gets
+    ``next_request_id``.
+    """
 
     weights: bool
     every_n_steps: int
@@ -64,35 +65,25 @@ class AssemblerSettings:
     max_wait_s: float
     strict: bool
     graph_replays: int
-    first_request_id: int
+    next_request_id: int
+    explicit_steps: bool
+    """Whether ``step`` is set, not counted here."""
+    step: int = 0
+    forward: Forward | None = None
+    dropped_tokens: int = 0
+    skipped_blocks: int = 0
 
-
-class Assembler:
-    """The state between two hooks. One thread at a time runs forward passes."""
-
-    def __init__(
-        self,
-        settings: AssemblerSettings,
-        writer: WriterThread,
-        names: list[str],
-        step: int,
-        explicit_steps: bool,
-    ) -> None:
-        self.step = step
-        self.explicit_steps = explicit_steps
-        self.forward: Forward | None = None
-        self.dropped_tokens = 0
-        self.skipped_blocks = 0
-        self.replays = Replays(settings.graph_replays, len(names), settings.weights)
-        self._settings = settings
-        self._writer = writer
-        self._names = names
-        self._sequence_first = bool(settings.sequence_first)
+    def __post_init__(self) -> None:
+        self.replays = Replays(self.graph_replays, self.weights)
+        self.names: list[str] = []
+        """Of the layers."""
+        self.writer: WriterThread | None = None
+        """None: nothing has been recorded."""
+        self._found_sequence_first = False
         self._ring: Ring | None = None
         self._block: Block | None = None
         self._progress = Progress(Annotation())
         self._book = PositionBook()
-        self._next_request_id = settings.first_request_id
         self._lookups: dict[int, np.ndarray] = {}
         self._warned: set[str] = set()
         self._stalled = False
@@ -123,11 +114,20 @@ class Assembler:
         layer = places[0] if layer is None or block is None else layer
         if block is not None and not block.recorded:
             return
-        routes = read(self._settings.weights)
+        routes = read(self.weights)
         if routes.ids.is_meta:  # shape inference
             return
         if is_capturing(routes.ids):
-            self._capture(places, module, routes, shape, annotation)
+            if block is not None:
+                self.discard("the capture of a CUDA graph began inside it")
+            fits = self.replays.add(places, module, routes, shape, annotation)
+            if not fits and "capture" not in self._warned:
+                self.skip(
+                    "capture",
+                    f"found the capture of a CUDA graph with {len(routes.ids)} tokens, expected "
+                    "graph_replays above 0 and a forward pass of as many tokens before it: what "
+                    "this graph replays is not recorded",
+                )
             return
         if block is None:
             block = self._begin(len(routes.ids), annotation, shape, module.training)
@@ -137,7 +137,7 @@ class Assembler:
 
     def finish(self) -> None:
         """End the block that is open and hand it over."""
-        self.replays.end()
+        self.replays.open = None
         block, self._block = self._block, None
         if block is None:
             return
@@ -152,11 +152,11 @@ class Assembler:
         block.arrived = ring.send(block.start, block.end)
         self._hand_over(block, ring)
         top_k = max((entry.top_k for entry in block.entries), default=0)
-        self.replays.prepare(block.num_tokens, top_k, ring.device)
+        self.replays.prepare(len(self.names), block.num_tokens, top_k, ring.device)
 
     def drain(self) -> None:
         """Take over what the replays of captured graphs recorded. Waits for the device."""
-        if not self.replays.captured:
+        if not self.replays.captures:
             return
         noted = len(self.replays.notes)
         found, tokens, overwritten = self.replays.drain()
@@ -181,7 +181,7 @@ class Assembler:
 
     def discard(self, reason: str) -> None:
         """Throw the open block away: its forward pass did not come to its end."""
-        self.replays.end()
+        self.replays.open = None
         block = self._block
         if block is not None and block.recorded:
             self._give_up(block, "unfinished", reason)
@@ -203,67 +203,35 @@ class Assembler:
         if not self.explicit_steps:
             self.step += 1
 
-    def _hand_over(self, block: Block, ring: Ring | HostPicks) -> None:
+    def _hand_over(self, block: Block, ring: Ring | Replayed) -> None:
+        assert self.writer is not None
         try:
-            self._writer.put(block, ring, self._patience_s())
+            self.writer.put(block, ring, self._patience_s())
             self._stalled = False
         except queue.Full:
             if block.arrived is not None:
                 block.arrived.synchronize()  # its region is about to be written again
             self._give_up(block, "queue", self._too_slow())
 
-    def _capture(
-        self,
-        places: tuple[int, ...],
-        module: Any,
-        routes: Routes,
-        shape: Any,
-        annotation: Annotation,
-    ) -> None:
-        """Take the picks of one layer into the CUDA graph that is being captured."""
-        if self._block is not None:
-            self.discard("the capture of a CUDA graph began inside it")
-        ids, weights = routes
-        if self.replays.add(places, module, ids, weights, shape, annotation):
-            return
-        if "capture" not in self._warned:
-            self.skip(
-                "capture",
-                f"found the capture of a CUDA graph with {len(ids)} tokens, expected graph_replays "
-                "above 0 and a forward pass of as many tokens before it: what this graph replays "
-                "is not recorded",
-            )
-
     def _replayed(self, replayed: Replayed, annotation: Annotation) -> None:
         """Hand over one replay of a captured forward pass."""
-        capture, tokens = replayed.capture, replayed.capture.ring.tokens
-        block = self._begin(tokens, annotation, capture.shape, capture.training)
+        capture = replayed.capture
+        block = self._begin(capture.ring.tokens, annotation, capture.shape, capture.training)
         self._block = None
         self._count(block)
-        if not block.recorded:
-            return
-        widths = [top_k for _, top_k, _ in capture.layers]
-        offsets = np.cumsum([0, *widths]) * tokens
-        block.entries = [
-            Entry(layer, int(offset), top_k, self._lookup(module))
-            for (layer, top_k, module), offset in zip(capture.layers, offsets, strict=False)
-        ]
-        parts = [
-            None
-            if values is None
-            else np.concatenate([v[:, :k].reshape(-1) for v, k in zip(values, widths, strict=True)])
-            for values in (replayed.ids, replayed.weights)
-        ]
-        assert parts[0] is not None
-        self._hand_over(block, HostPicks(parts[0], parts[1]))
+        if block.recorded:
+            block.entries = [
+                Entry(layer, number, top_k, self._lookup(module))
+                for number, (layer, top_k, module) in enumerate(capture.layers)
+            ]
+            self._hand_over(block, replayed)
 
     def _begin(
         self, num_tokens: int, annotation: Annotation, shape: tuple[int, int] | None, training: bool
     ) -> Block:
         if self._progress.annotation is not annotation:
             self._progress = Progress(annotation)
-        progress, settings = self._progress, self._settings
-        told, error = annotation, None
+        progress, told, error = self._progress, annotation, None
         try:
             layout = layout_of(num_tokens, shape, annotation, self._is_sequence_first(shape))
             check_fits(annotation, layout, progress.forward_index == 0)
@@ -281,7 +249,7 @@ class Assembler:
             step=self.step,
             training=training,
             thread=threading.get_ident(),
-            recorded=self.step % settings.every_n_steps == 0 and num_tokens > 0,
+            recorded=self.step % self.every_n_steps == 0 and num_tokens > 0,
             forward_index=progress.forward_index,
             start=self._ring.head if self._ring else 0,
         )
@@ -296,12 +264,14 @@ class Assembler:
     def _is_sequence_first(self, shape: tuple[int, int] | None) -> bool:
         """As set; else as last seen where the ids are [B, S] and a layer is given [S, B, D]."""
         ids = None if self.forward is None else self.forward.input_axes
-        if self._settings.sequence_first is None and ids is not None and shape is not None:
+        if self.sequence_first is not None:
+            return self.sequence_first
+        if ids is not None and shape is not None:
             if shape == ids:
-                self._sequence_first = ids[0] == ids[1] and self._sequence_first
+                self._found_sequence_first &= ids[0] == ids[1]
             elif shape == ids[::-1]:
-                self._sequence_first = True
-        return self._sequence_first
+                self._found_sequence_first = True
+        return self._found_sequence_first
 
     def _request_ids(self, block: Block) -> np.ndarray:
         """The ids that were given, those of the generation that goes on, or new ones."""
@@ -315,8 +285,8 @@ class Assembler:
 
     def new_requests(self, count: int) -> np.ndarray:
         """Numbers of requests that nobody named: int64 [count]."""
-        first, self._next_request_id = self._next_request_id, self._next_request_id + count
-        return np.arange(first, first + count, dtype=np.int64)
+        first, self.next_request_id = self.next_request_id, self.next_request_id + count
+        return np.arange(first, self.next_request_id, dtype=np.int64)
 
     def open_requests(self) -> np.ndarray:
         """Requests of the block that is open; none without one."""
@@ -331,10 +301,8 @@ class Assembler:
             )
             self._give_up(block, "tokens", reason)
             return
-        ring = self._ring_for(block, routes)
         try:
-            if ring is None:
-                raise RingFull
+            ring = self._ring_for(block, routes)
             if block.entries and ring.head - block.start + 2 * routes.ids.numel() > ring.capacity:
                 raise RingFull  # waiting would not help: the block itself fills the ring
             offset = ring.reserve(routes.ids.numel(), self._patience_s())
@@ -346,19 +314,19 @@ class Assembler:
         ring.fill(offset, routes.ids, routes.weights)
         block.entries.append(Entry(layer, offset, top_k, self._lookup(module)))
 
-    def _ring_for(self, block: Block, routes: Routes) -> Ring | None:
+    def _ring_for(self, block: Block, routes: Routes) -> Ring:
         """Return the ring, made or enlarged so that two blocks of this size fit (one is copied
-        while one is filled); None: no time."""
-        per_token, tokens = len(self._names) * routes.ids.shape[1], 2 * block.num_tokens
+        while one is filled)."""
+        per_token, tokens = len(self.names) * routes.ids.shape[1], 2 * block.num_tokens
         ring = self._ring
         if ring is not None and (block.entries or ring.capacity >= per_token * tokens):
             return ring
         if ring is not None and not ring.wait_empty(self._patience_s()):
-            return None
-        capacity = per_token * max(self._settings.ring_tokens, tokens)
-        self._ring = Ring(capacity, routes.ids.device, self._settings.weights)
+            raise RingFull
+        capacity = per_token * max(self.ring_tokens, tokens)
+        ring = self._ring = Ring(capacity, routes.ids.device, self.weights)
         block.start = 0
-        return self._ring
+        return ring
 
     def _lookup(self, module: Any) -> Any:
         """Map of a gate whose ids are slots; a gate that routes in the logical frame needs none."""
@@ -367,20 +335,21 @@ class Assembler:
             return None
         known = self._lookups.get(id(module))
         if known is None or not np.array_equal(known[:-1], table):
-            known = self._lookups[id(module)] = logical_lookup(table)
+            known = np.append(np.asarray(table), -1).astype(np.int16)  # index -1, no pick: -1
+            self._lookups[id(module)] = known
         return known
 
     # -- what goes wrong --------------------------------------------------------------------------
 
     def _patience_s(self) -> float:
         """Once the writer was too slow, nothing waits again until it has caught up."""
-        return 0.0 if self._stalled else self._settings.max_wait_s
+        return 0.0 if self._stalled else self.max_wait_s
 
     def _too_slow(self) -> str:
         self._stalled = True
         return (
             "found the writer behind by more than the ring holds for "
-            f"{self._settings.max_wait_s} s, expected it to keep up: write to a faster disk, raise "
+            f"{self.max_wait_s} s, expected it to keep up: write to a faster disk, raise "
             "ring_tokens or every_n_steps"
         )
 
@@ -398,7 +367,7 @@ class Assembler:
         self._give_up(
             block,
             "again",
-            f"found that MoE layer {self._names[places[-1]]!r} ran {len(places) + 1} times in one "
+            f"found that MoE layer {self.names[places[-1]]!r} ran {len(places) + 1} times in one "
             f"forward pass of {self.forward and self.forward.model}, expected {len(places)}: where "
             "one module stands at several depths, give it a name for each (a ModuleList that holds "
             "it several times), and each is recorded as a layer; where a part of the model runs on "
@@ -408,7 +377,7 @@ class Assembler:
     def skip(self, kind: str, reason: str, count: int = 1) -> None:
         """Count blocks that are not recorded; say so once per kind, or raise where ``strict``."""
         self.skipped_blocks += count
-        if self._settings.strict:
+        if self.strict:
             raise TraceError(reason)
         if kind not in self._warned:
             self._warned.add(kind)

@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch.utils.module_tracker import ModuleTracker
 from moe_locality.config import TraceConfig
 from moe_locality.errors import TraceError
 from moe_locality.trace.parquet import ShardWriter, make_directory, next_sequence
-from moe_locality.trace.recorder.assembler import Assembler, AssemblerSettings, Forward
+from moe_locality.trace.recorder.assembler import Assembler, Forward
 from moe_locality.trace.recorder.hooks import (
     Hook,
     IdleSteps,
@@ -159,9 +159,11 @@ class RoutingRecorder:
         check_writable(self.path)
         self.rank = default_rank() if rank is None else rank
         self.model = model
-        self._shard_tokens, self._num_experts = shard_tokens, num_experts
-        default_id = default_first_request_id(self.path, self.rank)
-        self._settings = AssemblerSettings(
+        self._shard_tokens, self._num_experts, self._strict = shard_tokens, num_experts, strict
+        self._finds_first_id, self._global_step = first_request_id is None, global_step
+        if first_request_id is None:
+            first_request_id = default_first_request_id(self.path, self.rank)
+        self._assembler = Assembler(
             weights=weights,
             every_n_steps=every_n_steps,
             ring_tokens=ring_tokens,
@@ -169,15 +171,14 @@ class RoutingRecorder:
             max_wait_s=max_wait_s,
             strict=strict,
             graph_replays=graph_replays,
-            first_request_id=default_id if first_request_id is None else first_request_id,
+            next_request_id=first_request_id,
+            explicit_steps=global_step is not None,
         )
-        self._first_request_id = first_request_id
-        self._global_step = global_step
         self._layers: list[MoeLayer] = []
         self._layer_ids: list[int] = []
         self._handles: list[Handle] = []
-        self._assembler: Assembler | None = None
         self._writer: WriterThread | None = None
+        """None: nothing has been recorded."""
         self._tracker = ModuleTracker()
         self._shape: tuple[Places, tuple[int, int] | None] = ((), None)
         self._forward: Forward | None = None
@@ -187,7 +188,6 @@ class RoutingRecorder:
         self._idle = self._repeats = False
         self._running, self._closed = True, False
         self._failure: Exception | None = None
-        self._step, self._explicit_steps = 0, global_step is not None
         _OPEN.add(self)
 
     # -- attaching ------------------------------------------------------------------------------
@@ -211,7 +211,11 @@ class RoutingRecorder:
             TraceError: there is no MoE layer, one is attached already, the ids do not fit, the
                 layers have different numbers of experts, or recording has begun with other layers.
         """
-        self._check_open()
+        if self._closed or self._failure is not None:
+            raise TraceError(
+                f"found a recorder that is {'closed' if self._closed else 'failed'}, expected an "
+                "open one: make a new RoutingRecorder"
+            )
         layers = find_moe_layers(module, routers)
         attached = set().union(*(handle.modules for handle in self._handles))
         if attached & {id(layer.module) for layer in layers}:
@@ -219,16 +223,13 @@ class RoutingRecorder:
                 f"found MoE layers of {type(module).__name__} that this recorder is attached to, "
                 "expected new ones: detach the handle first"
             )
-        if not any(handle.modules for handle in self._handles) and self._assembler is None:
+        if not attached and self._writer is None:
             self._layers, self._layer_ids = [], []
         layers = of_one_size(layers, self._layers, self._num_experts)
         dp_rank = pipeline_rank(module)
-        if dp_rank is not None and self._first_request_id is None:
-            first_id = default_first_request_id(self.path, dp_rank)
-            self._settings = replace(self._settings, first_request_id=first_id)
-        if layer_ids is None:
-            layer_ids = self._default_ids(module, layers)
-        first = self._numbered(layers, layer_ids)
+        if dp_rank is not None and self._finds_first_id and self._writer is None:
+            self._assembler.next_request_id = default_first_request_id(self.path, dp_rank)
+        first = self._number(module, layers, layer_ids)
         self._model_type = model_type_of(module)
         self.model = self.model or _name_of(module)
         places: dict[int, Places] = {}
@@ -245,20 +246,19 @@ class RoutingRecorder:
         self._handles.append(handle)
         return handle
 
-    def _default_ids(self, module: torch.nn.Module, layers: list[MoeLayer]) -> list[int]:
-        """Transformer layer indices; from the next free number on where the names tell none."""
-        ids = moe_layer_ids(module, [layer.name for layer in layers])
-        if ids is not None and not set(ids) & set(self._layer_ids):
-            return ids
-        free = max(self._layer_ids, default=-1) + 1
-        return list(range(free, free + len(layers)))
+    def _number(self, module: Any, layers: list[MoeLayer], layer_ids: Sequence[int] | None) -> int:
+        """Take the layers into the table and return the number of the first.
 
-    def _numbered(self, layers: list[MoeLayer], layer_ids: Sequence[int]) -> int:
-        """Take the layers into the table and return the number of the first."""
-        sizes = [layer.num_experts for layer in layers]
-        if self._assembler is not None:  # a column of the trace cannot be added or changed any more
-            free = not any(handle.modules for handle in self._handles)
-            if free and sizes == [layer.num_experts for layer in self._layers]:
+        Without ids they are those of the names; from the next free one on where these tell none.
+        """
+        if layer_ids is None:
+            layer_ids = moe_layer_ids(module, [layer.name for layer in layers])
+            if layer_ids is None or set(layer_ids) & set(self._layer_ids):
+                free = max(self._layer_ids, default=-1) + 1
+                layer_ids = range(free, free + len(layers))
+        if self._writer is not None:  # a column of the trace cannot be added or changed any more
+            sizes, known = ([layer.num_experts for layer in ls] for ls in (layers, self._layers))
+            if sizes == known and not any(handle.modules for handle in self._handles):
                 self._layers = layers
                 return 0
             raise TraceError(
@@ -292,8 +292,9 @@ class RoutingRecorder:
         if self._idle or not self._records():
             return
         try:
-            assembler = self._assembler or self._start()
-            of_layer, shape = self._shape
+            if self._writer is None:
+                self._start()
+            assembler, (of_layer, shape) = self._assembler, self._shape
             assembler.forward = self._forward
             annotation = current_annotation()
             if self._labels is not None and self._labels.explicit is annotation:
@@ -308,7 +309,14 @@ class RoutingRecorder:
 
         def begins(module, args, kwargs):
             self._idle = idle_steps.taken()
-            self._forward_begins(module, args, kwargs)
+            if self._idle or not self._records():
+                return
+            self._end_block()
+            if self._global_step is not None:
+                self._assembler.step = self._global_step()
+            self._forward = Forward(type(module).__name__, input_axes([*args, *kwargs.values()]))
+            self._labels = None
+            self._guarded(self._read_labels, module, args, kwargs)
 
         return [
             idle_steps,
@@ -337,26 +345,14 @@ class RoutingRecorder:
             encoder.register_forward_hook(Hook(ends)),
         ]
 
-    def _forward_begins(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        if self._idle or not self._records():
-            return
-        if self._assembler is not None:
-            if self._forward is not None:
-                self._discard()
-            else:
-                self._guarded(self._assembler.finish)
-        if self._global_step is not None:
-            self._begin_step(self._global_step())
-        self._forward = Forward(type(module).__name__, input_axes([*args, *kwargs.values()]))
-        self._labels = None
-        self._guarded(self._read_labels, module, args, kwargs)
-
     def _read_labels(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         given = named_arguments(module, args, kwargs)
         if not {"input_ids", "inputs_embeds", "decoder_input_ids"} & given.keys():
             return
+        if self._writer is None:
+            self._start()
         if self._sequences is None:
-            self._sequences = Sequences((self._assembler or self._start()).new_requests)
+            self._sequences = Sequences(self._assembler.new_requests)
         explicit = current_annotation()
         labels = self._sequences.labels(module, given, explicit)
         self._labels = labels if labels is not explicit else None
@@ -366,7 +362,7 @@ class RoutingRecorder:
         if idle or not self._records():
             return
         self._forward, labels = None, self._labels
-        if self._sequences is not None and self._assembler is not None:
+        if self._sequences is not None:
             given = named_arguments(module, args, kwargs)
             ids = self._assembler.open_requests()
             self._guarded(self._sequences.returned, module, output, given, ids)
@@ -379,13 +375,13 @@ class RoutingRecorder:
         And where another rank records the same tokens.
         """
         if self._failure is not None:
-            if self._settings.strict and not self._closed:
+            if self._strict and not self._closed:
                 raise TraceError(f"recording stopped: {self._failure}") from self._failure
             return False
         return self._running and not (self._repeats or self._tracker.is_bw)
 
-    def _start(self) -> Assembler:
-        """Make what needs the final number of layers: the writer thread and the assembler."""
+    def _start(self) -> None:
+        """Start the writer thread, which needs the final number of layers."""
         top_ks = [layer.top_k for layer in self._layers]
         top_k = None if None in top_ks else max(k for k in top_ks if k is not None)
         make = partial(
@@ -396,13 +392,10 @@ class RoutingRecorder:
             rank=self.rank,
             layer_ids=tuple(self._layer_ids),
             num_experts=self._layers[0].num_experts,
-            weights=self._settings.weights,
+            weights=self._assembler.weights,
         )
         self._writer = WriterThread(make, top_k, self._shard_tokens, self._writer_failed)
-        self._assembler = Assembler(
-            self._settings, self._writer, self.layer_names, self._step, self._explicit_steps
-        )
-        return self._assembler
+        self._assembler.writer, self._assembler.names = self._writer, self.layer_names
 
     # -- what the user calls ----------------------------------------------------------------------
 
@@ -412,15 +405,8 @@ class RoutingRecorder:
             self._records()
             return
         self.drain()
-        if self._global_step is not None:
-            self._begin_step(self._global_step())
-        else:
-            self._begin_step((self._assembler.step if self._assembler else self._step) + 1)
-
-    def _begin_step(self, number: int) -> None:
-        self._step, self._explicit_steps = number, True
-        if self._assembler is not None:
-            self._assembler.step, self._assembler.explicit_steps = number, True
+        step = self._assembler.step + 1 if self._global_step is None else self._global_step()
+        self._assembler.step, self._assembler.explicit_steps = step, True
 
     def replayed(self) -> None:
         """Label the replay of a CUDA graph that was just launched by the ``annotate`` around it.
@@ -428,18 +414,15 @@ class RoutingRecorder:
         After every replay or after none: without it a replay has new requests, and its stage is
         that of the capture.
         """
-        if self._running and self._assembler is not None:
-            self._assembler.replays.note(current_annotation())
+        if self._running and self._writer is not None:
+            self._assembler.replays.notes.append(current_annotation())
 
     def drain(self) -> None:
         """Take over what the replays of CUDA graphs recorded; waits for the device if there is one
         such graph. ``step``, ``flush`` and ``close`` do it too.
         """
-        if self._forward is not None and self._running:  # the forward pass raised
-            self._forward = self._labels = None
-            self._discard()
-        self._finish()
-        if self._running and self._assembler is not None:
+        self._end_block()
+        if self._running:
             self._guarded(self._assembler.drain)
 
     def flush(self) -> None:
@@ -462,7 +445,7 @@ class RoutingRecorder:
             handle.detach()
         self._closed, self._running = True, False
         _OPEN.discard(self)
-        if self._writer is not None and not self._writer.close(_CLOSE_TIMEOUT_S):
+        if self._writer is not None and not self._writer.flush(_CLOSE_TIMEOUT_S, stop=True):
             self._fail(TraceError(f"found the writer busy for {_CLOSE_TIMEOUT_S} s at close()"))
         report = self.report()
         if report.failure or report.dropped_tokens:
@@ -475,19 +458,18 @@ class RoutingRecorder:
                 report.skipped_forwards,
                 report.failure or "",
             )
-        if self._settings.strict and self._failure is not None:
+        if self._strict and self._failure is not None:
             raise TraceError(f"recording stopped: {self._failure}") from self._failure
         return report
 
     def report(self) -> RecorderReport:
         """Counts so far; exact after ``flush()`` and ``close()``."""
-        assembler, writer = self._assembler, self._writer
-        dropped = assembler.dropped_tokens if assembler else 0
+        written, lost, shards = self._writer.counts() if self._writer else (0, 0, 0)
         return RecorderReport(
-            recorded_tokens=writer.recorded_tokens if writer else 0,
-            dropped_tokens=dropped + (writer.lost_tokens if writer else 0),
-            skipped_forwards=assembler.skipped_blocks if assembler else 0,
-            shards=writer.shards if writer else 0,
+            recorded_tokens=written,
+            dropped_tokens=self._assembler.dropped_tokens + lost,
+            skipped_forwards=self._assembler.skipped_blocks,
+            shards=shards,
             failure=str(self._failure) if self._failure else None,
         )
 
@@ -500,13 +482,16 @@ class RoutingRecorder:
     # -- trouble ----------------------------------------------------------------------------------
 
     def _finish(self) -> None:
-        if self._running and self._assembler is not None:
+        if self._running:
             self._guarded(self._assembler.finish)
 
-    def _discard(self) -> None:
-        if self._assembler is not None:
+    def _end_block(self) -> None:
+        """Hand the open block over; throw that of a forward pass that raised away."""
+        if self._forward is not None and self._running:
+            self._forward = self._labels = None
             reason = "the forward pass before it did not come to its end"
             self._guarded(self._assembler.discard, reason)
+        self._finish()
 
     def _guarded(self, action: Any, *args: Any) -> None:
         try:
@@ -517,7 +502,7 @@ class RoutingRecorder:
     def _fail(self, error: Exception) -> None:
         """Stop recording; in the thread of the model ``strict`` raises."""
         self._writer_failed(error)
-        if self._settings.strict:
+        if self._strict:
             raise error
 
     def _writer_failed(self, error: Exception) -> None:
@@ -526,13 +511,6 @@ class RoutingRecorder:
         if first:
             logger.error(
                 "recording of the routing stops, the model goes on: %s", error, exc_info=error
-            )
-
-    def _check_open(self) -> None:
-        if self._closed or self._failure is not None:
-            raise TraceError(
-                f"found a recorder that is {'closed' if self._closed else 'failed'}, expected an "
-                "open one: make a new RoutingRecorder"
             )
 
 

@@ -9,9 +9,8 @@ needed.
 
 A replay of a CUDA graph runs no Python, so there the recording is in the graph: while it is
 captured, the hooks write into buffers that were made before, at places that are computed on the
-device. ``cursor`` counts the replays and ``(cursor - 1) % slots`` is the slot of this one. Outside
-the graph, ``drain`` copies what is new to the host; replays that were overwritten before that are
-counted. (TensorRT-LLM records routing in the same way, NVIDIA/TensorRT-LLM #18397.)
+device. Outside the graph, ``drain`` copies what is new to the host; replays that were overwritten
+before that are counted. (TensorRT-LLM records routing in the same way, NVIDIA/TensorRT-LLM #18397.)
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ import torch
 
 from moe_locality.errors import TraceError
 from moe_locality.trace.parquet import ShardWriter
+from moe_locality.trace.recorder.hooks import Routes
 from moe_locality.trace.recorder.labels import Annotation, BlockLabels, Layout, spread
 
 
@@ -47,11 +47,14 @@ class Ring:
         self.capacity = capacity
         self.device = device
         on_cuda = device.type == "cuda"
+        kinds = [torch.int16, torch.float16] if weights else [torch.int16]
         # a tensor made under inference_mode could not be written by a later training step
         with torch.inference_mode(False):
-            self._host = _buffers(capacity, torch.device("cpu"), weights, pinned=on_cuda)
-            self._device = _buffers(capacity, device, weights, False) if on_cuda else self._host
-            self._stream = torch.cuda.Stream(device) if on_cuda else None
+            self._host = [torch.empty(capacity, dtype=k, pin_memory=on_cuda) for k in kinds]
+            self._device, self._stream = self._host, None
+            if on_cuda:
+                self._device = [torch.empty(capacity, dtype=k, device=device) for k in kinds]
+                self._stream = torch.cuda.Stream(device)
         self._arrays = [buffer.numpy() for buffer in self._host]
         self.head = 0
         """Offset after the last reserved region."""
@@ -98,21 +101,17 @@ class Ring:
         """Begin the copy of [start, end) to the host; return the event that marks its arrival."""
         if self._stream is None:
             return None
+        first, last = start % self.capacity, end % self.capacity or self.capacity
+        spans = [(first, last)] if first < last else [(first, self.capacity), (0, last)]
         with torch.cuda.device(self.device), torch.inference_mode(False):
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self._stream):
                 for source, target in zip(self._device, self._host, strict=True):
-                    for a, b in self._spans(start, end):
+                    for a, b in spans:
                         target[a:b].copy_(source[a:b], non_blocking=True)
                 event = torch.cuda.Event(blocking=True)  # the writer sleeps, it does not spin
                 event.record(self._stream)
         return event
-
-    def _spans(self, start: int, end: int) -> list[tuple[int, int]]:
-        first, last = start % self.capacity, end % self.capacity or self.capacity
-        if first < last:
-            return [(first, last)]
-        return [(first, self.capacity), (0, last)]
 
     def read(self, offset: int, count: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Views of ``count`` ids (int16) and weights (float16) on the host, valid until release."""
@@ -125,15 +124,6 @@ class Ring:
         with self._released:
             self._tail = max(self._tail, end)
             self._released.notify_all()
-
-
-def _buffers(
-    capacity: int, device: torch.device, weights: bool, pinned: bool
-) -> tuple[torch.Tensor, ...]:
-    dtypes = (torch.int16, torch.float16) if weights else (torch.int16,)
-    return tuple(
-        torch.empty(capacity, dtype=dtype, device=device, pin_memory=pinned) for dtype in dtypes
-    )
 
 
 class Entry(NamedTuple):
@@ -185,43 +175,46 @@ class Progress:
     """Numbers of sequences without request ids, kept for the rest of a generation."""
 
 
-def logical_lookup(slot_to_logical: Any) -> np.ndarray:
-    """Return int16 [E + 1] from a map [E]: index -1 ("no pick") gives -1."""
-    return np.append(np.asarray(slot_to_logical), -1).astype(np.int16)
-
-
 _KEPT: list[ReplayRing] = []
 """Rings that a graph writes to. A graph keeps no tensor alive, so their memory is never freed."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Capture:
-    """One forward pass inside a captured graph. ``layers``: (layer, K, module) in their order.
+    """One forward pass inside a captured graph."""
 
-    ``slot``: place of the running replay, int64 [1] on the device.
-    """
-
-    number: int
     annotation: Annotation
     shape: tuple[int, int] | None
     training: bool
     ring: ReplayRing
     slot: torch.Tensor
+    """Place of the running replay, int64 [1] on the device."""
     layers: list[tuple[int, int, Any]] = field(default_factory=list)
+    """(layer, K, module) in their order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replayed:
-    """One replay of a captured forward pass, on the host.
-
-    ``ids`` int16 [layers of the capture, T, K], ``weights`` float16 of that shape or None;
-    ``tick``: number of the replay among all of this recorder, from 1.
+    """One replay of a captured forward pass, on the host, with the methods of a ring that a writer
+    uses. An offset is the number of a layer among those of the capture.
     """
 
     capture: Capture
     tick: int
+    """Number of the replay among all of this recorder, from 1."""
     ids: np.ndarray
+    """int16 [layers of the capture, T, K]."""
     weights: np.ndarray | None
+    """float16 of that shape, or None."""
+
+    def read(self, offset: int, count: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """As ``Ring.read``."""
+        top_k = count // self.capture.ring.tokens
+        weights = None if self.weights is None else self.weights[offset, :, :top_k].reshape(-1)
+        return self.ids[offset, :, :top_k].reshape(-1), weights
+
+    def release(self, end: int) -> None:
+        """Nothing waits for it."""
 
 
 class ReplayRing:
@@ -240,6 +233,7 @@ class ReplayRing:
             self.weights = None
             if weights:
                 self.weights = torch.zeros(shape, dtype=torch.float16, device=device)
+            # counts the replays: (cursor - 1) % slots is the slot of the one that runs
             self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
             self.ticks = torch.zeros(slots, dtype=torch.int64, device=device)
             self.captures = torch.full((slots,), -1, dtype=torch.int64, device=device)
@@ -277,12 +271,9 @@ class ReplayRing:
         end = int(self.cursor)
         first = max(self.drained, end - self.slots)
         place = torch.arange(first, end, device=self.ids.device) % self.slots
-        ids = self.ids.index_select(1, place).cpu().numpy()
-        weights = None
-        if self.weights is not None:
-            weights = self.weights.index_select(1, place).cpu().numpy()
-        ticks = self.ticks.index_select(0, place).tolist()
-        numbers = self.captures.index_select(0, place).tolist()
+        buffers = [] if self.weights is None else [self.weights]
+        ids, *weights = (b.index_select(1, place).cpu().numpy() for b in (self.ids, *buffers))
+        ticks, numbers = self.ticks[place].tolist(), self.captures[place].tolist()
         # a replay that another thread began meanwhile has written over the oldest
         torn = min(max(0, int(self.cursor) - self.slots - first), end - first)
         lost, self.drained = first - self.drained + torn, end
@@ -290,14 +281,9 @@ class ReplayRing:
         for index in range(torn, end - first):
             capture = captures[numbers[index]]
             rows = [layer for layer, _, _ in capture.layers]
-            found.append(
-                Replayed(
-                    capture=capture,
-                    tick=ticks[index],
-                    ids=ids[rows, index],
-                    weights=None if weights is None else weights[rows, index],
-                )
-            )
+            picks = ids[rows, index]
+            scores = weights[0][rows, index] if weights else None
+            found.append(Replayed(capture=capture, tick=ticks[index], ids=picks, weights=scores))
         return found, lost
 
 
@@ -307,17 +293,18 @@ class Replays:
     ``slots``: replays that a ring holds between two drains; 0: nothing is recorded in graphs.
     """
 
-    def __init__(self, slots: int, num_layers: int, weights: bool) -> None:
-        self.slots = slots
-        self._num_layers, self._weights = num_layers, weights
+    def __init__(self, slots: int, weights: bool) -> None:
+        self.slots, self._weights = slots, weights
+        self.captures: list[Capture] = []
+        self.notes: list[Annotation] = []
+        """Labels of the replays since the last drain."""
+        self.open: Capture | None = None
+        """The forward pass that is being captured."""
         self._rings: dict[tuple[int, torch.device], ReplayRing] = {}
         self._ticks: dict[torch.device, torch.Tensor] = {}
-        self._captures: list[Capture] = []
-        self._open: Capture | None = None
-        self.notes: list[Annotation] = []
         self._first_tick = 1
 
-    def prepare(self, tokens: int, top_k: int, device: torch.device) -> None:
+    def prepare(self, num_layers: int, tokens: int, top_k: int, device: torch.device) -> None:
         """Make the ring for forward passes of this shape, before a graph of one is captured."""
         key = (tokens, device)
         if not self.slots or not tokens or key in self._rings:
@@ -325,65 +312,51 @@ class Replays:
         if device not in self._ticks:
             with torch.inference_mode(False):
                 self._ticks[device] = torch.zeros(1, dtype=torch.int64, device=device)
-        self._rings[key] = ReplayRing(
-            self.slots, self._num_layers, tokens, top_k, device, self._weights
-        )
+        self._rings[key] = ReplayRing(self.slots, num_layers, tokens, top_k, device, self._weights)
 
     def add(
         self,
         places: tuple[int, ...],
         module: Any,
-        ids: torch.Tensor,
-        weights: torch.Tensor | None,
+        routes: Routes,
         shape: tuple[int, int] | None,
         annotation: Annotation,
     ) -> bool:
         """Write the picks of a layer into the graph that is being captured; False: no ring."""
-        capture = self._open
+        capture, (num_tokens, top_k) = self.open, routes.ids.shape
         seen = [] if capture is None else [known for known, _, _ in capture.layers]
         layer = next((place for place in places if place not in seen), None)
         if capture is None or layer is None:
-            layer = places[0]
-            ring = self._rings.get((len(ids), ids.device))
-            if ring is None or ids.shape[1] > ring.ids.shape[3]:
-                return False
-            number = len(self._captures)
-            capture = self._open = Capture(
-                number=number,
+            layer, capture = places[0], None
+        ring = capture.ring if capture else self._rings.get((num_tokens, routes.ids.device))
+        if ring is None or num_tokens != ring.tokens or top_k > ring.ids.shape[3]:
+            return False
+        if capture is None:
+            capture = self.open = Capture(
                 annotation=Annotation(stage=annotation.stage),
                 shape=shape,
                 training=module.training,
                 ring=ring,
-                slot=ring.begin(number, self._ticks[ids.device]),
+                slot=ring.begin(len(self.captures), self._ticks[routes.ids.device]),
             )
-            self._captures.append(capture)
+            self.captures.append(capture)
             if ring not in _KEPT:
                 _KEPT.append(ring)
-        if len(ids) != capture.ring.tokens or ids.shape[1] > capture.ring.ids.shape[3]:
-            return False
-        capture.ring.write(capture.slot, layer, ids, weights)
-        capture.layers.append((layer, ids.shape[1], module))
+        ring.write(capture.slot, layer, *routes)
+        capture.layers.append((layer, top_k, module))
         return True
-
-    def end(self) -> None:
-        """The forward pass that was captured is over."""
-        self._open = None
-
-    def note(self, annotation: Annotation) -> None:
-        """Label the replay that was launched last."""
-        self.notes.append(annotation)
 
     def drain(self) -> tuple[list[tuple[Replayed, Annotation]], int, int]:
         """Return the replays since the last call with their labels, in the order in which they ran,
         the tokens that were overwritten, and in how many replays.
 
-        Labels are those of ``note`` where every replay had one; else nothing but the stage that
-        was in force at the capture. Waits for the device.
+        Labels are the ``notes`` where every replay had one; else nothing but the stage that was in
+        force at the capture. Waits for the device.
         """
         found: list[Replayed] = []
         tokens = replays = 0
         for ring in self._rings.values():
-            new, lost = ring.drain(self._captures)
+            new, lost = ring.drain(self.captures)
             found += new
             replays += lost
             tokens += lost * ring.tokens
@@ -394,26 +367,6 @@ class Replays:
         if len(notes) != ran:
             return [(r, r.capture.annotation) for r in found], tokens, replays
         return [(r, notes[r.tick - first]) for r in found], tokens, replays
-
-    @property
-    def captured(self) -> bool:
-        """Whether a graph records."""
-        return bool(self._captures)
-
-
-class HostPicks:
-    """Picks that lie on the host, with the methods of a ring that a writer uses."""
-
-    def __init__(self, ids: np.ndarray, weights: np.ndarray | None) -> None:
-        self._arrays = [ids.reshape(-1)] + ([] if weights is None else [weights.reshape(-1)])
-
-    def read(self, offset: int, count: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """As ``Ring.read``."""
-        views = [array[offset : offset + count] for array in self._arrays]
-        return views[0], views[1] if len(views) > 1 else None
-
-    def release(self, end: int) -> None:
-        """Nothing waits for it."""
 
 
 def is_capturing(ids: torch.Tensor) -> bool:
@@ -448,12 +401,10 @@ class ShardBuffer:
         if writer.weights:
             self._columns["expert_weights"] = np.empty((rows, layers, top_k), np.float16)
         self._domains: dict[str, int] = {}
-        self.num_rows = 0
-        self.written_rows = 0
-        self.written_shards = 0
-        self.masked_rows = 0
+        self.num_rows = self.masked_rows = 0
+        self.written_rows = self.written_shards = 0
 
-    def add(self, block: Block, ring: Ring | HostPicks) -> None:
+    def add(self, block: Block, ring: Ring | Replayed) -> None:
         """Append the rows of a block; write a shard each time the buffer is full.
 
         Raises:
@@ -477,7 +428,7 @@ class ShardBuffer:
             if self.num_rows == self._shard_tokens:
                 self.write()
 
-    def _layer(self, entry, num_tokens: int, ring: Ring | HostPicks) -> tuple[int, np.ndarray, Any]:
+    def _layer(self, entry, num_tokens: int, ring: Ring | Replayed) -> tuple[int, np.ndarray, Any]:
         if entry.top_k > self._writer.top_k:
             raise TraceError(
                 f"found {entry.top_k} picks per token in layer {entry.layer}, expected at most "
@@ -511,20 +462,16 @@ class ShardBuffer:
             ids[:, layer, : values.shape[1]] = values[chosen]
             if weights is not None and layer_weights is not None:
                 weights[:, layer, : values.shape[1]] = layer_weights[chosen]
+        known = self._domains
+        domains = [known.setdefault(name, len(known)) for name in labels.domains or ()] or [-1]
+        if labels.domain_index is not None:
+            domains = np.array(domains, np.int32)[labels.domain_index[chosen]]
         stage = labels.stage[chosen] if isinstance(labels.stage, np.ndarray) else labels.stage
         taken["request_id"][:] = labels.request_id[chosen]
         taken["position"][:] = labels.position[chosen]
         taken["stage"][:] = stage
-        taken["domain_id"][:] = self._domain_ids(labels, chosen)
+        taken["domain_id"][:] = domains
         taken["step"][:] = block.step
-
-    def _domain_ids(self, labels: BlockLabels, rows: np.ndarray | slice) -> np.ndarray | int:
-        if labels.domains is None:
-            return -1
-        ids = [self._domains.setdefault(name, len(self._domains)) for name in labels.domains]
-        if labels.domain_index is None:
-            return ids[0]
-        return np.array(ids, np.int32)[labels.domain_index[rows]]
 
     def write(self) -> None:
         """Write what is in the buffer as one shard; nothing when it is empty."""
@@ -565,39 +512,27 @@ class WriterThread:
         self._thread = threading.Thread(target=self._run, name="moe_locality-recorder", daemon=True)
         self._thread.start()
 
-    @property
-    def recorded_tokens(self) -> int:
-        """Tokens in complete shards."""
-        return self._buffer.written_rows if self._buffer else 0
+    def counts(self) -> tuple[int, int, int]:
+        """Tokens in complete shards; tokens taken over before or after a failure that are in none;
+        shards.
+        """
+        failed, buffer = self._failed, self._buffer  # after a failure the buffer does not change
+        if buffer is None:
+            return 0, self._taken_tokens if failed else 0, 0
+        lost = self._taken_tokens - buffer.masked_rows - buffer.written_rows if failed else 0
+        return buffer.written_rows, lost, buffer.written_shards
 
-    @property
-    def lost_tokens(self) -> int:
-        """Tokens taken over before or after a failure and not in a complete shard."""
-        if not self._failed:
-            return 0
-        masked = self._buffer.masked_rows if self._buffer else 0
-        return self._taken_tokens - masked - self.recorded_tokens
-
-    @property
-    def shards(self) -> int:
-        return self._buffer.written_shards if self._buffer else 0
-
-    def put(self, block: Block, ring: Ring | HostPicks, timeout_s: float) -> None:
+    def put(self, block: Block, ring: Ring | Replayed, timeout_s: float) -> None:
         """Hand over a finished block; raises queue.Full without room within ``timeout_s``."""
         self._queue.put((block, ring), timeout=timeout_s)
 
-    def flush(self, timeout_s: float) -> bool:
-        """Write everything handed over so far into a shard; False when that takes too long."""
-        return self._command("flush", timeout_s)
-
-    def close(self, timeout_s: float) -> bool:
-        """Write the rest and end the thread; False when that takes too long."""
-        return self._command("stop", timeout_s)
-
-    def _command(self, name: str, timeout_s: float) -> bool:
+    def flush(self, timeout_s: float, *, stop: bool = False) -> bool:
+        """Write everything handed over so far into a shard, and end the thread where it is to
+        ``stop``; False when that takes too long.
+        """
         done = threading.Event()
         try:
-            self._queue.put((name, done), timeout=timeout_s)
+            self._queue.put(("stop" if stop else "flush", done), timeout=timeout_s)
         except queue.Full:
             return False
         return done.wait(timeout_s)
@@ -615,7 +550,7 @@ class WriterThread:
             if item == "stop":
                 return
 
-    def _add(self, block: Block, ring: Ring | HostPicks) -> None:
+    def _add(self, block: Block, ring: Ring | Replayed) -> None:
         if block.arrived is not None:
             block.arrived.synchronize()
         if self._buffer is None:
