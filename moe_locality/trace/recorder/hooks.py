@@ -106,11 +106,6 @@ def read_llama4_router(module: Any, _args: Any, output: Any, with_weights: bool)
     return Routes(ids, values.float().sigmoid() if with_weights else None)
 
 
-def read_jetmoe_router(module: Any, _args: Any, output: Any, with_weights: bool) -> Routes:
-    """(…, logits [T, E])."""
-    return read_logits(output[4], module.top_k, with_weights)
-
-
 def read_doge_block(module: Any, _args: Any, output: Any, with_weights: bool) -> Routes:
     """(hidden states, logits [2, T, R]); expert x * R + y of the R * R has the score x + y."""
     rows, columns = output[1].detach()
@@ -128,11 +123,6 @@ def read_nllb_router(_module: Any, _args: Any, output: Any, with_weights: bool) 
     """(one-hot of the first pick, weights [T, E] of at most two picks, logits)."""
     weights, ids = output[1].detach().flatten(0, -2).topk(2, dim=-1)
     return Routes(ids.masked_fill(weights == 0, -1), weights if with_weights else None)
-
-
-def read_mxfp4_mlp(module: Any, _args: Any, output: Any, with_weights: bool) -> Routes:
-    """(hidden states, logits [T, E]); its kernels pick by the same logits."""
-    return read_logits(output[1], module.router.top_k, with_weights)
 
 
 def read_custom(custom: Any, module: Any, args: Any, output: Any, with_weights: bool) -> Routes:
@@ -160,12 +150,10 @@ def _are_picks(ids: Any, weights: Any) -> bool:
 def _describe(items: Any) -> str:
     if not isinstance(items, (list, tuple)):
         return type(items).__name__
-    parts = [
-        f"{item.dtype} {list(item.shape)}"
-        if isinstance(item, torch.Tensor)
-        else type(item).__name__
-        for item in items
-    ]
+    parts = [type(item).__name__ for item in items]
+    for at, item in enumerate(items):
+        if isinstance(item, torch.Tensor):
+            parts[at] = f"{item.dtype} {list(item.shape)}"
     return f"({', '.join(parts)})"
 
 
@@ -193,11 +181,17 @@ _READERS: dict[tuple[str, str], tuple[str, Reader]] = {
     ("zaya", "ZayaExperts"): ("transformers", read_zaya_experts),
     # modules whose output tells the picks
     ("llama4", "Llama4Router"): ("output", read_llama4_router),
-    ("jetmoe", "JetMoeTopKGating"): ("output", read_jetmoe_router),
     ("doge", "DogeCDMoE"): ("output", read_doge_block),
     ("switch_transformers", "SwitchTransformersTop1Router"): ("output", read_switch_router),
     ("nllb_moe", "NllbMoeTop2Router"): ("output", read_nllb_router),
-    ("transformers.integrations.mxfp4", "Mxfp4GptOssMLP"): ("output", read_mxfp4_mlp),
+    ("jetmoe", "JetMoeTopKGating"): (
+        "output",
+        lambda module, _args, output, weights: read_logits(output[4], module.top_k, weights),
+    ),
+    ("transformers.integrations.mxfp4", "Mxfp4GptOssMLP"): (  # its kernels pick by these logits
+        "output",
+        lambda module, _args, output, weights: read_logits(output[1], module.router.top_k, weights),
+    ),
 }
 """(module, or family of transformers, and class) → kind of the layer, and its reader."""
 
@@ -303,18 +297,19 @@ def find_moe_layers(model: torch.nn.Module, routers: Routers | None = None) -> l
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     layers: list[MoeLayer] = []
-    first_of: dict[int, list[str]] = {}
+    names_of: dict[int, list[str]] = {}
     for name, module in modules.items():
         parent = modules[name.rpartition(".")[0]] if name else None
-        found = _kind_of(module, parent, routers or {})
+        given = [router for cls, router in (routers or {}).items() if isinstance(module, cls)]
+        found = ("output", partial(read_custom, given[0][1])) if given else _known(module, parent)
         if found is None:
             continue
         kind, read = found
-        known = first_of.setdefault(id(module), [])
+        known = names_of.setdefault(id(module), [])
         if known and _pattern(name) != _pattern(known[0]):
             continue
         known.append(name)
-        num_experts, top_k = _sizes(kind, module, routers or {})
+        num_experts, top_k = (int(given[0][0]), None) if given else _sizes(kind, module)
         if num_experts > MAX_EXPERTS:
             raise TraceError(
                 f"found {num_experts} experts in {name!r}, expected at most {MAX_EXPERTS}: the "
@@ -364,11 +359,8 @@ def of_one_size(
     )
 
 
-def _kind_of(module: Any, parent: Any, routers: Routers) -> tuple[str, Reader] | None:
+def _known(module: Any, parent: Any) -> tuple[str, Reader] | None:
     """The kind of a module and its reader; None: it is no router."""
-    for known, (_, custom) in routers.items():
-        if isinstance(module, known):
-            return "output", partial(read_custom, custom)
     for (where, name), found in _READERS.items():
         place = where if "." in where else f"transformers.models.{where}.modeling_{where}"
         if _is_a(module, place, name) and type(parent).__name__ != "JetMoeMoA":  # of attention
@@ -383,10 +375,7 @@ def _is_a(module: torch.nn.Module, where: str, name: str) -> bool:
     return known is not None and isinstance(module, known)
 
 
-def _sizes(kind: str, module: Any, routers: Routers) -> tuple[int, int | None]:
-    for known, (num_experts, _) in routers.items():
-        if isinstance(module, known):
-            return int(num_experts), None
+def _sizes(kind: str, module: Any) -> tuple[int, int | None]:
     if kind == "deepspeed":
         return int(module.wg.out_features), int(module.k)
     if kind == "autoep":
@@ -408,14 +397,34 @@ def hook_layer(
     ``on_shape(places, (B, S) or None)``, where it is given, is called before it runs, and
     ``on_routes(places, module, read)`` when it has routed; ``read(with_weights)`` returns Routes.
     """
-    handles = []
+    handles: list[RemovableHandle] = []
     if layer.parent is not None and on_shape is not None:
 
         def before(_module, args, kwargs):
             on_shape(places, _first_axes([*args, *kwargs.values()]))
 
         handles.append(layer.parent.register_forward_pre_hook(Hook(before), with_kwargs=True))
-    return handles + _hook_router(places, layer, on_routes)
+
+    def routed(module, args, rest):
+        if not getattr(layer.parent, "calls_route_hooks", False):
+            on_routes(places, module, lambda weights: layer.read(module, args, rest, weights))
+
+    if layer.kind == "transformers":
+        pre_hook = layer.module.register_forward_pre_hook(Hook(routed), with_kwargs=True)
+        return [*handles, pre_hook]
+    handles.append(layer.module.register_forward_hook(Hook(routed)))
+    if layer.kind == "autoep" and layer.parent is not None:
+
+        def exchanged(ids, scores):
+            def read(weights: bool) -> Routes:
+                return Routes(ids, scores.detach() if weights else None)
+
+            on_routes(places, layer.module, read)
+
+        seam = route_hooks(layer.parent)
+        handles.append(RemovableHandle(seam))
+        seam[handles[-1].id] = Hook(exchanged)
+    return handles
 
 
 def route_hooks(module: Any) -> OrderedDict[int, Callable[..., None]]:
@@ -424,27 +433,6 @@ def route_hooks(module: Any) -> OrderedDict[int, Callable[..., None]]:
     They stand on the layer, also before it is ours. A class of ours says ``calls_route_hooks``.
     """
     return vars(module).setdefault("route_hooks", OrderedDict())
-
-
-def _hook_router(places: Places, layer: MoeLayer, on_routes: OnRoutes) -> list[Any]:
-    def routed(module, args, rest):
-        if not getattr(layer.parent, "calls_route_hooks", False):
-            on_routes(places, module, lambda weights: layer.read(module, args, rest, weights))
-
-    def exchanged(ids, scores):
-        def read(weights: bool) -> Routes:
-            return Routes(ids, scores.detach() if weights else None)
-
-        on_routes(places, layer.module, read)
-
-    if layer.kind == "transformers":
-        return [layer.module.register_forward_pre_hook(Hook(routed), with_kwargs=True)]
-    handles: list[Any] = [layer.module.register_forward_hook(Hook(routed))]
-    if layer.kind == "autoep" and layer.parent is not None:
-        seam = route_hooks(layer.parent)
-        handles.append(RemovableHandle(seam))
-        seam[handles[-1].id] = Hook(exchanged)
-    return handles
 
 
 def input_axes(values: Iterable[Any]) -> tuple[int, int] | None:
@@ -563,16 +551,11 @@ def layer_numbers(names: Sequence[str], parameters: Iterable[str]) -> list[int] 
             )
     if len(set(chosen)) < len(names):
         return None
-    patterns = list(dict.fromkeys(_pattern(of_list) for of_list, _ in chosen))
     first, start = {}, 0
-    for of_list in sorted(
-        (found for found in lists if _pattern(found) in patterns),
-        key=lambda found: (
-            patterns.index(_pattern(found)),
-            [n for _, n, _ in _entries(f"{found}.")],
-        ),
-    ):
-        first[of_list], start = start, start + max(lists[of_list]) + 1
+    for pattern in dict.fromkeys(_pattern(of_list) for of_list, _ in chosen):
+        alike = (of_list for of_list in lists if _pattern(of_list) == pattern)
+        for of_list in sorted(alike, key=lambda name: [n for _, n, _ in _entries(f"{name}.")]):
+            first[of_list], start = start, start + max(lists[of_list]) + 1
     return [first[of_list] + entry for of_list, entry in chosen]
 
 

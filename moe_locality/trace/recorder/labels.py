@@ -99,8 +99,7 @@ def annotate(
     Raises:
         TraceError: a label has an impossible type, shape or value.
     """
-    own = _checked(request_ids, domains, stage, positions, mask)
-    given = {name: label for name, label in own.items() if label is not None}
+    given = _checked(request_ids, domains, stage, positions, mask)
     token = _CURRENT.set(dataclasses.replace(_CURRENT.get(), **given))
     try:
         yield
@@ -109,14 +108,13 @@ def annotate(
 
 
 def _checked(request_ids, domains, stage, positions, mask) -> dict[str, Any]:
-    requests = None
-    if request_ids is not None:
-        requests = _integers(request_ids, "request_ids")
-        if requests.ndim != 1 or not len(requests) or requests.min() < 0:
-            raise TraceError(
-                f"found request_ids of shape {requests.shape}, expected a non-empty list of "
-                "non-negative integers: give one per sequence or one per token"
-            )
+    """The labels that are given, as an Annotation holds them."""
+    requests = _integers(request_ids, "request_ids")
+    if requests is not None and (requests.ndim != 1 or not len(requests) or requests.min() < 0):
+        raise TraceError(
+            f"found request_ids of shape {requests.shape}, expected a non-empty list of "
+            "non-negative integers: give one per sequence or one per token"
+        )
     if domains is not None:
         domains = (domains,) if isinstance(domains, str) else tuple(domains)
         if not domains or not all(isinstance(name, str) for name in domains):
@@ -133,26 +131,24 @@ def _checked(request_ids, domains, stage, positions, mask) -> dict[str, Any]:
         raise TraceError(
             f"found stage {stage!r}, expected one of {[*STAGE_CODES, GENERATE]}: correct the name"
         )
-    if positions is not None:
-        positions = _integers(positions, "positions")
-        if positions.ndim > 2 or (positions.size and positions.min() < 0):
-            raise TraceError(
-                f"found positions of shape {positions.shape}, expected non-negative integers: one "
-                "number, [B], [B, S] or [T]"
-            )
-    if mask is not None:
-        mask = _numpy(mask).astype(bool)
-    labels = {"request_ids": requests, "domains": domains, "stage": stage}
-    return labels | {"positions": positions, "mask": mask}
+    positions = _integers(positions, "positions")
+    if positions is not None and (positions.ndim > 2 or (positions < 0).any()):
+        raise TraceError(
+            f"found positions of shape {positions.shape}, expected non-negative integers: one "
+            "number, [B], [B, S] or [T]"
+        )
+    labels = {"request_ids": requests, "domains": domains, "stage": stage, "positions": positions}
+    labels["mask"] = None if mask is None else _numpy(mask).astype(bool)
+    return {name: label for name, label in labels.items() if label is not None}
 
 
 def _numpy(value: Any) -> np.ndarray:
-    if hasattr(value, "detach"):
-        value = value.detach().cpu().numpy()
-    return np.asarray(value)
+    return np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
 
 
-def _integers(value: Any, name: str) -> np.ndarray:
+def _integers(value: Any, name: str) -> np.ndarray | None:
+    if value is None:
+        return None
     array = _numpy(value)
     if array.dtype.kind not in "iu":
         raise TraceError(f"found {name} of type {array.dtype}, expected integers: convert them")
@@ -225,21 +221,19 @@ def layout_of(
     labels = annotation.num_labels
     if shape is not None and shape[0] * shape[1] == num_tokens:
         length, count = shape if sequence_first else (shape[1], shape[0])
-        if labels is None or labels in (count, num_tokens):
-            return Layout(num_sequences=count, length=length, sequence_first=sequence_first)
+        fits = labels in (None, count, num_tokens)
         expected = f"{count} (one per sequence) or {num_tokens} (one per token)"
     else:
-        if labels is None:
-            return Layout(num_sequences=1, length=num_tokens)
-        if num_tokens % labels == 0:
-            return Layout(
-                num_sequences=labels, length=num_tokens // labels, sequence_first=sequence_first
-            )
+        count = labels or 1
+        length, rest = divmod(num_tokens, count)
+        fits = rest == 0
         expected = f"a divisor of {num_tokens}, the tokens of this forward pass"
-    raise TraceError(
-        f"found {labels} labels in annotate(), expected {expected}: give one request id (domain) "
-        "per sequence or one per token"
-    )
+    if not fits:
+        raise TraceError(
+            f"found {labels} labels in annotate(), expected {expected}: give one request id "
+            "(domain) per sequence or one per token"
+        )
+    return Layout(num_sequences=count, length=length, sequence_first=sequence_first)
 
 
 def check_fits(annotation: Annotation, layout: Layout, first_forward: bool) -> None:
@@ -616,20 +610,16 @@ def _without_cache(
 
 def _packed(positions: np.ndarray, keep: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
     """Number of the request and position in it, [B, S]; None where no row holds two requests."""
-    requests, within, count = np.zeros(keep.shape, np.int64), np.zeros(keep.shape, np.int64), 0
-    packed = False
-    for row, valid in enumerate(keep):
-        place = np.flatnonzero(valid)
-        values = positions[row, place]
-        begins = np.concatenate([[True], values[1:] <= values[:-1]])[: len(place)]
-        packed |= bool(begins.sum() > 1)
-        number = np.cumsum(begins) - 1
-        starts = np.flatnonzero(begins)
-        requests[row, place] = count + number
-        within[row, place] = np.arange(len(place)) - starts[number]
-        requests[row, ~valid] = count
-        count += max(len(starts), 1)
-    return (requests if packed else None), within
+    row, values = np.nonzero(keep)[0], positions[keep]
+    goes_on = (row[1:] == row[:-1]) & (values[1:] > values[:-1])
+    begins = np.concatenate([[True], ~goes_on])[: len(row)]
+    counts = np.bincount(row[begins], minlength=len(keep))
+    numbers = np.maximum(counts, 1)  # a row without a token has a number, too
+    first = np.cumsum(numbers) - numbers
+    requests, within = np.repeat(first[:, None], keep.shape[1], axis=1), np.zeros_like(keep, int)
+    requests[keep] += np.cumsum(begins) - 1 - (np.cumsum(counts) - counts)[row]
+    within[keep] = running_count(requests[keep])
+    return (requests if (counts > 1).any() else None), within
 
 
 def _widened(values: Any, rows: int) -> Any:
