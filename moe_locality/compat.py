@@ -70,31 +70,25 @@ def end_distributed() -> None:
     ends, which aborts the process (``terminate called without an active exception``).
     """
     import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
 
     gc.collect()  # an engine is part of reference cycles
     dist.barrier()
-    _let_go_of_groups()
-    comm = sys.modules.get("deepspeed.comm")
-    if comm is not None and comm.is_initialized():
-        comm.destroy_process_group()  # torch's alone leaves the groups to DeepSpeed's globals
-    else:
-        dist.destroy_process_group()
-
-
-def _let_go_of_groups() -> None:
-    """Drop what holds process groups for ever: device meshes, which caches of DTensor keep, and
-    default arguments of functions that were defined when there was a default group (None is it).
-    """
-    from torch.distributed import ProcessGroup
-    from torch.distributed.device_mesh import DeviceMesh
-
+    # what holds groups for ever: device meshes, which caches of DTensor keep, and default arguments
+    # of functions that were defined when there was a default group (None is it)
     for held in gc.get_objects():
         if type(held) is DeviceMesh:
             getattr(held, "_pg_registry", {}).clear()
         elif type(held) is types.FunctionType and held.__defaults__:
             held.__defaults__ = tuple(
-                None if type(default) is ProcessGroup else default for default in held.__defaults__
+                None if type(default) is dist.ProcessGroup else default
+                for default in held.__defaults__
             )
+    comm = sys.modules.get("deepspeed.comm")
+    if comm is not None and comm.is_initialized():
+        comm.destroy_process_group()  # torch's alone leaves the groups to DeepSpeed's globals
+    else:
+        dist.destroy_process_group()
 
 
 def let_auto_ep_read_recorders() -> bool:
@@ -108,9 +102,8 @@ def let_auto_ep_read_recorders() -> bool:
         from transformers.utils import output_capturing
     except ImportError:
         return False
-    registry = getattr(output_capturing, "_CAN_RECORD_REGISTRY", None)
-    kind: Any = type(registry)
-    if kind is dict or not isinstance(registry, dict) or "get" not in vars(kind):
+    kind: Any = type(getattr(output_capturing, "_CAN_RECORD_REGISTRY", None))
+    if kind is dict or not issubclass(kind, dict) or "get" not in vars(kind):
         return False
     own = kind.get
     if len(inspect.signature(own, follow_wrapped=False).parameters) != 2:
@@ -152,12 +145,10 @@ def init_stock_moe(stock: type, module: Any, *args: Any, **kwargs: Any) -> None:
     same code runs here with globals in which the name means the stock class.
     """
     init: Any = stock.__init__
-    bound_globals = {**init.__globals__, stock.__name__: stock}
-    same_code = types.FunctionType(
-        init.__code__, bound_globals, init.__name__, init.__defaults__, init.__closure__
-    )
-    same_code.__kwdefaults__ = init.__kwdefaults__
-    same_code(module, *args, **kwargs)
+    names = {**init.__globals__, stock.__name__: stock}
+    same = types.FunctionType(init.__code__, names, None, init.__defaults__, init.__closure__)
+    same.__kwdefaults__ = init.__kwdefaults__
+    same(module, *args, **kwargs)
 
 
 def _groups() -> Any:
@@ -189,10 +180,9 @@ def model_parallel_unit() -> Any:
 
 
 def all_to_all_replaced() -> bool:
-    """Return whether somebody put another exchange in the place of DeepSpeed's ``_AllToAll``.
-
-    Profilers, compressing transports and DeepSpeed's own tests set ``_AllToAll.apply``; what they
-    put there has to see the exchanges of a layer that stands in for DeepSpeed's.
+    """Return whether somebody put another exchange in the place of DeepSpeed's ``_AllToAll``, as
+    profilers, compressing transports and DeepSpeed's own tests do. It has to see the exchanges of a
+    layer that stands in for DeepSpeed's.
     """
     from deepspeed.moe import sharded_moe
 
@@ -211,10 +201,8 @@ def expert_data_parallel_group(name: str) -> Any:
 
 
 def pipeline_layer_kinds(module: Any) -> list[type | None]:
-    """Return the class of every layer of a ``PipelineModule``, those of other stages too.
-
-    None for what is no block: functions, layers of torch.nn, and those that stages share (tied
-    embeddings).
+    """Return the class of every layer of a ``PipelineModule``, those of other stages too; None for
+    what is no block: functions, layers of torch.nn, and those that stages share (tied embeddings).
     """
     from deepspeed.runtime.pipe.module import LayerSpec, TiedLayerSpec
 
@@ -256,8 +244,8 @@ def forget_when_read(
 def default_timeout() -> Any:
     """Return how long collectives of the default process group wait (a timedelta).
 
-    ``new_group`` does not take it over: a group of ours that were made without it would wait for
-    torch's default, half an hour with gloo, whatever the user asked for.
+    ``new_group`` does not take it over: torch's default is half an hour with gloo, whatever the
+    user asked for.
     """
     from torch.distributed.distributed_c10d import _get_default_group
 
@@ -265,9 +253,8 @@ def default_timeout() -> Any:
 
 
 def take_default_timeout(group: Any) -> None:
-    """Let collectives of ``group`` wait as long as those of the default process group.
-
-    DeepSpeed makes its expert groups without a timeout, so they would wait for torch's default.
+    """Let collectives of ``group`` wait as long as those of the default process group: DeepSpeed
+    makes its expert groups without a timeout.
     """
     from torch.distributed.distributed_c10d import _set_pg_timeout
 
@@ -407,12 +394,16 @@ def nvidia_apex_state() -> tuple[ApexState, str]:
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return "absent", "NVIDIA apex is not installed"
+    parts = ("normalization", "multi_tensor_apply")
     folders = [Path(folder) for folder in spec.submodule_search_locations or []]
-    if not any(
-        (f / "normalization").is_dir() and (f / "multi_tensor_apply").is_dir() for f in folders
-    ):
+    if not any(all((folder / part).is_dir() for part in parts) for folder in folders):
+        try:
+            fields = metadata.metadata("apex")
+            found = f"{fields['Version']}: {fields['Summary']}"
+        except metadata.PackageNotFoundError:
+            found = "unknown distribution"
         return "wrong", (
-            f"the installed 'apex' is not NVIDIA apex ({_describe('apex')}): pip uninstall apex,"
+            f"the installed 'apex' is not NVIDIA apex ({found}): pip uninstall apex,"
             " then install https://github.com/NVIDIA/apex from source with its CUDA extensions"
         )
     if importlib.util.find_spec("fused_layer_norm_cuda") is None:
@@ -421,11 +412,3 @@ def nvidia_apex_state() -> tuple[ApexState, str]:
             " its CUDA extensions"
         )
     return "cuda", "NVIDIA apex with fused_layer_norm_cuda"
-
-
-def _describe(distribution: str) -> str:
-    try:
-        fields = metadata.metadata(distribution)
-    except metadata.PackageNotFoundError:
-        return "unknown distribution"
-    return f"{fields['Version']}: {fields['Summary']}"

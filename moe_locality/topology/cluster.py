@@ -4,13 +4,12 @@ No torch, no collectives. A *node* is a server; a *rank* is a process (one per a
 Bandwidths are what one rank can send, in one direction, in units of 10^9 bytes/s; latencies are
 per message.
 
-``layout_groups`` lists the ranks of the expert groups. For one ``ep_size`` every rank is in one
-*EP group* (the ranks that share one set of experts) and in one *EDP group* (the ranks that hold the
-same experts, in different EP groups). Inside an EP group, the *intra-node groups* are its ranks of
-one node and the *inter-node groups* its ranks of equal local index, one of each node: the two steps
-of a hierarchical exchange. Process groups sort their ranks (``torch.distributed.new_group``), so
-the position of a rank in its EP group, which decides the experts it holds, is its place in the
-sorted list. EDP groups are derived from those positions.
+For one ``ep_size`` every rank is in one *EP group* (the ranks that share one set of experts) and in
+one *EDP group* (the ranks that hold the same experts, in different EP groups). Inside an EP group,
+the *intra-node groups* are its ranks of one node and the *inter-node groups* its ranks of equal
+local index, one of each node: the two steps of a hierarchical exchange. Process groups sort their
+ranks (``torch.distributed.new_group``), so the position of a rank in its EP group, which decides
+the experts it holds, is its place in the sorted list. EDP groups are derived from those positions.
 """
 
 import hashlib
@@ -118,10 +117,8 @@ class ClusterTopology:
     def describe(self) -> str:
         """Return one line for messages, such as ``2 nodes: a 4, b 2 ranks``."""
         if self.is_even:
-            return f"{self.num_nodes} nodes x {self.num_ranks // self.num_nodes} ranks"
-        counts = (
-            f"{name} {self.rank_to_node.count(node)}" for node, name in enumerate(self.node_names)
-        )
+            return f"{self.num_nodes} nodes x {self.ranks_per_node} ranks"
+        counts = (f"{name} {len(self.ranks_of(n))}" for n, name in enumerate(self.node_names))
         return f"{self.num_nodes} nodes: {', '.join(counts)} ranks"
 
     def tiers(self) -> dict[str, float]:
@@ -147,8 +144,7 @@ class ClusterTopology:
             raise TopologyError(
                 f"found {num_nodes} nodes x {ranks_per_node} ranks, expected at least 1 of each"
             )
-        ranks = range(num_nodes * ranks_per_node)
-        return cls._of((tuple(rank // ranks_per_node for rank in ranks), ()), tiers)
+        return cls._of(sources.shape_of_counts((), [ranks_per_node] * num_nodes), tiers)
 
     @classmethod
     def from_node_names(cls, names: Iterable[str], **tiers: float) -> "ClusterTopology":
@@ -163,10 +159,7 @@ class ClusterTopology:
         exclude: str | None = None,
         **tiers: float,
     ) -> "ClusterTopology":
-        """Read DeepSpeed's hostfile.
-
-        ``include`` and ``exclude`` are the launcher's strings (``host:0,2@host2``).
-        """
+        """Read DeepSpeed's hostfile; filters are the launcher's strings (``host:0,2@host2``)."""
         return cls._of(sources.shape_of_hostfile(path, include, exclude), tiers)
 
     @classmethod
@@ -187,9 +180,8 @@ class ClusterTopology:
 
     @classmethod
     def from_mpi(cls, comm: Any = None, **tiers: float) -> "ClusterTopology":
-        """Ask MPI which ranks share memory.
-
-        Collective over ``comm``, an mpi4py communicator (default: the world).
+        """Ask MPI which ranks share memory. Collective over ``comm``, an mpi4py communicator
+        (default: the world).
         """
         return cls._of(sources.read_mpi(comm), tiers)
 
@@ -266,39 +258,6 @@ def layout_groups(
     if order not in ("E+D", "D+E"):
         raise TopologyError(f"found order={order!r}, expected 'E+D' or 'D+E'")
     _refuse_model_parallelism(mpu)
-    _check_sizes(topology, ep_size, order)
-    node_major = sorted(
-        range(topology.num_ranks), key=lambda rank: (topology.rank_to_node[rank], rank)
-    )
-    if order == "E+D":
-        ep_groups = _chunks(node_major, ep_size)
-    else:
-        ep_groups = list(zip(*_chunks(node_major, topology.num_ranks // ep_size), strict=True))
-    return layout_of(topology, ep_groups, order)
-
-
-def layout_of(
-    topology: ClusterTopology, ep_groups: Iterable[Sequence[int]], order: Order = "E+D"
-) -> GroupLayout:
-    """Return the layout of expert groups of one size that are given."""
-    ep_groups = tuple(sorted(tuple(sorted(group)) for group in ep_groups))
-    intra, inter = _node_groups(topology, ep_groups)
-    _warn_of_different_shapes(topology, ep_groups)
-    return GroupLayout(
-        ep_size=len(ep_groups[0]),
-        order=order,
-        ep_groups=ep_groups,
-        edp_groups=tuple(tuple(sorted(ranks)) for ranks in zip(*ep_groups, strict=True)),
-        intra_node_groups=intra,
-        inter_node_groups=inter,
-    )
-
-
-def _chunks(ranks: Sequence[int], size: int) -> list[tuple[int, ...]]:
-    return [tuple(ranks[start : start + size]) for start in range(0, len(ranks), size)]
-
-
-def _check_sizes(topology: ClusterTopology, ep_size: int, order: Order) -> None:
     world, per_node = topology.num_ranks, topology.ranks_per_node  # uneven nodes raise here
     if ep_size < 1 or world % ep_size:
         raise TopologyError(
@@ -312,6 +271,48 @@ def _check_sizes(topology: ClusterTopology, ep_size: int, order: Order) -> None:
             f"{per_node}: otherwise a group holds parts of nodes; change ep_size or use as many "
             "ranks of each node as fit"
         )
+    node_major = [rank for node in range(topology.num_nodes) for rank in topology.ranks_of(node)]
+    neighbors = [node_major[start : start + size] for start in range(0, world, size)]
+    ep_groups = neighbors if order == "E+D" else zip(*neighbors, strict=True)
+    return layout_of(topology, ep_groups, order)
+
+
+def layout_of(
+    topology: ClusterTopology, ep_groups: Iterable[Sequence[int]], order: Order = "E+D"
+) -> GroupLayout:
+    """Return the layout of expert groups of one size that are given."""
+    ep_groups = tuple(sorted(tuple(sorted(group)) for group in ep_groups))
+    intra: list[tuple[int, ...]] = []
+    inter: list[tuple[int, ...]] = []
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+    for group in ep_groups:
+        by_node: dict[int, list[int]] = {}
+        for rank in group:
+            by_node.setdefault(topology.rank_to_node[rank], []).append(rank)
+        sizes = {len(ranks) for ranks in by_node.values()}
+        if len(sizes) > 1:
+            raise TopologyError(
+                f"found EP group {list(group)} with {sorted(sizes)} ranks per node, expected the "
+                "same number on each of its nodes: change ep_size or the order"
+            )
+        intra += [tuple(ranks) for ranks in by_node.values()]
+        inter += [tuple(sorted(ranks)) for ranks in zip(*by_node.values(), strict=True)]
+        nodes = list(by_node)  # numbered by their first rank
+        shapes[tuple(nodes.index(topology.rank_to_node[rank]) for rank in group)] = group
+    if len(shapes) > 1:  # one plan serves all EP groups
+        logger.warning(
+            "EP groups lie on their nodes in different ways (%s): a placement plan fits only one "
+            "of them well; number the ranks of each node consecutively",
+            "; ".join(f"ranks {list(group)}: nodes {list(s)}" for s, group in shapes.items()),
+        )
+    return GroupLayout(
+        ep_size=len(ep_groups[0]),
+        order=order,
+        ep_groups=ep_groups,
+        edp_groups=tuple(tuple(sorted(ranks)) for ranks in zip(*ep_groups, strict=True)),
+        intra_node_groups=tuple(sorted(intra)),
+        inter_node_groups=tuple(sorted(inter)),
+    )
 
 
 def _refuse_model_parallelism(mpu: Any) -> None:
@@ -335,37 +336,3 @@ def _refuse_model_parallelism(mpu: Any) -> None:
                 f"are not supported together with {what} parallelism; leave moe_locality's groups "
                 "out and let DeepSpeed make its own"
             )
-
-
-def _node_groups(topology: ClusterTopology, ep_groups: RankGroups) -> tuple[RankGroups, RankGroups]:
-    """Return the intra-node and the inter-node groups inside each EP group."""
-    intra: list[tuple[int, ...]] = []
-    inter: list[tuple[int, ...]] = []
-    for group in ep_groups:
-        by_node: dict[int, list[int]] = {}
-        for rank in group:
-            by_node.setdefault(topology.rank_to_node[rank], []).append(rank)
-        sizes = {len(ranks) for ranks in by_node.values()}
-        if len(sizes) > 1:
-            raise TopologyError(
-                f"found EP group {list(group)} with {sorted(sizes)} ranks per node, expected the "
-                "same number on each of its nodes: change ep_size or the order"
-            )
-        intra += [tuple(ranks) for ranks in by_node.values()]
-        inter += [tuple(sorted(ranks)) for ranks in zip(*by_node.values(), strict=True)]
-    return tuple(sorted(intra)), tuple(sorted(inter))
-
-
-def _warn_of_different_shapes(topology: ClusterTopology, ep_groups: RankGroups) -> None:
-    """One plan serves all EP groups, so their positions should lie on nodes in the same way."""
-    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
-    for group in ep_groups:
-        nodes = [topology.rank_to_node[rank] for rank in group]
-        number = {node: index for index, node in enumerate(dict.fromkeys(nodes))}
-        shapes[tuple(number[node] for node in nodes)] = group
-    if len(shapes) > 1:
-        logger.warning(
-            "EP groups lie on their nodes in different ways (%s): a placement plan fits only one "
-            "of them well; number the ranks of each node consecutively",
-            "; ".join(f"ranks {list(group)}: nodes {list(s)}" for s, group in shapes.items()),
-        )

@@ -1,8 +1,8 @@
-"""Process groups of a cluster, and the discovery of the cluster itself: collective functions.
+"""Process groups of a cluster, and the discovery of the cluster itself: collective functions, which
+all ranks call in the same order.
 
-Every function here is called by all ranks, in the same order. What they agree on travels through
-the rendezvous store, which needs no device and no interface of its own; a disagreement raises on
-all ranks, with the ranks that differ.
+What they agree on travels through the rendezvous store, which needs no device and no interface of
+its own; a disagreement raises on all ranks, with the ranks that differ.
 """
 
 import dataclasses
@@ -110,8 +110,8 @@ def build_groups(layout: GroupLayout) -> ExpertParallelGroups:
     """
     digest = layout.digest()
     found = _built.get(digest, lambda: None)()
-    answers = exchange_objects((digest, layout.num_ranks, _alive(found)))
-    _check_agreement([answer[:2] for answer in answers], len(answers))
+    answers = exchange_objects((digest, layout.num_ranks, found is not None))
+    _check_agreement([answer[:2] for answer in answers])
     if found is not None and all(answer[2] for answer in answers):
         return found
     kinds = {name: getattr(layout, f"{name}_groups") for name in _KINDS}
@@ -124,7 +124,7 @@ def build_groups(layout: GroupLayout) -> ExpertParallelGroups:
 
 
 def _remember(built: ExpertParallelGroups) -> ExpertParallelGroups:
-    """Let later calls find the groups, as long as torch has them.
+    """Let later calls find the groups, as long as torch has them (they end with the default group).
 
     Weak references: one that is kept past ``destroy_process_group`` keeps the threads of the group,
     which can abort the interpreter at its end (``compat.end_distributed``).
@@ -134,7 +134,14 @@ def _remember(built: ExpertParallelGroups) -> ExpertParallelGroups:
 
     def recall() -> ExpertParallelGroups | None:
         found: dict[str, Any] = {name: group() for name, group in groups.items()}
-        return dataclasses.replace(rest, **found) if all(found.values()) else None
+        if not all(found.values()):
+            return None
+        try:
+            ranks = [tuple(dist.get_process_group_ranks(group)) for group in found.values()]
+        except (KeyError, ValueError):
+            return None
+        same = ranks == [getattr(rest, f"{name}_ranks") for name in _KINDS]
+        return dataclasses.replace(rest, **found) if same else None
 
     _built[built.layout.digest()] = recall
     return built
@@ -147,22 +154,8 @@ def _new_group(ranks: Sequence[int]) -> Any:
     return dist.new_group(list(ranks), timeout=default_timeout())
 
 
-def _alive(built: ExpertParallelGroups | None) -> bool:
-    """Whether the groups still are process groups of torch (they end with the default group)."""
-    if built is None:
-        return False
-    try:
-        for name in _KINDS:
-            ranks = dist.get_process_group_ranks(getattr(built, f"{name}_group"))
-            if tuple(ranks) != getattr(built, f"{name}_ranks"):
-                return False
-    except (KeyError, ValueError):
-        return False
-    return True
-
-
-def _check_agreement(layouts: Sequence[tuple[str, int]], world: int) -> None:
-    usual = Counter(layouts).most_common(1)[0][0]
+def _check_agreement(layouts: Sequence[tuple[str, int]]) -> None:
+    world, usual = len(layouts), Counter(layouts).most_common(1)[0][0]
     others = [rank for rank, layout in enumerate(layouts) if layout != usual]
     if others:
         raise TopologyError(
@@ -266,7 +259,7 @@ def built_groups(
     """
     wanted = tuple(sorted(ep_ranks))
     for groups in (recall() for recall in _built.values()):
-        if groups is None or groups.ep_ranks != wanted or not _alive(groups):
+        if groups is None or groups.ep_ranks != wanted:
             continue
         laid_out = groups.topology or topology
         if topology is None or laid_out is None or laid_out.rank_to_node == topology.rank_to_node:
@@ -290,9 +283,16 @@ def discover_topology(
     Raises:
         TopologyError: on all ranks, when the sources contradict each other or the number of ranks.
     """
-    first = dist.get_process_group_ranks(group)[0] == dist.get_rank()
-    facts = _local_facts()
-    if first and cluster_config is not None:
+    env = os.environ
+    launchers = (("CROSS_RANK", "CROSS_SIZE"), ("GROUP_RANK", "GROUP_WORLD_SIZE"))
+    numbers = (env.get(n) for n, count in launchers if int(env.get(count, "1")) > 1)
+    facts: dict[str, Any] = {
+        "host": socket.gethostname(),
+        "node": env.get(NODE_VARIABLE),
+        "ranks_per_node": env.get(RANKS_PER_NODE_VARIABLE),
+        "launcher": next((number for number in numbers if number is not None), None),
+    }
+    if cluster_config is not None and dist.get_process_group_ranks(group)[0] == dist.get_rank():
         try:
             facts["configured"] = ClusterTopology.from_config(cluster_config)
         except TopologyError as error:
@@ -300,18 +300,6 @@ def discover_topology(
     topology = _combine_facts(exchange_objects(facts, group))
     logger.info("cluster: %s", topology.describe())
     return topology
-
-
-def _local_facts() -> dict[str, Any]:
-    env = os.environ
-    launchers = (("CROSS_RANK", "CROSS_SIZE"), ("GROUP_RANK", "GROUP_WORLD_SIZE"))
-    numbers = (env.get(n) for n, count in launchers if int(env.get(count, "1")) > 1)
-    return {
-        "host": socket.gethostname(),
-        "node": env.get(NODE_VARIABLE),
-        "ranks_per_node": env.get(RANKS_PER_NODE_VARIABLE),
-        "launcher": next((number for number in numbers if number is not None), None),
-    }
 
 
 def _combine_facts(facts: list[dict[str, Any]]) -> ClusterTopology:
@@ -328,8 +316,8 @@ def _combine_facts(facts: list[dict[str, Any]]) -> ClusterTopology:
                 "that the launcher uses, or leave the section out"
             )
         return topology
-    sizes: list[Any] = [fact["ranks_per_node"] for fact in facts]
-    nodes: list[Any] = [fact["node"] for fact in facts]
+    names = ("ranks_per_node", "node", "host", "launcher")
+    sizes, nodes, hosts, numbers = ([fact[name] for fact in facts] for name in names)
     by_size, by_name = _on_all(RANKS_PER_NODE_VARIABLE, sizes), _on_all(NODE_VARIABLE, nodes)
     if by_size and by_name:
         raise TopologyError(
@@ -346,8 +334,6 @@ def _combine_facts(facts: list[dict[str, Any]]) -> ClusterTopology:
         )
     if by_name:
         return ClusterTopology.from_node_names(nodes)
-    hosts = [fact["host"] for fact in facts]
-    numbers = [fact["launcher"] for fact in facts]
     if len(set(hosts)) == 1 and None not in numbers and len(set(numbers)) > 1:
         hosts = [f"{host}#{number}" for host, number in zip(hosts, numbers, strict=True)]
     return ClusterTopology.from_node_names(hosts)

@@ -31,7 +31,6 @@ from moe_locality.trace.recorder.labels import (
 from moe_locality.trace.recorder.writer import (
     Block,
     Entry,
-    Progress,
     Replayed,
     Replays,
     Ring,
@@ -82,7 +81,10 @@ class Assembler:
         self._found_sequence_first = False
         self._ring: Ring | None = None
         self._block: Block | None = None
-        self._progress = Progress(Annotation())
+        # how many forward passes the annotation has had; the numbers of its sequences without
+        # request ids, kept for the rest of a generation
+        self._annotation, self._forward_index = Annotation(), 0
+        self._numbers: np.ndarray | None = None
         self._book = PositionBook()
         self._lookups: dict[int, np.ndarray] = {}
         self._warned: set[str] = set()
@@ -191,15 +193,10 @@ class Assembler:
 
     def _count(self, block: Block) -> None:
         """Go on to the next forward pass: positions of its requests, step."""
-        self._progress.forward_index += 1
+        self._forward_index += 1
         if generates(block.annotation) and len(block.request_ids):
-            self._book.advance(
-                block.annotation,
-                block.layout,
-                block.request_ids,
-                block.starts,
-                block.forward_index == 0,
-            )
+            labels = (block.annotation, block.layout, block.request_ids, block.starts)
+            self._book.advance(*labels, block.forward_index == 0)
         if not self.explicit_steps:
             self.step += 1
 
@@ -229,33 +226,33 @@ class Assembler:
     def _begin(
         self, num_tokens: int, annotation: Annotation, shape: tuple[int, int] | None, training: bool
     ) -> Block:
-        if self._progress.annotation is not annotation:
-            self._progress = Progress(annotation)
-        progress, told, error = self._progress, annotation, None
+        if self._annotation is not annotation:
+            self._annotation, self._forward_index, self._numbers = annotation, 0, None
+        error = None
         try:
             layout = layout_of(num_tokens, shape, annotation, self._is_sequence_first(shape))
-            check_fits(annotation, layout, progress.forward_index == 0)
+            check_fits(annotation, layout, self._forward_index == 0)
         except TraceError as found:
             if annotation.explicit is not None:  # what was found is of other tokens
                 block = self._begin(num_tokens, annotation.explicit, shape, training)
-                block.told = told
+                block.told = annotation
                 return block
             layout, error = Layout(num_sequences=1, length=num_tokens), str(found)
         self._block = block = Block(
             num_tokens=num_tokens,
             annotation=annotation,
-            told=told,
+            told=annotation,
             layout=layout,
             step=self.step,
             training=training,
             thread=threading.get_ident(),
             recorded=self.step % self.every_n_steps == 0 and num_tokens > 0,
-            forward_index=progress.forward_index,
+            forward_index=self._forward_index,
             start=self._ring.head if self._ring else 0,
         )
         if error is None:
             block.request_ids = self._request_ids(block)
-            if continues(annotation, progress.forward_index):
+            if continues(annotation, self._forward_index):
                 block.starts = self._book.starts(block.request_ids)
         elif block.recorded:
             self._give_up(block, "labels", error)
@@ -275,12 +272,12 @@ class Assembler:
 
     def _request_ids(self, block: Block) -> np.ndarray:
         """The ids that were given, those of the generation that goes on, or new ones."""
-        progress, annotation, count = self._progress, block.annotation, block.layout.num_sequences
+        annotation, count = block.annotation, block.layout.num_sequences
         if annotation.request_ids is not None:
             return annotation.request_ids
-        known = progress.request_ids if annotation.stage in ("decode", GENERATE) else None
+        known = self._numbers if annotation.stage in ("decode", GENERATE) else None
         if known is None or len(known) != count:
-            known = progress.request_ids = self.new_requests(count)
+            known = self._numbers = self.new_requests(count)
         return known
 
     def new_requests(self, count: int) -> np.ndarray:

@@ -62,13 +62,13 @@ class RecorderReport:
     """Why recording stopped before its time, None: it did not."""
 
 
+@dataclass(slots=True, eq=False)
 class Handle:
     """The hooks of one ``attach``; ``detach()`` removes them."""
 
-    def __init__(self, recorder: RoutingRecorder, hooks: list[Any], modules: set[int]) -> None:
-        self._recorder = recorder
-        self._hooks = hooks
-        self.modules = modules
+    _recorder: RoutingRecorder
+    _hooks: list[Any]
+    modules: set[int]
 
     def detach(self) -> None:
         """Remove the hooks; the forward pass that is open is kept. Harmless when done before."""
@@ -242,14 +242,12 @@ class RoutingRecorder:
         encoder = encoder_of(module, layers)
         if encoder is not None:
             hooks += self._hook_encoder(encoder)
-        handle = Handle(self, hooks, {id(layer.module) for layer in layers})
-        self._handles.append(handle)
-        return handle
+        self._handles.append(Handle(self, hooks, set(places)))
+        return self._handles[-1]
 
     def _number(self, module: Any, layers: list[MoeLayer], layer_ids: Sequence[int] | None) -> int:
-        """Take the layers into the table and return the number of the first.
-
-        Without ids they are those of the names; from the next free one on where these tell none.
+        """Take the layers into the table and return the number of the first. Ids are by default
+        those of the names, and go on from the next free one where the names tell none.
         """
         if layer_ids is None:
             layer_ids = moe_layer_ids(module, [layer.name for layer in layers])
@@ -326,10 +324,11 @@ class RoutingRecorder:
 
     def _hook_encoder(self, encoder: torch.nn.Module) -> list[Any]:
         """An encoder's tokens are not the decoder's: its pass inside the model's is a block."""
-        outer: list[Annotation | None] = []
+        outer: Annotation | None = None
 
         def begins(module, args, kwargs):
-            outer[:] = [self._labels]
+            nonlocal outer
+            outer = self._labels
             if self._records():
                 self._finish()
                 self._labels = None
@@ -338,7 +337,7 @@ class RoutingRecorder:
         def ends(*_args):
             if self._records():
                 self._finish()
-                self._labels = outer[0] if outer and self._forward is not None else None
+                self._labels = None if self._forward is None else outer
 
         return [
             encoder.register_forward_pre_hook(Hook(begins), with_kwargs=True),
@@ -351,8 +350,7 @@ class RoutingRecorder:
             return
         if self._writer is None:
             self._start()
-        if self._sequences is None:
-            self._sequences = Sequences(self._assembler.new_requests)
+        self._sequences = self._sequences or Sequences(self._assembler.new_requests)
         explicit = current_annotation()
         labels = self._sequences.labels(module, given, explicit)
         self._labels = labels if labels is not explicit else None
@@ -370,9 +368,8 @@ class RoutingRecorder:
             self._finish()  # else the next forward pass does: drafts may be rejected until then
 
     def _records(self) -> bool:
-        """False after a failure or close, in a forked child, and in backward (recomputation).
-
-        And where another rank records the same tokens.
+        """False after a failure or close, in a forked child, in backward (recomputation), and where
+        another rank records the same tokens.
         """
         if self._failure is not None:
             if self._strict and not self._closed:
@@ -409,9 +406,8 @@ class RoutingRecorder:
         self._assembler.step, self._assembler.explicit_steps = step, True
 
     def replayed(self) -> None:
-        """Label the replay of a CUDA graph that was just launched by the ``annotate`` around it.
-
-        After every replay or after none: without it a replay has new requests, and its stage is
+        """Label the replay of a CUDA graph that was just launched by the ``annotate`` around it;
+        after every replay or after none. Without it a replay has new requests, and its stage is
         that of the capture.
         """
         if self._running and self._writer is not None:

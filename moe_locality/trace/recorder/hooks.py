@@ -232,18 +232,16 @@ def _do_nothing(*_args: Any) -> None:
 
 
 class IdleSteps:
-    """Knows which forward passes of ``generate(synced_gpus=True)`` are for the other ranks only.
-
-    A rank whose requests are done runs its model on until all ranks are done. It stands in for the
+    """Knows which forward passes of ``generate(synced_gpus=True)`` are for the other ranks only: a
+    rank whose requests are done runs its model on until all ranks are done. It stands in for the
     method that transformers asks before every step, until :meth:`remove`.
     """
 
     METHOD = "_has_unfinished_sequences"
 
     def __init__(self, module: torch.nn.Module) -> None:
-        self._module = module
+        self._module, self._next = module, False
         self._original: Any = getattr(module, self.METHOD, None)
-        self._next = False
         if self._original is not None:
             vars(module)[self.METHOD] = self
 
@@ -341,10 +339,8 @@ def find_moe_layers(model: torch.nn.Module, routers: Routers | None = None) -> l
 def of_one_size(
     layers: list[MoeLayer], before: list[MoeLayer], num_experts: int | None
 ) -> list[MoeLayer]:
-    """Return the layers with ``num_experts`` experts (None: all); a trace has one number for all.
-
-    Raises:
-        TraceError: none has that many, or they and those attached ``before`` differ.
+    """Return the layers with ``num_experts`` experts (None: all). A trace has one number for all:
+    TraceError where none has that many, or they and those attached ``before`` differ.
     """
     chosen = [layer for layer in layers if num_experts in (None, layer.num_experts)]
     sizes = {layer.num_experts for layer in [*chosen, *before]}
@@ -469,9 +465,8 @@ def pipeline_rank(model: torch.nn.Module) -> int | None:
 
 
 def repeats_tokens(model: torch.nn.Module) -> bool:
-    """Whether another rank records the tokens of this one: the first of its tensor-parallel group.
-
-    transformers gives the ranks of such a group the same batch.
+    """Whether another rank records the tokens of this one: the first of its tensor-parallel group,
+    whose ranks transformers gives the same batch.
     """
     for module in model.modules():
         mesh: Any = getattr(module, "_device_mesh", None)
@@ -603,9 +598,8 @@ def _alike_below(name: str, above: str, lists: _Lists, moe: set[str]) -> tuple[s
 
 
 def _pipeline_numbers(kinds: Sequence[Any], prefix: str, names: Sequence[str]) -> list[int]:
-    """Number of each MoE layer among the blocks of all stages.
-
-    Blocks are the layers of the class that comes most often, and all between them.
+    """Number of each MoE layer among the blocks of all stages: the layers of the class that comes
+    most often, and all between them.
     """
     blocks = {kind for kind, _ in Counter(filter(None, kinds)).most_common(1)}
     span: list[int] = []

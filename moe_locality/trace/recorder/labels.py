@@ -210,13 +210,10 @@ def layout_of(
     annotation: Annotation,
     sequence_first: bool = False,
 ) -> Layout:
-    """Return how ``num_tokens`` lie in sequences.
+    """Return how ``num_tokens`` lie in sequences; TraceError for neither B nor T labels.
 
     ``shape`` holds the first two axes of a [B, S, D] (or [S, B, D]) input where one was seen.
     Without it the annotation's labels say B; without those all tokens count as one sequence.
-
-    Raises:
-        TraceError: the annotation has neither B nor T labels.
     """
     labels = annotation.num_labels
     if shape is not None and shape[0] * shape[1] == num_tokens:
@@ -242,8 +239,7 @@ def check_fits(annotation: Annotation, layout: Layout, first_forward: bool) -> N
     known = ((), (layout.num_sequences,))
     if positions is not None and positions.shape not in known and first_forward:
         layout.per_token(positions, "positions")
-    if annotation.mask is not None and (first_forward or annotation.stage != GENERATE):
-        layout.per_token(annotation.mask, "a mask")
+    _mask(annotation, layout, first_forward)
 
 
 REMEMBERED_REQUESTS = 65_536
@@ -285,11 +281,9 @@ class PositionBook:
         first: bool,
     ) -> None:
         """Note where a prefill or decode ended; ``starts`` and ``request_ids`` as in ``spread``."""
-        position = _positions(annotation, layout, request_ids, starts)
-        if len(request_ids) == layout.num_sequences:
-            ends = layout.by_sequence(position)[:, -1] if layout.length else position
-        else:
-            ends = position
+        ends = _positions(annotation, layout, request_ids, starts)
+        if len(request_ids) == layout.num_sequences and layout.length:
+            ends = layout.by_sequence(ends)[:, -1]
         keep = _mask(annotation, layout, first)
         if keep is not None and len(ends) == len(keep):
             request_ids, ends = request_ids[keep], ends[keep]
@@ -434,9 +428,8 @@ class Sequences:
         self._known: weakref.WeakKeyDictionary[Any, Generation] = weakref.WeakKeyDictionary()
 
     def labels(self, module: Any, given: dict[str, Any], explicit: Annotation) -> Annotation:
-        """Return ``explicit`` with what it leaves open filled in from a forward pass's arguments.
-
-        ``given`` holds the arguments by name. On a GPU this waits for mask and positions.
+        """Return ``explicit`` with what it leaves open filled in from the arguments of a forward
+        pass, by name. On a GPU this waits for mask and positions.
         """
         shape = _tokens_shape(given)
         if shape is None or explicit.stage == "decode" or explicit.positions is not None:
@@ -446,7 +439,7 @@ class Sequences:
             return _without_cache(given, shape, explicit, self._new_requests)
         past = int(cache.get_seq_length())
         keep = _mask_of(given, shape, past, explicit)
-        rows = shape[0]
+        rows, length = shape
         explicit_ids = _widened(explicit.request_ids, rows)
         if explicit_ids is not None and len(explicit_ids) != rows:
             return explicit  # one id per token: packed by hand
@@ -457,9 +450,9 @@ class Sequences:
                 next_position=_seen_before(given, rows, past),
                 ended=np.zeros(rows, bool),
             )
-        drafts = _drafts(given, shape[1], past)
-        decodes = past > 0 and (shape[1] == 1 or drafts == shape[1])
-        if decodes and shape[1] == 1:
+        drafts = _drafts(given, length, past)
+        decodes = past > 0 and (length == 1 or drafts == length)
+        if decodes and length == 1:
             keep = keep & ~_padding_after_end(module, given, generation)[:, None]
         within = np.maximum(np.cumsum(keep, axis=1) - 1, 0)
         stage = explicit.stage if explicit.stage not in (None, GENERATE) else None
@@ -475,8 +468,8 @@ class Sequences:
                 cache=cache,
                 generation=generation,
                 keep=keep,
-                end=past + shape[1],
-                may_reject=shape[1] > 1 and not (isinstance(logits, int) and logits == 1),
+                end=past + length,
+                may_reject=length > 1 and not (isinstance(logits, int) and logits == 1),
             ),
             explicit=explicit,
         )
@@ -562,9 +555,8 @@ def _seen_before(given: dict[str, Any], rows: int, past: int) -> np.ndarray:
 
 
 def _drafts(given: dict[str, Any], length: int, past: int) -> int:
-    """How many tokens at the end are drafts (the first of a later pass is not, yet it decodes).
-
-    Assisted generation asks for the logits of the last token before the drafts and of each draft.
+    """How many tokens at the end are drafts (the first of a later pass is not, yet it decodes):
+    assisted generation asks for the logits of the last token before the drafts and of each draft.
     """
     logits = given.get("logits_to_keep")
     if not isinstance(logits, int) or not 1 < logits <= length:

@@ -165,16 +165,6 @@ class Block:
     """CUDA event after which the picks are in host memory; None: they are."""
 
 
-@dataclass(slots=True)
-class Progress:
-    """How far the forward passes inside one annotation have come."""
-
-    annotation: Annotation
-    forward_index: int = 0
-    request_ids: np.ndarray | None = None
-    """Numbers of sequences without request ids, kept for the rest of a generation."""
-
-
 _KEPT: list[ReplayRing] = []
 """Rings that a graph writes to. A graph keeps no tensor alive, so their memory is never freed."""
 
