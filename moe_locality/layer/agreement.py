@@ -9,7 +9,7 @@ import logging
 import pickle
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
@@ -35,7 +35,9 @@ class LostRanks(PlacementError):
     """Ranks gave no answer within the time limit: they exited or hang. The job cannot go on."""
 
 
-def gather_answers(value: Any, what: str, timeout_s: float, advice: str = _HALFWAY) -> list[Any]:
+def gather_answers(
+    value: Any, what: str, timeout_s: float | None = None, advice: str = _HALFWAY
+) -> list[Any]:
     """Return every rank's value (plain data that pickles). Collective over all ranks.
 
     The lowest rank waits for the others and publishes what it has, so all ranks get the same. It
@@ -43,31 +45,40 @@ def gather_answers(value: Any, what: str, timeout_s: float, advice: str = _HALFW
 
     Args:
         what, advice: begin and end of the message where ranks do not answer.
+        timeout_s: None: that of collectives.
 
     Raises:
         LostRanks: some rank did not answer within ``timeout_s`` seconds; names the ranks.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return [value]
+    limit_s = timeout_s or compat.default_timeout().total_seconds()
+
+    def no_answer(ranks: list[int]) -> LostRanks:
+        return LostRanks(
+            f"{what}: found no answer from ranks {ranks} within {limit_s:g} s, expected one from "
+            f"every rank: they exited or hang. {advice}"
+        )
+
     me, world, store = dist.get_rank(), dist.get_world_size(), compat.default_store()
     key = f"moe_locality/agreement/{next(_numbers)}"
     try:
         store.set(f"{key}/{me}", pickle.dumps(value))
         if me == 0:
-            store.set(key, pickle.dumps(_collect(store, key, world, timeout_s)))
-        store.wait([key], timedelta(seconds=2 * timeout_s + 5))
+            store.set(key, pickle.dumps(_collect(store, key, world, limit_s)))
+        store.wait([key], timedelta(seconds=2 * limit_s + 5))
         found = pickle.loads(store.get(key))
         store.set(f"{key}/read/{me}", "")
     except RuntimeError as error:  # DistStoreError is one: the store is gone, or rank 0 is late
-        raise LostRanks(_message([0], what, timeout_s, advice)) from error
+        raise no_answer([0]) from error
     lost = [rank for rank, answer in enumerate(found) if answer is None]
     if me == 0:
         here = [rank for rank in range(world) if rank not in lost]
-        limit = min(timedelta(seconds=timeout_s), compat.READ_LIMIT)
+        limit = min(timedelta(seconds=limit_s), compat.READ_LIMIT)
         # a rank that is late still reads it
         compat.forget_when_read(store, key, here, limit, forget=not lost)
     if lost:
-        raise LostRanks(_message(lost, what, timeout_s, advice))
+        raise no_answer(lost)
     return [pickle.loads(answer) for answer in found]
 
 
@@ -75,10 +86,7 @@ def all_succeed(check: Callable[[], T]) -> T:
     """Return ``check()``; where it raises on a rank, raise on all ranks. Collective.
 
     For checks before anything changes. ``check`` calls no collective. The rank that failed raises
-    its own error, the others raise the first one.
-
-    Raises:
-        LostRanks: some rank did not come here within the timeout of collectives.
+    its own error, the others the first one; LostRanks where some did not come here in time.
     """
     result, failure = None, None
     try:
@@ -86,7 +94,7 @@ def all_succeed(check: Callable[[], T]) -> T:
     except Exception as error:  # noqa: BLE001  raised below, on all ranks
         failure = error
     mine = None if failure is None else (type(failure), str(failure))
-    found = gather_answers(mine, "checking on all ranks", _collective_timeout_s(), _BEFORE)
+    found = gather_answers(mine, "checking on all ranks", advice=_BEFORE)
     if failure is not None:
         raise failure
     failed = [(rank, item) for rank, item in enumerate(found) if item is not None]
@@ -98,10 +106,8 @@ def all_succeed(check: Callable[[], T]) -> T:
 
 
 def decided_by_first(mine: Any, decide: Callable[[list[Any]], T]) -> T:
-    """Return what rank 0 decides on from what every rank gives (``mine``). Collective.
-
-    Raises:
-        LostRanks, or what ``decide`` raises: on all ranks.
+    """Return what rank 0 decides on from what every rank gives (``mine``). Collective: LostRanks,
+    or what ``decide`` raises, rises on all ranks.
     """
     first = dist.get_rank() == 0
     gathered: list[Any] = [None] * dist.get_world_size()
@@ -152,8 +158,7 @@ def announce(layers: str, section: MoeLocalityConfig, placed: bool) -> None:
 def all_agree(what: str, value: str, error: type[MoeLocalityError] = PlacementError) -> None:
     """Raise ``error`` on all ranks unless ``value`` is the same on all of them. Collective."""
     ranks_with: dict[str, list[int]] = defaultdict(list)
-    answers = gather_answers(value, f"comparing {what}", _collective_timeout_s(), _BEFORE)
-    for rank, found in enumerate(answers):
+    for rank, found in enumerate(gather_answers(value, f"comparing {what}", advice=_BEFORE)):
         ranks_with[found].append(rank)
     if len(ranks_with) == 1:
         return
@@ -171,11 +176,6 @@ def _told(value: str) -> str:
     return value[:12] if re.fullmatch("[0-9a-f]{32,}", value) else value
 
 
-def _collective_timeout_s() -> float:
-    running = dist.is_available() and dist.is_initialized()
-    return compat.default_timeout().total_seconds() if running else 0.0
-
-
 def _collect(store: Any, key: str, world: int, timeout_s: float) -> list[bytes | None]:
     """Return every rank's answer; None for those that are missing when the time is over."""
     names = [f"{key}/{rank}" for rank in range(world)]
@@ -185,10 +185,3 @@ def _collect(store: Any, key: str, world: int, timeout_s: float) -> list[bytes |
     except RuntimeError:
         here = [store.check([name]) for name in names]
     return [store.get(name) if there else None for name, there in zip(names, here, strict=True)]
-
-
-def _message(ranks: Sequence[int], what: str, timeout_s: float, advice: str) -> str:
-    return (
-        f"{what}: found no answer from ranks {list(ranks)} within {timeout_s:g} s, expected one "
-        f"from every rank: they exited or hang. {advice}"
-    )

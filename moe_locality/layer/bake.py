@@ -9,13 +9,13 @@ masters). It is left out, because it would silently follow the slots; the summar
 """
 
 import copy
+import hashlib
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ from moe_locality.layer.checkpoint import (
     MODEL_STATES,
     OPTIMIZER_STATES,
     make_entry,
-    orders_of,
     read_entry,
     read_file,
     renumbered,
@@ -57,8 +56,6 @@ AUTO_EP_GATE = re.compile(
 )
 """AutoEP's router has two names where transformers records what it says."""
 
-_SAMPLED_BYTES = 256  # of a tensor, compared first
-
 
 # -- the files of a checkpoint ------------------------------------------------------------------
 
@@ -73,10 +70,9 @@ class CheckpointFiles:
     """
 
     folder: Path
-    num_layers: int = 0
     num_experts: int = 0
-    prefixes: tuple[str, ...] = ()
     auto_ep: bool = False
+    prefixes: list[str] = field(default_factory=list)
     experts: dict[tuple[int, ...], Path] = field(default_factory=dict)
     dense: dict[int, Path] = field(default_factory=dict)
     optimizer: dict[tuple[int, int], Path] = field(default_factory=dict)
@@ -95,10 +91,8 @@ class CheckpointFiles:
 
 
 def find_files(folder: Path) -> CheckpointFiles:
-    """Classify the files of a tag's folder and check that no expert is missing.
-
-    Raises:
-        ConfigError: no MoE checkpoint of this kind, or files are missing.
+    """Classify the files of a tag's folder; raise ConfigError where it is no MoE checkpoint of this
+    kind, or files are missing.
     """
     files = CheckpointFiles(folder=folder)
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -113,15 +107,23 @@ def find_files(folder: Path) -> CheckpointFiles:
             files.other_optimizer.append(path)
         else:
             files.copied.append(path)
-    files.num_layers, files.num_experts = _check_complete(files)
-    first = min(files.dense)
-    names = [_name_of(files.experts[layer, 0, first]) for layer in range(files.num_layers)]
-    files.prefixes, files.auto_ep = tuple(prefix for prefix, _ in names), names[0][1]
+    num_layers, files.num_experts = _check_complete(files)
+    for layer in range(num_layers):
+        path = files.experts[layer, 0, min(files.dense)]
+        found = {match[1]: key for key in read_file(path) if (match := EXPERT_KEY.fullmatch(key))}
+        if len(found) != 1:
+            raise ConfigError(
+                f"{path}: found the experts of {sorted(found)}, expected those of one "
+                "deepspeed.moe.layer.MoE or of one layer of AutoEP"
+            )
+        ((prefix, key),) = found.items()
+        files.prefixes.append(prefix)
+        files.auto_ep = ".deepspeed_moe." not in key
     return files
 
 
 def _check_complete(files: CheckpointFiles) -> tuple[int, int]:
-    """Return the numbers of layers and slots; raise ConfigError where a file of them is missing."""
+    """Return the numbers of layers and slots."""
     folder, experts, dense = files.folder, files.experts, files.dense
     if not experts:
         old = [p.name for p in files.copied if re.match(r"expert_\d+_mp_rank_", p.name)]
@@ -150,55 +152,34 @@ def _check_complete(files: CheckpointFiles) -> tuple[int, int]:
     return layers, slots
 
 
-def _name_of(path: Path) -> tuple[str, bool]:
-    """The module name of the layer that an expert file belongs to, and whether it is AutoEP's."""
-    found = {match[1]: key for key in read_file(path) if (match := EXPERT_KEY.fullmatch(key))}
-    if len(found) != 1:
-        raise ConfigError(
-            f"{path}: found the experts of {sorted(found)}, expected those of one "
-            "deepspeed.moe.layer.MoE or of one layer of AutoEP"
-        )
-    prefix, key = found.popitem()
-    return prefix, ".deepspeed_moe." not in key
-
-
 class _TiedTensors:
     """Refuses equal tensors in layers that move in different ways (files do not say what is tied).
 
-    Tensors of one value (fresh biases, norms) do not count. Contents are compared in full only
-    where a sample of their bytes is equal.
+    Tensors of one value (fresh biases, norms) do not count.
     """
 
     def __init__(self, sources: Sequence[np.ndarray]) -> None:
         self.sources = sources
-        self.possible = any(not np.array_equal(sources[0], other) for other in sources)
-        self._seen: dict[Any, list[tuple[int, str, Callable[[], dict[str, Any]]]]] = {}
+        self._first: dict[bytes, tuple[int, str]] = {}  # layer and name, by a hash of the values
 
-    def check(self, layer: int, read: Callable[[], dict[str, Any]]) -> None:
-        """Raise PlacementError where ``read()`` has a tensor of a layer that moves otherwise."""
-        for name, value in read().items() if self.possible else ():
+    def check(self, layer: int, tensors: dict[str, Any]) -> None:
+        """Raise PlacementError where one of a layer's tensors is in a layer that moves otherwise."""
+        for name, value in tensors.items():
             if not torch.is_tensor(value) or value.numel() < 2:
                 continue
             if (value == value.flatten()[0]).all():
                 continue
-            raw = _bytes_of(value)
-            sample = raw[:: -(-len(raw) // _SAMPLED_BYTES)].numpy().tobytes()
-            earlier = self._seen.setdefault((len(raw), sample), [])
-            for other, other_name, read_other in earlier:
-                same_move = np.array_equal(self.sources[other], self.sources[layer])
-                if not same_move and torch.equal(_bytes_of(read_other()[other_name]), raw):
-                    raise PlacementError(
-                        f"found the same values in {name} (MoE layer {layer}) and {other_name} "
-                        f"(MoE layer {other}), and a plan that moves these layers in different "
-                        "ways, expected experts and router of each layer to be its own: where the "
-                        "model ties them, one order would be wrong for the other layer. Give both "
-                        "layers the same order in the plan"
-                    )
-            earlier.append((layer, name, read))
-
-
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            raw = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            digest = hashlib.blake2b(raw.numpy().data).digest()
+            other, other_name = self._first.setdefault(digest, (layer, name))
+            if not np.array_equal(self.sources[other], self.sources[layer]):
+                raise PlacementError(
+                    f"found the same values in {name} (MoE layer {layer}) and {other_name} (MoE "
+                    f"layer {other}), and a plan that moves these layers in different ways, "
+                    "expected experts and router of each layer to be its own: where the model ties "
+                    "them, one order would be wrong for the other layer. Give both layers the same "
+                    "order in the plan"
+                )
 
 
 def bake_dense(
@@ -206,11 +187,9 @@ def bake_dense(
 ) -> dict[str, Any]:
     """Return a ``mp_rank`` state whose router rows are in the new order; the input stays.
 
-    Raises:
-        ConfigError: a router is missing, or frozen experts are stored in ZeRO's fragments.
+    Raises ConfigError where a router is missing, or frozen experts are in ZeRO's fragments.
     """
-    baked = dict(states)
-    module = baked["module"] = copy.copy(states.get("module") or {})
+    module, fragments = states.get("module") or {}, states.get("frozen_param_fragments")
     gates = files.gates_among(module)
     for layer, prefix in enumerate(files.prefixes):
         if layer not in gates.values():
@@ -218,7 +197,6 @@ def bake_dense(
                 f"{path}: found no router below {prefix}, expected that of MoE layer {layer}: "
                 "pipeline checkpoints keep it in files of their own and cannot be baked yet"
             )
-    fragments = states.get("frozen_param_fragments")
     if fragments and any(EXPERT_KEY.fullmatch(name) for name in fragments):
         raise ConfigError(
             f"{path}: found frozen experts among ZeRO's fragments, expected none: DeepSpeed keeps "
@@ -226,21 +204,14 @@ def bake_dense(
         )
     tied = _TiedTensors(sources)
     for key, layer in gates.items():
-        tied.check(layer, partial(dict, {key: module[key]}))
-    _permute_gates(module, gates, sources)
-    if fragments:
-        baked["frozen_param_fragments"] = copy.copy(fragments)
-        _permute_gates(baked["frozen_param_fragments"], gates, sources)
+        tied.check(layer, {key: module[key]})
+    baked = dict(states)
+    for part in ("module", "frozen_param_fragments"):
+        if states.get(part):
+            tensors = baked[part] = copy.copy(states[part])
+            for key in gates.keys() & tensors.keys():
+                tensors[key] = tensors[key][torch.from_numpy(sources[gates[key]])]
     return baked
-
-
-def _permute_gates(
-    states: dict[str, Any], gates: dict[str, int], sources: Sequence[np.ndarray]
-) -> None:
-    """Put the rows of every router in ``states`` (name -> tensor) into the new order."""
-    for key, layer in gates.items():
-        if key in states:
-            states[key] = states[key][torch.from_numpy(sources[layer])]
 
 
 def _write_file(states: Any, path: Path) -> None:
@@ -249,65 +220,63 @@ def _write_file(states: Any, path: Path) -> None:
 
 # -- optimizer state at ZeRO stage 0 ---------------------------------------------------------------
 
+OptimizerStates = dict[tuple[int, int], dict[str, Any]]
+"""The content of the optimizer file of each (EP rank, mp rank)."""
+
 
 class NotBaked(Exception):
     """The optimizer state cannot be baked exactly; the message says why."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OptimizerStates:
-    """States of all ranks. ``names[i]`` is the name of parameter i, experts by local number."""
-
-    files: CheckpointFiles
-    states: dict[tuple[int, int], dict[str, Any]]
-    names: list[str]
-    per_rank: int
-
-    def baked(
-        self, sources: Sequence[np.ndarray]
-    ) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
-        """Yield ((EP rank, mp rank), content of its file) in the new order."""
-        index_of = {name: i for i, name in enumerate(self.names)}
-        layer_of = {prefix: layer for layer, prefix in enumerate(self.files.prefixes)}
-        gates = self.files.gates_among(self.names)
-        for (rank, mp), content in self.states.items():
-            baked = dict(content)
-            if content.get("optimizer") is None:
-                yield (rank, mp), baked
-                continue
+def baked_optimizer(
+    files: CheckpointFiles, states: OptimizerStates, names: list[str], sources: Sequence[np.ndarray]
+) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
+    """Yield ``states`` in the new order; ``names[i]``: parameter i, experts by local number."""
+    index_of = {name: i for i, name in enumerate(names)}
+    layer_of = {prefix: layer for layer, prefix in enumerate(files.prefixes)}
+    gates = files.gates_among(names)
+    per_rank = files.num_experts // _num_ranks(states)
+    for (rank, mp), content in states.items():
+        baked = dict(content)
+        if content.get("optimizer") is not None:
             optimizer = baked["optimizer"] = dict(content["optimizer"])
             old = optimizer["state"]
             new = optimizer["state"] = {}
-            for i, name in enumerate(self.names):
+            for i, name in enumerate(names):
                 state = old.get(i)
                 if name in gates and state is not None:
                     state = _permuted(state, sources[gates[name]])
                 elif match := EXPERT_KEY.fullmatch(name):
                     source = sources[layer_of[match[1]]]
-                    slot = int(source[rank * self.per_rank + int(match[2])])
-                    there = self.states[slot // self.per_rank, mp]["optimizer"]["state"]
-                    state = there.get(index_of[renumbered_key(name, slot % self.per_rank)])
+                    slot = int(source[rank * per_rank + int(match[2])])
+                    there = states[slot // per_rank, mp]["optimizer"]["state"]
+                    state = there.get(index_of[renumbered_key(name, slot % per_rank)])
                 if state is not None:
                     new[i] = state
-            yield (rank, mp), baked
+        yield (rank, mp), baked
+
+
+def _num_ranks(states: OptimizerStates) -> int:
+    return 1 + max(rank for rank, _ in states)
 
 
 def read_optimizer_states(
     files: CheckpointFiles,
-    dense: dict[int, dict[str, Any]],
+    dense: dict[str, Any],
     names: list[list[str]] | None,
     *,
     trusted: bool,
     trust_order: bool,
-) -> OptimizerStates | None:
-    """Read all optimizer files and check that they can be baked; None: the checkpoint has none.
+) -> tuple[OptimizerStates, list[str]] | None:
+    """Read all optimizer files, and the names of their parameters; None: the checkpoint has none.
 
     Args:
+        dense: state of an ``mp_rank`` file.
         names: per parameter group, the names of its parameters, if the checkpoint has them.
         trust_order: without names, take the order of the model.
 
     Raises:
-        NotBaked: why not.
+        NotBaked: why they cannot be baked.
     """
     if files.other_optimizer:
         raise NotBaked(
@@ -321,7 +290,7 @@ def read_optimizer_states(
     states = {key: read_file(path, trusted=trusted) for key, path in files.optimizer.items()}
     contents = [content.get("optimizer") for content in states.values()]
     if all(content is None for content in contents):
-        return OptimizerStates(files=files, states=states, names=[], per_rank=1)  # as they are
+        return states, []  # as they are
     for content in contents:
         if not isinstance(content, dict) or set(content) != {"state", "param_groups"}:
             found = sorted(content) if isinstance(content, dict) else type(content).__name__
@@ -332,26 +301,25 @@ def read_optimizer_states(
     if names is not None:
         flat = [name for group in names for name in group]
     elif trust_order:
-        flat = _names_by_order(files, next(iter(dense.values())), states)
+        flat = _names_by_order(files, dense, states)
     else:
         raise NotBaked(
             "the checkpoint does not name the optimizer's parameters (moe_locality did not save "
             "it); if they are in the order of the model, allow it (trust_parameter_order=True, "
             "--trust-parameter-order), else load with load_module_only=True"
         )
-    ranks = 1 + max(rank for rank, _ in states)
-    per_rank, rest = divmod(files.num_experts, ranks)
+    per_rank, rest = divmod(files.num_experts, _num_ranks(states))
     _check_names(files, flat, per_rank if rest == 0 else 0, contents)
-    _check_shapes(flat, contents, files.num_experts)
-    return OptimizerStates(files=files, states=states, names=flat, per_rank=per_rank)
+    return states, flat
 
 
 def _check_names(files: CheckpointFiles, names: list[str], per_rank: int, contents: Any) -> None:
-    local: dict[str, set[int]] = {prefix: set() for prefix in files.prefixes}
+    """Every layer has as many experts on every rank, every file these parameters, and every moment
+    of a router a row per expert (or one number)."""
+    trained: dict[str, set[int]] = {}
     for name in names:
         if match := EXPERT_KEY.fullmatch(name):
-            local.setdefault(match[1], set()).add(int(match[2]))
-    trained = {prefix: found for prefix, found in local.items() if found}
+            trained.setdefault(match[1], set()).add(int(match[2]))
     if any(found != set(range(per_rank)) for found in trained.values()):
         raise NotBaked(
             f"found {len(files.optimizer)} optimizer files and the local experts "
@@ -365,41 +333,36 @@ def _check_names(files: CheckpointFiles, names: list[str], per_rank: int, conten
                 f"found {len(numbers)} parameters in an optimizer file, expected the "
                 f"{len(names)} that the checkpoint names"
             )
-
-
-def _check_shapes(names: list[str], contents: Any, num_experts: int) -> None:
-    """Raise NotBaked unless every moment of a router has a row per expert (or one number)."""
-    for content in contents:
         for i, name in enumerate(names):
-            if ".deepspeed_moe.gate." not in name:
-                continue
-            for key, value in content["state"].get(i, {}).items():
-                if torch.is_tensor(value) and value.numel() != 1 and len(value) != num_experts:
+            state = content["state"].get(i, {}) if ".deepspeed_moe.gate." in name else {}
+            for key, value in _arrays(state).items():
+                if len(value) != files.num_experts:
                     raise NotBaked(
                         f"{name}: found the state {key!r} of shape {tuple(value.shape)}, expected "
-                        f"{num_experts} rows"
+                        f"{files.num_experts} rows"
                     )
+
+
+def _arrays(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of a parameter's state, without step counters."""
+    return {k: v for k, v in state.items() if torch.is_tensor(v) and v.numel() != 1}
 
 
 def _permuted(state: dict[str, Any], source: np.ndarray) -> dict[str, Any]:
     order = torch.from_numpy(source)
-    return {
-        key: value[order] if torch.is_tensor(value) and value.numel() != 1 else value
-        for key, value in state.items()
-    }
+    return {**state, **{key: value[order] for key, value in _arrays(state).items()}}
 
 
 def _names_by_order(
-    files: CheckpointFiles, dense: dict[str, Any], states: dict[tuple[int, int], dict[str, Any]]
+    files: CheckpointFiles, dense: dict[str, Any], states: OptimizerStates
 ) -> list[str]:
     """Return DeepSpeed's default: the dense parameters, then the experts, in model order."""
     buffers = set(dense.get("buffer_names") or ())
     shapes = {k: tuple(v.shape) for k, v in dense["module"].items() if k not in buffers}
-    per_rank = files.num_experts // (1 + max(rank for rank, _ in states))
     mp = min(files.dense)
     experts = {}
-    for layer in range(files.num_layers):
-        for slot in range(per_rank):
+    for layer in range(len(files.prefixes)):
+        for slot in range(files.num_experts // _num_ranks(states)):
             path = files.experts[layer, slot, mp]
             experts |= {k: tuple(v.shape) for k, v in read_file(path).items() if k not in buffers}
     content = states[0, mp]["optimizer"]
@@ -411,11 +374,7 @@ def _names_by_order(
             "expert parameters in the order of the model: the order cannot be trusted"
         )
     for i, (name, shape) in enumerate(flat.items()):
-        found = {
-            tuple(v.shape)
-            for v in content["state"].get(i, {}).values()
-            if torch.is_tensor(v) and v.numel() != 1
-        }
+        found = {tuple(v.shape) for v in _arrays(content["state"].get(i, {})).values()}
         if found - {shape}:
             raise NotBaked(
                 f"found states of shape {sorted(found)} for parameter {i}, expected {shape} of "
@@ -440,14 +399,13 @@ def bake_checkpoint(
     """Write a copy of an MoE checkpoint with its experts where ``plan`` wants them.
 
     The checkpoint is DeepSpeed's, or the folder of a Hugging Face model (``config.json`` and
-    safetensors: ``hf_checkpoint.bake_hugging_face``).
-    A checkpoint of DeepSpeed that is already placed goes from its order to the plan's; the linear
-    plan brings logical order back, bit for bit. ``out_dir`` appears whole or not at all.
+    safetensors: ``hf_checkpoint.bake_hugging_face``). One of DeepSpeed that is already placed goes
+    from its order to the plan's; the linear plan brings logical order back, bit for bit.
 
     Args:
         checkpoint_dir: folder with ``latest`` and one folder per tag.
         plan: a permutation; its ``layer_ids`` are the transformer layers that have experts.
-        out_dir: new (or empty) folder.
+        out_dir: new (or empty) folder, which appears whole or not at all.
         tag: which checkpoint; by default the one that ``latest`` names.
         trust_checkpoint: unpickle objects that are not plain data; they can run code.
         trust_parameter_order: a checkpoint that moe_locality did not save does not name the
@@ -494,29 +452,30 @@ class _Bake:
         groups: int | None,
     ) -> None:
         files = find_files(folder)
-        plan.check_fits(num_experts=files.num_experts, layer_count=files.num_layers)
+        num_layers = len(files.prefixes)
+        plan.check_fits(num_experts=files.num_experts, layer_count=num_layers)
         dense = {mp: read_file(path, trusted=trusted) for mp, path in files.dense.items()}
-        first = min(dense)
+        first = dense[min(dense)]
         if files.auto_ep:
-            section = dense[first]["ds_config"]["expert_parallel"]
+            section = first["ds_config"]["expert_parallel"]
             preset = section.get("preset_model") or "unnamed"
             family = PRESETS.get(preset, PRESETS["deepseek_v3"])
             check_groups(plan, groups_of({}, preset, family, groups) or 1)
-        numbers = layer_numbers(files.prefixes, dense[first].get("module") or ())
-        entry = read_entry(dense[first], files.dense[first]) or {}
-        current = orders_of(entry or None, files.num_layers, files.num_experts)
-        rows = plan.rows_for(numbers, files.num_layers)
+        path = files.dense[min(dense)]
+        entry, current = read_entry(first, path, num_layers, files.num_experts)
+        rows = plan.rows_for(layer_numbers(files.prefixes, first.get("module") or ()), num_layers)
         target = [row.astype(np.int64) for row in plan.physical_to_logical_map[rows]]
         self.files, self.dense, self.plan, self.trusted = files, dense, plan, trusted
         self.sources = [source_slots(old, new) for old, new in zip(current, target, strict=True)]
         names = entry.get("optimizer_names")
-        self.optimizer: OptimizerStates | None = None
+        self.optimizer = None
         self.left_out = "an earlier bake left it out" if entry.get("optimizer_left_out") else None
         try:
             if entry.get("replicas"):
                 raise NotBaked("it was made with replicas, and belongs to their slots")
-            trusts = {"trusted": trusted, "trust_order": trust_order}
-            self.optimizer = read_optimizer_states(files, dense, names, **trusts)
+            self.optimizer = read_optimizer_states(
+                files, first, names, trusted=trusted, trust_order=trust_order
+            )
         except NotBaked as reason:
             self.left_out = str(reason)
             logger.warning("the optimizer state was left out of %s: %s", folder, reason)
@@ -537,12 +496,12 @@ class _Bake:
         tied = _TiedTensors(self.sources)
         for (layer, slot, mp), path in files.experts.items():  # one file in memory at a time
             old = int(self.sources[layer][slot])
-            read = partial(read_file, files.experts[layer, old, mp], trusted=self.trusted)
-            tied.check(layer, read)
-            _write_file(renumbered(read(), slot), folder / path.name)
+            states = read_file(files.experts[layer, old, mp], trusted=self.trusted)
+            tied.check(layer, states)
+            _write_file(renumbered(states, slot), folder / path.name)
         rank_0: dict[int, Any] = {}
         if self.optimizer is not None:
-            for (rank, mp), states in self.optimizer.baked(self.sources):
+            for (rank, mp), states in baked_optimizer(files, *self.optimizer, self.sources):
                 _write_file(states, folder / files.optimizer[rank, mp].name)
                 if rank == 0:
                     rank_0[mp] = states["optimizer"]
@@ -559,7 +518,7 @@ class _Bake:
         optimizer = "baked" if baked else "none"
         left_out = [*files.other_optimizer, *(() if baked else files.optimizer.values())]
         return {
-            "num_layers": files.num_layers,
+            "num_layers": len(files.prefixes),
             "num_experts": files.num_experts,
             "plan_digest": self.plan.digest(),
             **count_moves(self.sources, self.plan.slots_per_rank),

@@ -1,8 +1,7 @@
 """Checkpoints of a placed engine: weights in slot order, with the expert of each slot beside them.
 
 A stock DeepSpeed engine loads them and computes the same function, because router rows and experts
-are permuted alike. ``wrap_checkpoints`` writes the slot order with every save, reads it before
-every load, and moves weights and moments to the engine's own placement.
+are permuted alike. ``wrap_checkpoints`` adds what a load needs to move them.
 
 With replicas, a checkpoint holds every logical expert once, as DeepSpeed writes E experts: the
 lowest slot that holds an expert writes its file, and every slot that holds it reads that file
@@ -69,13 +68,11 @@ EXPERT_KEY = re.compile(
 EXPERT_STATES = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
 OPTIMIZER_STATES = re.compile(r"expp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 
+logger = logging.getLogger(__name__)
+
 
 def resolve_tag(folder: Path, tag: str | None) -> str:
-    """Return the tag, read from the file ``latest`` where none is given.
-
-    Raises:
-        ConfigError: there is no such checkpoint.
-    """
+    """Return the tag, read from ``latest`` where none is given; ConfigError: no such checkpoint."""
     if tag is None:
         latest = folder / "latest"
         try:
@@ -97,11 +94,8 @@ def read_file(path: Path, *, trusted: bool = False) -> dict[str, Any]:
     """Read a file of a checkpoint on the CPU, tensors mapped from disk where the format allows.
 
     Only tensors and plain types are unpickled, with numpy arrays and ``argparse.Namespace``, which
-    training scripts put into ``client_state``. ``trusted=True`` unpickles anything, which can run
-    code.
-
-    Raises:
-        ConfigError: the file holds other objects, or cannot be read.
+    training scripts put into ``client_state``, else ConfigError. ``trusted=True`` unpickles
+    anything, which can run code.
     """
     try:
         with torch.serialization.safe_globals(_allowed()):
@@ -168,15 +162,18 @@ def make_entry(
     return entry if replicas is None else {**entry, "replicas": replicas}
 
 
-def read_entry(state: dict[str, Any], path: Path) -> dict[str, Any] | None:
-    """Return the checked entry of a ``mp_rank`` file, None where there is none.
+def read_entry(
+    state: dict[str, Any], path: Path, layers: int, experts: int
+) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """Return the entry of a ``mp_rank`` file, and per MoE layer [E] the logical expert of each
+    slot; without an entry, ({}, identity).
 
     Raises:
-        PlacementError: the entry is damaged, or of another version.
+        PlacementError: it is damaged, of another version, or for other layers or experts.
     """
     entry = state.get(KEY)
     if entry is None:
-        return None
+        return {}, [np.arange(experts)] * layers
     version = entry.get("format_version") if isinstance(entry, dict) else None
     if version != FORMAT_VERSION:
         raise PlacementError(
@@ -189,17 +186,6 @@ def read_entry(state: dict[str, Any], path: Path) -> dict[str, Any] | None:
                 f"{path}: layer {row}: found the slot order {order}, expected a permutation: the "
                 "entry is damaged; write the checkpoint again"
             )
-    return entry
-
-
-def orders_of(entry: dict[str, Any] | None, layers: int, experts: int) -> list[np.ndarray]:
-    """Per MoE layer [E], the logical expert of each slot; identity without an entry.
-
-    Raises:
-        PlacementError: the entry is for another number of layers or experts.
-    """
-    if entry is None:
-        return [np.arange(experts)] * layers
     orders = [np.array(order, dtype=np.int64) for order in entry["slot_to_logical"]]
     sizes = sorted({len(order) for order in orders})
     if len(orders) != layers or sizes != [experts]:
@@ -207,10 +193,7 @@ def orders_of(entry: dict[str, Any] | None, layers: int, experts: int) -> list[n
             f"found slot orders of {len(orders)} MoE layers with {sizes} experts in the "
             f"checkpoint, expected {layers} layers with {experts}: it is of another model"
         )
-    return orders
-
-
-logger = logging.getLogger(__name__)
+    return entry, orders
 
 
 def wrap_checkpoints(engine: Any, plan: PlacementPlan | None = None) -> None:
@@ -266,10 +249,11 @@ class _Decision:
 
     @property
     def moves(self) -> bool:
-        return any(
-            (order != target.slot_to_logical).any()
-            for order, target in zip(self.file_orders, self.targets, strict=True)
-        )
+        return not all(map(np.array_equal, self.file_orders, self.new_orders))
+
+    @property
+    def new_orders(self) -> list[np.ndarray]:
+        return [target.slot_to_logical for target in self.targets]
 
 
 def _load(
@@ -280,35 +264,44 @@ def _load(
     files: "ExpertFiles | None",
 ) -> Any:
     decision = all_succeed(lambda: _decide(engine, arguments, plan or plan_of(engine)))
-    all_agree("checkpoints or placements", _digest(decision))
-    if files is not None and decision is not None:
-        files.orders = decision.file_orders
+    digest = "no checkpoint"
+    if decision is not None:
+        orders = [*decision.file_orders, *decision.new_orders]
+        facts = [*(order.tolist() for order in orders), decision.with_optimizer]
+        digest = _sha256(facts)
+        if files is not None:
+            files.orders = decision.file_orders
+    all_agree("checkpoints or placements", digest)
     load_path, client_state = load()
     if decision is None or load_path is None:
         return load_path, client_state
     if isinstance(client_state, dict):
         client_state.pop(KEY, None)
-    if files is not None:
-        routers_to_logical(engine, decision.file_orders)
-        return load_path, client_state
+    moved_alone = False  # weights, without their masters
     for target, order in zip(decision.targets, decision.file_orders, strict=True):
+        logical = np.arange(len(order))
+        if files is not None and (order != logical).any():  # with replicas, a router is logical
+            permute_gate(target.module.deepspeed_moe.gate, np.argsort(order))
+            order, moved_alone = logical, True
         set_slot_to_logical(target.module, order)
     if decision.moves:
         state = state_source(engine) if decision.with_optimizer else no_state
-        relabel_to(lambda: (decision.targets, state), _digest(decision))
-        if not decision.with_optimizer and hasattr(engine.optimizer, "refresh_fp32_params"):
-            engine.optimizer.refresh_fp32_params()  # masters and ZeRO partitions, from the weights
+        relabel_to(lambda: (decision.targets, state), digest)
+        moved_alone = not decision.with_optimizer
+    if moved_alone and hasattr(engine.optimizer, "refresh_fp32_params"):
+        engine.optimizer.refresh_fp32_params()  # masters and ZeRO partitions, from the weights
     return load_path, client_state
 
 
 def _decide(engine: Any, arguments: dict[str, Any], plan: PlacementPlan | None) -> _Decision | None:
     """Compare file and engine before anything is loaded; None: nothing to keep track of."""
-    peeked = _peek(Path(arguments["load_dir"]), arguments["tag"])
+    path = _first_file(Path(arguments["load_dir"]), arguments["tag"])
     layers = moe_modules(engine.module)
-    if peeked is None or not layers:
+    if path is None or not layers:
         return None  # DeepSpeed says itself what is missing
-    path, entry = peeked
-    file_orders = orders_of(entry, len(layers), layers[0][1].num_experts)
+    # tensors stay on disk; trusted: the engine unpickles this very file a moment later
+    states = read_file(path, trusted=True)
+    entry, file_orders = read_entry(states, path, len(layers), layers[0][1].num_experts)
     replicas = has_replicas(engine.module)
     if plan is not None and not replicas:
         targets = plan_targets(engine.module, plan)
@@ -322,36 +315,30 @@ def _decide(engine: Any, arguments: dict[str, Any], plan: PlacementPlan | None) 
     )
     decision = _Decision(file_orders=file_orders, targets=targets, with_optimizer=loads_optimizer)
     if loads_optimizer:
-        if entry is not None and entry.get("optimizer_left_out"):
+        if entry.get("optimizer_left_out"):
             raise ConfigError(
                 f"{path}: this checkpoint was baked without optimizer state: load its weights with "
                 "load_module_only=True"
             )
         check_optimizer_fits(engine, entry, path)
-        if decision.moves:
-            _check_moments_can_move(engine, path)
+        try:
+            if decision.moves:
+                state_source(engine)
+        except MoeLocalityError as error:
+            raise ConfigError(
+                f"{path}: found another order of experts than this engine's plan, expected the "
+                f"same, because the optimizer state cannot follow ({error}). Nothing was loaded. "
+                "Or start the engine without a plan: it then takes the order of the checkpoint"
+            ) from error
     elif not replicas:  # else every slot keeps its expert
         _check_no_moments_stay(engine, decision, path)
     return decision
 
 
-def _check_moments_can_move(engine: Any, path: Path) -> None:
-    try:
-        state_source(engine)
-    except MoeLocalityError as error:
-        raise ConfigError(
-            f"{path}: found another order of experts than this engine's plan, expected the same, "
-            f"because the optimizer state cannot follow ({error}). Nothing was loaded. Or start "
-            "the engine without a plan: it then takes the order of the checkpoint"
-        ) from error
-
-
 def _check_no_moments_stay(engine: Any, decision: _Decision, path: Path) -> None:
     """Refuse to load weights alone where the moments of the engine are in another order."""
-    stays = all(
-        (current_order(target.module) == target.slot_to_logical).all()
-        for target in decision.targets
-    )
+    orders = [current_order(target.module) for target in decision.targets]
+    stays = all(map(np.array_equal, orders, decision.new_orders))
     if stays or (engine.global_steps == 0 and not has_state(engine.optimizer)):
         return
     raise ConfigError(
@@ -361,28 +348,16 @@ def _check_no_moments_stay(engine: Any, decision: _Decision, path: Path) -> None
     )
 
 
-def _peek(folder: Path, tag: str | None) -> tuple[Path, dict[str, Any] | None] | None:
-    """Read the entry of a checkpoint; tensors stay on disk."""
+def _first_file(folder: Path, tag: str | None) -> Path | None:
     try:
         tag = resolve_tag(folder, None if tag is None else str(tag))
     except ConfigError:
         return None
     files = (path for path in (folder / tag).iterdir() if MODEL_STATES.fullmatch(path.name))
-    first = min(files, default=None)
-    if first is None:
-        return None
-    # trusted: the engine unpickles this very file a moment later
-    return first, read_entry(read_file(first, trusted=True), first)
+    return min(files, default=None)
 
 
-def _digest(decision: _Decision | None) -> str:
-    if decision is None:
-        return "no checkpoint"
-    facts = [
-        [order.tolist() for order in decision.file_orders],
-        [target.slot_to_logical.tolist() for target in decision.targets],
-        decision.with_optimizer,
-    ]
+def _sha256(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -397,8 +372,7 @@ def _optimizer_names(engine: Any) -> list[list[str]] | None:
     if optimizer is not None:
         name_of = {id(p): name for name, p in engine.module.named_parameters()}
         names = [[name_of[id(p)] for p in group["params"]] for group in optimizer.param_groups]
-    digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()
-    if dist.is_initialized() and len(set(exchange_objects(digest))) > 1:
+    if dist.is_initialized() and len(set(exchange_objects(_sha256(names)))) > 1:
         logger.warning(
             "the optimizer's parameter groups differ between ranks (set PYTHONHASHSEED=0): "
             "their names are not saved, so optimizer state cannot be baked offline"
@@ -455,9 +429,7 @@ class ExpertFiles:
 
 
 def _numbered(path: Any, number: int) -> str:
-    match = EXPERT_STATES.fullmatch(Path(path).name)
-    assert match is not None
-    name = f"layer_{match[1]}_expert_{number}_mp_rank_{match[3]}_model_states.pt"
+    name = re.sub(r"(?<=_expert_)\d+", str(number), Path(path).name)
     return str(Path(path).with_name(name))
 
 
@@ -474,15 +446,13 @@ def renumbered(state: dict[str, Any], number: int) -> dict[str, Any]:
 
 def slots_of(engine: Any) -> list[list[int]] | None:
     """Per MoE layer the expert of each slot, for the entry ``"replicas"``; None without them."""
-    if not has_replicas(engine.module):
-        return None
     found = [replicas_of(module) for _, module in moe_modules(engine.module)]
-    return [replicas.slot_to_logical.tolist() for replicas in found if replicas is not None]
+    return [one.slot_to_logical.tolist() for one in found if one is not None] or None
 
 
-def check_optimizer_fits(engine: Any, entry: dict[str, Any] | None, path: Path) -> None:
+def check_optimizer_fits(engine: Any, entry: dict[str, Any], path: Path) -> None:
     """Raise ConfigError unless the optimizer state of a checkpoint is of this engine's slots."""
-    theirs, ours = (entry or {}).get("replicas"), slots_of(engine)
+    theirs, ours = entry.get("replicas"), slots_of(engine)
     if theirs == ours:
         return
     what = {True: "no replicas", False: "replicas"}
@@ -493,15 +463,3 @@ def check_optimizer_fits(engine: Any, entry: dict[str, Any] | None, path: Path) 
         f"into the same slots only; load the weights alone (load_module_only=True). Nothing was "
         "loaded"
     )
-
-
-def routers_to_logical(engine: Any, orders: Sequence[np.ndarray]) -> None:
-    """Put router rows that were loaded in the order of a file into logical order."""
-    moved = False
-    for (_, module), order in zip(moe_modules(engine.module), orders, strict=True):
-        if (order != np.arange(len(order))).any():
-            permute_gate(module.deepspeed_moe.gate, np.argsort(order))
-            moved = True
-        set_slot_to_logical(module, np.arange(module.num_experts))
-    if moved and hasattr(engine.optimizer, "refresh_fp32_params"):
-        engine.optimizer.refresh_fp32_params()  # masters and ZeRO partitions, from the weights

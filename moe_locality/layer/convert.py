@@ -89,10 +89,7 @@ def apply(
         return section, found, None
 
     section, found, _ = agree_on_inputs(read)
-    if auto_ep:
-        _adopt_auto_ep(model, section, topology, found)
-    else:
-        _place(model, section, found, topology)
+    (_adopt_auto_ep if auto_ep else _place)(model, section, topology, found)
     return model
 
 
@@ -113,41 +110,30 @@ def _check_layers(model: nn.Module, plan: PlacementPlan | None) -> None:
 def _place(
     model: nn.Module,
     section: MoeLocalityConfig,
-    plan: PlacementPlan | None,
     topology: ClusterTopology | None,
+    plan: PlacementPlan | None,
 ) -> None:
     """Swap the layers of a model, and place its experts (collective)."""
-    layers = moe_modules(model)
-    swapped = _swap(layers, section, topology)
-    if swapped:
-        announce(
-            f"{len(swapped)} of {len(layers)} layers of {type(model).__name__}",
-            section,
-            plan is not None,
-        )
-    if plan is not None:
-        (relabel if plan.is_permutation else add_replicas)(model, plan)
-
-
-def _swap(
-    layers: list[tuple[str, Any]], section: MoeLocalityConfig, topology: ClusterTopology | None
-) -> list[str]:
-    """Turn the named layers into ours; return the names of those that were DeepSpeed's."""
     key_of = {"dispatch_config": "dispatch", "kernels": "kernels", "experts": "experts"}
     chosen: dict[str, Any] = {given: getattr(section, key) for given, key in key_of.items()}
     said = {
         given: chosen[given] for given, key in key_of.items() if key in section.model_fields_set
     }
-    swapped = []
+    layers = moe_modules(model)
+    swapped = 0
     for number, (name, module) in enumerate(layers):
         if adopt(module, **chosen, topology=topology):
-            swapped.append(name)
+            swapped += 1
         else:  # built as ours: what its constructor was given stays, unless the section says it
             configure(module, **said, topology=topology)
         layer: Any = module.deepspeed_moe
         layer.cluster = section.cluster or layer.cluster
         layer.call_position.number, layer.call_position.name = number, name
-    return swapped
+    if swapped:
+        what = f"{swapped} of {len(layers)} layers of {type(model).__name__}"
+        announce(what, section, plan is not None)
+    if plan is not None:
+        (relabel if plan.is_permutation else add_replicas)(model, plan)
 
 
 def _signature_of(
@@ -200,13 +186,13 @@ def initialize(*args: Any, **kwargs: Any) -> Any:
         if plan is not None and not plan.is_permutation:
             args, kwargs = (), _with_replicas(bound)
     result = deepspeed.initialize(*args, **kwargs)
-    module: Any = result[0].module
+    engine: Any = result[0]
     if auto_ep and section.enabled:
-        _adopt_auto_ep(result[0], section, topology, plan)
-    runtime = LocalityRuntime(model=module, config=section, plan=plan, topology=topology)
-    attach_runtime(result[0], runtime, ds_config)
-    if topology is not None and not auto_ep and moe_modules(module):
-        wrap_checkpoints(result[0])
+        _adopt_auto_ep(engine, section, topology, plan)
+    runtime = LocalityRuntime(model=engine.module, config=section, plan=plan, topology=topology)
+    attach_runtime(engine, runtime, ds_config)
+    if topology is not None and not auto_ep and moe_modules(engine.module):
+        wrap_checkpoints(engine)
     return result
 
 
@@ -280,41 +266,36 @@ def _with_replicas(bound: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _refuse_frozen_experts(bound: dict[str, Any], ds_config: dict[str, Any]) -> None:
+def _check_zero_stage(
+    bound: dict[str, Any], ds_config: dict[str, Any], plan: PlacementPlan | None
+) -> None:
     stage = (ds_config.get("zero_optimization") or {}).get("stage", 0)
     layers = [module.deepspeed_moe for _, module in moe_modules(bound["model"])]
     experts = [parameter for layer in layers for parameter in layer.experts.parameters()]
     trains = bound.get("optimizer") is not None or "optimizer" in ds_config
-    if stage not in (1, 2) or not trains or not experts:
-        return
-    if not any(parameter.requires_grad for parameter in experts):
+    frozen = experts and not any(parameter.requires_grad for parameter in experts)
+    if stage in (1, 2) and trains and frozen:
         raise ConfigError(
             f"found every expert frozen under ZeRO stage {stage}, expected one expert parameter "
             "that trains: DeepSpeed makes no group for the experts then, and stops ('None of the "
             "param groups are marked as MoE'). Use ZeRO stage 0 in fp32, or let one small "
             "parameter of an expert train"
         )
-
-
-def _refuse_clipping(plan: PlacementPlan | None, ds_config: dict[str, Any]) -> None:
-    stage = (ds_config.get("zero_optimization") or {}).get("stage", 0)
-    if plan is None or plan.is_permutation or stage or not ds_config.get("gradient_clipping"):
-        return
-    raise ConfigError(
-        "found gradient_clipping at ZeRO stage 0 together with a plan with replicas, expected "
-        "stage 1 or 2: at stage 0 DeepSpeed counts an expert in the norm once per replica; set "
-        "zero_optimization.stage to 1 or 2, or gradient_clipping to 0"
-    )
+    replicas = plan is not None and not plan.is_permutation
+    if replicas and not stage and ds_config.get("gradient_clipping"):
+        raise ConfigError(
+            "found gradient_clipping at ZeRO stage 0 together with a plan with replicas, expected "
+            "stage 1 or 2: at stage 0 DeepSpeed counts an expert in the norm once per replica; set "
+            "zero_optimization.stage to 1 or 2, or gradient_clipping to 0"
+        )
 
 
 def _init_distributed(bound: dict[str, Any]) -> None:
     """Start DeepSpeed's comm layer the way ``deepspeed.initialize`` would, only earlier."""
     accelerator: Any = get_accelerator()
     wanted = {"distributed_port", "dist_init_required"} & bound.keys()
-    deepspeed.init_distributed(
-        dist_backend=accelerator.communication_backend_name(),
-        **{name: bound[name] for name in wanted},
-    )
+    given = {name: bound[name] for name in wanted}
+    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), **given)
     local_rank = os.environ.get("LOCAL_RANK")
     if accelerator.device_name() != "cpu" and local_rank is not None:
         # experts may travel before the engine chooses the device
@@ -344,8 +325,7 @@ def _agree_on_inputs(bound: dict[str, Any]) -> Inputs[dict[str, Any]]:
     def read() -> Inputs[dict[str, Any]]:
         ds_config = _ds_config(bound)
         section, plan = section_and_plan({SECTION: ds_config.get(SECTION, {})})
-        _refuse_frozen_experts(bound, ds_config)
-        _refuse_clipping(plan, ds_config)
+        _check_zero_stage(bound, ds_config, plan)
         if not _auto_ep(ds_config):
             if section.enabled and not isinstance(bound["model"], PipelineModule):
                 _check_layers(bound["model"], plan)
@@ -454,7 +434,7 @@ def _prepare_model(
     if sizes and not pipeline and data_only:
         _make_groups(sizes, topology, section, ds_config, plan)
     if sizes or not pipeline:  # a pipeline stage may be without an MoE layer
-        _place(model, section, plan, topology)
+        _place(model, section, topology, plan)
     return topology
 
 

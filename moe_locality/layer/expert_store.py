@@ -91,27 +91,28 @@ class StoredExpert(nn.Module):
     """One expert in a low-bit format: the same ``forward``, no parameters, no gradients.
 
     The tree of submodules is that of the expert, with ``StoredTensor`` leaves, so names in a state
-    dict begin as they did.
+    dict begin as they did. ``skeleton``: the expert on the meta device, shared in a layer.
     """
 
     def __init__(self, expert: nn.Module, format: str, skeleton: nn.Module) -> None:
-        """``skeleton`` is the expert on the meta device; experts of one layer share it."""
         super().__init__()
         self.format = format
         self.names = tuple(name for name, _ in _tensors(expert))
         self.__dict__["skeleton"] = (skeleton,)  # in a tuple: it is no submodule
         for name, tensor in _tensors(expert):
-            path, _, leaf = name.rpartition(".")
+            *path, leaf = name.split(".")
+            parent: nn.Module = self
+            for part in path:  # plain modules where absent
+                if part not in parent._modules:
+                    parent.add_module(part, nn.Module())
+                parent = parent.get_submodule(part)
             quantized = tensor.dim() >= 2 and tensor.is_floating_point()
-            parent = _submodule(self, path)
             parent.add_module(leaf, StoredTensor(tensor, format if quantized else None))
         self.train(expert.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the expert computes with the decoded weights.
-
-        Raises:
-            ConfigError: the inputs ask for gradients.
+        """What the expert computes with the decoded weights; ConfigError where the inputs ask for
+        gradients.
         """
         _refuse_training(self.format, (*args, *kwargs.values()))
         decoded = {name: self.get_submodule(name).decode() for name in self.names}  # pyright: ignore
@@ -156,14 +157,22 @@ def store_experts(model: nn.Module, format: str = "mxfp4-mbs-h") -> StoreReport:
             f"found experts stored in {known_formats.pop()} already: build the model anew and load "
             "its checkpoint to store them in another format"
         )
-    lists, stacked = _expert_lists(model), _stacked_experts(model)
+    kind = getattr(sys.modules.get("deepspeed.moe.experts"), "Experts", ())
+    found: list[Any] = [m.deepspeed_experts for m in model.modules() if isinstance(m, kind)]
+    lists = list({id(experts): experts for experts in found}.values())  # layers may share one
+    found = [m for m in model.modules() if hasattr(m, "num_experts")]  # and is of transformers
+    stacked = [m for m in found if hasattr(m, "moe_locality_ep") or hasattr(m, "is_transposed")]
     if not lists and not stacked:
         raise ConfigError(
             f"found no experts in {type(model).__name__} that can be stored, expected DeepSpeed MoE"
             " layers, swapped in first, or stacked experts of transformers"
         )
     for experts in lists:
-        _check_storable(experts)
+        if any(hasattr(parameter, "ds_id") for parameter in experts.parameters()):
+            raise ConfigError(
+                "found experts partitioned by ZeRO-3, expected whole ones: store them before "
+                "DeepSpeed is initialized"
+            )
     for experts in stacked:
         _check_stacked(experts)
     before = after = count = 0
@@ -175,18 +184,14 @@ def store_experts(model: nn.Module, format: str = "mxfp4-mbs-h") -> StoreReport:
     for experts in lists:
         skeleton = copy.deepcopy(experts[0]).to("meta")
         for index, expert in enumerate(experts):
-            tensors = tuple(
-                (name, tensor.data_ptr() or id(tensor)) for name, tensor in _tensors(expert)
-            )
-            if tensors and tensors in known:
-                experts[index] = known[tensors]
-                continue
-            stored = StoredExpert(expert, format, skeleton)
-            known[tensors] = stored
-            before += _num_bytes(tensor for _, tensor in _tensors(expert))
-            after += _num_bytes(stored.buffers())
-            experts[index] = stored
-            count += 1
+            tensors = _tensors(expert)
+            key = tuple((name, tensor.data_ptr() or id(tensor)) for name, tensor in tensors)
+            if not key or key not in known:
+                known[key] = StoredExpert(expert, format, skeleton)
+                before += _num_bytes(tensor for _, tensor in tensors)
+                after += _num_bytes(known[key].buffers())
+                count += 1
+            experts[index] = known[key]
     return StoreReport(format=format, num_experts=count, bytes_before=before, bytes_after=after)
 
 
@@ -218,10 +223,8 @@ def other_parameters(experts: Any, given: dict[str, Any], number: int) -> Iterat
 def _run_stored(
     experts: nn.Module, forward: Callable[..., Tensor], hidden: Tensor, ids: Tensor, weights: Tensor
 ) -> Tensor:
-    """Run ``forward(hidden [T, D], ids [T, K], weights [T, K])`` with the experts of ``ids`` alone.
-
-    Raises:
-        ConfigError: the inputs ask for gradients.
+    """Run ``forward(hidden [T, D], ids [T, K], weights [T, K])`` with the experts of ``ids`` alone;
+    ConfigError where the inputs ask for gradients.
     """
     stored = stored_parameters(experts)
     _refuse_training(next(p.format for p in stored.values() if p.format), (hidden, weights))
@@ -258,12 +261,6 @@ def _store_stacked(experts: Any, format: str) -> int:
     return _num_bytes(tensors.values())
 
 
-def _stacked_experts(model: nn.Module) -> list[Any]:
-    """Experts modules of ours and of transformers' ExpertsInterface."""
-    found = (m for m in model.modules() if hasattr(m, "num_experts"))
-    return [m for m in found if hasattr(m, "moe_locality_ep") or hasattr(m, "is_transposed")]
-
-
 def _stacked_names(experts: Any) -> list[str]:
     parameters = experts.named_parameters(recurse=False)
     return [name for name, p in parameters if p.ndim > 1 and len(p) == experts.num_experts]
@@ -289,33 +286,8 @@ def _refuse_training(format: str, given: tuple[Any, ...]) -> None:
         )
 
 
-def _expert_lists(model: nn.Module) -> list[nn.ModuleList]:
-    kind = getattr(sys.modules.get("deepspeed.moe.experts"), "Experts", ())
-    found: list[Any] = [m.deepspeed_experts for m in model.modules() if isinstance(m, kind)]
-    return list({id(experts): experts for experts in found}.values())  # layers may share one
-
-
-def _check_storable(experts: nn.ModuleList) -> None:
-    for expert in experts:
-        if any(hasattr(parameter, "ds_id") for parameter in expert.parameters()):
-            raise ConfigError(
-                "found experts partitioned by ZeRO-3, expected whole ones: store them before "
-                "DeepSpeed is initialized"
-            )
-
-
-def _tensors(expert: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from expert.named_parameters()
-    yield from expert.named_buffers()
-
-
-def _submodule(root: nn.Module, path: str) -> nn.Module:
-    """Return the submodule at a path, made of plain modules where it is absent."""
-    for name in path.split(".") if path else ():
-        if name not in dict(root.named_children()):
-            root.add_module(name, nn.Module())
-        root = root.get_submodule(name)
-    return root
+def _tensors(expert: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*expert.named_parameters(), *expert.named_buffers()]
 
 
 def _num_bytes(tensors: Any) -> int:

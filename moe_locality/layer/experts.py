@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from moe_locality import compat
 from moe_locality.errors import ConfigError
-from moe_locality.layer.state import LayerReplicas, packed, whole_shards, whole_tensors
+from moe_locality.layer.state import LayerReplicas, packed, unpacked
 
 ExpertsMode = Literal["auto", "loop", "grouped"]
 Activation = Callable[[Tensor], Tensor]
@@ -62,11 +62,9 @@ def run_experts(
 ) -> Tensor:
     """Run the local experts on their rows, ``[R, D]`` to ``[R, D]`` in the same order.
 
-    ``loop`` calls one expert after the other, ``grouped`` runs them as grouped matrix products,
-    ``auto`` groups where that is faster (see :func:`grouping_pays`) and the experts allow it.
-
-    Raises:
-        ConfigError: ``grouped`` was asked for, and the experts are not recognizably one MLP.
+    ``loop`` calls one expert after the other, ``grouped`` runs them as grouped matrix products
+    (ConfigError where they are not recognizably one MLP), ``auto`` groups where that is faster (see
+    :func:`grouping_pays`) and the experts allow it.
     """
     wanted = mode == "grouped" or (mode == "auto" and grouping_pays(rows))
     if wanted and rows.shape[0] and len(experts.deepspeed_experts):
@@ -122,10 +120,7 @@ def run_loop(experts: Any, rows: Tensor, tokens_per_expert: tuple[int, ...]) -> 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupedMLP:
-    """The MLP that all experts of a list are: names of the linear layers, and the activation.
-
-    ``gate`` is None without one.
-    """
+    """The MLP that all experts of a list are: names of the linear layers, and the activation."""
 
     up: str
     down: str
@@ -164,22 +159,19 @@ def run_grouped(
         counts = torch.tensor(tokens_per_expert, device=rows.device)
     else:  # filled where it lives: a copy from the host cannot be captured in a CUDA graph
         counts = torch.full((len(tokens_per_expert),), each, device=rows.device)
-    linear = partial(_linear, experts=experts, counts=counts, each=each)
-    hidden = linear(rows, name=mlp.up)
-    activation = ACTIVATIONS[mlp.activation]
-    if mlp.gate is None:
-        hidden = activation(hidden)
-    else:
-        hidden = activation(linear(rows, name=mlp.gate)) * hidden
-    return linear(hidden, name=mlp.down)
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        layers: list[Any] = [getattr(expert, name) for expert in experts]
+        biases = [layer.bias for layer in layers] if layers[0].bias is not None else []
+        return _GroupedLinear.apply(x, counts, each, *(layer.weight for layer in layers), *biases)
+
+    return _formula(mlp, linear, rows)
 
 
-def _linear(
-    x: Tensor, *, experts: nn.ModuleList, counts: Tensor, each: int | None, name: str
-) -> Tensor:
-    layers: list[Any] = [getattr(expert, name) for expert in experts]
-    biases = [layer.bias for layer in layers] if layers[0].bias is not None else []
-    return _GroupedLinear.apply(x, counts, each, *(layer.weight for layer in layers), *biases)
+def _formula(mlp: GroupedMLP, linear: Callable[[str, Tensor], Tensor], x: Tensor) -> Tensor:
+    hidden, activation = linear(mlp.up, x), ACTIVATIONS[mlp.activation]
+    hidden = activation(hidden) if mlp.gate is None else activation(linear(mlp.gate, x)) * hidden
+    return linear(mlp.down, hidden)
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -261,9 +253,14 @@ def _identify(experts: nn.ModuleList) -> GroupedMLP | str:
     held = {name for name, _ in (*first.named_parameters(), *first.named_buffers())}
     if not held <= parts:
         return f"an expert holds more than linear layers: {sorted(held - parts)}"
-    why = _why_unequal(experts) or _why_unaligned(first, linears)
+    why = _why_unequal(experts)
     if why is not None:
         return why
+    for name in linears:
+        layer: Any = first.get_submodule(name)
+        row_bytes = [n * layer.weight.element_size() for n in layer.weight.shape]
+        if any(size % _ALIGNMENT_BYTES for size in row_bytes):
+            return f"rows of {min(row_bytes)} bytes are not a multiple of {_ALIGNMENT_BYTES}"
     return _probe(first, linears)
 
 
@@ -278,15 +275,6 @@ def _why_unequal(experts: nn.ModuleList) -> str | None:
         for what in wanted:
             if found[what] != wanted[what]:
                 return f"the experts differ in {what}"
-    return None
-
-
-def _why_unaligned(expert: nn.Module, linears: list[str]) -> str | None:
-    for name in linears:
-        layer: Any = expert.get_submodule(name)
-        row_bytes = [n * layer.weight.element_size() for n in layer.weight.shape]
-        if any(size % _ALIGNMENT_BYTES for size in row_bytes):
-            return f"rows of {min(row_bytes)} bytes are not a multiple of {_ALIGNMENT_BYTES}"
     return None
 
 
@@ -316,9 +304,7 @@ def _agrees(expert: nn.Module, layers: dict[str, Any], mlp: GroupedMLP, x: Tenso
     if gate is not None and gate.weight.shape != up.weight.shape:
         return False
     with torch.no_grad():
-        activation = ACTIVATIONS[mlp.activation]
-        hidden = activation(up(x)) if gate is None else activation(gate(x)) * up(x)
-        wanted = down(hidden)
+        wanted = _formula(mlp, lambda name, y: layers[name](y), x)
         try:
             found = expert(x[None, None])
         except (RuntimeError, TypeError, ValueError):
@@ -340,16 +326,9 @@ def _agrees(expert: nn.Module, layers: dict[str, Any], mlp: GroupedMLP, x: Tenso
 # three or more expert-data-parallel ranks each sees one part of their sum, and zeros.
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SharedExpert:
-    """An expert of this rank that other ranks hold too.
-
-    ``count``: how many parameters of the exchange are its. ``ranks``: the global ranks of all
-    holders in slot order.
-    """
-
-    count: int
-    ranks: tuple[int, ...]
+SharedExpert = tuple[int, list[int]]
+"""Of an expert that other ranks hold too: how many of the parameters are its, and the global ranks
+of all holders in slot order."""
 
 
 def run_with_summed_gradients(
@@ -360,10 +339,8 @@ def run_with_summed_gradients(
     replicas: LayerReplicas,
     group: Any,
 ) -> Tensor:
-    """:func:`~moe_locality.layer.experts.run_experts`, with gradients summed over the replicas.
-
-    ``group``: the EP group, None for the world. Backward is collective among the holders of an
-    expert.
+    """:func:`run_experts`, with gradients summed over the replicas; ``group``: the EP group, None
+    for the world. Backward is collective among the holders of an expert.
     """
     names, parameters, shared = _collect(experts.deepspeed_experts, replicas, group)
     if not parameters:
@@ -402,8 +379,7 @@ def _collect(
         found = [(n, p) for n, p in experts[local].named_parameters() if p.requires_grad]
         names += [f"experts.deepspeed_experts.{local}.{name}" for name, _ in found]
         parameters += [parameter for _, parameter in found]
-        where = tuple(ranks[holder] for holder in holders)
-        shared.append(SharedExpert(count=len(found), ranks=where))
+        shared.append((len(found), [ranks[holder] for holder in holders]))
     return names, parameters, shared
 
 
@@ -421,26 +397,25 @@ class _SumOverReplicas(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         summed: list[Tensor] = []
-        for expert in ctx.shared:  # one after the other: room for the copies of one expert
-            mine = list(grads[len(summed) : len(summed) + expert.count])
-            total = sum_in_order(_swap(mine, expert, ctx.group))
-            summed += _own_part(total, ctx.edp_group)
+        for count, ranks in ctx.shared:  # one after the other: room for the copies of one expert
+            mine = list(grads[len(summed) : len(summed) + count])
+            summed += _own_part(sum_in_order(_swap(mine, ranks, ctx.group)), ctx.edp_group)
         return None, None, None, *summed
 
 
-def _swap(mine: list[Tensor], expert: SharedExpert, group: Any) -> list[list[Tensor]]:
+def _swap(mine: list[Tensor], ranks: list[int], group: Any) -> list[list[Tensor]]:
     """Return the gradients of all holders in slot order. Collective among the holders."""
     if not mine:
         return [mine]
     outgoing = packed(mine, mine[0].device)
     own = dist.get_rank()
-    others = [rank for rank in expert.ranks if rank != own]
+    others = [rank for rank in ranks if rank != own]
     incoming = {own: outgoing, **{rank: torch.empty_like(outgoing) for rank in others}}
     operations = [dist.P2POp(dist.isend, outgoing, rank, group) for rank in others]
     operations += [dist.P2POp(dist.irecv, incoming[rank], rank, group) for rank in others]
     for request in dist.batch_isend_irecv(operations):
         request.wait()
-    return [list(whole_tensors(incoming[rank], whole_shards(mine))) for rank in expert.ranks]
+    return [unpacked(incoming[rank], mine) for rank in ranks]
 
 
 def _own_part(grads: list[Tensor], edp_group: Any) -> list[Tensor]:

@@ -61,10 +61,8 @@ def _check_family(plan: PlacementPlan, family: str) -> None:
 
 
 def family_of(config: dict[str, Any]) -> str:
-    """The family of a ``config.json``, or of the part of it that has experts.
-
-    Raises:
-        ConfigError: no known family, or one that cannot be relabelled.
+    """The family of a ``config.json``, or of the part of it that has experts; ConfigError where it
+    is not known, or cannot be relabelled.
     """
     parts = [config, *(value for value in config.values() if isinstance(value, dict))]
     parts += [inner for part in parts[1:] for inner in part.values() if isinstance(inner, dict)]
@@ -85,11 +83,9 @@ def family_of(config: dict[str, Any]) -> str:
 
 
 class _File:
-    """One safetensors file: its header as bytes (``head``), the entry of each tensor in file order,
-    and ``data``, uint8, the tensors' bytes, which are mapped and not read.
-
-    Raises:
-        ConfigError: the file is cut off, or no safetensors.
+    """One safetensors file (ConfigError: it is cut off, or none): its header as bytes (``head``),
+    the entry of each tensor in file order, and ``data``, uint8, the tensors' bytes, which are
+    mapped and not read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -108,7 +104,7 @@ class _File:
             starts = [entry["data_offsets"][0] for entry in entries.values()]
             whole = starts == ends[:-1] and ends[-1] + len(head) == total
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"cannot read {path}: {error}: download or copy it again") from error
+            raise _unreadable(path, error) from error
         if not whole:
             raise ConfigError(
                 f"{path}: found {total} bytes, expected those of its header, "
@@ -172,19 +168,16 @@ def bake_hugging_face(
         PlacementError: the plan does not fit, has replicas, or tears a group of experts apart.
     """
     check_is_new(out)
-    if (folder / PLAN).exists():
-        raise ConfigError(
-            f"found {PLAN} in {folder}, expected the original model: this one was baked already, "
-            "and its experts count as slots; bake the original, or remove the file if the plan "
-            "comes from a trace of this model"
-        )
     config = _read_json(folder / "config.json")
     family, files = family_of(config), _files_of(folder)
     _check_family(plan, family)
     names = _names_with_kept(PRESETS[family], config, plan)
     groups = groups_of(config, family, names, num_expert_groups)
     job = Relabelling(_Tensors(files), plan, names, num_groups=groups)
-    copied, left_out = _other_files(folder, files)
+    weights = {file.path for file in files}
+    found = sorted(p for p in folder.rglob("*") if p.is_file() and p not in weights)
+    found = [p for p in found if not {".git", ".cache"} & set(p.relative_to(folder).parts)]
+    copied = [path for path in found if path.suffix not in _WEIGHTS]
     hashes: dict[str, str] = {}
 
     def write(target: Path) -> None:
@@ -209,7 +202,8 @@ def bake_hugging_face(
         **count_moves([job.sources[layer] for layer in job.layers], plan.slots_per_rank),
         "sha256": hashes,
         "copied": [str(path.relative_to(folder)) for path in copied],
-        "left_out": [str(path.relative_to(folder)) for path in left_out],
+        # other formats of the same weights, which would be in the old order
+        "left_out": [str(p.relative_to(folder)) for p in found if p not in copied],
     }
 
 
@@ -217,22 +211,21 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}: download or copy it again") from error
+        raise _unreadable(path, error) from error
 
 
-def _other_files(folder: Path, files: list[_File]) -> tuple[list[Path], list[Path]]:
-    """What is copied, and other formats of the same weights, which would be in the old order."""
-    weights = {file.path for file in files}
-    found = sorted(p for p in folder.rglob("*") if p.is_file() and p not in weights)
-    found = [p for p in found if not {".git", ".cache"} & set(p.relative_to(folder).parts)]
-    return (
-        [path for path in found if path.suffix not in _WEIGHTS],
-        [path for path in found if path.suffix in _WEIGHTS],
-    )
+def _unreadable(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"cannot read {path}: {error}: download or copy it again")
 
 
 def _files_of(folder: Path) -> list[_File]:
     """The files of weights that transformers reads, headers only."""
+    if (folder / PLAN).exists():
+        raise ConfigError(
+            f"found {PLAN} in {folder}, expected the original model: this one was baked already, "
+            "and its experts count as slots; bake the original, or remove the file if the plan "
+            "comes from a trace of this model"
+        )
     if (folder / INDEX).exists():
         index = _read_json(folder / INDEX).get("weight_map", {})
         files = [_File(folder / name) for name in sorted(set(index.values()))]
@@ -281,11 +274,7 @@ def groups_of(config: dict[str, Any], family: str, names: Names, given: int | No
 
 
 def _write_file(file: _File, job: Relabelling, target: Path) -> str:
-    """Write one file of weights and return its SHA-256, which was read back.
-
-    Raises:
-        ConfigError: the file reads back otherwise.
-    """
+    """Write one file of weights and return its SHA-256, which was read back."""
     digest = hashlib.sha256(file.head)
     with open(target, "wb") as out:
         out.write(file.head)

@@ -22,7 +22,7 @@ from moe_locality.config import OnlineConfig
 from moe_locality.errors import ConfigError, PlacementError
 from moe_locality.layer.agreement import decided_by_first
 from moe_locality.layer.moe import MoE
-from moe_locality.layer.relabeling import plan_of, relabel, tied_layers
+from moe_locality.layer.relabeling import plan_of, refuse_tied, relabel
 from moe_locality.layer.relocate import MoveReport, RolledBackError
 from moe_locality.layer.replicas import has_replicas
 from moe_locality.layer.state import (
@@ -74,13 +74,8 @@ class OnlineDecision:
         return {f"online/{k}": float(value) for k, value in found.items() if value is not None}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Sample:
-    """``ids [T, L, K]`` of a rank, tokens of each micro-batch in it, and of all that it saw."""
-
-    ids: np.ndarray
-    batches: tuple[int, ...]
-    num_tokens: int
+_Sample = tuple[np.ndarray, tuple[int, ...], int]
+"""``ids [T, L, K]`` of a rank, tokens of each micro-batch in it, and of all that it saw."""
 
 
 class OnlinePlacement:
@@ -92,7 +87,7 @@ class OnlinePlacement:
         self.engine, self.config, self.topology, self.layers = engine, config, topology, layers
         self.decisions: list[OnlineDecision] = []
         self.state: RefreshState | None = None
-        self._first_load: np.ndarray | None = None
+        self._first_load = np.zeros(0)
         self._steps = 0
         self._tokens = 0  # since the last decision, on this rank
         self._sample: list[list[torch.Tensor]] = [[] for _ in layers]
@@ -132,20 +127,16 @@ class OnlinePlacement:
                 if not isinstance(error.__cause__, RolledBackError) or error.__cause__.interrupted:
                     raise
                 facts["reason"] = str(error)  # on all ranks; the training can go on
-        decision = OnlineDecision(
-            step=self._steps,
-            relocated=report is not None,
-            report=report,
-            elapsed_s=time.monotonic() - started,
-            **facts,
-        )
+        facts |= {"relocated": report is not None, "report": report}
+        elapsed_s = time.monotonic() - started
+        decision = OnlineDecision(step=self._steps, elapsed_s=elapsed_s, **facts)
         self.decisions.append(decision)
         if dist.get_rank() == 0:
             words = "relocated" if decision.relocated else "nothing moved"
             logger.info("online placement, step %d: %s: %s", self._steps, words, decision.reason)
         return decision
 
-    def _taken(self) -> "_Sample":
+    def _taken(self) -> _Sample:
         """Return the sample of this rank since the last decision, and start a new one."""
         sample, self._sample = self._sample, [[] for _ in self.layers]
         tokens, self._tokens = self._tokens, 0
@@ -153,9 +144,7 @@ class OnlinePlacement:
         if len(shapes) != 1 or not all(sample):  # a layer was skipped: nothing fits together
             sample = [[torch.zeros(0, layer.deepspeed_moe.gate.k)] for layer in self.layers]
         layers = [torch.cat(parts).to("cpu", torch.int16).numpy() for parts in sample]
-        return _Sample(
-            ids=np.stack(layers, axis=1), batches=tuple(map(len, sample[0])), num_tokens=tokens
-        )
+        return np.stack(layers, axis=1), tuple(map(len, sample[0])), tokens
 
     def _decide(self, gathered: Sequence[_Sample]) -> tuple[dict[str, Any] | None, dict]:
         """Rank 0: the new plan, or None, and the facts of the decision."""
@@ -163,8 +152,14 @@ class OnlinePlacement:
         trace = _trace_of(gathered, plan)
         if trace.num_tokens == 0:
             return None, {"reason": "no tokens were seen", "num_tokens": 0, "drift": 0.0}
-        drift = self._absorb(trace)
-        assert self.state is not None
+        load = trace.load() / max(trace.num_tokens, 1)
+        if self.state is None:
+            half_life = self.config.half_life_tokens
+            self.state = RefreshState.from_trace(trace, half_life_tokens=half_life)
+            self._first_load = load
+        else:
+            self.state.absorb(trace)
+        drift = float(jensen_shannon_bits(load, self._first_load).max())
         found = refresh(
             plan,
             self.state,
@@ -192,41 +187,28 @@ class OnlinePlacement:
             physical_to_logical_map=np.stack([current_order(layer) for layer in self.layers]),
         )
 
-    def _absorb(self, trace: RoutingTrace) -> float:
-        load = trace.load() / max(trace.num_tokens, 1)
-        if self.state is None:
-            self.state = RefreshState.from_trace(
-                trace, half_life_tokens=self.config.half_life_tokens
-            )
-            self._first_load = load
-        else:
-            self.state.absorb(trace)
-        assert self._first_load is not None
-        return float(jensen_shannon_bits(load, self._first_load).max())
-
     def _prices(self, gathered: Sequence[_Sample]) -> dict[str, Any]:
         """Bytes of an expert with its state, of a copy there and back, and tokens of a step."""
-        layer: Any = self.layers[0]
-        expert = layer.deepspeed_moe.experts.deepspeed_experts[0]
-        weight = layer.deepspeed_moe.gate.wg.weight
+        layer: Any = self.layers[0].deepspeed_moe
+        expert = layer.experts.deepspeed_experts[0]
         element = next(expert.parameters()).element_size()
         return {
             "expert_bytes": float(flat_bytes(expert_shards(expert, state_source(self.engine)))),
             # forward and backward, there and back
-            "copy_bytes": 4.0 * weight.shape[1] * element,
-            "tokens_per_step": sum(s.num_tokens for s in gathered) / self.config.every_n_steps,
+            "copy_bytes": 4.0 * layer.gate.wg.weight.shape[1] * element,
+            "tokens_per_step": sum(tokens for *_, tokens in gathered) / self.config.every_n_steps,
             "steps": float(self.config.pays_within_steps),
         }
 
 
 def _trace_of(gathered: Sequence[_Sample], plan: PlacementPlan) -> RoutingTrace:
     """The samples of all ranks; a micro-batch of a rank counts as a request."""
-    batches = [count for sample in gathered for count in sample.batches]
+    batches = [count for _, counts, _ in gathered for count in counts]
     return RoutingTrace(
         model=plan.model,
         num_experts=plan.num_experts,
         layer_ids=np.asarray(plan.layer_ids, np.int32),
-        expert_ids=np.concatenate([sample.ids for sample in gathered]),
+        expert_ids=np.concatenate([ids for ids, *_ in gathered]),
         request_id=np.repeat(np.arange(len(batches)), batches),
         position=np.concatenate([np.arange(count) for count in batches]),
         stage=np.full(sum(batches), TRAIN, np.uint8),
@@ -250,12 +232,8 @@ def attach_online(
             "expected ours without replicas, from moe_locality.initialize: leave the section "
             "'online' out"
         )
-    for place, tied in tied_layers(engine.module).items():
-        raise ConfigError(
-            f"{place}: found tensors that several places share ({tied}), expected experts and "
-            "router of each layer to be its own: tied experts do not move; untie them, or leave "
-            "the section 'online' out"
-        )
+    instead = "leave the section 'online' out"
+    refuse_tied(engine.module, "and online placement", instead, ConfigError)
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     if ranks == 1 or layers[0].ep_size != ranks:
         raise ConfigError(

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from moe_locality import compat
-from moe_locality.errors import ConfigError, PlacementError
+from moe_locality.errors import ConfigError, MoeLocalityError, PlacementError
 from moe_locality.layer.agreement import all_agree, all_succeed
 from moe_locality.layer.relocate import (
     TIMEOUT_S,
@@ -48,7 +48,7 @@ from moe_locality.layer.state import (
 from moe_locality.placement.plan import PlacementPlan, check_is_permutation
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Target:
     """A layer, its new slot order ([E], or [P] with replicas), its EP group (None: ep_size 1)."""
 
@@ -111,11 +111,10 @@ def relabel(
     digest = plan.digest() if isinstance(plan, PlacementPlan) else repr(plan)
     report = relabel_to(prepare, digest, timeout_s=timeout_s)
     if engine is not None:
-        runtime = getattr(engine, "moe_locality", None)
-        if runtime is None:
+        if getattr(engine, "moe_locality", None) is None:
             engine.moe_locality_plan = plan
         else:
-            runtime.plan = plan
+            engine.moe_locality.plan = plan
     return report
 
 
@@ -126,10 +125,8 @@ def plan_of(engine: Any) -> PlacementPlan | None:
 
 
 def relabel_to(prepare: Any, digest: str, *, timeout_s: float = TIMEOUT_S) -> MoveReport:
-    """Check on every rank, agree, then move. ``prepare() -> (targets, state)``, no collectives.
-
-    Raises:
-        MoeLocalityError: the error of the first rank that found one, on all ranks.
+    """Check on every rank, agree, then move: the error of the first rank that found one rises on
+    all ranks. ``prepare() -> (targets, state)`` calls no collectives.
     """
 
     def check() -> tuple[list[Target], StateSource, list[Any]]:
@@ -191,10 +188,8 @@ def _move_layers(targets: list[Target], state: StateSource, timeout_s: float) ->
 def plan_targets(
     model: torch.nn.Module, plan: PlacementPlan, group: dist.ProcessGroup | None = None
 ) -> list[Target]:
-    """Match the rows of ``plan`` with the MoE layers of ``model``.
-
-    Raises:
-        PlacementError: the plan has replicas or does not fit.
+    """Match the rows of ``plan`` with the MoE layers of ``model``; PlacementError where it has
+    replicas or does not fit.
     """
     check_is_permutation(plan)
     layers = moe_modules(model)
@@ -229,12 +224,7 @@ def targets_for(
 ) -> list[Target]:
     """Return a target for each of the named layers, with the slot order of its place."""
     return [
-        Target(
-            name=name or "the model",
-            module=module,
-            slot_to_logical=order,
-            group=find_group(module, group),
-        )
+        Target(name or "the model", module, order, find_group(module, group))
         for (name, module), order in zip(layers, orders, strict=True)
     ]
 
@@ -288,22 +278,36 @@ def check_tied_stay(
     model: torch.nn.Module, targets: list[Target], current: Sequence[np.ndarray]
 ) -> None:
     """Raise PlacementError where a layer that shares tensors would get another order than now."""
-    tied = tied_layers(model)
-    for target, order in zip(targets, current, strict=True):
-        if target.name in tied and (target.slot_to_logical != order).any():
-            raise PlacementError(
-                f"{target.name}: found tensors that several places share ({tied[target.name]}), "
-                "and a plan that moves them, expected experts and router of each layer to be its "
-                "own: moved for one place they would be wrong for the other. Untie them (a copy "
-                "for each layer), or give a plan that leaves this layer in the order it has"
+    pairs = zip(targets, current, strict=True)
+    moved = {target.name for target, order in pairs if (target.slot_to_logical != order).any()}
+    refuse_tied(
+        model,
+        "and a plan that moves them",
+        "give a plan that leaves this layer in the order it has",
+        layers=moved,
+    )
+
+
+def refuse_tied(
+    model: torch.nn.Module,
+    why: str,
+    instead: str,
+    error: type[MoeLocalityError] = PlacementError,
+    layers: set[str] | None = None,
+) -> None:
+    """Raise ``error`` where a layer (one of ``layers``) shares a tensor with another place."""
+    for name, places in tied_layers(model).items():
+        if layers is None or name in layers:
+            raise error(
+                f"{name}: found tensors that several places share ({places}) {why}, expected "
+                "experts and router of each layer to be its own: moved for one place they would "
+                f"be wrong for the other. Untie them (a copy for each layer), or {instead}"
             )
 
 
 def find_group(module: Any, group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """Return the EP group of a layer: its own, the one given, DeepSpeed's, or all ranks.
-
-    Raises:
-        ConfigError: there is none, or it has the wrong size.
+    """Return the EP group of a layer: its own, the one given, DeepSpeed's, or all ranks;
+    ConfigError where there is none, or it has the wrong size.
     """
     if module.ep_size == 1:
         return None

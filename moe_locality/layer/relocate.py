@@ -74,29 +74,23 @@ _pending_signals: list[int] = []
 """Signals received during a move."""
 
 
-def _defer(number: int, _frame: Any) -> None:
-    _pending_signals.append(number)
-
-
 @contextmanager
 def signals_deferred() -> Iterator[None]:
-    """Defer SIGINT and SIGTERM until the block ends.
-
-    It changes nothing outside the main thread, nor for handlers that Python did not install.
-    """
+    """Defer SIGINT and SIGTERM until the block ends; nothing changes outside the main thread, nor
+    for handlers that Python did not install."""
     handlers: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) not in (None, signal.SIG_IGN):
-                handlers[number] = signal.signal(number, _defer)
+                handlers[number] = signal.signal(number, lambda n, _: _pending_signals.append(n))
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        came = list(_pending_signals)
+        came = _pending_signals[:1]
         _pending_signals.clear()
-        for number in came[:1]:
+        for number in came:
             signal.raise_signal(number)
 
 
@@ -234,9 +228,8 @@ class _Layer:
         if _pending_signals and not self.rolling_back:
             name = signal.Signals(_pending_signals[0]).name
             self.errors.append(f"{name}: this rank was interrupted")
-        errors, self.errors = self.errors, []
-        interrupted = bool(_pending_signals) or self.stop is not None
-        mine = (errors, digests or {}, interrupted)
+        mine = (self.errors, digests or {}, bool(_pending_signals) or self.stop is not None)
+        self.errors = []
         answers = gather_answers(mine, self.name, 3 * self.timeout_s)
         found = {rank: answer[0] for rank, answer in enumerate(answers) if answer[0]}
         seen: dict[str, tuple[int, str]] = {}
@@ -386,8 +379,7 @@ def _run_step(layer: _Layer, step: Step) -> None:
     mine = [(read, written) for read, written in step if read in layer.slots]
     held: dict[int, Tensor] = {}
     for buffer, (read, _) in zip(layer.buffers, mine, strict=False):
-        held[read] = _view(buffer, layer.slots[read])
-        _gather(layer, layer.slots[read], held[read])
+        held[read] = _gather(layer, layer.slots[read], buffer)
     arrived = _exchange(layer, step, mine, held)
     wanted, digests = {}, {}
     with layer.guard():
@@ -403,7 +395,6 @@ def _run_step(layer: _Layer, step: Step) -> None:
     _verify_or_restore(
         layer,
         {written: (layer.slots[written], wanted[written], held[written]) for written in arrived},
-        layer.buffers[-1],
     )
 
 
@@ -420,7 +411,7 @@ def _exchange(
     ranks = dist.get_process_group_ranks(group)
     ((slot, goes_to),) = mine
     source = next(read for read, written in step if written == slot)
-    incoming = _view(layer.buffers[1], layer.slots[slot])
+    incoming = layer.buffers[1][: flat_bytes(layer.slots[slot])]
     with layer.guard():
         operations = [
             dist.P2POp(dist.isend, held[slot], ranks[goes_to // layer.per_rank], group),
@@ -433,17 +424,14 @@ def _exchange(
 
 
 def _verify_or_restore(
-    layer: _Layer,
-    written: dict[int, tuple[list[TensorShard], str, Tensor]],
-    spare: Tensor,
+    layer: _Layer, written: dict[int, tuple[list[TensorShard], str, Tensor]]
 ) -> None:
     """Read back what was written; on a wrong checksum of any rank, restore the old content.
 
     ``written``: shards, their expected checksum, and their old content.
     """
     for thing, (shards, digest, _) in written.items():
-        again = _view(spare, shards)
-        _gather(layer, shards, again)
+        again = _gather(layer, shards, layer.buffers[-1])
         with layer.guard():
             if _digest(again) != digest:
                 raise PlacementError(f"slot {thing} does not hold what was sent to it")
@@ -458,44 +446,39 @@ def _verify_or_restore(
         raise
 
 
-def _gather(layer: _Layer, shards: list[TensorShard], buffer: Tensor) -> None:
-    """Join the shards, whole, in ``buffer``. Collective among the ranks that hold parts.
+def _gather(layer: _Layer, shards: list[TensorShard], buffer: Tensor) -> Tensor:
+    """Join the shards, whole, at the front of ``buffer``, and return that. Collective among the
+    ranks that hold parts.
 
     Each byte is on one rank and zero on the others, so the integer sum is exact for any dtype.
     """
+    joined = buffer[: flat_bytes(shards)]
     with layer.guard():
-        pack(shards, buffer)
+        pack(shards, joined)
     group = next((shard.group for shard in shards if shard.group is not None), None)
-    if group is None or dist.get_world_size(group) == 1:
-        return
-    parts = buffer[whole_bytes(shards) :].view(torch.int32)
-    with layer.guard():
-        request = dist.all_reduce(parts, group=group, async_op=True)
-        assert request is not None
-        request.wait(timedelta(seconds=layer.timeout_s))
-        layer.report.gathered_bytes += 4 * parts.numel()
+    if group is not None and dist.get_world_size(group) > 1:
+        parts = joined[whole_bytes(shards) :].view(torch.int32)
+        with layer.guard():
+            request = dist.all_reduce(parts, group=group, async_op=True)
+            assert request is not None
+            request.wait(timedelta(seconds=layer.timeout_s))
+            layer.report.gathered_bytes += 4 * parts.numel()
+    return joined
 
 
 def _permute_gate(layer: _Layer, shards: list[TensorShard], source: np.ndarray) -> None:
     """Row s of every per-expert tensor of the gate takes row ``source[s]``."""
-    before, after, spare = (_view(buffer, shards) for buffer in layer.buffers)
-    _gather(layer, shards, before)
-    digest = ""
+    before = _gather(layer, shards, layer.buffers[0])
+    after, digest = layer.buffers[1][: len(before)], ""
     with layer.guard():
         after.copy_(before)
-        for old, new in zip(
-            whole_tensors(before, shards), whole_tensors(after, shards), strict=True
-        ):
-            new.copy_(old[torch.from_numpy(source).to(old.device)])
+        for tensor in whole_tensors(after, shards):
+            tensor.copy_(tensor[torch.from_numpy(source).to(tensor.device)])
         digest = _digest(after)
     layer.agree()
     with layer.guard():
         unpack(after, shards)
-    _verify_or_restore(layer, {0: (shards, digest, before)}, spare)
-
-
-def _view(buffer: Tensor, shards: list[TensorShard]) -> Tensor:
-    return buffer[: flat_bytes(shards)]
+    _verify_or_restore(layer, {0: (shards, digest, before)})
 
 
 def _digest(buffer: Tensor) -> str:

@@ -28,8 +28,8 @@ from moe_locality.layer.relabeling import (
     agree_on_layers,
     check_one_ep_size,
     facts_of,
+    refuse_tied,
     targets_for,
-    tied_layers,
 )
 from moe_locality.layer.relocate import wire_device
 from moe_locality.layer.state import (
@@ -41,8 +41,7 @@ from moe_locality.layer.state import (
     permute_gate,
     plan_rows,
     set_slot_to_logical,
-    whole_shards,
-    whole_tensors,
+    unpacked,
 )
 from moe_locality.placement.plan import PlacementPlan, source_slots
 
@@ -74,8 +73,12 @@ def add_replicas(
     """
 
     def check() -> tuple[list[Target], list[Any]]:
-        targets = _targets(model, plan, group)
-        return targets, [_facts(target) for target in targets]
+        targets, facts = _targets(model, plan, group), []
+        for target in targets:
+            layer = target.module.deepspeed_moe
+            trained = [p.requires_grad for p in layer.experts.deepspeed_experts[0].parameters()]
+            facts.append((*facts_of(target), trained, layer.replicas is not None))
+        return targets, facts
 
     targets, facts = all_succeed(check)
     agree_on_layers(plan.digest(), facts)
@@ -138,13 +141,11 @@ def _followers(model: nn.Module) -> dict[int, list[Tensor]]:
     """For a parameter (by id) of a rank's last earlier expert, those of its name in new ones."""
     found: dict[int, list[Tensor]] = {}
     for _, module in moe_modules(model):
-        if replicas_of(module) is None:
-            continue
-        layer: Any = module.deepspeed_moe
-        experts = list(layer.experts.deepspeed_experts)
-        earlier = module.num_experts // module.ep_size
-        for name, parameter in experts[earlier - 1].named_parameters():
-            found[id(parameter)] = [new.get_parameter(name) for new in experts[earlier:]]
+        if replicas_of(module) is not None:
+            experts = list(module.deepspeed_moe.experts.deepspeed_experts)
+            earlier = module.num_experts // module.ep_size
+            for name, parameter in experts[earlier - 1].named_parameters():
+                found[id(parameter)] = [new.get_parameter(name) for new in experts[earlier:]]
     return found
 
 
@@ -163,14 +164,8 @@ def _targets(
 ) -> list[Target]:
     layers = moe_modules(model)
     check_one_ep_size(layers)
-    for place, tied in tied_layers(model).items():
-        raise PlacementError(
-            f"{place}: found tensors that several places share ({tied}) and a plan with replicas, "
-            "expected experts and router of each layer to be its own: untie them (a copy for each "
-            "layer), or run this model without replicas"
-        )
-    rows = plan_rows(model, plan)
-    orders = [plan.experts_of_slots(row) for row in rows]
+    refuse_tied(model, "and a plan with replicas", "run this model without replicas")
+    orders = [plan.experts_of_slots(row) for row in plan_rows(model, plan)]
     for order, (name, module) in zip(orders, layers, strict=True):
         plan.check_fits(num_experts=module.num_experts, num_ranks=module.ep_size)
         _check_layer(name or "the model", module, order)
@@ -202,13 +197,6 @@ def _check_layer(name: str, module: Any, wanted: np.ndarray) -> None:
             "parallelism only: use a plan without replicas"
         )
     check_no_gradients(module.deepspeed_moe, name)
-
-
-def _facts(target: Target) -> Any:
-    """Return what must be the same on all ranks for a layer."""
-    layer = target.module.deepspeed_moe
-    trained = [p.requires_grad for p in layer.experts.deepspeed_experts[0].parameters()]
-    return *facts_of(target), trained, layer.replicas is not None
 
 
 @torch.no_grad()
@@ -282,5 +270,5 @@ def _fetch(
             operations.append(dist.P2POp(dist.irecv, incoming, ranks[source // per_rank], group))
         for request in dist.batch_isend_irecv(operations) if operations else ():
             request.wait()
-        found.append(list(whole_tensors(incoming, whole_shards(like))))
+        found.append(unpacked(incoming, like))
     return found

@@ -146,12 +146,15 @@ class RunLog:
         agg = getattr(self.engine, "agg_train_loss", None)  # a pipeline's, the same on all stages
         if agg is not None:
             losses = [torch.as_tensor(agg)]
+        for found in routing.values():
+            found |= {k: v.tolist() for k, v in found.items() if isinstance(v, torch.Tensor)}
+        loss = None
+        if losses:
+            loss = float(torch.stack([x.float().reshape(()) for x in losses]).mean())
         mine = {
-            "loss": float(torch.stack([x.float().reshape(()) for x in losses]).mean())
-            if losses
-            else None,
+            "loss": loss,
             "traffic": local_traffic(counters(self.engine.module), self.topology),
-            "routing": {name: _on_host(found) for name, found in routing.items()},
+            "routing": routing,
             "lost": lost_routes(self.engine.module),
             "recorder": None if recorder is None else recorder.report(),
         }
@@ -168,14 +171,15 @@ class RunLog:
         if report["resets"] != self._last.get("resets"):
             self._last = {}
         steps = self._seen - self._last.get("seen", self._counted_from)
+        losses = [mine["loss"] for mine in everyone if mine["loss"] is not None]
+        lost = sum(mine["lost"] for mine in everyone)
         values = {
-            **_loss(everyone),
+            **({"quality/loss": float(np.mean(losses))} if losses else {}),
             **_traffic(_minus(report, self._last), max(steps, 1), self.topology),
             **_routing([mine["routing"] for mine in everyone]),
             **_recorded([mine["recorder"] for mine in everyone]),
+            **({"load/overflow_routes": float(lost)} if lost else {}),
         }
-        if any(mine["lost"] for mine in everyone):
-            values["load/overflow_routes"] = float(sum(mine["lost"] for mine in everyone))
         if self._clock is not None and self._seen > self._clock[0]:
             seconds = time.perf_counter() - self._clock[1]
             values["time/step_us"] = 1e6 * seconds / (self._seen - self._clock[0])
@@ -241,12 +245,7 @@ class RunLog:
             ) from error
 
     def _to_directory(
-        self,
-        folder: Path,
-        done: int,
-        steps: int,
-        values: dict[str, float],
-        counted: dict[str, Any],
+        self, folder: Path, done: int, steps: int, values: dict[str, float], counted: dict[str, Any]
     ) -> None:
         file = folder / METRICS
         if not self._wrote and file.is_file():
@@ -267,13 +266,6 @@ class RunLog:
         replace_text(folder / SUMMARY, json.dumps(content, indent=1, default=str) + "\n")
 
 
-def _on_host(found: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: value.tolist() if isinstance(value, torch.Tensor) else value
-        for key, value in found.items()
-    }
-
-
 def _keep_before(file: Path, step: int) -> None:
     """Keep the lines of an earlier run from before ``step``; a file with later lines is renamed."""
     lines = file.read_text(encoding="utf-8").splitlines()
@@ -291,11 +283,6 @@ def _keep_before(file: Path, step: int) -> None:
 # -- the numbers of a line -------------------------------------------------------------------------
 
 
-def _loss(everyone: Sequence[dict[str, Any]]) -> dict[str, float]:
-    losses = [mine["loss"] for mine in everyone if mine["loss"] is not None]
-    return {"quality/loss": float(np.mean(losses))} if losses else {}
-
-
 def _traffic(
     counted: dict[str, Any], steps: int, topology: ClusterTopology | None
 ) -> dict[str, float]:
@@ -305,12 +292,9 @@ def _traffic(
         totals = {link: sum(kind[link] for kind in counted["by_link"].values()) for link in LINKS}
         values = {f"traffic/{link}_bytes": count / steps for link, count in totals.items()}
         values["traffic/cross_node_frac"] = totals["cross_node"] / max(sum(totals.values()), 1)
-        messages = (
-            kind["cross_node"]
-            for name, kind in counted["messages_by_link"].items()
-            if name != "routing"
-        )
-        values["traffic/cross_node_messages"] = sum(messages) / steps
+        kinds = counted["messages_by_link"].items()
+        messages = sum(kind["cross_node"] for name, kind in kinds if name != "routing")
+        values["traffic/cross_node_messages"] = messages / steps
     by_rank, by_node = [], []
     for layer in counted["per_layer"]:
         load = np.array([layer["load"][rank] for rank in layer["ranks"]], np.float64)
@@ -335,13 +319,10 @@ def _routing(everyone: Sequence[dict[str, dict[str, Any]]]) -> dict[str, float]:
     found = [layer for mine in everyone for layer in mine.values()]
     if not found:
         return {}
-    tokens = max(sum(layer["tokens"] for layer in found), 1)
-    values = {
-        "load/dropped_frac": sum(f["dropped"] for f in found)
-        / max(sum(f["picks"] for f in found), 1)
-    }
+    total = {what: sum(f[what] for f in found) for what in ("tokens", "picks", "dropped")}
+    values = {"load/dropped_frac": total["dropped"] / max(total["picks"], 1)}
     if all("copies" in layer for layer in found):
-        values["traffic/copies"] = sum(layer["copies"] for layer in found) / tokens
+        values["traffic/copies"] = sum(f["copies"] for f in found) / max(total["tokens"], 1)
     slots: dict[Any, np.ndarray] = {}
     for mine in everyone:
         for name, layer in mine.items():
@@ -361,10 +342,7 @@ def _recorded(reports: Sequence[Any]) -> dict[str, float]:
 def _minus(now: Any, before: Any) -> Any:
     """Subtract growing counts, in nested lists and dicts; new entries stay."""
     if isinstance(now, dict) and isinstance(before, dict):
-        return {
-            key: value if key == "ranks" else _minus(value, before.get(key))
-            for key, value in now.items()
-        }
+        return {k: v if k == "ranks" else _minus(v, before.get(k)) for k, v in now.items()}
     if isinstance(now, list) and isinstance(before, list) and len(now) == len(before):
         return [_minus(a, b) for a, b in zip(now, before, strict=True)]
     if isinstance(now, (int, float)) and isinstance(before, (int, float)):

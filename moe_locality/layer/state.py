@@ -163,14 +163,11 @@ _WHAT_TO_DO = (
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TensorShard:
-    """One tensor that belongs to a parameter.
+    """One tensor that belongs to a parameter; ``name``: parameter, or parameter:state.
 
-    Args:
-        name: parameter, or parameter:state.
-        shape: of the whole tensor.
-        local: the tensor; or, where ``group`` is set, the flat part that this rank holds (None: no
-            part), which begins at element ``start``.
-        group: process group whose ranks hold the parts; None where this rank has the whole tensor.
+    ``shape``: of the whole tensor. ``local``: the tensor; or, where ``group`` is set, the flat part
+    that this rank holds (None: no part), which begins at element ``start``. ``group``: whose ranks
+    hold the parts; None where this rank has the whole tensor.
     """
 
     name: str
@@ -245,41 +242,32 @@ def partitioned_state(optimizer: Any) -> StateSource:
         fragment, group = found
         # every rank needs the names of the states, also one that holds no part
         flat = flats[group_of[id(parameter)]]
-        tensors = {"fp32": flat, **_partitioned_tensors(flat, state.get(flat, {}))}
-        return [_part(key, parameter, tensors[key], fragment, group) for key in sorted(tensors)]
+        tensors = {"fp32": flat, **state.get(flat, {})}
+        parts = []
+        for key in sorted(tensors):
+            value = tensors[key]
+            if not isinstance(value, Tensor) or value.numel() == 1 != flat.numel():
+                continue  # a step counter is the same for all parameters of the group
+            if value.shape != flat.shape:
+                raise _cannot_follow("", key, value, flat)
+            local, start = None, 0
+            if fragment is not None:
+                address = fragment.get_hp_fragment_address()
+                local = value.data.narrow(0, address.start, address.numel)
+                start = fragment.lp_fragment_address.start
+            whole = _whole_shard(key, parameter)
+            parts.append(replace(whole, dtype=value.dtype, local=local, start=start, group=group))
+        return parts
 
     return shards
 
 
-def _part(key: str, parameter: Tensor, flat: Tensor, fragment: Any, group: Any) -> TensorShard:
-    local, start = None, 0
-    if fragment is not None:
-        address = fragment.get_hp_fragment_address()
-        local = flat.data.narrow(0, address.start, address.numel)
-        start = fragment.lp_fragment_address.start
-    return TensorShard(
-        name=key,
-        shape=tuple(parameter.shape),
-        dtype=flat.dtype,
-        local=local,
-        start=start,
-        group=group,
+def _cannot_follow(where: str, state: str, found: Any, expected: Any) -> ConfigError:
+    return ConfigError(
+        f"{where}found the optimizer state {state!r} of shape {tuple(found.shape)}, expected "
+        f"{tuple(expected.shape)} like the parameter or its partition: this optimizer's state "
+        f"cannot follow the experts: use one such as Adam, or no plan, or {_WHAT_TO_DO}"
     )
-
-
-def _partitioned_tensors(flat: Tensor, state: dict[str, Any]) -> dict[str, Tensor]:
-    found = {}
-    for key, value in state.items():
-        if not isinstance(value, Tensor) or value.numel() == 1 != flat.numel():
-            continue  # a step counter is the same for all parameters of the group
-        if value.shape != flat.shape:
-            raise ConfigError(
-                f"found the optimizer state {key!r} of shape {tuple(value.shape)}, expected "
-                f"{tuple(flat.shape)} like its partition: this optimizer's state cannot follow the "
-                "experts: relabel the model before deepspeed.initialize"
-            )
-        found[key] = value
-    return found
 
 
 def _whole(state: dict[str, Any]) -> list[TensorShard]:
@@ -299,10 +287,8 @@ def expert_shards(expert: nn.Module, state: StateSource) -> list[TensorShard]:
 
 
 def stacked_shards(experts: nn.Module, state: StateSource) -> list[list[TensorShard]]:
-    """Return what moves with each expert of a module whose parameters are ``[e, ...]``.
-
-    Raises:
-        ConfigError: an optimizer state has another shape than its parameter.
+    """Return what moves with each expert of a module whose parameters are ``[e, ...]``; ConfigError
+    where an optimizer state has another shape than its parameter.
     """
     found: list[list[TensorShard]] = []
     for name, parameter in experts.named_parameters():
@@ -312,11 +298,7 @@ def stacked_shards(experts: nn.Module, state: StateSource) -> list[list[TensorSh
                 for number, shards in enumerate(found):
                     shards.append(shard.row(number))
             elif torch.Size(shard.shape).numel() != 1:  # a step counter is that of all experts
-                raise ConfigError(
-                    f"{shard.name}: found an optimizer state of shape {shard.shape}, expected "
-                    f"{tuple(parameter.shape)} like its parameter: it cannot follow the experts; "
-                    "use an optimizer such as Adam, or no plan"
-                )
+                raise _cannot_follow("", shard.name, shard, parameter)
     return [sorted(shards, key=lambda shard: shard.group is not None) for shards in found]
 
 
@@ -324,11 +306,6 @@ def parameter_shards(name: str, parameter: Tensor, state: StateSource) -> Iterat
     """Yield the parameter itself, then what the optimizer keeps for it."""
     yield _whole_shard(name, parameter)
     yield from (replace(shard, name=f"{name}:{shard.name}") for shard in state(parameter))
-
-
-def whole_shards(tensors: list[Tensor]) -> list[TensorShard]:
-    """Return shards for tensors that are whole on this rank, without names."""
-    return [_whole_shard("", tensor) for tensor in tensors]
 
 
 def gate_rows(gate: nn.Module) -> dict[str, Tensor]:
@@ -386,10 +363,15 @@ def pack(shards: list[TensorShard], buffer: Tensor) -> None:
 
 def packed(tensors: list[Tensor], device: torch.device) -> Tensor:
     """Return a new flat buffer on ``device`` with the values of ``tensors``."""
-    shards = whole_shards(tensors)
+    shards = [_whole_shard("", tensor) for tensor in tensors]
     buffer = torch.empty(flat_bytes(shards), dtype=torch.uint8, device=device)
     pack(shards, buffer)
     return buffer
+
+
+def unpacked(buffer: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """Return the tensors in a buffer that :func:`packed` made of ones ``like`` them, as views."""
+    return whole_tensors(buffer, [_whole_shard("", tensor) for tensor in like])
 
 
 def unpack(buffer: Tensor, shards: list[TensorShard]) -> None:
@@ -401,10 +383,12 @@ def unpack(buffer: Tensor, shards: list[TensorShard]) -> None:
             shard.local.data.copy_(raw.view(shard.dtype).view(shard.local.shape))
 
 
-def whole_tensors(buffer: Tensor, shards: list[TensorShard]) -> Iterator[Tensor]:
-    """Yield the whole tensors of a flat buffer, as views."""
-    for shard, start in _places(shards):
-        yield buffer[start : start + shard.num_bytes].view(shard.dtype).view(shard.shape)
+def whole_tensors(buffer: Tensor, shards: list[TensorShard]) -> list[Tensor]:
+    """Return the whole tensors of a flat buffer, as views."""
+    return [
+        buffer[start : start + shard.num_bytes].view(shard.dtype).view(shard.shape)
+        for shard, start in _places(shards)
+    ]
 
 
 def _places(shards: list[TensorShard]) -> Iterator[tuple[TensorShard, int]]:
@@ -429,24 +413,21 @@ def is_engine(model: Any) -> bool:
 
 
 def state_source(engine: Any) -> StateSource:
-    """Return what finds the optimizer state of a parameter.
-
-    Raises:
-        ConfigError: ZeRO stage 3, offloaded or reordered partitions, or an optimizer that holds
-            copies of the weights in a way that is not known here.
+    """Return what finds the optimizer state of a parameter; ConfigError: ZeRO stage 3, offloaded or
+    reordered partitions, or copies of the weights that are kept in a way not known here.
     """
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
-    if optimizer is None or type(optimizer).__name__ == "DummyOptim":
+    kind = type(optimizer).__name__
+    if optimizer is None or kind == "DummyOptim":
         return no_state
     if isinstance(optimizer, torch.optim.Optimizer):
         if plain_optimizer(engine) is None:
             raise ConfigError(
-                f"found parameters in the optimizer {type(optimizer).__name__} that are not the "
-                "model's, expected the model's own: copies of the weights would overwrite the "
-                f"moved ones: {_WHAT_TO_DO}"
+                f"found parameters in the optimizer {kind} that are not the model's, expected the "
+                "model's own: copies of the weights would overwrite the moved ones: "
+                f"{_WHAT_TO_DO}"
             )
         return plain_state(optimizer)
-    kind = type(optimizer).__name__
     if kind not in _KNOWN or stage > 2:
         raise ConfigError(
             f"found the optimizer {kind} at ZeRO stage {stage}, expected one of {sorted(_KNOWN)} "
@@ -483,11 +464,9 @@ def has_state(optimizer: Any) -> bool:
 
 
 def check_state_moves(module: Any, state: StateSource, name: str) -> None:
-    """Check that the optimizer state of a layer can move with its experts.
-
-    Raises:
-        ConfigError: a state tensor has another shape than its parameter (a factored or
-            communication state), or experts of this rank have states of different kinds.
+    """Raise ConfigError where the optimizer state of a layer cannot move with its experts: a tensor
+    has another shape than its parameter (a factored or communication state), or experts of this
+    rank have states of different kinds.
     """
     layer = module.deepspeed_moe
     named = [(f"gate: {key}", tensor) for key, tensor in gate_rows(layer.gate).items()]
@@ -497,11 +476,7 @@ def check_state_moves(module: Any, state: StateSource, name: str) -> None:
     for key, parameter in named:
         for shard in state(parameter):
             if shard.shape != tuple(parameter.shape) and torch.Size(shard.shape).numel() != 1:
-                raise ConfigError(
-                    f"{name}, {key}: found the optimizer state {shard.name!r} of shape "
-                    f"{shard.shape}, expected {tuple(parameter.shape)} like the parameter: "
-                    f"this optimizer's state cannot follow the experts: {_WHAT_TO_DO}"
-                )
+                raise _cannot_follow(f"{name}, {key}: ", shard.name, shard, parameter)
     if len({layout_of(expert, state) for expert in experts}) > 1:
         raise ConfigError(
             f"{name}: found experts with different tensors or optimizer states on one rank, "

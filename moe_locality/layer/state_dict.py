@@ -201,19 +201,22 @@ def relabel_state_dict(
         )
     names = replace(names, keep=(*names.keep, *keep_patterns))
     job = Relabelling(state, plan, names, current=current, num_groups=num_expert_groups)
-    _check_tied(state, job.roles, job.sources)
+    job.check_tied()
     return {name: job.value(name) for name in state}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorRole:
-    """Where a tensor belongs. ``expert``: of one expert; None: rows of all. ``prefix``: the name up
-    to the number of the layer."""
+    """Where a tensor belongs, and how its name matched which pattern."""
 
     layer: int
-    expert: int | None
-    ids: bool
-    prefix: str
+    match: re.Match[str]
+
+    @property
+    def expert(self) -> int | None:
+        """The number of its expert; None: rows of all."""
+        found = self.match.groupdict().get("expert")
+        return None if found is None else int(found)
 
 
 class Relabelling:
@@ -222,9 +225,7 @@ class Relabelling:
     Args:
         state: name to anything with ``shape`` and ``dtype``, torch or numpy; values of a lazy
             mapping are asked for their shapes here and for their contents by ``value`` alone.
-
-    Raises:
-        ConfigError, PlacementError: as ``relabel_state_dict``.
+        plan, names, current, num_groups: see ``relabel_state_dict``, whose errors this raises.
     """
 
     def __init__(
@@ -237,40 +238,48 @@ class Relabelling:
         num_groups: int | None = None,
     ) -> None:
         check_is_permutation(plan)
-        self.state, self.names = state, names
+        self.state, self.names, self.num_experts = state, names, plan.num_experts
         self.roles = _match(state, names)
-        found = {n: p for n, p in self.roles.items() if re.fullmatch(names.router, n)}
-        self.layers = sorted({role.layer for role in found.values()})
+        roles = list(self.roles.values())
+        self.layers = sorted({r.layer for r in roles if r.match.re.pattern == names.router})
         if not self.layers:
             raise ConfigError(
                 f"found no router named like {names.router!r} in {len(state)} tensors, expected "
                 "one per MoE layer: give the weights of the whole model, choose another preset, or "
                 "give router_pattern"
             )
-        _check_all_covered(state, self.roles, plan.num_experts, names.keep)
-        self.sources = _sources(plan, current, self.layers)
+        self._check_all_covered()
+        rows = plan.rows_for(self.layers, len(self.layers))
+        now: Any = [np.arange(plan.num_experts)] * plan.num_layers
+        if current is not None:
+            check_is_permutation(current)
+            current.check_fits(layer_ids=plan.layer_ids, num_experts=plan.num_experts)
+            now = current.physical_to_logical_map
+        self.sources = {
+            layer: source_slots(now[row], plan.physical_to_logical_map[row])
+            for row, layer in zip(rows, self.layers, strict=True)
+        }
         if num_groups:
             check_groups(plan, num_groups)
-        rest = {n: p for n, p in self.roles.items() if n not in found and not p.ids}
-        _check_experts(rest, self.layers, plan.num_experts, names.extra)
+        others = (names.router, names.ids)
+        self._check_experts([role for role in roles if role.match.re.pattern not in others])
 
     def value(self, name: str) -> Any:
-        """The tensor that the file or model has under ``name`` afterwards.
-
-        Raises:
-            PlacementError: its shape does not fit the plan, or that of the expert that comes here.
+        """The tensor that the file or model has under ``name`` afterwards; PlacementError where its
+        shape does not fit the plan, or that of the expert that comes here.
         """
         role, value = self.roles.get(name), self.state[name]
         if role is None:
             return value
         source = self.sources[role.layer]
-        if role.ids:
+        if role.match.re.pattern == self.names.ids:
             return _renumbered(name, value, source)
         if role.expert is None:
             return _rows(name, value, source, self.names)
         if role.expert >= len(source):  # past the real ones
             return value
-        other = _renamed(name, self.names.experts, int(source[role.expert]))
+        start, end = role.match.span("expert")
+        other = f"{name[:start]}{source[role.expert]}{name[end:]}"
         found = self.state.get(other)
         if found is None or (found.shape, found.dtype) != (value.shape, value.dtype):
             what = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
@@ -280,28 +289,75 @@ class Relabelling:
             )
         return found
 
+    def check_tied(self) -> None:
+        """Raise PlacementError where one tensor has two names that the plan moves in two ways."""
+        stays = np.arange(self.num_experts)
+        first: dict[int, tuple[str, Any]] = {}
+        for name, value in self.state.items():
+            role = self.roles.get(name)
+            way = None
+            if role is not None and (self.sources[role.layer] != stays).any():
+                way = (self.sources[role.layer].tolist(), role.expert)
+            memory = value.data_ptr() if torch.is_tensor(value) else value.ctypes.data
+            other, its_way = first.setdefault(memory or id(value), (name, way))
+            if way != its_way:
+                raise PlacementError(
+                    f"found one tensor under the names {other} and {name}, and a plan that moves "
+                    "them in different ways, expected experts and router of each layer to be its "
+                    "own: give both layers the same order in the plan, or untie them (clone one of "
+                    "them)"
+                )
 
-def _check_tied(
-    state: Mapping[str, Any],
-    roles: Mapping[str, TensorRole],
-    sources: Mapping[int, np.ndarray],
-) -> None:
-    """Raise PlacementError where one tensor has two names that the plan moves in two ways."""
-    stays = np.arange(len(next(iter(sources.values()))))
-    first: dict[int, tuple[str, Any]] = {}
-    for name, value in state.items():
-        role = roles.get(name)
-        way = None
-        if role is not None and (sources[role.layer] != stays).any():
-            way = (sources[role.layer].tolist(), role.expert)
-        memory = value.data_ptr() if torch.is_tensor(value) else value.ctypes.data
-        other, its_way = first.setdefault(memory or id(value), (name, way))
-        if way != its_way:
-            raise PlacementError(
-                f"found one tensor under the names {other} and {name}, and a plan that moves them "
-                "in different ways, expected experts and router of each layer to be its own: give "
-                "both layers the same order in the plan, or untie them (clone one of them)"
+    def _check_all_covered(self) -> None:
+        """Refuse tensors that look like those of experts and that no pattern covers."""
+        names: dict[int, list[str]] = {}
+        for name, role in self.roles.items():
+            names.setdefault(role.layer, []).append(name)
+        # paths of modules, which os.path understands with its own separator
+        paths = ([name.replace(".", os.sep) for name in found] for found in names.values())
+        blocks = tuple(os.path.commonpath(found).replace(os.sep, ".") + "." for found in paths)
+        missed = []
+        for name, value in self.state.items():
+            if name in self.roles or any(re.fullmatch(kept, name) for kept in self.names.keep):
+                continue
+            if ".experts." in name or (
+                name.startswith(blocks)
+                and not _SHARED.search(name)
+                and (self.num_experts in value.shape or "int" in str(value.dtype))
+            ):
+                missed.append(name)
+        if missed:
+            raise ConfigError(
+                f"found {len(missed)} expert tensors that no pattern covers, the first "
+                f"{missed[0]!r} of shape {tuple(self.state[missed[0]].shape)}, expected all: they "
+                "would stay with the wrong experts; choose another preset, cover them with "
+                "router_pattern (one value per expert) or expert_patterns, or name in "
+                "keep_patterns what belongs to no expert"
             )
+
+    def _check_experts(self, roles: list[TensorRole]) -> None:
+        """``roles``: of what is neither router nor table."""
+        alone = {role.layer for role in roles} - set(self.layers)
+        if alone:
+            raise ConfigError(
+                f"layers {sorted(alone)}: found experts and no router, expected both: give the "
+                "whole state dict of the layer, and a router_pattern that covers its router"
+            )
+        for layer in self.layers:
+            numbers = {role.expert for role in roles if role.layer == layer}
+            if not numbers:
+                raise ConfigError(
+                    f"layer {layer}: found a router and no experts, expected both: give the whole "
+                    "state dict of the layer, and expert_patterns that cover its experts"
+                )
+            single = {number for number in numbers if number is not None}
+            single -= {n for n in single if self.names.extra and n >= self.num_experts}
+            if single and single != set(range(self.num_experts)):
+                raise PlacementError(
+                    f"layer {layer}: found {len(single)} experts, expected the {self.num_experts} "
+                    "of the plan: make a plan for this model, or give all shards of the layer "
+                    "together"
+                )
 
 
 def check_groups(plan: PlacementPlan, num_groups: int) -> None:
@@ -347,101 +403,17 @@ def _match(state: Mapping[str, Any], names: Names) -> dict[str, TensorRole]:
     """The role of each name that a pattern covers and that does not stay."""
     patterns = [re.compile(p) for p in (names.router, *names.experts, names.ids) if p]
     kept = [re.compile(pattern) for pattern in names.keep]
-    found: dict[str, TensorRole] = {}
+    matches: dict[str, re.Match[str]] = {}
     for name in state:
-        if any(pattern.fullmatch(name) for pattern in kept):
-            continue
         match = next(filter(None, (pattern.fullmatch(name) for pattern in patterns)), None)
-        if match is not None:
-            expert = match.groupdict().get("expert")
-            found[name] = TensorRole(
-                layer=int(match["layer"]),
-                expert=None if expert is None else int(expert),
-                ids=match.re.pattern == names.ids,
-                prefix=name[: match.end("layer")],
-            )
-    numbers = {role.prefix: role.layer for role in found.values()}
+        if match is not None and not any(pattern.fullmatch(name) for pattern in kept):
+            matches[name] = match
+    prefixes = {name: name[: match.end("layer")] for name, match in matches.items()}
+    numbers = {prefixes[name]: int(match["layer"]) for name, match in matches.items()}
     if len(set(numbers.values())) < len(numbers):  # encoder and decoder count from 0 each
         counted = layer_numbers([f"{prefix}.moe" for prefix in numbers], state)
         numbers = dict(zip(numbers, counted or range(len(numbers)), strict=True))
-        found = {name: replace(p, layer=numbers[p.prefix]) for name, p in found.items()}
-    return found
-
-
-def _check_all_covered(
-    state: Mapping[str, Any],
-    roles: Mapping[str, TensorRole],
-    num_experts: int,
-    keep_patterns: Sequence[str],
-) -> None:
-    """Refuse tensors that look like those of experts and that no pattern covers."""
-    names: dict[int, list[str]] = {}
-    for name, role in roles.items():
-        names.setdefault(role.layer, []).append(name)
-    # paths of modules, which os.path understands with its own separator
-    paths = ([name.replace(".", os.sep) for name in found] for found in names.values())
-    blocks = tuple(os.path.commonpath(found).replace(os.sep, ".") + "." for found in paths)
-    missed = [
-        name
-        for name, value in state.items()
-        if name not in roles
-        and not any(re.fullmatch(pattern, name) for pattern in keep_patterns)
-        and (
-            ".experts." in name
-            or (
-                name.startswith(blocks)
-                and not _SHARED.search(name)
-                and (num_experts in value.shape or "int" in str(value.dtype))
-            )
-        )
-    ]
-    if missed:
-        raise ConfigError(
-            f"found {len(missed)} expert tensors that no pattern covers, the first {missed[0]!r} "
-            f"of shape {tuple(state[missed[0]].shape)}, expected all: they would stay with the "
-            "wrong experts; choose another preset, cover them with router_pattern (one value per "
-            "expert) or expert_patterns, or name in keep_patterns what belongs to no expert"
-        )
-
-
-def _sources(
-    plan: PlacementPlan, current: PlacementPlan | None, layers: list[int]
-) -> dict[int, np.ndarray]:
-    rows = plan.rows_for(layers, len(layers))
-    if current is not None:
-        check_is_permutation(current)
-        current.check_fits(layer_ids=plan.layer_ids, num_experts=plan.num_experts)
-    identity = np.tile(np.arange(plan.num_experts), (plan.num_layers, 1))
-    now = identity if current is None else current.physical_to_logical_map
-    return {
-        layer: source_slots(now[row], plan.physical_to_logical_map[row])
-        for row, layer in zip(rows, layers, strict=True)
-    }
-
-
-def _check_experts(
-    found: Mapping[str, TensorRole], layers: list[int], experts: int, extra: bool
-) -> None:
-    alone = {role.layer for role in found.values()} - set(layers)
-    if alone:
-        raise ConfigError(
-            f"layers {sorted(alone)}: found experts and no router, expected both: give the whole "
-            "state dict of the layer, and a router_pattern that covers its router"
-        )
-    for layer in layers:
-        numbers = {role.expert for role in found.values() if role.layer == layer}
-        if not numbers:
-            raise ConfigError(
-                f"layer {layer}: found a router and no experts, expected both: give the whole "
-                "state dict of the layer, and expert_patterns that cover its experts"
-            )
-        single = {number for number in numbers if number is not None}
-        single -= {number for number in single if extra and number >= experts}
-        if single and single != set(range(experts)):
-            raise PlacementError(
-                f"layer {layer}: found {len(single)} experts, expected the {experts} of the plan: "
-                "make a plan for this model, or give all shards of the layer together"
-            )
+    return {n: TensorRole(layer=numbers[prefixes[n]], match=m) for n, m in matches.items()}
 
 
 def _rows(name: str, value: Any, source: np.ndarray, names: Names) -> Any:
@@ -474,11 +446,3 @@ def _renumbered(name: str, value: Any, source: np.ndarray) -> Any:
     if torch.is_tensor(value):
         return torch.from_numpy(slots)[value.long()].to(value.dtype)
     return slots[value].astype(value.dtype)
-
-
-def _renamed(name: str, patterns: Sequence[str], expert: int) -> str:
-    for match in filter(None, (re.fullmatch(pattern, name) for pattern in patterns)):
-        if match.groupdict().get("expert") is not None:
-            start, end = match.span("expert")
-            return f"{name[:start]}{expert}{name[end:]}"
-    return name

@@ -270,12 +270,12 @@ def test_tied_tensors_differ_by_one_number_or_are_the_same():
     other = values.clone()
     other[1001] += 1  # not among the bytes that are compared first
     tied = _TiedTensors([np.array([0, 1]), np.array([1, 0]), np.array([0, 1])])
-    tied.check(0, lambda: {"a": values})
-    tied.check(1, lambda: {"b": other})
-    tied.check(2, lambda: {"c": values.clone()})  # the same order
-    tied.check(1, lambda: {"d": torch.ones(9)})
-    tied.check(0, lambda: {"e": torch.ones(9)})  # one value: fresh biases are alike everywhere
+    tied.check(0, {"a": values})
+    tied.check(1, {"b": other})
+    tied.check(2, {"c": values.clone()})  # the same order
+    tied.check(1, {"d": torch.ones(9)})
+    tied.check(0, {"e": torch.ones(9)})  # one value: fresh biases are alike everywhere
     with pytest.raises(
         PlacementError, match=r"same values in f \(MoE layer 1\) and a \(MoE layer 0"
     ):
-        tied.check(1, lambda: {"f": values.clone()})
+        tied.check(1, {"f": values.clone()})
