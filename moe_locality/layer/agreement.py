@@ -136,10 +136,7 @@ def agree_on_inputs(read: Callable[[], Inputs[T]]) -> Inputs[T]:
     """Return ``read()``: section, plan, and what else a front end reads and checks. Collective.
 
     Every front end begins so: a file that is missing on one rank, or another one there, is an error
-    on all ranks. The path of the plan may differ, and so may ``tracking``.
-
-    Raises:
-        ConfigError, PlacementError: as ``read``, or the ranks have different sections or plans.
+    (ConfigError, PlacementError) on all ranks. The path of the plan may differ, and ``tracking``.
     """
     section, plan, rest = all_succeed(read)
     text = section.model_dump_json(exclude={"plan", "tracking"})
@@ -163,17 +160,15 @@ def all_agree(what: str, value: str, error: type[MoeLocalityError] = PlacementEr
     if len(ranks_with) == 1:
         return
     largest = max(ranks_with.values(), key=len)
-    parts = [f"{_told(found)} on ranks {ranks}" for found, ranks in ranks_with.items()]
+    parts = []
+    for found, ranks in ranks_with.items():  # of a digest, the first characters say enough
+        shown = found[:12] if re.fullmatch("[0-9a-f]{32,}", found) else found
+        parts.append(f"{shown} on ranks {ranks}")
     others = sorted(rank for ranks in ranks_with.values() if ranks is not largest for rank in ranks)
     raise error(
         f"found different {what} on the ranks ({'; '.join(parts)}), expected one: ranks {others} "
         f"differ from ranks {largest}; nothing was moved: give every rank the same"
     )
-
-
-def _told(value: str) -> str:
-    """What a message says of a value: the first characters of a digest, all of others."""
-    return value[:12] if re.fullmatch("[0-9a-f]{32,}", value) else value
 
 
 def _collect(store: Any, key: str, world: int, timeout_s: float) -> list[bytes | None]:

@@ -163,7 +163,7 @@ class _TiedTensors:
         self._first: dict[bytes, tuple[int, str]] = {}  # layer and name, by a hash of the values
 
     def check(self, layer: int, tensors: dict[str, Any]) -> None:
-        """Raise PlacementError where one of a layer's tensors is in a layer that moves otherwise."""
+        """Raise PlacementError where one of ``tensors`` is in a layer that moves otherwise."""
         for name, value in tensors.items():
             if not torch.is_tensor(value) or value.numel() < 2:
                 continue
@@ -269,14 +269,10 @@ def read_optimizer_states(
     trust_order: bool,
 ) -> tuple[OptimizerStates, list[str]] | None:
     """Read all optimizer files, and the names of their parameters; None: the checkpoint has none.
+    NotBaked says why they cannot be baked.
 
-    Args:
-        dense: state of an ``mp_rank`` file.
-        names: per parameter group, the names of its parameters, if the checkpoint has them.
-        trust_order: without names, take the order of the model.
-
-    Raises:
-        NotBaked: why they cannot be baked.
+    ``dense``: state of an ``mp_rank`` file. ``names``: per parameter group, if the checkpoint has
+    them; else ``trust_order`` takes the order of the model.
     """
     if files.other_optimizer:
         raise NotBaked(

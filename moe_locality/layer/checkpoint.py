@@ -68,6 +68,11 @@ EXPERT_KEY = re.compile(
 EXPERT_STATES = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
 OPTIMIZER_STATES = re.compile(r"expp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 
+_ALLOWED: list[Any] = [np.ndarray, np.dtype, argparse.Namespace]
+_ALLOWED += [type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "float32", "float64")]
+# what numpy pickles a scalar and an array with has no public name
+_ALLOWED += [np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]]
+
 logger = logging.getLogger(__name__)
 
 
@@ -98,7 +103,7 @@ def read_file(path: Path, *, trusted: bool = False) -> dict[str, Any]:
     anything, which can run code.
     """
     try:
-        with torch.serialization.safe_globals(_allowed()):
+        with torch.serialization.safe_globals(_ALLOWED):
             found = _torch_load(path, weights_only=True)
     except pickle.UnpicklingError as error:
         if not trusted:
@@ -125,13 +130,6 @@ def _torch_load(path: Path, *, weights_only: bool) -> Any:
         if "mmap" not in str(error):  # files in the format before torch 1.6 cannot be mapped
             raise
         return torch.load(path, map_location="cpu", weights_only=weights_only)
-
-
-def _allowed() -> list[Any]:
-    # what numpy pickles a scalar and an array with has no public name
-    scalar, array = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
-    kinds = [type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "float32", "float64")]
-    return [scalar, array, np.ndarray, np.dtype, argparse.Namespace, *kinds]
 
 
 def make_entry(

@@ -179,8 +179,11 @@ def initialize(*args: Any, **kwargs: Any) -> Any:
     auto_ep = _auto_ep(ds_config)
     if auto_ep:
         compat.let_auto_ep_read_recorders()
-        if section.enabled:
-            topology = _prepare_auto_ep(section, ds_config, plan, bound.get("mpu"))
+        if section.enabled:  # the groups that AutoEP will use
+            ep_size = ds_config["expert_parallel"].get("autoep_size", 1)
+            folded = (ds_config.get("tensor_parallel") or {}).get("autotp_size", 1) > 1
+            alone = ep_size == 1 or bound.get("mpu") is not None or folded
+            topology = _make_groups(set() if alone else {ep_size}, section, ds_config, plan)
     elif section.enabled:
         topology = _prepare_model(model, section, ds_config, plan, bound.get("mpu"))
         if plan is not None and not plan.is_permutation:
@@ -373,29 +376,18 @@ def _adopt_auto_ep(
         announce(f"{len(adopted)} layers of AutoEP", section, plan is not None)
 
 
-def _prepare_auto_ep(
-    section: MoeLocalityConfig, ds_config: dict[str, Any], plan: PlacementPlan | None, mpu: Any
-) -> ClusterTopology:
-    """Find the nodes, and make the expert groups that AutoEP will use. Collective."""
-    topology = discover_topology(cluster_config=section.cluster)
-    ep_size = ds_config["expert_parallel"].get("autoep_size", 1)
-    folded = (ds_config.get("tensor_parallel") or {}).get("autotp_size", 1) > 1
-    if ep_size > 1 and mpu is None and not folded:
-        _make_groups({ep_size}, topology, section, ds_config, plan)
-    return topology
-
-
 def _make_groups(
     sizes: set[int],
-    topology: ClusterTopology,
     section: MoeLocalityConfig,
     ds_config: dict[str, Any],
     plan: PlacementPlan | None,
-) -> None:
-    """Make expert groups that follow the nodes, where plan or cluster section ask for it or can."""
+) -> ClusterTopology:
+    """Find the nodes, and make expert groups of these sizes that follow them, where plan or cluster
+    section ask for it or can. Collective."""
+    topology = discover_topology(cluster_config=section.cluster)
     order = "D+E" if ds_config.get("use_data_before_expert_parallelism") else "E+D"
     try:
-        groups = prepare_groups(topology, sizes, order)
+        groups = prepare_groups(topology, sizes, order) if sizes else {}
         if plan is not None and plan.num_ranks in groups:
             check_nodes(plan, topology, groups[plan.num_ranks].layout.ep_groups)
     except TopologyError as error:  # on all ranks alike
@@ -407,6 +399,7 @@ def _make_groups(
             topology.describe(),
             error,
         )
+    return topology
 
 
 def _prepare_model(
@@ -417,7 +410,6 @@ def _prepare_model(
     mpu: Any,
 ) -> ClusterTopology:
     """Find the nodes, make the expert groups, swap the layers, apply the plan. Collective."""
-    topology = discover_topology(cluster_config=section.cluster)
     pipeline = isinstance(model, PipelineModule)
     data_only = mpu is None or (plan is not None and compat.spreads_data_only(mpu))
     if plan is not None and (pipeline or not data_only):
@@ -431,8 +423,8 @@ def _prepare_model(
             "moe_locality.attach(engine.module, path) on the stages that have MoE layers"
         )
     sizes = {module.ep_size for _, module in moe_modules(model)}
-    if sizes and not pipeline and data_only:
-        _make_groups(sizes, topology, section, ds_config, plan)
+    ours = sizes if not pipeline and data_only else set()
+    topology = _make_groups(ours, section, ds_config, plan)
     if sizes or not pipeline:  # a pipeline stage may be without an MoE layer
         _place(model, section, topology, plan)
     return topology

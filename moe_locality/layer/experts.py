@@ -326,11 +326,6 @@ def _agrees(expert: nn.Module, layers: dict[str, Any], mlp: GroupedMLP, x: Tenso
 # three or more expert-data-parallel ranks each sees one part of their sum, and zeros.
 
 
-SharedExpert = tuple[int, list[int]]
-"""Of an expert that other ranks hold too: how many of the parameters are its, and the global ranks
-of all holders in slot order."""
-
-
 def run_with_summed_gradients(
     experts: Any,
     rows: Tensor,
@@ -342,18 +337,24 @@ def run_with_summed_gradients(
     """:func:`run_experts`, with gradients summed over the replicas; ``group``: the EP group, None
     for the world. Backward is collective among the holders of an expert.
     """
-    names, parameters, shared = _collect(experts.deepspeed_experts, replicas, group)
+    ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
+    parameters: dict[str, Tensor] = {}  # to train, of experts that others hold too, by name
+    shared: list[tuple[int, list[int]]] = []  # how many are of each expert, and who holds it
+    for local, holders in replicas.shared:
+        found = experts.deepspeed_experts[local].named_parameters()
+        trained = {name: parameter for name, parameter in found if parameter.requires_grad}
+        parameters |= {f"experts.deepspeed_experts.{local}.{n}": p for n, p in trained.items()}
+        shared.append((len(trained), [ranks[holder] for holder in holders]))
     if not parameters:
         return run_experts(experts, rows, tokens_per_expert, mode)
     if mode == "grouped" or grouping_pays(rows):
         recognize(experts.deepspeed_experts)  # it copies an expert, so before others stand in
-    edp_group = compat.expert_data_parallel_group(getattr(parameters[0], "group_name", ""))
-    stand_ins = _SumOverReplicas.apply(shared, group, edp_group, *parameters)
-    return torch.func.functional_call(
-        _Runner(experts, mode),
-        dict(zip(names, stand_ins, strict=True)),
-        (rows, tokens_per_expert),
-    )
+    first = next(iter(parameters.values()))
+    edp_group = compat.expert_data_parallel_group(getattr(first, "group_name", ""))
+    stand_ins = _SumOverReplicas.apply(shared, group, edp_group, *parameters.values())
+    replaced = dict(zip(parameters, stand_ins, strict=True))
+    runner = _Runner(experts, mode)
+    return torch.func.functional_call(runner, replaced, (rows, tokens_per_expert))
 
 
 class _Runner(nn.Module):
@@ -369,26 +370,12 @@ class _Runner(nn.Module):
         return run_experts(self.experts, rows, tokens_per_expert, self.mode)
 
 
-def _collect(
-    experts: nn.ModuleList, replicas: LayerReplicas, group: Any
-) -> tuple[list[str], list[Tensor], list[SharedExpert]]:
-    """Names (below a :class:`_Runner`) and parameters to train of the experts that others hold."""
-    names, parameters, shared = [], [], []
-    ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
-    for local, holders in replicas.shared:
-        found = [(n, p) for n, p in experts[local].named_parameters() if p.requires_grad]
-        names += [f"experts.deepspeed_experts.{local}.{name}" for name, _ in found]
-        parameters += [parameter for _, parameter in found]
-        shared.append((len(found), [ranks[holder] for holder in holders]))
-    return names, parameters, shared
-
-
 class _SumOverReplicas(torch.autograd.Function):
     """Parameters as they are; gradients summed over the replicas."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, shared: list[SharedExpert], group: Any, edp_group: Any, *parameters: Tensor
+        ctx: Any, shared: list[Any], group: Any, edp_group: Any, *parameters: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.shared, ctx.group, ctx.edp_group = shared, group, edp_group
         return tuple(parameter.detach() for parameter in parameters)

@@ -183,10 +183,15 @@ class LocalityMOELayer(ExchangingLayer, MOELayer):
 
     def forward(self, *input: Tensor, **kwargs: Any) -> Tensor:
         """``(hidden_states [..., D], used_token)`` to ``[..., D]``; sets l_aux and exp_counts."""
-        why_padded = self._why_padded()
-        if why_padded is not None:
-            return self._padded_forward(why_padded, *input, **kwargs)
-        return self._ragged_forward(input[0], input[1])  # pyright: ignore[reportCallIssue]
+        if self.use_tutel:
+            why = "Tutel is on"
+        elif compat.tensor_parallel_size() > 1:
+            why = "tensor parallelism is on"
+        elif compat.all_to_all_replaced():
+            why = "DeepSpeed's all-to-all was replaced, and the replacement has to see it"
+        else:
+            return self._ragged_forward(input[0], input[1])  # pyright: ignore[reportCallIssue]
+        return self._padded_forward(why, *input, **kwargs)
 
     def _set_ep_group(self, ep_group: Any) -> None:
         super()._set_ep_group(ep_group)
@@ -229,17 +234,8 @@ class LocalityMOELayer(ExchangingLayer, MOELayer):
         yield
         setattr(self, attribute, self._timer(timer))
 
-    def _why_padded(self) -> str | None:
-        """Return why DeepSpeed's own padded dispatch has to run, or None."""
-        if self.use_tutel:
-            return "Tutel is on"
-        if compat.tensor_parallel_size() > 1:
-            return "tensor parallelism is on"
-        if compat.all_to_all_replaced():
-            return "DeepSpeed's all-to-all was replaced, and the replacement has to see it"
-        return None
-
     def _padded_forward(self, why: str, *input: Tensor, **kwargs: Any) -> Tensor:
+        """Run DeepSpeed's own padded dispatch."""
         if self.replicas is not None:
             raise ConfigError(
                 f"found experts with replicas, and {why}: DeepSpeed's padded dispatch, which then "
@@ -304,13 +300,8 @@ class MoE(StockMoE):
         **kwargs: Any,
     ) -> None:
         compat.init_stock_moe(StockMoE, self, *args, **kwargs)
-        adopt(
-            self,
-            dispatch_config=dispatch_config,
-            kernels=kernels,
-            experts=experts,
-            topology=topology,
-        )
+        given: dict[str, Any] = {"kernels": kernels, "experts": experts, "topology": topology}
+        adopt(self, dispatch_config=dispatch_config, **given)
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """As DeepSpeed's, for which its engine asks on all ranks. Where it would make expert groups
@@ -340,8 +331,7 @@ def _follow_the_nodes(module: StockMoE, use_data_before_expert_parallel: bool) -
     """Make the expert groups of a layer whose nodes are not known yet. Collective."""
     layer: Any = module.deepspeed_moe
     group = compat.expert_parallel_group(module.expert_group_name)
-    known = (group, layer.topology, compat.model_parallel_unit())
-    if any(one is not None for one in known):
+    if (group, layer.topology, compat.model_parallel_unit()) != (None, None, None):
         return
     order = "D+E" if use_data_before_expert_parallel else "E+D"
     try:
@@ -360,15 +350,11 @@ def _set_parallelism_of_subclass(
     type(self).set_deepspeed_parallelism(self, use_data_before_expert_parallel_)
 
 
-def _joined_signature() -> inspect.Signature:
-    """DeepSpeed's parameters, then ours: what ``help`` and editors show."""
-    stock = list(inspect.signature(StockMoE.__init__).parameters.values())[1:]
-    own = inspect.signature(MoE.__init__).parameters.values()
-    extras = [parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY]
-    return inspect.Signature([*stock, *extras])
-
-
-MoE.__signature__ = _joined_signature()  # pyright: ignore[reportAttributeAccessIssue]
+# DeepSpeed's parameters, then ours: what ``help`` and editors show
+_stock, _own = (inspect.signature(c.__init__).parameters.values() for c in (StockMoE, MoE))
+MoE.__signature__ = inspect.Signature(  # pyright: ignore[reportAttributeAccessIssue]
+    [*list(_stock)[1:], *(p for p in _own if p.kind is p.KEYWORD_ONLY)]
+)
 
 
 def adopt(
@@ -382,8 +368,8 @@ def adopt(
     """Turn a stock MoE module into ours, in place; return False where it already was.
 
     A subclass of the stock class keeps its class and its methods: only its ``deepspeed_moe`` and
-    gate change, and groups that follow the nodes are made first. What
-    a stock gate knew of its placement (``gate.slot_to_logical``) is kept.
+    gate change, and groups that follow the nodes are made first. What a stock gate knew of its
+    placement (``gate.slot_to_logical``) is kept.
 
     Raises:
         ConfigError: the module is not built from DeepSpeed's own gate, experts and layer.

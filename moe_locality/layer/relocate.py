@@ -55,19 +55,16 @@ NUM_BUFFERS = 3
 
 TIMEOUT_S = 120.0
 """Seconds that one exchange of a step may take. A step has at most two exchanges in a row, so a
-rank that does not respond within 3 x timeout is considered dead.
-"""
+rank that does not respond within 3 x timeout is considered dead."""
 
 
 class RolledBackError(PlacementError):
-    """A rank failed; the layer is in its old order on every rank.
-
-    ``interrupted``: a rank was interrupted. ``stop``: the KeyboardInterrupt or SystemExit of this
-    rank, if any.
-    """
+    """A rank failed; the layer is in its old order on every rank."""
 
     interrupted = False
+    """a rank was interrupted"""
     stop: BaseException | None = None
+    """the KeyboardInterrupt or SystemExit of this rank"""
 
 
 _pending_signals: list[int] = []
@@ -310,18 +307,15 @@ def move_experts(
 def place_stacked(
     layers: Sequence[tuple[str, Any]], orders: Sequence[np.ndarray], engine: Any = None
 ) -> None:
-    """Move the experts of named layers to the slots of ``orders``, with their optimizer state.
+    """Move the experts of named layers to the slots of ``orders``. Collective over all ranks.
 
-    Collective over all ranks. A layer that fails is in its old order on all ranks and says so.
+    A layer that fails is in its old order on all ranks and says so.
 
     Args:
         layers: with ``experts`` (parameters ``[e, ...]``), ``ep_size``, ``ep_group``, the order
             ``slot_to_logical [E]`` and ``set_order``, which states a new one; their router is in
             logical order, and stays.
-        engine: the DeepSpeed engine whose optimizer state moves along.
-
-    Raises:
-        ConfigError: optimizer state that cannot move.
+        engine: its optimizer state moves along; ConfigError where it cannot.
     """
     state = no_state if engine is None else all_succeed(lambda: state_source(engine))
     text = repr([(name, order.tolist()) for (name, _), order in zip(layers, orders, strict=True)])
@@ -402,10 +396,8 @@ def _exchange(
     layer: _Layer, step: Step, mine: list[tuple[int, int]], held: dict[int, Tensor]
 ) -> dict[int, Tensor]:
     """Exchange buffers point to point; return the new content of each slot written here."""
-    if not mine:
-        return {}
-    if all(written in layer.slots for _, written in mine):
-        return {written: held[read] for read, written in mine}  # a swap on this rank
+    if all(written in layer.slots for _, written in mine):  # nothing, or a swap on this rank
+        return {written: held[read] for read, written in mine}
     group = layer.group
     assert group is not None
     ranks = dist.get_process_group_ranks(group)

@@ -37,13 +37,10 @@ METRICS, TRAFFIC, SUMMARY, PLAN = "metrics.jsonl", "traffic.json", "summary.json
 
 
 class RunLog:
-    """Lines about the training of an engine. Rank 0 holds the wandb run and the run directory.
+    """Lines about the training of an engine. Rank 0 holds the wandb run and the run directory, and
+    raises BackendUnavailable or ConfigError where a run cannot be started.
 
-    Args:
-        facts: what the run is (model, ds_config, cluster ...), for wandb's config and the summary.
-
-    Raises:
-        BackendUnavailable, ConfigError: on rank 0, where a run cannot be started.
+    ``facts``: what the run is (model, ds_config, cluster ...), for wandb's config and the summary.
     """
 
     def __init__(

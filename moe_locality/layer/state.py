@@ -29,10 +29,7 @@ from moe_locality.trace.recorder.hooks import config_of, model_type_of, moe_laye
 
 
 def moe_modules(model: nn.Module) -> list[tuple[str, Any]]:
-    """Return (name, module) of every DeepSpeed MoE layer, ours too, in ``named_modules`` order.
-
-    ``plan_rows`` says which row of a plan is for which entry.
-    """
+    """Return (name, module) of every DeepSpeed MoE layer, ours too, in ``named_modules`` order."""
     kind = getattr(sys.modules.get("deepspeed.moe.layer"), "MoE", ())  # () where none is loaded
     return [(name, m) for name, m in model.named_modules() if isinstance(m, kind)]
 
@@ -45,10 +42,8 @@ def has_auto_ep(model: nn.Module) -> bool:
 def plan_rows(
     model: nn.Module, plan: PlacementPlan, names: Sequence[str] | None = None
 ) -> list[int]:
-    """Return the row of ``plan`` for each MoE layer; ``names``: default ``moe_modules(model)``.
-
-    Raises:
-        PlacementError: the plan is for another model or other layers, or is in the weights already.
+    """Return the row of ``plan`` for each MoE layer (``names``: default ``moe_modules(model)``);
+    PlacementError: it is for another model or other layers, or is in the weights already.
     """
     plan.check_fits(model_type=model_type_of(model))
     folder = getattr(config_of(model), "name_or_path", None)
@@ -349,11 +344,8 @@ def whole_bytes(shards: list[TensorShard]) -> int:
 
 
 def pack(shards: list[TensorShard], buffer: Tensor) -> None:
-    """Write what this rank holds into ``buffer``; the parts of other ranks are zero.
-
-    The buffer is bytes because gloo has no fp8 type.
-    """
-    buffer.zero_()
+    """Write what this rank holds into ``buffer``; the parts of other ranks are zero."""
+    buffer.zero_()  # it is bytes because gloo has no fp8 type
     for shard, start in _places(shards):
         if shard.local is not None:
             raw = shard.local.detach().contiguous().reshape(-1).view(torch.uint8)
