@@ -12,7 +12,7 @@ import logging
 import math
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +39,7 @@ from moe_locality.trace import RoutingTrace
 from moe_locality.tracking import Tracker
 
 How = Literal["measured", "simulated"]
+Better = Literal["lower", "higher", "equal"]
 SplitFrom = tuple[str, str]
 """Content hashes: of a trace that was split, and of the part that was not held out."""
 
@@ -54,7 +55,7 @@ class Row:
     unit: str
     how: How
     values: tuple[float | None, ...]
-    better: Literal["lower", "higher", "equal"] = "lower"
+    better: Better = "lower"
     interval: tuple[float, float] | None = None
 
     @property
@@ -84,10 +85,9 @@ class Row:
 class Comparison:
     """Rows over the candidates ``names`` (the baseline first), with what the report needs beside.
 
-    ``tables`` are further tables (per layer and plan, per domain); ``notes`` are sentences that a
-    reader must know, for example that a plan was made from the very trace it is judged on.
-    ``sources``: by name, what each candidate is (model, plan digest, ds_config, commit ...), for
-    those who look at it later.
+    ``tables``: further ones (per layer and plan, per domain). ``notes``: sentences that a reader
+    must know, for example that a plan was made from the very trace it is judged on. ``sources``: by
+    name, what each candidate is (model, plan digest, ds_config, commit ...).
     """
 
     names: tuple[str, ...]
@@ -180,23 +180,16 @@ def compare_plans(
         raise PlacementError(
             f"found the plans {list(labels)}, expected one or more with different names: rename one"
         )
-    costs = [evaluate(trace, c.plan, topology, c.homes) for c in candidates]
+    costs = {c.label: evaluate(trace, c.plan, topology, c.homes) for c in candidates}
     blocks = request_blocks(trace, seed) if len(candidates) > 1 else None
-    first, last = (
-        copies_of_blocks(trace, c.plan, topology, c.homes, blocks)
-        for c in (candidates[0], candidates[-1])
-    )
-    interval = ratio_interval(first, last)
-    rows = tuple(
-        Row(
-            metric=name,
-            unit=unit,
-            how="simulated",
-            values=tuple(known(getattr(cost, name)) for cost in costs),
-            interval=interval if name == "copies" else None,
-        )
-        for name, unit in METRICS
-    )
+    ends = (candidates[0], candidates[-1])
+    copies = (copies_of_blocks(trace, c.plan, topology, c.homes, blocks) for c in ends)
+    interval = ratio_interval(*copies)
+    rows = []
+    for name, unit in METRICS:
+        values = tuple(known(getattr(cost, name)) for cost in costs.values())
+        reach = interval if name == "copies" else None
+        rows.append(Row(metric=name, unit=unit, how="simulated", values=values, interval=reach))
     own = [c.label for c in candidates if made_from(c.plan, trace, split_from)]
     baseline = candidates[0].plan
     cluster = f"{baseline.num_nodes} nodes x {baseline.ranks_per_node} ranks"
@@ -208,10 +201,10 @@ def compare_plans(
     )
     return Comparison(
         names=labels,
-        rows=rows,
+        rows=tuple(rows),
         facts=facts,
         figures=tuple(_figures_of_plans(trace, candidates, costs, topology, seed, own)),
-        tables=(_layer_table(candidates, costs),),
+        tables=(_layer_table(costs),),
         notes=tuple(_notes(own, candidates, costs)),
         synthetic=is_synthetic(trace),
         sources={
@@ -221,24 +214,23 @@ def compare_plans(
     )
 
 
-def _notes(own: list[str], candidates: list[Candidate], costs: list[Costs]) -> list[str]:
+def _notes(own: list[str], candidates: list[Candidate], costs: dict[str, Costs]) -> list[str]:
     """What to know of plans made from the trace itself, and of each that is less level here than
     its solver was told to expect."""
-    found = []
+    found, baseline = [], candidates[0].label
     if own:
         found.append(
             f"Made from these same requests: {', '.join(own)}. In-sample figures flatter a plan: "
             "judge it on requests that its solver did not see (--held-out)."
         )
-    for candidate, cost in zip(candidates, costs, strict=True):
-        made = candidate.plan.provenance
+    for candidate in candidates:
+        made, level = candidate.plan.provenance, costs[candidate.label].node_imbalance
         expected, cap = made.get("expected_imbalance"), made.get("max_imbalance")
-        if expected is not None and round(cost.node_imbalance, 3) > max(round(expected, 3), cap):
+        if expected is not None and round(level, 3) > max(round(expected, 3), cap):
             found.append(
-                f"{candidate.label} is above its cap: the busiest node has "
-                f"{cost.node_imbalance:.3f} of the mean load on these requests; the cap is "
-                f"{cap:g}, {expected:.3f} was expected, {candidates[0].label} has "
-                f"{costs[0].node_imbalance:.3f}."
+                f"{candidate.label} is above its cap: the busiest node has {level:.3f} of the mean "
+                f"load on these requests; the cap is {cap:g}, {expected:.3f} was expected, "
+                f"{baseline} has {costs[baseline].node_imbalance:.3f}."
             )
     return found
 
@@ -265,7 +257,7 @@ def made_from(
 def _figures_of_plans(
     trace: RoutingTrace,
     candidates: list[Candidate],
-    costs: list[Costs],
+    costs: dict[str, Costs],
     topology: ClusterTopology | None,
     seed: int,
     own: list[str],
@@ -283,12 +275,11 @@ def _figures_of_plans(
     figures: list[FigureData] = []
     first, last = candidates[0], candidates[-1]
     if len(candidates) > 1:
-        before, after = (
-            np.asarray(
-                align_trace(trace, c.plan, topology, c.homes).node_visits().sum(axis=0), float
-            )
+        visits = (
+            align_trace(trace, c.plan, topology, c.homes).node_visits().sum(axis=0)
             for c in (first, last)
         )
+        before, after = (np.asarray(matrix, float) for matrix in visits)
         figures.append(
             TrafficData(
                 before=before,
@@ -301,34 +292,25 @@ def _figures_of_plans(
                 basis=basis,
             )
         )
+        points = []
+        for name, cost in costs.items():
+            at: dict[str, float] = {"imbalance": cost.node_imbalance, "copies": cost.copies}
+            points.append(TradeoffPoint(name=name, **at, is_baseline=not points))
         cap = last.plan.provenance.get("max_imbalance")
-        points = tuple(
-            TradeoffPoint(
-                name=c.label,
-                imbalance=cost.node_imbalance,
-                copies=cost.copies,
-                is_baseline=c is first,
-            )
-            for c, cost in zip(candidates, costs, strict=True)
-        )
-        figures.append(
-            TradeoffData(points=points, basis=basis, cap=cap if isinstance(cap, float) else None)
-        )
-    values = {c.label: cost.per_layer["copies"] for c, cost in zip(candidates, costs, strict=True)}
-    figures.append(
-        LayersData(
-            layer_ids=costs[0].layer_ids, values=values, unit="copies per token", basis=basis
-        )
-    )
+        cap = cap if isinstance(cap, float) else None
+        figures.append(TradeoffData(points=tuple(points), basis=basis, cap=cap))
+    values = {name: cost.per_layer["copies"] for name, cost in costs.items()}
+    layers, unit = costs[first.label].layer_ids, "copies per token"
+    figures.append(LayersData(layer_ids=layers, values=values, unit=unit, basis=basis))
     return figures
 
 
-def _layer_table(candidates: list[Candidate], costs: list[Costs]) -> Table:
+def _layer_table(costs: dict[str, Costs]) -> Table:
     """Copies, picks and balance of every layer under every plan."""
     names = ("copies", "picks", "node_imbalance", "rank_imbalance")
     rows = [
-        (candidate.label, layer, *(known(cost.per_layer[name][row]) for name in names))
-        for candidate, cost in zip(candidates, costs, strict=True)
+        (label, layer, *(known(cost.per_layer[name][row]) for name in names))
+        for label, cost in costs.items()
         for row, layer in enumerate(cost.layer_ids)
     ]
     return Table(title="Layer by layer", columns=("plan", "layer", *names), rows=tuple(rows))
@@ -449,12 +431,11 @@ def compare_runs(
 ) -> Comparison:
     """Put two runs side by side: losses, bytes by link, balance, times.
 
-    ``node_of_rank`` is taken from a plan of the runs where it is not given; without either the
-    traffic figure is left out.
+    ``node_of_rank``: else that of a plan of the runs; without both there is no traffic figure.
     """
     names = (baseline.name, ours.name if ours.name != baseline.name else f"{ours.name} (2)")
     pair = (baseline, ours)
-    rows = [*_loss_rows(pair), *_traffic_rows(pair), *_time_rows(pair)]
+    rows = _measured_rows(pair)
     if not rows:
         todo = "compare two runs of the same kind"
         short = [str(run.path) for run in pair if run.summary and not (run.steps or run.traffic)]
@@ -479,30 +460,21 @@ def compare_runs(
     plans = {name: run.plan for name, run in named.items() if run.plan is not None}
     facts = [(f"run {name}", str(run.path)) for name, run in named.items()]
     facts += [(f"plan of {name}", plan.digest()[:12]) for name, plan in plans.items()]
+    sources = {
+        name: {key: run.summary[key] for key in SOURCES if key in run.summary}
+        for name, run in named.items()
+    }
+    for name, plan in plans.items():
+        sources[name]["plan"] = plan.digest()
     return Comparison(
         names=names,
         rows=tuple(rows),
         facts=tuple(facts),
-        figures=tuple(_figures_of_runs(pair, names, nodes)),
-        tables=tuple(_domain_tables(pair, names)),
+        figures=tuple(_figures_of_runs(named, nodes)),
+        tables=tuple(_domain_tables(named)),
         notes=notes,
-        sources={name: _source_of_run(run) for name, run in named.items()},
+        sources=sources,
     )
-
-
-def _source_of_run(run: Run) -> dict[str, Any]:
-    found = {key: run.summary[key] for key in SOURCES if key in run.summary}
-    return found if run.plan is None else {**found, "plan": run.plan.digest()}
-
-
-def _row(
-    metric: str, unit: str, values: Sequence[float | None], better: Any = "lower"
-) -> list[Row]:
-    """One row, or none where a run lacks the value."""
-    if any(value is None for value in values):
-        return []
-    found = tuple(map(known, values))
-    return [Row(metric=metric, unit=unit, how="measured", values=found, better=better)]
 
 
 def _differences(pair: tuple[Run, Run]) -> tuple[str, ...]:
@@ -525,56 +497,68 @@ def _differences(pair: tuple[Run, Run]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _loss_rows(pair: tuple[Run, Run]) -> list[Row]:
-    rows: list[Row] = []
+def _measured_rows(pair: tuple[Run, Run]) -> list[Row]:
+    """A row for each metric that both runs have."""
     curves = [curve for run in pair if (curve := run.loss_curve()) is not None]
-    if len(curves) == 2 and (common := np.intersect1d(curves[0][0], curves[1][0])).size:
-        last = [float(losses[steps == common[-1]][-1]) for steps, losses in curves]
-        rows += _row("quality/train_loss", "nats per token, last step", last, "equal")
-    losses = [(run.evaluation or {}).get("loss") for run in pair]
-    means = [None if loss is None else float(loss.mean()) for loss in losses]
-    rows += _row("quality/eval_loss", "nats per token, held out", means, "equal")
+    steps = np.intersect1d(curves[0][0], curves[1][0]) if len(curves) == 2 else np.zeros(0)
+    last = steps[-1] if steps.size else None
+    per_step = all((run.traffic or {}).get("steps") for run in pair)
+    per = " per step" if per_step else ""
+    units: dict[str, tuple[str, Better]] = {
+        "quality/train_loss": ("nats per token, last step", "equal"),
+        "quality/eval_loss": ("nats per token, held out", "equal"),
+        "traffic/cross_node_bytes": (f"bytes{per}, all directions", "lower"),
+        "traffic/cross_node_frac": ("share of all bytes", "lower"),
+        "traffic/dispatch_cross_node_bytes": (f"bytes{per}, dispatch", "lower"),
+        "traffic/cross_node_messages": (f"messages{per}, all directions", "lower"),
+        "load/balancedness": ("mean / max rows per rank", "higher"),
+        "time/step_us": (f"µs, median after {WARM_UP_STEPS} steps", "lower"),
+        "time/eval_s": ("s, one evaluation, not repeated", "lower"),
+    }
+    measured = [_measures(run, last, per_step=per_step) for run in pair]
+    rows = []
+    for metric, (unit, better) in units.items():
+        if all(metric in found for found in measured):
+            values = tuple(known(found[metric]) for found in measured)
+            rows.append(Row(metric=metric, unit=unit, how="measured", values=values, better=better))
     return rows
 
 
-def _traffic_rows(pair: tuple[Run, Run]) -> list[Row]:
-    rows: list[Row] = []
-    traffic = [run.traffic or {} for run in pair]
-    steps: list[Any] = [found.get("steps") for found in traffic]
-    per, steps = (" per step", steps) if all(steps) else ("", [1, 1])
-    links = [found.get("by_link") or {} for found in traffic]
-    if all(links):
-        totals = [{k: sum(kind[k] for kind in found.values()) for k in LINKS} for found in links]
-        crossing = [total["cross_node"] / n for total, n in zip(totals, steps, strict=True)]
-        rows += _row("traffic/cross_node_bytes", f"bytes{per}, all directions", crossing)
-        shares = [total["cross_node"] / max(sum(total.values()), 1) for total in totals]
-        rows += _row("traffic/cross_node_frac", "share of all bytes", shares)
-        counts = [f["dispatch"]["cross_node"] / n for f, n in zip(links, steps, strict=True)]
-        rows += _row("traffic/dispatch_cross_node_bytes", f"bytes{per}, dispatch", counts)
-    messages = [found.get("messages_by_link") or {} for found in traffic]
-    if all(messages):
-        counts = [
-            sum(kind["cross_node"] for name, kind in found.items() if name != "routing") / n
-            for found, n in zip(messages, steps, strict=True)
-        ]
-        rows += _row("traffic/cross_node_messages", f"messages{per}, all directions", counts)
-    received = [found for run in pair if (found := _received(run)) is not None and found.sum() > 0]
-    if len(received) == 2:
-        balance = [float(found.mean() / found.max()) for found in received]
-        rows += _row("load/balancedness", "mean / max rows per rank", balance, "higher")
-    return rows
-
-
-def _received(run: Run) -> np.ndarray | None:
-    """[G] rows that each rank's experts worked on, or None.
-
-    A report without them, of an older version, has the rows that each rank received: the same where
-    rows go straight to their experts.
-    """
-    if load := (run.traffic or {}).get("load"):
-        return np.asarray(load, dtype=np.float64)
+def _measures(run: Run, last_step: int | None, *, per_step: bool) -> dict[str, float]:
+    """Metric -> value; those that a run has."""
+    found: dict[str, float] = {}
+    curve = run.loss_curve()
+    if curve is not None and last_step is not None:
+        found["quality/train_loss"] = float(curve[1][curve[0] == last_step][-1])
+    if run.evaluation and "loss" in run.evaluation:
+        found["quality/eval_loss"] = float(run.evaluation["loss"].mean())
+    traffic = run.traffic or {}
+    steps = traffic["steps"] if per_step else 1
+    if links := traffic.get("by_link"):
+        total = {link: sum(kind[link] for kind in links.values()) for link in LINKS}
+        found["traffic/cross_node_bytes"] = total["cross_node"] / steps
+        found["traffic/cross_node_frac"] = total["cross_node"] / max(sum(total.values()), 1)
+        found["traffic/dispatch_cross_node_bytes"] = links["dispatch"]["cross_node"] / steps
+    if messages := traffic.get("messages_by_link"):
+        counts = [kind["cross_node"] for name, kind in messages.items() if name != "routing"]
+        found["traffic/cross_node_messages"] = sum(counts) / steps
+    # A report of an older version has the rows that each rank received instead of its load: the
+    # same where rows go straight to their experts.
     matrix = _dispatched(run, "rows")
-    return None if matrix is None else matrix.sum(axis=0)
+    load = traffic.get("load") or ([] if matrix is None else matrix.sum(axis=0))
+    rows = np.asarray(load, dtype=np.float64)
+    if rows.sum() > 0:
+        found["load/balancedness"] = float(rows.mean() / rows.max())
+    times, warm = [], 0
+    for line in run.steps:  # a line may stand for several steps
+        if "step_s" in line:
+            times += [line["step_s"]] if warm >= WARM_UP_STEPS else []
+            warm += line.get("steps", 1)
+    if times:
+        found["time/step_us"] = statistics.median(times) * 1e6
+    if run.summary.get("eval_s") is not None:
+        found["time/eval_s"] = run.summary["eval_s"]
+    return found
 
 
 def _dispatched(run: Run, unit: str) -> np.ndarray | None:
@@ -583,28 +567,12 @@ def _dispatched(run: Run, unit: str) -> np.ndarray | None:
     return None if matrix is None else np.asarray(matrix, dtype=np.float64)
 
 
-def _time_rows(pair: tuple[Run, Run]) -> list[Row]:
-    steps = []
-    for run in pair:
-        times, warm = [], 0
-        for line in run.steps:  # a line may stand for several steps
-            if "step_s" in line:
-                times += [line["step_s"]] if warm >= WARM_UP_STEPS else []
-                warm += line.get("steps", 1)
-        steps.append(statistics.median(times) * 1e6 if times else None)
-    rows = _row("time/step_us", f"µs, median after {WARM_UP_STEPS} steps", steps)
-    seconds = [run.summary.get("eval_s") for run in pair]
-    rows += _row("time/eval_s", "s, one evaluation, not repeated", seconds)
-    return rows
-
-
-def _figures_of_runs(
-    pair: tuple[Run, Run], names: tuple[str, str], nodes: tuple[int, ...] | None
-) -> list[FigureData]:
+def _figures_of_runs(runs: dict[str, Run], nodes: tuple[int, ...] | None) -> list[FigureData]:
     figures: list[FigureData] = []
-    seed = pair[0].summary.get("seed")
+    first, second = runs
+    seed = runs[first].summary.get("seed")
     bytes_of, rows_of = (
-        [m for run in pair if (m := _dispatched(run, unit)) is not None]
+        [m for run in runs.values() if (m := _dispatched(run, unit)) is not None]
         for unit in ("bytes", "rows")
     )
     if nodes is not None and len(bytes_of) == 2 and all(len(m) == len(nodes) for m in bytes_of):
@@ -615,40 +583,34 @@ def _figures_of_runs(
                 before=before,
                 after=after,
                 node_of=nodes,
-                names=names,
+                names=(first, second),
                 axis="rank",
                 unit="MB",
                 title="Dispatched bytes between ranks",
                 basis=Basis(how="measured", count=rows, unit="routed rows in both", seed=seed),
             )
         )
-    curves = {name: run.loss_curve() for name, run in zip(names, pair, strict=True)}
-    found = {name: curve for name, curve in curves.items() if curve is not None}
+    found = {name: c for name, run in runs.items() if (c := run.loss_curve()) is not None}
     if found:
         count = sum(len(steps) for steps, _ in found.values())
-        figures.append(
-            LossData(runs=found, basis=Basis(how="measured", count=count, unit="steps", seed=seed))
-        )
+        basis = Basis(how="measured", count=count, unit="steps", seed=seed)
+        figures.append(LossData(runs=found, basis=basis))
     return figures
 
 
-def _domain_tables(pair: tuple[Run, Run], names: tuple[str, str]) -> list[Table]:
+def _domain_tables(runs: dict[str, Run]) -> list[Table]:
     """Held-out loss by domain, where both runs have it."""
-    parts = [run.summary.get("eval_loss_by_domain") or {} for run in pair]
-    shared = [name for name in parts[0] if name in parts[1]]
-    if not shared:
-        return []
-    rows = tuple((domain, *(part[domain] for part in parts)) for domain in shared)
-    return [Table(title="Held-out loss by domain", columns=("domain", *names), rows=rows)]
+    first, second = (run.summary.get("eval_loss_by_domain") or {} for run in runs.values())
+    rows = tuple((domain, first[domain], second[domain]) for domain in first if domain in second)
+    table = Table(title="Held-out loss by domain", columns=("domain", *runs), rows=rows)
+    return [table] if rows else []
 
 
 def track_comparison(
     tracker: Tracker, comparison: Comparison, *, files: Iterable[str | Path] = ()
 ) -> None:
-    """Log a comparison: its rows and tables, each value as a scalar, its figures as images,
-    ``files`` as artifacts.
-
-    Plans (``*.json``) become artifacts of kind "plan", pages of kind "report", the rest "data".
+    """Log a comparison: its rows and tables, each value as a scalar, its figures as images, and
+    ``files`` as artifacts: plans (``*.json``) of kind "plan", pages "report", the rest "data".
     """
     if not tracker.active:
         return
@@ -657,16 +619,13 @@ def track_comparison(
     for extra in comparison.tables:
         tracker.log_table(f"comparison/{_key(extra.title)}", extra.columns, extra.rows)
     for figure in comparison.figures:
-        tracker.log_image(
-            f"figures/{_key(figure.title)}",
-            png_bytes(draw(figure)),
-            caption=figure.basis.sentence(),
-        )
+        key, picture = f"figures/{_key(figure.title)}", png_bytes(draw(figure))
+        tracker.log_image(key, picture, caption=figure.basis.sentence())
     scalars = {}
     for row in comparison.rows:
-        scalars[f"comparison/{row.metric}/baseline"] = row.values[0]
-        scalars[f"comparison/{row.metric}/ours"] = row.values[-1]
-        scalars[f"comparison/{row.metric}/ratio"] = row.ratios[-1]
+        content = row.to_dict(comparison.names)
+        for name in ("baseline", "ours", "ratio"):
+            scalars[f"comparison/{row.metric}/{name}"] = content[name]
     tracker.log({key: value for key, value in scalars.items() if value is not None})
     kinds = {".json": "plan", ".html": "report"}
     for path in map(Path, files):

@@ -1,9 +1,5 @@
 """Figures of the report: plain data in, matplotlib figures, SVG text and PNG bytes out.
 
-Every figure carries a :class:`Basis`, which says whether its numbers were measured or simulated,
-how many tokens stand behind them and the seed. :func:`numbers` gives the table behind a figure, so
-that a reader can copy it.
-
 One color map per meaning: blues for amounts, red-blue around 1 for ratios to uniform, greens for
 similarity; gray is the baseline, blue is the plan. Nothing here touches pyplot, so no global state
 is changed.
@@ -28,10 +24,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Basis:
-    """What stands behind the numbers of a figure.
-
-    ``how`` is "measured" (counted in a run or a recorded trace) or "simulated" (predicted by
-    replaying a trace); ``count`` is n, in ``unit``.
+    """What stands behind the numbers of a figure: "measured" (counted in a run or a recorded trace)
+    or "simulated" (predicted by replaying a trace); ``count`` is n, in ``unit``.
     """
 
     how: Literal["measured", "simulated"]
@@ -44,10 +38,9 @@ class Basis:
 
     def sentence(self) -> str:
         """Return the caption line: how, n and seed."""
-        words = {
-            "measured": "Measured",
-            "simulated": "Simulated (predicted by replaying the trace)",
-        }[self.how]
+        words = "Measured"
+        if self.how == "simulated":
+            words = "Simulated (predicted by replaying the trace)"
         source = " on a synthetic trace" if self.synthetic else ""
         count = f"n = {self.count:,} {self.unit}"
         if self.num_requests is not None:
@@ -58,11 +51,11 @@ class Basis:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TrafficData:
-    """Traffic matrices of two placements on one scale. ``before``, ``after`` [n, n]: row = home,
-    column = destination.
+    """Traffic matrices of two placements on one scale.
 
-    ``node_of`` [n] names the node of each row, so that what stays on a node is grayed out; ``per``
-    divides both totals (for example the number of tokens) and ``per_name`` names it.
+    ``before``, ``after`` [n, n]: row = home, column = destination. ``node_of`` [n] names the node
+    of each row, so that what stays on a node is grayed out; ``per`` divides both totals (for
+    example the number of tokens) and ``per_name`` names it.
     """
 
     before: np.ndarray
@@ -138,9 +131,7 @@ class LayersData:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LossData:
-    """Curves, of losses by default. ``runs`` name -> (steps [n], loss [n]); the first one is the
-    baseline.
-    """
+    """Curves, of losses by default. ``runs`` name -> (steps [n], loss [n]), the baseline first."""
 
     runs: dict[str, tuple[np.ndarray, np.ndarray]]
     basis: Basis
@@ -163,7 +154,7 @@ class Table:
 
 
 def numbers(data: FigureData) -> Table:
-    """Return the numbers that a figure shows, as one table."""
+    """Return the numbers that a figure shows as one table, so that a reader can copy them."""
     if isinstance(data, TrafficData):
         head = ("placement", f"home {data.axis}", *map(str, range(len(data.node_of))))
         pairs = zip(data.names, (data.before, data.after), strict=True)
@@ -177,8 +168,7 @@ def numbers(data: FigureData) -> Table:
         ]
     elif isinstance(data, SimilarityData):
         head = (data.measure, *data.domains)
-        pairs = zip(data.domains, data.matrix.tolist(), strict=True)
-        rows = [(name, *row) for name, row in pairs]
+        rows = [(n, *row) for n, row in zip(data.domains, data.matrix.tolist(), strict=True)]
     elif isinstance(data, TradeoffData):
         head = ("plan", "load of the busiest node / mean", "copies per token and layer")
         rows = [(p.name, p.imbalance, p.copies) for p in data.points]
@@ -263,17 +253,18 @@ def draw(data: FigureData) -> "Figure":
 
 def svg_text(figure: "Figure") -> str:
     """Return the figure as SVG text without a date, the same bytes for the same figure."""
-    buffer = io.StringIO()
-    with _matplotlib().rc_context(STYLE):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
+    return _saved(figure, format="svg", metadata={"Date": None, "Creator": None}).decode()
 
 
 def png_bytes(figure: "Figure") -> bytes:
     """Return the figure as a PNG file in memory."""
+    return _saved(figure, format="png", dpi=150, metadata={"Software": None})
+
+
+def _saved(figure: "Figure", **options: Any) -> bytes:
     buffer = io.BytesIO()
     with _matplotlib().rc_context(STYLE):
-        figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+        figure.savefig(buffer, **options)
     return buffer.getvalue()
 
 
@@ -287,13 +278,6 @@ def _title(data: FigureData) -> str:
     return data.title + (" (synthetic trace)" if data.basis.synthetic else "")
 
 
-def _color_map(name: str, low: float, high: float) -> Any:
-    from matplotlib.colors import LinearSegmentedColormap
-
-    shades = _matplotlib().colormaps[name](np.linspace(low, high, 256))
-    return LinearSegmentedColormap.from_list(f"{name}_part", shades.tolist())
-
-
 def _need(shape: Sequence[int], expected: Sequence[int], what: str) -> None:
     if tuple(shape) != tuple(expected):
         raise ConfigError(
@@ -301,12 +285,22 @@ def _need(shape: Sequence[int], expected: Sequence[int], what: str) -> None:
         )
 
 
-def _cells(axes: "Axes", values: np.ndarray, color_map: Any, norm: Any) -> Any:
-    """Draw a matrix as vector cells, row 0 on top; as one embedded image when it is large."""
+def _cells(
+    axes: "Axes", values: np.ndarray, shades: tuple[str, float, float], low: float, high: float
+) -> Any:
+    """Draw a matrix as vector cells, row 0 on top; as one embedded image when it is large.
+
+    ``shades``: the name of a color map, and the part of it for the values ``low`` to ``high``.
+    """
+    from matplotlib.colors import LinearSegmentedColormap
+
+    name, first, last = shades
+    colors = _matplotlib().colormaps[name](np.linspace(first, last, 256))
     mesh = axes.pcolormesh(
         np.ma.masked_invalid(values),
-        cmap=color_map,
-        norm=norm,
+        cmap=LinearSegmentedColormap.from_list(f"{name}_part", colors.tolist()),
+        vmin=low,
+        vmax=high,
         rasterized=values.size > 4000,
         edgecolors="white" if values.size <= 400 else "none",
         linewidth=0.6,
@@ -320,12 +314,11 @@ def _cells(axes: "Axes", values: np.ndarray, color_map: Any, norm: Any) -> Any:
 def _cell_labels(axes: "Axes", texts: list[list[str]], shades: np.ndarray) -> None:
     """Write a text into every cell, white on dark ones. ``shades`` [n, m, 4] RGBA."""
     luminance = shades[..., :3] @ np.array([0.299, 0.587, 0.114])
+    middle: Any = {"ha": "center", "va": "center", "fontsize": 8}
     for row, line in enumerate(texts):
         for column, text in enumerate(line):
             color = "white" if luminance[row, column] < 0.55 else "#1f1f1f"
-            axes.text(
-                column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=8, color=color
-            )
+            axes.text(column + 0.5, row + 0.5, text, color=color, **middle)
 
 
 def short(value: float) -> str:
@@ -357,54 +350,47 @@ def format_value(value: object) -> str:
 
 
 def _draw_traffic(data: TrafficData) -> "Figure":
-    from matplotlib.colors import Normalize
     from matplotlib.patches import Rectangle
     from matplotlib.ticker import FuncFormatter
 
-    count = len(data.node_of)
-    _need(data.before.shape, (count, count), "the traffic matrix before")
-    _need(data.after.shape, (count, count), "the traffic matrix after")
+    count, both = len(data.node_of), (data.before, data.after)
+    for matrix, when in zip(both, ("before", "after"), strict=True):
+        _need(matrix.shape, (count, count), f"the traffic matrix {when}")
     nodes = np.asarray(data.node_of)
     near = nodes[:, None] == nodes[None, :]
-    top = max(float(np.where(near, 0, m).max(initial=0)) for m in (data.before, data.after))
-    norm, color_map = Normalize(0, top or 1.0), _color_map("Blues", 0.04, 0.98)
+    top = max(float(np.where(near, 0, m).max(initial=0)) for m in both)
     figure = _new(8.6, 4.9, square=True)
     panels = figure.subplots(1, 2)
-    for axes, matrix, name, total in zip(
-        panels, (data.before, data.after), data.names, data.crossing(), strict=True
-    ):
+    for axes, matrix, name, total in zip(panels, both, data.names, data.crossing(), strict=True):
         far = np.where(near, np.nan, matrix)
-        mesh = _cells(axes, far, color_map, norm)
+        mesh = _cells(axes, far, ("Blues", 0.04, 0.98), 0, top or 1.0)
         for row, column in np.argwhere(near):
             axes.add_patch(Rectangle((column, row), 1, 1, fc="#ececec", ec="white", lw=0.6))
         if count <= MAX_CELL_LABELS:
-            shades = np.where(near[..., None], 1.0, color_map(norm(matrix)))
+            shades = np.where(near[..., None], 1.0, mesh.to_rgba(matrix))
             _cell_labels(axes, [[short(v) for v in row] for row in matrix], shades)
         axes.set_aspect("equal")
         axes.set_title(f"{name}\n{short(total)} {data.unit}{data.per_name} cross nodes")
         axes.set_xlabel(f"{data.axis} of the expert")
         axes.set_ylabel(f"home {data.axis} of the token")
         places = np.arange(0, count, max(1, -(-count // 16)))
-        axes.set_xticks(places + 0.5, list(map(str, places)))
-        axes.set_yticks(places + 0.5, list(map(str, places)))
+        for set_ticks in (axes.set_xticks, axes.set_yticks):
+            set_ticks(places + 0.5, list(map(str, places)))
     bar = figure.colorbar(mesh, ax=list(panels), shrink=0.75, pad=0.02)
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     return _finish_map(figure, data, bar, f"{data.unit} (one scale; gray stays on its node)")
 
 
 def _draw_load(data: LoadData) -> "Figure":
-    from matplotlib.colors import Normalize
-
     _need(data.ratio.shape[:2], (len(data.panels), len(data.domains)), "the load by domain")
     with np.errstate(divide="ignore"):
         logs = np.clip(np.log2(data.ratio), -3, 3)
-    norm, color_map = Normalize(-3, 3), _color_map("RdBu_r", 0.02, 0.98)
     height = 0.9 + len(data.panels) * (0.5 + 0.19 * len(data.domains))
     figure = _new(8.6, min(height, 13.0))
     panels = np.atleast_1d(figure.subplots(len(data.panels), 1))
     for axes, panel, values in zip(panels, data.panels, logs, strict=True):
         order = np.argsort(-values[0], kind="stable")
-        mesh = _cells(axes, values[:, order], color_map, norm)
+        mesh = _cells(axes, values[:, order], ("RdBu_r", 0.02, 0.98), -3, 3)
         axes.set_title(panel)
         axes.set_yticks(np.arange(len(data.domains)) + 0.5, list(data.domains))
         axes.set_xticks([])
@@ -418,21 +404,19 @@ def _draw_load(data: LoadData) -> "Figure":
 
 
 def _draw_similarity(data: SimilarityData) -> "Figure":
-    from matplotlib.colors import Normalize
     from matplotlib.patches import Rectangle
 
     count = len(data.domains)
     _need(data.matrix.shape, (count, count), "the similarity matrix")
     finite = data.matrix[np.isfinite(data.matrix)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
-    norm, color_map = Normalize(low, max(high, low + 1e-9)), _color_map("Greens", 0.04, 0.95)
     side = min(2.8 + 0.46 * count, 9.0)
     figure = _new(side + 1.6, side, square=True)
     axes = figure.subplots()
-    mesh = _cells(axes, data.matrix, color_map, norm)
+    mesh = _cells(axes, data.matrix, ("Greens", 0.04, 0.95), low, max(high, low + 1e-9))
     if count <= MAX_CELL_LABELS + 4:
         texts = [[f"{v:.2f}" if np.isfinite(v) else "" for v in row] for row in data.matrix]
-        _cell_labels(axes, texts, color_map(norm(data.matrix)))
+        _cell_labels(axes, texts, mesh.to_rgba(data.matrix))
     for i in range(count):
         axes.add_patch(Rectangle((i, i), 1, 1, fill=False, ec="#1f1f1f", lw=1.2))
     axes.set_aspect("equal")
@@ -449,9 +433,23 @@ def _finish_map(figure: "Figure", data: FigureData, bar: Any, label: str) -> "Fi
     return figure
 
 
-def _draw_tradeoff(data: TradeoffData) -> "Figure":
-    figure = _new(7.2, 4.2)
+def _new_axes(
+    size: tuple[float, float], x_label: str, y_label: str, title: str, grid: Any = "y"
+) -> tuple["Figure", "Axes"]:
+    figure = _new(*size)
     axes = figure.subplots()
+    axes.grid(True, axis=grid, color="#eeeeee", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.set_title(title, fontsize=11.5)
+    return figure, axes
+
+
+def _draw_tradeoff(data: TradeoffData) -> "Figure":
+    label = "load of the busiest node ÷ mean  (1 = balanced; left is better)"
+    y_label = "remote nodes per token and layer\n(copies; lower is better)"
+    figure, axes = _new_axes((7.2, 4.2), label, y_label, _title(data), grid="both")
     if data.cap is not None:
         axes.axvline(data.cap, color="#bbbbbb", lw=1, ls=(0, (4, 3)), zorder=1)
         axes.text(data.cap, 1.0, f" cap {data.cap:g}", color="#767676", fontsize=8, va="top",
@@ -459,43 +457,30 @@ def _draw_tradeoff(data: TradeoffData) -> "Figure":
     for point in data.points:
         color = BASELINE_COLOR if point.is_baseline else PLAN_COLOR
         marker = "X" if point.is_baseline else "o"
-        axes.scatter(
-            point.imbalance, point.copies, s=64, c=color, marker=marker, ec="white", zorder=3
-        )
+        at = (point.imbalance, point.copies)
+        axes.scatter(*at, s=64, c=color, marker=marker, ec="white", zorder=3)
         above = data.cap is not None and point.imbalance > data.cap and not point.is_baseline
-        axes.annotate(
-            f"{point.name}: above the cap" if above else point.name,
-            (point.imbalance, point.copies),
-            xytext=(8, 5),
-            textcoords="offset points",
-            fontsize=9,
-        )
+        name = f"{point.name}: above the cap" if above else point.name
+        axes.annotate(name, at, xytext=(8, 5), textcoords="offset points", fontsize=9)
     axes.margins(x=0.22, y=0.18)
-    axes.grid(True, color="#eeeeee", lw=0.8)
-    axes.set_axisbelow(True)
-    axes.set_xlabel("load of the busiest node ÷ mean  (1 = balanced; left is better)")
-    axes.set_ylabel("remote nodes per token and layer\n(copies; lower is better)")
-    axes.set_title(_title(data), fontsize=11.5)
     return figure
 
 
 def _draw_layers(data: LayersData) -> "Figure":
-    figure = _new(7.8, 3.4)
-    axes = figure.subplots()
+    figure, axes = _new_axes((7.8, 3.4), "transformer layer", data.unit, _title(data))
     for place, (name, values) in enumerate(data.values.items()):
         _need(np.shape(values), (len(data.layer_ids),), f"the values of {name!r}")
         others = LINE_COLORS[2:]  # gray is the baseline, the first; blue is ours, the last
         color = PLAN_COLOR if place == len(data.values) - 1 else others[place % len(others) - 1]
         color = BASELINE_COLOR if place == 0 else color
         axes.plot(data.layer_ids, values, marker="o", ms=4, lw=1.6, color=color, label=name)
-    _finish_lines(axes, "transformer layer", data.unit, _title(data))
+    axes.legend(frameon=False, loc="best")
     axes.set_ylim(bottom=0)
     return figure
 
 
 def _draw_losses(data: LossData) -> "Figure":
-    figure = _new(7.8, 3.6)
-    axes = figure.subplots()
+    figure, axes = _new_axes((7.8, 3.6), data.x_label, data.y_label, _title(data))
     for place, (name, (steps, losses)) in enumerate(data.runs.items()):
         _need(np.shape(losses), np.shape(steps), f"the losses of {name!r}")
         # The later curves are thinner and dashed: equal curves stay visible under each other.
@@ -504,17 +489,8 @@ def _draw_losses(data: LossData) -> "Figure":
         axes.plot(steps, losses, lw=width, ls=dashes, color=color, label=name)
     if data.log_x:
         axes.set_xscale("log")
-    _finish_lines(axes, data.x_label, data.y_label, _title(data))
-    return figure
-
-
-def _finish_lines(axes: "Axes", x_label: str, y_label: str, title: str) -> None:
-    axes.grid(True, axis="y", color="#eeeeee", lw=0.8)
-    axes.set_axisbelow(True)
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.set_title(title, fontsize=11.5)
     axes.legend(frameon=False, loc="best")
+    return figure
 
 
 def draw_sweep(rows: Sequence[dict[str, Any]], over: str, title: str) -> "Figure":
@@ -523,20 +499,15 @@ def draw_sweep(rows: Sequence[dict[str, Any]], over: str, title: str) -> "Figure
     Raises:
         BackendUnavailable: matplotlib is not installed.
     """
-    values = [float(row["value"]) for row in rows]
+    values, speedups, errors = (
+        [float(row[name]) for row in rows] for name in ("value", "speedup", "speedup_error")
+    )
     with _matplotlib().rc_context(STYLE):
         figure = _new(6.4, 3.4)
         axes = figure.subplots()
         axes.axhline(1.0, color=BASELINE_COLOR, linewidth=1)
-        axes.errorbar(
-            values,
-            [row["speedup"] for row in rows],
-            yerr=[row["speedup_error"] for row in rows],
-            color=PLAN_COLOR,
-            marker="o",
-            markersize=4,
-            capsize=3,
-        )
+        style: Any = {"color": PLAN_COLOR, "marker": "o", "markersize": 4, "capsize": 3}
+        axes.errorbar(values, speedups, yerr=errors, **style)
         if len(values) > 1 and min(values) > 0 and max(values) / min(values) > 10:
             axes.set_xscale("log", base=2)
         axes.set_xticks(values, [f"{value:g}" for value in values])

@@ -1,9 +1,8 @@
 """Reports: what is said about a trace, a comparison and a potential, and the HTML file of it.
 
-One self-contained HTML file: figures as inline SVG, tables, and where the numbers are from.
-
-No network, no JavaScript: the file can be mailed, archived and opened in ten years. What goes in is
-plain data (:class:`ReportData`); the same data gives the same bytes.
+One self-contained file, without network and JavaScript, that can be mailed, archived and opened in
+ten years: figures as inline SVG, tables, and where the numbers are from. What goes in is plain data
+(:class:`ReportData`); the same data gives the same bytes.
 """
 
 import dataclasses
@@ -97,14 +96,13 @@ def render_html(data: ReportData) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{_escape(data.title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>",
         _header(data),
-        _headlines(data.headlines),
         *(_figure(figure, place) for place, figure in enumerate(data.figures, start=1)),
         *(_section(table.title, _table(table)) for table in data.tables),
-        _next_steps(data.next_steps),
-        _provenance(data),
-        "</main>\n</body>\n</html>\n",
     ]
-    return "\n".join(part for part in parts if part)
+    if data.next_steps:
+        items = "".join(f"<li><code>{_escape(step)}</code></li>" for step in data.next_steps)
+        parts.append(_section("What to run next", f"<ol>{items}</ol>"))
+    return "\n".join([*parts, _provenance(data), "</main>\n</body>\n</html>\n"])
 
 
 def _escape(value: object) -> str:
@@ -115,30 +113,23 @@ def _header(data: ReportData) -> str:
     banner = (
         '<p class="banner">Synthetic trace: the numbers show that the method works, not what it '
         "brings on your data.</p>"
-        if data.synthetic
-        else ""
     )
     facts = "".join(
         f"<div><dt>{_escape(name)}</dt><dd>{_escape(value)}</dd></div>"
         for name, value in data.facts
     )
     summary = "".join(f"<p>{_escape(text)}</p>" for text in data.summary)
-    return (
-        f"<header><h1>{_escape(data.title)}</h1>{banner}<dl class='facts'>{facts}</dl>"
-        f"<div class='summary'>{summary}</div></header>"
-    )
-
-
-def _headlines(headlines: tuple[Headline, ...]) -> str:
-    if not headlines:
-        return ""
     tiles = "".join(
         f"<div class='tile'><div class='label'>{_escape(h.label)}</div>"
         f"<div class='value'>{_escape(h.value)}</div>"
         f"<div class='context'>{_escape(h.context)}</div></div>"
-        for h in headlines
+        for h in data.headlines
     )
-    return f"<section class='tiles'>{tiles}</section>"
+    return (
+        f"<header><h1>{_escape(data.title)}</h1>{banner if data.synthetic else ''}"
+        f"<dl class='facts'>{facts}</dl><div class='summary'>{summary}</div></header>"
+        + (f"\n<section class='tiles'>{tiles}</section>" if tiles else "")
+    )
 
 
 def _figure(data: FigureData, place: int) -> str:
@@ -148,10 +139,9 @@ def _figure(data: FigureData, place: int) -> str:
     except MoeLocalityError:
         logger.error("figure %d (%s) could not be drawn", place, data.title)
         raise
-    table = _table(numbers(data))
     return (
-        f"<figure>{svg}<figcaption><b>Figure {place}.</b> {caption}</figcaption>"
-        f"<details><summary>The numbers</summary>{table}</details></figure>"
+        f"<figure>{svg}<figcaption><b>Figure {place}.</b> {caption}</figcaption><details>"
+        f"<summary>The numbers</summary>{_table(numbers(data))}</details></figure>"
     )
 
 
@@ -199,27 +189,17 @@ def _section(title: str, body: str) -> str:
     return f"<section><h2>{_escape(title)}</h2>{body}</section>"
 
 
-def _next_steps(steps: tuple[str, ...]) -> str:
-    if not steps:
-        return ""
-    items = "".join(f"<li><code>{_escape(step)}</code></li>" for step in steps)
-    return _section("What to run next", f"<ol>{items}</ol>")
-
-
 def _provenance(data: ReportData) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in data.versions.items())
     command = f"<p>Made by</p><pre>{_escape(data.command)}</pre>" if data.command else ""
+    versions = _escape(", ".join(f"{name} {value}" for name, value in data.versions.items()))
     words = (
         "Words: the <i>home</i> of a token is the rank where it lives. A <i>copy</i> is one remote "
         "node that a token is sent to in a layer, however many experts it picks there; a "
         "<i>pick</i> is one remote (token, expert) pair. <i>Imbalance</i> is the largest load over "
         "the mean."
     )
-    return (
-        f"<footer><p>{words}</p>{command}"
-        + (f"<p>Versions: {_escape(versions)}</p>" if versions else "")
-        + "</footer>"
-    )
+    versions = f"<p>Versions: {versions}</p>" if versions else ""
+    return f"<footer><p>{words}</p>{command}{versions}</footer>"
 
 
 _CSS = """
@@ -281,12 +261,7 @@ def trace_figures(trace: RoutingTrace, summary: dict, *, seed: int = 0) -> list[
 
     ``summary`` is what ``analyze(trace, seed)`` returned.
     """
-    basis = Basis(
-        how="measured",
-        count=trace.num_tokens,
-        num_requests=len(trace.request_ids) or None,
-        synthetic=is_synthetic(trace),
-    )
+    basis = Basis(how="measured", count=trace.num_tokens, synthetic=is_synthetic(trace))
     figures: list[FigureData] = [_load_figure(trace, basis)]
     domains = summary.get("domains")
     if domains:
@@ -294,19 +269,14 @@ def trace_figures(trace: RoutingTrace, summary: dict, *, seed: int = 0) -> list[
         matrix = np.array(domains["js_bits"], dtype=np.float64)
         floor = [np.nan if f is None else f for f in domains["noise_floor_bits"]]
         np.fill_diagonal(matrix, floor)
+        note, count = _left_out(len(domains["names"]), len(order)), sum(domains["tokens"])
         figures.append(
             SimilarityData(
                 matrix=matrix[np.ix_(order, order)],
                 domains=tuple(domains["names"][i] for i in order),
                 measure="Jensen-Shannon divergence of expert loads, bits",
                 title="How far domains differ; on the diagonal what sampling alone gives",
-                basis=dataclasses.replace(
-                    basis,
-                    count=sum(domains["tokens"]),
-                    num_requests=None,
-                    seed=seed,
-                    note=_left_out(len(domains["names"]), len(order)),
-                ),
+                basis=dataclasses.replace(basis, count=count, seed=seed, note=note),
             )
         )
     return figures
@@ -326,14 +296,13 @@ def _load_figure(trace: RoutingTrace, basis: Basis) -> LoadData:
     part = loads[chosen][:, layers].astype(np.float64)  # [D, panels, E]
     mean = part.mean(axis=2, keepdims=True)
     ratio = np.divide(part, mean, out=np.full(part.shape, np.nan), where=mean > 0)
+    note, requests = _left_out(len(known), len(chosen)), len(trace.request_ids) or None
+    ids = [int(trace.layer_ids[row]) for row in layers]
     return LoadData(
         ratio=ratio.transpose(1, 0, 2),
         domains=tuple(names[i] for i in chosen),
-        panels=tuple(
-            f"{word}: layer {int(trace.layer_ids[row])}"
-            for word, row in zip(words, layers, strict=True)
-        ),
-        basis=dataclasses.replace(basis, note=_left_out(len(known), len(chosen))),
+        panels=tuple(f"{word}: layer {layer}" for word, layer in zip(words, ids, strict=True)),
+        basis=dataclasses.replace(basis, num_requests=requests, note=note),
     )
 
 
@@ -366,8 +335,7 @@ def trace_summary_table(summary: dict) -> Table:
 def trace_words(summary: dict) -> tuple[str, ...]:
     """Return the trace in two or three sentences."""
     imbalance = summary["load"]["imbalance"]["mean"]
-    line = f"Mean over the layers: the busiest expert gets {imbalance:.2f} times the mean load."
-    text = [line]
+    text = [f"Mean over the layers: the busiest expert gets {imbalance:.2f} times the mean load."]
     domains = summary.get("domains")
     if domains and domains["mean_js_bits"] is not None:
         line = f"Two domains differ by {domains['mean_js_bits']:.3f} bits"
@@ -470,14 +438,10 @@ def headlines_of(comparison: Comparison) -> tuple[Headline, ...]:
             continue
         ratio = row.ratios[-1]
         first, last = (f"{value:,.4g}" for value in (row.values[0], row.values[-1]))
-        is_amount = metric in ("copies", "traffic/cross_node_bytes") and ratio is not None
-        tiles.append(
-            Headline(
-                label=f"{label} ({row.how})",
-                value=f"{ratio - 1:+.1%}" if is_amount and ratio is not None else last,
-                context=f"{first} → {last} {row.unit}" if is_amount else f"baseline {first}",
-            )
-        )
+        value, context = last, f"baseline {first}"
+        if metric in ("copies", "traffic/cross_node_bytes") and ratio is not None:
+            value, context = f"{ratio - 1:+.1%}", f"{first} → {last} {row.unit}"
+        tiles.append(Headline(label=f"{label} ({row.how})", value=value, context=context))
     return tuple(tiles)
 
 
@@ -505,29 +469,17 @@ def potential_figure(
         synthetic=is_synthetic(trace),
         note=f"Solved on {found.solved_tokens:,} tokens of other requests.",
     )
-    shown = [
-        TradeoffPoint(
-            name=f"cap {point['max_imbalance']:g}",
-            imbalance=point["node_imbalance"],
-            copies=point["copies"],
-        )
-        for point in points
-    ]
-    shown += [
-        TradeoffPoint(
-            name=lever.name,
-            imbalance=lever.node_imbalance,
-            copies=(1 - lever.saving) * found.copies_linear,
-        )
-        for lever in found.levers
-    ]
-    linear = TradeoffPoint(
-        name="linear",
-        imbalance=found.linear_imbalance,
-        copies=found.copies_linear,
-        is_baseline=True,
+    linear = ("linear", found.linear_imbalance, found.copies_linear)
+    caps = ((f"cap {p['max_imbalance']:g}", p["node_imbalance"], p["copies"]) for p in points)
+    levers = (
+        (one.name, one.node_imbalance, (1 - one.saving) * found.copies_linear)
+        for one in found.levers
     )
-    return TradeoffData(points=(linear, *shown), basis=basis)
+    shown = tuple(
+        TradeoffPoint(name=name, imbalance=level, copies=copies, is_baseline=place == 0)
+        for place, (name, level, copies) in enumerate((linear, *caps, *levers))
+    )
+    return TradeoffData(points=shown, basis=basis)
 
 
 def add_potential(
