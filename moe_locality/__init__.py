@@ -23,27 +23,18 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY_IMPORTS = {
-    "MoE": "moe_locality.layer.moe",
-    "apply": "moe_locality.integrations",
-    "init_inference": "moe_locality.layer.convert",
-    "initialize": "moe_locality.layer.convert",
-    "register": "moe_locality.integrations.transformers_ep",
-    "relabel": "moe_locality.layer.relabeling",
-    "bake_checkpoint": "moe_locality.layer.bake",
-    "relabel_state_dict": "moe_locality.layer.state_dict",
-    "store_experts": "moe_locality.layer.expert_store",
-    "annotate": "moe_locality.trace.recorder",
-    "RoutingRecorder": "moe_locality.trace.recorder",
-    "attach": "moe_locality.trace.recorder",
-    "RoutingTrace": "moe_locality.trace",
-    "import_trace": "moe_locality.trace",
-    "read_trace": "moe_locality.trace",
-    "write_trace": "moe_locality.trace",
-    "ClusterTopology": "moe_locality.topology",
-    "PlacementPlan": "moe_locality.placement",
-    "assign_homes": "moe_locality.placement",
-    "evaluate": "moe_locality.placement",
-    "solve": "moe_locality.placement",
+    "moe_locality.integrations": ("apply",),
+    "moe_locality.integrations.transformers_ep": ("register",),
+    "moe_locality.layer.bake": ("bake_checkpoint",),
+    "moe_locality.layer.convert": ("init_inference", "initialize"),
+    "moe_locality.layer.expert_store": ("store_experts",),
+    "moe_locality.layer.moe": ("MoE",),
+    "moe_locality.layer.relabeling": ("relabel",),
+    "moe_locality.layer.state_dict": ("relabel_state_dict",),
+    "moe_locality.placement": ("PlacementPlan", "assign_homes", "evaluate", "solve"),
+    "moe_locality.topology": ("ClusterTopology",),
+    "moe_locality.trace": ("RoutingTrace", "import_trace", "read_trace", "write_trace"),
+    "moe_locality.trace.recorder": ("RoutingRecorder", "annotate", "attach"),
 }
 
 __all__ = [
@@ -78,9 +69,10 @@ _ROOMS = {"batching", "compat", "dispatch", "layer", "placement", "serving", "to
 def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return importlib.import_module(f"moe_locality.{name}")
-    if name not in _LAZY_IMPORTS:
-        raise AttributeError(f"module 'moe_locality' has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY_IMPORTS[name]), name)
+    for module, names in _LAZY_IMPORTS.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module 'moe_locality' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

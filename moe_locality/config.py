@@ -28,12 +28,9 @@ class _Section(BaseModel):
     def _auto_counts_as_absent(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        keeps_auto = {
-            name
-            for name, field in cls.model_fields.items()
-            if "auto" in getattr(field.annotation, "__args__", ())
-        }
-        return {key: value for key, value in values.items() if value != "auto" or key in keeps_auto}
+        fields = cls.model_fields.items()
+        keeps = {n for n, field in fields if "auto" in getattr(field.annotation, "__args__", ())}
+        return {key: value for key, value in values.items() if value != "auto" or key in keeps}
 
 
 class TraceConfig(_Section):
@@ -222,14 +219,10 @@ def read_config(
     try:
         return MoeLocalityConfig.model_validate(source)
     except ValidationError as error:
-        lines = [
-            f"  {'.'.join(map(str, e['loc'])) or '(section)'}: {e['msg']}" for e in error.errors()
-        ]
-        raise ConfigError(
-            f"{where} is not valid:\n"
-            + "\n".join(lines)
-            + "\nSee docs/config.md for the keys and their values."
-        ) from error
+        found = ((".".join(map(str, e["loc"])) or "(section)", e["msg"]) for e in error.errors())
+        lines = [f"{where} is not valid:", *(f"  {key}: {message}" for key, message in found)]
+        lines.append("See docs/config.md for the keys and their values.")
+        raise ConfigError("\n".join(lines)) from error
 
 
 def refuse_settings(section: MoeLocalityConfig, where: str, advice: dict[str, str]) -> None:

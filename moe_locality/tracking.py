@@ -14,6 +14,7 @@ training's are described in docs/config.md:
 """
 
 import contextlib
+import importlib
 import importlib.metadata
 import io
 import logging
@@ -28,6 +29,9 @@ from typing import Any
 from moe_locality.config import TrackingConfig
 from moe_locality.errors import BackendUnavailable, ConfigError
 
+AnyPath = str | os.PathLike[str]
+Metadata = Mapping[str, Any] | None
+
 logger = logging.getLogger(__name__)
 
 STEP_METRIC = "tokens"
@@ -35,15 +39,8 @@ METRIC_FAMILIES = ("traffic/*", "load/*", "quality/*", "time/*", "trace/*", "onl
 ONLINE_WAIT_S = 15.0
 """How long an online run may look for its server; wandb's own WANDB_INIT_TIMEOUT goes before."""
 PACKAGES = (
-    "moe-locality",
-    "numpy",
-    "scipy",
-    "numba",
-    "pyarrow",
-    "torch",
-    "deepspeed",
-    "transformers",
-    "triton",
+    *("moe-locality", "numpy", "scipy", "numba", "pyarrow"),
+    *("torch", "deepspeed", "transformers", "triton"),
 )
 
 
@@ -56,7 +53,7 @@ def package_versions(names: Iterable[str] = PACKAGES) -> dict[str, str]:
     return versions
 
 
-def git_commit(folder: str | os.PathLike[str] = ".") -> str | None:
+def git_commit(folder: AnyPath = ".") -> str | None:
     """Return the commit of the repository around ``folder`` ("-dirty": changed files), or None."""
     command = ["git", "-C", os.fspath(folder), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
@@ -68,8 +65,7 @@ def git_commit(folder: str | os.PathLike[str] = ".") -> str | None:
 
 class Tracker:
     """One wandb run, or none (other ranks than 0, mode "disabled", no section "tracking"): then it
-    does nothing. Made by :func:`start_tracking`; use it as a context manager.
-    """
+    does nothing. Made by :func:`start_tracking`; use it as a context manager."""
 
     def __init__(self, run: Any = None, step_metric: str = STEP_METRIC) -> None:
         self._run = run
@@ -110,19 +106,11 @@ class Tracker:
             return
         import wandb
 
-        try:
-            from PIL import Image
-        except ImportError as error:
-            raise _not_installed("pillow") from error
-        self._run.log({key: wandb.Image(Image.open(io.BytesIO(png)), caption=caption or None)})
+        image = _required("PIL.Image", "pillow").open(io.BytesIO(png))
+        self._run.log({key: wandb.Image(image, caption=caption or None)})
 
     def log_artifact(
-        self,
-        name: str,
-        kind: str,
-        paths: Iterable[str | os.PathLike[str]],
-        *,
-        metadata: Mapping[str, Any] | None = None,
+        self, name: str, kind: str, paths: Iterable[AnyPath], *, metadata: Metadata = None
     ) -> None:
         """Record files (or the files of a directory) as a versioned artifact."""
         if not self.active:
@@ -143,12 +131,7 @@ class Tracker:
         self._run.log_artifact(artifact)
 
     def log_reference(
-        self,
-        name: str,
-        kind: str,
-        path: str | os.PathLike[str],
-        *,
-        metadata: Mapping[str, Any] | None = None,
+        self, name: str, kind: str, path: AnyPath, *, metadata: Metadata = None
     ) -> None:
         """Record where the files of a directory are, as an artifact that holds no copy of them."""
         if not self.active:
@@ -184,11 +167,7 @@ def require_wandb() -> Any:
     """
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read when wandb is imported
     os.environ.setdefault("WANDB_SILENT", "true")  # artifacts print past the settings of a run
-    try:
-        import wandb
-    except ImportError as error:
-        raise _not_installed("wandb") from error
-    return wandb
+    return _required("wandb", "wandb")
 
 
 def start_tracking(
@@ -198,8 +177,7 @@ def start_tracking(
     rank: int = 0,
     step_metric: str = STEP_METRIC,
 ) -> Tracker:
-    """Start a run as the section "tracking" says; other ranks than 0 get the tracker that does
-    nothing.
+    """Start a run as the section "tracking" says; other ranks than 0 get a tracker without one.
 
     ``run_config`` is the resolved configuration; versions, and the commit of the current folder
     where it names none, are added to it.
@@ -212,19 +190,18 @@ def start_tracking(
         return Tracker()
     wandb = require_wandb()
     if config.dir is not None:
-        _make_directory(config.dir)
+        try:
+            Path(config.dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot make the wandb directory {config.dir}: {error.strerror}: give another one "
+                "as tracking.dir"
+            ) from error
     given = dict(run_config or {})
     if "commit" not in given:
         given["commit"] = git_commit()
-    options: dict[str, Any] = {
-        "project": config.project,
-        "group": config.group,
-        "name": config.name,
-        "job_type": config.job_type,
-        "dir": config.dir,
-        "config": {"versions": package_versions(), **given},
-        "reinit": "create_new",
-    }
+    options = config.model_dump(include={"project", "group", "name", "job_type", "dir"})
+    options |= {"config": {"versions": package_versions(), **given}, "reinit": "create_new"}
     try:
         if config.mode == "online":
             run = _online_run(wandb, options)
@@ -270,18 +247,11 @@ def _settings(wandb: Any, **waits: float) -> Any:
     )
 
 
-def _make_directory(path: str) -> None:
+def _required(module: str, package: str) -> Any:
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot make the wandb directory {path}: {error.strerror}: give another one as "
-            "tracking.dir"
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"found no {package}, tracking needs it: pip install 'moe-locality[wandb]', or leave "
+            "the tracking section out"
         ) from error
-
-
-def _not_installed(package: str) -> BackendUnavailable:
-    return BackendUnavailable(
-        f"found no {package}, tracking needs it: pip install 'moe-locality[wandb]', or leave the "
-        "tracking section out"
-    )
