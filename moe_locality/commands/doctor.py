@@ -34,23 +34,19 @@ COMPILERS = ("nvcc", "g++", "ninja", "mpirun", "pdsh")
 
 def doctor() -> Result:
     """Show what is installed here and what is missing for what."""
-    packages = [_package(*wanted) for wanted in WANTED]
+    packages = {wanted[0]: _package(*wanted) for wanted in WANTED}
     apex_state, apex_words = nvidia_apex_state()
-    tools = {name: _tool(name) for name in COMPILERS}
-    backends = _backends()
-    versions = {p["name"]: p["version"] for p in packages}
-    problems = [p["problem"] for p in packages if p["problem"]]
     payload = {
         "command": "doctor",
         "moe_locality": _version("moe-locality"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {p.pop("name"): p for p in packages},
-        "front_ends": _front_ends(versions),
+        "packages": packages,
+        "front_ends": _front_ends({name: p["version"] for name, p in packages.items()}),
         "apex": {"state": apex_state, "detail": apex_words},
-        "kernels": backends,
-        "tools": tools,
-        "problems": problems,
+        "kernels": _backends(),
+        "tools": {name: _tool(name) for name in COMPILERS},
+        "problems": [p["problem"] for p in packages.values() if p["problem"]],
     }
     return Result(payload=payload, show=lambda console: _show(console, payload))
 
@@ -68,12 +64,13 @@ def _show(console: Any, found: dict[str, Any]) -> None:
     ]
     rows.append(("NVIDIA apex", found["apex"]["state"], "optional", found["apex"]["detail"]))
     console.print(table("", ("package", "found", "for", "what to do"), rows))
-    front_ends = list(found["front_ends"].items())
-    console.print(table("What runs through our exchange", ("models of", "state"), front_ends))
-    backends = list(found["kernels"].items())
-    console.print(table("Kernel backends", ("backend", "state"), backends))
-    tools = [(name, words or "not on PATH") for name, words in found["tools"].items()]
-    console.print(table("Tools", ("tool", "found"), tools))
+    for title, columns, part in (
+        ("What runs through our exchange", ("models of", "state"), "front_ends"),
+        ("Kernel backends", ("backend", "state"), "kernels"),
+        ("Tools", ("tool", "found"), "tools"),
+    ):
+        rows = [(name, words or "not on PATH") for name, words in found[part].items()]
+        console.print(table(title, columns, rows))
     count = len(found["problems"])
     console.print("Everything fits." if not count else f"{count} thing(s) to look at, see above.")
 
@@ -92,13 +89,7 @@ def _package(name: str, least: str, purpose: str, extra: str | None) -> dict[str
     elif found is None and extra is None and name != "triton":
         problem = f"found no {name}, which moe-locality needs: install moe-locality again"
     install = None if found or extra is None else f"pip install 'moe-locality[{extra}]'"
-    return {
-        "name": name,
-        "version": found,
-        "needed_for": purpose,
-        "problem": problem,
-        "install": install,
-    }
+    return {"version": found, "needed_for": purpose, "problem": problem, "install": install}
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -109,8 +100,11 @@ def _front_ends(versions: dict[str, str | None]) -> dict[str, str]:
     """Say whose models can run here, or what is missing; looks at versions and files only."""
     stock = _lacking(versions, torch="2.10", deepspeed="0.19.4")
     auto_ep = stock or _lacking(versions, transformers="5.0")
-    if not auto_ep and not _has_file("deepspeed", "module_inject/auto_ep_layer.py"):
-        auto_ep = f"deepspeed {versions['deepspeed']} has no AutoEP: pip install -U deepspeed"
+    if not auto_ep:
+        spec = importlib.util.find_spec("deepspeed")  # which does not import it
+        folders = spec.submodule_search_locations if spec is not None else None
+        if not any(Path(at, "module_inject/auto_ep_layer.py").is_file() for at in folders or ()):
+            auto_ep = f"deepspeed {versions['deepspeed']} has no AutoEP: pip install -U deepspeed"
     spread = _lacking(versions, torch="2.10", transformers="5.23", accelerate="1.0")
     return {
         "DeepSpeed MoE": stock or "available: moe_locality.initialize",
@@ -121,21 +115,13 @@ def _front_ends(versions: dict[str, str | None]) -> dict[str, str]:
 
 def _lacking(versions: dict[str, str | None], **least: str) -> str:
     """Return what of these packages is missing or too old, in words; empty where nothing is."""
-    found = {name: versions[name] for name in least}
     short = [
-        f"{name} {least[name]}" + (f" (found {version})" if version else "")
-        for name, version in found.items()
-        if version is None or _numbers(version) < _numbers(least[name])
+        f"{name} {needed}" + (f" (found {versions[name]})" if versions[name] else "")
+        for name, needed in least.items()
+        if _numbers(versions[name] or "") < _numbers(needed)
     ]
     extra = "hf" if "transformers" in least else "deepspeed"
     return f"needs {', '.join(short)}: pip install -U 'moe-locality[{extra}]'" if short else ""
-
-
-def _has_file(package: str, name: str) -> bool:
-    """Return whether a package has a file; the package is not imported."""
-    spec = importlib.util.find_spec(package)
-    folders = spec.submodule_search_locations if spec is not None else None
-    return any((Path(folder) / name).is_file() for folder in folders or ())
 
 
 def _backends() -> dict[str, str]:

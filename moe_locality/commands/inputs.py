@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
+from typer import Argument, Option
 
 import moe_locality
 from moe_locality.errors import ConfigError, PlacementError, TopologyError, TraceError
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from moe_locality import ClusterTopology, PlacementPlan, RoutingTrace
     from moe_locality.compare import SplitFrom
 
-Trace = Annotated[Path, typer.Argument(help="Trace: a Parquet directory or an .npz file.")]
-Plan = Annotated[Path, typer.Option(help="Placement plan (JSON).")]
-Plans = Annotated[list[Path] | None, typer.Option(help="Plan; may be repeated.")]
-Nodes = Annotated[int | None, typer.Option(min=1, help="Nodes of the cluster.")]
-RanksPerNode = Annotated[int | None, typer.Option(min=1, help="Ranks on each.")]
-Cluster = Annotated[Path | None, typer.Option(help="Cluster description (YAML).")]
-Hostfile = Annotated[Path | None, typer.Option(help="DeepSpeed hostfile.")]
-Homes = Annotated[Path | None, typer.Option(help="Home rank of each request (JSON).")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
-HeldOut = Annotated[float, typer.Option(help="Share of the requests that no plan is made from.")]
+Trace = Annotated[Path, Argument(help="Trace: a Parquet directory or an .npz file.")]
+Plan = Annotated[Path, Option(help="Placement plan (JSON).")]
+Plans = Annotated[list[Path] | None, Option(help="Plan; may be repeated.")]
+Nodes = Annotated[int | None, Option(min=1, help="Nodes of the cluster.")]
+RanksPerNode = Annotated[int | None, Option(min=1, help="Ranks on each.")]
+Cluster = Annotated[Path | None, Option(help="Cluster description (YAML).")]
+Hostfile = Annotated[Path | None, Option(help="DeepSpeed hostfile.")]
+Homes = Annotated[Path | None, Option(help="Home rank of each request (JSON).")]
+Seed = Annotated[int, Option(min=0, help="Seed of everything random.")]
+HeldOut = Annotated[float, Option(help="Share of the requests that no plan is made from.")]
 MaxImbalance = Annotated[
-    str, typer.Option(help="Cap on max/mean load to expect on new requests: auto, or a number.")
+    str, Option(help="Cap on max/mean load to expect on new requests: auto, or a number.")
 ]
-Report = Annotated[Path | None, typer.Option(help="Also write an HTML report.")]
-WandbMode = Annotated[str, typer.Option(help="offline, online or disabled.")]
+Report = Annotated[Path | None, Option(help="Also write an HTML report.")]
+WandbMode = Annotated[str, Option(help="offline, online or disabled.")]
 
 
 def read_cluster(
@@ -42,11 +42,7 @@ def read_cluster(
     cluster: Path | None = None,
     hostfile: Path | None = None,
 ) -> ClusterTopology:
-    """Return the cluster that the options name: exactly one of the three ways.
-
-    Raises:
-        TopologyError: none or several are given, or only one of --nodes and --ranks-per-node.
-    """
+    """Return the cluster that the options name in exactly one of three ways, else TopologyError."""
     ways = {"--nodes": nodes or ranks_per_node, "--cluster": cluster, "--hostfile": hostfile}
     given = [flag for flag, value in ways.items() if value is not None]
     if len(given) != 1:
@@ -71,10 +67,8 @@ def split(
 ) -> tuple[RoutingTrace, RoutingTrace | None]:
     """Split off the share ``held_out`` of the requests; None where nothing is held out.
 
-    The same trace, share and seed give the same split in every command.
-
-    Raises:
-        ConfigError: the share is outside [0, 1).
+    The same trace, share and seed give the same split in every command. ConfigError: the share is
+    outside [0, 1).
     """
     if not 0 <= held_out < 1:
         raise ConfigError(
@@ -98,11 +92,7 @@ def read_judged(
 
 
 def read_fitting_plan(path: Path, trace: RoutingTrace) -> PlacementPlan:
-    """Read a plan and check that it is for the model of the trace.
-
-    Raises:
-        PlacementError: the plan is damaged, or is for another model, other layers or experts.
-    """
+    """Read a plan that is for the model, the layers and the experts of the trace."""
     plan = moe_locality.PlacementPlan.read(path)
     check_plan_fits(plan, path, trace)
     return plan
@@ -122,13 +112,9 @@ def linear_plan(trace: RoutingTrace, topology: ClusterTopology) -> PlacementPlan
     """Return the contiguous layout, or None where the experts do not divide among the ranks."""
     if trace.num_experts % topology.num_ranks:
         return None
+    sizes = (trace.num_experts, trace.layer_ids, topology.num_nodes, topology.ranks_per_node)
     return moe_locality.PlacementPlan.linear(
-        trace.num_experts,
-        trace.layer_ids,
-        topology.num_nodes,
-        topology.ranks_per_node,
-        model=trace.model,
-        rank_to_node=topology.rank_to_node,
+        *sizes, model=trace.model, rank_to_node=topology.rank_to_node
     )
 
 
@@ -139,15 +125,15 @@ def homes_of(path: Path | None, plan: PlacementPlan) -> dict[int, int] | None:
     return None if path is None else read_homes(path, plan)
 
 
-def check_writable(path: Path, what: str, *inputs: Path | None) -> None:
-    """Refuse an output path early, before minutes of work: its directory must be writable.
+def check_writable(path: Path | None, what: str, *inputs: Path | None) -> None:
+    """Refuse an output path early, before minutes of work: ConfigError where it is a directory, a
+    device or one of ``inputs``, which the command reads, or where nothing can be made.
 
     Directories that are missing are made when the file is written; here the nearest existing one is
-    looked at. ``inputs``: files that the command reads and must not replace.
-
-    Raises:
-        ConfigError: the path is a directory, a device or an input, or nothing can be made there.
+    looked at. None: there is no output.
     """
+    if path is None:
+        return
     target = Path(os.path.realpath(path))
     parent = target.parent
     while not parent.exists():
@@ -170,11 +156,7 @@ def check_writable(path: Path, what: str, *inputs: Path | None) -> None:
 
 
 def layer_numbers(text: str | None) -> list[int] | None:
-    """The numbers that "1,3,5-9" names; None for None.
-
-    Raises:
-        TraceError: it is no such text.
-    """
+    """The numbers that "1,3,5-9" names, None for None; TraceError: it is no such text."""
     if text is None:
         return None
     numbers: list[int] = []

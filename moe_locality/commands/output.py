@@ -49,13 +49,12 @@ class Result:
 
 
 def as_command(body: Callable[..., Result]) -> Callable[..., None]:
-    """Return the function for typer that runs ``body`` and prints its result.
-
-    It takes what ``body`` takes, and the options of every command. ``body`` prints nothing.
-    """
+    """Return the function for typer that runs ``body``, which prints nothing, and prints its
+    result. It takes what ``body`` takes, and the options of every command."""
 
     def run(*, as_json: bool, debug: bool, **options: Any) -> None:
-        set_up_logging(debug=debug)
+        logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+        logging.getLogger("moe_locality").setLevel(logging.DEBUG if debug else logging.WARNING)
         try:
             with quiet_stdout():
                 result = body(**options)
@@ -77,10 +76,8 @@ def as_command(body: Callable[..., Result]) -> Callable[..., None]:
 def guard(
     body: Callable[[], Any], *, as_json: bool, debug: bool, reword: Callable[[str], str] = str
 ) -> int:
-    """Run ``body``, turn what goes wrong into a message, and return the exit code.
-
-    ``reword`` gets the message of an error of ours, and returns what to print.
-    """
+    """Run ``body``, turn what goes wrong into a message, and return the exit code. ``reword`` gets
+    the message of an error of ours, and returns what to print."""
     try:
         code = body()
     except Exception as error:  # noqa: BLE001  the last place where an error can be told in words
@@ -152,33 +149,27 @@ def _report(kind: str, message: str, code: int, as_json: bool) -> int:
 
 def present(result: Result, *, as_json: bool) -> None:
     """Print a result on stdout, and what comes after it; as JSON one object, the last."""
-    if not as_json:
-        _print(result)
-    elif result.then is None:
+    if as_json and result.then is None:
         write_json(result.payload)
+    if not as_json:
+        if result.text:
+            sys.stdout.write("\n".join(result.text) + "\n")
+        if result.show is not None:
+            from rich.console import Console
+
+            # Not a terminal: a log file or a pipe; no table should be cut to 80 columns there.
+            width = None if sys.stdout.isatty() else PIPE_COLUMNS
+            result.show(Console(file=sys.stdout, highlight=False, width=width))
+        sys.stdout.flush()
     if result.then is not None:
         with quiet_stdout():
             after = result.then()
         present(after, as_json=as_json)
 
 
-def _print(result: Result) -> None:
-    if result.text:
-        sys.stdout.write("\n".join(result.text) + "\n")
-    if result.show is not None:
-        from rich.console import Console
-
-        # Not a terminal: a log file or a pipe; no table should be cut to 80 columns there.
-        width = None if sys.stdout.isatty() else PIPE_COLUMNS
-        result.show(Console(file=sys.stdout, highlight=False, width=width))
-    sys.stdout.flush()
-
-
 def published(payload: dict[str, Any], publish: Callable[[], dict[str, Any]]) -> Result:
-    """Send a result elsewhere, for ``then``; ``publish`` returns more of the payload.
-
-    That it fails is a warning.
-    """
+    """Send a result elsewhere, for ``then``; ``publish`` returns more of the payload, and that it
+    fails is a warning."""
     try:
         more = publish()
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  the result is not to be lost
@@ -227,26 +218,17 @@ def quiet_stdout() -> Iterator[None]:
             sys.stderr.flush()
 
 
-def set_up_logging(*, debug: bool) -> None:
-    """Log to stderr: warnings, or everything of this package with ``debug``."""
-    logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("moe_locality").setLevel(logging.DEBUG if debug else logging.WARNING)
-
-
 @contextlib.contextmanager
 def progress(text: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Show a progress bar on stderr while the body runs; it gets ``update(done, total, text)``.
-
-    Without a terminal nothing is shown.
-    """
+    """Show a progress bar on stderr, if that is a terminal, while the body runs; it gets
+    ``update(done, total, text)``."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bars:
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bars:
         task = bars.add_task(text, total=None)
 
         def update(done: int, total: int, words: str = "") -> None:

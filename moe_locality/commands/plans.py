@@ -8,34 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 import moe_locality
-from moe_locality.commands.inputs import (
-    Cluster,
-    HeldOut,
-    Homes,
-    MaxImbalance,
-    Nodes,
-    Plan,
-    RanksPerNode,
-    Seed,
-    Trace,
-    check_writable,
-    homes_of,
-    layer_numbers,
-    linear_plan,
-    read_cluster,
-    read_fitting_plan,
-    read_judged,
-    split,
-)
+from moe_locality.commands import inputs
 from moe_locality.commands.output import SHOWN, Result, brief, costs_table, progress, table
 from moe_locality.errors import ConfigError, PlacementError, TopologyError
 
 if TYPE_CHECKING:
     from moe_locality import ClusterTopology, PlacementPlan, RoutingTrace
-    from moe_locality.simulator import Simulation, StepModel
 
 ALLGATHER = (
     "an all-gather sends every token to every node, whatever the plan: a plan can only level the "
@@ -44,27 +25,27 @@ ALLGATHER = (
 
 
 def group(
-    trace: Trace,
-    plan: Plan,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Homes to write (JSON).")],
+    trace: inputs.Trace,
+    plan: inputs.Plan,
+    out: Annotated[Path, Option("-o", "--out", help="Homes to write (JSON).")],
     predict: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="prefill, first:32, domain or oracle; prefill, or first:32 where there is none."
         ),
     ] = None,
     equal_requests: Annotated[
-        bool, typer.Option("--equal-requests", help="As many requests on every rank, for training.")
+        bool, Option("--equal-requests", help="As many requests on every rank, for training.")
     ] = False,
 ) -> Result:
     """Give every request a home rank: request id to rank."""
     from moe_locality.placement.homes.assign import home_assignment, write_homes
     from moe_locality.placement.homes.predictor import default_prediction
 
-    check_writable(out, "homes", trace, plan)
+    inputs.check_writable(out, "homes", trace, plan)
     with progress(f"grouping {trace}"):
         content = moe_locality.read_trace(trace)
-        placed = read_fitting_plan(plan, content)
+        placed = inputs.read_fitting_plan(plan, content)
         predict = predict or default_prediction(content)
         found = home_assignment(content, placed, predict=predict, equal_requests=equal_requests)
         homes = found.homes
@@ -72,19 +53,12 @@ def group(
         after = brief(moe_locality.evaluate(content, placed, homes=homes))
     write_homes(homes, out)
     counts = list(found.requests_per_rank)
-    payload = {
-        "command": "group",
-        "homes": out,
-        "predict": predict,
-        "requests": len(homes),
-        "requests_per_rank": counts,
-        "tokens_per_rank": list(found.tokens_per_rank),
-        "token_imbalance": found.token_imbalance,
-        "unpredicted_requests": found.unpredicted,
-        "unseen_domains": list(found.unseen_domains),
-        "costs": after,
-        "homes_at_random": before,
-    }
+    payload = {"command": "group", "homes": out, "predict": predict, "requests": len(homes)}
+    payload |= {"requests_per_rank": counts, "tokens_per_rank": list(found.tokens_per_rank)}
+    payload |= {"token_imbalance": found.token_imbalance}
+    payload |= {"unpredicted_requests": found.unpredicted}
+    payload |= {"unseen_domains": list(found.unseen_domains)}
+    payload |= {"costs": after, "homes_at_random": before}
 
     def show(console: Any) -> None:
         console.print(f"{out}: {len(homes):,} requests, per rank {counts}", soft_wrap=True)
@@ -100,51 +74,37 @@ def group(
 
 
 def evaluate(
-    trace: Trace,
-    plan: Plan,
-    homes: Homes = None,
+    trace: inputs.Trace,
+    plan: inputs.Plan,
+    homes: inputs.Homes = None,
     baseline: Annotated[
-        Path | None, typer.Option(help="Plan to move from, for the cost of moving.")
+        Path | None, Option(help="Plan to move from, for the cost of moving.")
     ] = None,
-    row_bytes: Annotated[float | None, typer.Option(help="Bytes of one token on the wire.")] = None,
+    row_bytes: Annotated[float | None, Option(help="Bytes of one token on the wire.")] = None,
     rule: Annotated[
         str | None,
-        typer.Option(help="How an engine serves copies: sglang or in_turn; else as planned."),
+        Option(help="How an engine serves copies: sglang or in_turn; else as planned."),
     ] = None,
     transport: Annotated[
-        str, typer.Option(help="once_per_node, per_pick, per_rank or allgather.")
+        str, Option(help="once_per_node, per_pick, per_rank or allgather.")
     ] = "once_per_node",
     batch_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of a batch, all ranks together.")
+        int, Option(min=1, help="Tokens of a batch, all ranks together.")
     ] = 512,
-    held_out: HeldOut = 0.0,
-    seed: Seed = 0,
+    held_out: inputs.HeldOut = 0.0,
+    seed: inputs.Seed = 0,
 ) -> Result:
     """Predict what a plan costs on a trace."""
-    from moe_locality.compare import made_from
-
     with progress(f"evaluating {plan}"):
-        content, _, origin = read_judged(trace, held_out, seed)
-        placed = read_fitting_plan(plan, content)
-        ranks = homes_of(homes, placed)
-        old = None if baseline is None else read_fitting_plan(baseline, content)
+        content, _, placed, ranks, told = _read(trace, plan, homes, held_out, seed)
+        old = None if baseline is None else inputs.read_fitting_plan(baseline, content)
         options = {"row_bytes": row_bytes, "batch_tokens": batch_tokens, "transport": transport}
         costs = moe_locality.evaluate(
             content, placed, homes=ranks, baseline=old, rule=rule, **options
         )
-        base = linear_plan(content, placed.topology)
+        base = inputs.linear_plan(content, placed.topology)
         linear = None if base is None else brief(moe_locality.evaluate(content, base, **options))
-    payload = {
-        "command": "evaluate",
-        "trace": trace,
-        "plan": plan,
-        "digest": placed.digest(),
-        "homes": homes,
-        "in_sample": made_from(placed, content, origin),
-        "held_out": held_out,
-        **costs.to_dict(),
-        "linear": linear,
-    }
+    payload = {"command": "evaluate", **told, **costs.to_dict(), "linear": linear}
 
     def show(console: Any) -> None:
         share = f", {held_out:.0%} of the requests, held out" if held_out else ""
@@ -156,6 +116,20 @@ def evaluate(
     return Result(payload=payload, show=show)
 
 
+def _read(
+    trace: Path, plan: Path, homes: Path | None, held_out: float, seed: int
+) -> tuple[RoutingTrace, RoutingTrace, PlacementPlan, dict[int, int] | None, dict[str, Any]]:
+    """The part of a trace to judge on, the other part, the plan, the homes, and what to tell."""
+    from moe_locality.compare import made_from
+
+    content, train, origin = inputs.read_judged(trace, held_out, seed)
+    placed = inputs.read_fitting_plan(plan, content)
+    ranks = inputs.homes_of(homes, placed)
+    told = {"trace": trace, "plan": plan, "digest": placed.digest(), "homes": homes}
+    told |= {"in_sample": made_from(placed, content, origin), "held_out": held_out}
+    return content, train, placed, ranks, told
+
+
 def _judged_on(found: dict[str, Any], share: str = "") -> str:
     homes = "homes at random" if found["homes"] is None else f"homes of {found['homes']}"
     own = "; in-sample: the plan was made from these requests" if found["in_sample"] else ""
@@ -163,77 +137,52 @@ def _judged_on(found: dict[str, Any], share: str = "") -> str:
 
 
 def simulate(
-    trace: Trace,
-    plan: Plan,
-    homes: Homes = None,
-    cluster: Cluster = None,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens per rank and step.")] = 512,
-    hidden: Annotated[int, typer.Option(min=1, help="Width of a token.")] = 4096,
-    ffn: Annotated[int | None, typer.Option(min=1, help="Width of an expert; as a token.")] = None,
-    payload: Annotated[str, typer.Option(help="bf16, fp8, mxfp8 or mxfp4.")] = "bf16",
-    exchange: Annotated[str, typer.Option(help="flat or hierarchical.")] = "hierarchical",
-    compute_us: Annotated[float | None, typer.Option(help="Time of the rest of a step.")] = None,
-    expert_us: Annotated[float | None, typer.Option(help="Time per distinct expert.")] = None,
-    row_us: Annotated[float | None, typer.Option(help="Time per row of an expert.")] = None,
-    groups: Annotated[int | None, typer.Option(min=1, help="Expert-parallel groups.")] = None,
-    sweep: Annotated[str | None, typer.Option(help="batch, bandwidth, k or nodes.")] = None,
-    figure: Annotated[Path | None, typer.Option(help="Figure of the sweep: .svg, .png.")] = None,
-    held_out: HeldOut = 0.0,
-    seed: Seed = 0,
+    trace: inputs.Trace,
+    plan: inputs.Plan,
+    homes: inputs.Homes = None,
+    cluster: inputs.Cluster = None,
+    batch_tokens: Annotated[int, Option(min=1, help="Tokens per rank and step.")] = 512,
+    hidden: Annotated[int, Option(min=1, help="Width of a token.")] = 4096,
+    ffn: Annotated[int | None, Option(min=1, help="Width of an expert; as a token.")] = None,
+    payload: Annotated[str, Option(help="bf16, fp8, mxfp8 or mxfp4.")] = "bf16",
+    exchange: Annotated[str, Option(help="flat or hierarchical.")] = "hierarchical",
+    compute_us: Annotated[float | None, Option(help="Time of the rest of a step.")] = None,
+    expert_us: Annotated[float | None, Option(help="Time per distinct expert.")] = None,
+    row_us: Annotated[float | None, Option(help="Time per row of an expert.")] = None,
+    groups: Annotated[int | None, Option(min=1, help="Expert-parallel groups.")] = None,
+    sweep: Annotated[str | None, Option(help="batch, bandwidth, k or nodes.")] = None,
+    figure: Annotated[Path | None, Option(help="Figure of the sweep: .svg, .png.")] = None,
+    held_out: inputs.HeldOut = 0.0,
+    seed: inputs.Seed = 0,
 ) -> Result:
     """Simulate step times of a plan on a cluster."""
     from moe_locality import simulator
-    from moe_locality.compare import made_from
 
     if figure is not None and sweep is None:
         raise PlacementError("found --figure without --sweep, expected both: name a sweep")
-    if figure is not None:
-        check_writable(figure, "figure", trace, plan, cluster, homes)
+    inputs.check_writable(figure, "figure", trace, plan, cluster, homes)
     with progress(f"simulating {plan}"):
-        content, train, origin = read_judged(trace, held_out, seed)
-        placed = read_fitting_plan(plan, content)
-        ranks = homes_of(homes, placed)
+        content, train, placed, ranks, told = _read(trace, plan, homes, held_out, seed)
         topology, groups = _cluster(placed, cluster, groups)
         sizes = {"hidden_size": hidden, "ffn_size": ffn, "payload": payload, "exchange": exchange}
         model = simulator.StepModel(**sizes, expert_us=expert_us, row_us=row_us)
-        base = linear_plan(content, topology)
+        base = inputs.linear_plan(content, topology)
         options: dict[str, Any] = {"model": model, "batch_tokens": batch_tokens, "seed": seed}
-        timing = {**options, "groups": groups, "compute_us": compute_us}
+        options["groups"] = groups
+        timing = {**options, "compute_us": compute_us}
         found = simulator.simulate(content, placed, topology, ranks, **timing)
         linear = None if base is None else simulator.simulate(content, base, topology, **timing)
-        pair = (base, placed)
-        swept = _sweep(sweep, content, train, pair, topology, ranks, groups, options)
-    if figure is not None and swept is not None:
-        _write_figure(figure, swept, content)
-    answer = {
-        "command": "simulate",
-        "how": "simulated",
-        "trace": trace,
-        "plan": plan,
-        "digest": placed.digest(),
-        "homes": homes,
-        "in_sample": made_from(placed, content, origin),
-        "held_out": held_out,
-        "cluster": topology.to_dict(),
-        **_figures(model, found, linear),
-        "sweep": swept,
-        "figure": figure,
-    }
-    return Result(payload=answer, show=lambda console: _show(console, answer, model))
-
-
-def _figures(model: StepModel, found: Simulation, linear: Simulation | None) -> dict[str, Any]:
+        swept = None
+        if sweep is not None:
+            swept = _sweep(sweep, content, train, placed, topology, ranks, figure, options)
     speedup = None
     if linear is not None and found.group_step_us:
         speedup = linear.group_step_us / found.group_step_us
-    return {
-        "exchange": model.exchange,
-        "payload": model.payload,
-        "tau_us": model.tau,
-        **found.to_dict(),
-        "linear": None if linear is None else linear.to_dict(),
-        "speedup": speedup,
-    }
+    answer = {"command": "simulate", "how": "simulated", **told, "cluster": topology.to_dict()}
+    answer |= {"exchange": exchange, "payload": payload, "tau_us": model.tau, **found.to_dict()}
+    answer |= {"linear": None if linear is None else linear.to_dict(), "speedup": speedup}
+    answer |= {"sweep": swept, "figure": figure}
+    return Result(payload=answer, show=lambda console: _show(console, answer, hidden))
 
 
 def _cluster(
@@ -253,64 +202,58 @@ def _cluster(
     return dataclasses.replace(own, **given.tiers()), groups or times
 
 
-def _needed(plan: PlacementPlan | None) -> PlacementPlan:
-    if plan is None:
+def _linear(trace: RoutingTrace, topology: ClusterTopology) -> PlacementPlan:
+    found = inputs.linear_plan(trace, topology)
+    if found is None:
         raise PlacementError(
             "found experts that do not divide among the ranks, expected a linear layout to compare "
             "the sweep with: leave --sweep out"
         )
-    return plan
+    return found
 
 
 def _sweep(
-    over: str | None,
+    over: str,
     content: RoutingTrace,
     train: RoutingTrace,
-    pair: tuple[PlacementPlan | None, PlacementPlan],
+    plan: PlacementPlan,
     topology: ClusterTopology,
     homes: dict[int, int] | None,
-    groups: int,
+    figure: Path | None,
     options: dict[str, Any],
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """The rows of a sweep, and where the plan gains; other clusters get plans of their own."""
-    if over is None:
-        return None
-    from moe_locality.simulator import gain_ends, sweep
+    from moe_locality.figures import draw_sweep, write_figure
+    from moe_locality.simulator import SWEEPS, gain_ends, sweep
 
     def plans_of(other: ClusterTopology) -> tuple[PlacementPlan, PlacementPlan]:
-        linear = _needed(linear_plan(train, other))
-        return linear, moe_locality.solve(train, other, seed=options["seed"])
+        return _linear(train, other), moe_locality.solve(train, other, seed=options["seed"])
 
-    both, options = (None, homes), {**options, "groups": groups, "plans_of": plans_of}
-    compared = (_needed(pair[0]), pair[1])
-    rows = sweep(over, content, compared, topology, both, **options)
+    compared = (_linear(content, topology), plan)
+    rows = sweep(over, content, compared, topology, (None, homes), plans_of=plans_of, **options)
+    if figure is not None:
+        title = f"{content.model or 'trace'}: speed-up of the MoE part of a step (simulated)"
+        write_figure(draw_sweep(rows, SWEEPS[over], title), figure)
     return {"over": over, "rows": rows, "gain": gain_ends(rows)}
 
 
-def _write_figure(path: Path, swept: dict[str, Any], content: RoutingTrace) -> None:
-    from moe_locality.figures import draw_sweep, write_figure
-    from moe_locality.simulator import SWEEPS
-
-    title = f"{content.model or 'trace'}: speed-up of the MoE part of a step (simulated)"
-    write_figure(draw_sweep(swept["rows"], SWEEPS[swept["over"]], title), path)
-
-
-def _show(console: Any, found: dict[str, Any], model: StepModel) -> None:
+def _show(console: Any, found: dict[str, Any], hidden: int) -> None:
     linear = found["linear"]
     console.print(_judged_on(found), soft_wrap=True)
     console.print(
         f"Simulated: {found['num_steps']} steps of {found['batch_tokens']:,} tokens per rank, "
         f"{found['groups']} group(s), {found['exchange']} exchange, {found['payload']} dispatch of "
-        f"width {model.hidden_size:,}, bf16 combine; forward, MoE part, all layers",
+        f"width {hidden:,}, bf16 combine; forward, MoE part, all layers",
         soft_wrap=True,
     )
-    columns = [one for one in (linear, found) if one is not None]
-    names = ("linear", "plan") if linear is not None else ("plan",)
-    rows = [
-        (label, *values, round(values[0] / values[-1], 3) if len(values) > 1 and values[-1] else "")
-        for label, values in _lines(columns)
-    ]
-    console.print(table("", ("simulated", *names, "speed-up"), rows))
+    columns = {"linear": _times(linear)} if linear is not None else {}
+    columns["plan"] = _times(found)
+    rows = []
+    for label in columns["plan"]:
+        values = [column[label] for column in columns.values()]
+        ratio = round(values[0] / values[1], 3) if len(values) > 1 and values[1] else ""
+        rows.append((label, *values, ratio))
+    console.print(table("", ("simulated", *columns, "speed-up"), rows))
     link = found["busiest_link"]
     console.print(
         f"Busiest link: node {link['node']}, {link['direction']}, {link['share']:.1%} of what "
@@ -322,25 +265,19 @@ def _show(console: Any, found: dict[str, Any], model: StepModel) -> None:
         console.print(f"figure: {found['figure']}", soft_wrap=True)
 
 
-def _lines(columns: list[dict[str, Any]]) -> list[tuple[str, list[Any]]]:
-    """(label, value of each column) of the table."""
-    lines = [("step, us", [c["group_step_us"] for c in columns])]
-    lines.append(("mean step of a group, us", [c["step_us"] for c in columns]))
+def _times(found: dict[str, Any]) -> dict[str, float]:
+    """Label -> value of a column of the table."""
+    shown = {"step, us": found["group_step_us"], "mean step of a group, us": found["step_us"]}
     for name, label in (("dispatch", "dispatch"), ("compute", "experts"), ("combine", "combine")):
-        lines.append((f"  {label}, us", [c["parts_us"][name] for c in columns]))
-    lines += [
-        (f"links {name} nodes, us", [c["tiers_us"][name] for c in columns])
-        for name in ("across", "inside")
-    ]
+        shown[f"  {label}, us"] = found["parts_us"][name]
+    for name in ("across", "inside"):
+        shown[f"links {name} nodes, us"] = found["tiers_us"][name]
     for link in ("cross_node", "same_node", "same_rank"):
-        both = [(c["bytes"]["dispatch"][link], c["bytes"]["combine"][link]) for c in columns]
-        label = f"{link.replace('_', ' ')}, bytes per token"
-        lines.append(
-            (label, [sum(b) / c["num_tokens"] for b, c in zip(both, columns, strict=True)])
-        )
-    if columns[0]["share"] is not None:
-        lines.append(("share of the whole step", [c["share"] for c in columns]))
-    return lines
+        both = found["bytes"]["dispatch"][link] + found["bytes"]["combine"][link]
+        shown[f"{link.replace('_', ' ')}, bytes per token"] = both / found["num_tokens"]
+    if found["share"] is not None:
+        shown["share of the whole step"] = found["share"]
+    return shown
 
 
 def _show_sweep(console: Any, sweep: dict[str, Any]) -> None:
@@ -355,22 +292,18 @@ def _show_sweep(console: Any, sweep: dict[str, Any]) -> None:
 
 
 def export(
-    plan: Annotated[Path, typer.Argument(help="Placement plan (JSON).")],
+    plan: Annotated[Path, Argument(help="Placement plan (JSON).")],
     to: Annotated[
         str,
-        typer.Option(
-            help="sglang, trtllm, vllm-ascend; read by no release: vllm, vllm-ranks, autoep."
-        ),
+        Option(help="sglang, trtllm, vllm-ascend; read by no release: vllm, vllm-ranks, autoep."),
     ],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Map to write: JSON, trtllm YAML.")],
+    out: Annotated[Path, Option("-o", "--out", help="Map to write: JSON, trtllm YAML.")],
     num_hidden_layers: Annotated[
-        int | None, typer.Option(min=1, help="Transformer layers: sglang needs it.")
+        int | None, Option(min=1, help="Transformer layers: sglang needs it.")
     ] = None,
     layers: Annotated[
         str | None,
-        typer.Option(
-            help="Transformer layers with experts (1-26), where the plan counts 0, 1, 2, ..."
-        ),
+        Option(help="Transformer layers with experts (1-26), where the plan counts 0, 1, 2, ..."),
     ] = None,
 ) -> Result:
     """Write a plan as the map of a serving engine, and say what starts the engine with it."""
@@ -378,26 +311,19 @@ def export(
 
     from moe_locality.placement.export import launch_lines, write_export
 
-    check_writable(out, "map", plan)
+    inputs.check_writable(out, "map", plan)
     placed = moe_locality.PlacementPlan.read(plan)
-    write_export(placed, out, to, num_hidden_layers, layer_numbers(layers))
+    write_export(placed, out, to, num_hidden_layers, inputs.layer_numbers(layers))
     launch = launch_lines(placed, to, out, str(plan))
     if to != "autoep" and np.count_nonzero(np.diff(placed.node_of_rank)) >= placed.num_nodes:
         launch += (
             "engines put consecutive ranks on a node, this plan does not: place with --nodes and "
             "--ranks-per-node",
         )
-    payload = {
-        "command": "export",
-        "launch": launch,
-        "plan": plan,
-        "digest": placed.digest(),
-        "target": to,
-        "file": out,
-        "layers": placed.num_layers,
-        "num_redundant_experts": placed.num_redundant_experts,
-    }
     replicas = placed.num_redundant_experts
+    payload = {"command": "export", "launch": launch, "plan": plan, "digest": placed.digest()}
+    payload |= {"target": to, "file": out, "layers": placed.num_layers}
+    payload |= {"num_redundant_experts": replicas}
     kept = f", {replicas} redundant experts per layer" if replicas else ""
     words = f"{out}: {placed.num_layers} MoE layers for {to}, {placed.num_ranks} ranks{kept}"
     return Result(payload=payload, text=(words, *launch))
@@ -405,22 +331,20 @@ def export(
 
 def bake(
     checkpoint: Annotated[
-        Path, typer.Argument(help="Checkpoint of DeepSpeed, or folder of a Hugging Face model.")
+        Path, Argument(help="Checkpoint of DeepSpeed, or folder of a Hugging Face model.")
     ],
-    plan: Plan,
-    out: Annotated[Path, typer.Option(help="Directory of the new checkpoint.")],
-    tag: Annotated[str | None, typer.Option(help="Default: what 'latest' names.")] = None,
+    plan: inputs.Plan,
+    out: Annotated[Path, Option(help="Directory of the new checkpoint.")],
+    tag: Annotated[str | None, Option(help="Default: what 'latest' names.")] = None,
     trust_checkpoint: Annotated[
-        bool, typer.Option("--trust-checkpoint", help="Unpickle objects; they can run code.")
+        bool, Option("--trust-checkpoint", help="Unpickle objects; they can run code.")
     ] = False,
     trust_parameter_order: Annotated[
-        bool, typer.Option("--trust-parameter-order", help="For stock optimizer state.")
+        bool, Option("--trust-parameter-order", help="For stock optimizer state.")
     ] = False,
     expert_groups: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Groups that a Hugging Face router picks first (config: n_group)."
-        ),
+        Option(min=1, help="Groups that a Hugging Face router picks first (config: n_group)."),
     ] = None,
 ) -> Result:
     """Write a checkpoint whose contiguous layout is the placement."""
@@ -429,16 +353,11 @@ def bake(
         raise PlacementError(
             f"found nothing at {checkpoint}, expected a checkpoint directory: check the path"
         )
+    options: dict[str, Any] = {"tag": tag, "num_expert_groups": expert_groups}
+    options |= {"trust_checkpoint": trust_checkpoint}
+    options |= {"trust_parameter_order": trust_parameter_order}
     with progress(f"baking {checkpoint}"):
-        found = moe_locality.bake_checkpoint(
-            checkpoint,
-            placed,
-            out,
-            tag=tag,
-            trust_checkpoint=trust_checkpoint,
-            trust_parameter_order=trust_parameter_order,
-            num_expert_groups=expert_groups,
-        )
+        found = moe_locality.bake_checkpoint(checkpoint, placed, out, **options)
     payload = {"command": "bake", "digest": placed.digest(), **found}
     words = [f"{out}: experts in the order of {plan}"]
     if "optimizer" in found:
@@ -451,23 +370,23 @@ def bake(
 
 
 def bench(
-    trace: Trace,
-    nodes: Nodes = None,
-    ranks_per_node: RanksPerNode = None,
+    trace: inputs.Trace,
+    nodes: inputs.Nodes = None,
+    ranks_per_node: inputs.RanksPerNode = None,
     method: Annotated[
-        list[str] | None, typer.Option(help="Method; may be repeated. Default: all.")
+        list[str] | None, Option(help="Method; may be repeated. Default: all.")
     ] = None,
-    max_imbalance: MaxImbalance = "auto",
-    held_out: HeldOut = 0.3,
-    seed: Seed = 0,
+    max_imbalance: inputs.MaxImbalance = "auto",
+    held_out: inputs.HeldOut = 0.3,
+    seed: inputs.Seed = 0,
 ) -> Result:
     """Time the placement methods on a trace, and show their costs."""
     from moe_locality.placement.problem import warnings_once
     from moe_locality.placement.solve import COMPARED, solve
 
-    topology = read_cluster(nodes, ranks_per_node)
+    topology = inputs.read_cluster(nodes, ranks_per_node)
     methods = tuple(dict.fromkeys(method or COMPARED))
-    train, test = split(moe_locality.read_trace(trace), held_out, seed)
+    train, test = inputs.split(moe_locality.read_trace(trace), held_out, seed)
     test = train if test is None else test
     one_layer = train.filter(layers=[int(train.layer_ids[0])])
     rows: list[dict[str, Any]] = []
@@ -480,35 +399,28 @@ def bench(
             seconds = time.perf_counter() - start
             costs = brief(moe_locality.evaluate(test, plan, topology))
             rows.append({"method": name, "seconds": seconds, **costs})
-    payload = {
-        "command": "bench",
-        "trace": train.content_hash(),
-        "held_out": held_out,
-        "judged_tokens": test.num_tokens,
-        "cluster": topology.to_dict(),
-        "rows": rows,
-    }
-    head = ("method", "seconds, measured", *SHOWN)
+    payload = {"command": "bench", "trace": train.content_hash(), "held_out": held_out}
+    payload |= {"judged_tokens": test.num_tokens, "cluster": topology.to_dict(), "rows": rows}
 
     def show(console: Any) -> None:
         kind = "held-out" if held_out else "in-sample"
         title = f"{topology.describe()}; costs predicted on {test.num_tokens:,} {kind} tokens"
         cells = [(r["method"], r["seconds"], *(r[name] for name in SHOWN)) for r in rows]
-        console.print(table(title, head, cells))
+        console.print(table(title, ("method", "seconds, measured", *SHOWN), cells))
 
     return Result(payload=payload, show=show)
 
 
 def bench_paper(
     trace: Annotated[
-        Path | None, typer.Argument(help="Trace to replay; without one a small model decodes.")
+        Path | None, Argument(help="Trace to replay; without one a small model decodes.")
     ] = None,
     nodes: Annotated[
-        int | None, typer.Option(help="Nodes that the 4 ranks stand for, 2 or 4. Default: both.")
+        int | None, Option(help="Nodes that the 4 ranks stand for, 2 or 4. Default: both.")
     ] = None,
-    seed: Seed = 0,
+    seed: inputs.Seed = 0,
     out: Annotated[
-        Path | None, typer.Option(help="Of model and reports, without a trace: runs/paper.")
+        Path | None, Option(help="Of model and reports, without a trace: runs/paper.")
     ] = None,
 ) -> Result:
     """Repeat the experiment of arXiv 2604.23150, beside the paper's figures: on a trace, or by 4
@@ -517,34 +429,32 @@ def bench_paper(
 
     if nodes not in (None, *paper.NODES):
         raise ConfigError(f"--nodes: found {nodes}, expected 2 or 4: they share 4 ranks")
-    if out if trace else seed:
+    if trace is not None and out is not None:
+        raise ConfigError(f"found --out {out} with a trace, which writes no files: leave it out")
+    if trace is None and seed:
         raise ConfigError(
-            f"found --out {out} with a trace, which writes no files: leave it out"
-            if trace
-            else f"found --seed {seed} without a trace, expected 0: the small model has its own"
+            f"found --seed {seed} without a trace, expected 0: the small model has its own"
         )
+    counts = paper.NODES if nodes is None else (nodes,)
     if trace is None:
-        return _paper_in_decoder(paper.NODES if nodes is None else (nodes,), out)
+        return _paper_in_decoder(counts, (out or Path("runs/paper")).absolute())
     content = moe_locality.read_trace(trace)
     with progress("replaying decode") as update:
-        found = paper.paper_on_trace(
-            content, nodes=paper.NODES if nodes is None else (nodes,), seed=seed, progress=update
-        )
+        found = paper.paper_on_trace(content, nodes=counts, seed=seed, progress=update)
     payload = {"command": "bench paper", "trace": content.content_hash(), **found}
 
     def show(console: Any) -> None:
-        for title, head, rows in paper.tables(found):
-            console.print(table(title, head, rows))
+        for shown in paper.tables(found):
+            console.print(table(*shown))
         console.print("\n".join(paper.lines(found)), highlight=False)
 
     return Result(payload=payload, show=show)
 
 
-def _paper_in_decoder(nodes: Sequence[int], out: Path | None) -> Result:
+def _paper_in_decoder(nodes: Sequence[int], folder: Path) -> Result:
     """``bench paper`` without a trace."""
     from moe_locality.demo import paper
 
-    folder = (out or Path("runs/paper")).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     with progress("training a small model, recording it, decoding"):
         found = [paper.paper_in_decoder(folder, nodes=count) for count in nodes]
@@ -552,8 +462,8 @@ def _paper_in_decoder(nodes: Sequence[int], out: Path | None) -> Result:
     def show(console: Any) -> None:
         for one in found:
             *own, last = paper.decoder_tables(one)
-            for title, head, rows in (*own, last) if one is found[-1] else own:
-                console.print(table(title, head, rows))
+            for shown in (*own, last) if one is found[-1] else own:
+                console.print(table(*shown))
         console.print(f"reports and wandb runs: {folder}", highlight=False)
 
     return Result(payload={"command": "bench paper", "runs": found}, show=show)

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from moe_locality.commands.inputs import Nodes, RanksPerNode, Seed, WandbMode
 from moe_locality.commands.output import Result
@@ -26,38 +26,37 @@ _GROUPING = "fifo, cosine or experts."
 _CONFIG = "JSON with a section moe_locality: dispatch (low-bit payloads too), kernels, cluster."
 _STORE = "Keep the experts in low bits, such as mxfp4-mbs-h or mxfp8."
 _WATCH = "off, propose (OUT/plan-step-N.json) or apply (between steps)."
-_PORT = "this port, plus the local rank."
 _HOMES = "arrival, predicted, first:N, domain, random or round_robin."
 
 
 def serve(
-    requests: Annotated[Path, typer.Argument(help="Requests: JSONL, one a line.")],
-    model: Annotated[str, typer.Option(help="Directory or name of a Hugging Face model.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the results.")],
-    plan: Annotated[Path | None, typer.Option(help="Placement plan (JSON).")] = None,
-    homes: Annotated[str, typer.Option(help=f"Which rank decodes a request: {_HOMES}")] = "arrival",
-    max_num_seqs: Annotated[int, typer.Option(help=_SEQS)] = 16,
-    max_num_batched_tokens: Annotated[int, typer.Option(help=_TOKENS)] = 512,
+    requests: Annotated[Path, Argument(help="Requests: JSONL, one a line.")],
+    model: Annotated[str, Option(help="Directory or name of a Hugging Face model.")],
+    out: Annotated[Path, Option("--out", "-o", help="Directory of the results.")],
+    plan: Annotated[Path | None, Option(help="Placement plan (JSON).")] = None,
+    homes: Annotated[str, Option(help=f"Which rank decodes a request: {_HOMES}")] = "arrival",
+    max_num_seqs: Annotated[int, Option(help=_SEQS)] = 16,
+    max_num_batched_tokens: Annotated[int, Option(help=_TOKENS)] = 512,
     max_model_len: Annotated[
-        int | None, typer.Option(help="Tokens of a sequence; else what the model allows.")
+        int | None, Option(help="Tokens of a sequence; else what the model allows.")
     ] = None,
-    max_num_kv_tokens: Annotated[int | None, typer.Option(help="Tokens in the caches.")] = None,
-    grouping: Annotated[str, typer.Option(help=f"Who joins a batch: {_GROUPING}")] = "fifo",
-    max_num_ready: Annotated[int, typer.Option(help="Prompts read ahead, to choose from.")] = 0,
-    max_tokens: Annotated[int, typer.Option(help="New tokens of a request that says none.")] = 16,
-    temperature: Annotated[float, typer.Option(help="Of a request that says none.")] = 1.0,
-    dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16.")] = "auto",
-    trace: Annotated[Path | None, typer.Option(help="Also record the routing there.")] = None,
-    config: Annotated[Path | None, typer.Option(help=_CONFIG)] = None,
-    expert_store: Annotated[str | None, typer.Option(help=_STORE)] = None,
-    watch: Annotated[str, typer.Option(help=f"Of the routing: {_WATCH}")] = "off",
-    watch_every: Annotated[int, typer.Option(min=1, help="Steps between two decisions.")] = 500,
-    move_budget: Annotated[float, typer.Option(help="Share of the slots that may move.")] = 0.1,
-    metrics: Annotated[bool, typer.Option(help="Also write OUT/metrics-R.jsonl.")] = False,
+    max_num_kv_tokens: Annotated[int | None, Option(help="Tokens in the caches.")] = None,
+    grouping: Annotated[str, Option(help=f"Who joins a batch: {_GROUPING}")] = "fifo",
+    max_num_ready: Annotated[int, Option(help="Prompts read ahead, to choose from.")] = 0,
+    max_tokens: Annotated[int, Option(help="New tokens of a request that says none.")] = 16,
+    temperature: Annotated[float, Option(help="Of a request that says none.")] = 1.0,
+    dtype: Annotated[str, Option(help="Of the weights: auto, float32, bfloat16.")] = "auto",
+    trace: Annotated[Path | None, Option(help="Also record the routing there.")] = None,
+    config: Annotated[Path | None, Option(help=_CONFIG)] = None,
+    expert_store: Annotated[str | None, Option(help=_STORE)] = None,
+    watch: Annotated[str, Option(help=f"Of the routing: {_WATCH}")] = "off",
+    watch_every: Annotated[int, Option(min=1, help="Steps between two decisions.")] = 500,
+    move_budget: Annotated[float, Option(help="Share of the slots that may move.")] = 0.1,
+    metrics: Annotated[bool, Option(help="Also write OUT/metrics-R.jsonl.")] = False,
     metrics_port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help=f"Prometheus: {_PORT}")
+        int | None, Option(min=1, max=65535, help="Prometheus: this port, plus the local rank.")
     ] = None,
-    metrics_host: Annotated[str, typer.Option(help="Where it listens.")] = "127.0.0.1",
+    metrics_host: Annotated[str, Option(help="Where it listens.")] = "127.0.0.1",
     wandb: Wandb = None,
     wandb_mode: WandbMode = "offline",
     wandb_dir: WandbDir = None,
@@ -85,7 +84,6 @@ def serve(
     options |= {"grouping": grouping, "watch": watch, "online": online, "seed": seed}
     options["expert_store"] = expert_store
     total = _serve(_load(model, dtype, placed), trace, (requests, out, params), counted, options)
-    _leave_ranks()
     if rank:
         raise SystemExit(0)  # the first rank speaks for all
     return _told(total, out)
@@ -98,8 +96,12 @@ def _serve(
     metrics: Metrics | None,
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    """Serve a job (requests, results, sampling) with a model and its tokenizer; return the sums."""
+    """Serve a job (requests, results, sampling) with a model and its tokenizer, then leave the
+    other ranks; return the sums."""
+    import torch.distributed as dist
+
     import moe_locality
+    from moe_locality.compat import end_distributed
     from moe_locality.serving import Engine
     from moe_locality.serving.jobs import serve_file
 
@@ -114,6 +116,8 @@ def _serve(
     total = serve_file(engine, *job, metrics=metrics)
     if recorder is not None:
         recorder.close()
+    if dist.is_initialized():
+        end_distributed()
     return total
 
 
@@ -163,10 +167,8 @@ def _online(watch: str, every: int, budget: float) -> OnlineConfig:
 
 def _told(total: dict[str, Any], out: Path) -> Result:
     served = ", ".join(f"{total[name]} {name}" for name in ("served", "refused", "unserved"))
-    text = [
-        f"{served}: {out}",
-        f"{total['tokens']:,} new tokens, {total['tokens_per_s']:.1f} per second",
-    ]
+    tokens = f"{total['tokens']:,} new tokens, {total['tokens_per_s']:.1f} per second"
+    text = [f"{served}: {out}", tokens]
     if "bytes" in total:
         text.append(
             f"{total['bytes']['cross_node']:,} bytes across nodes in the exchange, "
@@ -190,10 +192,8 @@ def _check_files(requests: Path, out: Path, dtype: str) -> None:
 
 
 def _join_ranks(section: dict[str, Any], counts: bool, out: Path) -> int:
-    """Register the exchange where there is one, timed where it is counted; return the rank.
-
-    Another job that writes to ``out`` is found before anything is loaded.
-    """
+    """Register the exchange where there is one, timed where it is counted; return the rank. Another
+    job that writes to ``out`` is found before anything is loaded."""
     from moe_locality.layer.agreement import all_succeed
     from moe_locality.serving.jobs import lock_results
 
@@ -213,15 +213,6 @@ def _join_ranks(section: dict[str, Any], counts: bool, out: Path) -> int:
         rank = torch.distributed.get_rank()
     all_succeed(lambda: lock_results(out, rank).close())
     return rank
-
-
-def _leave_ranks() -> None:
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        from moe_locality.compat import end_distributed
-
-        end_distributed()
 
 
 def _section(

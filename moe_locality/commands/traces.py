@@ -8,22 +8,10 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 import moe_locality
-from moe_locality.commands.inputs import (
-    Cluster,
-    Hostfile,
-    Nodes,
-    RanksPerNode,
-    Report,
-    Seed,
-    Trace,
-    check_writable,
-    layer_numbers,
-    read_cluster,
-    read_fitting_plan,
-)
+from moe_locality.commands import inputs
 from moe_locality.commands.output import Result, progress, table
 from moe_locality.errors import ConfigError
 
@@ -40,43 +28,36 @@ MEASURES = (
     ("without drift, bits", "pairs_noise_floor_bits"),
     ("top 5 % of pairs kept", "top_pairs_kept"),
 )
-Files = Annotated[
-    list[Path],
-    typer.Argument(help="Routing record of another tool, several, or a directory of them."),
-]
-Format = Annotated[
-    str | None,
-    typer.Option(
-        help="npz, json, csv, megatron, vllm, sglang, sglang-dump, slime or llamacpp. "
-        "Default: found from the content."
-    ),
-]
-Against = Annotated[Path | None, typer.Option(help="Newer trace: say how far it drifted.")]
-Windows = Annotated[int | None, typer.Option(help="Say how far windows of the trace drifted.")]
-DriftPlan = Annotated[Path | None, typer.Option(help="With drift: what this plan loses by it.")]
 
 
 def import_(
-    files: Files,
-    out: Annotated[Path, typer.Option(help="Directory of the trace.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another trace.")] = False,
-    format: Format = None,
-    model: Annotated[str | None, typer.Option(help="Name, where F has none.")] = None,
-    num_experts: Annotated[
-        int | None, typer.Option(min=1, help="Experts, where F does not say.")
+    files: Annotated[
+        list[Path],
+        Argument(help="Routing record of another tool, several, or a directory of them."),
+    ],
+    out: Annotated[Path, Option(help="Directory of the trace.")],
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace another trace.")] = False,
+    format: Annotated[
+        str | None,
+        Option(
+            help="npz, json, csv, megatron, vllm, sglang, sglang-dump, slime or llamacpp. "
+            "Default: found from the content."
+        ),
     ] = None,
+    model: Annotated[str | None, Option(help="Name, where F has none.")] = None,
+    num_experts: Annotated[int | None, Option(min=1, help="Experts, where F does not say.")] = None,
     top_k: Annotated[
-        int | None, typer.Option(min=1, help="Picks per token, where F does not say.")
+        int | None, Option(min=1, help="Picks per token, where F does not say.")
     ] = None,
     num_layers: Annotated[
         int | None,
-        typer.Option(min=1, help="Transformer layers of the model, where F does not say."),
+        Option(min=1, help="Transformer layers of the model, where F does not say."),
     ] = None,
     layers: Annotated[
-        str | None, typer.Option(help="Layers to take, as 1,3,5-9. Default: all that hold picks.")
+        str | None, Option(help="Layers to take, as 1,3,5-9. Default: all that hold picks.")
     ] = None,
     table: Annotated[
-        Path | None, typer.Option(help="CSV or JSON: name of a request, its request_id and domain.")
+        Path | None, Option(help="CSV or JSON: name of a request, its request_id and domain.")
     ] = None,
 ) -> Result:
     """Turn another tool's routing record into a trace."""
@@ -85,18 +66,11 @@ def import_(
     given = files[0] if len(files) == 1 else files
     with progress(f"importing {files[0]}") as update:
         found = find_format(given) if format is None else format
+        options: dict[str, Any] = {"format": format, "model": model, "num_experts": num_experts}
+        options |= {"top_k": top_k, "num_layers": num_layers, "table": table}
+        options |= {"layers": inputs.layer_numbers(layers), "overwrite": overwrite}
         summary = import_to(
-            given,
-            out,
-            format=format,
-            model=model,
-            num_experts=num_experts,
-            top_k=top_k,
-            num_layers=num_layers,
-            layers=layer_numbers(layers),
-            table=table,
-            overwrite=overwrite,
-            report=lambda done, total: update(done, total, ""),
+            given, out, **options, report=lambda done, total: update(done, total, "")
         )
     payload = {"command": "import", "trace": out, "format": found, **summary}
     words = (
@@ -105,23 +79,22 @@ def import_(
         f"top {summary['top_k']}, {len(summary['domains'])} domains; "
         f"model {summary['model'] or 'not named'}"
     )
-    left_out = len(summary["left_out"])
-    if left_out:
-        words += f"; {left_out} of the requests or files left out, see the warnings"
+    if summary["left_out"]:
+        words += f"; {len(summary['left_out'])} of the requests or files left out, see the warnings"
     return Result(payload=payload, text=(words,))
 
 
 def analyze(
-    trace: Trace,
-    report: Report = None,
-    nodes: Nodes = None,
-    ranks_per_node: RanksPerNode = None,
-    cluster: Cluster = None,
-    hostfile: Hostfile = None,
-    against: Against = None,
-    windows: Windows = None,
-    plan: DriftPlan = None,
-    seed: Seed = 0,
+    trace: inputs.Trace,
+    report: inputs.Report = None,
+    nodes: inputs.Nodes = None,
+    ranks_per_node: inputs.RanksPerNode = None,
+    cluster: inputs.Cluster = None,
+    hostfile: inputs.Hostfile = None,
+    against: Annotated[Path | None, Option(help="Newer trace: say how far it drifted.")] = None,
+    windows: Annotated[int | None, Option(help="Say how far windows of the trace drifted.")] = None,
+    plan: Annotated[Path | None, Option(help="With drift: what this plan loses by it.")] = None,
+    seed: inputs.Seed = 0,
 ) -> Result:
     """Show what a trace holds: balance, domains, co-activation; with a cluster, what it could
     save, all kinds of plan under the same cap of 1.05 so that they can be compared.
@@ -131,10 +104,9 @@ def analyze(
     from moe_locality.analysis.potential import potential, tradeoff
     from moe_locality.placement.problem import warnings_once
 
-    if report is not None:
-        check_writable(report, "report", trace, plan, against, cluster, hostfile)
+    inputs.check_writable(report, "report", trace, plan, against, cluster, hostfile)
     named = (nodes, ranks_per_node, cluster, hostfile)
-    topology = read_cluster(*named) if any(value is not None for value in named) else None
+    topology = inputs.read_cluster(*named) if any(value is not None for value in named) else None
     found_potential, points = None, []
     with progress(f"analyzing {trace}") as update, warnings_once():
         content = moe_locality.read_trace(trace)
@@ -153,12 +125,11 @@ def analyze(
                 page = reports.add_potential(page, content, found_potential, points, seed)
             reports.write_report(page, report)
             payload["report"] = report
-    words = reports.trace_words(summary)
     found = reports.trace_summary_table(summary)
 
     def show(console: Any) -> None:
         console.print(f"[bold]{content.model or 'trace'}[/bold]  {trace}", soft_wrap=True)
-        for line in words:
+        for line in reports.trace_words(summary):
             console.print(line)
         console.print(table("", found.columns, found.rows))
         show_drift(console, drift)
@@ -177,8 +148,7 @@ def drift_payload(
 ) -> dict[str, Any]:
     """What ``analyze`` adds about drift: {"drift": ...}; nothing where nothing was asked.
 
-    Raises:
-        ConfigError: both --against and --windows, or --plan with neither.
+    ConfigError: both --against and --windows, or --plan with neither.
     """
     if against is not None and num_windows is not None:
         raise ConfigError(
@@ -200,7 +170,7 @@ def drift_payload(
         parts = measures.windows(trace, num_windows or 0)
         names = [f"window {number + 1}" for number in range(1, len(parts))]
     first, *later = parts
-    placed = None if plan is None else read_fitting_plan(plan, trace)
+    placed = None if plan is None else inputs.read_fitting_plan(plan, trace)
     rows = []
     for name, other in zip(names, later, strict=True):
         found = measures.compare(first, other, seed=seed)
@@ -209,35 +179,35 @@ def drift_payload(
         if placed is not None:
             entry["plan"] = dataclasses.asdict(measures.compare_plan(first, other, placed))
         rows.append(entry)
-    found = {"against": against, "windows": num_windows, "plan": plan, "compared": rows}
-    return {"drift": found}
+    asked = {"against": against, "windows": num_windows, "plan": plan}
+    return {"drift": {**asked, "compared": rows}}
 
 
 def show_drift(console: Any, payload: dict[str, Any]) -> None:
     """Print what ``drift_payload`` found: means over the layers, and sentences about the plan."""
     if not payload:
         return
-    found, rows = payload["drift"], []
+    found, rows, lines = payload["drift"], [], []
     for entry in found["compared"]:
         values = [_mean(entry[name]) for _, name in MEASURES]
         layers = f"{entry['layers_drifted']} of {len(entry['layer_ids'])}"
         rows.append((entry["name"], *values, layers))
-    title = "Drift from this trace" if found["against"] else "Drift from the first window"
-    console.print(table(title, ("", *(word for word, _ in MEASURES), "layers drifted"), rows))
-    for entry in found["compared"]:
         plan = entry.get("plan")
         if plan is None:
             continue
         words = f"{entry['name']}: {plan['copies_old']:.3f} copies become {plan['copies_new']:.3f}"
         if plan["saving_old"] is not None and plan["saving_new"] is not None:
-            words += (
-                f" ({plan['saving_old']:.1%} less than linear before, {plan['saving_new']:.1%} now)"
-            )
-        words += (
-            f", rank imbalance {plan['imbalance_old']:.3f} becomes {plan['imbalance_new']:.3f}; "
-            f"a refresh of {plan['refresh_moved_share']:.1%} of the slots: {plan['refresh_reason']}"
+            now = f"{plan['saving_new']:.1%} now"
+            words += f" ({plan['saving_old']:.1%} less than linear before, {now})"
+        lines.append(
+            f"{words}, rank imbalance {plan['imbalance_old']:.3f} becomes "
+            f"{plan['imbalance_new']:.3f}; a refresh of {plan['refresh_moved_share']:.1%} of the "
+            f"slots: {plan['refresh_reason']}"
         )
-        console.print(words)
+    title = "Drift from this trace" if found["against"] else "Drift from the first window"
+    console.print(table(title, ("", *(word for word, _ in MEASURES), "layers drifted"), rows))
+    for line in lines:
+        console.print(line)
 
 
 def _mean(values: np.ndarray) -> float | str:
@@ -248,10 +218,10 @@ def _mean(values: np.ndarray) -> float | str:
 
 
 def record(
-    script: Annotated[str, typer.Argument(help="Training script.")] = "train.py",
-    trace: Annotated[str, typer.Option(help="Directory of the trace.")] = "traces/run1",
-    hostfile: Hostfile = None,
-    deepspeed_config: Annotated[Path | None, typer.Option(help="ds_config to check.")] = None,
+    script: Annotated[str, Argument(help="Training script.")] = "train.py",
+    trace: Annotated[str, Option(help="Directory of the trace.")] = "traces/run1",
+    hostfile: inputs.Hostfile = None,
+    deepspeed_config: Annotated[Path | None, Option(help="ds_config to check.")] = None,
 ) -> Result:
     """Print the launch line and the configuration that record a run."""
     from moe_locality.config import read_config
@@ -264,12 +234,13 @@ def record(
         if found is not None:
             section["trace"] = found.model_dump()
     config_file = deepspeed_config or "ds_config.json"
-    hosts, where, slots = "", [], {}
+    hosts, where, counts = "", [], {}
     if hostfile is not None:
         # DeepSpeed trains on this machine alone, and says so in a warning, where it finds no file
         slots = select_slots(read_hostfile(hostfile))
+        counts = {host: len(numbers) for host, numbers in slots.items()}
         hosts = f"--hostfile {shlex.quote(str(hostfile))} "
-        where = _described_hosts(slots)
+        where = _described_hosts(counts)
     launch = f"deepspeed {hosts}{script} --deepspeed_config {config_file}"
     text = [
         f"1. {config_file} " + ("records already:" if found else "needs this section:"),
@@ -282,19 +253,13 @@ def record(
         *where,
         f"4. Look: moe-locality analyze {section['trace']['path']} --report report.html",
     ]
-    payload = {
-        "command": "record",
-        "launch": launch,
-        "section": {"moe_locality": section},
-        "records_already": found is not None,
-        "slots": {host: len(numbers) for host, numbers in slots.items()},
-    }
+    payload = {"command": "record", "launch": launch, "section": {"moe_locality": section}}
+    payload |= {"records_already": found is not None, "slots": counts}
     return Result(payload=payload, text=text)
 
 
-def _described_hosts(slots: dict[str, list[int]]) -> list[str]:
-    """Return lines about the hosts of a hostfile: ranks, idle hosts, uneven ones."""
-    counts = {host: len(numbers) for host, numbers in slots.items()}
+def _described_hosts(counts: dict[str, int]) -> list[str]:
+    """Return lines about hosts and their slots: ranks, idle hosts, uneven ones."""
     ranks = ", ".join(f"{host} {count}" for host, count in counts.items() if count)
     lines = [f"   on {sum(counts.values())} ranks: {ranks}"]
     idle = [host for host, count in counts.items() if not count]
