@@ -37,30 +37,11 @@ _LAZY_IMPORTS = {
     "moe_locality.trace.recorder": ("RoutingRecorder", "annotate", "attach"),
 }
 
-__all__ = [
-    "ClusterTopology",
-    "MoE",
-    "PlacementPlan",
-    "RoutingRecorder",
-    "RoutingTrace",
-    "__version__",
-    "annotate",
-    "apply",
-    "assign_homes",
-    "attach",
-    "bake_checkpoint",
-    "evaluate",
-    "import_trace",
-    "init_inference",
-    "initialize",
-    "read_trace",
-    "register",
-    "relabel",
-    "relabel_state_dict",
-    "solve",
-    "store_experts",
-    "write_trace",
-]
+__all__ = ["__version__", "MoE", "apply", "init_inference", "initialize", "register", "relabel"]
+__all__ += ["bake_checkpoint", "relabel_state_dict", "store_experts"]
+__all__ += ["RoutingRecorder", "annotate", "attach"]
+__all__ += ["RoutingTrace", "import_trace", "read_trace", "write_trace"]
+__all__ += ["ClusterTopology", "PlacementPlan", "assign_homes", "evaluate", "solve"]
 
 # their functions are called by their full name, with no import of their own
 _ROOMS = {"batching", "compat", "dispatch", "layer", "placement", "serving", "topology", "trace"}

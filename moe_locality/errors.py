@@ -22,9 +22,7 @@ class PlacementError(MoeLocalityError, ValueError):
 
 
 class TopologyError(MoeLocalityError, ValueError):
-    """A hostfile or cluster description is wrong, or the groups asked for do not fit the
-    cluster.
-    """
+    """A hostfile or cluster description is wrong, or groups do not fit the cluster."""
 
 
 class BackendUnavailable(MoeLocalityError, RuntimeError):

@@ -342,11 +342,9 @@ def format_value(value: object) -> str:
         return "-"
     if not is_number(value):
         return str(value)
-    if isinstance(value, int) or (value.is_integer() and abs(value) >= 1000):
-        return f"{int(value):,}"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _draw_traffic(data: TrafficData) -> "Figure":

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -98,24 +99,19 @@ def replace_folder(path: str | os.PathLike[str], write: Callable[[Path], object]
     """
     out = Path(path)
     check_is_new(out)
-    temporary = None
+    temporary = out.parent / f".{out.name}.{secrets.token_hex(4)}"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        umask = os.umask(0)  # mkdtemp makes private folders
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
+        temporary.mkdir()
         write(temporary)
         if out.exists():
             out.rmdir()  # empty, as checked
         temporary.rename(out)
-    except BaseException as error:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise ConfigError(
-                f"cannot write {out}: {error.strerror or error}: nothing was left behind; choose "
-                "a folder that can be written, with enough room"
-            ) from error
-        raise
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {out}: {error.strerror or error}: nothing was left behind; choose "
+            "a folder that can be written, with enough room"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # there where something failed
     return out

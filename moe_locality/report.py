@@ -365,28 +365,20 @@ def trace_report(
     ``summary``: what ``analyze(trace, seed)`` returned, if it is there already.
     """
     summary = analyze(trace, seed) if summary is None else summary
-    figures = trace_figures(trace, summary, seed=seed)
-    tables: list[Table] = [trace_summary_table(summary)]
-    words, facts = trace_words(summary), trace_facts(trace)
-    title, headlines = f"Routing of {trace.model or 'a model'}", ()
+    title = f"{'Routing' if comparison is None else 'Placement'} of {trace.model or 'a model'}"
+    first = ReportData(title=title, versions=package_versions(), command=command)
     if comparison is not None:
-        title = f"Placement of {trace.model or 'a model'}"
-        figures = [*comparison.figures, *figures]
-        tables = [comparison.table(), *comparison.tables, *tables]
-        words = (*comparison_words(comparison), *words)
-        facts = (*facts, *(f for f in comparison.facts if f[0] not in ("model", "trace")))
-        headlines = headlines_of(comparison)
-    return ReportData(
+        first = comparison_report(comparison, command=command)
+    more = (fact for fact in first.facts if fact[0] not in ("model", "trace"))
+    return dataclasses.replace(
+        first,
         title=title,
-        summary=words,
-        facts=facts,
-        versions=package_versions(),
-        command=command,
+        summary=(*first.summary, *trace_words(summary)),
+        facts=(*trace_facts(trace), *more),
         synthetic=is_synthetic(trace),
-        headlines=headlines,
-        figures=tuple(figures),
-        tables=tuple(tables),
-        next_steps=() if comparison else NEXT_STEPS,
+        figures=(*first.figures, *trace_figures(trace, summary, seed=seed)),
+        tables=(*first.tables, trace_summary_table(summary)),
+        next_steps=NEXT_STEPS if comparison is None else (),
     )
 
 

@@ -200,7 +200,8 @@ def start_tracking(
     given = dict(run_config or {})
     if "commit" not in given:
         given["commit"] = git_commit()
-    options = config.model_dump(include={"project", "group", "name", "job_type", "dir"})
+    options: dict[str, Any] = {"project": config.project, "group": config.group}
+    options |= {"name": config.name, "job_type": config.job_type, "dir": config.dir}
     options |= {"config": {"versions": package_versions(), **given}, "reinit": "create_new"}
     try:
         if config.mode == "online":

@@ -92,7 +92,7 @@ def read_judged(
 
 
 def read_fitting_plan(path: Path, trace: RoutingTrace) -> PlacementPlan:
-    """Read a plan that is for the model, the layers and the experts of the trace."""
+    """Read a plan; PlacementError: it is damaged, or for another model or experts than a trace."""
     plan = moe_locality.PlacementPlan.read(path)
     check_plan_fits(plan, path, trace)
     return plan

@@ -75,8 +75,7 @@ Bound = Annotated[
 ]
 BoundSeconds = Annotated[float | None, Option(min=0, help="Effort on the bound; 10. 0: no bound.")]
 Prove = Annotated[
-    bool,
-    Option("--prove", help="With the bound, prove layers optimal: <= 32 experts, 4 nodes."),
+    bool, Option("--prove", help="With the bound, prove layers optimal: <= 32 experts, 4 nodes.")
 ]
 
 

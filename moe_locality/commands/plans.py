@@ -53,12 +53,19 @@ def group(
         after = brief(moe_locality.evaluate(content, placed, homes=homes))
     write_homes(homes, out)
     counts = list(found.requests_per_rank)
-    payload = {"command": "group", "homes": out, "predict": predict, "requests": len(homes)}
-    payload |= {"requests_per_rank": counts, "tokens_per_rank": list(found.tokens_per_rank)}
-    payload |= {"token_imbalance": found.token_imbalance}
-    payload |= {"unpredicted_requests": found.unpredicted}
-    payload |= {"unseen_domains": list(found.unseen_domains)}
-    payload |= {"costs": after, "homes_at_random": before}
+    payload = {
+        "command": "group",
+        "homes": out,
+        "predict": predict,
+        "requests": len(homes),
+        "requests_per_rank": counts,
+        "tokens_per_rank": list(found.tokens_per_rank),
+        "token_imbalance": found.token_imbalance,
+        "unpredicted_requests": found.unpredicted,
+        "unseen_domains": list(found.unseen_domains),
+        "costs": after,
+        "homes_at_random": before,
+    }
 
     def show(console: Any) -> None:
         console.print(f"{out}: {len(homes):,} requests, per rank {counts}", soft_wrap=True)
@@ -82,8 +89,7 @@ def evaluate(
     ] = None,
     row_bytes: Annotated[float | None, Option(help="Bytes of one token on the wire.")] = None,
     rule: Annotated[
-        str | None,
-        Option(help="How an engine serves copies: sglang or in_turn; else as planned."),
+        str | None, Option(help="How an engine serves copies: sglang or in_turn; else as planned.")
     ] = None,
     transport: Annotated[
         str, Option(help="once_per_node, per_pick, per_rank or allgather.")
@@ -323,7 +329,7 @@ def export(
     replicas = placed.num_redundant_experts
     payload = {"command": "export", "launch": launch, "plan": plan, "digest": placed.digest()}
     payload |= {"target": to, "file": out, "layers": placed.num_layers}
-    payload |= {"num_redundant_experts": replicas}
+    payload["num_redundant_experts"] = replicas
     kept = f", {replicas} redundant experts per layer" if replicas else ""
     words = f"{out}: {placed.num_layers} MoE layers for {to}, {placed.num_ranks} ranks{kept}"
     return Result(payload=payload, text=(words, *launch))
@@ -353,11 +359,11 @@ def bake(
         raise PlacementError(
             f"found nothing at {checkpoint}, expected a checkpoint directory: check the path"
         )
-    options: dict[str, Any] = {"tag": tag, "num_expert_groups": expert_groups}
-    options |= {"trust_checkpoint": trust_checkpoint}
-    options |= {"trust_parameter_order": trust_parameter_order}
+    trust = {"trust_checkpoint": trust_checkpoint, "trust_parameter_order": trust_parameter_order}
     with progress(f"baking {checkpoint}"):
-        found = moe_locality.bake_checkpoint(checkpoint, placed, out, **options)
+        found = moe_locality.bake_checkpoint(
+            checkpoint, placed, out, tag=tag, num_expert_groups=expert_groups, **trust
+        )
     payload = {"command": "bake", "digest": placed.digest(), **found}
     words = [f"{out}: experts in the order of {plan}"]
     if "optimizer" in found:

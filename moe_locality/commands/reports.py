@@ -43,10 +43,9 @@ def compare(
     plans = plan or []
     inputs.check_writable(report, "report", first, *plans, homes)
     if (second is None) == (not plans):
+        what = "neither a second run nor a plan" if second is None else "both runs and plans"
         raise ConfigError(
-            "found "
-            + ("neither a second run nor a plan" if second is None else "both runs and plans")
-            + ", expected `compare RUN_A RUN_B` or `compare TRACE --plan plan.json`"
+            f"found {what}, expected `compare RUN_A RUN_B` or `compare TRACE --plan plan.json`"
         )
     if nodes is not None and second is None:
         raise ConfigError(
@@ -101,12 +100,9 @@ def _track(settings: TrackingConfig | None, found: Comparison, files: list[Path]
     from moe_locality.compare import track_comparison
     from moe_locality.tracking import start_tracking
 
-    commits = {name: source.get("commit") for name, source in found.sources.items()}
-    config = {
-        "comparison": dict(found.facts),
-        "compared": found.sources,
-        "commit": {name: commit for name, commit in commits.items() if commit} or None,
-    }
+    known = {name: source.get("commit") for name, source in found.sources.items()}
+    commits = {name: commit for name, commit in known.items() if commit} or None
+    config = {"comparison": dict(found.facts), "compared": found.sources, "commit": commits}
     with start_tracking(settings, run_config=config) as tracker:
         track_comparison(tracker, found, files=files)
         return tracker.directory

@@ -50,8 +50,7 @@ def import_(
         int | None, Option(min=1, help="Picks per token, where F does not say.")
     ] = None,
     num_layers: Annotated[
-        int | None,
-        Option(min=1, help="Transformer layers of the model, where F does not say."),
+        int | None, Option(min=1, help="Transformer layers of the model, where F does not say.")
     ] = None,
     layers: Annotated[
         str | None, Option(help="Layers to take, as 1,3,5-9. Default: all that hold picks.")
