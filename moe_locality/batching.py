@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -21,15 +22,14 @@ from moe_locality.placement.plan import PlacementPlan
 def make_bundles(
     homes: Mapping[Any, int] | Sequence[int] | np.ndarray, num_ranks: int
 ) -> list[list[int]]:
-    """The sequences of each rank: equal counts, as many as possible on their home rank.
+    """The sequence ids of each rank, rising: equal counts, as many as possible on their home rank.
+
+    Counts differ by at most one; the surplus of a crowded rank, its highest ids, fills the others
+    in order.
 
     Args:
         homes: sequence id → home rank (``assign_homes``, or the JSON of ``moe-locality group``,
             whose ids are text), or the home rank of sequence 0, 1, ...
-
-    Returns:
-        one list of sequence ids per rank, rising. Counts differ by at most one; the surplus of a
-        crowded rank, its highest ids, fills the others in order.
 
     Raises:
         PlacementError: a home is not one of the ranks.
@@ -48,17 +48,11 @@ def make_bundles(
     size, larger = divmod(len(items), num_ranks)
     # the fullest ranks keep the one more that some must have
     fullest = sorted(range(num_ranks), key=lambda r: (-len(bundles[r]), r))
-    quota = [size] * num_ranks
-    for rank in fullest[:larger]:
-        quota[rank] += 1
-    surplus = [s for rank in range(num_ranks) for s in bundles[rank][quota[rank] :]]
-    result = []
-    for rank in range(num_ranks):
-        own = bundles[rank][: quota[rank]]
-        missing = quota[rank] - len(own)
-        result.append(sorted(own + surplus[:missing]))
-        del surplus[:missing]
-    return result
+    larger_ones = set(fullest[:larger])
+    quota = [size + (rank in larger_ones) for rank in range(num_ranks)]
+    each = list(zip(bundles, quota, strict=True))
+    surplus = iter([s for own, most in each for s in own[most:]])
+    return [sorted([*own[:most], *islice(surplus, max(most - len(own), 0))]) for own, most in each]
 
 
 def domain_homes(

@@ -53,17 +53,18 @@ def lockstep(
 ) -> np.ndarray:
     """[steps, G, B] rows of the trace that each rank decodes, B = ``max_num_seqs`` in every step.
 
-    A request that ends makes room for the next of its rank's queue. Queues never end: every request
-    of a rank has run before one runs again, so that a rule that defers some gains nothing by it.
-    Where a rank has too few requests some run in two rows, at other positions.
-
-    Args:
-        choose: which request of the queue is next; None: the first.
+    A request that ends makes room for the next of its rank's queue, which ``choose`` picks (None:
+    the first). Queues never end: every request of a rank has run before one runs again, so that a
+    rule that defers some gains nothing by it. Where a rank has too few requests some run in two
+    rows, at other positions.
 
     Raises:
         TraceError: a rank has no request.
     """
-    rows_of = _rows_of_requests(trace)
+    view = trace.tokens_only("lockstep")
+    order = np.lexsort((view.position, view.request_id))
+    requests, begin = np.unique(view.request_id[order], return_index=True)
+    rows_of = dict(zip(requests.tolist(), np.split(order, begin[1:]), strict=True))
     rng = np.random.default_rng(seed)
     found = np.empty((steps, num_ranks, max_num_seqs), dtype=np.int64)
     for rank in range(num_ranks):
@@ -106,14 +107,6 @@ def _next(
         ready = [at for at in later if queue[at] not in running] or [first]
     place = 0 if choose is None else choose([queue[at] for at in ready], running)
     return queue.pop(ready[place])
-
-
-def _rows_of_requests(trace: RoutingTrace) -> dict[int, np.ndarray]:
-    """Request → its rows in order of position."""
-    view = trace.tokens_only("lockstep")
-    order = np.lexsort((view.position, view.request_id))
-    requests, first = np.unique(view.request_id[order], return_index=True)
-    return dict(zip(requests.tolist(), np.split(order, first[1:]), strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,11 +181,8 @@ def pick_chances(counts: np.ndarray, tokens: np.ndarray, overall: np.ndarray) ->
 def added_experts(ready: np.ndarray, running: np.ndarray, overall: np.ndarray) -> np.ndarray:
     """[R] how many distinct experts each ready request is expected to add to the steps of those
     that run, beyond what it would add to as many average ones: a request that needs many experts
-    anywhere is no worse here than later.
-
-    Args:
-        ready, running, overall: ``[R, ...]``, ``[B, ...]`` and ``[...]``, chances that a token
-            picks an expert; the picks of different tokens are taken as independent.
+    anywhere is no worse here than later. From the chances ``[R, ...]``, ``[B, ...]`` and ``[...]``
+    that a token picks an expert; picks of different tokens are taken as independent.
     """
     unused = np.prod(1 - running, axis=0) - (1 - np.minimum(overall, 1)) ** len(running)
     return (ready * unused).reshape(len(ready), -1).sum(axis=1)
@@ -245,11 +235,8 @@ def classify_domains(
 
     ``nearest_center``: of unit vectors of picks, by Euclidean distance. ``ridge``: regression on
     the domains with the strength of least leave-one-out error. Domains that only one part has are
-    left out.
-
-    Args:
-        label_of: the label of a domain, such as its data set.
-        predict: which tokens are known, as for homes; by default what these are predicted from.
+    left out. ``label_of``: the label of a domain, such as its data set. ``predict``: which tokens
+    are known, as for homes; by default what these are predicted from.
 
     Raises:
         TraceError: fewer than two domains are in both parts.

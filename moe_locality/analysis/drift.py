@@ -28,9 +28,8 @@ class Drift:
     """Differences between an old and a new trace; arrays are [L]. nan: not known.
 
     js_bits, noise_floor_bits: divergence of the loads, and what it would be without drift (nan with
-    fewer than two requests or steps on a side). load_cosine: cosine of the loads.
-    pairs_js_bits, pairs_noise_floor_bits: the same for the pairs that tokens pick together.
-    top_pairs_kept: share of the most frequent 5 % of the old pairs that are so in the new trace.
+    fewer than two requests or steps on a side). pairs_...: the same for the pairs that tokens pick
+    together. top_pairs_kept: share of the most frequent 5 % of the old pairs that are still so.
     """
 
     layer_ids: tuple[int, ...]
@@ -51,20 +50,20 @@ class Drift:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanDrift:
-    """What a plan costs on the old and on the new trace, beside the linear layout (None where that
-    does not exist), and what a refresh would bring on the new one.
+    """What a plan costs on the old and on the new trace, and what a refresh would bring on the new.
+
+    saving: share of the copies of the linear layout that the plan saves (None where that does not
+    exist). imbalance: max / mean of the rank loads, mean over layers. refreshed_copies: of a
+    refresh made from all requests of the new trace: in-sample.
     """
 
     copies_old: float
     copies_new: float
     saving_old: float | None
-    """Share of the linear layout's copies that the plan saves."""
     saving_new: float | None
     imbalance_old: float
-    """Max / mean of the rank loads, mean over layers."""
     imbalance_new: float
     refreshed_copies: float
-    """Of a refresh made from all requests of the new trace: in-sample."""
     refresh_saving: float
     refresh_saving_error: float
     refresh_moved_share: float
@@ -138,14 +137,8 @@ def compare_plan(
     costs = [evaluate(trace, plan) for trace in (old, new)]
     savings: list[float | None] = [None, None]
     if plan.num_experts % plan.num_ranks == 0:
-        linear = PlacementPlan.linear(
-            plan.num_experts,
-            plan.layer_ids,
-            plan.num_nodes,
-            plan.ranks_per_node,
-            model=plan.model,
-            rank_to_node=plan.rank_to_node,
-        )
+        shape = (plan.num_experts, plan.layer_ids, plan.num_nodes, plan.ranks_per_node)
+        linear = PlacementPlan.linear(*shape, model=plan.model, rank_to_node=plan.rank_to_node)
         bases = [evaluate(trace, linear).copies for trace in (old, new)]
         savings = [1 - c.copies / b if b else 0.0 for c, b in zip(costs, bases, strict=True)]
     state = RefreshState.from_trace(new, sample_tokens=max(new.num_tokens, 1))

@@ -17,7 +17,6 @@ from moe_locality.errors import TraceError
 from moe_locality.placement.bounds.lower import lower_bounds
 from moe_locality.placement.costs import (
     Costs,
-    Homes,
     copies_of_blocks,
     evaluate,
     ratio_interval,
@@ -47,10 +46,9 @@ REPLICA_SHARE = 0.125
 class Lever:
     """One kind of plan against the linear layout with requests anywhere, on unseen requests.
 
-    ``saving``: share of the copies that it saves; ``interval``: its 95 % interval over requests
-    (None: too few). ``ceiling``: no plan of this kind saves more (None: no bound is known).
-    ``extra_expert_weights``: share of the expert weights that its replicas add. ``command``: what
-    makes such a plan (and then the homes).
+    saving: share of the copies that it saves; interval: its 95 % interval over requests (None: too
+    few). ceiling: no plan of this kind saves more (None: no bound is known). extra_expert_weights:
+    share that its replicas add. command: what makes such a plan (and then the homes).
     """
 
     name: str
@@ -65,10 +63,8 @@ class Lever:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Potential:
-    """What a cluster could save; ``verdict`` says it in a sentence.
-
-    ``copies_linear``: remote nodes per token and layer in the linear layout with requests anywhere;
-    ``linear_imbalance``: its node imbalance.
+    """What a cluster could save; ``verdict`` says it in a sentence. ``copies_linear``: remote nodes
+    per token and layer in the linear layout with requests anywhere; ``linear_imbalance``: of nodes.
     """
 
     num_nodes: int
@@ -122,29 +118,24 @@ def potential(
         verdict = "Nothing crosses nodes here: a placement has nothing to save."
         return result(levers=(), worth_it=False, verdict=verdict)
     blocks = request_blocks(test, seed)
-    judge = _Judge(
-        test,
-        topology,
-        base,
-        copies_of_blocks(test, linear, topology, None, blocks),
-        float(lower_bounds(test, topology, seconds=bound_seconds).copies.mean()),
-        trace_name,
-    )
+    usual = copies_of_blocks(test, linear, topology, None, blocks)
+    least = float(lower_bounds(test, topology, seconds=bound_seconds).copies.mean())
+    judge = _Judge(test, topology, base, blocks, usual, least, trace_name)
     # about an eighth more slots, in whole slots per rank
     slots = trace.num_experts + max(round(trace.num_experts * REPLICA_SHARE), 1)
     extra = -(-slots // topology.num_ranks) * topology.num_ranks - trace.num_experts
     joint, replicas = {"homes": "joint"}, {"num_redundant_experts": extra}
-    tried: list[tuple[str, dict[str, Any]]] = [
-        ("placement", {}),
-        ("placement and homes", joint),
-        (f"placement and {extra} replicas", replicas),
-        (f"placement, homes and {extra} replicas", joint | replicas),
-    ]
-    levers = [judge.lever("homes", linear, blocks, with_homes=True)]
-    for done, (name, options) in enumerate(tried):
+    tried: dict[str, dict[str, Any]] = {
+        "placement": {},
+        "placement and homes": joint,
+        f"placement and {extra} replicas": replicas,
+        f"placement, homes and {extra} replicas": joint | replicas,
+    }
+    levers = [judge.lever("homes", linear, with_homes=True)]
+    for done, (name, options) in enumerate(tried.items()):
         progress(done, len(tried), name)
         plan = solve(train, topology, max_imbalance=max_imbalance, seed=seed, **options)
-        levers.append(judge.lever(name, plan, blocks, with_homes="homes" in options))
+        levers.append(judge.lever(name, plan, with_homes="homes" in options))
     worth_it, verdict = _verdict(levers)
     return result(levers=tuple(levers), worth_it=worth_it, verdict=verdict)
 
@@ -160,13 +151,10 @@ def tradeoff(
 ) -> list[dict[str, float]]:
     """Balance against locality: one plan per cap on the imbalance, judged on unseen requests.
 
-    Args:
-        caps: each as ``max_imbalance`` of ``solve``; options: its other arguments.
-
-    Returns:
-        rising caps; each with "max_imbalance" (what was allowed), "node_imbalance" (what unseen
-        requests see), "copies", "saving" against the linear layout and "step_us" (a step of the
-        exchange that sends a token once per node, simulated with the figures of the cluster).
+    Rising ``caps``, each as ``max_imbalance`` of ``solve`` with its other ``options``, with
+    "max_imbalance" (what was allowed), "node_imbalance" (what unseen requests see), "copies",
+    "saving" against the linear layout and "step_us" (a step of the exchange that sends a token once
+    per node, simulated with the figures of the cluster).
     """
     points = judged_caps(trace, topology, caps=caps, seed=seed, **options)
     return sorted(points, key=lambda point: point["max_imbalance"])
@@ -190,40 +178,32 @@ def judged_caps(
 ) -> list[dict[str, float]]:
     """As ``tradeoff``, in the order of the caps."""
     train, test = _parts(trace, seed)
+    # a step has as many tokens as give at least four steps where there are
+    tokens = min(STEP_TOKENS, max(test.num_tokens // (4 * topology.num_ranks), 1))
+    model = StepModel(exchange="hierarchical")
+    step: dict[str, Any] = {"model": model, "batch_tokens": tokens, "max_steps": STEPS}
     usual = usual_order(train, topology, options.get("num_redundant_experts", 0))
     base = evaluate(test, usual, topology).copies
     points = []
     for cap in caps:
         plan = solve(train, topology, max_imbalance=cap, seed=seed, **options)
-        homes = None
-        if plan.home_profiles is not None:
-            homes = assign_homes(test, plan, topology, predict=default_prediction(test))
+        homes = None if plan.home_profiles is None else _homes(test, plan, topology)
         costs = evaluate(test, plan, topology, homes)
+        times = simulate(test, plan, topology, homes, **step, seed=seed)
         points.append(
             {
                 "max_imbalance": plan.provenance["max_imbalance"],
                 "node_imbalance": costs.node_imbalance,
                 "copies": costs.copies,
                 "saving": 1 - costs.copies / base if base else 0.0,
-                "step_us": _step_us(test, plan, topology, homes, seed),
+                "step_us": times.group_step_us,
             }
         )
     return points
 
 
-def _step_us(
-    test: RoutingTrace,
-    plan: PlacementPlan,
-    topology: ClusterTopology,
-    homes: dict[int, int] | None,
-    seed: int,
-) -> float:
-    """Simulated time of a step, of as many tokens as give at least four steps where there are."""
-    tokens = min(STEP_TOKENS, max(test.num_tokens // (4 * topology.num_ranks), 1))
-    model = StepModel(exchange="hierarchical")
-    return simulate(
-        test, plan, topology, homes, model=model, batch_tokens=tokens, max_steps=STEPS, seed=seed
-    ).group_step_us
+def _homes(test: RoutingTrace, plan: PlacementPlan, topology: ClusterTopology) -> dict[int, int]:
+    return assign_homes(test, plan, topology, predict=default_prediction(test))
 
 
 def grouping_ceiling(trace: RoutingTrace, plan: PlacementPlan, topology: ClusterTopology) -> float:
@@ -260,20 +240,15 @@ class _Judge:
     test: RoutingTrace
     topology: ClusterTopology
     base: Costs
+    blocks: np.ndarray | None
     base_blocks: np.ndarray | None
     least_copies: float
     trace_name: str
 
-    def lever(
-        self, name: str, plan: PlacementPlan, blocks: np.ndarray | None, *, with_homes: bool
-    ) -> Lever:
-        homes: Homes = None
-        if with_homes:
-            homes = assign_homes(
-                self.test, plan, self.topology, predict=default_prediction(self.test)
-            )
+    def lever(self, name: str, plan: PlacementPlan, *, with_homes: bool) -> Lever:
+        homes = _homes(self.test, plan, self.topology) if with_homes else None
         costs = evaluate(self.test, plan, self.topology, homes)
-        found = copies_of_blocks(self.test, plan, self.topology, homes, blocks)
+        found = copies_of_blocks(self.test, plan, self.topology, homes, self.blocks)
         ratio = ratio_interval(self.base_blocks, found)
         return Lever(
             name=name,
@@ -322,20 +297,17 @@ class _Judge:
 
 def _verdict(levers: list[Lever]) -> tuple[bool, str]:
     best = max(levers, key=lambda lever: lever.saving)
-    sure = best.saving if best.interval is None else best.interval[0]
-    reach = (
-        "too few requests for an interval"
-        if best.interval is None
-        else f"95 % interval {100 * best.interval[0]:.1f} to {100 * best.interval[1]:.1f}"
-    )
+    sure, reach = best.saving, "too few requests for an interval"
+    if best.interval is not None:
+        sure, most = best.interval
+        reach = f"95 % interval {100 * sure:.1f} to {100 * most:.1f}"
     found = (
         f"{best.name} saves {100 * best.saving:.1f} % of the copies that cross nodes ({reach}) "
-        f"at a node imbalance of {best.node_imbalance:.3f}"
+        f"at a node imbalance of {best.node_imbalance:.3f}, on requests that the solver has not "
+        "seen."
     )
-    if sure >= MIN_SAVING:
-        more = ""
-        if best.extra_expert_weights:
-            more = f" It takes {100 * best.extra_expert_weights:+.1f} % memory for expert weights."
-        words = f"Worth it: {found}, on requests that the solver has not seen.{more}"
-        return True, f"{words} Make it: {best.command}"
-    return False, f"Not worth it here: at best, {found}, on requests that the solver has not seen."
+    if sure < MIN_SAVING:
+        return False, f"Not worth it here: at best, {found}"
+    if best.extra_expert_weights:
+        found += f" It takes {100 * best.extra_expert_weights:+.1f} % memory for expert weights."
+    return True, f"Worth it: {found} Make it: {best.command}"

@@ -1,15 +1,14 @@
 """Measures of routing: balance, co-activation, and similarity of domains, stages and tokens.
 
 A *load* is an integer array [..., E] of tokens per expert; the measures work on its last axis.
-Comparisons come with the value that chance alone would give: the split-half noise floor for
-domains, other requests for prefill and decode, random token pairs for neighbors. ``analyze`` is all
-of them in one summary, as plain numbers that fit into JSON.
+Comparisons come with the value that chance alone would give. ``analyze`` is all of them in one
+summary, as plain numbers that fit into JSON.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -21,14 +20,14 @@ from moe_locality.placement.plan import to_plain
 from moe_locality.trace.schema import DECODE, PREFILL, STAGE_NAMES, RoutingTrace
 
 GROUPINGS = ("domain", "group", "stage", "request", "step")
+UNKNOWN_PART = "(unknown)"
 
 
 def load_by(trace: RoutingTrace, by: str = "domain") -> tuple[tuple[str, ...], np.ndarray]:
-    """Return the names of the parts of a trace and their loads, int64 [N, L, E].
+    """The names of the parts of a trace and their loads, int64 [N, L, E].
 
-    Args:
-        by: "domain", "group" (coarse domain), "stage", "request" or "step". Rows without a domain
-            form the part "(unknown)"; parts without rows are left out.
+    ``by``: of ``GROUPINGS``; "group" is the coarse domain. Rows without a domain form the part
+    ``UNKNOWN_PART``; parts without rows are left out.
 
     Raises:
         TraceError: ``by`` is unknown, or the trace lacks that field.
@@ -41,10 +40,8 @@ def load_by(trace: RoutingTrace, by: str = "domain") -> tuple[tuple[str, ...], n
 
 
 def layer_loads(trace: RoutingTrace, layer: int, part: np.ndarray, num_parts: int) -> np.ndarray:
-    """int64 [num_parts, E], load of one layer (by its place in ``layer_ids``) for each part.
-
-    Args:
-        part: integers [rows], the part of each row, in 0..num_parts-1.
+    """int64 [num_parts, E], load of one layer (by its place in ``layer_ids``) for each part;
+    ``part`` [rows]: that of each row.
     """
     if trace.expert_load is not None:
         loads = np.zeros((num_parts, trace.num_experts), np.int64)
@@ -63,7 +60,7 @@ def _parts(trace: RoutingTrace, by: str) -> tuple[tuple[str, ...], np.ndarray]:
         codes, part = np.unique(trace.stage, return_inverse=True)  # type: ignore[arg-type]
         return tuple(STAGE_NAMES[int(code)] for code in codes), part
     if by in ("domain", "group"):
-        table = (*(trace.domain if by == "domain" else trace.groups), "(unknown)")
+        table = (*(trace.domain if by == "domain" else trace.groups), UNKNOWN_PART)
         order = sorted(set(table))
         number = np.array([order.index(name) for name in table])
         present, part = np.unique(number[trace.domain_id], return_inverse=True)
@@ -110,36 +107,25 @@ _CHUNK_TOKENS = 65_536
 
 
 def transition_counts(trace: RoutingTrace) -> np.ndarray:
-    """int64 [L - 1, E, E], how often a token picked expert i in a layer and expert j in the next
-    MoE layer.
-
-    Every pick of a token is paired with every pick of the next layer: K * K pairs per token.
+    """int64 [L - 1, E, E], how often a token picked expert i in a layer and expert j in the next:
+    every pick is paired with every pick of the next MoE layer, K * K pairs per token.
     """
     ids = trace.tokens_only("transition_counts").expert_ids
-    num, top_k = trace.num_experts, trace.top_k
+    num, top_k, bins = trace.num_experts, trace.top_k, trace.num_experts + 1
     counts = np.zeros((max(trace.num_layers - 1, 0), num, num), np.int64)
     for layer in range(len(counts)):
         for start in range(0, len(ids), _CHUNK_TOKENS):
             rows = slice(start, start + _CHUNK_TOKENS)
-            here = np.repeat(ids[rows, layer], top_k, axis=1)
-            there = np.tile(ids[rows, layer + 1], (1, top_k))
-            counts[layer] += _count(here, there, num)
+            here = np.repeat(ids[rows, layer], top_k, axis=1).astype(np.int64) + 1
+            there = np.tile(ids[rows, layer + 1], (1, top_k)) + 1  # 0 counts the missing picks
+            cells = np.bincount((here * bins + there).ravel(), minlength=bins * bins)
+            counts[layer] += cells.reshape(bins, bins)[1:, 1:]
     return counts
 
 
-def _count(first: np.ndarray, second: np.ndarray, num: int) -> np.ndarray:
-    """int64 [E, E], occurrences of (first, second); missing picks (-1) do not count."""
-    bins = num + 1
-    index = (first.astype(np.int64) + 1) * bins + (second + 1)
-    return np.bincount(index.ravel(), minlength=bins * bins).reshape(bins, bins)[1:, 1:]
-
-
 def top_pair_share(counts: np.ndarray, fraction: float = 0.05) -> np.ndarray:
-    """Share of all co-selections that the most frequent ``fraction`` of pairs holds, [...].
-
-    Args:
-        counts: [..., E, E] symmetric counts or weights of pairs; the diagonal is not looked at. nan
-            without any pair.
+    """Share of all co-selections that the most frequent ``fraction`` of pairs holds, [...], from
+    symmetric counts or weights of pairs [..., E, E] without their diagonal; nan without any pair.
     """
     upper = counts[(..., *np.triu_indices(counts.shape[-1], 1))].astype(np.float64)
     num = max(int(upper.shape[-1] * fraction), 1)
@@ -149,22 +135,18 @@ def top_pair_share(counts: np.ndarray, fraction: float = 0.05) -> np.ndarray:
 
 
 def independent_pairs(load: np.ndarray) -> np.ndarray:
-    """float64 [..., E, E], weights of pairs if experts were picked independently with these loads:
-    p_i * p_j.
+    """float64 [..., E, E], weights of pairs if experts were picked independently with these loads.
 
-    It agrees with shuffling the picks between tokens. (Odds p / (1 - p) instead of p, as in some
-    reports, overstate the reference when an expert takes a large share of the tokens.)
+    p_i * p_j agrees with shuffling the picks between tokens. (Odds p / (1 - p), as in some reports,
+    overstate the reference when an expert takes a large share of the tokens.)
     """
     weight = load.astype(np.float64)
     return weight[..., :, None] * weight[..., None, :]
 
 
 def transition_mutual_information_bits(counts: np.ndarray) -> np.ndarray:
-    """Mutual information between the experts of neighboring layers, in bits, [...]; 0 =
-    independent.
-
-    Args:
-        counts: [..., E, E] as from ``transition_counts``. nan without any count.
+    """Mutual information between the experts of neighboring layers, in bits, [...]; 0: independent,
+    nan: without any count. ``counts`` [..., E, E] as from ``transition_counts``.
     """
     total = counts.sum(axis=(-2, -1), keepdims=True).astype(np.float64)
     joint = np.divide(counts, total, out=np.zeros(counts.shape), where=total > 0)
@@ -174,15 +156,9 @@ def transition_mutual_information_bits(counts: np.ndarray) -> np.ndarray:
     return np.where(total[..., 0, 0] > 0, bits, np.nan)
 
 
-UNKNOWN_PART = "(unknown)"
-
-
 def jensen_shannon_bits(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Jensen-Shannon divergence of loads (or distributions) on the last axis, in bits: 0 = equal, 1
-    = disjoint.
-
-    Lin, "Divergence measures based on the Shannon entropy", IEEE Trans. Inf. Theory 37(1), 1991.
-    nan where a load is empty.
+    = disjoint, nan where a load is empty (Lin, IEEE Trans. Inf. Theory 37(1), 1991).
     """
     p, q = shares(first), shares(second)
     middle = (p + q) / 2
@@ -204,20 +180,19 @@ def cosine(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainDivergence:
-    """Jensen-Shannon divergence between the expert loads of domains, mean over layers."""
+    """Jensen-Shannon divergence between the expert loads of domains, mean over layers.
+
+    names, tokens: of the N parts with enough tokens. js_bits: float64 [N, N], zero on the diagonal.
+    noise_floor_bits: float64 [N], the same measure between two random halves of the part's own
+        requests, mean over seeded splits; nan where a part has fewer than two requests.
+    cosine: float64 [N, N] of the loads.
+    """
 
     names: tuple[str, ...]
-    """N parts with enough tokens."""
     tokens: tuple[int, ...]
-    """Tokens of each part."""
     js_bits: np.ndarray
-    """float64 [N, N], bits; zero on the diagonal."""
     noise_floor_bits: np.ndarray
-    """float64 [N], the same measure between two random halves of the part's own requests, mean over
-    seeded splits;
-    nan where a part has fewer than two requests."""
     cosine: np.ndarray
-    """float64 [N, N], cosine of the loads, mean over layers."""
 
     @property
     def mean_js_bits(self) -> float:
@@ -243,8 +218,7 @@ def _pair_mean(matrix: np.ndarray) -> float:
 def domain_divergence(
     trace: RoutingTrace, *, min_tokens: int = 1_500, num_splits: int = 8, seed: int = 0
 ) -> DomainDivergence:
-    """Compare the expert loads of coarse domains with each other and with what sampling alone would
-    give.
+    """Compare the expert loads of coarse domains with each other and with sampling alone.
 
     Args:
         min_tokens: parts with fewer tokens are left out (their divergence would be noise); not
@@ -252,10 +226,10 @@ def domain_divergence(
         num_splits: random halvings per part for the noise floor.
     """
     names, loads = load_by(trace, "group")
-    tokens = _tokens_of(trace, loads)
-    keep = [
-        i for i, name in enumerate(names) if name != UNKNOWN_PART and not tokens[i] < min_tokens
-    ]
+    picks = loads.sum(axis=2).max(axis=1, initial=0)
+    # of each part; exact unless picks are missing
+    tokens = picks / trace.top_k if trace.top_k else np.full(len(loads), np.inf)
+    keep = [i for i, n in enumerate(names) if n != UNKNOWN_PART and not tokens[i] < min_tokens]
     names, loads = tuple(names[i] for i in keep), loads[keep]
     count = len(names)
     js, cos = np.zeros((count, count)), np.ones((count, count))
@@ -274,12 +248,6 @@ def domain_divergence(
         noise_floor_bits=np.array(floor),
         cosine=cos,
     )
-
-
-def _tokens_of(trace: RoutingTrace, loads: np.ndarray) -> np.ndarray:
-    """Tokens of each part: its picks over the picks per token, exact unless picks are missing."""
-    picks = loads.sum(axis=2).max(axis=1, initial=0)
-    return picks / trace.top_k if trace.top_k else np.full(len(loads), np.inf)
 
 
 def known_mean(values: np.ndarray) -> float:
@@ -312,26 +280,25 @@ def split_half_js_bits(trace: RoutingTrace, *, num_splits: int = 8, seed: int = 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillDecode:
-    """Pearson correlation of expert frequencies, prefill of a request against decode of another."""
+    """Pearson correlation of expert frequencies, prefill of a request against decode of another.
+
+    same_request: mean r between a request's prefill and its own decode; same_domain, other_domain:
+    and the decode of other requests. aggregate: r between all prefill and all decode tokens.
+    """
 
     num_requests: int
     same_request: float
-    """Mean r between a request's prefill and its own decode."""
     same_domain: float
-    """Mean r against the decode of other requests of the same domain."""
     other_domain: float
-    """Mean r against the decode of requests of other domains."""
     aggregate: float
-    """r between all prefill and all decode tokens."""
 
 
 def prefill_decode_correlation(
     trace: RoutingTrace, *, min_tokens: int = 8, max_requests: int = 1_000, seed: int = 0
 ) -> PrefillDecode:
-    """Say how well the experts of a request's prefill predict those of its decode.
+    """How well the experts of a request's prefill predict those of its decode.
 
-    A request's frequency vector has one entry per (layer, expert): picks over tokens. r is taken
-    over all L * E entries at once.
+    r is taken over all L * E entries of the picks per token at once.
 
     Args:
         min_tokens: a request counts when it has as many tokens in each stage.
@@ -381,23 +348,21 @@ def _frequency(trace: RoutingTrace) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenOverlap:
-    """Share of experts that two tokens have in common, mean over layers: |A and B| / K."""
+    """Share of experts that two tokens have in common, mean over layers: |A and B| / K.
+
+    Of tokens that follow each other in one request (adjacent), of two random ones of one request or
+    of the trace (any), and what a uniform router would give: K / E.
+    """
 
     adjacent: float
-    """Tokens that follow each other in one request."""
     same_request: float
-    """Two random tokens of one request."""
     any: float
-    """Two random tokens of the trace."""
     uniform: float
-    """What a uniform router would give: K / E."""
 
 
 def token_overlap(trace: RoutingTrace, *, max_pairs: int = 200_000, seed: int = 0) -> TokenOverlap:
-    """Compare the picks of neighboring tokens with those of random pairs.
-
-    Args:
-        max_pairs: pairs sampled (seeded) for each of the three figures.
+    """Compare the picks of neighboring tokens with those of random pairs, each from at most
+    ``max_pairs`` (sampled, seeded).
     """
     view = trace.tokens_only("token_overlap")
     rng = np.random.default_rng(seed)
@@ -407,50 +372,45 @@ def token_overlap(trace: RoutingTrace, *, max_pairs: int = 200_000, seed: int = 
     left = np.flatnonzero(joined)
     if len(left) > max_pairs:
         left = rng.choice(left, max_pairs, replace=False)
-    starts = np.flatnonzero(np.r_[True, request[1:] != request[:-1]]) if len(order) else order
-    ends = np.r_[starts[1:], len(order)]
-    number = np.repeat(np.arange(len(starts)), ends - starts)
+    _, begin, number, length = np.unique(request, True, True, True)  # of each request, a run
     size = min(max_pairs, len(order))
     first = rng.integers(0, max(len(order), 1), size)
-    within = starts[number[first]] + (rng.random(size) * (ends - starts)[number[first]]).astype(int)
+    part = number[first]
+    within = begin[part] + (rng.random(size) * length[part]).astype(int)
     anywhere = rng.integers(0, max(len(order), 1), size)
     ids = view.expert_ids
     return TokenOverlap(
-        adjacent=_overlap(ids, order[left], order[left + 1]),
-        same_request=_overlap(ids, *_distinct(order, first, within)),
-        any=_overlap(ids, *_distinct(order, first, anywhere)),
+        adjacent=_overlap(ids, order, left, left + 1),
+        same_request=_overlap(ids, order, first, within),
+        any=_overlap(ids, order, first, anywhere),
         uniform=trace.top_k / trace.num_experts,
     )
 
 
-def _distinct(
-    order: np.ndarray, first: np.ndarray, second: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+_CHUNK_PAIRS = 16_384
+
+
+def _overlap(ids: np.ndarray, order: np.ndarray, first: np.ndarray, second: np.ndarray) -> float:
+    """Of the tokens order[first] and order[second], where they differ."""
     different = first != second
-    return order[first[different]], order[second[different]]
-
-
-def _overlap(ids: np.ndarray, first: np.ndarray, second: np.ndarray, chunk: int = 16_384) -> float:
+    first, second = order[first[different]], order[second[different]]
     if not len(first) or not ids.shape[1]:
         return float("nan")
     common = 0
-    for start in range(0, len(first), chunk):
-        a, b = ids[first[start : start + chunk]], ids[second[start : start + chunk]]
+    for start in range(0, len(first), _CHUNK_PAIRS):
+        rows = slice(start, start + _CHUNK_PAIRS)
+        a, b = ids[first[rows]], ids[second[rows]]
         for pick in range(ids.shape[2]):
             common += int(((a[:, :, pick, None] == b) & (b >= 0)).sum())
     return common / (len(first) * ids.shape[1] * ids.shape[2])
 
 
 def analyze(trace: RoutingTrace, seed: int = 0) -> dict[str, Any]:
-    """Describe a trace: size, balance, domains, prefill against decode, co-activation.
+    """Describe a trace: "trace" (its size), "load", "domains", "prefill_decode", "overlap" and
+    "coactivation".
 
-    A part that the trace cannot answer (counts only, one stage, one domain) is None, and
-    ``left_out`` says why. Numbers that do not exist (nan) are None. The same trace and seed give
-    the same dict.
-
-    Returns:
-        dict with the keys "trace", "load", "domains", "prefill_decode", "overlap", "coactivation",
-        "left_out".
+    A part that the trace cannot answer (counts only, one stage, one domain) is None, and "left_out"
+    says why. Numbers that do not exist (nan) are None. The same trace and seed give the same dict.
 
     Raises:
         TraceError: the trace is empty.
@@ -500,22 +460,20 @@ def _load(trace: RoutingTrace) -> dict[str, Any]:
         "entropy_bits": entropy_bits(counts),
         "top_10_percent_share": top_share(counts, 0.1),
     }
-    per_stage = {}
+    found: dict[str, Any] = {name: _spread(values) for name, values in measures.items()}
+    found |= {"uniform_entropy_bits": math.log2(trace.num_experts), "by_stage": {}}
     for name, part in zip(*load_by(trace, "stage"), strict=True):
-        per_stage[name] = {"imbalance": known_mean(imbalance(part, empty=math.nan))}
-    return {
-        **{name: _spread(values) for name, values in measures.items()},
-        "uniform_entropy_bits": math.log2(trace.num_experts),
-        "by_stage": per_stage,
-    }
+        found["by_stage"][name] = {"imbalance": known_mean(imbalance(part, empty=math.nan))}
+    return found
 
 
 def _domains(trace: RoutingTrace, seed: int, left_out: dict[str, str]) -> dict[str, Any] | None:
     found = domain_divergence(trace, seed=seed)
     if len(found.names) < 2:
-        left_out["domains"] = (
+        why = (
             f"found {len(found.names)} domain group(s) with at least 1500 tokens, comparing needs 2"
         )
+        left_out["domains"] = why
         return None
     _, counts = load_by(trace.filter(domain_groups=found.names), "group")
     return {
@@ -539,7 +497,7 @@ def _prefill_decode(
     except TraceError as error:
         left_out["prefill_decode"] = str(error)
         return None
-    return {name: getattr(found, name) for name in found.__slots__}
+    return asdict(found)
 
 
 def _following(trace: RoutingTrace, seed: int, left_out: dict[str, str]) -> dict[str, Any] | None:
@@ -547,14 +505,13 @@ def _following(trace: RoutingTrace, seed: int, left_out: dict[str, str]) -> dict
         left_out["overlap"] = "counts per step do not say which tokens follow each other"
         return None
     found = token_overlap(trace, max_pairs=50_000, seed=seed)
-    return {name: getattr(found, name) for name in found.__slots__}
+    return asdict(found)
 
 
 def _coactivation(trace: RoutingTrace, left_out: dict[str, str]) -> dict[str, Any] | None:
     if trace.kind != "tokens":
-        left_out["coactivation"] = (
-            "counts per step do not say which experts a token picked together"
-        )
+        why = "counts per step do not say which experts a token picked together"
+        left_out["coactivation"] = why
         return None
     result: dict[str, Any] = {"top_5_percent_pair_share": None, "independent_pair_share": None}
     if trace.top_k > 1:
@@ -564,10 +521,8 @@ def _coactivation(trace: RoutingTrace, left_out: dict[str, str]) -> dict[str, An
     else:
         left_out["coactivation_pairs"] = "one pick per token: no pairs within a layer"
     moves = transition_counts(trace)
-    result["next_layer_information_bits"] = (
-        _spread(transition_mutual_information_bits(moves)) if len(moves) else None
-    )
-    return result
+    bits = _spread(transition_mutual_information_bits(moves)) if len(moves) else None
+    return result | {"next_layer_information_bits": bits}
 
 
 def _spread(values: np.ndarray) -> dict[str, Any]:

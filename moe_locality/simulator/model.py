@@ -58,10 +58,10 @@ def row_bytes(payload: str, hidden_size: int) -> int:
 class StepModel:
     """What a step costs besides the counts.
 
-    hidden_size: D. ffn_size: width of an expert; None: D. payload: dispatch payload; combine is
-    bf16. exchange: flat or hierarchical. expert_us: time of a rank per distinct expert (tau 0);
-    None: reading its bf16 weights at ``HBM_GBPS``. row_us: time per computed row (tau 1); None: its
-    6 D F operations at ``TFLOPS``. Both defaults are bounds from below: no kernel reaches them.
+    hidden_size: D. ffn_size: width of an expert; None: D. payload: of the dispatch; combine is
+    bf16. expert_us: time of a rank per distinct expert (tau 0); None: reading its bf16 weights at
+    ``HBM_GBPS``. row_us: time per computed row (tau 1); None: its 6 D F operations at ``TFLOPS``.
+    Both defaults are bounds from below: no kernel reaches them.
 
     Raises:
         ConfigError: a figure that cannot be.
@@ -112,42 +112,38 @@ class StepModel:
 def step_times(
     counts: RowCounts, model: StepModel, topology: ClusterTopology
 ) -> dict[str, np.ndarray]:
-    """Microseconds of every layer: ``dispatch``, ``compute``, ``combine``, their sum ``total``, and
-    the tiers ``inside`` and ``across`` (both directions; flat: they overlap, so they can add up to
-    more than the exchange takes).
-
-    Args:
-        counts: [..., L, G].
-
-    Returns:
-        float64 [..., L] each.
+    """Microseconds of every layer, [..., L] from counts [..., L, G]: ``dispatch``, ``compute``,
+    ``combine``, their sum ``total``, and the tiers ``inside`` and ``across`` (both directions;
+    flat: they overlap, so they can add up to more than the exchange takes).
     """
-    inside_most = np.maximum(counts.inside_sent, counts.inside_received)
-    across_most = np.maximum(counts.across_sent, counts.across_received)
+    tiers = {
+        "inside": (
+            np.maximum(counts.inside_sent, counts.inside_received),
+            topology.intra_node_gbps,
+            topology.intra_node_latency_us,
+        ),
+        "across": (
+            np.maximum(counts.across_sent, counts.across_received),
+            topology.inter_node_gbps,
+            topology.inter_node_latency_us,
+        ),
+    }
     times: dict[str, np.ndarray] = {}
-    tiers = {"inside": np.zeros(()), "across": np.zeros(())}
     for name, size in (("dispatch", model.dispatch_bytes), ("combine", model.combine_bytes)):
-        inside = _tier_us(
-            inside_most, size, topology.intra_node_gbps, topology.intra_node_latency_us
-        )
-        across = _tier_us(
-            across_most, size, topology.inter_node_gbps, topology.inter_node_latency_us
-        )
-        tiers["inside"] = tiers["inside"] + inside.max(axis=-1)
-        tiers["across"] = tiers["across"] + across.max(axis=-1)
+        both = []
+        for tier, (rows, gbps, latency) in tiers.items():
+            # alpha + beta * bytes of each rank; nothing where it neither sends nor receives
+            us = np.where(rows > 0, latency, 0.0) + rows * (size / (gbps * 1e3))
+            times[tier] = times.get(tier, 0.0) + us.max(axis=-1)
+            both.append(us)
         if model.exchange == "flat":
-            times[name] = np.maximum(inside, across).max(axis=-1)
+            times[name] = np.maximum(*both).max(axis=-1)
         else:  # the second stage waits for the first
-            times[name] = inside.max(axis=-1) + across.max(axis=-1)
+            times[name] = both[0].max(axis=-1) + both[1].max(axis=-1)
     expert_us, row_us = model.tau
     times["compute"] = (expert_us * counts.distinct + row_us * counts.computed).max(axis=-1)
     times["total"] = times["dispatch"] + times["compute"] + times["combine"]
-    return times | tiers
-
-
-def _tier_us(rows: np.ndarray, size: int, gbps: float, latency_us: float) -> np.ndarray:
-    """alpha + beta * bytes of each rank; nothing where it neither sends nor receives."""
-    return np.where(rows > 0, latency_us, 0.0) + rows * (size / (gbps * 1e3))
+    return times
 
 
 def expected_maximum(values: np.ndarray, groups: int) -> float:
@@ -250,65 +246,55 @@ def _count_layers(
     slot = aligned.slots_of(ids, home, first)
     home = home[:, None, None]
     server = (slot // (aligned.num_slots // ranks)).astype(np.int64)
-    count = _Counter(layers, aligned.node_of_rank)
+    nodes = aligned.node_of_rank
     if rails is None:
-        count.move(there, home, server)
+        rows = _moved(nodes, there, home, server)
     else:
         local, table = rails
-        node = aligned.node_of_rank[server].astype(np.int64)
-        rail = table[node, local[home]]
-        count.move(there, rail, server)
+        rail = table[nodes[server].astype(np.int64), local[home]]
         visited = np.sort(np.where(there, rail, -1), axis=2)  # a rail of a token is a node
         visit = visited >= 0
         visit[:, :, 1:] &= visited[:, :, 1:] != visited[:, :, :-1]
-        count.move(visit, home, visited)
+        rows = _moved(nodes, there, rail, server)
+        rows = {name: n + rows[name] for name, n in _moved(nodes, visit, home, visited).items()}
     used = slot + layer * aligned.num_slots
     used[~there] = layers * aligned.num_slots
     calls = np.bincount(used.ravel(), minlength=layers * aligned.num_slots + 1)[:-1]
     calls = calls.reshape(layers, ranks, -1)
-    return RowCounts(**count.rows, computed=calls.sum(axis=2), distinct=(calls > 0).sum(axis=2))
+    return RowCounts(**rows, computed=calls.sum(axis=2), distinct=(calls > 0).sum(axis=2))
 
 
-class _Counter:
-    """Adds up rows by layer and rank."""
-
-    def __init__(self, layers: int, node_of_rank: np.ndarray) -> None:
-        self.layers, self.ranks = layers, len(node_of_rank)
-        self.node_of_rank = node_of_rank
-        names = ("local", "inside_sent", "inside_received", "across_sent", "across_received")
-        self.rows = {name: np.zeros((layers, self.ranks), dtype=np.int64) for name in names}
-
-    def move(self, there: np.ndarray, source: np.ndarray, target: np.ndarray) -> None:
-        """Count rows [n, l, K] from rank to rank, where ``there``."""
-        if self.layers * self.ranks**2 <= MATRIX_ENTRIES:
-            self._by_matrix(there, source, target)
-            return
-        source = np.broadcast_to(source, there.shape)
-        on_node = there & (self.node_of_rank[source] == self.node_of_rank[target])
-        on_rank = there & (source == target)
-        self.rows["local"] += self.per_rank(on_rank, source)
-        for name, mask in (("inside", on_node & ~on_rank), ("across", there & ~on_node)):
-            self.rows[f"{name}_sent"] += self.per_rank(mask, source)
-            self.rows[f"{name}_received"] += self.per_rank(mask, target)
-
-    def _by_matrix(self, there: np.ndarray, source: np.ndarray, target: np.ndarray) -> None:
-        """The same from one count of all pairs of ranks."""
-        layers, ranks = self.layers, self.ranks
+def _moved(
+    node_of_rank: np.ndarray, there: np.ndarray, source: np.ndarray, target: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The rows [n, l, K] from rank to rank, where ``there``, by name in ``RowCounts``: [l, G]."""
+    layers, ranks = there.shape[1], len(node_of_rank)
+    layer = np.arange(layers)[None, :, None]
+    if layers * ranks**2 <= MATRIX_ENTRIES:  # from one count of all pairs of ranks
         key = source * ranks + target
-        key += np.arange(layers)[None, :, None] * ranks**2
+        key += layer * ranks**2
         key[~there] = layers * ranks**2
         pairs = np.bincount(key.ravel(), minlength=layers * ranks**2 + 1)[:-1]
         pairs = pairs.reshape(layers, ranks, ranks)
-        same_rank = np.eye(ranks, dtype=bool)
-        same_node = self.node_of_rank[:, None] == self.node_of_rank[None]
-        self.rows["local"] += pairs[:, same_rank]
-        for name, links in (("inside", same_node & ~same_rank), ("across", ~same_node)):
-            part = pairs * links
-            self.rows[f"{name}_sent"] += part.sum(axis=2)
-            self.rows[f"{name}_received"] += part.sum(axis=1)
+        on_rank = np.eye(ranks, dtype=bool)
+        on_node = node_of_rank[:, None] == node_of_rank[None]
+        links = {"inside": on_node & ~on_rank, "across": ~on_node}
+        found = {"local": pairs[:, on_rank]}
+        for name, some in links.items():
+            found |= {f"{name}_sent": (pairs * some).sum(axis=2)}
+            found |= {f"{name}_received": (pairs * some).sum(axis=1)}
+        return found
+    source = np.broadcast_to(source, there.shape)
+    on_node = there & (node_of_rank[source] == node_of_rank[target])
+    on_rank = there & (source == target)
 
-    def per_rank(self, mask: np.ndarray, rank: np.ndarray) -> np.ndarray:
+    def per_rank(mask: np.ndarray, rank: np.ndarray) -> np.ndarray:
         """[l, G] how often each rank occurs where ``mask``."""
-        key = (rank + np.arange(self.layers)[None, :, None] * self.ranks)[mask]
-        counts = np.bincount(key, minlength=self.layers * self.ranks)
-        return counts.reshape(self.layers, self.ranks)
+        counts = np.bincount((rank + layer * ranks)[mask], minlength=layers * ranks)
+        return counts.reshape(layers, ranks)
+
+    found = {"local": per_rank(on_rank, source)}
+    for name, mask in (("inside", on_node & ~on_rank), ("across", there & ~on_node)):
+        found |= {f"{name}_sent": per_rank(mask, source)}
+        found |= {f"{name}_received": per_rank(mask, target)}
+    return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -66,8 +66,7 @@ class Simulation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        found = {name: getattr(self, name) for name in self.__slots__}
-        return found | {"per_layer_us": self.per_layer_us.tolist()}
+        return asdict(self) | {"per_layer_us": self.per_layer_us.tolist()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,19 +107,10 @@ def simulate(
         PlacementError, ConfigError: something does not fit or cannot be.
     """
     model = model or StepModel()
-    replay = replay_steps(
-        trace,
-        plan,
-        homes,
-        exchange=model.exchange,
-        batch_tokens=batch_tokens,
-        max_steps=max_steps,
-        seed=seed,
-        topology=topology,
-    )
-    return time_replay(
-        replay, model, topology or plan.topology, groups=groups, compute_us=compute_us
-    )
+    steps = {"batch_tokens": batch_tokens, "max_steps": max_steps, "seed": seed}
+    replay = replay_steps(trace, plan, homes, exchange=model.exchange, topology=topology, **steps)
+    links = topology or plan.topology
+    return time_replay(replay, model, links, groups=groups, compute_us=compute_us)
 
 
 def replay_steps(
@@ -168,7 +158,6 @@ def time_replay(
         raise PlacementError(f"compute_us: found {compute_us}, expected a time of at least 0")
     times = step_times(replay.steps, model, topology)
     step = times["total"].sum(axis=1)  # [S]
-    mean = float(step.mean())
     error = float(step.std(ddof=1) / len(step) ** 0.5) if len(step) > 1 else float("nan")
     rows = replay.all.rows_by_link()
     sizes = {"dispatch": model.dispatch_bytes, "combine": model.combine_bytes}
@@ -176,7 +165,7 @@ def time_replay(
     across = sum(kind["cross_node"] for kind in moved.values())
     group_step = expected_maximum(step, groups)
     return Simulation(
-        step_us=mean,
+        step_us=float(step.mean()),
         step_us_error=error,
         parts_us={name: float(times[name].sum(axis=1).mean()) for name in PARTS},
         tiers_us={name: float(times[name].sum(axis=1).mean()) for name in TIERS},
@@ -194,11 +183,10 @@ def time_replay(
 
 
 def _busiest_link(replay: Replay, size: int) -> dict[str, Any]:
-    sent = np.bincount(replay.node_of_rank, weights=replay.all.across_sent.sum(axis=0))
-    received = np.bincount(replay.node_of_rank, weights=replay.all.across_received.sum(axis=0))
-    both = np.stack([sent, received])
+    rows = (replay.all.across_sent, replay.all.across_received)
+    both = np.stack([np.bincount(replay.node_of_rank, weights=n.sum(axis=0)) for n in rows])
     direction, node = np.unravel_index(int(both.argmax()), both.shape)
-    total = float(sent.sum())
+    total = float(both[0].sum())
     return {
         "node": int(node),
         "direction": ("out", "in")[int(direction)],
@@ -224,13 +212,10 @@ def random_homes(trace: RoutingTrace, num_ranks: int, seed: int) -> dict[int, in
 def draw_steps(
     home_rank: np.ndarray, num_ranks: int, batch_tokens: int, max_steps: int, seed: int
 ) -> list[np.ndarray]:
-    """Tokens of each step: ``batch_tokens`` consecutive tokens of every rank that has any.
+    """Indices of the tokens of each step: ``batch_tokens`` consecutive ones of every rank that has
+    any; a rank with fewer goes through them again.
 
-    As many steps as the tokens fill on average, at most ``max_steps`` of them, drawn at random. A
-    rank with fewer tokens than that goes through them again.
-
-    Returns:
-        S arrays of token indices.
+    As many steps as the tokens fill on average, at most ``max_steps`` of them, drawn at random.
     """
     if batch_tokens < 1 or max_steps < 1:
         raise PlacementError(
@@ -243,12 +228,9 @@ def draw_steps(
     chosen = np.arange(steps)
     if steps > max_steps:
         chosen = np.sort(np.random.default_rng(seed).permutation(steps)[:max_steps])
-    having = np.flatnonzero(counts)
-    found = []
-    for step in chosen:
-        place = step * batch_tokens + np.arange(batch_tokens)
-        found.append(order[(first[having, None] + place % counts[having, None]).ravel()])
-    return found
+    first, counts = first[counts > 0, None], counts[counts > 0, None]
+    places = (step * batch_tokens + np.arange(batch_tokens) for step in chosen)
+    return [order[(first + place % counts).ravel()] for place in places]
 
 
 SWEEPS = {

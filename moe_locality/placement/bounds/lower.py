@@ -22,18 +22,8 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import PlacementError
-from moe_locality.placement.bounds.relaxation import (
-    SMOOTHING,
-    Relaxation,
-    certify,
-    cooled,
-    hull_slopes,
-    improve,
-    make_relaxation,
-    partition_counts,
-    set_partitions,
-    start_prices,
-)
+from moe_locality.placement.bounds import relaxation
+from moe_locality.placement.bounds.relaxation import Patterns, Relaxation, certify, start_prices
 from moe_locality.placement.bounds.replicated import touched_with_replicas
 from moe_locality.placement.costs import evaluate
 from moe_locality.placement.counting import map_layers
@@ -53,13 +43,12 @@ MOST_PICKS = 9  # set partitions of more picks are too many to list
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """No placement has fewer ``copies`` per token in a layer, under the load caps that are given.
+    """No placement has fewer ``copies`` [L] per token, in the unit of ``evaluate``: with uniform
+    homes (M - 1) / M of the nodes touched.
 
-    copies: [L] lower bounds, in the unit of ``evaluate``: with uniform homes (M - 1) / M of the
-        nodes touched.
     max_imbalance: [L] cap on the node loads (max / mean on this trace) that the bound supposes;
-        inf: it holds for placements of any balance.
-    rounds: [L] rounds of the tight relaxation; 0: the bound is the coarse one, from pairs alone.
+    inf: it holds for placements of any balance. rounds: [L] of the tight relaxation; 0: the bound
+    is the coarse one, from pairs alone.
     """
 
     layer_ids: tuple[int, ...]
@@ -270,15 +259,14 @@ def bound_layer(
     max_imbalance: float,
     budget: float,
 ) -> tuple[float, int]:
-    """(fewest copies per token, rounds of the tight relaxation) of one layer.
-
-    ids [T, K]; home_node [T] or None for uniform homes; budget in elementary steps.
+    """(fewest copies per token, rounds of the tight relaxation) of one layer; home_node [T], None:
+    uniform homes; budget in elementary steps.
     """
     shape = (num_experts, num_nodes, home_node)
     picks = ids.shape[1] + (home_node is not None)
     work = np.inf
     if picks <= MOST_PICKS:  # patterns repeat: take it that every one stands for eight tokens
-        work = len(ids) / 8 * set_partitions(picks, min(num_nodes, picks), picks).work
+        work = len(ids) / 8 * relaxation.set_partitions(picks, min(num_nodes, picks), picks).work
     if budget < FEWEST_ROUNDS * work:
         return coarse_bound(ids, *shape, max_imbalance, budget), 0
     layer = LayerTokens.of(ids, *shape)
@@ -299,9 +287,7 @@ def bound_with_replicas(
     layer = LayerTokens.of(ids, num_experts, num_nodes, None)
     if not layer.members or ids.shape[1] > MOST_PICKS:
         return 0.0, 0
-    problem = make_relaxation(
-        layer.members, layer.tokens, num_slots, num_nodes, num_tokens=layer.num_tokens
-    )
+    problem = layer.relaxation(np.inf, vertices=num_slots)
     covers = 2 ** (min(num_nodes, ids.shape[1]) - 1)  # of a partition: as many times the work
     rounds = int(budget / (covers * problem.work_per_round))
     if rounds < FEWEST_ROUNDS:
@@ -310,10 +296,10 @@ def bound_with_replicas(
     return layer.as_copies(touched_with_replicas(problem, num_experts, rounds)), rounds
 
 
-def cool(problem: Any, prices: Any, rounds: int, smoothing: float = SMOOTHING) -> None:
+def cool(problem: Any, prices: Any, rounds: int, smoothing: float = relaxation.SMOOTHING) -> None:
     """Improve the prices for so many rounds while the smoothing falls."""
-    for some, at in cooled(rounds, smoothing):
-        improve(problem, prices, len(some), smoothing=at)
+    for some, at in relaxation.cooled(rounds, smoothing):
+        relaxation.improve(problem, prices, len(some), smoothing=at)
 
 
 def coarse_bound(
@@ -329,47 +315,31 @@ def coarse_bound(
     With S co-located pairs per token on average at most, and blocks >= a_k(c) - c x pairs for every
     partition of k vertices, nodes touched >= mean a_k(c) - c S for every slope c.
     """
-    picks, load = as_vertices(ids, num_experts, num_nodes, home_node)
-    tokens = len(picks)
-    layer = LayerTokens(
-        num_experts=num_experts,
-        num_nodes=num_nodes,
-        num_tokens=tokens,
-        has_homes=home_node is not None,
-        members=[],
-        tokens=[],
-        load=load,
-    )
-    n = layer.num_vertices
-    pairs = np.zeros(n * n)
-    for i in range(picks.shape[1]):
-        for j in range(i):
-            both = (picks[:, i] >= 0) & (picks[:, j] >= 0)
-            pairs += np.bincount(picks[both, j] * n + picks[both, i], minlength=n * n)
-    cost = -(pairs.reshape(n, n) + pairs.reshape(n, n).T) / (2 * tokens)
-    problem = layer.relaxation(max_imbalance, cost=cost)
+    layer = LayerTokens.of(ids, num_experts, num_nodes, home_node)
+    n, tokens, sizes = layer.num_vertices, layer.num_tokens, {}  # tokens by number of vertices
+    pairs = np.zeros((n, n))
+    for members, count in zip(layer.members, layer.tokens, strict=True):
+        relaxation.add_pairs(pairs, members, count)
+        sizes[members.shape[1]] = float(count.sum())
+    problem = layer.relaxation(max_imbalance, cost=-(pairs + pairs.T) / (2 * tokens))
     prices = start_prices(problem)
     cool(problem, prices, min(int(budget / problem.work_per_round), COARSE_ROUNDS))
     most_pairs = -certify(problem, prices)
-    sizes = np.bincount((picks >= 0).sum(axis=1))
-    some = [int(k) for k in np.flatnonzero(sizes) if k]
-    points = {k: partition_counts(k, num_nodes, layer.node_size) for k in some}
-    best = sum(-(-k // layer.node_size) * sizes[k] for k in some) / tokens
-    for slope in np.unique([0.0, *(c for p in points.values() for c in hull_slopes(p))]):
+    points = {k: relaxation.partition_counts(k, num_nodes, layer.node_size) for k in sizes}
+    best = layer.fewest_blocks()
+    for slope in np.unique([0.0, *(c for p in points.values() for c in relaxation.hull_slopes(p))]):
         total = -slope * most_pairs
-        for k in some:
+        for k, count in sizes.items():
             together, blocks = points[k].T
-            total += float((blocks + slope * together).min() * sizes[k]) / tokens
+            total += float((blocks + slope * together).min() * count) / tokens
         best = max(best, total)
-    visits = float(sizes[1:].sum()) / tokens if layer.has_homes else None
-    return layer.as_copies(best, visits)
+    return layer.as_copies(best)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTokens:
-    """The tokens of a layer as patterns of vertices: experts, and pins E + m for homes on node m.
-
-    ``members`` and ``tokens`` have one entry for each number of vertices in a pattern.
+    """The tokens of a layer as patterns of vertices: experts, and pins E + m for homes on node m;
+    ``members`` and ``tokens`` by the number of vertices in a pattern.
     """
 
     num_experts: int
@@ -379,6 +349,7 @@ class LayerTokens:
     members: list[np.ndarray]
     tokens: list[np.ndarray]
     load: np.ndarray  # [n], 0 for pins
+    visits: float  # share of the tokens that touch any node
 
     @staticmethod
     def of(
@@ -399,6 +370,7 @@ class LayerTokens:
             members=members,
             tokens=tokens,
             load=load,
+            visits=np.count_nonzero(size) / max(len(picks), 1),
         )
 
     @property
@@ -409,22 +381,17 @@ class LayerTokens:
     def node_size(self) -> int:
         return self.num_vertices // self.num_nodes
 
-    def as_copies(self, blocks: float, visits: float | None = None) -> float:
-        """Copies per token from nodes touched per token (the home among them, if given).
-
-        visits: share of the tokens that touch any; None: from the patterns.
-        """
+    def as_copies(self, blocks: float) -> float:
+        """Copies per token from nodes touched per token (the home among them, if given)."""
         if not self.has_homes:
             return blocks * (self.num_nodes - 1) / self.num_nodes
-        if visits is None:
-            visits = sum(float(t.sum()) for t in self.tokens) / self.num_tokens
-        return max(blocks - visits, 0.0)
+        return max(blocks - self.visits, 0.0)
 
     def blocks_of(self, copies: float) -> float:
         """Nodes touched per token (the home among them, if given) from copies per token."""
         if not self.has_homes:
             return copies * self.num_nodes / (self.num_nodes - 1)
-        return copies + sum(float(t.sum()) for t in self.tokens) / self.num_tokens
+        return copies + self.visits
 
     def fewest_blocks(self) -> float:
         """Nodes touched per token if every token's vertices were packed as tightly as nodes are."""
@@ -432,27 +399,44 @@ class LayerTokens:
         total = sum(s * float(t.sum()) for s, t in zip(sizes, self.tokens, strict=True))
         return total / self.num_tokens
 
-    def fixed_pairs(self) -> np.ndarray:
+    def fixed_pairs(self, vertices: int | None = None) -> np.ndarray:
         """[n, n]: pins are on different nodes; the rest is open (nan)."""
-        fixed = np.full((self.num_vertices, self.num_vertices), np.nan)
-        fixed[self.num_experts :, self.num_experts :] = 0.0
+        n = vertices or self.num_vertices
+        fixed = np.full((n, n), np.nan)
+        if self.has_homes:
+            fixed[self.num_experts :, self.num_experts :] = 0.0
         np.fill_diagonal(fixed, 1.0)
         return fixed
 
     def relaxation(
-        self, max_imbalance: float, fixed: np.ndarray | None = None, cost: np.ndarray | None = None
-    ) -> Any:
-        """The relaxation of this layer, see ``make_relaxation``."""
-        return make_relaxation(
-            self.members,
-            self.tokens,
-            self.num_vertices,
-            self.num_nodes,
+        self,
+        max_imbalance: float,
+        fixed: np.ndarray | None = None,
+        cost: np.ndarray | None = None,
+        vertices: int | None = None,
+    ) -> Relaxation:
+        """The relaxation of this layer; ``vertices``: with those of replicas; ``cost``: instead of
+        the patterns.
+        """
+        n, load, most = vertices or self.num_vertices, self.load, np.inf
+        size = n // self.num_nodes
+        if np.isfinite(max_imbalance) and load.sum() > 0:
+            load, most = load * (n / load.sum()), max_imbalance * size
+        groups, each = [], zip(self.members, self.tokens, strict=True)
+        for members, tokens in each if cost is None else ():
+            k = members.shape[1]
+            partitions = relaxation.set_partitions(k, min(self.num_nodes, k), size)
+            rows = np.ascontiguousarray(members, dtype=np.int64)
+            groups.append(Patterns(members=rows, tokens=tokens, partitions=partitions))
+        return Relaxation(
+            num_vertices=n,
+            num_nodes=self.num_nodes,
+            groups=tuple(groups),
             num_tokens=self.num_tokens,
-            cost=cost,
-            fixed=self.fixed_pairs() if fixed is None else fixed,
-            load=self.load,
-            max_imbalance=max_imbalance,
+            cost=np.zeros((n, n)) if cost is None else cost,
+            fixed=self.fixed_pairs(n) if fixed is None else fixed,
+            load=load,
+            most_load=most,
         )
 
 
@@ -490,9 +474,7 @@ _CHILD_SMOOTHING = 0.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
-    """What the search knows when it ends.
-
-    bound: no placement has fewer visits. visits: of the best placement met, or of the known one.
+    """bound: no placement has fewer visits. visits: of the best placement met, or of the known one.
     proved: the known placement is a best one. nodes: of the tree.
     """
 
@@ -505,11 +487,8 @@ class Proof:
 def prove_layer(
     layer: LayerTokens, known_visits: int, max_imbalance: float, budget: float
 ) -> Proof:
-    """Search for placements with fewer than ``known_visits`` visits within the load cap.
-
-    Args:
-        layer: the tokens; visits are tokens x nodes touched (the home among them, if given).
-        budget: elementary steps.
+    """Search for placements with fewer than ``known_visits`` visits within the load cap: tokens x
+    nodes touched (the home among them, if given). ``budget``: elementary steps.
     """
     problem = layer.relaxation(max_imbalance)
     prices = start_prices(problem)
@@ -550,9 +529,7 @@ def _pair_to_branch(problem: Relaxation, prices: Any, fixed: np.ndarray) -> tupl
     n = problem.num_vertices
     weight = np.full((n, n), 1e-9)
     for group in problem.groups:
-        for i in range(group.members.shape[1]):
-            for j in range(i):
-                np.add.at(weight, (group.members[:, j], group.members[:, i]), group.tokens)
+        relaxation.add_pairs(weight, group.members, group.tokens)
     y = np.clip(prices.primal, 0.0, 1.0)
     unsure = weight * (0.01 + np.minimum(y, 1 - y))
     unsure[~np.isnan(fixed) | np.tril(np.ones((n, n), dtype=bool))] = -1.0
@@ -563,11 +540,8 @@ def _pair_to_branch(problem: Relaxation, prices: Any, fixed: np.ndarray) -> tupl
 def _fix(
     fixed: np.ndarray, pair: tuple[int, int], value: float, problem: Relaxation
 ) -> np.ndarray | None:
-    """``fixed`` with one more pair and all that follows from it; None: no placement agrees.
-
-    Follows: together is transitive, apart is shared by all of a set, sets that are full or too
-    heavy to join are apart, and a vertex apart from all others but one set belongs to it only if
-    it must, which is left to the relaxation.
+    """``fixed`` with one more pair and what follows: together is transitive, apart is shared by all
+    of a set, sets that are full or too heavy to join are apart. None: no placement agrees.
     """
     fixed = fixed.copy()
     n, size = problem.num_vertices, problem.node_size
@@ -578,28 +552,26 @@ def _fix(
         if (together & apart).any():
             return None
         fixed[np.ix_(together, together)] = 1.0
-        fixed[np.ix_(together, apart)] = 0.0
-        fixed[np.ix_(apart, together)] = 0.0
+        _set_apart(fixed, together, apart)
     else:
-        first, second = fixed[i] == 1, fixed[j] == 1
-        fixed[np.ix_(first, second)] = 0.0
-        fixed[np.ix_(second, first)] = 0.0
+        _set_apart(fixed, fixed[i] == 1, fixed[j] == 1)
     sets = np.unique((fixed == 1).argmax(axis=1))  # the lowest member stands for its set
     members = {int(s): fixed[s] == 1 for s in sets}
+    load, most = problem.load, problem.most_load * (1 + 1e-12)
     for s, own in members.items():
-        if own.sum() > size or problem.load[own].sum() > problem.most_load * (1 + 1e-12):
-            return None
-        if int((fixed[s] == 0).sum()) > n - size:
+        if own.sum() > size or load[own].sum() > most or (fixed[s] == 0).sum() > n - size:
             return None
         for t, other in members.items():
             crowded = own.sum() + other.sum() > size
-            heavy = problem.load[own].sum() + problem.load[other].sum() > problem.most_load * (
-                1 + 1e-12
-            )
+            heavy = load[own].sum() + load[other].sum() > most
             if s < t and np.isnan(fixed[s, t]) and (crowded or heavy):
-                fixed[np.ix_(own, other)] = 0.0
-                fixed[np.ix_(other, own)] = 0.0
+                _set_apart(fixed, own, other)
     return fixed
+
+
+def _set_apart(fixed: np.ndarray, first: np.ndarray, second: np.ndarray) -> None:
+    fixed[np.ix_(first, second)] = 0.0
+    fixed[np.ix_(second, first)] = 0.0
 
 
 def _count(problem: Relaxation, fixed: np.ndarray) -> int:

@@ -26,6 +26,7 @@ from functools import lru_cache
 import numpy as np
 
 from moe_locality.placement.count_kernels import compiled
+from moe_locality.placement.search.load_noise import falling_hull
 
 SMOOTHING, _LEAST_SMOOTHING = 0.15, 0.01
 _AT_ONCE = 10  # rounds of one smoothing
@@ -79,47 +80,6 @@ class Prices:
     ahead: np.ndarray  # [n, n] extrapolated primal
 
 
-def make_relaxation(
-    members: list[np.ndarray],
-    tokens: list[np.ndarray],
-    num_vertices: int,
-    num_nodes: int,
-    *,
-    num_tokens: int,
-    cost: np.ndarray | None = None,
-    fixed: np.ndarray | None = None,
-    load: np.ndarray | None = None,
-    max_imbalance: float | None = None,
-) -> Relaxation:
-    """A relaxation from patterns of equal size per list entry, see ``Relaxation``."""
-    n, size = num_vertices, num_vertices // num_nodes
-    groups = tuple(
-        Patterns(
-            members=np.ascontiguousarray(m, dtype=np.int64),
-            tokens=np.asarray(t, dtype=np.float64),
-            partitions=set_partitions(m.shape[1], min(num_nodes, m.shape[1]), size),
-        )
-        for m, t in zip(members, tokens, strict=True)
-    )
-    known = np.full((n, n), np.nan) if fixed is None else fixed.copy()
-    np.fill_diagonal(known, 1.0)
-    weights = np.zeros(n) if load is None else np.asarray(load, dtype=np.float64)
-    most = np.inf
-    if max_imbalance is not None and np.isfinite(max_imbalance) and weights.sum() > 0:
-        weights = weights * (n / weights.sum())
-        most = max_imbalance * size
-    return Relaxation(
-        num_vertices=n,
-        num_nodes=num_nodes,
-        groups=groups,
-        num_tokens=num_tokens,
-        cost=np.zeros((n, n)) if cost is None else cost,
-        fixed=known,
-        load=weights,
-        most_load=most,
-    )
-
-
 def start_prices(problem: Relaxation) -> Prices:
     """Prices from the co-located pairs alone: the slope of the block counts where all is even.
 
@@ -127,14 +87,12 @@ def start_prices(problem: Relaxation) -> Prices:
     """
     n = problem.num_vertices
     even = (problem.node_size - 1) / max(n - 1, 1)
-    pairs, cost = [], problem.cost.copy()
+    pairs = []
     for group in problem.groups:
         k = group.members.shape[1]
-        w = np.full((len(group.tokens), k * (k - 1) // 2), group.partitions.slope_at(even))
-        part = np.zeros((n, n))
-        _lowest(group.members, group.tokens, *group.partitions.arrays, w, part)
-        cost -= 0.5 / problem.num_tokens * part
-        pairs.append(w)
+        slope = group.partitions.slope_at(even)
+        pairs.append(np.full((len(group.tokens), k * (k - 1) // 2), slope))
+    cost, _ = _least_touched(problem, pairs)
     primal = np.full((n, n), even)
     np.fill_diagonal(primal, 1.0)
     prices = Prices(
@@ -149,20 +107,17 @@ def start_prices(problem: Relaxation) -> Prices:
     rows = cost.sum(axis=1)
     values = []
     for multiple in _DIAGONALS:
-        inner = across.T @ (cost - np.diag(multiple * rows)) @ across
+        inner, whole = across.T @ (cost - np.diag(multiple * rows)) @ across, multiple * rows.sum()
         lowest = np.linalg.eigvalsh(inner)[: problem.num_nodes - 1].sum()
-        values.append(
-            problem.node_size * (lowest - multiple * rows.sum() / n) + multiple * rows.sum()
-        )
+        values.append(problem.node_size * (lowest - whole / n) + whole)
     prices.fixed = -np.diag(_DIAGONALS[int(np.argmax(values))] * rows)
     return prices
 
 
 def improve(problem: Relaxation, prices: Prices, rounds: int, *, smoothing: float) -> None:
-    """``rounds`` primal-dual steps on ``prices``, in place.
-
-    smoothing: temperature of the soft minimum over partitions that gives a pattern's direction;
-    larger is smoother and faster at first, smaller is more accurate.
+    """``rounds`` primal-dual steps on ``prices``, in place. ``smoothing``: temperature of the soft
+    minimum over partitions that gives a pattern's direction; larger is smoother and faster at
+    first, smaller is more accurate.
     """
     share = 1.0 / problem.num_tokens
     step_up, step_down = steps_of(problem, smoothing)
@@ -210,13 +165,17 @@ def descend(problem: Relaxation, prices: Prices, cost: np.ndarray, step_down: fl
 
 def certify(problem: Relaxation, prices: Prices) -> float:
     """The bound that the prices prove: nodes touched per token, rounding errors taken off."""
-    cost = problem.cost.copy()
-    share, tokens = 1.0 / problem.num_tokens, 0.0
-    for group, w in zip(problem.groups, prices.pairs, strict=True):
+    return close(problem, prices, *_least_touched(problem, prices.pairs))
+
+
+def _least_touched(problem: Relaxation, pairs: list[np.ndarray]) -> tuple[np.ndarray, float]:
+    """(cost [n, n] of Y under prices on the pairs of each pattern, least touched with them)."""
+    cost, tokens, share = problem.cost.copy(), 0.0, 1.0 / problem.num_tokens
+    for group, w in zip(problem.groups, pairs, strict=True):
         part = np.zeros_like(cost)
         tokens += _lowest(group.members, group.tokens, *group.partitions.arrays, w, part)
         cost -= 0.5 * share * part
-    return close(problem, prices, cost, tokens * share)
+    return cost, tokens * share
 
 
 def close(problem: Relaxation, prices: Prices, cost: np.ndarray, touched: float) -> float:
@@ -240,14 +199,17 @@ def close(problem: Relaxation, prices: Prices, cost: np.ndarray, touched: float)
 
 def _heaviest_pair(problem: Relaxation) -> float:
     """Largest share of the tokens that pick one pair: the squared norm of the price operator."""
-    n = problem.num_vertices
-    counts = 2 * np.abs(problem.cost).ravel() * problem.num_tokens
+    counts = 2 * np.abs(problem.cost) * problem.num_tokens
     for group in problem.groups:
-        for i in range(group.members.shape[1]):
-            for j in range(i):
-                flat = group.members[:, j] * n + group.members[:, i]
-                counts += np.bincount(flat, weights=group.tokens, minlength=n * n)
+        add_pairs(counts, group.members, group.tokens)
     return max(float(counts.max()) / problem.num_tokens, 1e-6)
+
+
+def add_pairs(counts: np.ndarray, members: np.ndarray, tokens: np.ndarray) -> None:
+    """Add the tokens [P] to counts [n, n] of the pairs of their vertices, the lower one first."""
+    for i in range(members.shape[1]):
+        for j in range(i):
+            np.add.at(counts, (members[:, j], members[:, i]), tokens)
 
 
 @lru_cache(maxsize=8)
@@ -405,21 +367,17 @@ class Partitions:
         return np.stack([pairs, np.diff(self.starts)], axis=1)
 
     def slope_at(self, share: float) -> float:
-        """Blocks lost per co-located pair where ``share`` of all pairs are co-located.
-
-        The slope of the lower convex hull of (pairs, blocks) over the partitions.
+        """Blocks lost per co-located pair where ``share`` of all pairs are co-located: the slope of
+        the lower convex hull of (pairs, blocks) over the partitions.
         """
-        lines = hull_slopes(self.counts())
+        counts = self.counts()
+        lines = hull_slopes(counts)
         if not len(lines):
             return 0.0
-        pairs = share * self.k * (self.k - 1) / 2
-        values = [self.intercept(c) - c * pairs for c in lines]
+        pairs, blocks = counts.T
+        at = share * self.k * (self.k - 1) / 2
+        values = [float((blocks + c * pairs).min()) - c * at for c in lines]
         return float(lines[int(np.argmax(values))])
-
-    def intercept(self, slope: float) -> float:
-        """The largest a with blocks >= a - slope x pairs for every partition."""
-        pairs, blocks = self.counts().T
-        return float((blocks + slope * pairs).min())
 
 
 def partition_counts(k: int, most_blocks: int, most_items: int) -> np.ndarray:
@@ -442,35 +400,20 @@ def _sizes(k: int, most_blocks: int, largest: int) -> Iterator[tuple[int, ...]]:
 
 def hull_slopes(points: np.ndarray) -> np.ndarray:
     """Falling slopes (as positive numbers) of the lower convex hull of (pairs, blocks)."""
-    best: dict[int, int] = {}
-    for pairs, blocks in points.tolist():
-        best[pairs] = min(blocks, best.get(pairs, blocks))
-    hull: list[tuple[int, int]] = []
-    for x, y in sorted(best.items()):
-        while len(hull) > 1:
-            (x0, y0), (x1, y1) = hull[-2:]
-            if (y1 - y0) * (x - x0) < (y - y0) * (x1 - x0):
-                break
-            hull.pop()
-        hull.append((x, y))
-    steps = itertools.pairwise(hull)
-    slopes = [(y0 - y1) / (x1 - x0) for (x0, y0), (x1, y1) in steps]
-    return np.array([s for s in slopes if s > 0])
+    corners = points[falling_hull(points.tolist())].tolist()
+    steps = itertools.pairwise(corners)
+    return np.array([(y0 - y1) / (x1 - x0) for (x0, y0), (x1, y1) in steps])
 
 
 @lru_cache(maxsize=64)
 def set_partitions(k: int, most_blocks: int, most_items: int) -> Partitions:
     """Partitions of k items into at most ``most_blocks`` blocks of at most ``most_items`` items."""
-    blocks: list[int] = []
-    starts = [0]
-    for partition in _partitions(k, most_blocks, most_items, 0, []):
-        blocks += partition
-        starts.append(len(blocks))
+    found = list(_partitions(k, most_blocks, most_items, 0, []))
     return Partitions(
         k=k,
-        blocks=np.array(blocks, dtype=np.int64),
-        starts=np.array(starts, dtype=np.int64),
-        sizes=np.array([bin(mask).count("1") for mask in range(2**k)], dtype=np.int64),
+        blocks=np.fromiter(itertools.chain.from_iterable(found), dtype=np.int64),
+        starts=np.cumsum([0, *map(len, found)]),
+        sizes=np.array([mask.bit_count() for mask in range(2**k)], dtype=np.int64),
     )
 
 
@@ -481,7 +424,7 @@ def _partitions(
         yield list(blocks)
         return
     for index in range(len(blocks)):
-        if bin(blocks[index]).count("1") < most_items:
+        if blocks[index].bit_count() < most_items:
             blocks[index] |= 1 << item
             yield from _partitions(k, most_blocks, most_items, item + 1, blocks)
             blocks[index] ^= 1 << item

@@ -28,17 +28,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_locality.placement.bounds.relaxation import (
-    ROUNDING,
-    Prices,
-    Relaxation,
-    block_prices,
-    close,
-    cooled,
-    descend,
-    start_prices,
-    steps_of,
-)
+from moe_locality.placement.bounds import relaxation
+from moe_locality.placement.bounds.relaxation import ROUNDING, Prices, Relaxation, block_prices
 from moe_locality.placement.count_kernels import compiled
 
 _COOLING = 0.97  # faster than without replicas: rounds take longer
@@ -62,7 +53,7 @@ def touched_with_replicas(problem: Relaxation, experts: int, rounds: int) -> flo
     token; its vertices above ``experts`` are the replica slots, and no pattern has them.
     """
     shape = [group.members.shape for group in problem.groups]
-    prices = start_prices(problem)
+    prices = relaxation.start_prices(problem)
     more = ReplicaPrices(
         near=[np.full((count, k, k), _NEAR) for count, k in shape],
         extra=[np.full((count, k), _EXTRA) for count, k in shape],
@@ -70,7 +61,7 @@ def touched_with_replicas(problem: Relaxation, experts: int, rounds: int) -> flo
         beside=np.zeros((experts, experts)),
         count=np.full(experts, problem.num_vertices / experts - 1),
     )
-    for some, smoothing in cooled(rounds, cooling=_COOLING):
+    for some, smoothing in relaxation.cooled(rounds, cooling=_COOLING):
         _improve(problem, prices, more, some, smoothing)
     return max(0.0, _certify(problem, prices, more))
 
@@ -79,10 +70,10 @@ def _improve(
     problem: Relaxation, prices: Prices, more: ReplicaPrices, rounds: range, smoothing: float
 ) -> None:
     """Steps on all prices, in place."""
-    step_up, step_down = steps_of(problem, smoothing)
+    step_up, step_down = relaxation.steps_of(problem, smoothing)
     share, experts = 1.0 / problem.num_tokens, len(more.count)
     for done in rounds:
-        cost, near, extra = _tables(problem, experts)
+        cost, near, extra = problem.cost.copy(), np.zeros((experts, experts)), np.zeros(experts)
         for group, w, z, u in zip(problem.groups, prices.pairs, more.near, more.extra, strict=True):
             part = np.zeros_like(cost)
             where = (group.members, group.tokens, *group.partitions.arrays, problem.num_nodes)
@@ -96,13 +87,13 @@ def _improve(
         over = more.beside.sum(axis=0) - prices.ahead[experts:, :experts].sum(axis=0)
         more.crowd = np.maximum(more.crowd + 0.25 / step_down / problem.num_vertices * over, 0.0)
         _add_crowd(cost, more.crowd)
-        descend(problem, prices, cost, step_down)
+        relaxation.descend(problem, prices, cost, step_down)
 
 
 def _certify(problem: Relaxation, prices: Prices, more: ReplicaPrices) -> float:
     """The bound that the prices prove, per token."""
     share, lowest, experts = 1.0 / problem.num_tokens, 0.0, len(more.count)
-    cost, near, extra = _tables(problem, experts)
+    cost, near, extra = problem.cost.copy(), np.zeros((experts, experts)), np.zeros(experts)
     for group, w, z, u in zip(problem.groups, prices.pairs, more.near, more.extra, strict=True):
         part = np.zeros_like(cost)
         where = (group.members, group.tokens, *group.partitions.arrays, problem.num_nodes)
@@ -110,12 +101,9 @@ def _certify(problem: Relaxation, prices: Prices, more: ReplicaPrices) -> float:
         cost -= 0.5 * share * part
     most, _, _ = _best_replicas(problem, near * share, extra * share, more.crowd)
     _add_crowd(cost, more.crowd)
-    return close(problem, prices, cost, lowest * share - most) - ROUNDING * (lowest * share + most)
-
-
-def _tables(problem: Relaxation, experts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(cost [n, n], sums of the prices by pair [E, E] and by expert [E]), to add to."""
-    return problem.cost.copy(), np.zeros((experts, experts)), np.zeros(experts)
+    touched = lowest * share
+    bound = relaxation.close(problem, prices, cost, touched - most)
+    return bound - ROUNDING * (touched + most)
 
 
 def _add_crowd(cost: np.ndarray, crowd: np.ndarray) -> None:

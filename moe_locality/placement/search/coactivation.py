@@ -66,8 +66,7 @@ class Placed:
     """Layers placed: ``rows`` the experts of each rank (ranks in node order) per layer.
 
     expected: imbalance of the nodes expected on unseen requests, per layer; caps: what was allowed.
-    notes: by row of the layer, what is worth saying in provenance.
-    load: [L, E] of all layers of the trace.
+    notes: by row of the layer, for provenance. load: [L, E] of all layers of the trace.
     serving_nodes: [L, M, E, X] who serves whom, with replicas under the rule "visited".
     """
 
@@ -87,9 +86,8 @@ def solve_coactivation(
     the trace, where known; ``layers``: what the search is to see of its layers.
     """
     placed = place_layers(problem, tables=tables, layers=layers)
-    found: dict[str, Any] = {
-        "expected_imbalance": round(sum(placed.expected) / len(placed.expected), 6)
-    }
+    expected = sum(placed.expected) / len(placed.expected)
+    found: dict[str, Any] = {"expected_imbalance": round(expected, 6)}
     if problem.slack is not None:
         allowed = float(np.mean([cap.allowed for cap in placed.caps]))
         found |= {"max_imbalance": round(allowed, 6), "imbalance_slack": problem.slack}
@@ -102,9 +100,7 @@ def solve_coactivation(
             _log,
             "%d of %d layers cannot be as level as the cap of %g on unseen requests, see "
             "layer_notes in the plan's provenance; first: layer %s: %s",
-            len(placed.notes),
-            len(placed.rows),
-            problem.max_imbalance,
+            *(len(placed.notes), len(placed.rows), problem.max_imbalance),
             *next((key, note["reason"]) for key, note in found["layer_notes"].items()),
         )
     plan = make_plan(problem, placed.rows, load=placed.load, serving_nodes=placed.serving_nodes)
@@ -120,9 +116,8 @@ def place_layers(
 ) -> Placed:
     """Place the experts of all layers, level in the mean over them.
 
-    The number of threads changes no result. ``tables``: counts of the trace, where known;
-    ``layers``: what the search is to see of its layers. ``replica_rounds``: prices of imbalance
-    that are tried with replicas.
+    The number of threads changes no result. ``tables``, ``layers``: as in ``solve_coactivation``.
+    ``replica_rounds``: prices of imbalance that are tried with replicas.
     """
     if tables is None:
         tables = count_tables(problem.trace, problem.sampling_unit)
@@ -134,11 +129,8 @@ def place_layers(
     replicated: list[replicas.Candidate] = []
     slots = [problem.num_slots] * num_layers
     if problem.num_slots > problem.trace.num_experts and problem.group_of is None:
-        least = _least_copies(problem, seen)
-        args = (seen, node_of, caps, seeds, price, replica_rounds, least)
-        replicated, slots = _slots_by_layer(
-            problem, caps, least, lambda num: _replicate(replace(problem, num_slots=num), *args)
-        )
+        search = _Replicas(problem, seen, caps, seeds, _least_copies(problem, seen))
+        replicated, slots = search.slots_by_layer(node_of, price, replica_rounds)
 
     def finish(layer: int) -> tuple[RankLists, list[int]]:
         members = [np.flatnonzero(node_of[layer] == n) for n in range(problem.num_nodes)]
@@ -151,10 +143,8 @@ def place_layers(
         return _finish(mine, weight, served, members, seeds[layer])
 
     finished = map_layers(finish, num_layers)
-    choices = None
     lists = [some.choices for some in replicated if some.choices is not None]
-    if lists:
-        choices = visited.renamed(lists, [order for _, order in finished])
+    orders = [order for _, order in finished]
     expected = [some.imbalance for some in replicated or found]
     notes = {
         layer: _note(tables.load[layer], expected[layer], caps[layer].allowed)
@@ -169,40 +159,31 @@ def place_layers(
         sampling_unit=tables.units.of,
         notes=notes,
         load=tables.load,
-        serving_nodes=choices,
+        serving_nodes=visited.renamed(lists, orders) if lists else None,
     )
 
 
 def place_on_nodes(
     problem: Problem, layers: Sequence[Layer], seeds: Sequence[int]
 ) -> tuple[list[Candidate], list[Cap], float]:
-    """Experts to nodes, level in the mean over the layers: the fewest copies that this allows.
-
-    Returns:
-        (placements, caps of the layers, what an imbalance higher by one is worth).
+    """Experts to nodes, level in the mean over the layers: the fewest copies that this allows; with
+    the caps of the layers, and what an imbalance higher by one is worth.
     """
     tried = map_layers(lambda place: fixed_candidates(layers[place]), len(layers))
-    caps = [
-        load_noise.cap_of(
-            found[0].imbalance, found[-1].imbalance, problem.max_imbalance, problem.slack
-        )
-        for found in tried
-    ]
+    ends = [(found[0].imbalance, found[-1].imbalance) for found in tried]
+    caps = [load_noise.cap_of(*some, problem.max_imbalance, problem.slack) for some in ends]
     # copies of a layer that an imbalance higher by one has to save
     least = problem.worth * float(np.mean([found[0].copies for found in tried]))
 
-    def search(place: int, price: float, turn: int) -> float:
-        return search_to(place, price, turn, caps[place].most)
-
-    def search_to(place: int, price: float, turn: int, most: float) -> float:
-        layer, found = layers[place], tried[place]
+    def search(place: int, price: float, turn: int, most: float | None = None) -> float:
+        layer, found, most = layers[place], tried[place], most or caps[place].most
         if searchable(layer):
             found.append(searched(layer, found, price, most, seeds[place] + turn))
         return found[-1].imbalance
 
     def search_lower(place: int) -> None:
         for turn, share in enumerate(LOWER):
-            search_to(place, share * price, ROUNDS + turn, caps[place].allowed)
+            search(place, share * price, ROUNDS + turn, caps[place].allowed)
 
     def refine_exact(place: int) -> None:
         layer, start = layers[place], tried[place][chosen[place]]
@@ -215,9 +196,8 @@ def place_on_nodes(
                 tried[place] = [c for c in tried[place] if c.copies <= most]
         return load_noise.allocate(tried, caps, least)
 
-    small = all(is_small(layer) for layer in layers)
     allowed = [cap.allowed for cap in caps]
-    rounds = ROUNDS if small else FEW_ROUNDS
+    rounds = ROUNDS if all(map(is_small, layers)) else FEW_ROUNDS
     price = search_lagrangian(search, allowed, rounds, least=least)
     if len(layers) < FEW_LAYERS:
         map_layers(search_lower, len(layers))
@@ -272,122 +252,116 @@ def _least_copies(problem: Problem, layers: Sequence[Layer]) -> float:
     return problem.worth * visits * anywhere
 
 
-def _slots_by_layer(
-    problem: Problem,
-    caps: Sequence[Cap],
-    least: float,
-    search: Callable[[int], list[replicas.Candidate]],
-) -> tuple[list[replicas.Candidate], list[int]]:
-    """What ``search`` finds for a number of slots, and the slots of each layer: equally many, or in
-    the mean over the layers.
+@dataclass(frozen=True, slots=True)
+class _Replicas:
+    """The search with replicas in all slots; level in the mean over layers.
+
+    least: copies that an imbalance higher by one has to save.
     """
-    middle, step = problem.num_slots, problem.num_ranks
-    if not problem.per_layer:
-        return search(middle), [middle] * len(caps)
-    some = (middle - step, middle, middle + step)
-    found = [search(slots) for slots in some]
-    chosen = replicas.share_slots(found, least, sum(cap.allowed for cap in caps))
-    return (
-        [found[option][layer] for layer, option in enumerate(chosen)],
-        [some[option] for option in chosen],
-    )
 
+    problem: Problem
+    layers: Sequence[Layer]
+    caps: Sequence[Cap]
+    seeds: Sequence[int]
+    least: float
 
-def _replicate(
-    problem: Problem,
-    layers: Sequence[Layer],
-    node_of: Sequence[np.ndarray],
-    caps: Sequence[Cap],
-    seeds: Sequence[int],
-    price: float,
-    rounds: int,
-    least: float,
-) -> list[replicas.Candidate]:
-    """Which nodes hold which experts, with replicas in all slots; level in the mean over layers."""
-    ids, home_node = problem.trace.expert_ids, problem.home_node
-    assert ids is not None
-    per_node = problem.num_slots // problem.num_nodes
+    def slots_by_layer(
+        self, node_of: Sequence[np.ndarray], price: float, rounds: int
+    ) -> tuple[list[replicas.Candidate], list[int]]:
+        """What is found from one node per expert, and the slots of each layer: equally many, or in
+        the mean over the layers.
+        """
+        middle, step = self.problem.num_slots, self.problem.num_ranks
+        if not self.problem.per_layer:
+            return self.search(middle, node_of, price, rounds), [middle] * len(self.caps)
+        some = (middle - step, middle, middle + step)
+        found = [self.search(slots, node_of, price, rounds) for slots in some]
+        allowed = sum(cap.allowed for cap in self.caps)
+        chosen = replicas.share_slots(found, self.least, allowed)
+        best = [found[option][layer] for layer, option in enumerate(chosen)]
+        return best, [some[option] for option in chosen]
 
-    def begin(place: int) -> replicas.Start:
-        layer, most = layers[place], caps[place].most
-        mine = np.ascontiguousarray(ids[:, place])
-        return replicas.begin(
-            mine, node_of[place], layer.load, home_node, per_node, layer.noise, most, seeds[place]
-        )
+    def search(
+        self, slots: int, node_of: Sequence[np.ndarray], price: float, rounds: int
+    ) -> list[replicas.Candidate]:
+        """Which nodes hold which experts, with so many slots in every layer."""
+        problem, caps, seeds = self.problem, self.caps, self.seeds
+        ids, home_node = problem.trace.expert_ids, problem.home_node
+        assert ids is not None
+        per_node = slots // problem.num_nodes
 
-    starts = map_layers(begin, len(layers))
-    begun = [replicas.candidate(start, start.held) for start in starts]
+        def begin(place: int) -> replicas.Start:
+            layer, most = self.layers[place], caps[place].most
+            mine, nodes = np.ascontiguousarray(ids[:, place]), node_of[place]
+            goal = (per_node, layer.noise, most, seeds[place])
+            return replicas.begin(mine, nodes, layer.load, home_node, *goal)
 
-    def search(place: int, price: float, turn: int) -> replicas.Candidate:
-        return replicas.searched(starts[place], price, seeds[place] + turn)
+        starts = map_layers(begin, len(caps))
+        begun = [replicas.candidate(start, start.held) for start in starts]
 
-    lower = _capped_by_linear(problem, caps)
-    first = CHEAPER * price
-    found, price = _best_of_prices(begun, search, caps, rounds, first, least, lower)
-    if problem.serving_rule == "home":
-        return found
-    rounds = min(rounds, VISITED_ROUNDS)
-    return _serve_visited(problem, layers, found, caps, seeds, price, rounds, least)
+        def search(place: int, price: float, turn: int) -> replicas.Candidate:
+            return replicas.searched(starts[place], price, seeds[place] + turn)
 
+        allowed, slack = float(np.mean([cap.allowed for cap in caps])), problem.slack
+        # the usual order leaves less than the slack: it is level
+        lower = FAR_LOWER if slack is not None and allowed < 1 + slack else ()
+        found, price = self.best_of_prices(begun, search, rounds, CHEAPER * price, lower)
+        if problem.serving_rule == "home":
+            return found
+        return self.serve_visited(found, price, min(rounds, VISITED_ROUNDS))
 
-def _serve_visited(
-    problem: Problem,
-    layers: Sequence[Layer],
-    found: Sequence[replicas.Candidate],
-    caps: Sequence[Cap],
-    seeds: Sequence[int],
-    price: float,
-    rounds: int,
-    least: float,
-) -> list[replicas.Candidate]:
-    """Go on from what was ``found`` for the rule "home" under the rule "visited"."""
-    ids, home_node = problem.trace.expert_ids, problem.home_node
-    assert ids is not None
-    experts = problem.trace.num_experts
-    tokens = map_layers(
-        lambda i: visited.samples(ids[:, i], home_node, experts, seeds[i]), len(layers)
-    )
-    seen = [(some[0], layer.load, layer.noise) for some, layer in zip(tokens, layers, strict=True)]
-    begun = map_layers(lambda i: visited.begun(*seen[i], found[i].held), len(layers))
+    def serve_visited(
+        self, found: Sequence[replicas.Candidate], price: float, rounds: int
+    ) -> list[replicas.Candidate]:
+        """Go on from what was ``found`` for the rule "home" under the rule "visited"."""
+        ids, home_node = self.problem.trace.expert_ids, self.problem.home_node
+        assert ids is not None
+        experts, seeds = self.problem.trace.num_experts, self.seeds
 
-    def search(place: int, price: float, turn: int) -> replicas.Candidate:
-        goal = (price, caps[place].most, seeds[place] + turn)
-        return visited.searched_visited(*seen[place], tokens[place][1], begun[place], *goal)
+        def sample(most: int) -> list[visited.Tokens]:
+            return map_layers(
+                lambda i: visited.distinct_tokens(ids[:, i], home_node, experts, seeds[i], most),
+                len(found),
+            )
 
-    first = max(price, load_noise.LEAST_PRICE)
-    return _best_of_prices(begun, search, caps, rounds, first, least)[0]
+        whole, few = sample(visited.MAX_TOKENS), sample(visited.FEW_TOKENS)
+        each = zip(whole, self.layers, strict=True)
+        seen = [(tokens, layer.load, layer.noise) for tokens, layer in each]
+        begun = map_layers(lambda i: visited.begun(*seen[i], found[i].held), len(found))
 
+        def search(place: int, price: float, turn: int) -> replicas.Candidate:
+            goal = (price, self.caps[place].most, seeds[place] + turn)
+            return visited.searched_visited(*seen[place], few[place], begun[place], *goal)
 
-def _capped_by_linear(problem: Problem, caps: Sequence[Cap]) -> bool:
-    """Whether the usual order leaves less than the slack: it is level."""
-    allowed = float(np.mean([cap.allowed for cap in caps]))
-    return problem.slack is not None and allowed < 1 + problem.slack
+        first = max(price, load_noise.LEAST_PRICE)
+        return self.best_of_prices(begun, search, rounds, first)[0]
 
+    def best_of_prices(
+        self,
+        begun: Sequence[replicas.Candidate],
+        search: Callable[[int, float, int], replicas.Candidate],
+        rounds: int,
+        first: float,
+        lower: Sequence[float] = (),
+    ) -> tuple[list[replicas.Candidate], float]:
+        """(what is best for each layer of what was ``begun`` and found at prices of imbalance, the
+        next price); ``search`` and ``first`` as in ``search_lagrangian``. ``lower``: shares of the
+        last price to try too, for ``least`` may keep a walk from passing what is less level to what
+        is better.
+        """
+        tried = [[some] for some in begun]
 
-def _best_of_prices(
-    begun: Sequence[replicas.Candidate],
-    search: Callable[[int, float, int], replicas.Candidate],
-    caps: Sequence[Cap],
-    rounds: int,
-    first: float,
-    least: float,
-    lower: bool = False,
-) -> tuple[list[replicas.Candidate], float]:
-    """(what is best for each layer of what was ``begun`` and found at prices of imbalance, the next
-    price); ``search``, ``first`` and ``least`` as in ``search_lagrangian``. ``lower``: at lower
-    prices too, for ``least`` may keep a walk from passing what is less level to what is better.
-    """
-    tried = [[some] for some in begun]
+        def kept(place: int, price: float, turn: int) -> float:
+            tried[place].append(search(place, price, turn))
+            return tried[place][-1].imbalance
 
-    def kept(place: int, price: float, turn: int) -> float:
-        tried[place].append(search(place, price, turn))
-        return tried[place][-1].imbalance
-
-    price = search_lagrangian(kept, [cap.allowed for cap in caps], rounds, first, least)
-    for turn, share in enumerate(FAR_LOWER if lower else ()):
-        map_layers(lambda place, at=(share * price, rounds + turn): kept(place, *at), len(caps))
-    chosen = load_noise.allocate(tried, caps, least)
-    return [some[i] for some, i in zip(tried, chosen, strict=True)], price
+        allowed = [cap.allowed for cap in self.caps]
+        price = search_lagrangian(kept, allowed, rounds, first, self.least)
+        for turn, share in enumerate(lower):
+            at = (share * price, rounds + turn)
+            map_layers(lambda place, at=at: kept(place, *at), len(tried))
+        chosen = load_noise.allocate(tried, self.caps, self.least)
+        return [some[i] for some, i in zip(tried, chosen, strict=True)], price
 
 
 def place_on_ranks(
@@ -477,9 +451,8 @@ class Tables:
 class Layer:
     """What the search sees of one layer; its experts may be groups of experts that stay together.
 
-    patterns: see ``refine_exact.patterns``, of every so many tokens.
-    weight: [E, E] tokens that picked both; load: [E] picks; pin: [E, M] picks by home node.
-    sizes: experts on each node.
+    patterns: see ``swaps.patterns``, of every so many tokens. weight: [E, E] tokens that picked
+    both; load: [E] picks; pin: [E, M] picks by home node. sizes: experts on each node.
     """
 
     patterns: tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -493,14 +466,12 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """A placement of one layer: copies are visits per token (for the objective "picks": remote
-    picks per pick), imbalance is the expected one.
+class Candidate(load_noise.Candidate):
+    """With the node of each expert [E]; copies are visits per token (for the objective "picks":
+    remote picks per pick).
     """
 
     node_of: np.ndarray
-    copies: float
-    imbalance: float
 
 
 def count_tables(trace: RoutingTrace, sampling_unit: str | int = "request") -> Tables:
@@ -529,22 +500,19 @@ def make_layer(problem: Problem, tables: Tables, layer: int) -> Layer:
     load, unit_load = tables.load[layer].astype(np.float64), tables.unit_load[layer]
     if problem.group_of is not None:
         onto = (problem.group_of == np.arange(problem.group_of.max() + 1)[:, None]).astype(float)
-        ids = _group_ids(ids, problem.group_of)
+        ids = np.sort(np.append(problem.group_of, -1).astype(np.int16)[ids], axis=1)
+        ids[:, 1:][ids[:, 1:] == ids[:, :-1]] = -1  # each group once
         weight = counting.pairs_of_layer(ids, len(onto))
         load, unit_load, pin = onto @ load, unit_load @ onto.T, onto @ pin
         experts = len(onto)
     if problem.objective == "picks":  # experts do not attract each other, only homes do
         weight = np.zeros_like(weight)
-    if experts <= REFINE_EXPERTS:
-        rows = patterns(ids, experts, home)
-    else:
-        rows = (ids, home, np.ones(len(ids)))
     noise = load_noise.no_noise(experts)
     if problem.unseen:
         own_error = 1.0 if problem.slack is None else load_noise.OWN_ERROR
         noise = load_noise.noise_of(unit_load, tables.units, own_error)
     return Layer(
-        patterns=rows,
+        patterns=patterns(ids, experts, home),
         weight=weight,
         load=load,
         pin=pin,
@@ -553,14 +521,6 @@ def make_layer(problem: Problem, tables: Tables, layer: int) -> Layer:
         grouped=problem.group_of is not None,
         by_pick=problem.objective == "picks",
     )
-
-
-def _group_ids(ids: np.ndarray, group_of: np.ndarray) -> np.ndarray:
-    """Groups that each token of ids [T, K] picks, each once, -1 for the rest."""
-    table = np.append(group_of, -1).astype(np.int16)
-    groups = np.sort(table[ids], axis=1)
-    groups[:, 1:][groups[:, 1:] == groups[:, :-1]] = -1
-    return groups
 
 
 def lightest_first(load: np.ndarray, sizes: tuple[int, ...] | list[int]) -> np.ndarray:
@@ -619,9 +579,8 @@ def place(
     """[E] node of each expert, with few copies plus ``price`` times the expected imbalance.
 
     Args:
-        linear_copies: of the linear layout of this layer.
+        linear_copies: of the linear layout. limit: imbalance that the layer should not exceed.
         price: copies per token (picks per pick) that an imbalance higher by one is worth.
-        limit: imbalance that the layer should not exceed.
         start: [E] node of each expert; ``again``: it was found so, at another price.
     """
     worth = 1.0  # of a copy, or remote pick, in the search
@@ -630,21 +589,11 @@ def place(
         worth = most / max(linear_copies * layer.patterns[2].sum(), 1.0)
     per_pick = _per_pick(layer, price) * worth
     most = limit * layer.load.sum() / len(layer.sizes)
-    steps = min(STEPS * len(layer.load), MOST_STEPS)
-    temperature = HOT
+    steps, hot = min(STEPS * len(layer.load), MOST_STEPS), HOT
     if again:
-        steps, temperature = steps // AGAIN, HOT * AGAIN_TEMPERATURE
+        steps, hot = steps // AGAIN, HOT * AGAIN_TEMPERATURE
     return anneal(
-        layer.weight,
-        layer.pin,
-        layer.load,
-        layer.noise,
-        per_pick,
-        most,
-        start,
-        steps,
-        seed,
-        temperature,
+        layer.weight, layer.pin, layer.load, layer.noise, per_pick, most, start, steps, seed, hot
     )
 
 
@@ -656,19 +605,13 @@ def _per_pick(layer: Layer, price: float) -> float:
 
 def refined(layer: Layer, start: Candidate, price: float, limit: float, seed: int) -> Candidate:
     """``start`` searched on the exact copies, where its layer is small enough."""
-    experts, num_nodes = len(layer.load), len(layer.sizes)
     if not is_small(layer) or not searchable(layer) or layer.by_pick:
         return start
+    load, nodes = layer.load, len(layer.sizes)
+    goal = (_per_pick(layer, price), limit * load.sum() / nodes)
+    steps = int(REFINE_STEPS * len(load) ** 3)
     node_of, _ = refine_exact(
-        layer.patterns,
-        layer.load,
-        layer.noise,
-        _per_pick(layer, price),
-        limit * layer.load.sum() / num_nodes,
-        start.node_of,
-        num_nodes,
-        int(REFINE_STEPS * experts**3),
-        seed,
+        layer.patterns, load, layer.noise, *goal, start.node_of, nodes, steps, seed
     )
     return _candidate(layer, node_of)
 

@@ -18,12 +18,10 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from moe_locality.errors import PlacementError
-from moe_locality.placement.count_kernels import compiled
 from moe_locality.placement.counting import map_layers
 from moe_locality.trace.schema import RoutingTrace
 
@@ -55,11 +53,9 @@ _LARGEST = 2.0**20  # deviations are rounded to whole numbers below this: sums o
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Noise:
-    """How the loads of one layer vary from sample to sample.
-
-    covariance: [E, E] whole numbers in float64, of the deviations times ``scale``.
-    deviation: factor from the root of a block's covariance to the standard deviation of its load
-        on an unseen sample, in picks of the trace.
+    """How the loads of one layer vary from sample to sample: covariances [E, E], whole numbers in
+    float64, and the factor ``deviation`` from the root of a block's covariance to the standard
+    deviation of its load on an unseen sample, in picks of the trace.
     """
 
     covariance: np.ndarray
@@ -70,10 +66,9 @@ class Noise:
 class Units:
     """What of a trace comes independently of the rest.
 
-    unit: [T] int64 unit of each token. of: "request", "domain" or a number of requests next to
-        each other.
-    stratum: [U] domain of each unit; squares: [S] sum, over the requests of a domain, of their
-        tokens squared. Both None where a unit may be of any domain.
+    unit: [T] int64 unit of each token. of: "request", "domain" or a number of requests next to each
+    other. stratum: [U] domain of each unit; squares: [S] sum, over the requests of a domain, of
+    their tokens squared; both None where a unit may be of any domain.
     """
 
     unit: np.ndarray
@@ -96,11 +91,8 @@ def units_of(request_id: np.ndarray, size: int = 1) -> np.ndarray:
 
 
 def sampling_units(trace: RoutingTrace, of: str | int) -> Units:
-    """The units that requests come in.
-
-    Args:
-        of: "request", each by itself; "domain", domains as a whole; a number of requests that are
-            next to each other; "auto", as many neighbors as are found to be alike.
+    """The units that requests come in: "request", each by itself; "domain", domains as a whole; a
+    number of requests that are next to each other; "auto", as many neighbors as are found alike.
 
     Raises:
         PlacementError: "domain" for a trace with fewer than two domains.
@@ -125,20 +117,20 @@ def sampling_units(trace: RoutingTrace, of: str | int) -> Units:
     return Units(unit=units_of(trace.request_id))
 
 
-def _requests_by_domain(trace: RoutingTrace) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """([R] request ids ordered by domain, then number; [R] their domains; [T] place there)."""
+def _requests_by_domain(trace: RoutingTrace) -> tuple[np.ndarray, np.ndarray]:
+    """([R] domains of the requests ordered by domain, then number; [T] place there)."""
     assert trace.request_id is not None
     ids, first, index = np.unique(trace.request_id, return_index=True, return_inverse=True)
     domain = np.zeros(len(ids), np.int64) if trace.domain_id is None else trace.domain_id[first]
     order = np.lexsort((ids, domain))
     place = np.empty(len(ids), dtype=np.int64)
     place[order] = np.arange(len(ids))
-    return ids[order], domain[order], place[index]
+    return domain[order], place[index]
 
 
 def _units_of_neighbors(trace: RoutingTrace, size: int) -> Units:
     """Blocks of ``size`` requests of one domain; the mix of domains varies request by request."""
-    _, domain, place = _requests_by_domain(trace)
+    domain, place = _requests_by_domain(trace)
     stratum_of, count = np.unique(domain, return_inverse=True, return_counts=True)[1:]
     begin = np.cumsum(count) - count
     block = (np.arange(len(domain)) - begin[stratum_of]) // size
@@ -163,10 +155,13 @@ def neighbors_alike(trace: RoutingTrace) -> int:
     (Kish, Survey Sampling, 1965, section 5.4). b doubles while that grows, and while it is larger
     than in all of ``_SHUFFLES`` shuffles of the requests inside their domains.
     """
-    _, domain, place = _requests_by_domain(trace)
+    domain, place = _requests_by_domain(trace)
     if len(domain) < 4 * MIN_REQUESTS:
         return 1
-    chosen = _stretches(len(domain))
+    chosen = np.arange(len(domain))
+    if len(domain) > _LOOKED_AT:  # stretches of neighbors
+        begin = np.linspace(0, len(domain) - _STRETCH, _LOOKED_AT // _STRETCH).astype(np.int64)
+        chosen = np.unique(begin[:, None] + chosen[:_STRETCH])
     alike = _likeness(trace, domain, place, chosen)
     domain, size, last = domain[chosen], 1, float(np.trace(alike))
     rng = np.random.default_rng(0)
@@ -181,14 +176,6 @@ def neighbors_alike(trace: RoutingTrace) -> int:
             break
         size, last = 2 * size, found
     return size
-
-
-def _stretches(count: int) -> np.ndarray:
-    """Places of at most ``_LOOKED_AT`` of ``count`` requests, in stretches of neighbors."""
-    if count <= _LOOKED_AT:
-        return np.arange(count)
-    starts = np.linspace(0, count - _STRETCH, _LOOKED_AT // _STRETCH).astype(np.int64)
-    return np.unique((starts[:, None] + np.arange(_STRETCH)).ravel())
 
 
 def _blocks(domain: np.ndarray, chosen: np.ndarray, size: int) -> np.ndarray:
@@ -284,23 +271,16 @@ def shared_noise(noises: Sequence[Noise], loads: np.ndarray) -> Noise:
 
 
 def expected_imbalance(block_of: np.ndarray, load: np.ndarray, noise: Noise, blocks: int) -> float:
-    """Mean of max / mean of the block loads over unseen samples; 1 for a layer without picks.
-
-    Args:
-        block_of: [E] block of each expert. load: [E] picks.
+    """Mean of max / mean of the block loads over unseen samples, from the block of each expert [E]
+    and its picks [E]; 1 for a layer without picks.
     """
-    block_of = np.asarray(block_of, dtype=np.int64)
-    covariance = _block_covariance(noise.covariance, block_of, blocks)
-    return _expected(np.bincount(block_of, weights=load, minlength=blocks), covariance, noise)
+    share = (np.asarray(block_of) == np.arange(blocks)[:, None]).astype(np.float64)
+    return expected_shared_imbalance(share, load, noise)
 
 
 def expected_shared_imbalance(share: np.ndarray, load: np.ndarray, noise: Noise) -> float:
     """``expected_imbalance`` where block b serves the share [B, E] of the picks of each expert."""
-    return _expected(share @ load, share @ noise.covariance @ share.T, noise)
-
-
-def _expected(block_load: np.ndarray, covariance: np.ndarray, noise: Noise) -> float:
-    """Of block loads [M] and the covariance [M, M] in the scale of the noise."""
+    block_load, covariance = share @ load, share @ noise.covariance @ share.T
     blocks, total = len(block_load), float(block_load.sum())
     if total == 0 or blocks == 1:
         return 1.0
@@ -309,16 +289,6 @@ def _expected(block_load: np.ndarray, covariance: np.ndarray, noise: Noise) -> f
     root = vectors * np.sqrt(np.maximum(values, 0))
     share = block_load * (blocks / total)
     return float((share[:, None] + root @ _draws(blocks)).max(axis=0).mean())
-
-
-@compiled
-def _block_covariance(covariance, block_of, blocks):
-    """[M, M] sums of covariance [E, E] over pairs of blocks."""
-    sums = np.zeros((blocks, blocks))
-    for e in range(len(block_of)):
-        for f in range(len(block_of)):
-            sums[block_of[e], block_of[f]] += covariance[e, f]
-    return sums
 
 
 @functools.lru_cache(maxsize=8)
@@ -346,13 +316,14 @@ def samples_of(noise: Noise | None, blocks: int) -> tuple[np.ndarray, float, np.
     return noise.covariance, noise.deviation, few_draws(blocks)
 
 
-class Candidate(Protocol):
-    """A placement of one layer: its cost and its expected imbalance."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A placement of one layer: its copies per token, and the imbalance of the nodes expected on
+    unseen requests.
+    """
 
-    @property
-    def copies(self) -> float: ...
-    @property
-    def imbalance(self) -> float: ...
+    copies: float
+    imbalance: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -364,13 +335,9 @@ class Cap:
 
 
 def cap_of(linear: float, packed: float, max_imbalance: float, slack: float | None) -> Cap:
-    """The cap of a layer.
-
-    Args:
-        linear: imbalance to expect of the usual order; packed: of packing by loads alone.
-        max_imbalance: the cap of all layers, where loads alone can reach it.
-        slack: instead, each layer may be this much above what it can reach, but not above its usual
-            order.
+    """The cap of a layer: ``max_imbalance``, where packing by loads alone can reach it (the
+    imbalance ``packed``); or, with a ``slack``, so much above what can be reached, but not above
+    the usual order's, ``linear``.
     """
     if slack is None:
         allowed = max(max_imbalance, packed)
@@ -394,16 +361,14 @@ def search_lagrangian(
     first: float = FIRST_MULTIPLIER,
     least: float = 0.0,
 ) -> float:
-    """Search all layers at prices that come nearer to the mean imbalance allowed.
+    """Search all layers at prices that come nearer to the mean imbalance allowed; returns the price
+    that would come next.
 
     Args:
         search: called with (place of a layer, price, round), by several threads; returns the
             expected imbalance of what it found.
         allowed: imbalance of each layer.
         least: price below which an imbalance that is allowed is not worth having.
-
-    Returns:
-        the price that would come next.
     """
     target, price = float(np.mean(allowed)) - 1, max(first, least)
     known: list[tuple[float, float]] = []
@@ -441,32 +406,26 @@ def next_multiplier(known: Sequence[tuple[float, float]], target: float) -> floa
 def allocate(
     tried: Sequence[Sequence[Candidate]], caps: Sequence[Cap], least: float = 0.0
 ) -> list[int]:
-    """Choose one candidate per layer: fewest copies in all, with the mean imbalance as allowed.
+    """The candidate chosen in each layer: fewest copies in all, with the mean imbalance as allowed.
 
     Steps of a call follow one another, so what imbalance costs adds up over the layers: it is
     spent where it saves most copies. A multiple-choice knapsack, solved greedily along the lower
     convex hulls of the layers (Sinha and Zoltners, Operations Research 27, 1979).
 
     Args:
-        tried: candidates of each layer.
         caps: only the sum of what is allowed counts, but no layer gets more than its ``most``.
             Where no candidate keeps to that, the most level is taken.
         least: copies that an imbalance higher by one has to save; less is not worth it.
-
-    Returns:
-        the index of the candidate chosen in each layer.
     """
-    copies = [[some.copies for some in layer] for layer in tried]
-    imbalance = [[some.imbalance for some in layer] for layer in tried]
-    budget = sum(cap.allowed for cap in caps)
-    hulls = [_hull(c, i, cap.most) for c, i, cap in zip(copies, imbalance, caps, strict=True)]
-    chosen = [hull[0] for hull in hulls]
-    spent = sum(imbalance[layer][place] for layer, place in enumerate(chosen))
-    steps = []
-    for layer, hull in enumerate(hulls):
+    budget, spent = sum(cap.allowed for cap in caps), 0.0
+    chosen, steps = [], []
+    for layer, (some, cap) in enumerate(zip(tried, caps, strict=True)):
+        hull = falling_hull([(one.imbalance, one.copies) for one in some], cap.most)
+        chosen.append(hull[0])
+        spent += some[hull[0]].imbalance
         for rank, (here, there) in enumerate(itertools.pairwise(hull)):
-            cost = imbalance[layer][there] - imbalance[layer][here]
-            gain = copies[layer][here] - copies[layer][there]
+            cost = some[there].imbalance - some[here].imbalance
+            gain = some[here].copies - some[there].copies
             steps.append((-gain / max(cost, 1e-12), layer, rank, cost, there))
     blocked = set()
     for slope, layer, _, cost, there in sorted(steps):
@@ -478,19 +437,19 @@ def allocate(
     return chosen
 
 
-def _hull(copies: Sequence[float], imbalance: Sequence[float], most: float) -> list[int]:
-    """Candidates on the lower convex hull, from the most level to the fewest copies."""
-    places = sorted(range(len(copies)), key=lambda i: (imbalance[i], copies[i], i))
-    fine = [i for i in places if imbalance[i] <= most] or places[:1]
+def falling_hull(points: Sequence[Sequence[float]], most: float = np.inf) -> list[int]:
+    """Places of the points (x, y) on the falling part of their lower convex hull, x rising up to
+    ``most``; the first point alone where none is below that.
+    """
+    places = sorted(range(len(points)), key=lambda i: (*points[i], i))
     hull: list[int] = []
-    for place in fine:
-        if hull and copies[place] >= copies[hull[-1]]:
+    for place in [i for i in places if points[i][0] <= most] or places[:1]:
+        x, y = points[place]
+        if hull and y >= points[hull[-1]][1]:
             continue
         while len(hull) > 1:
-            before, last = hull[-2], hull[-1]
-            left = (copies[before] - copies[last]) * (imbalance[place] - imbalance[before])
-            right = (copies[before] - copies[place]) * (imbalance[last] - imbalance[before])
-            if left > right:
+            (x0, y0), (x1, y1) = points[hull[-2]], points[hull[-1]]
+            if (y0 - y1) * (x - x0) > (y0 - y) * (x1 - x0):
                 break
             hull.pop()
         hull.append(place)

@@ -121,47 +121,31 @@ be kept for a saving of fewer copies than this."""
 
 
 @compiled
-def _alone_one(row, weight, bits):
-    """Plain loops over whole slices: these become vector instructions."""
-    total = np.int64(0)
-    for i in range(len(row)):
-        if row[i] & bits == 0:
-            total += weight[i]
-    return total
-
-
-@compiled
-def _alone_four(first, second, third, fourth, weight, bits):
-    total = np.int64(0)
-    one, two, three, four = bits[0], bits[1], bits[2], bits[3]
-    for i in range(len(first)):
-        if first[i] & one | second[i] & two | third[i] & three | fourth[i] & four == 0:
-            total += weight[i]
-    return total
-
-
-@compiled
 def _alone(words, weight, start, stop, others):
-    """Weight of the tokens start .. stop that pick none of the experts in ``others`` [W]."""
-    size = words.shape[0]
+    """Weight of the tokens start .. stop that pick none of the experts in ``others`` [W].
+
+    Plain loops over whole slices: with one word or four these become vector instructions.
+    """
+    size, part, total = words.shape[0], weight[start:stop], np.int64(0)
     if size == 1:
-        return _alone_one(words[0, start:stop], weight[start:stop], others[0])
-    if size == 4:
-        return _alone_four(
-            words[0, start:stop],
-            words[1, start:stop],
-            words[2, start:stop],
-            words[3, start:stop],
-            weight[start:stop],
-            others,
-        )
-    total = np.int64(0)
-    for i in range(start, stop):
-        met = words[0, i] & others[0]
-        for w in range(1, size):
-            met |= words[w, i] & others[w]
-        if met == 0:
-            total += weight[i]
+        row, bits = words[0, start:stop], others[0]
+        for i in range(len(row)):
+            if row[i] & bits == 0:
+                total += part[i]
+    elif size == 4:
+        first, second = words[0, start:stop], words[1, start:stop]
+        third, fourth = words[2, start:stop], words[3, start:stop]
+        one, two, three, four = others[0], others[1], others[2], others[3]
+        for i in range(len(first)):
+            if first[i] & one | second[i] & two | third[i] & three | fourth[i] & four == 0:
+                total += part[i]
+    else:
+        for i in range(start, stop):
+            met = words[0, i] & others[0]
+            for w in range(1, size):
+                met |= words[w, i] & others[w]
+            if met == 0:
+                total += weight[i]
     return total
 
 
@@ -205,15 +189,13 @@ def lonely(words, weight, first, bit, served, sets, home, gain):
 
 @compiled
 def add_greedily(words, weight, first, bit, load, order, picks, cap, held, room):
-    """Fill the room [M] of the nodes, each time with the replica that saves most copies.
+    """Fill the room [M] of the nodes, each time with the replica that saves most copies; returns
+    (served [M, E], sets [M, M, W], copies before, copies after).
 
     Lazy: a replica of e saves at most the copies that e alone causes, over all homes, as long as
     only e is rerouted; candidates are recounted in falling order of that bound, under the true
     serving rule, until none left can win or ``_PATIENCE`` in a row did not. What brings more load
     above the cap loses against everything that does not.
-
-    Returns:
-        (served [M, E], sets [M, M, W], copies before, copies after).
     """
     nodes, experts = held.shape
     served = np.full((nodes, experts), -1, dtype=np.int64)
@@ -340,9 +322,7 @@ def anneal(
     busiest node (``cov``, ``unit``, ``draws`` as in ``anneal`` of experts without replicas); load
     above the ``limit`` costs ``swaps.STEEP`` times more. The state arguments are changed. A step
     that costs more than the temperature allows (``hot`` down to ``cold``, in copies) is undone.
-
-    Returns:
-        (held [M, E] of the state met that costs least; its copies less those of the start).
+    Returns held [M, E] of the state met that costs least, and its copies less those of the start.
     """
     nodes, experts = held.shape
     state = np.array([np.uint64(seed)])
@@ -420,14 +400,20 @@ def propose(held, copies_of, state):
 
 
 @compiled
-def _change(held, load, copies_of, base, a, e, b, f):
+def put(held, a, e, b, f):
     """Put f in the place of e on node a and, where b >= 0, e in the place of f on node b."""
-    hold(held, load, copies_of, base, e, -1)
-    hold(held, load, copies_of, base, f, -1)
     held[a, e], held[a, f] = False, True
     if b >= 0:
         held[b, f], held[b, e] = False, True
-    else:
+
+
+@compiled
+def _change(held, load, copies_of, base, a, e, b, f):
+    """``put``, with the numbers of copies and the ``sure_loads``."""
+    hold(held, load, copies_of, base, e, -1)
+    hold(held, load, copies_of, base, f, -1)
+    put(held, a, e, b, f)
+    if b < 0:
         copies_of[e] -= 1
         copies_of[f] += 1
     hold(held, load, copies_of, base, e, 1)

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_locality.placement import counting
-from moe_locality.placement.search import replica_moves
+from moe_locality.placement.search import load_noise, replica_moves
 from moe_locality.placement.search.load_noise import Noise, expected_shared_imbalance, few_draws
 from moe_locality.placement.search.replica_moves import serve
+from moe_locality.placement.search.swaps import distinct_rows, rows_by_value
 
 MAX_TOKENS = 1 << 14
 """Copies are counted on a sample of so many tokens, where there are more. Loads are exact."""
@@ -33,9 +34,9 @@ HOT, COLD = 0.01, 0.001
 class TokenIndex:
     """The tokens of each expert as sets of experts; W words, N picks, H home groups.
 
-    words: [W, N] uint32 or uint64, the picks of a token as bits. weight: [N] int32 tokens with
-    these picks. first: [H, E + 1] int64, where the tokens of an expert (by home) start. bit: [E, W]
-    the bits of each expert.
+    words: [W, N] uint32 or uint64, the picks of a token as bits; bit: [E, W] those of each expert.
+    weight: [N] int32 tokens with these picks. first: [H, E + 1] int64, where the tokens of an
+    expert (by home) start.
     """
 
     words: np.ndarray
@@ -75,17 +76,14 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+class Candidate(load_noise.Candidate):
     """held: [M, E] which node holds which expert. served_load: [M, E] picks that each node serves.
 
-    copies: per token; imbalance: of the nodes, expected on unseen requests. choices: [M, E, X]
-    nodes that may serve an expert for homes on a node, under the rule "visited".
+    choices: [M, E, X] nodes that may serve an expert for homes on a node, under the rule "visited".
     """
 
     held: np.ndarray
     served_load: np.ndarray
-    copies: float
-    imbalance: float
     choices: np.ndarray | None = None
 
 
@@ -102,10 +100,8 @@ def begin(
     """Fill all slots of all nodes greedily, starting from one node per expert.
 
     Args:
-        ids: [T, K] picks of the layer, -1 = none.
-        block_of: [E] the node to start each expert from.
-        load: [E] picks of each expert in the trace, as in the plan.
-        home_node: [T], or empty: uniform homes.
+        ids: [T, K] picks of the layer, -1 = none. home_node: [T], or empty: uniform homes.
+        block_of: [E] the node to start each expert from. load: [E] picks of it, as in the plan.
         slots_per_node: a node that could hold every expert holds every expert.
         limit: most imbalance that the layer should have.
     """
@@ -120,10 +116,7 @@ def begin(
         homes = 1
     else:
         picks, homes = np.tile(load / num_nodes, (num_nodes, 1)), num_nodes
-    rows = np.arange(len(ids))
-    if len(ids) > MAX_TOKENS:
-        rows = np.random.default_rng(seed).choice(len(ids), MAX_TOKENS, replace=False)
-        rows.sort()
+    rows = sample(len(ids), MAX_TOKENS, seed)
     part = home_node[rows] if home_node.size else home_node
     index = index_tokens(ids[rows], part, experts, num_nodes)
     most = limit * float(load.sum()) / num_nodes
@@ -144,6 +137,13 @@ def begin(
         noise=noise,
         most=most,
     )
+
+
+def sample(count: int, most: int, seed: int) -> np.ndarray:
+    """Rising numbers of at most ``most`` of ``count`` tokens."""
+    if count <= most:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).choice(count, most, replace=False))
 
 
 def candidate(start: Start, held: np.ndarray, change: int = 0) -> Candidate:
@@ -185,13 +185,10 @@ def searched(start: Start, price: float, seed: int) -> Candidate:
 
 
 def share_slots(options: Sequence[Sequence[Candidate]], least: float, allowed: float) -> list[int]:
-    """[L] which of three options each layer takes: as many take the last, with more slots, as the
-    first, with fewer; so that copies and ``least`` times the imbalance are fewest in all.
-
-    Args:
-        options: of fewer, as many and more slots, each a placement per layer.
-        allowed: sum of the imbalance of all layers; where the choice exceeds it (and what all take
-            of the middle one too), all take the middle one.
+    """[L] which of three options (placements of all layers with fewer, as many and more slots) each
+    layer takes: as many take the last as the first, so that copies and ``least`` times the
+    imbalance are fewest in all. Where the imbalance adds up to more than ``allowed`` (and than that
+    of the middle option), all take the middle one.
     """
     layers = len(options[0])
     cost = np.array([[c.copies + least * c.imbalance for c in some] for some in options])
@@ -218,31 +215,20 @@ def index_tokens(
     """Group tokens with the same picks (and home node) and list them by expert."""
     size, dtype = (32, np.uint32) if num_experts <= 32 else (64, np.uint64)
     expert = np.arange(num_experts)
-    count_words = -(-num_experts // size)
-    if 1 < count_words < 4:
-        count_words = 4  # the search has a fast loop for one word and for four
+    # the search has a fast loop for one word and for four
+    count_words = 1 if num_experts <= size else max(4, -(-num_experts // size))
     bit = np.zeros((num_experts, count_words), dtype=dtype)
     bit[expert, expert // size] = dtype(1) << (expert % size).astype(dtype)
     bits = np.concatenate([bit, np.zeros((1, bit.shape[1]), dtype=dtype)])  # -1: no pick
     masks = np.bitwise_or.reduce(bits[ids], axis=1)  # [T, W]
     homes = num_nodes if home_node.size else 1
-    key = np.zeros((len(ids), bit.shape[1] + 1), dtype=np.uint64)
-    key[:, 1:] = masks
-    if home_node.size:
-        key[:, 0] = home_node
-    order = np.lexsort(key.T)
-    new = np.ones(len(ids), dtype=bool)
-    new[1:] = (key[order][1:] != key[order][:-1]).any(axis=1)
-    count = np.bincount(np.cumsum(new) - 1) if len(ids) else np.zeros(0, dtype=np.int64)
-    chosen = order[new]
-    pattern, place = np.nonzero(ids[chosen] >= 0)
-    row = key[chosen, 0].astype(np.int64)[pattern] * num_experts + ids[chosen][pattern, place]
-    by_row = np.argsort(row, kind="stable")
-    starts = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=homes * num_experts))])
-    span = np.arange(homes)[:, None] * num_experts + np.arange(num_experts + 1)
+    home = home_node if home_node.size else np.zeros(len(ids), dtype=np.int64)
+    chosen, count = distinct_rows(np.column_stack([home.astype(np.uint64), masks]))
+    by_home = home[chosen, None] * num_experts + ids[chosen]
+    starts, place = rows_by_value(np.where(ids[chosen] >= 0, by_home, -1), homes * num_experts)
     return TokenIndex(
-        words=np.ascontiguousarray(masks[chosen][pattern[by_row]].T),
-        weight=count[pattern[by_row]].astype(np.int32),
-        first=starts[span].astype(np.int64),
+        words=np.ascontiguousarray(masks[chosen][place].T),
+        weight=count[place].astype(np.int32),
+        first=starts[np.arange(homes)[:, None] * num_experts + np.arange(num_experts + 1)],
         bit=bit,
     )

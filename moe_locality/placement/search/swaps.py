@@ -1,22 +1,20 @@
 """Experts of one layer to blocks by simulated annealing over swaps, and what such searches share.
 
 The number of nodes that a token visits is the connectivity (km1) of a hypergraph whose vertices are
-experts and whose edges are tokens. ``anneal`` uses its pair form, the co-activation matrix; the
-exact count is left to ``refine_exact``. It maximizes the weight inside blocks less a price on the
-expected load of the busiest block (``load_noise``). A price asks for level where it is cheap; a cap
-on every block forbids a swap that fills one block while the others have room. Annealing after
-Kirkpatrick, Gelatt, Vecchi (1983), with O(1) gains; block sizes stay as they are in the start.
+experts and whose edges are tokens. ``anneal`` uses its pair form, the co-activation matrix. It
+maximizes the weight inside blocks less a price on the expected load of the busiest block
+(``load_noise``). A price asks for level where it is cheap; a cap on every block forbids a swap that
+fills one block while the others have room. Annealing after Kirkpatrick, Gelatt, Vecchi (1983), with
+O(1) gains; block sizes stay as they are in the start.
 
-Counts are integers held in float64, so sums are exact and a seed gives the same result for any
-number of threads.
-
-``refine_exact`` keeps the cost itself up to date, for layers whose token patterns are few enough:
+``refine_exact`` keeps the exact count up to date, for layers whose token patterns are few enough:
 for every pattern of picks how many lie in each block, for every expert in how many tokens it is
 alone in its block (leaving saves them) and how many tokens have nothing in another block (joining
 costs them). A swap is weighed in O(1) and done in the tokens that it touches (Fiduccia and
 Mattheyses, 1982, for hyperedges of tokens).
 
-Shapes: T tokens, N patterns, K picks, E experts, B blocks (nodes, or ranks of
+Counts are integers held in float64, so sums are exact and a seed gives the same result for any
+number of threads. Shapes: T tokens, N patterns, K picks, E experts, B blocks (nodes, or ranks of
 one node), S samples.
 """
 
@@ -87,13 +85,6 @@ def next_random(state):
 
 
 @compiled
-def next_pair(state, n):
-    """Two random numbers below ``n`` (< 2^31)."""
-    both = next_random(state), next_random(state)
-    return both[0] * n >> 31, both[1] * n >> 31
-
-
-@compiled
 def metropolis_loss(state):
     """-log of a uniform number; times the temperature, the loss that a step of annealing may bring
     (Metropolis et al. 1953).
@@ -104,16 +95,12 @@ def metropolis_loss(state):
 @compiled
 def block_sums(cov, load, block_of, num_blocks):
     """([E, B] covariance of an expert with a block, [B] loads, [B] covariances of the blocks)."""
-    near_cov = np.zeros((len(cov), num_blocks))
+    near_cov = near_blocks(cov, np.zeros((len(cov), num_blocks)), block_of[: len(cov)])
     block_load, block_var = np.zeros(num_blocks), np.zeros(num_blocks)
     for e in range(len(block_of)):
         block_load[block_of[e]] += load[e]
-    if len(cov):
-        for e in range(len(block_of)):
-            for f in range(len(block_of)):
-                near_cov[e, block_of[f]] += cov[e, f]
-        for e in range(len(block_of)):
-            block_var[block_of[e]] += near_cov[e, block_of[e]]
+    for e in range(len(cov)):
+        block_var[block_of[e]] += near_cov[e, block_of[e]]
     return near_cov, block_load, block_var
 
 
@@ -153,12 +140,6 @@ def loads_after(load, cov, near_cov, block_load, block_var, a, b, e, f):
 def priced(level, limit):
     """Expected load of the busiest block, plus ``STEEP`` times what is beyond the limit."""
     return level + STEEP * max(level - limit, 0.0)
-
-
-@compiled
-def cooling(hot, cold, steps):
-    """Factor on the temperature from one chunk of steps to the next."""
-    return (cold / hot) ** (CHUNK / max(steps - CHUNK, 1))
 
 
 @compiled
@@ -241,8 +222,7 @@ def anneal(
 
     Args:
         weight: [E, E] gain of having both experts in one block (symmetric, zero diagonal).
-        pin: [E, B] gain of having the expert in that block.
-        load: [E] picks.
+        pin: [E, B] gain of having the expert in that block. load: [E] picks.
         noise: how loads vary (None: not at all).
         price: gain that one expected pick less on the busiest block is worth.
         limit: expected picks there beyond which each costs ``STEEP`` times more.
@@ -250,50 +230,64 @@ def anneal(
         steps: swaps tried. hot: the first temperature; a low one keeps most of the start.
     """
     scale = (np.abs(weight).sum() / 2 + pin.sum()) / max(len(load), 1)
-    covariance, unit, draws = samples_of(noise, pin.shape[1])
     start = np.ascontiguousarray(start, dtype=np.int64)
-    return _anneal(
-        weight, pin, load, covariance, unit, draws, float(price), float(limit), start, steps,
-        max(hot * scale, 1e-9), max(COLD * scale, 1e-9), seed,
+    best, _ = _search(
+        weight, near_blocks(weight, pin, start), None, load, *samples_of(noise, pin.shape[1]),
+        float(price), float(limit), start, steps, max(hot * scale, 1e-9), max(COLD * scale, 1e-9),
+        seed,
     )  # fmt: skip
+    return best
 
 
 @compiled
-def _anneal(weight, pin, load, cov, unit, draws, price, limit, start, steps, hot, cold, seed):
-    n = len(start)
+def _search(
+    weight, near, exact, load, cov, unit, draws, price, limit, start, steps, hot, cold, seed
+):
+    """([E] best blocks, the weight or visits that they gain).
+
+    The pair form has ``near`` [E, B], its sums by block, and None as ``exact``; the exact one has
+    (ids, count, offset, holds, and what ``_count`` finds), and two tables that are empty.
+    """
     block_of, best = start.copy(), start.copy()
-    near = near_blocks(weight, pin, block_of)
     sums, level = start_levels(load, cov, unit, draws, limit, block_of)
-    mean = load.sum() / len(draws)
-    score, highest = 0.0, 0.0
+    n, mean = len(load), load.sum() / len(draws)
+    score, highest, saved, best_saved = 0.0, 0.0, 0.0, 0.0
     state = np.array([np.uint64(seed)])
-    temperature, ratio = hot, cooling(hot, cold, steps)
+    temperature, cooling = hot, (cold / hot) ** (CHUNK / max(steps - CHUNK, 1))
     for step in range(steps):
         if step % CHUNK == 0 and step:
-            temperature = max(temperature * ratio, cold)
-        e, f = next_pair(state, n)
+            temperature = max(temperature * cooling, cold)
+        e, f = next_random(state) * n >> 31, next_random(state) * n >> 31
         a, b = block_of[e], block_of[f]
         if a == b:
             continue
-        gain = near[e, b] - near[e, a] + near[f, a] - near[f, b] - 2 * weight[e, f]
+        if exact is None:
+            gain = near[e, b] - near[e, a] + near[f, a] - near[f, b] - 2 * weight[e, f]
+        else:
+            gain = _visits_saved(exact, e, f, a, b)
         allowed = gain + temperature * metropolis_loss(state)
+        cost = 0.0
         if price > 0:
             new = try_swap(
                 load, cov, unit, draws, limit, sums, mean, level + allowed / price, a, b, e, f
             )
             if new == np.inf:
                 continue
-            gain -= price * (new - level)
+            cost = price * (new - level)
             level = new
         elif allowed < 0:
             continue
-        swap_near(near, weight, a, b, e, f)
+        if exact is None:
+            swap_near(near, weight, a, b, e, f)
+        else:
+            _exchange(exact, e, f, block_of)
         block_of[e], block_of[f] = b, a
-        score += gain
+        saved += gain
+        score += gain - cost
         if score > highest:
-            highest = score
+            highest, best_saved = score, saved
             best[:] = block_of
-    return best
+    return best, best_saved
 
 
 REFINE_HOT, REFINE_COLD = 0.05, 0.003
@@ -303,14 +297,8 @@ REFINE_HOT, REFINE_COLD = 0.05, 0.003
 def patterns(
     ids: np.ndarray, num_experts: int, home: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Join tokens with the same picks and the same home (with up to 64 experts).
-
-    Args:
-        ids: [T, K], -1 = no pick. home: [T], or empty.
-
-    Returns:
-        ([N, K] picks as in the first such token, [N] home, empty when ``home`` is, [N] float64
-        tokens of each).
+    """([N, K] picks, [N] home or empty, [N] float64 tokens of each) of tokens ids [T, K], ``home``
+    [T] or empty; with up to 64 experts, tokens with the same picks and home are joined.
     """
     home = home.astype(np.int64)
     if num_experts > 64:
@@ -321,49 +309,36 @@ def patterns(
 
 @compiled
 def _join(ids, home):
-    """([N] first token of each pattern, [N] tokens of it), by a table with open addresses."""
-    tokens = len(ids)
-    size = 1 << 12
-    table = np.full(size, -1, np.int32)  # patterns by place
-    keys = np.empty(tokens, np.uint64)  # the picks of each pattern as bits
-    first, count = np.empty(tokens, np.int64), np.zeros(tokens)
-    found = 0
-    for token in range(tokens):
-        key = np.uint64(0)
+    """([N] first token of each pattern, [N] tokens of it)."""
+    first, count = np.empty(len(ids), np.int64), np.zeros(len(ids))
+    pattern_of, found = {}, 0  # by the picks as bits, and the home
+    for token in range(len(ids)):
+        bits = np.uint64(0)
         for pick in ids[token]:
             if pick >= 0:
-                key |= np.uint64(1) << np.uint64(pick)
-        own = home[token] if home.size else 0
-        place = _place(key, own, size)
-        while True:
-            pattern = table[place]
-            if pattern < 0 or (
-                keys[pattern] == key and (not home.size or home[first[pattern]] == own)
-            ):
-                break
-            place = (place + 1) & (size - 1)
-        if pattern < 0:
-            pattern = table[place] = found
-            keys[found], first[found] = key, token
+                bits |= np.uint64(1) << np.uint64(pick)
+        key = (bits, home[token] if home.size else 0)
+        if key not in pattern_of:
+            pattern_of[key], first[found] = found, token
             found += 1
-        count[pattern] += 1
-        if 2 * found > size:
-            size *= 4
-            table = np.full(size, -1, np.int32)
-            for pattern in range(found):
-                own = home[first[pattern]] if home.size else 0
-                place = _place(keys[pattern], own, size)
-                while table[place] >= 0:
-                    place = (place + 1) & (size - 1)
-                table[place] = pattern
+        count[pattern_of[key]] += 1
     return first[:found].copy(), count[:found].copy()
 
 
-@compiled
-def _place(key, home, size):
-    mixed = (key ^ (key >> np.uint64(32))) * np.uint64(0x9E3779B97F4A7C15)
-    mixed += np.uint64(home) * np.uint64(0xBF58476D1CE4E5B9)
-    return np.int64(mixed >> np.uint64(32)) & (size - 1)
+def distinct_rows(key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """([N] first row of each kind in key [T, C], [N] rows of that kind), as ``lexsort`` orders."""
+    order = np.lexsort(key.T)
+    ordered, new = key[order], np.ones(len(key), dtype=bool)
+    new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    return order[new], np.bincount(np.cumsum(new) - 1)
+
+
+def rows_by_value(ids: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
+    """(offsets [num + 1], rows of ids [N, K] that hold each value below ``num``, in order)."""
+    row, place = np.nonzero(ids >= 0)
+    value = ids[row, place]
+    offset = np.concatenate([[0], np.cumsum(np.bincount(value, minlength=num))])
+    return offset, row[np.argsort(value, kind="stable")]
 
 
 def refine_exact(
@@ -377,44 +352,23 @@ def refine_exact(
     steps: int,
     seed: int,
 ) -> tuple[np.ndarray, float]:
-    """Lower the exact number of blocks visited, and the expected load of the busiest block.
+    """([E] blocks, blocks visited besides the home, summed over tokens): a low exact number of
+    these, and a low expected load of the busiest block.
 
-    Args:
-        found: what ``patterns`` returns.
-        price: visits that one expected pick less on the busiest block is worth.
-        The other arguments are those of ``anneal``.
-
-    Returns:
-        [E] blocks; blocks visited besides the home, summed over tokens.
+    ``found``: what ``patterns`` returns. ``price``: visits that one expected pick less on the
+    busiest block is worth. The other arguments are those of ``anneal``.
     """
     ids, home, count = found
-    covariance, unit, draws = samples_of(noise, num_blocks)
     scale = count.sum() * ids.shape[1] / max(len(load), 1)
     start = np.ascontiguousarray(start, dtype=np.int64)
-    return _refine(
-        ids, home, count, load, covariance, unit, draws, float(price), float(limit), start,
-        num_blocks, steps, max(REFINE_HOT * scale, 1e-9), max(REFINE_COLD * scale, 1e-9), seed,
+    *counts, visits = _count(ids, home, count, start, num_blocks)
+    empty = np.zeros((0, 0))
+    best, saved = _search(
+        empty, empty, (ids, count, *rows_by_value(ids, len(load)), *counts), load,
+        *samples_of(noise, num_blocks), float(price), float(limit), start, steps,
+        max(REFINE_HOT * scale, 1e-9), max(REFINE_COLD * scale, 1e-9), seed,
     )  # fmt: skip
-
-
-@compiled
-def _patterns_of(ids, num_experts):
-    """(offsets [E + 1], patterns that hold each expert)."""
-    offset = np.zeros(num_experts + 1, np.int64)
-    for t in range(ids.shape[0]):
-        for k in range(ids.shape[1]):
-            if ids[t, k] >= 0:
-                offset[ids[t, k] + 1] += 1
-    offset = offset.cumsum()
-    place = offset[:-1].copy()
-    holds = np.empty(offset[-1], np.int32)
-    for t in range(ids.shape[0]):
-        for k in range(ids.shape[1]):
-            e = ids[t, k]
-            if e >= 0:
-                holds[place[e]] = t
-                place[e] += 1
-    return offset, holds
+    return best, visits - saved
 
 
 @compiled
@@ -462,8 +416,9 @@ def _mark_alone(picks, e, w, alone, pair_alone):
 
 
 @compiled
-def _leave(ids, count, inside, holds, e, partner, a, b, block_of, alone, absent, pair_alone):
+def _leave(exact, holds, e, partner, a, b, block_of):
     """Move e from block a to b in the patterns ``holds``, but where ``partner`` is picked too."""
+    ids, count, _, _, inside, alone, absent, pair_alone = exact
     for t in holds:
         picks = ids[t]
         both = False
@@ -495,63 +450,25 @@ def _leave(ids, count, inside, holds, e, partner, a, b, block_of, alone, absent,
 
 
 @compiled
-def _exchange(ids, count, offset, holds, e, f, block_of, inside, alone, absent, pair_alone):
-    """Swap e and f; returns the visits saved."""
+def _visits_saved(exact, e, f, a, b):
+    """By a swap of e in block a with f in block b."""
+    _, _, _, _, _, alone, absent, pair_alone = exact
+    saved = alone[e] - absent[e, b] + alone[f] - absent[f, a]
+    return saved - pair_alone[e, f] - pair_alone[f, e]
+
+
+@compiled
+def _exchange(exact, e, f, block_of):
+    """Swap e and f in all counts."""
+    ids, count, offset, holds, inside, alone, _, pair_alone = exact
     a, b = block_of[e], block_of[f]
-    saved = alone[e] - absent[e, b] + alone[f] - absent[f, a] - pair_alone[e, f] - pair_alone[f, e]
     of_e = holds[offset[e] : offset[e + 1]]
-    of_f = holds[offset[f] : offset[f + 1]]
-    _leave(ids, count, inside, of_e, e, f, a, b, block_of, alone, absent, pair_alone)
+    _leave(exact, of_e, e, f, a, b, block_of)
     block_of[e] = b
-    _leave(ids, count, inside, of_f, f, e, b, a, block_of, alone, absent, pair_alone)
-    block_of[f] = a
+    _leave(exact, holds[offset[f] : offset[f + 1]], f, e, b, a, block_of)
     for t in of_e:  # tokens of both: the counts stay, but the other one is alone now
         for g in ids[t]:
             if g == f and (inside[t, a] == 1) != (inside[t, b] == 1):
                 w = count[t] if inside[t, a] == 1 else -count[t]
                 _mark_alone(ids[t], e, -w, alone, pair_alone)
                 _mark_alone(ids[t], f, w, alone, pair_alone)
-    return saved
-
-
-@compiled
-def _refine(
-    ids, home, count, load, cov, unit, draws, price, limit, start, blocks, steps, hot, cold, seed
-):  # fmt: skip
-    n = len(load)
-    offset, holds = _patterns_of(ids, n)
-    block_of, best = start.copy(), start.copy()
-    inside, alone, absent, pair_alone, visits = _count(ids, home, count, block_of, blocks)
-    sums, level = start_levels(load, cov, unit, draws, limit, block_of)
-    mean = load.sum() / len(draws)
-    score, highest, best_visits = 0.0, 0.0, visits
-    state = np.array([np.uint64(seed)])
-    temperature, ratio = hot, cooling(hot, cold, steps)
-    for step in range(steps):
-        if step % CHUNK == 0 and step:
-            temperature = max(temperature * ratio, cold)
-        e, f = next_pair(state, n)
-        a, b = block_of[e], block_of[f]
-        if a == b:
-            continue
-        gain = alone[e] - absent[e, b] + alone[f] - absent[f, a]
-        gain -= pair_alone[e, f] + pair_alone[f, e]
-        allowed = gain + temperature * metropolis_loss(state)
-        if price > 0:
-            new = try_swap(
-                load, cov, unit, draws, limit, sums, mean, level + allowed / price, a, b, e, f
-            )
-            if new == np.inf:
-                continue
-            gain -= price * (new - level)
-            level = new
-        elif allowed < 0:
-            continue
-        visits -= _exchange(
-            ids, count, offset, holds, e, f, block_of, inside, alone, absent, pair_alone
-        )
-        score += gain
-        if score > highest:
-            highest, best_visits = score, visits
-            best[:] = block_of
-    return best, best_visits

@@ -19,13 +19,15 @@ import numpy as np
 
 from moe_locality.placement.count_kernels import choose_node, compiled, serve_token
 from moe_locality.placement.search.load_noise import Noise, expected_shared_imbalance, few_draws
-from moe_locality.placement.search.replica_moves import propose
-from moe_locality.placement.search.replicas import Candidate
+from moe_locality.placement.search.replica_moves import propose, put
+from moe_locality.placement.search.replicas import Candidate, sample
 from moe_locality.placement.search.swaps import (
+    distinct_rows,
     expected_highest,
     metropolis_loss,
     next_random,
     priced,
+    rows_by_value,
 )
 from moe_locality.placement.serving import choose_serving_nodes, order_nodes
 
@@ -70,47 +72,26 @@ class Tokens:
 def distinct_tokens(
     ids: np.ndarray, home_node: np.ndarray, num_experts: int, seed: int, most: int = MAX_TOKENS
 ) -> Tokens:
-    """Group ``most`` of the tokens ids [T, K] with the same picks and home node ([T], or empty:
-    uniform).
+    """Join those of at most ``most`` tokens ids [T, K] with the same picks and home node ([T], or
+    empty: uniform).
     """
     home = home_node if home_node.size else np.full(len(ids), -1)
-    if len(ids) > most:
-        rows = np.random.default_rng(seed).choice(len(ids), most, replace=False)
-        ids, home = ids[np.sort(rows)], home[np.sort(rows)]
+    rows = sample(len(ids), most, seed)
+    ids, home = ids[rows], home[rows]
     key = np.concatenate([home[:, None], np.sort(ids, axis=1)], axis=1).astype(np.int16)
-    order = np.lexsort(key.T)
-    new = np.ones(len(key), dtype=bool)
-    new[1:] = (key[order][1:] != key[order][:-1]).any(axis=1)
-    chosen = key[order[new]]
-    pattern, place = np.nonzero(chosen[:, 1:] >= 0)
-    expert = chosen[pattern, place + 1]
-    by_expert = np.argsort(expert, kind="stable")
+    chosen, weight = distinct_rows(key)
+    picks = np.ascontiguousarray(key[chosen, 1:])
+    first, index = rows_by_value(picks, num_experts)
     return Tokens(
-        ids=np.ascontiguousarray(chosen[:, 1:]),
-        weight=np.bincount(np.cumsum(new) - 1),
-        home=chosen[:, 0].astype(np.int64),
-        first=np.concatenate([[0], np.cumsum(np.bincount(expert, minlength=num_experts))]),
-        index=pattern[by_expert],
+        ids=picks, weight=weight, home=key[chosen, 0].astype(np.int64), first=first, index=index
     )
-
-
-def samples(
-    ids: np.ndarray, home_node: np.ndarray, num_experts: int, seed: int
-) -> tuple[Tokens, Tokens]:
-    """(what costs are counted on, what the search sees), see ``distinct_tokens``."""
-    shape = (ids, home_node, num_experts, seed)
-    return distinct_tokens(*shape), distinct_tokens(*shape, FEW_TOKENS)
 
 
 def served_visited(
     tokens: Tokens, load: np.ndarray, noise: Noise, held: np.ndarray, choices: np.ndarray
 ) -> Candidate:
-    """A placement with what it costs under the rule.
-
-    Args:
-        load: [E] picks of each expert in the whole trace.
-        held: [M, E] which node holds which expert.
-        choices: [M, E, X] nodes that may serve an expert for homes on a node.
+    """A placement with what it costs under the rule; ``load`` [E]: picks in the whole trace;
+    ``held`` and ``choices``: as in ``Candidate``.
     """
     nodes = len(held)
     copies, served = count_served(tokens.ids, tokens.weight, tokens.home, choices, nodes)
@@ -129,11 +110,9 @@ def all_holders(held: np.ndarray, first: np.ndarray) -> np.ndarray:
     """[M, E, M] every node that holds an expert may serve it, the node ``first`` [M, E] preferred;
     M columns, so that lists may grow.
     """
-    nodes, experts = held.shape
-    wide = np.full((nodes, experts, nodes), -1, dtype=np.int64)
     found = order_nodes(held.T[None], first[None])[0]
-    wide[..., : found.shape[2]] = found
-    return wide
+    more = len(held) - found.shape[2]
+    return np.pad(found, ((0, 0), (0, 0), (0, more)), constant_values=-1)
 
 
 def begun(tokens: Tokens, load: np.ndarray, noise: Noise, held: np.ndarray) -> Candidate:
@@ -148,11 +127,9 @@ def renamed(choices: Sequence[np.ndarray], orders: Sequence[list[int]]) -> np.nd
     """[L, M, E, M] lists of nodes, where ``orders`` say which of the searched nodes comes first,
     second, ...
     """
-    found = []
-    for some, order in zip(choices, orders, strict=True):
-        name = np.append(np.argsort(order), -1)  # of each searched node; -1 stays
-        found.append(name[some][order])
-    return np.stack(found)
+    names = [np.append(np.argsort(order), -1) for order in orders]  # -1 stays
+    each = zip(names, choices, orders, strict=True)
+    return np.stack([name[some][order] for name, some, order in each])
 
 
 def searched_visited(
@@ -167,10 +144,9 @@ def searched_visited(
 ) -> Candidate:
     """Places and lists with few copies plus ``price`` times the imbalance to expect.
 
-    Args:
-        whole: what the costs are counted on; tokens: what the search sees.
-        start: with lists of M columns. price: copies per token that an imbalance higher by one is
-            worth. limit: imbalance that the layer should not exceed.
+    Costs are counted on ``whole``, the search sees ``tokens``. ``start`` has lists of M columns.
+    ``price``: copies per token that an imbalance higher by one is worth. ``limit``: imbalance that
+    the layer should not exceed.
     """
     nodes, experts = start.held.shape
     assert start.choices is not None
@@ -291,20 +267,9 @@ def _draw_list(held, alone, choices, state):
 
 
 @compiled
-def _put(held, a, e, b, f, forth):
-    """Put f in the place of e on node a and, where b >= 0, e in that of f on b; or take it back."""
-    held[a, e], held[a, f] = not forth, forth
-    if b >= 0:
-        held[b, f], held[b, e] = not forth, forth
-
-
-@compiled
 def _count_again(tokens, some, alone, choices, tick, seen, known, new, found, load):
-    """Count the tokens of the experts ``some`` again: fill found [N] with their patterns and new
-    (copies [N], loads [N, M]) with their costs; load [M] is brought up to date.
-
-    Returns:
-        (how many patterns, change of copies).
+    """(How many patterns the experts ``some`` have, change of copies): fill found [N] with them and
+    new (copies [N], loads [N, M]) with their costs; load [M] is brought up to date.
     """
     ids, weight, home, first, index = tokens
     later = np.empty(ids.shape[1], np.int64)
@@ -347,19 +312,14 @@ def anneal_visited(
     ids, weight, home, first, index, held, choices, steps, hot, cold, price, limit, deviation,
     draws, list_share, seed,
 ):  # fmt: skip
-    """Simulated annealing over places and lists; held [M, E] and choices [M, E, M] are changed.
+    """(held, choices) of the state of least cost that simulated annealing over places and lists
+    meets; held [M, E] and choices [M, E, M] are changed.
 
     Cost = copies + price * expected load of the busiest node, whose standard deviations [M] stay
     those of the start; load above the ``limit`` counts more (``swaps.priced``).
-
-    Returns:
-        (held, choices) of the state met that costs least.
     """
-    tokens, copies_of, load = (
-        (ids, weight, home, first, index),
-        held.sum(axis=0),
-        np.zeros(len(held)),
-    )
+    tokens = (ids, weight, home, first, index)
+    copies_of, load = held.sum(axis=0), np.zeros(len(held))
     state, room = np.array([np.uint64(seed)]), np.empty(draws.shape[1])
     alone, known, new, found, seen, total = _first_count(tokens, held, copies_of, choices, load)
     level = priced(expected_highest(load, deviation, draws, room), limit)
@@ -373,7 +333,7 @@ def anneal_visited(
             e = _draw_list(held, alone, choices, state)
             f = e
         elif a >= 0:
-            _put(held, a, e, b, f, True)
+            put(held, a, e, b, f)
             _list_holders(held, e, alone, choices, load)
             _list_holders(held, f, alone, choices, load)
         if e < 0 or (not lists and a < 0):
@@ -395,7 +355,7 @@ def anneal_visited(
             continue
         choices[:, e], choices[:, f] = before[:, e], before[:, f]
         if not lists:
-            _put(held, a, e, b, f, False)
+            put(held, a, f, b, e)
             for x in some:
                 alone[x] = np.argmax(held[:, x]) if copies_of[x] == 1 else -1
     return best_held, best_choices
