@@ -14,12 +14,7 @@ pick) pairs, W words per token, E experts, M nodes, H home groups (1: homes are 
 import numpy as np
 
 from moe_locality.placement.count_kernels import compiled
-from moe_locality.placement.search.swaps import (
-    expected_highest,
-    metropolis_loss,
-    next_random,
-    priced,
-)
+from moe_locality.placement.search.swaps import metropolis_loss, next_random, priced_highest
 
 
 @compiled
@@ -307,7 +302,7 @@ def _level(load, variance, unit, limit, draws, deviation, room):
     """Expected load of the busiest node; beyond the limit it counts ``STEEP`` times more."""
     for n in range(len(load)):
         deviation[n] = unit * np.sqrt(max(variance[n], 0.0))
-    return priced(expected_highest(load, deviation, draws, room), limit)
+    return priced_highest(load, deviation, draws, room, limit)
 
 
 @compiled

@@ -137,8 +137,9 @@ def loads_after(load, cov, near_cov, block_load, block_var, a, b, e, f):
 
 
 @compiled
-def priced(level, limit):
-    """Expected load of the busiest block, plus ``STEEP`` times what is beyond the limit."""
+def priced_highest(load, deviation, draws, highest, limit):
+    """``expected_highest``, plus ``STEEP`` times what is beyond the limit."""
+    level = expected_highest(load, deviation, draws, highest)
     return level + STEEP * max(level - limit, 0.0)
 
 
@@ -148,7 +149,7 @@ def start_levels(load, cov, unit, draws, limit, block_of):
     near_cov, block_load, block_var = block_sums(cov, load, block_of, len(draws))
     deviation = unit * np.sqrt(np.maximum(block_var, 0.0))
     room = np.empty(draws.shape[1])
-    level = priced(expected_highest(block_load, deviation, draws, room), limit)
+    level = priced_highest(block_load, deviation, draws, room, limit)
     sums = near_cov, block_load, block_var, deviation, block_load.copy(), deviation.copy(), room
     return sums, level
 
@@ -170,7 +171,7 @@ def try_swap(load, cov, unit, draws, limit, sums, mean, most, a, b, e, f):
     new_load[a], new_load[b] = load_a, load_b
     new_deviation[a] = unit * np.sqrt(max(var_a, 0.0))
     new_deviation[b] = unit * np.sqrt(max(var_b, 0.0))
-    level = priced(expected_highest(new_load, new_deviation, draws, room), limit)
+    level = priced_highest(new_load, new_deviation, draws, room, limit)
     if level > most:
         return np.inf
     block_load[:], deviation[:] = new_load, new_deviation

@@ -23,10 +23,9 @@ from moe_locality.placement.search.replica_moves import propose, put
 from moe_locality.placement.search.replicas import Candidate, sample
 from moe_locality.placement.search.swaps import (
     distinct_rows,
-    expected_highest,
     metropolis_loss,
     next_random,
-    priced,
+    priced_highest,
     rows_by_value,
 )
 from moe_locality.placement.serving import choose_serving_nodes, order_nodes
@@ -316,13 +315,13 @@ def anneal_visited(
     meets; held [M, E] and choices [M, E, M] are changed.
 
     Cost = copies + price * expected load of the busiest node, whose standard deviations [M] stay
-    those of the start; load above the ``limit`` counts more (``swaps.priced``).
+    those of the start; load above the ``limit`` counts more (``swaps.priced_highest``).
     """
     tokens = (ids, weight, home, first, index)
     copies_of, load = held.sum(axis=0), np.zeros(len(held))
     state, room = np.array([np.uint64(seed)]), np.empty(draws.shape[1])
     alone, known, new, found, seen, total = _first_count(tokens, held, copies_of, choices, load)
-    level = priced(expected_highest(load, deviation, draws, room), limit)
+    level = priced_highest(load, deviation, draws, room, limit)
     best_held, best_choices, least = held.copy(), choices.copy(), total + price * level
     some, before, after = np.zeros(2, np.int64), choices.copy(), load.copy()
     for step in range(steps):
@@ -342,7 +341,7 @@ def anneal_visited(
         count, change = _count_again(
             tokens, some, alone, choices, step, seen, known, new, found, after
         )
-        now = priced(expected_highest(after, deviation, draws, room), limit)
+        now = priced_highest(after, deviation, draws, room, limit)
         if change + price * (now - level) <= temperature * metropolis_loss(state):
             _keep(known, new, found, count)
             load[:], total, level = after, total + change, now
