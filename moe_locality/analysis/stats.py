@@ -423,12 +423,21 @@ def analyze(trace: RoutingTrace, seed: int = 0) -> dict[str, Any]:
         )
     left_out: dict[str, str] = {}
     warn_of_absent_experts(load, trace.layer_ids)
+    domains, prefill, overlap = _domains(trace, seed, left_out), None, None
+    try:
+        prefill = asdict(prefill_decode_correlation(trace, seed=seed))
+    except TraceError as error:
+        left_out["prefill_decode"] = str(error)
+    if trace.kind == "tokens":
+        overlap = asdict(token_overlap(trace, max_pairs=50_000, seed=seed))
+    else:
+        left_out["overlap"] = "counts per step do not say which tokens follow each other"
     result = {
         "trace": _describe(trace),
         "load": _load(trace),
-        "domains": _domains(trace, seed, left_out),
-        "prefill_decode": _prefill_decode(trace, seed, left_out),
-        "overlap": _following(trace, seed, left_out),
+        "domains": domains,
+        "prefill_decode": prefill,
+        "overlap": overlap,
         "coactivation": _coactivation(trace, left_out),
         "left_out": left_out,
     }
@@ -487,25 +496,6 @@ def _domains(trace: RoutingTrace, seed: int, left_out: dict[str, str]) -> dict[s
         "mean_noise_floor_bits": found.mean_noise_floor_bits,
         "mean_cosine": found.mean_cosine,
     }
-
-
-def _prefill_decode(
-    trace: RoutingTrace, seed: int, left_out: dict[str, str]
-) -> dict[str, Any] | None:
-    try:
-        found = prefill_decode_correlation(trace, seed=seed)
-    except TraceError as error:
-        left_out["prefill_decode"] = str(error)
-        return None
-    return asdict(found)
-
-
-def _following(trace: RoutingTrace, seed: int, left_out: dict[str, str]) -> dict[str, Any] | None:
-    if trace.kind != "tokens":
-        left_out["overlap"] = "counts per step do not say which tokens follow each other"
-        return None
-    found = token_overlap(trace, max_pairs=50_000, seed=seed)
-    return asdict(found)
 
 
 def _coactivation(trace: RoutingTrace, left_out: dict[str, str]) -> dict[str, Any] | None:

@@ -278,11 +278,10 @@ def _moved(
         pairs = pairs.reshape(layers, ranks, ranks)
         on_rank = np.eye(ranks, dtype=bool)
         on_node = node_of_rank[:, None] == node_of_rank[None]
-        links = {"inside": on_node & ~on_rank, "across": ~on_node}
         found = {"local": pairs[:, on_rank]}
-        for name, some in links.items():
-            found |= {f"{name}_sent": (pairs * some).sum(axis=2)}
-            found |= {f"{name}_received": (pairs * some).sum(axis=1)}
+        for name, some in (("inside", on_node & ~on_rank), ("across", ~on_node)):
+            part = pairs * some
+            found |= {f"{name}_sent": part.sum(axis=2), f"{name}_received": part.sum(axis=1)}
         return found
     source = np.broadcast_to(source, there.shape)
     on_node = there & (node_of_rank[source] == node_of_rank[target])
