@@ -310,19 +310,34 @@ def patterns(
 
 @compiled
 def _join(ids, home):
-    """([N] first token of each pattern, [N] tokens of it)."""
-    first, count = np.empty(len(ids), np.int64), np.zeros(len(ids))
-    pattern_of, found = {}, 0  # by the picks as bits, and the home
-    for token in range(len(ids)):
-        bits = np.uint64(0)
+    """([N] first token of each pattern, [N] tokens of it), by a table with open addresses."""
+    tokens, size, found = len(ids), 1, 0
+    while size < 2 * tokens:
+        size *= 2
+    table = np.full(size, -1, np.int32)  # patterns by place
+    keys = np.empty(tokens, np.uint64)  # the picks of each pattern as bits
+    first, count = np.empty(tokens, np.int64), np.zeros(tokens)
+    for token in range(tokens):
+        key = np.uint64(0)
         for pick in ids[token]:
             if pick >= 0:
-                bits |= np.uint64(1) << np.uint64(pick)
-        key = (bits, home[token] if home.size else 0)
-        if key not in pattern_of:
-            pattern_of[key], first[found] = found, token
+                key |= np.uint64(1) << np.uint64(pick)
+        own = home[token] if home.size else 0
+        mixed = (key ^ (key >> np.uint64(32))) * np.uint64(0x9E3779B97F4A7C15)
+        mixed += np.uint64(own) * np.uint64(0xBF58476D1CE4E5B9)
+        place = np.int64(mixed >> np.uint64(32)) & (size - 1)
+        while True:
+            pattern = table[place]
+            if pattern < 0 or (
+                keys[pattern] == key and (not home.size or home[first[pattern]] == own)
+            ):
+                break
+            place = (place + 1) & (size - 1)
+        if pattern < 0:
+            pattern = table[place] = found
+            keys[found], first[found] = key, token
             found += 1
-        count[pattern_of[key]] += 1
+        count[pattern] += 1
     return first[:found].copy(), count[:found].copy()
 
 
