@@ -43,6 +43,10 @@ class Patterns:
     tokens: np.ndarray  # [P] float64
     partitions: Partitions
 
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        return self.members, self.tokens, self.partitions.blocks, self.partitions.starts
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Relaxation:
@@ -125,8 +129,7 @@ def improve(problem: Relaxation, prices: Prices, rounds: int, *, smoothing: floa
         cost = problem.cost.copy()
         for group, w, scale in zip(problem.groups, prices.pairs, prices.scale, strict=True):
             part = np.zeros_like(cost)
-            lists = (group.members, group.tokens, *group.partitions.arrays)
-            _move_prices(*lists, prices.ahead, w, scale, smoothing, step_up, part)
+            _move_prices(*group.arrays, prices.ahead, w, scale, smoothing, step_up, part)
             cost -= 0.5 * share * part
         descend(problem, prices, cost, step_down)
 
@@ -173,7 +176,7 @@ def _least_touched(problem: Relaxation, pairs: list[np.ndarray]) -> tuple[np.nda
     cost, tokens, share = problem.cost.copy(), 0.0, 1.0 / problem.num_tokens
     for group, w in zip(problem.groups, pairs, strict=True):
         part = np.zeros_like(cost)
-        tokens += _lowest(group.members, group.tokens, *group.partitions.arrays, w, part)
+        tokens += _lowest(*group.arrays, w, part)
         cost -= 0.5 * share * part
     return cost, tokens * share
 
@@ -350,10 +353,6 @@ class Partitions:
     blocks: np.ndarray  # [B] int64 bit masks
     starts: np.ndarray  # [partitions + 1] where each begins in ``blocks``
     sizes: np.ndarray  # [2^k] items of a mask
-
-    @property
-    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.blocks, self.starts
 
     @property
     def work(self) -> int:

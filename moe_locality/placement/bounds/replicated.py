@@ -76,9 +76,8 @@ def _improve(
         cost, near, extra = problem.cost.copy(), np.zeros((experts, experts)), np.zeros(experts)
         for group, w, z, u in zip(problem.groups, prices.pairs, more.near, more.extra, strict=True):
             part = np.zeros_like(cost)
-            where = (group.members, group.tokens, *group.partitions.arrays, problem.num_nodes)
-            primal = (prices.ahead, more.beside, more.count)
-            _move(*where, *primal, w, z, u, smoothing, step_up, part, near, extra)
+            where = (*group.arrays, problem.num_nodes, prices.ahead, more.beside, more.count)
+            _move(*where, w, z, u, smoothing, step_up, part, near, extra)
             cost -= 0.5 * share * part
         _, beside, count = _best_replicas(problem, near * share, extra * share, more.crowd)
         weight = max(2.0 / (done + 2), _LEAST_SHARE)
@@ -96,8 +95,7 @@ def _certify(problem: Relaxation, prices: Prices, more: ReplicaPrices) -> float:
     cost, near, extra = problem.cost.copy(), np.zeros((experts, experts)), np.zeros(experts)
     for group, w, z, u in zip(problem.groups, prices.pairs, more.near, more.extra, strict=True):
         part = np.zeros_like(cost)
-        where = (group.members, group.tokens, *group.partitions.arrays, problem.num_nodes)
-        lowest += _lowest(*where, w, z, u, part, near, extra)
+        lowest += _lowest(*group.arrays, problem.num_nodes, w, z, u, part, near, extra)
         cost -= 0.5 * share * part
     most, _, _ = _best_replicas(problem, near * share, extra * share, more.crowd)
     _add_crowd(cost, more.crowd)
