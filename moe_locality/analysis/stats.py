@@ -479,10 +479,9 @@ def _load(trace: RoutingTrace) -> dict[str, Any]:
 def _domains(trace: RoutingTrace, seed: int, left_out: dict[str, str]) -> dict[str, Any] | None:
     found = domain_divergence(trace, seed=seed)
     if len(found.names) < 2:
-        why = (
+        left_out["domains"] = (
             f"found {len(found.names)} domain group(s) with at least 1500 tokens, comparing needs 2"
         )
-        left_out["domains"] = why
         return None
     _, counts = load_by(trace.filter(domain_groups=found.names), "group")
     return {
