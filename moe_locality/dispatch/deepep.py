@@ -15,13 +15,12 @@ slots.
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from moe_locality.dispatch.transport import CombinedRows, DispatchedRows, StageClock, Transport
+from moe_locality.dispatch.transport import Combined, Dispatched, StageClock, Transport
 from moe_locality.errors import BackendUnavailable, ConfigError
 
 
@@ -85,20 +84,30 @@ class DeepEPTransport(Transport[DeepEPMetadata]):
         slot_ids: Tensor,
         topk_weights: Tensor | None,
         metadata: DeepEPMetadata | None,
-    ) -> Callable[[], DispatchedRows[DeepEPMetadata]]:
+    ) -> Callable[[], Dispatched[DeepEPMetadata]]:
         """Dispatch at once; nothing is left for the finish."""
         assert topk_weights is not None
-        self._check(x)
+        if x.dtype != torch.bfloat16:
+            raise ConfigError(
+                f"found rows in {x.dtype}, expected torch.bfloat16: DeepEP sends no other; train "
+                "in bfloat16, or use dispatch.exchange 'auto'"
+            )
+        if x.shape[0] > self.max_tokens:
+            raise ConfigError(
+                f"found {x.shape[0]} tokens, expected at most deepep_max_tokens_per_rank="
+                f"{self.max_tokens}: raise it"
+            )
         shape = (slot_ids.shape[0], slot_ids.shape[1])
-        routes: dict[str, Any] = {
-            "topk_idx": slot_ids.to(self._deep_ep.topk_idx_t).contiguous(),
-            "num_experts": self.num_slots,
-            "num_max_tokens_per_rank": self.max_tokens,
-            "expert_alignment": 1,
-            "do_cpu_sync": True,
-        }
         if metadata is not None:
-            routes = {"handle": metadata.handle}
+            routes: dict[str, Any] = {"handle": metadata.handle}
+        else:
+            routes = {
+                "topk_idx": slot_ids.to(self._deep_ep.topk_idx_t).contiguous(),
+                "num_experts": self.num_slots,
+                "num_max_tokens_per_rank": self.max_tokens,
+                "expert_alignment": 1,
+                "do_cpu_sync": True,
+            }
         weights = topk_weights.float().contiguous()
         with self.clock("dispatch"):
             rows, _, row_weights, handle, _ = self._buffer(x.shape[1], shape[1]).dispatch(
@@ -107,7 +116,8 @@ class DeepEPTransport(Transport[DeepEPMetadata]):
         if metadata is None:
             counts = tuple(int(n) for n in handle.num_recv_tokens_per_expert_list)
             metadata = DeepEPMetadata(handle=handle, shape=shape, tokens_per_local_expert=counts)
-        return partial(DispatchedRows, metadata, rows, row_weights)
+        delivered = (metadata, rows, row_weights)
+        return lambda: delivered
 
     def dispatch_backward(
         self, grad_rows: Tensor, grad_weights: Tensor | None, metadata: DeepEPMetadata
@@ -120,13 +130,13 @@ class DeepEPTransport(Transport[DeepEPMetadata]):
 
     def start_combine(
         self, expert_out: Tensor, topk_weights: Tensor, metadata: DeepEPMetadata
-    ) -> Callable[[], CombinedRows]:
+    ) -> Callable[[], Combined]:
         """Combine the weighted results at once; ``topk_weights [R]``: as they arrived."""
         weighted = (expert_out * topk_weights[:, None]).to(expert_out.dtype)
         with self.clock("combine"):
             buffer = self._buffer(expert_out.shape[1], metadata.shape[1])
             out = buffer.combine(weighted, metadata.handle)[0]
-        return partial(CombinedRows, out, expert_out)
+        return lambda: (out, expert_out)
 
     def combine_backward(
         self,
@@ -154,15 +164,3 @@ class DeepEPTransport(Transport[DeepEPMetadata]):
                 deterministic=True,
             )
         return self._buffers[key]
-
-    def _check(self, x: Tensor) -> None:
-        if x.dtype != torch.bfloat16:
-            raise ConfigError(
-                f"found rows in {x.dtype}, expected torch.bfloat16: DeepEP sends no other; train "
-                "in bfloat16, or use dispatch.exchange 'auto'"
-            )
-        if x.shape[0] > self.max_tokens:
-            raise ConfigError(
-                f"found {x.shape[0]} tokens, expected at most deepep_max_tokens_per_rank="
-                f"{self.max_tokens}: raise it"
-            )

@@ -1,11 +1,10 @@
 """TokenDispatcher: what a layer calls to send tokens to their experts and back.
 
-:func:`run_moe` is the whole way of the routed tokens, from the router's choice to their new rows;
-DeepSpeed's MoE and other front ends call it. It uses the two verbs of :class:`TokenDispatcher`,
+:func:`run_moe` is the whole way of the routed tokens, in the two verbs of :class:`TokenDispatcher`,
 ``dispatch`` and ``combine``. What combine needs from dispatch is in the handle, so several steps
-may be in flight. Each verb has a blocking form and an asynchronous one (``dispatch_async``,
-``combine_async``) whose ``wait()`` gives the result; work done between the two overlaps with the
-exchange. Each verb is one node of the autograd graph.
+may be in flight. Each verb has a blocking form and an asynchronous one whose ``wait()`` gives the
+result; work done between the two overlaps with the exchange. Each verb is one node of the autograd
+graph.
 """
 
 import contextlib
@@ -33,8 +32,8 @@ from moe_locality.dispatch.transport import (
     AllToAllGroup,
     Codec,
     Collectives,
-    CombinedRows,
-    DispatchedRows,
+    Combined,
+    Dispatched,
     DispatchMetadata,
     StageClock,
     TrafficCounter,
@@ -55,8 +54,6 @@ AnyTransport = Transport[DispatchMetadata]
 RunExperts = Callable[[Tensor, tuple[int, ...]], Tensor]
 """(rows [R, D] ordered by local expert, tokens_per_local_expert [e]) -> results [R, D]"""
 _said_lossy: set[str] = set()
-
-
 _Arguments = ParamSpec("_Arguments")
 _OLD_NAMES = {"plan": "metadata", "weights": "topk_weights"}
 
@@ -69,9 +66,7 @@ def _warn_renamed(old: str, new: str) -> None:
     )
 
 
-def _accept_old_names(
-    verb: Callable[_Arguments, Result],
-) -> Callable[_Arguments, Result]:
+def _accept_old_names(verb: Callable[_Arguments, Result]) -> Callable[_Arguments, Result]:
     """Let ``verb`` take its arguments by their names of the last version, with a warning."""
 
     @functools.wraps(verb)
@@ -98,11 +93,8 @@ class SlotMap:
         nodes: np.ndarray | None = None,
         home_node: int = 0,
     ) -> None:
-        if (
-            nodes is None
-            and slot_of_expert is not None
-            and (slot_of_expert == np.arange(len(slot_of_expert))).all()
-        ):
+        given = slot_of_expert
+        if given is not None and nodes is None and (given == np.arange(len(given))).all():
             slot_of_expert = None  # nothing to look up
         self.slot_of_expert, self.nodes, self.home_node = slot_of_expert, nodes, home_node
         self._on: dict[tuple[str, torch.device], Tensor] = {}
@@ -153,9 +145,8 @@ class SlotMap:
 class DispatchHandle:
     """What :meth:`TokenDispatcher.combine` needs from the dispatch.
 
-    ``metadata``: the splits and orders of the step; a later dispatch of the same routes may use it
-    again. ``topk_weights``: those of the routes, where combine uses them. ``num_tokens``: T.
-    ``top_k``: K.
+    ``metadata``: a later dispatch of the same routes may use it again. ``topk_weights``: those of
+    the routes, where combine uses them. ``num_tokens``: T. ``top_k``: K.
     """
 
     metadata: DispatchMetadata
@@ -318,21 +309,20 @@ class TokenDispatcher:
             receive = transport.start_dispatch(x, slot_ids, sent_weights, metadata)
 
         def finish() -> DispatchOutput:
-            keep: list[DispatchMetadata] = []
+            with torch.no_grad():
+                received = receive()
             apply: Any = _Dispatch.apply
-            rows, arrived = apply(x, sent_weights, transport, receive, keep)
-            (made,) = keep
+            rows, arrived = apply(x, sent_weights, transport, received)
+            made = received[0]
             self.traffic.load += rows.shape[0]
-            return DispatchOutput(
-                rows=rows,
-                tokens_per_local_expert=made.tokens_per_local_expert,
-                handle=DispatchHandle(
-                    metadata=made,
-                    topk_weights=topk_weights if arrived is None else arrived,
-                    num_tokens=x.shape[0],
-                    top_k=slot_ids.shape[1],
-                ),
+            handle = DispatchHandle(
+                metadata=made,
+                topk_weights=topk_weights if arrived is None else arrived,
+                num_tokens=x.shape[0],
+                top_k=slot_ids.shape[1],
             )
+            counts = made.tokens_per_local_expert
+            return DispatchOutput(rows=rows, tokens_per_local_expert=counts, handle=handle)
 
         return Pending(finish)
 
@@ -391,7 +381,6 @@ class TokenDispatcher:
             BackendUnavailable: DeepEP is asked for and is not installed.
         """
         traffic = self.traffic
-        payloads = (config.payload, config.combine_payload)
         common: dict[str, Any] = {
             "num_slots": self.num_slots,
             "kernels": self.kernels,
@@ -404,7 +393,7 @@ class TokenDispatcher:
         size = len(traffic.ranks)
         flat = config.exchange == "flat" or (config.exchange == "auto" and rails is None)
         if config.exchange == "deepep" and size > 1:
-            if payloads != ("none", "none"):
+            if (config.payload, config.combine_payload) != ("none", "none"):
                 raise ConfigError(
                     f"found payload {config.payload!r} and combine_payload "
                     f"{config.combine_payload!r} with exchange 'deepep', expected 'none': DeepEP "
@@ -498,13 +487,11 @@ class _Dispatch(torch.autograd.Function):
         x: Tensor,
         weights: Tensor | None,
         transport: AnyTransport,
-        receive: Callable[[], DispatchedRows[DispatchMetadata]],
-        keep: list[DispatchMetadata],
+        received: Dispatched[DispatchMetadata],
     ) -> tuple[Tensor, Tensor | None]:
-        received = receive()
-        ctx.transport, ctx.dispatch_metadata = transport, received.metadata
-        keep.append(received.metadata)
-        return received.rows, received.topk_weights
+        ctx.transport = transport
+        ctx.dispatch_metadata, rows, arrived = received
+        return rows, arrived
 
     @staticmethod
     @once_differentiable
@@ -515,7 +502,7 @@ class _Dispatch(torch.autograd.Function):
         grads = transport.dispatch_backward(
             grad_rows.contiguous(), grad_weights, ctx.dispatch_metadata
         )
-        return *grads, None, None, None
+        return *grads, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -527,13 +514,13 @@ class _Combine(torch.autograd.Function):
         expert_out: Tensor,
         weights: Tensor,
         transport: AnyTransport,
-        receive: Callable[[], CombinedRows],
+        receive: Callable[[], Combined],
         metadata: DispatchMetadata,
     ) -> Tensor:
-        received = receive()
+        out, rows = receive()
         ctx.transport, ctx.dispatch_metadata = transport, metadata
-        ctx.save_for_backward(received.rows if ctx.needs_input_grad[1] else None, weights)
-        return received.out
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weights)
+        return out
 
     @staticmethod
     @once_differentiable

@@ -23,8 +23,8 @@ from moe_locality.config import CapacityConfig
 from moe_locality.dispatch.transport import (
     AllToAllGroup,
     Codec,
-    CombinedRows,
-    DispatchedRows,
+    Combined,
+    Dispatched,
     PendingCounts,
     Splits,
     StageClock,
@@ -163,7 +163,7 @@ class FlatTransport(Transport[FlatMetadata]):
         slot_ids: Tensor,
         topk_weights: Tensor | None,
         metadata: FlatMetadata | None,
-    ) -> Callable[[], DispatchedRows[FlatMetadata]]:
+    ) -> Callable[[], Dispatched[FlatMetadata]]:
         """Sort the routes, exchange the counts while the rows are put in order, send the rows."""
         del topk_weights  # used where the tokens are
         if metadata is None:
@@ -182,12 +182,12 @@ class FlatTransport(Transport[FlatMetadata]):
         pending = self.all_to_all.start_rows(rows, made, "dispatch")
         width, dtype = x.shape[1], x.dtype
 
-        def finish() -> DispatchedRows[FlatMetadata]:
+        def finish() -> Dispatched[FlatMetadata]:
             with self.clock("dispatch"):
                 coded = pending.wait()
             with self.clock("reorder"):
                 rows = self.payload.decode(coded, width, dtype, made.by_expert, self.kernels)
-            return DispatchedRows(made, rows, None)
+            return made, rows, None
 
         return finish
 
@@ -202,21 +202,21 @@ class FlatTransport(Transport[FlatMetadata]):
 
     def start_combine(
         self, expert_out: Tensor, topk_weights: Tensor, metadata: FlatMetadata
-    ) -> Callable[[], CombinedRows]:
+    ) -> Callable[[], Combined]:
         """Send the results back; they are weighted and summed where the tokens are."""
         with self.clock("reorder"):
             rows = self.combine_payload.encode(self._take(expert_out, metadata.by_source))
         pending = self.all_to_all.start_rows(rows, metadata, "combine")
         width, dtype = expert_out.shape[1], expert_out.dtype
 
-        def finish() -> CombinedRows:
+        def finish() -> Combined:
             with self.clock("combine"):
                 rows = pending.wait()
             with self.clock("sum"):
                 rows = self.combine_payload.decode(rows, width, dtype)
                 positions = metadata.row_map.positions
                 out = ops.combine(rows, positions, topk_weights, backend=self.kernels)
-                return CombinedRows(out, rows)
+                return out, rows
 
         return finish
 
@@ -292,7 +292,7 @@ class FixedTransport(FlatTransport):
         slot_ids: Tensor,
         topk_weights: Tensor | None,
         metadata: FlatMetadata | None,
-    ) -> Callable[[], DispatchedRows[FlatMetadata]]:
+    ) -> Callable[[], Dispatched[FlatMetadata]]:
         """As that of the flat transport, without an exchange of counts."""
         if metadata is None:
             with self.clock("plan"):
@@ -301,7 +301,7 @@ class FixedTransport(FlatTransport):
 
     def start_combine(
         self, expert_out: Tensor, topk_weights: Tensor, metadata: FlatMetadata
-    ) -> Callable[[], CombinedRows]:
+    ) -> Callable[[], Combined]:
         """As that of the flat transport.
 
         Raises:

@@ -37,8 +37,8 @@ from moe_locality.dispatch.flat import (
 from moe_locality.dispatch.transport import (
     AllToAllGroup,
     Codec,
-    CombinedRows,
-    DispatchedRows,
+    Combined,
+    Dispatched,
     PendingCounts,
     PendingRows,
     Splits,
@@ -386,7 +386,7 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
         slot_ids: Tensor,
         topk_weights: Tensor | None,
         metadata: HierarchicalMetadata | None,
-    ) -> Callable[[], DispatchedRows[HierarchicalMetadata]]:
+    ) -> Callable[[], Dispatched[HierarchicalMetadata]]:
         """Send each token to the nodes of its routes; the second stage runs in the finish."""
         counts = None
         if metadata is None:
@@ -428,7 +428,7 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
 
     def _raise_inside(
         self, desync: DesyncError, device: torch.device
-    ) -> DispatchedRows[HierarchicalMetadata]:
+    ) -> Dispatched[HierarchicalMetadata]:
         """Raise ``desync`` on all ranks of the node: it is sent with the counts inside the node."""
         cells = self.slots_of_node * self.inter_node.size
         none = torch.zeros(cells, dtype=torch.int64, device=device)
@@ -442,7 +442,7 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
         layout: InterNodeLayout,
         metadata: HierarchicalMetadata | None,
         x: Tensor,
-    ) -> DispatchedRows[HierarchicalMetadata]:
+    ) -> Dispatched[HierarchicalMetadata]:
         """Receive the copies and send their rows on to the ranks of their experts.
 
         ``metadata``: None in the first step of its routes. ``x``: for its width and type.
@@ -475,7 +475,7 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
         with self.clock("reorder"):
             rows = ops.permute(rows, inside.by_expert, backend=self.kernels)
             rows = self.payload.decode(rows, x.shape[1], x.dtype)
-        return DispatchedRows(metadata, rows, weights)
+        return metadata, rows, weights
 
     def dispatch_backward(
         self, grad_rows: Tensor, grad_weights: Tensor | None, metadata: HierarchicalMetadata
@@ -496,7 +496,7 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
 
     def start_combine(
         self, expert_out: Tensor, topk_weights: Tensor, metadata: HierarchicalMetadata
-    ) -> Callable[[], CombinedRows]:
+    ) -> Callable[[], Combined]:
         """Bring the results back to the entry rank of the node, and begin to send sums (or the
         results one by one) to the ranks of the tokens.
         """
@@ -514,7 +514,7 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
                 sent = codec.encode(sent)
         pending = self._start_home(sent, metadata, "combine")
 
-        def finish() -> CombinedRows:
+        def finish() -> Combined:
             with self.clock("combine across"):
                 arrived = pending.wait()
             with self.clock("sum"):
@@ -522,7 +522,7 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
                 weights = None if self.sends_weights else topk_weights
                 positions = metadata.home_map.positions
                 out = ops.combine(arrived, positions, weights, backend=self.kernels)
-                return CombinedRows(out, rows if self.sends_weights else arrived)
+                return out, rows if self.sends_weights else arrived
 
         return finish
 

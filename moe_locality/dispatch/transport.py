@@ -65,24 +65,11 @@ class DispatchMetadata(Protocol):
 Metadata = TypeVar("Metadata", bound=DispatchMetadata)
 
 
-@dataclass(frozen=True, slots=True)
-class DispatchedRows(Generic[Metadata]):
-    """What a dispatch delivers: ``rows [R, D]`` in the order of the local experts.
-
-    ``topk_weights``: the weights as they arrived, where the transport sends them (else None).
-    """
-
-    metadata: Metadata
-    rows: Tensor
-    topk_weights: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class CombinedRows:
-    """What a combine delivers: ``out [T, D]``, and ``rows``: those that the weights multiplied."""
-
-    out: Tensor
-    rows: Tensor
+Dispatched = tuple[Metadata, Tensor, Tensor | None]
+"""What a dispatch delivers: metadata, rows ``[R, D]`` in the order of the local experts, and the
+weights as they arrived, where the transport sends them."""
+Combined = tuple[Tensor, Tensor]
+"""What a combine delivers: ``[T, D]``, and the rows that the weights multiplied."""
 
 
 class Transport(ABC, Generic[Metadata]):
@@ -101,7 +88,7 @@ class Transport(ABC, Generic[Metadata]):
     @abstractmethod
     def start_dispatch(
         self, x: Tensor, slot_ids: Tensor, topk_weights: Tensor | None, metadata: Metadata | None
-    ) -> Callable[[], DispatchedRows[Metadata]]:
+    ) -> Callable[[], Dispatched[Metadata]]:
         """Send the tokens ``x [T, D]`` to the slots of their routes ``slot_ids [T, K]``.
 
         ``topk_weights [T, K]``: given where the transport sends them. ``metadata``: of an earlier
@@ -120,7 +107,7 @@ class Transport(ABC, Generic[Metadata]):
     @abstractmethod
     def start_combine(
         self, expert_out: Tensor, topk_weights: Tensor, metadata: Metadata
-    ) -> Callable[[], CombinedRows]:
+    ) -> Callable[[], Combined]:
         """Send the results of the experts ``[R, D]`` back; the tokens get their weighted sums.
 
         ``topk_weights``: ``[T, K]``, or those that the dispatch delivered.
@@ -137,7 +124,7 @@ class Transport(ABC, Generic[Metadata]):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the gradients of the experts' results ``[R, D]`` and of the weights.
 
-        ``grad [T, D]``. ``rows``: those of :class:`CombinedRows`; None where the gradient of the
+        ``grad [T, D]``. ``rows``: those of :data:`Combined`; None where the gradient of the
         weights is not wanted. ``need_rows``: whether that of the results is.
         """
 
