@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from moe_locality.dispatch.transport import Combined, Dispatched, StageClock, Transport
+from moe_locality.dispatch.transport import Combined, Dispatched, Transport
 from moe_locality.errors import BackendUnavailable, ConfigError
 
 
@@ -54,6 +54,7 @@ def import_deep_ep() -> Any:
     return module
 
 
+@dataclass(eq=False)
 class DeepEPTransport(Transport[DeepEPMetadata]):
     """One dispatch and one combine of DeepEP.
 
@@ -64,19 +65,24 @@ class DeepEPTransport(Transport[DeepEPMetadata]):
     sends_weights = True
     _buffers: ClassVar[dict[tuple, Any]] = {}
 
-    def __init__(
-        self, *, group: Any, num_slots: int, max_tokens: int | None, clock: StageClock
-    ) -> None:
-        if max_tokens is None:
+    group: Any
+
+    def __post_init__(self) -> None:
+        config = self.config
+        if (config.payload, config.combine_payload) != ("none", "none"):
+            raise ConfigError(
+                f"found payload {config.payload!r} and combine_payload {config.combine_payload!r} "
+                "with exchange 'deepep', expected 'none': DeepEP moves the rows, and knows no such "
+                "format of ours"
+            )
+        if config.deepep_max_tokens_per_rank is None:
             raise ConfigError(
                 "found exchange 'deepep' without dispatch.deepep_max_tokens_per_rank, expected the "
                 "most tokens that any rank gives to a layer: DeepEP sizes its buffer by it"
             )
         self._deep_ep = import_deep_ep()
-        self.group = group if group is not None else torch.distributed.group.WORLD
-        self.num_slots = num_slots
-        self.max_tokens = max_tokens
-        self.clock = clock
+        self.group = self.group if self.group is not None else torch.distributed.group.WORLD
+        self.max_tokens = config.deepep_max_tokens_per_rank
 
     def start_dispatch(
         self,

@@ -30,7 +30,6 @@ from moe_locality.dispatch.flat import FixedTransport, FlatTransport
 from moe_locality.dispatch.hierarchical import HierarchicalTransport, Rails, pays
 from moe_locality.dispatch.transport import (
     AllToAllGroup,
-    Codec,
     Collectives,
     Combined,
     Dispatched,
@@ -380,48 +379,26 @@ class TokenDispatcher:
             ConfigError: what is asked for is not possible here.
             BackendUnavailable: DeepEP is asked for and is not installed.
         """
-        traffic = self.traffic
-        common: dict[str, Any] = {
-            "num_slots": self.num_slots,
-            "kernels": self.kernels,
-            "payload": Codec.of_payload(config.payload),
-            "combine_payload": Codec.of_payload(config.combine_payload),
-            "clock": traffic.clock,
-        }
+        traffic, ranks = self.traffic, self.traffic.ranks
+        common = (config, self.num_slots, self.kernels, traffic.clock)
         part = functools.partial(AllToAllGroup, comm=comm, counter=traffic, position=self.position)
-        whole = part(process_group=group, ranks=traffic.ranks)
-        size = len(traffic.ranks)
+        whole = part(process_group=group, ranks=ranks)
         flat = config.exchange == "flat" or (config.exchange == "auto" and rails is None)
-        if config.exchange == "deepep" and size > 1:
-            if (config.payload, config.combine_payload) != ("none", "none"):
-                raise ConfigError(
-                    f"found payload {config.payload!r} and combine_payload "
-                    f"{config.combine_payload!r} with exchange 'deepep', expected 'none': DeepEP "
-                    "moves the rows, and knows no such format of ours"
-                )
-            made: Transport[Any] = DeepEPTransport(
-                group=group,
-                num_slots=self.num_slots,
-                max_tokens=config.deepep_max_tokens_per_rank,
-                clock=traffic.clock,
-            )
+        if config.exchange == "deepep" and len(ranks) > 1:
+            made: Transport[Any] = DeepEPTransport(*common, group)
         elif config.capacity:
-            made = FixedTransport(whole, capacity=config.capacity, **common)
-        elif flat or size == 1:
-            made = FlatTransport(whole, **common)
+            made = FixedTransport(*common, whole)
+        elif flat or len(ranks) == 1:
+            made = FlatTransport(*common, whole)
         elif rails is None:
             raise ConfigError(
                 "dispatch.exchange is 'hierarchical' and the expert groups of the nodes were "
                 "not made: start with moe_locality.initialize, or use 'flat'"
             )
         else:
-            made = HierarchicalTransport(
-                rails,
-                inter_node=part(process_group=rails.inter_group, ranks=rails.inter_ranks),
-                intra_node=part(process_group=rails.intra_group, ranks=rails.intra_ranks),
-                sends_weights=config.reduce_at_node,
-                **common,
-            )
+            across = part(process_group=rails.inter_group, ranks=rails.inter_ranks)
+            inside = part(process_group=rails.intra_group, ranks=rails.intra_ranks)
+            made = HierarchicalTransport(*common, rails, across, inside)
         # a transport only gets metadata that it made: dispatch checks metadata_type
         return cast("AnyTransport", made)
 

@@ -13,7 +13,7 @@ Shapes: G ranks of the EP group, e local experts, P = G*e slots, R rows received
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -22,12 +22,10 @@ from torch import Tensor, nn
 from moe_locality.config import CapacityConfig
 from moe_locality.dispatch.transport import (
     AllToAllGroup,
-    Codec,
     Combined,
     Dispatched,
     PendingCounts,
     Splits,
-    StageClock,
     Transport,
 )
 from moe_locality.errors import ConfigError
@@ -142,20 +140,11 @@ def flat_metadata(
 
 @dataclass(eq=False)
 class FlatTransport(Transport[FlatMetadata]):
-    """One ragged all-to-all of the whole EP group in each direction.
-
-    ``payload`` codes the rows of the dispatch, ``combine_payload`` those of the combine.
-    """
+    """One ragged all-to-all of the whole EP group in each direction."""
 
     metadata_type: ClassVar[type] = FlatMetadata
 
     all_to_all: AllToAllGroup
-    _: KW_ONLY
-    num_slots: int
-    kernels: ops.Backend
-    payload: Codec
-    combine_payload: Codec
-    clock: StageClock
 
     def start_dispatch(
         self,
@@ -171,23 +160,21 @@ class FlatTransport(Transport[FlatMetadata]):
                 row_map = sort_routes(slot_ids, self.num_slots, self.kernels)
                 counts = self.all_to_all.start_counts(row_map.tokens_per_slot)
             with self.clock("permute"):
-                rows = self.payload.permute(x, row_map, self.kernels)
+                rows = self.payload.permute(x, row_map)
             with self.clock("counts"):
                 arrived, sent, got = counts.read()
                 made = flat_metadata(row_map, arrived, self.all_to_all.size, sent, got)
         else:
             made = metadata
             with self.clock("permute"):
-                rows = self.payload.permute(x, made.row_map, self.kernels)
+                rows = self.payload.permute(x, made.row_map)
         pending = self.all_to_all.start_rows(rows, made, "dispatch")
-        width, dtype = x.shape[1], x.dtype
 
         def finish() -> Dispatched[FlatMetadata]:
             with self.clock("dispatch"):
                 coded = pending.wait()
             with self.clock("reorder"):
-                rows = self.payload.decode(coded, width, dtype, made.by_expert, self.kernels)
-            return made, rows, None
+                return made, self.payload.decode(coded, x, made.by_expert), None
 
         return finish
 
@@ -207,13 +194,12 @@ class FlatTransport(Transport[FlatMetadata]):
         with self.clock("reorder"):
             rows = self.combine_payload.encode(self._take(expert_out, metadata.by_source))
         pending = self.all_to_all.start_rows(rows, metadata, "combine")
-        width, dtype = expert_out.shape[1], expert_out.dtype
 
         def finish() -> Combined:
             with self.clock("combine"):
                 rows = pending.wait()
             with self.clock("sum"):
-                rows = self.combine_payload.decode(rows, width, dtype)
+                rows = self.combine_payload.decode(rows, expert_out)
                 positions = metadata.row_map.positions
                 out = ops.combine(rows, positions, topk_weights, backend=self.kernels)
                 return out, rows
@@ -279,12 +265,15 @@ class FixedTransport(FlatTransport):
     too, as in DeepSpeed's padded dispatch, and its results for padding are never read.
     """
 
-    _: KW_ONLY
-    capacity: CapacityConfig
     lost: Tensor | None = field(default=None, init=False)
     """int64 [1], on the device: routes of this rank that found no row, since the start"""
     _agreed: int | None = field(default=None, init=False)
     _orders: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
+
+    @property
+    def capacity(self) -> CapacityConfig:
+        assert self.config.capacity is not None
+        return self.config.capacity
 
     def start_dispatch(
         self,

@@ -18,7 +18,7 @@ the local experts.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
@@ -36,13 +36,11 @@ from moe_locality.dispatch.flat import (
 )
 from moe_locality.dispatch.transport import (
     AllToAllGroup,
-    Codec,
     Combined,
     Dispatched,
     PendingCounts,
     PendingRows,
     Splits,
-    StageClock,
     Transport,
 )
 from moe_locality.errors import ConfigError
@@ -360,23 +358,18 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
     """Two all-to-alls in each direction: between nodes (``inter_node``) and inside the node
     (``intra_node``).
 
-    ``sends_weights``: the results of a node are added up there, with the weights that arrived.
+    With ``sends_weights`` the results of a node are added up there, by the weights that arrived.
     """
 
     metadata_type: ClassVar[type] = HierarchicalMetadata
 
     rails: Rails
-    _: KW_ONLY
     inter_node: AllToAllGroup
     intra_node: AllToAllGroup
-    num_slots: int
-    kernels: ops.Backend
-    payload: Codec
-    combine_payload: Codec
-    clock: StageClock
-    sends_weights: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        self.sends_weights = self.config.reduce_at_node
         self.slots_of_node = self.num_slots // self.inter_node.size
         self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -402,7 +395,7 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
             assert (metadata.homeward is None) == self.sends_weights
             layout = metadata.inter_node
         with self.clock("permute"):
-            parts = [self.payload.permute(x, layout.copies, self.kernels)]
+            parts = [self.payload.permute(x, layout.copies)]
             if metadata is None:
                 parts.append(layout.local_slots)
             if topk_weights is not None:
@@ -474,8 +467,7 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
             rows = self.intra_node.start_rows(rows, inside, "dispatch").wait()
         with self.clock("reorder"):
             rows = ops.permute(rows, inside.by_expert, backend=self.kernels)
-            rows = self.payload.decode(rows, x.shape[1], x.dtype)
-        return metadata, rows, weights
+            return metadata, self.payload.decode(rows, x), weights
 
     def dispatch_backward(
         self, grad_rows: Tensor, grad_weights: Tensor | None, metadata: HierarchicalMetadata
@@ -501,14 +493,13 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
         results one by one) to the ranks of the tokens.
         """
         inside, codec = metadata.intra_node, self.combine_payload
-        width, dtype = expert_out.shape[1], expert_out.dtype
         with self.clock("reorder"):
             rows = codec.encode(ops.permute(expert_out, inside.by_source, backend=self.kernels))
         with self.clock("combine inside"):
             sent = rows = self.intra_node.start_rows(rows, inside, "combine").wait()
         if self.sends_weights:
             with self.clock("sum"):
-                rows = codec.decode(rows, width, dtype)
+                rows = codec.decode(rows, expert_out)
                 positions = inside.routes.positions
                 sent = ops.combine(rows, positions, topk_weights, backend=self.kernels)
                 sent = codec.encode(sent)
@@ -518,7 +509,7 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
             with self.clock("combine across"):
                 arrived = pending.wait()
             with self.clock("sum"):
-                arrived = codec.decode(arrived, width, dtype)
+                arrived = codec.decode(arrived, expert_out)
                 weights = None if self.sends_weights else topk_weights
                 positions = metadata.home_map.positions
                 out = ops.combine(arrived, positions, weights, backend=self.kernels)

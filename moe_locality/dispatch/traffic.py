@@ -54,25 +54,20 @@ def traffic_report(
     topology = topology or next((c.topology for _, c in counters(model) if c.topology), None)
     ranks, everyone = _gather(mine, group)
     names = [name for name, _ in max(everyone, key=len)]
-    sent = [
-        [(sender, own[i][1]) for sender, own in enumerate(everyone) if i < len(own)]
-        for i in range(len(names))
-    ]
+    by_layer = itertools.zip_longest(*everyone)
+    sent = [[(rank, own[1]) for rank, own in enumerate(layer) if own] for layer in by_layer]
+    total = _report(ranks, itertools.chain(*sent), topology)
     layers = [
         {"name": name, **_report(ranks, layer, topology)}
         for name, layer in zip(names, sent, strict=True)
     ]
-    total = _report(ranks, itertools.chain(*sent), topology)
     return {"ranks": list(ranks), **total, "per_layer": layers}
 
 
 def _counted(counter: TrafficCounter) -> dict[str, Any]:
-    return {
-        "ranks": counter.ranks,
-        **{name: getattr(counter, name) for name in _MATRICES},
-        "load": counter.load,
-        "stage_us": counter.clock.stage_us(),
-    }
+    matrices = {name: np.array(list(getattr(counter, name).values())) for name in _MATRICES}
+    times = counter.clock.stage_us()
+    return {"ranks": counter.ranks, "load": counter.load, "stage_us": times, **matrices}
 
 
 def _gather(mine: list, group: Any) -> tuple[tuple[int, ...], list[list]]:
@@ -96,10 +91,7 @@ def _report(
 ) -> dict[str, Any]:
     """The sums of what was counted, with the place of the rank that counted it."""
     size, place = len(ranks), {rank: i for i, rank in enumerate(ranks)}
-    sums = {
-        name: {kind: np.zeros((size, size), dtype=np.int64) for kind in ALL_KINDS}
-        for name in _MATRICES
-    }
+    sums = {name: np.zeros((len(ALL_KINDS), size, size), dtype=np.int64) for name in _MATRICES}
     load, stage_us = np.zeros(size, dtype=np.int64), {}
     for sender, counted in sent:
         outside = [rank for rank in counted["ranks"] if rank not in place]
@@ -110,36 +102,36 @@ def _report(
             )
         columns = [place[rank] for rank in counted["ranks"]]
         for name, matrices in sums.items():
-            for kind, matrix in matrices.items():
-                matrix[sender, columns] += counted[name][kind]
+            matrices[:, sender, columns] += counted[name]
         load[sender] += counted["load"]
         for stage, us in counted["stage_us"].items():
             stage_us.setdefault(stage, np.zeros(size))[sender] += us
     links = None if topology is None else link_classes(ranks, topology)
     report: dict[str, Any] = {
-        name: {kind: matrix.tolist() for kind, matrix in matrices.items()}
+        name: dict(zip(ALL_KINDS, matrices.tolist(), strict=True))
         for name, matrices in sums.items()
     }
     for name, key in _MATRICES.items():
-        report[key] = (
-            None
-            if links is None
-            else {
+        report[key] = None
+        if links is not None:
+            report[key] = {
                 kind: {link: int(matrix[links == i].sum()) for i, link in enumerate(LINKS)}
-                for kind, matrix in sums[name].items()
+                for kind, matrix in zip(ALL_KINDS, sums[name], strict=True)
             }
-        )
     report["load"] = load.tolist()
     report["stage_us"] = {stage: us.tolist() for stage, us in stage_us.items()}
     return report
 
 
-def link_classes(ranks: Sequence[int], topology: ClusterTopology) -> np.ndarray:
-    """Return ``[G, G]`` indices into ``LINKS``: what lies between each pair of ranks."""
-    nodes = np.array([topology.node_of(rank) for rank in ranks])
-    classes = np.where(nodes[:, None] == nodes[None, :], 1, 2)
-    np.fill_diagonal(classes, 0)
-    return classes
+def link_classes(
+    ranks: Sequence[int], topology: ClusterTopology, senders: Sequence[int] | None = None
+) -> np.ndarray:
+    """Return ``[S, G]`` indices into ``LINKS``: what lies between senders (``ranks`` by default)
+    and ranks.
+    """
+    rows, columns = np.array(ranks if senders is None else senders)[:, None], np.array(ranks)
+    node_of = np.vectorize(topology.node_of, otypes=[np.int64])
+    return np.where(rows == columns, 0, np.where(node_of(rows) == node_of(columns), 1, 2))
 
 
 def local_traffic(
@@ -156,11 +148,7 @@ def local_traffic(
         found["resets"] += counter.resets
         for stage, us in counter.clock.stage_us().items():
             found["stage_us"][stage] = found["stage_us"].get(stage, 0.0) + us
-        links = None
-        if where is not None:
-            nodes = np.array([where.node_of(rank) for rank in counter.ranks])
-            links = np.where(nodes == where.node_of(me), 1, 2)
-            links[counter.ranks.index(me)] = 0
+        links = None if where is None else link_classes(counter.ranks, where, [me])[0]
         for what, key in _MATRICES.items():
             for kind, counts in getattr(counter, what).items():
                 if kind == "dispatch" and what != "messages":

@@ -21,6 +21,7 @@ import torch.distributed
 from torch import Tensor
 
 from moe_locality import quantization
+from moe_locality.config import DispatchConfig
 from moe_locality.dispatch.desync import (
     HEADER,
     NO_REPORT,
@@ -47,24 +48,18 @@ logger = logging.getLogger(__name__)
 class DispatchMetadata(Protocol):
     """Splits and row orders of one step; each transport has its own class.
 
-    A later :meth:`~moe_locality.dispatch.TokenDispatcher.dispatch` of the same routes may use it
-    again.
+    ``tokens_per_local_expert [e]``: rows of each local expert. ``shape``: (T, K) of the routes. A
+    later :meth:`~moe_locality.dispatch.TokenDispatcher.dispatch` of them may use it again.
     """
 
     @property
-    def tokens_per_local_expert(self) -> tuple[int, ...]:
-        """``[e]`` rows of each local expert."""
-        ...
+    def tokens_per_local_expert(self) -> tuple[int, ...]: ...
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(T, K) of the routes."""
-        ...
+    def shape(self) -> tuple[int, int]: ...
 
 
 Metadata = TypeVar("Metadata", bound=DispatchMetadata)
-
-
 Dispatched = tuple[Metadata, Tensor, Tensor | None]
 """What a dispatch delivers: metadata, rows ``[R, D]`` in the order of the local experts, and the
 weights as they arrived, where the transport sends them."""
@@ -72,6 +67,7 @@ Combined = tuple[Tensor, Tensor]
 """What a combine delivers: ``[T, D]``, and the rows that the weights multiplied."""
 
 
+@dataclass(eq=False)
 class Transport(ABC, Generic[Metadata]):
     """Sends rows to the ranks of their experts and back; keeps no state of a step.
 
@@ -82,8 +78,17 @@ class Transport(ABC, Generic[Metadata]):
 
     metadata_type: ClassVar[type]
     """the class of its metadata"""
-    sends_weights: bool = False
+    sends_weights = False
     """whether the weights travel with the rows: they are then used where the experts are"""
+
+    config: DispatchConfig
+    num_slots: int
+    kernels: ops.Backend
+    clock: "StageClock"
+
+    def __post_init__(self) -> None:
+        self.payload = Codec.of_payload(self.config.payload, self.kernels)
+        self.combine_payload = Codec.of_payload(self.config.combine_payload, self.kernels)
 
     @abstractmethod
     def start_dispatch(
@@ -143,39 +148,34 @@ class Codec:
     """
 
     format: str | None
+    kernels: ops.Backend = "auto"
 
     @classmethod
-    def of_payload(cls, payload: str) -> "Codec":
+    def of_payload(cls, payload: str, kernels: ops.Backend = "auto") -> "Codec":
         """Return the codec of a ``dispatch.payload`` of the configuration."""
-        return cls(None if payload == "none" else payload)
+        return cls(None if payload == "none" else payload, kernels)
 
     def encode(self, rows: Tensor) -> Tensor:
         """Code rows ``[N, D]``: the rows themselves, or uint8 ``[N, row_bytes]``."""
         return rows if self.format is None else quantization.encode_rows(rows, self.format)
 
-    def decode(
-        self,
-        coded: Tensor,
-        width: int,
-        dtype: torch.dtype,
-        order: Tensor | None = None,
-        backend: ops.Backend = "auto",
-    ) -> Tensor:
-        """Invert :meth:`encode` up to its rounding: ``[N, width]`` in ``dtype``.
+    def decode(self, coded: Tensor, like: Tensor, order: Tensor | None = None) -> Tensor:
+        """Invert :meth:`encode` up to its rounding: rows ``[N, D]`` of the width and dtype of
+        ``like``.
 
         With ``order``, return those rows in that order, without moving the coded ones first.
         """
         if self.format is None:
-            return coded if order is None else ops.permute(coded, order, backend=backend)
-        return quantization.decode_rows(coded.contiguous(), self.format, width, dtype, index=order)
+            return coded if order is None else ops.permute(coded, order, backend=self.kernels)
+        size = (like.shape[1], like.dtype)
+        return quantization.decode_rows(coded.contiguous(), self.format, *size, index=order)
 
-    def permute(self, x: Tensor, row_map: RowMap, backend: ops.Backend) -> Tensor:
+    def permute(self, x: Tensor, row_map: RowMap) -> Tensor:
         """Return the coded row of every row of the map; each token is coded once."""
-        if self.format is not None:
-            return quantization.permute_encode(
-                x, row_map.row_token, self.format, positions=row_map.positions
-            )
-        return ops.permute(x, row_map, backend=backend)
+        if self.format is None:
+            return ops.permute(x, row_map, backend=self.kernels)
+        where = (row_map.row_token, self.format)
+        return quantization.permute_encode(x, *where, positions=row_map.positions)
 
 
 # -- counters of what was sent
@@ -300,7 +300,6 @@ class Collectives(Protocol):
 
     def all_to_all_single(self, output: Tensor, rows: Tensor, /, *args: Any, **kwargs: Any) -> Any:
         """Exchange rows; with ``async_op=True``, return what to wait for."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

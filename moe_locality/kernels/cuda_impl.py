@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_locality.errors import ConfigError
+from moe_locality.kernels.reference import new_map, without_end
 
 LIBRARY = "_C_cuda.abi3.so"
 NO_LIMIT = 2**31 - 1
@@ -42,29 +43,16 @@ def why_unavailable() -> str | None:
 
 
 def row_map(slot_ids: Tensor, num_slots: int, capacity: int, num_rows: int) -> tuple[Tensor, ...]:
-    if slot_ids.dtype not in (torch.int32, torch.int64):
-        slot_ids = slot_ids.to(torch.int32)
-    num_tokens, top_k = slot_ids.shape
-    size = num_rows if num_rows >= 0 else num_tokens * top_k
-
-    def make(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return slot_ids.new_empty(shape, dtype=dtype)
-
-    run = torch.ops.moe_locality_cuda
-    row_route, row_token, offsets = make(size), make(size), make(num_slots + 1)
-    others = (make(num_tokens, top_k), make(num_slots, dtype=torch.int64))
-    rest = (offsets, make(num_slots), make(1))
-    counts = make(run.row_map_blocks(num_tokens, top_k), num_slots)
+    slot_ids, run = _ids(slot_ids), torch.ops.moe_locality_cuda
+    out = new_map(slot_ids, num_slots, num_rows if num_rows >= 0 else slot_ids.numel())
+    counts = slot_ids.new_empty(run.row_map_blocks(*slot_ids.shape), num_slots, dtype=torch.int32)
     capacity = NO_LIMIT if capacity < 0 else min(capacity, NO_LIMIT)
-    run.row_map(slot_ids, counts, row_route, row_token, *others, *rest, capacity, num_rows >= 0)
-    if num_rows < 0:
-        used = int(offsets[-1])  # the one wait for the device
-        row_route, row_token = row_route[:used], row_token[:used]
-    return row_route, row_token, *others, *rest
+    run.row_map(slot_ids, counts, *out, capacity, num_rows >= 0)
+    return out if num_rows >= 0 else without_end(out)
 
 
 def serve_visited(ids: Tensor, slots: Tensor, nodes: Tensor, home_node: int) -> Tensor:
-    given = ids if ids.dtype in (torch.int32, torch.int64) else ids.to(torch.int32)
+    given = _ids(ids)
     found = torch.empty_like(given, memory_format=torch.contiguous_format)
     tables = (slots.contiguous(), nodes.contiguous())
     torch.ops.moe_locality_cuda.serve_visited(given, *tables, found, home_node)
@@ -108,6 +96,10 @@ def combine_backward(
     where = (positions, row_token, slot_offsets)
     torch.ops.moe_locality_cuda.combine_backward(*given, *where, wide, grad_rows, grad_weights)
     return grad_rows, None if grad_weights is None else grad_weights.to(weights.dtype)
+
+
+def _ids(ids: Tensor) -> Tensor:
+    return ids if ids.dtype in (torch.int32, torch.int64) else ids.to(torch.int32)
 
 
 def _check_dtype(tensor: Tensor) -> None:

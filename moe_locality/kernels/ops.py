@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from moe_locality.errors import BackendUnavailable, ConfigError
+from moe_locality.kernels.reference import new_map
 
 Backend = Literal["auto", "reference", "triton", "cuda"]
 BACKENDS = ("reference", "triton", "cuda")
@@ -312,20 +313,12 @@ def _run_operator(op: str, *args: Any) -> Any:
 
 
 def _fake_row_map(slot_ids: Tensor, num_slots: int, capacity: int, num_rows: int, backend: str):
-    def make(shape: Any, dtype: torch.dtype = torch.int32) -> Tensor:
-        return slot_ids.new_empty(shape, dtype=dtype)
-
     rows = num_rows if num_rows >= 0 else torch.library.get_ctx().new_dynamic_size()
-    counts = (make(num_slots, torch.int64), make(num_slots + 1), make(num_slots), make(1))
-    return make(rows), make(rows), make(slot_ids.shape), *counts
+    return new_map(slot_ids, num_slots, rows)
 
 
-def _fake_gather(x: Tensor, index: Tensor, *_: Any) -> Tensor:
+def _fake_rows(x: Tensor, index: Tensor, *_: Any) -> Tensor:
     return x.new_empty(index.shape[0], x.shape[1])
-
-
-def _fake_combine(rows: Tensor, positions: Tensor, *_: Any) -> Tensor:
-    return rows.new_empty(positions.shape[0], rows.shape[1])
 
 
 def _fake_combine_backward(
@@ -346,9 +339,9 @@ def _fake_combine_backward(
 _FAKES: dict[str, Any] = {
     "serve_visited": lambda ids, *_: ids.new_empty(ids.shape),
     "row_map": _fake_row_map,
-    "gather": _fake_gather,
-    "permute": _fake_gather,
-    "combine": _fake_combine,
+    "gather": _fake_rows,
+    "permute": _fake_rows,
+    "combine": _fake_rows,
     "combine_backward": _fake_combine_backward,
 }
 

@@ -9,6 +9,8 @@ significand), so bfloat16 rows are taken three times with a third of the weight 
 are exact in float32 and the sum is rounded to bfloat16 once.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
@@ -81,8 +83,8 @@ def combine_backward(
         if fast:  # a sum of one
             grad_rows = weighted_sums(grad, row_token[:, None], row_weight)
         else:
-            take = pick_rows if slot_offsets is not None else gather
-            grad_rows = (take(wide, row_token) * row_weight).to(grad.dtype)
+            taken = permute(wide, row_token, positions, slot_offsets)
+            grad_rows = (taken * row_weight).to(grad.dtype)
     if rows is not None and fast:
         grad_weights = row_products(rows, positions, grad)
     elif rows is not None:
@@ -174,13 +176,28 @@ def row_products(rows: Tensor, positions: Tensor, grad: Tensor) -> Tensor:
 
 
 def _thirds(weights: Tensor) -> Tensor:
-    parts = []
-    rest = weights
+    parts, rest = [], weights
     for _ in range(3):
-        part = rest.to(torch.bfloat16)
-        parts.append(part)
-        rest = rest - part.to(torch.float32)
+        parts.append(rest.to(torch.bfloat16))
+        rest = rest - parts[-1].to(torch.float32)
     return torch.cat(parts, dim=1)
+
+
+def new_map(ids: Tensor, num_slots: int, num_rows: Any) -> tuple[Tensor, ...]:
+    """Return the tensors of a map, not filled, in the order of ``ops.MAP_FIELDS``."""
+
+    def make(shape: Any, dtype: torch.dtype = torch.int32) -> Tensor:
+        return ids.new_empty(shape, dtype=dtype)
+
+    counts = (make(num_slots, torch.int64), make(num_slots + 1), make(num_slots), make(1))
+    return make(num_rows), make(num_rows), make(ids.shape), *counts
+
+
+def without_end(made: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return a map without the rows past those in use; waits for the device, to know them."""
+    row_route, row_token, positions, tokens_per_slot, offsets, *rest = made
+    used = int(offsets[-1])
+    return row_route[:used], row_token[:used], positions, tokens_per_slot, offsets, *rest
 
 
 def row_map(slot_ids: Tensor, num_slots: int, capacity: int, num_rows: int) -> tuple[Tensor, ...]:
@@ -205,14 +222,19 @@ def row_map(slot_ids: Tensor, num_slots: int, capacity: int, num_rows: int) -> t
         overflow = torch.zeros(1, dtype=torch.int32, device=flat.device)
     else:
         size = num_rows if num_rows >= 0 else int(offsets[-1])
-        sorted_slots = flat.index_select(0, order)
-        order, rows, overflow = _rows_with_limits(order, sorted_slots, routed, kept, offsets, size)
+        order = order[: int(routed.sum())]
+        slots = flat.index_select(0, order)
+        rank = torch.arange(len(order), device=flat.device)
+        rank -= (torch.cumsum(routed, 0) - routed).index_select(0, slots)
+        rows = offsets.index_select(0, slots) + rank
+        in_capacity = rank < kept.index_select(0, slots)
+        fits = in_capacity & (rows < size)
+        overflow = (in_capacity.sum() - fits.sum()).to(torch.int32).view(1)
+        order, rows = order[fits], rows[fits]
         row_route = torch.full((size,), -1, dtype=torch.int64, device=flat.device)
         row_route.index_copy_(0, rows, order)
-        kept = (
-            torch.minimum(offsets[:-1] + kept, offsets.new_tensor(size)) - offsets[:-1]
-        ).clamp_min(0)
         offsets.clamp_max_(size)
+        kept = offsets.diff()
     positions = torch.full((num_tokens * top_k,), -1, dtype=torch.int32, device=flat.device)
     positions.index_copy_(0, order, rows.to(torch.int32))
     return (
@@ -224,18 +246,3 @@ def row_map(slot_ids: Tensor, num_slots: int, capacity: int, num_rows: int) -> t
         routed.to(torch.int32),
         overflow,
     )
-
-
-def _rows_with_limits(
-    order: Tensor, sorted_slots: Tensor, routed: Tensor, kept: Tensor, offsets: Tensor, size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the routes that keep a row, their rows, and how many found none in ``size`` rows."""
-    count = int(routed.sum())
-    order, slots = order[:count], sorted_slots[:count]
-    first = torch.cumsum(routed, 0) - routed
-    rank = torch.arange(count, device=order.device) - first.index_select(0, slots)
-    rows = offsets.index_select(0, slots) + rank
-    in_capacity = rank < kept.index_select(0, slots)
-    fits = in_capacity & (rows < size)
-    overflow = (in_capacity.sum() - fits.sum()).to(torch.int32).view(1)
-    return order[fits], rows[fits], overflow

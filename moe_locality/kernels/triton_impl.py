@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_locality.kernels.reference import new_map, without_end
+
 NO_LIMIT = 2**31 - 1
 ONE_BLOCK_ROUTES = 2048
 """Routes (with their holes) up to which one block makes the whole map: a decode step."""
@@ -38,8 +40,8 @@ def row_map(slot_ids: Tensor, num_slots: int, capacity: int, num_rows: int) -> t
     size = num_rows if num_rows >= 0 else num_tokens * top_k
     shape = map_shape(num_tokens, top_k, num_slots)
     blocks = shape.pop("blocks")
-    out = _new_map(slot_ids, num_slots, size)
-    row_route, row_token, _, _, offsets, *_ = out
+    out = new_map(slot_ids, num_slots, size)
+    row_route, row_token, *_ = out
     if num_rows >= 0 and blocks > 1:  # rows past the end have no route
         row_route.fill_(-1)
         row_token.fill_(-1)
@@ -58,20 +60,7 @@ def row_map(slot_ids: Tensor, num_slots: int, capacity: int, num_rows: int) -> t
         ONE_BLOCK=blocks == 1,
         num_warps=8,
     )
-    if num_rows < 0:
-        used = int(offsets[-1])  # the one wait for the device
-        return row_route[:used], row_token[:used], *out[2:]
-    return out
-
-
-def _new_map(ids: Tensor, num_slots: int, num_rows: int) -> tuple[Tensor, ...]:
-    """Return the tensors of a map, in the order of the kernel's arguments (``ops.MAP_FIELDS``)."""
-
-    def make(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return ids.new_empty(shape, dtype=dtype)
-
-    counts = (make(num_slots, dtype=torch.int64), make(num_slots + 1), make(num_slots), make(1))
-    return make(num_rows), make(num_rows), make(*ids.shape), *counts
+    return out if num_rows >= 0 else without_end(out)
 
 
 def serve_visited(ids: Tensor, slots: Tensor, nodes: Tensor, home_node: int) -> Tensor:
@@ -100,47 +89,32 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
 
 
 def permute(x: Tensor, row_token: Tensor, positions: Tensor, slot_offsets: Tensor | None) -> Tensor:
-    kernels = _kernels()
     x = x.contiguous()
-    num_rows, width = row_token.shape[0], x.shape[1]
-    rows = x.new_empty(num_rows, width)
+    rows = x.new_empty(len(row_token), x.shape[1])
     if not rows.numel():
         return rows
-    tile, columns, warps = _tile(len(x), width)
-    padding = _padding(slot_offsets, num_rows, columns)
-    token_blocks = _blocks(len(x), tile)
-    grid = (token_blocks + padding["blocks"], _blocks(width, columns))
-    kernels.permute_kernel[grid](
+    blocks, tiles, constants = _tiling(positions, x.shape[1])
+    padding = _padding(slot_offsets, len(rows), constants["BD"])
+    _kernels().permute_kernel[blocks + padding["blocks"], tiles](
         *(x, positions, row_token, slot_offsets, rows),
-        *(len(x), token_blocks, padding["slots"]),
-        D=width,
-        K=positions.shape[1],
-        BT=tile,
-        BD=columns,
+        *(len(x), blocks, padding["slots"]),
+        **constants,
         BR=padding["rows"],
         PADDED=slot_offsets is not None,
-        num_warps=warps,
     )
     return rows
 
 
 def combine(rows: Tensor, positions: Tensor, weights: Tensor | None) -> Tensor:
-    kernels = _kernels()
     rows = rows.contiguous()
-    num_tokens, top_k = positions.shape
-    out = rows.new_empty(num_tokens, rows.shape[1])
+    out = rows.new_empty(len(positions), rows.shape[1])
     if out.numel():
-        tile, width, warps = _tile(num_tokens, rows.shape[1])
-        grid = (_blocks(num_tokens, tile), _blocks(rows.shape[1], width))
-        kernels.combine_kernel[grid](
-            *(rows, positions, _contiguous(weights), out, num_tokens),
-            D=rows.shape[1],
-            K=top_k,
-            BT=tile,
-            BD=width,
+        blocks, tiles, constants = _tiling(positions, rows.shape[1])
+        _kernels().combine_kernel[blocks, tiles](
+            *(rows, positions, _contiguous(weights), out, len(out)),
+            **constants,
             ACC=_accumulator(rows, weights),
             HAS_WEIGHTS=weights is not None,
-            num_warps=warps,
         )
     return out
 
@@ -155,31 +129,25 @@ def combine_backward(
     need_rows: bool,
     slot_offsets: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    kernels = _kernels()
-    (num_tokens, top_k), width, num_rows = positions.shape, grad.shape[1], row_token.shape[0]
-    grad_rows = grad.new_empty(num_rows, width) if need_rows else None
+    grad_rows = grad.new_empty(len(row_token), grad.shape[1]) if need_rows else None
     grad_weights = None if rows is None else weights.new_empty(weights.shape)
-    if not num_tokens:
+    if not len(positions):
         return None if grad_rows is None else grad_rows.zero_(), grad_weights
-    tile, columns, warps = _tile(num_tokens, width, whole_rows=True)
-    padding = _padding(slot_offsets if need_rows else None, num_rows, columns)
-    token_blocks = _blocks(num_tokens, tile)
-    kernels.combine_backward_kernel[(token_blocks + padding["blocks"],)](
+    blocks, tiles, constants = _tiling(positions, grad.shape[1], whole_rows=True)
+    offsets = slot_offsets if need_rows else None
+    padding = _padding(offsets, len(row_token), constants["BD"])
+    _kernels().combine_backward_kernel[(blocks + padding["blocks"],)](
         *(grad.contiguous(), _contiguous(rows), positions, row_token, slot_offsets),
         *(weights.contiguous(), grad_rows, grad_weights),
-        *(num_tokens, token_blocks, padding["slots"]),
-        D=width,
-        K=top_k,
-        K2=_power_of_two(top_k),
-        BT=tile,
-        BD=columns,
-        TILES=_blocks(width, columns),
+        *(len(positions), blocks, padding["slots"]),
+        **constants,
+        K2=_power_of_two(positions.shape[1]),
+        TILES=tiles,
         BR=padding["rows"],
         ACC=_accumulator(grad, weights),
         NEED_ROWS=need_rows,
         NEED_WEIGHTS=rows is not None,
-        PADDED=slot_offsets is not None and need_rows,
-        num_warps=warps,
+        PADDED=offsets is not None,
     )
     return grad_rows, grad_weights
 
@@ -213,13 +181,22 @@ def _tile(count: int, width: int, whole_rows: bool = False) -> tuple[int, int, i
     return rows, columns, 8 if rows * columns > 2048 else 4
 
 
+def _tiling(
+    positions: Tensor, width: int, whole_rows: bool = False
+) -> tuple[int, int, dict[str, int]]:
+    """Return the blocks of tokens, the tiles of a row, and what a kernel over both has to know."""
+    count, top_k = positions.shape
+    tile, columns, warps = _tile(count, width, whole_rows)
+    constants = {"D": width, "K": top_k, "BT": tile, "BD": columns, "num_warps": warps}
+    return _blocks(count, tile), _blocks(width, columns), constants
+
+
 def _padding(slot_offsets: Tensor | None, num_rows: int, columns: int) -> dict[str, int]:
     """Return how many programs look for padding rows, and how many rows each looks at."""
     rows = max(1, 4096 // columns) if not interpreted() else 64
     if slot_offsets is None:
         return {"blocks": 0, "slots": 0, "rows": rows}
-    slots = slot_offsets.shape[0] - 1
-    return {"blocks": _blocks(num_rows, rows), "slots": slots, "rows": rows}
+    return {"blocks": _blocks(num_rows, rows), "slots": len(slot_offsets) - 1, "rows": rows}
 
 
 def _accumulator(rows: Tensor, weights: Tensor | None) -> Any:

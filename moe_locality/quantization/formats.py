@@ -67,11 +67,7 @@ class Format:
         return 4 if self.scale_rule == "fp32" else 1
 
 
-def _table(*formats: Format) -> dict[str, Format]:
-    return {fmt.name: fmt for fmt in formats}
-
-
-FORMATS: dict[str, Format] = _table(
+_ALL = (
     Format(name="mxfp4", element="e2m1", block=32, scale_rule="floor"),
     Format(name="mxfp4-16", element="e2m1", block=16, scale_rule="floor"),
     Format(name="mxfp4-16-oas", element="e2m1", block=16, scale_rule="oas"),
@@ -83,6 +79,7 @@ FORMATS: dict[str, Format] = _table(
     Format(name="mxfp8-e5m2", element="e5m2", block=32, scale_rule="floor"),
     Format(name="fp8", element="e4m3", block=128, scale_rule="fp32"),
 )
+FORMATS = {fmt.name: fmt for fmt in _ALL}
 """All formats by name. ``mxfp4`` and ``mxfp8`` (E4M3) are the OCP ones, with blocks of 32."""
 
 
@@ -116,9 +113,8 @@ def resolve_factor_rule(fmt: Format, role: Role | None) -> Literal["static", "dy
 
 
 class RowLayout(NamedTuple):
-    """Where the parts of an encoded row lie, in bytes.
+    """Where the parts of an encoded row ``[codes | factors | gap | scales | zeros]`` lie, in bytes.
 
-    A row is ``[codes | factors | gap | scales | zeros]``, with the factors right behind the codes.
     The gap puts fp32 scales at a multiple of four.
     """
 
@@ -130,7 +126,6 @@ class RowLayout(NamedTuple):
 
 
 def row_layout(fmt: Format, width: int) -> RowLayout:
-    """Return the layout of an encoded row of ``width`` elements."""
     codes = _ceil(width, fmt.codes_per_byte)
     factors = codes + (0 if fmt.factor_rule is None else _ceil(width, MACRO_BLOCK))
     start = _ceil(factors, fmt.scale_bytes) * fmt.scale_bytes

@@ -1,9 +1,8 @@
 """Low-bit block formats in plain torch: the numerics that every other implementation is held to.
 
-``quantize`` rounds a tensor along its last dimension, ``dequantize`` gives floats back. Formats are
-those of ``FORMATS``; definitions with their sources are in ``formats`` and here. All arithmetic
-is float32, element by element, so a row's result depends on nothing but the row (NVFP4: on the
-tensor's largest magnitude too) and is the same on every device.
+Definitions with their sources are in ``formats`` and here. All arithmetic is float32, element by
+element, so a row's result depends on nothing but the row (NVFP4: on the tensor's largest magnitude
+too) and is the same on every device.
 
 Not-a-number and infinity: OCP MX v1.0 says that a block whose scale is NaN holds NaN throughout
 (5.2) and leaves open how a converter treats NaN and infinity (6.3). Here any of them makes the
@@ -98,10 +97,9 @@ def quantize(x: Tensor, format: str, *, role: Role | None = None) -> QuantizedTe
         codes, scales = _quantize_fp32_scale(blocks, bad, fmt)
     elif fmt.scale_rule == "e4m3":
         codes, scales, tensor_scale = _quantize_e4m3_scale(blocks, bad)
-    elif factor_rule is None:
-        codes, scales = _quantize_e8m0(blocks, bad, fmt, None)
     else:
-        factors = choose_factors(blocks, fmt, factor_rule)
+        if factor_rule is not None:
+            factors = choose_factors(blocks, fmt, factor_rule)
         codes, scales = _quantize_e8m0(blocks, bad, fmt, factors)
     codes = codes.flatten(1)[:, :width]
     if fmt.codes_per_byte == 2:
@@ -162,7 +160,9 @@ def choose_factors(blocks: Tensor, fmt: Format, rule: str) -> Tensor:
     ``1 + j/16`` the one with the least sum of squared errors, the first of equals; j = 0 is no
     factor, so MBS-D is never worse than OAS alone.
     """
-    macro = _macro_blocks(blocks, fmt)
+    per_macro = MACRO_BLOCK // fmt.block
+    padded = F.pad(blocks, (0, 0, 0, -blocks.shape[1] % per_macro))  # zero blocks after the end
+    macro = padded.unflatten(1, (-1, per_macro))
     if rule == "static":
         a = macro.abs().amax(dim=(2, 3))
         return ((6.0 / a).view(torch.int32) >> 15 & 0xFF).to(torch.uint8)
@@ -201,8 +201,8 @@ def _quantize_e8m0(
     """Codes [N, n, block] and E8M0 scales [N, n] of blocks with power-of-two scales."""
     factor = None
     if factors is not None:
-        factor = _spread(_factor_values(factors), MACRO_BLOCK // fmt.block, blocks.shape[1])
-        factor = factor[:, :, None]
+        spread = _spread(_factor_values(factors), MACRO_BLOCK // fmt.block, blocks.shape[1])
+        factor = spread[:, :, None]
     exponent = _exponents(blocks, fmt, factor)
     codes = encode_elements(_scaled(blocks, exponent, factor), fmt.element)
     scales = torch.where(bad, E8M0_NAN, exponent[:, :, 0] + E8M0_BIAS)
@@ -219,14 +219,13 @@ def _exponents(blocks: Tensor, fmt: Format, factor: Tensor | None) -> Tensor:
     m = 1.75 and E - 1 above.
     """
     a = blocks.abs().amax(dim=2, keepdim=True)
-    if factor is None:
-        exponent, mantissa = exponent_and_mantissa(a)
-    else:
+    shift = 0
+    if factor is not None:
         huge = a >= 2.0**125  # a * factor must not overflow
         shift = 2 * huge.to(torch.int32)
-        exponent, mantissa = exponent_and_mantissa(torch.where(huge, a * 0.25, a) * factor)
-        exponent = exponent + shift
-    exponent = exponent - ELEMENT_EMAX[fmt.element]
+        a = torch.where(huge, a * 0.25, a) * factor
+    exponent, mantissa = exponent_and_mantissa(a)
+    exponent = exponent + shift - ELEMENT_EMAX[fmt.element]
     if fmt.scale_rule == "oas":
         exponent = exponent + (mantissa > 0x600000).to(torch.int32)
     return exponent.clamp(-E8M0_BIAS, E8M0_BIAS)
@@ -264,18 +263,9 @@ def _finite_blocks(rows: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Cut rows [N, W] into blocks [N, n, block], zeros after the end; bad [N, n] marks the blocks
     with a NaN or an infinity, which are zero in the result.
     """
-    count = -(-rows.shape[1] // block)
-    padded = F.pad(rows, (0, count * block - rows.shape[1])).view(rows.shape[0], count, block)
+    padded = F.pad(rows, (0, -rows.shape[1] % block)).unflatten(1, (-1, block))
     finite = padded.isfinite()
     return torch.where(finite, padded, 0.0), ~finite.all(dim=2)
-
-
-def _macro_blocks(blocks: Tensor, fmt: Format) -> Tensor:
-    """Return [N, M, 8, 16]: zero blocks after the end."""
-    per_macro = MACRO_BLOCK // fmt.block
-    count = -(-blocks.shape[1] // per_macro)
-    padded = F.pad(blocks, (0, 0, 0, count * per_macro - blocks.shape[1]))
-    return padded.view(blocks.shape[0], count, per_macro, fmt.block)
 
 
 def _factor_values(m8: Tensor) -> Tensor:

@@ -3,10 +3,9 @@
 An encoded row (``formats.RowLayout``) can be gathered, exchanged and decoded alone: its bytes do
 not depend on the rows beside it. NVFP4, whose scale spans a tensor, has no such rows.
 
-Every function takes ``backend``: ``reference`` is torch on any device; ``triton``
-(``triton_codec``) and ``cuda`` (the extension of ``csrc/``) give the same bytes and floats on a
-GPU. ``auto`` takes, for tensors on a GPU and formats that have a kernel, CUDA where it was built,
-else Triton where it is installed.
+Backends: ``reference`` is torch on any device; ``triton`` (``triton_codec``) and ``cuda`` (the
+extension of ``csrc/``) give the same bytes and floats on a GPU. ``auto`` takes, for tensors on a
+GPU and formats that have a kernel, CUDA where it was built, else Triton where it is installed.
 """
 
 import importlib
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from moe_locality.errors import BackendUnavailable, ConfigError
 from moe_locality.kernels import cuda_impl
+from moe_locality.kernels.reference import pick_rows
 from moe_locality.quantization.formats import (
     FORMATS,
     MANTISSA_BITS,
@@ -65,10 +65,22 @@ def permute_encode(
     ``positions [T, K]`` is the inverse of ``row_token``: the rows of each token, -1 for none. It
     saves the GPU kernels a sort, and a wait for its largest number of rows per token.
     """
-    fmt = _check_activations(x, format)
-    kernels = _encoder(x, fmt, backend)
+    fmt = _check_row_format(format)
+    if x.dim() != 2 or x.dtype not in FLOAT_DTYPES:
+        raise ConfigError(
+            f"found rows of shape {tuple(x.shape)} in {x.dtype}, expected [N, D] in float32, "
+            "bfloat16 or float16: reshape or cast them"
+        )
+    searched = fmt.factor_rule == "dynamic"
+    kernels = None if backend == "auto" and searched else _kernels(x, backend)
     if kernels is None:
-        return _encode(x, fmt) if row_token is None else _select(_encode(x, fmt), row_token)
+        rows = _encode(x, fmt)
+        return rows if row_token is None else pick_rows(rows, row_token)
+    if searched:
+        raise ConfigError(
+            f"found format {fmt.name!r} for the backend {backend}, expected another: MBS-D is "
+            "searched for weights, on the reference path"
+        )
     shape = (len(x if row_token is None else row_token), row_layout(fmt, x.shape[1]).row_bytes)
     rows = torch.empty(shape, dtype=torch.uint8, device=x.device)
     if rows.numel():
@@ -104,7 +116,7 @@ def decode_rows(
         )
     kernels = _kernels(buffer, backend)
     if kernels is None:
-        return _decode(buffer if index is None else _select(buffer, index), fmt, width, dtype)
+        return _decode(buffer if index is None else pick_rows(buffer, index), fmt, width, dtype)
     count = buffer.shape[0] if index is None else index.shape[0]
     out = torch.empty((count, width), dtype=dtype, device=buffer.device)
     if out.numel():
@@ -136,29 +148,7 @@ def _check_row_format(format: str) -> Format:
     return get_format(format)
 
 
-def _check_activations(x: Tensor, format: str) -> Format:
-    fmt = _check_row_format(format)
-    if x.dim() != 2 or x.dtype not in FLOAT_DTYPES:
-        raise ConfigError(
-            f"found rows of shape {tuple(x.shape)} in {x.dtype}, expected [N, D] in float32, "
-            "bfloat16 or float16: reshape or cast them"
-        )
-    return fmt
-
-
 # -- backends --------------------------------------------------------------------------------------
-
-
-def _encoder(x: Tensor, fmt: Format, backend: str) -> Any:
-    """Return what has the kernels that encode ``x``; None: the reference."""
-    searched = fmt.factor_rule == "dynamic"
-    kernels = None if backend == "auto" and searched else _kernels(x, backend)
-    if kernels is not None and searched:
-        raise ConfigError(
-            f"found format {fmt.name!r} for the backend {backend}, expected another: MBS-D is "
-            "searched for weights, on the reference path"
-        )
-    return kernels
 
 
 def _kernels(x: Tensor, backend: str) -> Any:
@@ -202,12 +192,14 @@ class CudaCodec:
     ) -> None:
         """Write the encoded rows of ``x [T, D]`` (unit column stride) into ``rows [R, bytes]``."""
         numbers = _format_numbers(fmt, x.shape[1])
-        _operators().encode(x, _int32(positions), _int32(row_token), rows, *numbers)
+        torch.ops.moe_locality_cuda.encode(x, _int32(positions), _int32(row_token), rows, *numbers)
 
     @staticmethod
     def decode(buffer: Tensor, index: Tensor | None, out: Tensor, fmt: Format) -> None:
         """Write the decoded rows of ``buffer``, in the order of ``index``, into ``out``."""
-        _operators().decode(buffer, _int32(index), out, *_format_numbers(fmt, out.shape[1]))
+        torch.ops.moe_locality_cuda.decode(
+            buffer, _int32(index), out, *_format_numbers(fmt, out.shape[1])
+        )
 
 
 def _format_numbers(fmt: Format, width: int) -> tuple[int, int, int, bool, int, int]:
@@ -220,11 +212,6 @@ def _format_numbers(fmt: Format, width: int) -> tuple[int, int, int, bool, int, 
 
 def _int32(index: Tensor | None) -> Tensor | None:
     return None if index is None else index.to(torch.int32).contiguous()
-
-
-def _operators() -> Any:
-    cuda_impl.load_library()
-    return torch.ops.moe_locality_cuda
 
 
 # -- the reference ---------------------------------------------------------------------------------
@@ -257,11 +244,3 @@ def _decode(rows: Tensor, fmt: Format, width: int, dtype: torch.dtype) -> Tensor
         dtype=dtype,
     )
     return dequantize(q)
-
-
-def _select(encoded: Tensor, index: Tensor) -> Tensor:
-    """``encoded[index]``, zeros where it is -1: they decode to zeros."""
-    if not index.numel() or not encoded.shape[0]:
-        return encoded.new_zeros((index.shape[0], encoded.shape[1]))
-    rows = encoded.index_select(0, index.clamp(min=0).long())
-    return rows.masked_fill_((index < 0)[:, None], 0)
