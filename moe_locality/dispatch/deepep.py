@@ -34,11 +34,7 @@ class DeepEPMetadata:
 
 
 def import_deep_ep() -> Any:
-    """Return the module ``deep_ep``.
-
-    Raises:
-        BackendUnavailable: it is not installed, or not V2.
-    """
+    """Return the module ``deep_ep``; BackendUnavailable where it is not installed, or not V2."""
     try:
         module = importlib.import_module("deep_ep")
     except ImportError as error:

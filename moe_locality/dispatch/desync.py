@@ -1,14 +1,14 @@
 """Find ranks of an expert group that are out of step, and report which ones and where.
 
-Two mechanisms. *Headers*: the n-th exchange of a rank meets the n-th exchange of every other rank
-of its group, whichever layers they are for. So each rank sends, beside its counts, a header with
-the number of its layer and how often it called that layer. Differing headers mean that a rank
-skipped a layer or called the layers in another order; all ranks raise :class:`DesyncError`.
+*Headers*: the n-th exchange of a rank meets the n-th exchange of every other rank of its group,
+whichever layers they are for. So each rank sends, beside its counts, a header with the number of
+its layer and how often it called that layer. Where they differ, all ranks raise
+:class:`DesyncError`.
 
 *Notes*: when an exchange fails, the connections are gone and the backend reports addresses, not
 ranks. Each rank then leaves a note in the key-value store that says where it failed, and waits
-briefly for the notes of its peers. A rank that leaves no note has exited, hung or diverged. This
-code must neither hang nor raise: the store may be unreachable too.
+briefly for the notes of its peers. This code must neither hang nor raise: the store may be
+unreachable too.
 """
 
 import contextlib
@@ -66,8 +66,12 @@ class CallPosition:
         return mark << 48 | ((self.number or 0) & 0xFFFF) << 32 | (self.calls & 0xFFFFFFFF)
 
     def __str__(self) -> str:
-        named = f" ({self.name})" if self.name else ""
-        return f"layer {self.number or 0}{named}, call {self.calls}"
+        return _position_text(self.number or 0, self.name, self.calls)
+
+
+def _position_text(number: int, name: str, calls: int) -> str:
+    named = f" ({name})" if name else ""
+    return f"layer {number}{named}, call {calls}"
 
 
 class DesyncError(MoeLocalityError):
@@ -91,14 +95,11 @@ def check_headers(
 ) -> None:
     """Raise unless all ranks of an exchange are at the same position and report no other.
 
-    All ranks of the exchange get the same headers, so either all of them raise or none does.
-
-    Args:
-        headers: ``[G][HEADER]``, one from each of ``ranks [G]``, this rank (``me``) included.
-        known: what an earlier exchange of this step found.
+    ``headers [G][HEADER]``: one from each of ``ranks [G]``, this rank (``me``) included; all ranks
+    get the same. ``known``: what an earlier exchange of this step found.
 
     Raises:
-        DesyncError: names the ranks and their positions.
+        DesyncError: on all ranks of the exchange; names ranks and their positions.
     """
     mine = headers[list(ranks).index(me)][0]
     same = all(code == mine and not told for code, told, _ in headers)
@@ -118,8 +119,8 @@ def check_headers(
 
 
 def calls_so_far(ranks: tuple[int, ...]) -> str:
-    """Return how often this rank called each layer of a group, as in ``"calls so far by layer: 0-3:
-    5, 4: 4"``; ``""`` where all layers were called equally often.
+    """Return how often this rank called each layer of a group (``"calls so far by layer: 0-3: 5, 4:
+    4"``); ``""`` where all layers were called equally often.
     """
     calls = sorted((layer.number or 0, layer.calls) for layer in _positions[ranks])
     if len({count for _, count in calls}) <= 1:
@@ -161,12 +162,10 @@ def _message(codes: Mapping[int, int], names: Mapping[int, str]) -> str:
         at[code if _readable(code) else 0].append(rank)
     parts, most = [], max(len(ranks) for ranks in at.values())
     for code, ranks in at.items():
+        where = "another exchange than that of counts (a backward pass, or other rows)"
         if code:
             number, calls = code >> 32 & 0xFFFF, code & 0xFFFFFFFF
-            name = f" ({names[number]})" if names.get(number) else ""
-            where = f"layer {number}{name}, call {calls}"
-        else:
-            where = "another exchange than that of counts (a backward pass, or other rows)"
+            where = _position_text(number, names.get(number, ""), calls)
         parts.append(f"ranks {ranks} at {where}")
     odd = sorted(rank for ranks in at.values() if len(ranks) < most for rank in ranks)
     suspects = odd or sorted(codes)
@@ -211,13 +210,10 @@ def announce_departure(text: str) -> None:
 
 
 def ask_ranks(ranks: Collection[int], group_ranks: Sequence[int], text: str) -> str:
-    """Leave a note with ``text`` and return what the notes of the other ranks say.
+    """Leave a note with ``text``, where this rank failed, and return what those of others say.
 
-    Args:
-        ranks: those of the failed exchange. They fail together, so this rank waits for their
-            notes, at most :data:`WAIT_S` seconds.
-        group_ranks: all ranks of the group; of the others, only notes that exist already count.
-        text: where this rank failed.
+    ``ranks``, those of the failed exchange, fail together, so this rank waits for their notes, at
+    most :data:`WAIT_S` seconds; of all others of the group, only notes that exist already count.
     """
     answer = _within(2 * WAIT_S + 1, lambda: _ask(ranks, group_ranks, text))
     return answer or (
@@ -253,12 +249,10 @@ def _ask(ranks: Collection[int], group_ranks: Sequence[int], text: str) -> str:
     _asked[scope] += 1
     store.set(f"{key}/{me}", json.dumps([text, None]))
     missing = [rank for rank in ranks if rank != me]
-    ended: list[int] = []
     deadline = time.monotonic() + WAIT_S
     while missing and time.monotonic() < deadline:
         missing = [rank for rank in missing if not store.check([f"{key}/{rank}"])]
-        ended = [rank for rank in missing if _has_ended(store, rank)]
-        if len(ended) == len(missing):
+        if all(_has_ended(store, rank) for rank in missing):
             break
         time.sleep(_POLL_S)
     store.set(f"{key}/{me}", json.dumps([text, missing]))
@@ -271,12 +265,9 @@ def _ask(ranks: Collection[int], group_ranks: Sequence[int], text: str) -> str:
         time.sleep(_POLL_S)
         notes = _notes(store, key, group_ranks)
     absent = {rank for _, lost in notes.values() for rank in lost or ()} - notes.keys()
-    ended = [rank for rank in sorted(absent) if rank in ended or _has_ended(store, rank)]
-    left = {
-        rank: store.get(f"moe_locality/left/{rank}").decode()
-        for rank in sorted(absent)
-        if store.check([f"moe_locality/left/{rank}"])
-    }
+    ended = [rank for rank in sorted(absent) if _has_ended(store, rank)]
+    keys = {rank: f"moe_locality/left/{rank}" for rank in sorted(absent)}
+    left = {rank: store.get(key).decode() for rank, key in keys.items() if store.check([key])}
     return _told(missing, sorted(absent), ended, left, notes)
 
 
@@ -293,14 +284,13 @@ def _told(
     notes: dict[int, tuple[str, list[int] | None]],
 ) -> str:
     parts = []
-    silent = [rank for rank in absent if rank not in ended]
     if ended:
         parts.append(
             f"The processes of ranks {ended} have ended: read their output first (gloo's 'data "
             "size doesn't match' there: some rank left out an MoE layer or its backward pass)."
         )
     parts += [f"Rank {rank} {text}." for rank, text in left.items()]
-    if silent:
+    if silent := [rank for rank in absent if rank not in ended]:
         parts.append(
             f"Ranks {silent} gave no sign within {WAIT_S:g} s: they ended, hang, or do something "
             "else; look at them first."
@@ -313,9 +303,9 @@ def _told(
     for rank, (_, lost) in sorted(notes.items()):
         if lost and lost != missing:
             parts.append(f"Rank {rank} waited in vain for ranks {lost}.")
-    at: dict[str, list[int]] = {}
+    at: dict[str, list[int]] = defaultdict(list)
     for rank, (text, _) in sorted(notes.items()):
-        at.setdefault(text, []).append(rank)
+        at[text].append(rank)
     if len(at) > 1:
         stood = "; ".join(f"ranks {ranks} in {text}" for text, ranks in at.items())
         parts.append(f"It broke off on {stood}.")

@@ -108,14 +108,13 @@ class SlotMap:
         """Return the map of each layer of ``plan`` for the tokens of a rank of the EP group."""
         choices, home = plan.slot_choices(rank), int(plan.node_of_rank[rank])
         number = np.cumsum(plan.physical_to_logical_map >= 0, axis=1) - 1  # without empty slots
+        layers = np.arange(plan.num_layers)[:, None, None]
+        found = np.where(choices >= 0, number[layers, choices], -1)
         if choices.shape[2] == 1:
-            found = np.take_along_axis(number, choices[..., 0], axis=1)
-            return [cls(some) for some in found]
+            return [cls(some) for some in found[..., 0]]
         node_of_slot = plan.node_of_rank[plan.rank_of_slot].astype(np.int64)
         nodes = np.where(choices >= 0, node_of_slot[choices], -1)
-        layers = np.arange(plan.num_layers)[:, None, None]
-        found = np.where(choices >= 0, number[layers, choices], -1).astype(np.int32)
-        return [cls(*both, home) for both in zip(found, nodes, strict=True)]
+        return [cls(*both, home) for both in zip(found.astype(np.int32), nodes, strict=True)]
 
     def renumbered(self, slots: np.ndarray) -> "SlotMap":
         """Return the map where slot p, on the same rank, has the number ``slots[p]``."""
@@ -373,12 +372,7 @@ class TokenDispatcher:
         rails: Rails | None,
         comm: Collectives,
     ) -> AnyTransport:
-        """Return the transport that ``config`` asks for.
-
-        Raises:
-            ConfigError: what is asked for is not possible here.
-            BackendUnavailable: DeepEP is asked for and is not installed.
-        """
+        """Return the transport that ``config`` asks for, or raise where it cannot be had here."""
         traffic, ranks = self.traffic, self.traffic.ranks
         common = (config, self.num_slots, self.kernels, traffic.clock)
         part = functools.partial(AllToAllGroup, comm=comm, counter=traffic, position=self.position)
@@ -428,8 +422,8 @@ def run_moe(
 ) -> Tensor:
     """Send routed tokens through their experts: ``x [T, D]`` to ``[T, D]``, with autograd.
 
-    The one way of all front ends. Slots are looked up here (``dispatcher.slot_map``), traffic and
-    load are counted here (``dispatcher.traffic``). Collective over the EP group.
+    Slots are looked up in ``dispatcher.slot_map``, ``dispatcher.traffic`` counts. Collective over
+    the EP group.
 
     Args:
         topk_ids: ``[T, K]`` integer logical expert ids, -1 where a route is dropped.
@@ -454,8 +448,6 @@ def run_moe(
 class _Dispatch(torch.autograd.Function):
     """``(x [T, D], weights [T, K] or None)`` to the rows of the local experts ``[R, D]`` and the
     weights where they are used (None where that is this rank).
-
-    Backward sends the gradients of both back in one exchange.
     """
 
     @staticmethod
@@ -546,7 +538,6 @@ class ExchangingLayer:
         """Return the dispatcher, with this map; in two stages where that is asked for or pays.
 
         Topology and rails are those of the groups that were built for these ranks, where any were.
-        Arguments as of :class:`TokenDispatcher`; ``top_k``: routes per token.
         """
         if self.dispatcher is None:
             config, rails = self.dispatch_config, None

@@ -35,8 +35,7 @@ from moe_locality.kernels.ops import RowMap
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlatMetadata(Splits):
-    """What one step sends and receives, on the host. A later dispatch of the same routes may use it
-    again (see :meth:`~moe_locality.dispatch.TokenDispatcher.dispatch`).
+    """What one step sends and receives: splits, and orders of rows.
 
     ``row_map``: the routes of this rank's tokens sorted by slot, so by destination rank; its
     ``positions`` are -1 where a route is dropped.
@@ -101,10 +100,8 @@ def inverse(order: Tensor) -> Tensor:
 
 
 def expert_major_order(counts: Tensor, num_rows: int) -> Tensor:
-    """Return, for rows that arrive as ``counts [G, e]`` (source, then expert), the expert-major
-    order.
-
-    The result ``[R] int64`` lists rows of the received buffer by expert, then source.
+    """Return, for rows that arrive as ``counts [G, e]`` (source, then expert), the order by expert,
+    then source: ``[R] int64``.
     """
     blocks = torch.arange(counts.numel(), device=counts.device).view_as(counts)
     return block_order(counts.reshape(-1), blocks.t().reshape(-1), num_rows)
@@ -349,10 +346,7 @@ class FixedTransport(FlatTransport):
         )
 
     def _rows_per_slot(self, slot_ids: Tensor, capturing: bool) -> int:
-        """C: what the user says, or a factor of the rows that a slot gets where routes are even.
-
-        All ranks need the same number: with a factor they agree on it, once, in the first step.
-        """
+        """C, the same on all ranks: with a factor they agree on it, once, in the first step."""
         group, rows = self.all_to_all, self.capacity.rows or self._agreed
         if rows is None:
             routes = slot_ids.numel()
@@ -405,10 +399,7 @@ def fixed_transports(model: nn.Module) -> Iterator[FixedTransport]:
 
 
 def check_overflow(model: nn.Module) -> None:
-    """:meth:`FixedTransport.check_overflow` of every layer of a model. Collective.
-
-    For what no step checks: the replays of a CUDA graph.
-    """
+    """:meth:`FixedTransport.check_overflow` of every layer of a model. Collective."""
     for transport in fixed_transports(model):
         transport.check_overflow()
 

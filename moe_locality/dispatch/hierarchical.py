@@ -5,16 +5,13 @@ Stage one runs between the ranks of equal local index on every node (*rails*), s
 ranks of a node. One packed row per (token, node) copy crosses nodes: the token, its slots on that
 node and their weights. Stage two sorts rows into the order of the flat exchange, so the experts see
 the same rows in the same order. With ``reduce_at_node``, the results of the experts of a node are
-added up there in fp32 and one partial sum per node is sent back; the order of these sums differs
-from the flat exchange, so results agree within rounding. Without it, every result is sent back by
-itself, and outputs and gradients are those of the flat exchange bit for bit.
-
-Backward mirrors it: the gradients of a token's rows are added up on the node and cross once, with
-the gradients of the weights packed behind them.
+added up there in fp32 and one partial sum per node is sent back, so results agree with those of the
+flat exchange within rounding. Without it, every result is sent back by itself, and outputs and
+gradients are those of the flat exchange bit for bit. Backward mirrors it, with the gradients of the
+weights packed behind those of the rows.
 
 Shapes: M nodes of the EP group, g ranks of a node, e slots of a rank, Q = g*e slots of a node, N1
-(R1) copies sent (received) in stage one, N2 rows of this rank's copies inside the node, R rows of
-the local experts.
+copies sent in stage one, R rows of the local experts.
 """
 
 from collections.abc import Callable, Sequence
@@ -77,10 +74,8 @@ class Rails:
         self.inter_group, self.intra_group = groups.inter_node_group, groups.intra_node_group
         self.inter_ranks = tuple(groups.inter_node_ranks)
         self.intra_ranks = tuple(groups.intra_node_ranks)
-        self.members = tuple(
-            tuple(place for place, other in enumerate(nodes) if other == node)
-            for node in sorted(rails, key=lambda node: rails[node])
-        )
+        members = [[i for i, other in enumerate(nodes) if other == node] for node in rails]
+        self.members = tuple(map(tuple, members))
         size = num_slots // len(ranks)  # slots of a rank
         place_of = {place: i for held in self.members for i, place in enumerate(held)}
         self.rail_of_slot = tuple(rails[nodes[p // size]] for p in range(num_slots))
@@ -284,19 +279,14 @@ def blocks_by_expert(members: tuple[tuple[int, ...], ...], slots_per_rank: int) 
 
     ``members [M][g]``: position in the EP group of each rank of each node.
     """
-    num_nodes, per_node = len(members), len(members[0])
     homes = sorted(
-        (members[node][local], local, node)
-        for node in range(num_nodes)
-        for local in range(per_node)
+        (place, local, node)
+        for node, held in enumerate(members)
+        for local, place in enumerate(held)
     )
-    return torch.tensor(
-        [
-            (local * slots_per_rank + slot) * num_nodes + node
-            for slot in range(slots_per_rank)
-            for _, local, node in homes
-        ]
-    )
+    num_nodes = len(members)
+    first = torch.tensor([local * slots_per_rank * num_nodes + node for _, local, node in homes])
+    return (torch.arange(slots_per_rank)[:, None] * num_nodes + first).view(-1)
 
 
 def hierarchical_metadata(
@@ -342,9 +332,8 @@ def hierarchical_metadata(
 
 
 def gather_weight_grads(layout: InterNodeLayout, grads: Tensor) -> Tensor:
-    """Return the gradient of the weights ``[T, K]`` from those of the copies ``[N1, K]``.
-
-    The gradient of a route's weight comes from the copy on its node; a dropped route has zero.
+    """Return the gradient of the weights ``[T, K]`` from those of the copies ``[N1, K]``: that of
+    the copy on the route's node; zero for a dropped route.
     """
     nodes = layout.node_of_route
     if not len(grads):
@@ -355,8 +344,7 @@ def gather_weight_grads(layout: InterNodeLayout, grads: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class HierarchicalTransport(Transport[HierarchicalMetadata]):
-    """Two all-to-alls in each direction: between nodes (``inter_node``) and inside the node
-    (``intra_node``).
+    """Two all-to-alls in each direction: between nodes and inside the node.
 
     With ``sends_weights`` the results of a node are added up there, by the weights that arrived.
     """
@@ -436,10 +424,7 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
         metadata: HierarchicalMetadata | None,
         x: Tensor,
     ) -> Dispatched[HierarchicalMetadata]:
-        """Receive the copies and send their rows on to the ranks of their experts.
-
-        ``metadata``: None in the first step of its routes. ``x``: for its width and type.
-        """
+        """Receive the copies of ``x`` and send their rows on to the ranks of their experts."""
         with self.clock("dispatch across"):
             parts = wire.unpack(pending.wait())
         rows, weights = parts[0], parts[-1].contiguous() if self.sends_weights else None

@@ -161,9 +161,7 @@ class Codec:
 
     def decode(self, coded: Tensor, like: Tensor, order: Tensor | None = None) -> Tensor:
         """Invert :meth:`encode` up to its rounding: rows ``[N, D]`` of the width and dtype of
-        ``like``.
-
-        With ``order``, return those rows in that order, without moving the coded ones first.
+        ``like``; with ``order``, those rows in that order, without moving the coded ones first.
         """
         if self.format is None:
             return coded if order is None else ops.permute(coded, order, backend=self.kernels)
@@ -236,10 +234,8 @@ LINKS = ("same_rank", "same_node", "cross_node")
 
 class TrafficCounter:
     """``rows[kind][i]``, ``bytes[kind][i]`` and ``messages[kind][i]`` (int64): sent by this rank to
-    ``ranks[i]``; ``load``: rows that this rank's experts worked on; ``clock``: times of the stages;
-    ``resets``: how often counting began anew.
-
-    ``ranks``: global ranks of the EP group, in its order.
+    ``ranks[i]`` of the EP group (global ranks, in its order); ``load``: rows that this rank's
+    experts worked on; ``clock``: times of the stages; ``resets``: how often counting began anew.
     """
 
     def __init__(
@@ -394,12 +390,12 @@ def _copy_to_host(values: Tensor) -> Callable[[], list]:
 class AllToAllGroup:
     """The ranks of one process group that exchange counts and rows; ``size`` 1 exchanges nothing.
 
-    Every rank of the group calls the same methods in the same order, those with nothing to send or
-    to receive too.
+    Every rank of the group calls the same methods in the same order, also with nothing to send or
+    to receive.
 
-    ``process_group``: None for the world. ``comm``: module with ``all_to_all_single``
-    (``torch.distributed``, or ``deepspeed.comm``, which logs it). ``counter``: of the whole EP
-    group. ``ranks``: global ranks of this group in its order. ``position``: of the layer.
+    ``process_group``: None for the world. ``comm``: ``torch.distributed``, or ``deepspeed.comm``,
+    which logs it. ``counter``: of the whole EP group. ``ranks``: global ranks of this group in its
+    order. ``position``: of the layer.
     """
 
     process_group: "ProcessGroup | None"
@@ -413,11 +409,10 @@ class AllToAllGroup:
         return len(self.ranks)
 
     def start_counts(self, counts: Tensor, desync: DesyncError | None = None) -> PendingCounts:
-        """Tell every rank how many rows it will get.
+        """Tell every rank how many rows it will get, and where this one is.
 
-        ``counts [size * n] int64``: n for the first rank, then n for the next, ...; what arrives
-        is ``[size * n]``, n from each rank. The position of the rank is sent with them;
-        ``desync``: what an earlier exchange found, for ranks that have not heard of it.
+        ``counts [size * n] int64``: n for each rank in turn; what arrives is ``[size * n]``, n from
+        each. ``desync``: what an earlier exchange found, for ranks that have not heard of it.
         """
         counts = counts.contiguous()
         if self.size == 1:
@@ -438,10 +433,9 @@ class AllToAllGroup:
     ) -> PendingRows:
         """Begin to send consecutive rows to the ranks in order.
 
-        ``kind`` says which way: from the tokens to the experts (``dispatch``, ``combine_grad``),
-        ``rows [>= sum(input_splits), B]`` arrive as ``[sum(output_splits), B]`` in the order of the
-        sources; from the experts to the tokens, the other way round. ``extra_bytes`` of each row
-        count as ``routing``, the rest as ``kind``.
+        In a ``dispatch`` or ``combine_grad``, ``rows [>= sum(input_splits), B]`` arrive as
+        ``[sum(output_splits), B]`` in the order of the sources; in the other kinds, which go back
+        to the tokens, the other way round. ``extra_bytes`` of each row count as ``routing``.
         """
         sent, got = splits.input_splits, splits.output_splits
         if kind in ("combine", "dispatch_grad"):

@@ -6,10 +6,9 @@ this order: the ``backend`` argument of a call, :func:`set_backend`, the environ
 is installed, else ``reference``; on the CPU ``reference``.
 
 These functions record no autograd: ``moe_locality.dispatch`` wraps a whole dispatch and a whole
-combine, which costs less than a wrapper per kernel. An eager call goes straight to the backend; a
-Python operator would cost microseconds that a decode step does not have. Under ``torch.compile``,
-and for tensor subclasses such as those of ``FakeTensorMode``, a call is the operator
-``torch.ops.moe_locality.*`` instead, without a graph break.
+combine. An eager call goes straight to the backend, since a Python operator would cost
+microseconds that a decode step does not have. Under ``torch.compile``, and for tensor subclasses
+such as those of ``FakeTensorMode``, it is ``torch.ops.moe_locality.*``, without a graph break.
 
 Shapes: T tokens on this rank, K top-k, P slots, N rows, D model width.
 """
@@ -39,7 +38,7 @@ _MODULES = {
     "triton": "moe_locality.kernels.triton_impl",
     "cuda": "moe_locality.kernels.cuda_impl",
 }
-_HOW_TO_GET = {
+HOW_TO_GET = {
     "triton": "pip install triton on a machine with an NVIDIA GPU (without a GPU, start Python "
     "with TRITON_INTERPRET=1 to try the kernels slowly)",
     "cuda": "build it on a machine with a CUDA torch and nvcc: MOE_LOCALITY_CUDA=1 pip install "
@@ -90,8 +89,8 @@ def row_map(
 ) -> RowMap:
     """Sort the routes by slot: a stable counting sort, the same on every call and device.
 
-    With ``num_rows`` every shape is known beforehand, nothing waits for the device, and the call
-    can be captured in a CUDA graph; without it, a call on a GPU waits once for the number of rows.
+    With ``num_rows`` nothing waits for the device, and the call can be captured in a CUDA graph;
+    without it, a call on a GPU waits once for the number of rows.
 
     Args:
         slot_ids: ``[T, K]`` integer, the slot of each route in 0..P-1; -1 where the route is
@@ -151,10 +150,7 @@ def permute(x: Tensor, index: Tensor | RowMap, *, backend: Backend = "auto") -> 
 
 
 def permute_backward(grad_rows: Tensor, positions: Tensor, *, backend: Backend = "auto") -> Tensor:
-    """Return the gradient of :func:`permute`: each token's rows summed, ``[N, D]`` to ``[T, D]``.
-
-    The sum runs over k in order, in fp32 or wider, and ends in the dtype of ``grad_rows``.
-    """
+    """Return the gradient of :func:`permute`: the plain sum of :func:`combine`."""
     return _call("combine", backend, grad_rows, positions, None)
 
 
@@ -163,9 +159,8 @@ def combine(
 ) -> Tensor:
     """Return ``out[t] = sum_k weights[t, k] * rows[positions[t, k]]``, dropped routes left out.
 
-    ``rows [N, D]``, ``positions [T, K]``, ``weights [T, K]`` give ``[T, D]`` in the dtype of
-    ``rows``; products and sums are in fp32 or wider, over k in order. ``weights=None`` is a plain
-    sum.
+    ``rows [N, D]``, ``positions [T, K]``, ``weights [T, K]`` (None: a plain sum) give ``[T, D]`` in
+    the dtype of ``rows``; products and sums are in fp32 or wider, over k in order.
     """
     return _call("combine", backend, rows, positions, weights)
 
@@ -179,12 +174,11 @@ def combine_backward(
     need_rows: bool = True,
     backend: Backend = "auto",
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of :func:`combine` for ``rows`` (``[N, D]``) and ``weights`` (``[T,
-    K]``).
+    """Return the gradients of :func:`combine`, ``grad [T, D]``, for ``rows [N, D]`` and ``weights
+    [T, K]``; zero for the weight of a dropped route and for a row without a route.
 
     ``rows=None`` says that the gradient of the weights is not wanted, ``need_rows=False`` that of
-    the rows is not. ``grad`` is ``[T, D]``; the gradient of a dropped route's weight is zero, and
-    so is that of a row without a route.
+    the rows is not.
     """
     where = (mapping.row_token, mapping.row_route, mapping.positions)
     padding = mapping.slot_offsets if mapping.padded else None
@@ -197,10 +191,8 @@ def combine_backward(
 
 
 def set_backend(backend: Backend) -> None:
-    """Choose the backend of every call that names none; ``"auto"`` undoes it.
-
-    Raises:
-        ConfigError: no such backend. BackendUnavailable: it is not usable here.
+    """Choose the backend of every call that names none; ``"auto"`` undoes it. Raises as
+    :func:`check_backend` does.
     """
     global _chosen
     check_backend(backend)
@@ -253,7 +245,7 @@ def _module_of(backend: str) -> ModuleType:
     if module is None:
         raise BackendUnavailable(
             f"kernels={backend!r} was asked for, but {why}, expected a usable {backend} backend: "
-            f"{_HOW_TO_GET[backend]}, or set kernels to 'auto'"
+            f"{HOW_TO_GET[backend]}, or set kernels to 'auto'"
         )
     return module
 

@@ -1,7 +1,7 @@
 """Every kernel in plain torch: the reference that the other backends are tested against.
 
 See ``moe_locality.kernels.ops`` for the meaning and the shapes. Everything is deterministic:
-gathers and sums over k in order, no scatter-add; the row map is a stable sort by slot.
+gathers and sums over k in order, no scatter-add.
 
 On a CPU, sums of rows use ``embedding_bag``, which reads each row once. It wants weights in the
 dtype of the rows. A float32 weight is the exact sum of three bfloat16 numbers (3 x 8 bits of
@@ -9,6 +9,7 @@ significand), so bfloat16 rows are taken three times with a third of the weight 
 are exact in float32 and the sum is rounded to bfloat16 once.
 """
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -57,12 +58,13 @@ def permute(x: Tensor, row_token: Tensor, positions: Tensor, slot_offsets: Tenso
 
 def combine(rows: Tensor, positions: Tensor, weights: Tensor | None) -> Tensor:
     if can_sum(rows, weights):
-        total = weighted_sums(rows, positions, weights)
-    else:
-        total = _weighted(rows, positions, weights, 0)
-        for k in range(1, positions.shape[1]):
-            total += _weighted(rows, positions, weights, k)
-    return total.to(rows.dtype)
+        return weighted_sums(rows, positions, weights)
+    wide = accumulator(rows, weights)
+    parts = (pick_rows(rows, column).to(wide) for column in positions.t())
+    if weights is not None:
+        factors = weights.t()[:, :, None]
+        parts = (part.mul_(factor) for part, factor in zip(parts, factors, strict=True))
+    return reduce(Tensor.add_, parts).to(rows.dtype)
 
 
 def combine_backward(
@@ -77,7 +79,7 @@ def combine_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     grad_rows = grad_weights = None
     fast = can_sum(grad, weights)
-    wide = grad if fast else grad.to(_accumulator(grad.dtype, weights.dtype))
+    wide = grad if fast else grad.to(accumulator(grad, weights))
     if need_rows:
         row_weight = pick_rows(weights.reshape(-1, 1), row_route)
         if fast:  # a sum of one
@@ -95,17 +97,10 @@ def combine_backward(
     return grad_rows, grad_weights
 
 
-def _accumulator(*dtypes: torch.dtype) -> torch.dtype:
-    wide = torch.float32
-    for dtype in dtypes:
-        wide = torch.promote_types(wide, dtype)
-    return wide
-
-
-def _weighted(rows: Tensor, positions: Tensor, weights: Tensor | None, k: int) -> Tensor:
-    dtypes = (rows.dtype,) if weights is None else (rows.dtype, weights.dtype)
-    wide = pick_rows(rows, positions[:, k]).to(_accumulator(*dtypes))
-    return wide if weights is None else wide.mul_(weights[:, k : k + 1])
+def accumulator(rows: Tensor, weights: Tensor | None) -> torch.dtype:
+    """Return the dtype of sums of rows: float32 or wider."""
+    wide = torch.promote_types(torch.float32, rows.dtype)
+    return wide if weights is None else torch.promote_types(wide, weights.dtype)
 
 
 def pick_rows(rows: Tensor, positions: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_locality.kernels.reference import new_map, without_end
+from moe_locality.kernels.reference import accumulator, new_map, without_end
 
 NO_LIMIT = 2**31 - 1
 ONE_BLOCK_ROUTES = 2048
@@ -202,8 +202,7 @@ def _padding(slot_offsets: Tensor | None, num_rows: int, columns: int) -> dict[s
 def _accumulator(rows: Tensor, weights: Tensor | None) -> Any:
     import triton.language as tl
 
-    dtypes = {rows.dtype} | (set() if weights is None else {weights.dtype})
-    return tl.float64 if torch.float64 in dtypes else tl.float32
+    return tl.float64 if accumulator(rows, weights) == torch.float64 else tl.float32
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

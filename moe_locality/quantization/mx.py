@@ -91,7 +91,9 @@ def quantize(x: Tensor, format: str, *, role: Role | None = None) -> QuantizedTe
         )
     width, lead = x.shape[-1], x.shape[:-1]
     rows = x.detach().reshape(math.prod(lead), width).to(torch.float32)
-    blocks, bad = _finite_blocks(rows, fmt.block)
+    padded = F.pad(rows, (0, -width % fmt.block)).unflatten(1, (-1, fmt.block))
+    finite = padded.isfinite()
+    blocks, bad = torch.where(finite, padded, 0.0), ~finite.all(dim=2)  # [N, n, block], [N, n]
     factors = tensor_scale = None
     if fmt.scale_rule == "fp32":
         codes, scales = _quantize_fp32_scale(blocks, bad, fmt)
@@ -136,18 +138,13 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
     else:
         scales = scale_of_e8m0(q.scales)
     values = values * _spread(scales, fmt.block, width)
-    return saturate(values, dtype)
+    largest = torch.finfo(dtype).max
+    return values.clamp(-largest, largest).to(dtype)  # NaN stays
 
 
 def fake_quantize(x: Tensor, format: str, *, role: Role | None = None) -> Tensor:
     """Return what is left of ``x`` after a round trip through the format, same shape and dtype."""
     return dequantize(quantize(x, format, role=role))
-
-
-def saturate(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast; what is past the largest finite number becomes it. NaN stays."""
-    largest = torch.finfo(dtype).max
-    return values.clamp(-largest, largest).to(dtype)
 
 
 def choose_factors(blocks: Tensor, fmt: Format, rule: str) -> Tensor:
@@ -257,15 +254,6 @@ def _quantize_e4m3_scale(blocks: Tensor, bad: Tensor) -> tuple[Tensor, Tensor, T
     y = blocks / torch.where(total > 0, total, math.inf)[:, :, None]
     bits = torch.where(bad, E4M3_NAN, scales.view(torch.uint8))
     return encode_elements(y, "e2m1"), bits, tensor_scale
-
-
-def _finite_blocks(rows: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Cut rows [N, W] into blocks [N, n, block], zeros after the end; bad [N, n] marks the blocks
-    with a NaN or an infinity, which are zero in the result.
-    """
-    padded = F.pad(rows, (0, -rows.shape[1] % block)).unflatten(1, (-1, block))
-    finite = padded.isfinite()
-    return torch.where(finite, padded, 0.0), ~finite.all(dim=2)
 
 
 def _factor_values(m8: Tensor) -> Tensor:

@@ -10,13 +10,14 @@ GPU and formats that have a kernel, CUDA where it was built, else Triton where i
 
 import importlib
 import importlib.util
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_locality.errors import BackendUnavailable, ConfigError
 from moe_locality.kernels import cuda_impl
+from moe_locality.kernels.ops import HOW_TO_GET, Backend
 from moe_locality.kernels.reference import pick_rows
 from moe_locality.quantization.formats import (
     FORMATS,
@@ -28,18 +29,11 @@ from moe_locality.quantization.formats import (
 )
 from moe_locality.quantization.mx import FLOAT_DTYPES, QuantizedTensor, dequantize, quantize
 
-CodecBackend = Literal["auto", "reference", "triton", "cuda"]
-
 ROW_FORMATS = tuple(name for name, fmt in FORMATS.items() if fmt.scale_rule != "e4m3")
 """Formats that a row can be encoded in."""
 
-_INSTALL = {
-    "triton": "pip install triton",
-    "cuda": "build it: MOE_LOCALITY_CUDA=1 pip install --no-build-isolation moe-locality",
-}
 
-
-def encode_rows(x: Tensor, format: str, *, backend: CodecBackend = "auto") -> Tensor:
+def encode_rows(x: Tensor, format: str, *, backend: Backend = "auto") -> Tensor:
     """Encode activations ``x [N, D]`` as bytes ``[N, row_bytes(format, D)]`` uint8, contiguous.
 
     MBS-H chooses factors as for activations.
@@ -57,7 +51,7 @@ def permute_encode(
     format: str,
     *,
     positions: Tensor | None = None,
-    backend: CodecBackend = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Encode each token of ``x [T, D]`` once; return the rows ``[R, row_bytes]`` of ``row_token
     [R]`` (None: of each token). A row of token -1 (padding) is zeros, which decode to zeros.
@@ -98,7 +92,7 @@ def decode_rows(
     dtype: torch.dtype,
     *,
     index: Tensor | None = None,
-    backend: CodecBackend = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Return the floats ``[N, width]`` of encoded rows ``[N, row_bytes(format, width)]``.
 
@@ -153,7 +147,7 @@ def _check_row_format(format: str) -> Format:
 
 def _kernels(x: Tensor, backend: str) -> Any:
     """Return what has ``encode`` and ``decode`` of a backend; None: the reference."""
-    if backend not in ("auto", "reference", *_INSTALL):
+    if backend not in ("auto", "reference", *HOW_TO_GET):
         raise ConfigError(f"found backend {backend!r}, expected auto, reference, triton, cuda")
     if backend == "auto":
         names = ("cuda", "triton") if x.is_cuda else ()
@@ -161,7 +155,7 @@ def _kernels(x: Tensor, backend: str) -> Any:
     elif (why := _why_not(backend)) is not None:
         raise BackendUnavailable(
             f"found backend={backend!r}, but {why}: leave the choice to 'auto', or "
-            f"{_INSTALL[backend]}"
+            f"{HOW_TO_GET[backend]}"
         )
     if backend == "triton":  # imported here: it needs Triton
         return importlib.import_module("moe_locality.quantization.triton_codec")

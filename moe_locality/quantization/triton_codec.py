@@ -325,9 +325,7 @@ def decode_kernel(
         values = tl.where(values < -LARGEST, -LARGEST, values)
         if OUT == 1:  # bfloat16 on the bits: nearest, ties to even
             bits = values.to(tl.int32, bitcast=True)
-            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-            tl.store(out_ptr + row * WIDTH + cols, rounded.to(tl.int16), mask=inside)
+            values = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16)
         elif OUT == 2:
-            tl.store(out_ptr + row * WIDTH + cols, values.to(tl.float16), mask=inside)
-        else:
-            tl.store(out_ptr + row * WIDTH + cols, values, mask=inside)
+            values = values.to(tl.float16)
+        tl.store(out_ptr + row * WIDTH + cols, values, mask=inside)
