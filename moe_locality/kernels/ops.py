@@ -313,16 +313,8 @@ def _fake_rows(x: Tensor, index: Tensor, *_: Any) -> Tensor:
     return x.new_empty(index.shape[0], x.shape[1])
 
 
-def _fake_combine_backward(
-    grad: Tensor,
-    rows: Tensor | None,
-    row_token: Tensor,
-    row_route: Tensor,
-    positions: Tensor,
-    weights: Tensor,
-    need_rows: bool,
-    *_: Any,
-):
+def _fake_combine_backward(grad: Tensor, rows: Tensor | None, row_token: Tensor, *others: Any):
+    _, _, weights, need_rows, *_ = others
     shape = (row_token.shape[0], grad.shape[1]) if need_rows else (0,)
     grad_weights = grad.new_empty(0) if rows is None else weights.new_empty(weights.shape)
     return grad.new_empty(shape), grad_weights
