@@ -126,14 +126,13 @@ def before_forward_passes(part: Any, check: Callable[[], bool]) -> None:
     """
     from torch.nn.modules.module import register_module_forward_pre_hook
 
-    checks = weakref.WeakMethod(check)
+    checks, known_part = weakref.WeakMethod(check), weakref.ref(part)
 
     def before(module: Any, _args: Any) -> None:
         known = checks()
         if known is None or (any(m is known_part() for m in module.modules()) and known()):
             handle.remove()
 
-    known_part = weakref.ref(part)
     handle = register_module_forward_pre_hook(before)
 
 
@@ -277,10 +276,9 @@ def registered_expert_ranks(ep_size: int) -> tuple[list[int], list[int]] | None:
     )
 
 
-def register_expert_groups(
-    ep_size: int, ep_group: Any, ep_ranks: Sequence[int], edp_group: Any, edp_ranks: Sequence[int]
-) -> None:
-    """Make these the groups that DeepSpeed uses for ``ep_size``; it makes none of that name then.
+def register_expert_groups(ep_size: int, made: Any) -> None:
+    """Make those of ``made``, ExpertParallelGroups, the groups that DeepSpeed uses for ``ep_size``;
+    it makes none of that name then.
 
     What is registered already stays; the caller checks that it has the same ranks. The name has to
     be ``ep_size_<number>``: DeepSpeed reads the number back from every name.
@@ -288,10 +286,10 @@ def register_expert_groups(
     if registered_expert_ranks(ep_size) is not None:
         return
     groups, name = _groups(), f"ep_size_{ep_size}"
-    groups._EXPERT_PARALLEL_GROUP[name] = ep_group
-    groups._EXPERT_PARALLEL_GROUP_RANKS[name] = list(ep_ranks)
-    groups._EXPERT_DATA_PARALLEL_GROUP[name] = edp_group
-    groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = list(edp_ranks)
+    groups._EXPERT_PARALLEL_GROUP[name] = made.ep_group
+    groups._EXPERT_PARALLEL_GROUP_RANKS[name] = list(made.ep_ranks)
+    groups._EXPERT_DATA_PARALLEL_GROUP[name] = made.edp_group
+    groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = list(made.edp_ranks)
 
 
 def master_fragment(parameter: Any) -> tuple[Any, Any] | None:

@@ -144,7 +144,7 @@ class ClusterTopology:
             raise TopologyError(
                 f"found {num_nodes} nodes x {ranks_per_node} ranks, expected at least 1 of each"
             )
-        return cls._of(sources.shape_of_counts((), [ranks_per_node] * num_nodes), tiers)
+        return cls._of(sources.shape_of_counts([ranks_per_node] * num_nodes), tiers)
 
     @classmethod
     def from_node_names(cls, names: Iterable[str], **tiers: float) -> "ClusterTopology":
@@ -165,9 +165,10 @@ class ClusterTopology:
     @classmethod
     def from_yaml(cls, path: str | Path, **tiers: float) -> "ClusterTopology":
         """Read a cluster file (schema: docs/cluster.md); arguments win over its tiers."""
-        shape, figures = sources.read_cluster_yaml(path)
+        content = sources.load_cluster_file(path)
         try:
-            return cls._of(shape, {**figures, **tiers})
+            shape = sources.yaml_shape(content, Path(path).parent)
+            return cls._of(shape, {**sources.yaml_tiers(content), **tiers})
         except TopologyError as error:
             raise TopologyError(f"{path}: {error}") from error
 

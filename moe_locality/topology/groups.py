@@ -190,9 +190,7 @@ def register_with_deepspeed(groups: ExpertParallelGroups, ep_size: int) -> None:
             f"{list(groups.edp_ranks)}: register before a MoE model is handed to DeepSpeed"
         )
     _raise_on_all(error, f"registering the expert groups of ep_size {ep_size}")
-    register_expert_groups(
-        ep_size, groups.ep_group, groups.ep_ranks, groups.edp_group, groups.edp_ranks
-    )
+    register_expert_groups(ep_size, groups)
 
 
 def prepare_groups(

@@ -6,6 +6,7 @@ one host per line, ``name slots=N``; slots are ranks, numbered in the order of t
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,30 +23,28 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
         TopologyError: the file cannot be read, holds no host, names one twice, or a line is not
             ``name slots=N``.
     """
-    first_line: dict[str, int] = {}
-    slots: dict[str, int] = {}
+    found: dict[str, tuple[int, int]] = {}  # host -> line, slots
     for number, raw in enumerate(_text_of(path, "hostfile").splitlines(), start=1):
-        line = raw.strip()
+        line, where = raw.strip(), f"{path}, line {number}"
         if not line or line.startswith("#"):
             continue
         match = _LINE.search(line)
         if match is None:
             raise TopologyError(
-                f"{path}, line {number}: found {line!r}, expected 'name slots=N', "
-                "for example 'worker-0 slots=8'"
+                f"{where}: found {line!r}, expected 'name slots=N', for example 'worker-0 slots=8'"
             )
         host = match.group(1)
-        if host in slots:
+        if host in found:
             raise TopologyError(
-                f"{path}, line {number}: found {host!r} again (first in line {first_line[host]}), "
-                "expected each host once: put all its slots on one line"
+                f"{where}: found {host!r} again (first in line {found[host][0]}), expected each "
+                "host once: put all its slots on one line"
             )
-        slots[host], first_line[host] = int(match.group(2)), number
-    if not slots:
+        found[host] = number, int(match.group(2))
+    if not found:
         raise TopologyError(
             f"{path}: found no host, expected at least one line such as 'worker-0 slots=8'"
         )
-    return slots
+    return {host: slots for host, (_, slots) in found.items()}
 
 
 def _text_of(path: str | Path, what: str) -> str:
@@ -74,14 +73,11 @@ def select_slots(
             f"found include={include!r} and exclude={exclude!r}, expected one of them: "
             "drop the other"
         )
-    every = {host: list(range(count)) for host, count in slots.items()}
-    left = every
+    left = {host: list(range(count)) for host, count in slots.items()}
     if include or exclude:
-        named = _parse_filter(include or exclude or "", every)
-        left = {
-            host: [slot for slot in own if (slot in named.get(host, ())) == bool(include)]
-            for host, own in every.items()
-        }
+        named = _named_slots(include or exclude or "", slots)
+        for host, own in list(left.items()):
+            left[host] = [slot for slot in own if ((host, slot) in named) == bool(include)]
         left = {host: kept for host, kept in left.items() if kept}
     if not any(left.values()):
         chosen = f"include={include!r}, exclude={exclude!r}" if include or exclude else "slots=0"
@@ -89,26 +85,24 @@ def select_slots(
     return left
 
 
-def _parse_filter(text: str, every: dict[str, list[int]]) -> dict[str, list[int]]:
-    """Return ``{host: sorted slots}`` that a filter names; a bare host means all its slots."""
+def _named_slots(text: str, slots: dict[str, int]) -> set[tuple[str, int]]:
+    """Return each (host, slot) that a filter names; a bare host means all its slots."""
     named: dict[str, set[int]] = {}
     for part in text.split("@"):
         host, colon, listed = part.partition(":")
-        if host not in every:
+        if host not in slots:
             raise TopologyError(
-                f"found host {host!r} in {text!r}, expected one of the hostfile: {', '.join(every)}"
+                f"found host {host!r} in {text!r}, expected one of the hostfile: {', '.join(slots)}"
             )
         chosen = named.setdefault(host, set())
-        if not colon:
-            continue
-        for slot in listed.split(","):
-            if not slot.strip().isdecimal() or int(slot) not in every[host]:
+        for slot in listed.split(",") if colon else ():
+            if not slot.strip().isdecimal() or int(slot) >= slots[host]:
                 raise TopologyError(
                     f"found slot {slot!r} for host {host!r} in {text!r}, expected numbers "
-                    f"0 to {len(every[host]) - 1}, written as {host}:0,1"
+                    f"0 to {slots[host] - 1}, written as {host}:0,1"
                 )
             chosen.add(int(slot))
-    return {host: sorted(chosen) if chosen else every[host] for host, chosen in named.items()}
+    return {(host, s) for host, chosen in named.items() for s in chosen or range(slots[host])}
 
 
 NODE_VARIABLE = "MOE_LOCALITY_NODE"
@@ -123,7 +117,7 @@ _YAML_KEYS = ("name", "num_nodes", "ranks_per_node", "nodes", "hostfile", "tiers
 _TIER_KEYS = ("gbps", "latency_us")
 
 
-def shape_of_counts(names: Sequence[str], counts: Sequence[int]) -> Shape:
+def shape_of_counts(counts: Sequence[int], names: Sequence[str] = ()) -> Shape:
     """Give consecutive ranks to each node: ``counts[n]`` ranks for node n."""
     return tuple(node for node, count in enumerate(counts) for _ in range(count)), tuple(names)
 
@@ -135,24 +129,20 @@ def shape_of_names(names: Sequence[str]) -> Shape:
 
 
 def shape_of_hostfile(path: str | Path, include: str | None, exclude: str | None) -> Shape:
-    """Read a hostfile: ranks are consecutive per host, in the order of the file.
-
-    A host without a slot has no rank, so it is no node.
+    """Read a hostfile: ranks are consecutive per host, in the order of the file. A host without a
+    slot has no rank, so it is no node.
     """
     kept = select_slots(read_hostfile(path), include, exclude)
-    slots = {host: numbers for host, numbers in kept.items() if numbers}
-    return shape_of_counts(list(slots), [len(numbers) for numbers in slots.values()])
+    slots = {host: len(numbers) for host, numbers in kept.items() if numbers}
+    return shape_of_counts(list(slots.values()), list(slots))
 
 
 # -- YAML ------------------------------------------------------------------------------------------
 
 
-def read_cluster_yaml(path: str | Path) -> tuple[Shape, dict[str, float]]:
-    """Return the shape and the tier figures of a cluster file (schema: docs/cluster.md).
-
-    Raises:
-        TopologyError: the file cannot be read, is not YAML, or has an unknown, missing or
-            contradictory key.
+def load_cluster_file(path: str | Path) -> dict[str, Any]:
+    """Return the content of a cluster file (schema: docs/cluster.md) for ``yaml_shape`` and
+    ``yaml_tiers``; TopologyError where it cannot be read, is not YAML or has an unknown key.
     """
     import yaml
 
@@ -160,38 +150,35 @@ def read_cluster_yaml(path: str | Path) -> tuple[Shape, dict[str, float]]:
         content = yaml.safe_load(_text_of(path, "cluster file"))
     except yaml.YAMLError as error:
         raise TopologyError(f"the cluster file {path} is not YAML: {error}") from error
-    content = _mapping(content, str(path), _YAML_KEYS)
-    return _yaml_shape(content, Path(path)), _yaml_tiers(content.get("tiers", {}), str(path))
+    return _mapping(content, str(path), _YAML_KEYS)
 
 
 def _mapping(value: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:
+    expected = ", ".join(keys)
     if not isinstance(value, dict):
-        raise TopologyError(
-            f"{where}: found {type(value).__name__}, expected a mapping with keys {', '.join(keys)}"
-        )
+        found = type(value).__name__
+        raise TopologyError(f"{where}: found {found}, expected a mapping with keys {expected}")
     unknown = [str(key) for key in value if key not in keys]
     if unknown:
-        raise TopologyError(
-            f"{where}: found unknown key {unknown[0]!r}, expected one of {', '.join(keys)}"
-        )
+        raise TopologyError(f"{where}: found unknown key {unknown[0]!r}, expected one of {expected}")
     return value
 
 
-def _yaml_shape(content: dict[str, Any], path: Path) -> Shape:
+def yaml_shape(content: dict[str, Any], folder: Path) -> Shape:
+    """Read the nodes of a cluster file that lies in ``folder``."""
     sources = [key for key in ("num_nodes", "nodes", "hostfile") if key in content]
     if len(sources) != 1 or ("num_nodes" in content) != ("ranks_per_node" in content):
         found = [key for key in (*sources, "ranks_per_node") if key in content]
         raise TopologyError(
-            f"{path}: found {' and '.join(found) or 'no nodes'}, expected exactly one of: "
-            "num_nodes with ranks_per_node; nodes; hostfile"
+            f"found {' and '.join(found) or 'no nodes'}, expected exactly one of: num_nodes with "
+            "ranks_per_node; nodes; hostfile"
         )
     if "num_nodes" in content:
-        num_nodes = _whole(content["num_nodes"], f"{path}, num_nodes")
-        per_node = _whole(content["ranks_per_node"], f"{path}, ranks_per_node")
-        return shape_of_counts([f"node{n}" for n in range(num_nodes)], [per_node] * num_nodes)
+        num_nodes = _whole(content["num_nodes"], "num_nodes")
+        return shape_of_counts([_whole(content["ranks_per_node"], "ranks_per_node")] * num_nodes)
     if "hostfile" in content:
-        return shape_of_hostfile(path.parent / str(content["hostfile"]), None, None)
-    return _yaml_nodes(content["nodes"], path)
+        return shape_of_hostfile(folder / str(content["hostfile"]), None, None)
+    return _yaml_nodes(content["nodes"])
 
 
 def _whole(
@@ -202,46 +189,42 @@ def _whole(
     return value
 
 
-def _yaml_nodes(nodes: Any, path: Path) -> Shape:
+def _yaml_nodes(nodes: Any) -> Shape:
     if not isinstance(nodes, list) or not nodes:
-        raise TopologyError(
-            f"{path}, nodes: found {nodes!r}, expected a list such as "
-            "[{name: worker-0, ranks: 8}]"
-        )
+        expected = "a list such as [{name: worker-0, ranks: 8}]"
+        raise TopologyError(f"nodes: found {nodes!r}, expected {expected}")
     names: list[str] = []
     ranks_of: list[list[int]] = []
     for index, node in enumerate(nodes):
-        where = f"{path}, nodes[{index}]"
-        entry = _mapping(node, where, ("name", "ranks"))
+        entry = _mapping(node, f"nodes[{index}]", ("name", "ranks"))
         names.append(str(entry.get("name", f"node{index}")))
-        ranks = entry.get("ranks")
+        ranks, where = entry.get("ranks"), f"nodes[{index}], ranks"
         if isinstance(ranks, list):
-            ranks_of.append(
-                [_whole(rank, f"{where}, ranks", 0, "a rank (0, 1, …)") for rank in ranks]
-            )
+            ranks_of.append([_whole(rank, where, 0, "a rank (0, 1, …)") for rank in ranks])
         else:
             first = sum(map(len, ranks_of))
-            ranks_of.append(list(range(first, first + _whole(ranks, f"{where}, ranks"))))
+            ranks_of.append(list(range(first, first + _whole(ranks, where))))
     if len({isinstance(node["ranks"], list) for node in nodes}) > 1:
         raise TopologyError(
-            f"{path}, nodes: found counts and lists of ranks mixed, expected one kind for all nodes"
+            "nodes: found counts and lists of ranks mixed, expected one kind for all nodes"
         )
+    node_of = {rank: node for node, ranks in enumerate(ranks_of) for rank in ranks}
     placed = sorted(rank for ranks in ranks_of for rank in ranks)
     if placed != list(range(len(placed))):
         raise TopologyError(
-            f"{path}, nodes: found ranks {placed}, expected each of 0 to {len(placed) - 1} once"
+            f"nodes: found ranks {placed}, expected each of 0 to {len(placed) - 1} once"
         )
-    node_of = {rank: node for node, ranks in enumerate(ranks_of) for rank in ranks}
-    return tuple(node_of[rank] for rank in range(len(placed))), tuple(names)
+    return tuple(node_of[rank] for rank in placed), tuple(names)
 
 
-def _yaml_tiers(tiers: Any, path: str) -> dict[str, float]:
+def yaml_tiers(content: dict[str, Any]) -> dict[str, float]:
+    """Read the link figures of a cluster file, by their names in ClusterTopology."""
     figures: dict[str, float] = {}
-    for tier, content in _mapping(tiers, f"{path}, tiers", ("intra_node", "inter_node")).items():
-        where = f"{path}, tiers.{tier}"
-        for key, value in _mapping(content, where, _TIER_KEYS).items():
+    tiers = _mapping(content.get("tiers", {}), "tiers", ("intra_node", "inter_node"))
+    for tier, of_tier in tiers.items():
+        for key, value in _mapping(of_tier, f"tiers.{tier}", _TIER_KEYS).items():
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TopologyError(f"{where}.{key}: found {value!r}, expected a number")
+                raise TopologyError(f"tiers.{tier}.{key}: found {value!r}, expected a number")
             figures[f"{tier}_{key}"] = float(value)
     return figures
 
@@ -252,13 +235,9 @@ _WORLD_SIZE = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SL
 
 
 def read_env(environ: Mapping[str, str]) -> Shape:
-    """Read the shape from our override, or what DeepSpeed, torchrun, Open MPI or Slurm set.
-
-    The first of them that is there counts, in this order.
-
-    Raises:
-        TopologyError: too little is set to know the node of every rank, or the figures contradict
-            each other.
+    """Read the shape from our override, or what DeepSpeed, torchrun, Open MPI or Slurm set: the
+    first of them that is there, in this order. TopologyError where too little is set to know the
+    node of every rank, or the figures contradict each other.
     """
     if RANKS_PER_NODE_VARIABLE in environ and NODE_VARIABLE in environ:
         raise TopologyError(
@@ -290,12 +269,10 @@ def read_env(environ: Mapping[str, str]) -> Shape:
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:
-    text = environ[name].strip()
-    if not text.isdecimal() or int(text) < 1:
-        raise TopologyError(
-            f"found {name}={environ[name]!r}, expected a whole number of at least 1"
-        )
-    return int(text)
+    given = environ[name]
+    if not given.strip().isdecimal() or int(given) < 1:
+        raise TopologyError(f"found {name}={given!r}, expected a whole number of at least 1")
+    return int(given)
 
 
 def _world_size(environ: Mapping[str, str]) -> tuple[str, int]:
@@ -316,7 +293,7 @@ def _open_mpi(environ: Mapping[str, str]) -> Shape:
         raise TopologyError(f"found {per_node} without {size}, expected both: start with mpirun")
     world, local = _number(environ, size), _number(environ, per_node)
     if world == local:
-        return shape_of_counts(["node0"], [world])
+        return shape_of_counts([world])
     raise TopologyError(
         f"found {size}={world}, {per_node}={local}, expected one node: Open MPI does not tell a "
         "process on which nodes the others are; call ClusterTopology.from_mpi() or "
@@ -332,8 +309,7 @@ def _even(
     world_name, world = _world_size(environ)
     size = _number(environ, per_node)
     found = f"{world_name}={world}, {per_node}={size}"
-    num_nodes = world // size
-    uneven = world % size != 0
+    num_nodes, uneven = world // size, world % size != 0
     if nodes is not None and nodes in environ:
         found += f", {nodes}={environ[nodes]}"
         uneven = uneven or _number(environ, nodes) != num_nodes
@@ -346,7 +322,7 @@ def _even(
             f"found {found}, expected the same number of ranks on every node: for uneven nodes "
             "give a hostfile or a cluster file"
         )
-    return shape_of_counts([f"node{n}" for n in range(num_nodes)], [size] * num_nodes)
+    return shape_of_counts([size] * num_nodes)
 
 
 def _slurm(environ: Mapping[str, str], variable: str) -> Shape:
@@ -369,7 +345,7 @@ def _slurm(environ: Mapping[str, str], variable: str) -> Shape:
     names = [f"node{n}" for n in range(len(counts))]
     order = environ.get("SLURM_DISTRIBUTION", "block").split(":")[0].split(",")[0]
     if order == "block":
-        return shape_of_counts(names, counts)
+        return shape_of_counts(counts, names)
     if order == "cyclic":
         turns = [(turn, node) for node, count in enumerate(counts) for turn in range(count)]
         return tuple(node for _, node in sorted(turns)), tuple(names)
@@ -383,12 +359,8 @@ def _slurm(environ: Mapping[str, str], variable: str) -> Shape:
 
 
 def read_mpi(comm: Any = None) -> Shape:
-    """Ask MPI which ranks share memory: one node per such set.
-
-    Collective over ``comm`` (default: the world).
-
-    Raises:
-        TopologyError: mpi4py is not installed or finds no MPI library.
+    """Ask MPI which ranks share memory: one node per such set. Collective over ``comm`` (default:
+    the world). TopologyError where mpi4py is not installed or finds no MPI library.
     """
     try:
         from mpi4py import MPI
@@ -406,10 +378,6 @@ def read_mpi(comm: Any = None) -> Shape:
     leaders, hosts = zip(*comm.allgather((leader, MPI.Get_processor_name())), strict=True)
     # two sets of one host name (containers) stay two nodes: the name gets its first rank
     first = {leader: hosts[leader] for leader in leaders}
-    doubled = {host for host in first.values() if list(first.values()).count(host) > 1}
-    return shape_of_names(
-        [
-            f"{first[leader]}#{leader}" if first[leader] in doubled else first[leader]
-            for leader in leaders
-        ]
-    )
+    number = Counter(first.values())
+    marks = {leader: f"#{leader}" if number[host] > 1 else "" for leader, host in first.items()}
+    return shape_of_names([first[leader] + marks[leader] for leader in leaders])
