@@ -171,9 +171,8 @@ def _check_agreement(layouts: Sequence[tuple[str, int]]) -> None:
 
 
 def register_with_deepspeed(groups: ExpertParallelGroups, ep_size: int) -> None:
-    """Hand the EP and EDP groups to DeepSpeed, before ``deepspeed.initialize``. Collective.
-
-    DeepSpeed makes expert groups only where none of that ``ep_size`` are registered.
+    """Hand the EP and EDP groups to DeepSpeed, before ``deepspeed.initialize``, which makes expert
+    groups only where none of that ``ep_size`` are registered. Collective.
 
     Raises:
         TopologyError: on all ranks, when the groups are for another ``ep_size`` or DeepSpeed has
@@ -196,10 +195,8 @@ def register_with_deepspeed(groups: ExpertParallelGroups, ep_size: int) -> None:
 def prepare_groups(
     topology: ClusterTopology, ep_sizes: Iterable[int], order: Order = "E+D", mpu: Any = None
 ) -> dict[int, ExpertParallelGroups]:
-    """Lay out, build and register the groups of several EP sizes. Collective.
-
-    Raises:
-        TopologyError: on all ranks.
+    """Lay out, build and register the groups of several EP sizes; TopologyError is raised on all
+    ranks. Collective.
     """
     sizes = sorted(set(ep_sizes))
     layouts: list[GroupLayout] = []
@@ -222,17 +219,12 @@ def follow_groups(
     topology: ClusterTopology | None = None,
     cluster_config: "ClusterConfig | None" = None,
 ) -> tuple[ClusterTopology, GroupLayout]:
-    """Make groups inside and across the nodes for expert groups that exist. Collective.
+    """Make groups inside and across the nodes for expert groups that exist, follow they the nodes
+    or not. Collective. Returns the nodes (default: :func:`discover_topology`) and all expert
+    groups.
 
-    ``initialize`` makes expert groups that follow the nodes; here they are what they are. Returns
-    the nodes and all expert groups.
-
-    Args:
-        ep_ranks: those of this rank's expert group, None where there is none.
-        topology: default: :func:`discover_topology`.
-
-    Raises:
-        TopologyError: on all ranks, where a rank has no expert group.
+    ``ep_ranks``: those of this rank's expert group. None, there is none, raises TopologyError on
+    all ranks.
     """
     if topology is None:
         topology = discover_topology(cluster_config=cluster_config)
@@ -250,10 +242,8 @@ def follow_groups(
 def built_groups(
     ep_ranks: Sequence[int], topology: ClusterTopology | None = None
 ) -> ExpertParallelGroups | None:
-    """Return the groups of this rank whose EP group has these ranks, if they were built.
-
-    With a ``topology``, only groups that were laid out for the same nodes (models may have
-    clusters of their own).
+    """Return the groups of this rank whose EP group has these ranks, if they were built; with a
+    ``topology``, only for the same nodes (models may have clusters of their own).
     """
     wanted = tuple(sorted(ep_ranks))
     for groups in (recall() for recall in _built.values()):

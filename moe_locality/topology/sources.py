@@ -160,7 +160,9 @@ def _mapping(value: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:
         raise TopologyError(f"{where}: found {found}, expected a mapping with keys {expected}")
     unknown = [str(key) for key in value if key not in keys]
     if unknown:
-        raise TopologyError(f"{where}: found unknown key {unknown[0]!r}, expected one of {expected}")
+        raise TopologyError(
+            f"{where}: found unknown key {unknown[0]!r}, expected one of {expected}"
+        )
     return value
 
 

@@ -51,14 +51,14 @@ from moe_locality.trace.recorder.writer import WriterThread
 class RecorderReport:
     """What became of the tokens."""
 
-    recorded_tokens: int
+    recorded_tokens: int = 0
     """Tokens (rows) in complete shards."""
-    dropped_tokens: int
+    dropped_tokens: int = 0
     """Tokens of sampled forward passes that are in no shard and will not be."""
-    skipped_forwards: int
+    skipped_forwards: int = 0
     """Forward passes that were given up (labels that do not fit, writer too slow, ...)."""
-    shards: int
-    failure: str | None
+    shards: int = 0
+    failure: str | None = None
     """Why recording stopped before its time, None: it did not."""
 
 
@@ -569,9 +569,7 @@ class NullRecorder:
 
     def report(self) -> RecorderReport:
         """Report nothing recorded and nothing lost."""
-        return RecorderReport(
-            recorded_tokens=0, dropped_tokens=0, skipped_forwards=0, shards=0, failure=None
-        )
+        return RecorderReport()
 
     close = report
 

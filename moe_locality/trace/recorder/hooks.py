@@ -264,7 +264,7 @@ class IdleSteps:
         return partial, (self._original.__func__, None)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class MoeLayer:
     """One MoE layer of a model, as the recorder sees it."""
 
@@ -280,7 +280,7 @@ class MoeLayer:
     """None: known only when it runs."""
     read: Reader
     """Before it runs of the kind "transformers", after that of the others."""
-    depth: int = 0
+    depth: int
     """How many names the same module had before this one: it runs once for each."""
 
 
@@ -313,18 +313,8 @@ def find_moe_layers(model: torch.nn.Module, routers: Routers | None = None) -> l
                 f"found {num_experts} experts in {name!r}, expected at most {MAX_EXPERTS}: the "
                 "trace keeps expert ids in 16 bits"
             )
-        layers.append(
-            MoeLayer(
-                name=name,
-                kind=kind,
-                module=module,
-                parent=parent,
-                num_experts=num_experts,
-                top_k=top_k,
-                read=read,
-                depth=len(known) - 1,
-            )
-        )
+        depth = len(known) - 1
+        layers.append(MoeLayer(name, kind, module, parent, num_experts, top_k, read, depth))
     if not layers:
         raise TraceError(
             f"found no MoE layer in {type(model).__name__}, expected a deepspeed.moe.layer.MoE, an "

@@ -476,10 +476,8 @@ class ShardBuffer:
 
 
 class WriterThread:
-    """Feeds a ShardBuffer from a bounded queue, in a daemon thread.
-
-    After a failure it goes on emptying the queue and the ring, so that no hook waits for it, and
-    counts the tokens as lost.
+    """Feeds a ShardBuffer from a bounded queue, in a daemon thread. After a failure it goes on
+    emptying the queue and the ring, so that no hook waits for it, and counts the tokens as lost.
 
     Args:
         shard_writer: makes the writer of the shards when it is given ``top_k=``.
@@ -535,7 +533,8 @@ class WriterThread:
                 self._guarded(self._add, item, other)
                 other.release(item.end)
                 continue
-            self._guarded(self._write)
+            if self._buffer is not None:
+                self._guarded(self._buffer.write)
             other.set()
             if item == "stop":
                 return
@@ -547,10 +546,6 @@ class WriterThread:
             top_k = self._top_k or max(entry.top_k for entry in block.entries)
             self._buffer = ShardBuffer(self._shard_writer(top_k=top_k), self._shard_tokens)
         self._buffer.add(block, ring)
-
-    def _write(self) -> None:
-        if self._buffer is not None:
-            self._buffer.write()
 
     def _guarded(self, action: Callable[..., None], *args: Any) -> None:
         if self._failed:
