@@ -19,13 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from moe_locality.compat import (
-    default_store,
-    default_timeout,
-    forget_when_read,
-    register_expert_groups,
-    registered_expert_ranks,
-)
+from moe_locality import compat
 from moe_locality.errors import TopologyError
 from moe_locality.topology.cluster import (
     ClusterTopology,
@@ -74,7 +68,7 @@ def exchange_objects(value: Any, group: Any = None) -> list[Any]:
     for the timeout of the store.
     """
     ranks = dist.get_process_group_ranks(group)
-    me, store = dist.get_rank(), default_store()
+    me, store = dist.get_rank(), compat.default_store()
     scope = hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
     key = f"moe_locality/{scope}/{_exchanges[scope]}"
     _exchanges[scope] += 1
@@ -84,7 +78,7 @@ def exchange_objects(value: Any, group: Any = None) -> list[Any]:
     everyone = pickle.loads(store.get(key))
     store.set(f"{key}/read/{me}", "")
     if me == ranks[0]:
-        forget_when_read(store, key, ranks)
+        compat.forget_when_read(store, key, ranks)
     return [pickle.loads(value) for value in everyone]
 
 
@@ -151,7 +145,7 @@ def _new_group(ranks: Sequence[int]) -> Any:
     if len(ranks) == 1:
         # nobody to talk to: made by its one member alone, without a barrier of all ranks
         return dist.new_group(list(ranks), use_local_synchronization=True)
-    return dist.new_group(list(ranks), timeout=default_timeout())
+    return dist.new_group(list(ranks), timeout=compat.default_timeout())
 
 
 def _check_agreement(layouts: Sequence[tuple[str, int]]) -> None:
@@ -179,7 +173,7 @@ def register_with_deepspeed(groups: ExpertParallelGroups, ep_size: int) -> None:
             different ones already.
     """
     error = None
-    found = registered_expert_ranks(ep_size)
+    found = compat.registered_expert_ranks(ep_size)
     if groups.layout.ep_size != ep_size:
         error = f"found groups of ep_size {groups.layout.ep_size}, expected {ep_size}"
     elif found not in (None, (list(groups.ep_ranks), list(groups.edp_ranks))):
@@ -189,7 +183,7 @@ def register_with_deepspeed(groups: ExpertParallelGroups, ep_size: int) -> None:
             f"{list(groups.edp_ranks)}: register before a MoE model is handed to DeepSpeed"
         )
     _raise_on_all(error, f"registering the expert groups of ep_size {ep_size}")
-    register_expert_groups(ep_size, groups)
+    compat.register_expert_groups(ep_size, groups)
 
 
 def prepare_groups(

@@ -192,16 +192,14 @@ class Replayed:
     capture: Capture
     tick: int
     """Number of the replay among all of this recorder, from 1."""
-    ids: np.ndarray
-    """int16 [layers of the capture, T, K]."""
-    weights: np.ndarray | None
-    """float16 of that shape, or None."""
+    picks: list[np.ndarray]
+    """Ids int16 [layers of the capture, T, K], and weights float16 where they are kept."""
 
     def read(self, offset: int, count: int) -> tuple[np.ndarray, np.ndarray | None]:
         """As ``Ring.read``."""
         top_k = count // self.capture.ring.tokens
-        weights = None if self.weights is None else self.weights[offset, :, :top_k].reshape(-1)
-        return self.ids[offset, :, :top_k].reshape(-1), weights
+        found = [values[offset, :, :top_k].reshape(-1) for values in self.picks]
+        return found[0], found[1] if len(found) > 1 else None
 
     def release(self, end: int) -> None:
         """Nothing waits for it."""
@@ -216,13 +214,12 @@ class ReplayRing:
     def __init__(
         self, slots: int, layers: int, tokens: int, top_k: int, device: torch.device, weights: bool
     ) -> None:
-        self.slots, self.tokens = slots, tokens
+        self.slots, self.tokens, self.top_k, self.device = slots, tokens, top_k, device
         shape = (layers, slots, tokens, top_k)
         with torch.inference_mode(False):
-            self.ids = torch.full(shape, -1, dtype=torch.int16, device=device)
-            self.weights = None
+            self.picks = [torch.full(shape, -1, dtype=torch.int16, device=device)]
             if weights:
-                self.weights = torch.zeros(shape, dtype=torch.float16, device=device)
+                self.picks.append(torch.zeros(shape, dtype=torch.float16, device=device))
             # counts the replays: (cursor - 1) % slots is the slot of the one that runs
             self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
             self.ticks = torch.zeros(slots, dtype=torch.int64, device=device)
@@ -230,9 +227,8 @@ class ReplayRing:
         self.drained = 0
 
     def begin(self, number: int, tick: torch.Tensor) -> torch.Tensor:
-        """Take the next slot for the capture of this number; runs in the graph.
-
-        ``tick`` int64 [1] counts the replays of all rings.
+        """Take the next slot for the capture of this number; runs in the graph. ``tick`` int64 [1]
+        counts the replays of all rings.
         """
         self.cursor.add_(1)
         tick.add_(1)
@@ -246,23 +242,21 @@ class ReplayRing:
     ) -> None:
         """Write the picks [T, K] of a layer; runs in the graph."""
         top_k = ids.shape[1]
-        for buffer, values in ((self.ids, ids), (self.weights, weights)):
-            if buffer is not None and values is not None:
+        for buffer, values in zip(self.picks, (ids, weights), strict=False):
+            if values is not None:
                 place = buffer[layer, :, :, :top_k]
                 place.index_copy_(0, slot, values.to(buffer.dtype)[None])
 
     def drain(self, captures: list[Capture]) -> tuple[list[Replayed], int]:
-        """Return the replays since the last call, oldest first, and how many were overwritten.
-
-        Waits for the device.
+        """Return the replays since the last call, oldest first, and how many were overwritten. It
+        waits for the device.
         """
-        if self.ids.is_cuda:
-            torch.cuda.synchronize(self.ids.device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         end = int(self.cursor)
         first = max(self.drained, end - self.slots)
-        place = torch.arange(first, end, device=self.ids.device) % self.slots
-        buffers = [] if self.weights is None else [self.weights]
-        ids, *weights = (b.index_select(1, place).cpu().numpy() for b in (self.ids, *buffers))
+        place = torch.arange(first, end, device=self.device) % self.slots
+        picks = [buffer.index_select(1, place).cpu().numpy() for buffer in self.picks]
         ticks, numbers = self.ticks[place].tolist(), self.captures[place].tolist()
         # a replay that another thread began meanwhile has written over the oldest
         torn = min(max(0, int(self.cursor) - self.slots - first), end - first)
@@ -271,9 +265,8 @@ class ReplayRing:
         for index in range(torn, end - first):
             capture = captures[numbers[index]]
             rows = [layer for layer, _, _ in capture.layers]
-            picks = ids[rows, index]
-            scores = weights[0][rows, index] if weights else None
-            found.append(Replayed(capture=capture, tick=ticks[index], ids=picks, weights=scores))
+            own = [values[rows, index] for values in picks]
+            found.append(Replayed(capture=capture, tick=ticks[index], picks=own))
         return found, lost
 
 
@@ -319,7 +312,7 @@ class Replays:
         if capture is None or layer is None:
             layer, capture = places[0], None
         ring = capture.ring if capture else self._rings.get((num_tokens, routes.ids.device))
-        if ring is None or num_tokens != ring.tokens or top_k > ring.ids.shape[3]:
+        if ring is None or num_tokens != ring.tokens or top_k > ring.top_k:
             return False
         if capture is None:
             capture = self.open = Capture(
@@ -395,10 +388,8 @@ class ShardBuffer:
         self.written_rows = self.written_shards = 0
 
     def add(self, block: Block, ring: Ring | Replayed) -> None:
-        """Append the rows of a block; write a shard each time the buffer is full.
-
-        Raises:
-            TraceError: an expert id is out of range, K grew, or the disk refuses.
+        """Append the rows of a block; write a shard each time the buffer is full. TraceError where
+        an expert id is out of range, K grew, or the disk refuses.
         """
         labels = spread(
             block.annotation,
