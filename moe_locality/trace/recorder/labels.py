@@ -177,8 +177,8 @@ class Layout:
         return (full.T if self.sequence_first else full).reshape(-1)
 
     def per_sequence(self, values: np.ndarray) -> np.ndarray:
-        """Spread [B] over the tokens: [T]."""
-        return self.flat(values[:, None])
+        """Spread [B] over the tokens: [T], which stays as it is."""
+        return self.flat(values[:, None]) if len(values) == self.num_sequences else values
 
     def offsets(self) -> np.ndarray:
         """int64 [T], index of each token within its sequence."""
@@ -324,7 +324,7 @@ def spread(
     """
     domains, index = annotation.domains, None
     if domains is not None and len(domains) > 1:
-        index = _per_token(np.arange(len(domains)), layout)
+        index = layout.per_sequence(np.arange(len(domains)))
     stage = STAGE_CODES.get(annotation.stage or "", TRAIN if training else UNKNOWN)
     if annotation.stage == GENERATE:
         stage = PREFILL if forward_index == 0 else DECODE
@@ -333,17 +333,13 @@ def spread(
         stage = np.where(late, DECODE, stage).astype(np.uint8)
     position = _positions(annotation, layout, request_ids, starts)
     return BlockLabels(
-        request_id=_per_token(request_ids, layout),
+        request_id=layout.per_sequence(request_ids),
         position=position.astype(np.int32),
         stage=stage,
         domains=domains,
         domain_index=index,
         keep=_mask(annotation, layout, forward_index == 0),
     )
-
-
-def _per_token(values: np.ndarray, layout: Layout) -> np.ndarray:
-    return layout.per_sequence(values) if len(values) == layout.num_sequences else values
 
 
 def _mask(annotation: Annotation, layout: Layout, first: bool) -> np.ndarray | None:
@@ -385,18 +381,19 @@ def running_count(values: np.ndarray) -> np.ndarray:
     return result
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
 class Generation:
-    """The requests that one cache belongs to, one per row of the batch."""
+    """The requests that one cache belongs to, one per row of the batch.
 
-    request_ids: np.ndarray
-    next_position: np.ndarray
-    """int64 [B], tokens of the request so far, without padding and rejected drafts."""
-    ended: np.ndarray
-    """bool [B], the row had its end-of-sequence token: padding follows."""
+    ``next_position``: int64 [B], tokens of the request so far, without padding and rejected drafts;
+    ``ended``: bool [B], the row had its end-of-sequence token, padding follows.
+    """
+
+    def __init__(self, request_ids: np.ndarray, next_position: np.ndarray) -> None:
+        self.request_ids, self.next_position = request_ids, next_position
+        self.ended = np.zeros(len(request_ids), bool)
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Pass:
     """One forward pass with a cache, until it is known which of its tokens stay in the cache."""
 
@@ -436,7 +433,7 @@ class Sequences:
             return explicit
         cache = _cache_of(given)
         if cache is None or module.training:
-            return _without_cache(given, shape, explicit, self._new_requests)
+            return self._without_cache(given, shape, explicit)
         past = int(cache.get_seq_length())
         keep = _mask_of(given, shape, past, explicit)
         rows, length = shape
@@ -445,11 +442,8 @@ class Sequences:
             return explicit  # one id per token: packed by hand
         generation = self._known.get(cache)
         if generation is None or past == 0 or len(generation.request_ids) != rows:
-            generation = self._known[cache] = Generation(
-                request_ids=self._new_requests(rows) if explicit_ids is None else explicit_ids,
-                next_position=_seen_before(given, rows, past),
-                ended=np.zeros(rows, bool),
-            )
+            ids = self._new_requests(rows) if explicit_ids is None else explicit_ids
+            generation = self._known[cache] = Generation(ids, _seen_before(given, rows, past))
         drafts = _drafts(given, length, past)
         decodes = past > 0 and (length == 1 or drafts == length)
         if decodes and length == 1:
@@ -457,6 +451,7 @@ class Sequences:
         within = np.maximum(np.cumsum(keep, axis=1) - 1, 0)
         stage = explicit.stage if explicit.stage not in (None, GENERATE) else None
         logits = given.get("logits_to_keep")
+        may_reject = length > 1 and not (isinstance(logits, int) and logits == 1)
         return Annotation(
             request_ids=generation.request_ids if explicit_ids is None else explicit_ids,
             domains=_widened(explicit.domains, rows),
@@ -464,15 +459,26 @@ class Sequences:
             drafts=drafts if stage is None and not decodes else 0,
             positions=generation.next_position[:, None] + within,
             mask=None if keep.all() else keep,
-            found=Pass(
-                cache=cache,
-                generation=generation,
-                keep=keep,
-                end=past + length,
-                may_reject=length > 1 and not (isinstance(logits, int) and logits == 1),
-            ),
+            found=Pass(cache, generation, keep, past + length, may_reject),
             explicit=explicit,
         )
+
+    def _without_cache(
+        self, given: dict[str, Any], shape: tuple[int, int], explicit: Annotation
+    ) -> Annotation:
+        """Padding and packed sequences (positions that begin again inside a row)."""
+        if explicit.stage == GENERATE:
+            return explicit
+        keep = _mask_of(given, shape, 0, explicit)
+        found: dict[str, Any] = {} if keep.all() else {"mask": keep}
+        positions: Any = given.get("position_ids")
+        is_table = isinstance(positions, torch.Tensor) and positions.ndim == 2
+        if is_table and explicit.request_ids is None:
+            requests, within = _packed(np.broadcast_to(positions.cpu().numpy(), shape), keep)
+            if requests is not None:
+                numbers = self._new_requests(int(requests.max()) + 1)[requests].reshape(-1)
+                found = {"mask": None, "request_ids": numbers, "positions": within, **found}
+        return dataclasses.replace(explicit, **found, explicit=explicit) if found else explicit
 
     def returned(self, module: Any, output: Any, given: dict[str, Any], ids: np.ndarray) -> None:
         """Note a cache that a forward pass made itself: a loop by hand goes on with it."""
@@ -480,22 +486,16 @@ class Sequences:
         if module.training or shape is None or len(ids) != shape[0]:
             return
         if cache is not None and cache not in self._known:
-            self._known[cache] = Generation(
-                request_ids=ids,
-                next_position=_mask_of(given, shape, 0, Annotation()).sum(1),
-                ended=np.zeros(shape[0], bool),
-            )
+            keep = _mask_of(given, shape, 0, Annotation())
+            self._known[cache] = Generation(ids, keep.sum(1))
 
 
 def named_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of ``module.forward`` by name; positional ones, too, where they have names."""
     if not args:
         return kwargs
-    names = [
-        name
-        for name, parameter in inspect.signature(module.forward).parameters.items()
-        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-    ]
+    parameters = inspect.signature(module.forward).parameters.values()
+    names = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
@@ -578,26 +578,6 @@ def _padding_after_end(module: Any, given: dict[str, Any], generation: Generatio
     padded = generation.ended & (token == (ends[0] if padding is None else int(padding)))
     generation.ended = padded | np.isin(token, ends)
     return padded
-
-
-def _without_cache(
-    given: dict[str, Any],
-    shape: tuple[int, int],
-    explicit: Annotation,
-    new_requests: Callable[[int], np.ndarray],
-) -> Annotation:
-    """Padding and packed sequences (positions that begin again inside a row)."""
-    if explicit.stage == GENERATE:
-        return explicit
-    keep = _mask_of(given, shape, 0, explicit)
-    found: dict[str, Any] = {} if keep.all() else {"mask": keep}
-    positions: Any = given.get("position_ids")
-    if explicit.request_ids is None and isinstance(positions, torch.Tensor) and positions.ndim == 2:
-        requests, within = _packed(np.broadcast_to(positions.cpu().numpy(), shape), keep)
-        if requests is not None:
-            numbers = new_requests(int(requests.max()) + 1)[requests]
-            found = {"mask": None, "request_ids": numbers.reshape(-1), "positions": within, **found}
-    return dataclasses.replace(explicit, **found, explicit=explicit) if found else explicit
 
 
 def _packed(positions: np.ndarray, keep: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
