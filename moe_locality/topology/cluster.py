@@ -18,7 +18,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,7 +35,7 @@ INTRA_NODE_GBPS, INTER_NODE_GBPS = 450.0, 50.0
 INTRA_NODE_LATENCY_US, INTER_NODE_LATENCY_US = 3.4, 14.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class ClusterTopology:
     """The node of every rank and the figures of the two link tiers.
 
@@ -48,6 +48,7 @@ class ClusterTopology:
 
     rank_to_node: tuple[int, ...]
     node_names: tuple[str, ...] = ()
+    _: KW_ONLY
     intra_node_gbps: float = INTRA_NODE_GBPS
     inter_node_gbps: float = INTER_NODE_GBPS
     intra_node_latency_us: float = INTRA_NODE_LATENCY_US
@@ -90,11 +91,7 @@ class ClusterTopology:
 
     @property
     def ranks_per_node(self) -> int:
-        """Ranks of each node.
-
-        Raises:
-            TopologyError: the nodes hold different numbers of ranks.
-        """
+        """Ranks of each node; TopologyError where the nodes hold different numbers of ranks."""
         if not self.is_even:
             raise TopologyError(
                 f"found uneven nodes ({self.describe()}), expected the same number of ranks on "
@@ -129,11 +126,8 @@ class ClusterTopology:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for reports; ``ClusterTopology(**d)`` gives it back."""
-        return {
-            "rank_to_node": list(self.rank_to_node),
-            "node_names": list(self.node_names),
-            **self.tiers(),
-        }
+        nodes = {"rank_to_node": list(self.rank_to_node), "node_names": list(self.node_names)}
+        return {**nodes, **self.tiers()}
 
     # -- sources; every one takes the tier figures as keyword arguments ----------------------------
 
@@ -144,12 +138,12 @@ class ClusterTopology:
             raise TopologyError(
                 f"found {num_nodes} nodes x {ranks_per_node} ranks, expected at least 1 of each"
             )
-        return cls._of(sources.shape_of_counts([ranks_per_node] * num_nodes), tiers)
+        return cls(*sources.shape_of_counts([ranks_per_node] * num_nodes), **tiers)
 
     @classmethod
     def from_node_names(cls, names: Iterable[str], **tiers: float) -> "ClusterTopology":
         """Build from one node name per rank; nodes are numbered by their first rank."""
-        return cls._of(sources.shape_of_names(list(names)), tiers)
+        return cls(*sources.shape_of_names(list(names)), **tiers)
 
     @classmethod
     def from_hostfile(
@@ -160,7 +154,7 @@ class ClusterTopology:
         **tiers: float,
     ) -> "ClusterTopology":
         """Read DeepSpeed's hostfile; filters are the launcher's strings (``host:0,2@host2``)."""
-        return cls._of(sources.shape_of_hostfile(path, include, exclude), tiers)
+        return cls(*sources.shape_of_hostfile(path, include, exclude), **tiers)
 
     @classmethod
     def from_yaml(cls, path: str | Path, **tiers: float) -> "ClusterTopology":
@@ -168,7 +162,7 @@ class ClusterTopology:
         content = sources.load_cluster_file(path)
         try:
             shape = sources.yaml_shape(content, Path(path).parent)
-            return cls._of(shape, {**sources.yaml_tiers(content), **tiers})
+            return cls(*shape, **{**sources.yaml_tiers(content), **tiers})
         except TopologyError as error:
             raise TopologyError(f"{path}: {error}") from error
 
@@ -177,14 +171,14 @@ class ClusterTopology:
         cls, environ: Mapping[str, str] | None = None, **tiers: float
     ) -> "ClusterTopology":
         """Read MOE_LOCALITY_RANKS_PER_NODE or what deepspeed, torchrun, Open MPI or Slurm set."""
-        return cls._of(sources.read_env(os.environ if environ is None else environ), tiers)
+        return cls(*sources.read_env(os.environ if environ is None else environ), **tiers)
 
     @classmethod
     def from_mpi(cls, comm: Any = None, **tiers: float) -> "ClusterTopology":
         """Ask MPI which ranks share memory. Collective over ``comm``, an mpi4py communicator
         (default: the world).
         """
-        return cls._of(sources.read_mpi(comm), tiers)
+        return cls(*sources.read_mpi(comm), **tiers)
 
     @classmethod
     def from_config(cls, config: "ClusterConfig | ClusterTopology") -> "ClusterTopology":
@@ -201,10 +195,6 @@ class ClusterTopology:
                 "ranks_per_node: leave the section out to ask the ranks for their host names"
             )
         return cls.uniform(config.num_nodes, config.ranks_per_node)
-
-    @classmethod
-    def _of(cls, shape: sources.Shape, tiers: Mapping[str, float]) -> "ClusterTopology":
-        return cls(rank_to_node=shape[0], node_names=shape[1], **tiers)
 
 
 Order = Literal["E+D", "D+E"]

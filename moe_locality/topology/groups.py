@@ -301,19 +301,15 @@ def _combine_facts(facts: list[dict[str, Any]]) -> ClusterTopology:
     names = ("ranks_per_node", "node", "host", "launcher")
     sizes, nodes, hosts, numbers = ([fact[name] for fact in facts] for name in names)
     by_size, by_name = _on_all(RANKS_PER_NODE_VARIABLE, sizes), _on_all(NODE_VARIABLE, nodes)
-    if by_size and by_name:
-        raise TopologyError(
-            f"found {RANKS_PER_NODE_VARIABLE} and {NODE_VARIABLE}, expected one: unset the other"
-        )
     if by_size:
         if len(set(sizes)) > 1:
             raise TopologyError(
                 f"found {RANKS_PER_NODE_VARIABLE} with values {sorted(set(sizes))}, expected the "
                 "same on all ranks"
             )
-        return ClusterTopology.from_env(
-            {RANKS_PER_NODE_VARIABLE: sizes[0], "WORLD_SIZE": str(world)}
-        )
+        of_names = {NODE_VARIABLE: nodes[0]} if by_name else {}  # both: from_env refuses them
+        environ = {RANKS_PER_NODE_VARIABLE: sizes[0], "WORLD_SIZE": str(world), **of_names}
+        return ClusterTopology.from_env(environ)
     if by_name:
         return ClusterTopology.from_node_names(nodes)
     if len(set(hosts)) == 1 and None not in numbers and len(set(numbers)) > 1:
