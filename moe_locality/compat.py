@@ -29,10 +29,8 @@ TESTED_DEEPSPEED = ("0.19.8",)
 
 
 def require_deepspeed() -> str:
-    """Return the version of DeepSpeed that is installed.
-
-    Raises:
-        ConfigError: none is, or one before 0.19.4 (whose gate cannot return sparse routes).
+    """Return the version of DeepSpeed that is installed; ConfigError where none is, or one before
+    0.19.4 (whose gate cannot return sparse routes).
     """
     try:
         found = metadata.version("deepspeed")

@@ -17,11 +17,8 @@ _LINE = re.compile(r"^(\S+)\s+slots=(\d+)")  # the start of the line only, as in
 
 
 def read_hostfile(path: str | Path) -> dict[str, int]:
-    """Return ``{host: number of slots}`` in the order of the file.
-
-    Raises:
-        TopologyError: the file cannot be read, holds no host, names one twice, or a line is not
-            ``name slots=N``.
+    """Return ``{host: number of slots}`` in the order of the file; TopologyError where it cannot be
+    read, holds no host, names one twice, or a line is not ``name slots=N``.
     """
     found: dict[str, tuple[int, int]] = {}  # host -> line, slots
     for number, raw in enumerate(_text_of(path, "hostfile").splitlines(), start=1):
@@ -63,10 +60,8 @@ def select_slots(
     ``include`` and ``exclude`` are DeepSpeed's strings: ``host:0,2@host2`` means slots 0 and 2 of
     ``host`` and all of ``host2``. Hosts stay in the order of the hostfile. As in DeepSpeed, a
     filter drops the hosts without a slot left, and without a filter a host with ``slots=0`` stays:
-    the launcher starts there, and no rank.
-
-    Raises:
-        TopologyError: both are given, a host or a slot is unknown, or nothing is left.
+    the launcher starts there, and no rank. TopologyError where both are given, a host or a slot is
+    unknown, or nothing is left.
     """
     if include and exclude:
         raise TopologyError(

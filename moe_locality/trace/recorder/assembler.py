@@ -9,18 +9,18 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
+from torch.nn import Module
 
 from moe_locality.errors import TraceError
-from moe_locality.trace.recorder.hooks import Routes
+from moe_locality.trace.recorder.hooks import Places, Read, Routes
 from moe_locality.trace.recorder.labels import (
     GENERATE,
     Annotation,
+    Axes,
     Layout,
     PositionBook,
     check_fits,
@@ -46,7 +46,7 @@ class Forward(NamedTuple):
     """The forward pass that runs: class of the model that is attached, [B, S] of its token ids."""
 
     model: str
-    input_axes: tuple[int, int] | None
+    input_axes: Axes | None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -93,12 +93,7 @@ class Assembler:
     # -- what the hooks call --------------------------------------------------------------------
 
     def add(
-        self,
-        places: tuple[int, ...],
-        module: torch.nn.Module,
-        read: Callable[[bool], Routes],
-        shape: tuple[int, int] | None,
-        annotation: Annotation,
+        self, places: Places, module: Module, read: Read, shape: Axes | None, annotation: Annotation
     ) -> None:
         """Take the picks of one layer, that of the first of its places that has none yet."""
         block = self._block
@@ -184,10 +179,9 @@ class Assembler:
     def discard(self, reason: str) -> None:
         """Throw the open block away: its forward pass did not come to its end."""
         self.replays.open = None
-        block = self._block
+        block, self._block = self._block, None
         if block is not None and block.recorded:
             self._give_up(block, "unfinished", reason)
-        self._block = None
 
     # -- one block --------------------------------------------------------------------------------
 
@@ -224,7 +218,7 @@ class Assembler:
             self._hand_over(block, replayed)
 
     def _begin(
-        self, num_tokens: int, annotation: Annotation, shape: tuple[int, int] | None, training: bool
+        self, num_tokens: int, annotation: Annotation, shape: Axes | None, training: bool
     ) -> Block:
         if self._annotation is not annotation:
             self._annotation, self._forward_index, self._numbers = annotation, 0, None
@@ -258,7 +252,7 @@ class Assembler:
             self._give_up(block, "labels", error)
         return block
 
-    def _is_sequence_first(self, shape: tuple[int, int] | None) -> bool:
+    def _is_sequence_first(self, shape: Axes | None) -> bool:
         """As set; else as last seen where the ids are [B, S] and a layer is given [S, B, D]."""
         ids = None if self.forward is None else self.forward.input_axes
         if self.sequence_first is not None:
@@ -357,7 +351,7 @@ class Assembler:
         self.dropped_tokens += block.num_tokens
         self.skip(kind, reason)
 
-    def _ran_again(self, block: Block, places: tuple[int, ...]) -> None:
+    def _ran_again(self, block: Block, places: Places) -> None:
         """Refuse a forward pass in which a layer runs more often than it has names."""
         if not block.recorded:
             return

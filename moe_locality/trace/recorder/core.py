@@ -40,6 +40,7 @@ from moe_locality.trace.recorder.hooks import (
 )
 from moe_locality.trace.recorder.labels import (
     Annotation,
+    Axes,
     Sequences,
     current_annotation,
     named_arguments,
@@ -180,7 +181,7 @@ class RoutingRecorder:
         self._writer: WriterThread | None = None
         """None: nothing has been recorded."""
         self._tracker = ModuleTracker()
-        self._shape: tuple[Places, tuple[int, int] | None] = ((), None)
+        self._shape: tuple[Places, Axes | None] = ((), None)
         self._forward: Forward | None = None
         self._labels: Annotation | None = None
         self._sequences: Sequences | None = None
@@ -283,7 +284,7 @@ class RoutingRecorder:
 
     # -- hooks ----------------------------------------------------------------------------------
 
-    def _on_shape(self, places: Places, shape: tuple[int, int] | None) -> None:
+    def _on_shape(self, places: Places, shape: Axes | None) -> None:
         self._shape = (places, shape)
 
     def _on_routes(self, places: Places, module: torch.nn.Module, read: Any) -> None:
@@ -306,7 +307,7 @@ class RoutingRecorder:
         self._repeats, idle_steps = repeats_tokens(module), IdleSteps(module)
 
         def begins(module, args, kwargs):
-            self._idle = idle_steps.taken()
+            self._idle, idle_steps.next = idle_steps.next, False
             if self._idle or not self._records():
                 return
             self._end_block()

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moe_locality import compat
 from moe_locality.errors import TraceError
+from moe_locality.trace.recorder.labels import Axes
 from moe_locality.trace.schema import MAX_EXPERTS
 
 
@@ -38,9 +39,7 @@ def read_deepspeed_gate(output: Any, top_k: int, with_weights: bool) -> Routes:
     Three layouts exist: sparse (DeepSpeed 0.19.4 and later) with indices and gates [K, T]; the same
     with lists of K tensors [T] (older, for Tutel); dense with combine weights [T, E, C]. The dense
     layout does not say which pick was the first: picks come in descending order of their weight.
-
-    Raises:
-        TraceError: the output is none of these.
+    TraceError where the output is none of these.
     """
     if isinstance(output, tuple) and len(output) == 7:
         indices, gates = output[3], output[5]
@@ -201,8 +200,11 @@ Routers = Mapping[type, "tuple[int, Callable[[Any, tuple[Any, ...], Any], Any]]"
 Places = tuple[int, ...]
 """Numbers of a layer in the recorder; several where the model runs it at several depths."""
 
-OnRoutes = Callable[[Places, torch.nn.Module, Callable[[bool], Routes]], None]
-OnShape = Callable[[Places, "tuple[int, int] | None"], None]
+Read = Callable[[bool], Routes]
+"""Called with whether the weights are wanted."""
+
+OnRoutes = Callable[[Places, torch.nn.Module, Read], None]
+OnShape = Callable[[Places, "Axes | None"], None]
 
 
 class Hook:
@@ -240,20 +242,17 @@ class IdleSteps:
     METHOD = "_has_unfinished_sequences"
 
     def __init__(self, module: torch.nn.Module) -> None:
-        self._module, self._next = module, False
+        self._module = module
+        self.next = False
+        """Whether the forward pass that begins is such a step; set back as it is read."""
         self._original: Any = getattr(module, self.METHOD, None)
         if self._original is not None:
             vars(module)[self.METHOD] = self
 
     def __call__(self, this_peer_finished: bool, *args: Any, **kwargs: Any) -> bool:
         goes_on = self._original(this_peer_finished, *args, **kwargs)
-        self._next = bool(this_peer_finished) and goes_on
+        self.next = bool(this_peer_finished) and goes_on
         return goes_on
-
-    def taken(self) -> bool:
-        """Return whether the forward pass that begins is such a step."""
-        found, self._next = self._next, False
-        return found
 
     def remove(self) -> None:
         """Give the module its own method back."""
@@ -288,10 +287,8 @@ def find_moe_layers(model: torch.nn.Module, routers: Routers | None = None) -> l
     """Return the MoE layers of ``model`` in the order of ``named_modules()``.
 
     A module that is in a list several times (``ModuleList([block] * 3)``) is as many layers. Other
-    names of one module (an attribute that points to it) are not.
-
-    Raises:
-        TraceError: there is none, or one has more experts than an int16 can name.
+    names of one module (an attribute that points to it) are not. TraceError where there is none, or
+    one has more experts than an int16 can name.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     layers: list[MoeLayer] = []
@@ -421,7 +418,7 @@ def route_hooks(module: Any) -> OrderedDict[int, Callable[..., None]]:
     return vars(module).setdefault("route_hooks", OrderedDict())
 
 
-def input_axes(values: Iterable[Any]) -> tuple[int, int] | None:
+def input_axes(values: Iterable[Any]) -> Axes | None:
     """[B, S] of the token ids among the inputs of a model: the first 2-d tensor of integers."""
     for value in values:
         if isinstance(value, torch.Tensor):
@@ -465,7 +462,7 @@ def repeats_tokens(model: torch.nn.Module) -> bool:
     return False
 
 
-def _first_axes(values: list[Any]) -> tuple[int, int] | None:
+def _first_axes(values: list[Any]) -> Axes | None:
     for value in values:
         if isinstance(value, torch.Tensor):
             return (value.shape[0], value.shape[1]) if value.ndim == 3 else None
@@ -504,7 +501,8 @@ def moe_layer_ids(model: torch.nn.Module, names: Sequence[str]) -> list[int] | N
 
 
 def layer_numbers(names: Sequence[str], parameters: Iterable[str]) -> list[int] | None:
-    """Transformer layer index of each MoE module, by its name; None where the names do not tell.
+    """Transformer layer index of each MoE module, by the names of all of them, in the order of the
+    model, and of all its parameters; None where the names do not tell.
 
     The rule, for ``model.layers.3.mlp`` as for ``encoder.block.3.layer.1.mlp``: the outermost
     number that stands in a list of blocks. A list of blocks is one where another entry has a
@@ -512,10 +510,6 @@ def layer_numbers(names: Sequence[str], parameters: Iterable[str]) -> list[int] 
     block. Lists that hold MoE layers (encoder, decoder) follow one another. Where that gives two
     layers one number (stages: ``layers.1.blocks.3``), the next number inward is taken, in lists
     whose entries have half of their parameters in common.
-
-    Args:
-        names: MoE modules in the order of the model.
-        parameters: names of all parameters of the model.
     """
     lists: dict[str, dict[int, set[str]]] = {}  # "model.layers" -> entry -> names below it
     for name in {*parameters, *names}:

@@ -32,6 +32,12 @@ from moe_locality.trace.schema import DECODE, PREFILL, TRAIN, UNKNOWN
 GENERATE = "generate"
 """Stage of a whole ``generate()``: its first forward pass is prefill, the others are decode."""
 
+Axes = tuple[int, int]
+"""(B, S) of tokens that lie in sequences; (S, B) in models that put the sequence first."""
+
+Given = dict[str, Any]
+"""Arguments of a forward pass by name."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Annotation:
@@ -205,10 +211,7 @@ class Layout:
 
 
 def layout_of(
-    num_tokens: int,
-    shape: tuple[int, int] | None,
-    annotation: Annotation,
-    sequence_first: bool = False,
+    num_tokens: int, shape: Axes | None, annotation: Annotation, sequence_first: bool = False
 ) -> Layout:
     """Return how ``num_tokens`` lie in sequences; TraceError for neither B nor T labels.
 
@@ -269,8 +272,7 @@ class PositionBook:
 
     def starts(self, request_ids: np.ndarray) -> np.ndarray:
         """int64 [n], the next position of each request; 0 for one that is not known."""
-        known = self._next
-        return np.array([known.get(i, 0) for i in request_ids.tolist()], np.int64)
+        return np.array([self._next.get(i, 0) for i in request_ids.tolist()], np.int64)
 
     def advance(
         self,
@@ -424,9 +426,9 @@ class Sequences:
         self._new_requests = new_requests
         self._known: weakref.WeakKeyDictionary[Any, Generation] = weakref.WeakKeyDictionary()
 
-    def labels(self, module: Any, given: dict[str, Any], explicit: Annotation) -> Annotation:
-        """Return ``explicit`` with what it leaves open filled in from the arguments of a forward
-        pass, by name. On a GPU this waits for mask and positions.
+    def labels(self, module: Any, given: Given, explicit: Annotation) -> Annotation:
+        """Return ``explicit`` with what it leaves open filled in from what a forward pass is given.
+        On a GPU this waits for mask and positions.
         """
         shape = _tokens_shape(given)
         if shape is None or explicit.stage == "decode" or explicit.positions is not None:
@@ -463,9 +465,7 @@ class Sequences:
             explicit=explicit,
         )
 
-    def _without_cache(
-        self, given: dict[str, Any], shape: tuple[int, int], explicit: Annotation
-    ) -> Annotation:
+    def _without_cache(self, given: Given, shape: Axes, explicit: Annotation) -> Annotation:
         """Padding and packed sequences (positions that begin again inside a row)."""
         if explicit.stage == GENERATE:
             return explicit
@@ -480,7 +480,7 @@ class Sequences:
                 found = {"mask": None, "request_ids": numbers, "positions": within, **found}
         return dataclasses.replace(explicit, **found, explicit=explicit) if found else explicit
 
-    def returned(self, module: Any, output: Any, given: dict[str, Any], ids: np.ndarray) -> None:
+    def returned(self, module: Any, output: Any, given: Given, ids: np.ndarray) -> None:
         """Note a cache that a forward pass made itself: a loop by hand goes on with it."""
         cache, shape = _cache_of(getattr(output, "__dict__", {})), _tokens_shape(given)
         if module.training or shape is None or len(ids) != shape[0]:
@@ -490,7 +490,7 @@ class Sequences:
             self._known[cache] = Generation(ids, keep.sum(1))
 
 
-def named_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def named_arguments(module: Any, args: tuple[Any, ...], kwargs: Given) -> Given:
     """The arguments of ``module.forward`` by name; positional ones, too, where they have names."""
     if not args:
         return kwargs
@@ -499,13 +499,13 @@ def named_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _cache_of(named: dict[str, Any]) -> Any:
+def _cache_of(named: Given) -> Any:
     """The cache among arguments or outputs; transformers 5.24 renamed it ``cache``."""
     found = (named.get(name) for name in ("cache", "past_key_values"))
     return next((cache for cache in found if hasattr(cache, "get_seq_length")), None)
 
 
-def _tokens_shape(given: dict[str, Any]) -> tuple[int, int] | None:
+def _tokens_shape(given: Given) -> Axes | None:
     """(B, S) of the tokens that run; those of the decoder where there is one."""
     for name in ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds"):
         value: Any = given.get(name)
@@ -516,9 +516,7 @@ def _tokens_shape(given: dict[str, Any]) -> tuple[int, int] | None:
     return None
 
 
-def _mask_of(
-    given: dict[str, Any], shape: tuple[int, int], past: int, explicit: Annotation
-) -> np.ndarray:
+def _mask_of(given: Given, shape: Axes, past: int, explicit: Annotation) -> np.ndarray:
     """bool [B, S], False = padding; all True where nothing says so."""
     if explicit.mask is not None and (explicit.stage != GENERATE or past == 0):
         wide = _widened(explicit.mask, shape[0])
@@ -541,12 +539,12 @@ def _mask_of(
     return (mask != 0).cpu().numpy()
 
 
-def _attention_mask(given: dict[str, Any]) -> Any:
+def _attention_mask(given: Given) -> Any:
     of_decoder = any(given.get(f"decoder_{n}") is not None for n in ("input_ids", "inputs_embeds"))
     return given.get("decoder_attention_mask" if of_decoder else "attention_mask")
 
 
-def _seen_before(given: dict[str, Any], rows: int, past: int) -> np.ndarray:
+def _seen_before(given: Given, rows: int, past: int) -> np.ndarray:
     """int64 [B], tokens without padding in a cache that no pass before has shown."""
     mask: Any = _attention_mask(given)
     if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[0] == rows:
@@ -554,7 +552,7 @@ def _seen_before(given: dict[str, Any], rows: int, past: int) -> np.ndarray:
     return np.full(rows, past, np.int64)
 
 
-def _drafts(given: dict[str, Any], length: int, past: int) -> int:
+def _drafts(given: Given, length: int, past: int) -> int:
     """How many tokens at the end are drafts (the first of a later pass is not, yet it decodes):
     assisted generation asks for the logits of the last token before the drafts and of each draft.
     """
@@ -564,7 +562,7 @@ def _drafts(given: dict[str, Any], length: int, past: int) -> int:
     return logits if past else logits - 1
 
 
-def _padding_after_end(module: Any, given: dict[str, Any], generation: Generation) -> np.ndarray:
+def _padding_after_end(module: Any, given: Given, generation: Generation) -> np.ndarray:
     """bool [B]: the row ended earlier, and generate() gives it padding while others go on."""
     name = "decoder_input_ids" if given.get("decoder_input_ids") is not None else "input_ids"
     ids = given.get(name)

@@ -27,8 +27,8 @@ import torch
 
 from moe_locality.errors import TraceError
 from moe_locality.trace.parquet import ShardWriter
-from moe_locality.trace.recorder.hooks import Routes
-from moe_locality.trace.recorder.labels import Annotation, BlockLabels, Layout, spread
+from moe_locality.trace.recorder.hooks import Places, Routes
+from moe_locality.trace.recorder.labels import Annotation, Axes, BlockLabels, Layout, spread
 
 
 class RingFull(Exception):
@@ -67,10 +67,8 @@ class Ring:
             return self._released.wait_for(lambda: self._tail >= self.head, timeout_s)
 
     def reserve(self, count: int, timeout_s: float) -> int:
-        """Return the offset of ``count`` free elements in a row.
-
-        Raises:
-            RingFull: the consumer did not make room within ``timeout_s``.
+        """Return the offset of ``count`` free elements in a row; RingFull where the consumer does
+        not make room within ``timeout_s``.
         """
         start = self.head
         if start % self.capacity + count > self.capacity:
@@ -174,7 +172,7 @@ class Capture:
     """One forward pass inside a captured graph."""
 
     annotation: Annotation
-    shape: tuple[int, int] | None
+    shape: Axes | None
     training: bool
     ring: ReplayRing
     slot: torch.Tensor
@@ -237,14 +235,11 @@ class ReplayRing:
         self.captures.index_copy_(0, slot, torch.full_like(slot, number))
         return slot
 
-    def write(
-        self, slot: torch.Tensor, layer: int, ids: torch.Tensor, weights: torch.Tensor | None
-    ) -> None:
-        """Write the picks [T, K] of a layer; runs in the graph."""
-        top_k = ids.shape[1]
-        for buffer, values in zip(self.picks, (ids, weights), strict=False):
+    def write(self, slot: torch.Tensor, layer: int, routes: Routes) -> None:
+        """Write the picks of a layer; runs in the graph."""
+        for buffer, values in zip(self.picks, routes, strict=False):
             if values is not None:
-                place = buffer[layer, :, :, :top_k]
+                place = buffer[layer, :, :, : values.shape[1]]
                 place.index_copy_(0, slot, values.to(buffer.dtype)[None])
 
     def drain(self, captures: list[Capture]) -> tuple[list[Replayed], int]:
@@ -298,12 +293,7 @@ class Replays:
         self._rings[key] = ReplayRing(self.slots, num_layers, tokens, top_k, device, self._weights)
 
     def add(
-        self,
-        places: tuple[int, ...],
-        module: Any,
-        routes: Routes,
-        shape: tuple[int, int] | None,
-        annotation: Annotation,
+        self, places: Places, module: Any, routes: Routes, shape: Axes | None, told: Annotation
     ) -> bool:
         """Write the picks of a layer into the graph that is being captured; False: no ring."""
         capture, (num_tokens, top_k) = self.open, routes.ids.shape
@@ -316,7 +306,7 @@ class Replays:
             return False
         if capture is None:
             capture = self.open = Capture(
-                annotation=Annotation(stage=annotation.stage),
+                annotation=Annotation(stage=told.stage),
                 shape=shape,
                 training=module.training,
                 ring=ring,
@@ -325,7 +315,7 @@ class Replays:
             self.captures.append(capture)
             if ring not in _KEPT:
                 _KEPT.append(ring)
-        ring.write(capture.slot, layer, *routes)
+        ring.write(capture.slot, layer, routes)
         capture.layers.append((layer, top_k, module))
         return True
 
