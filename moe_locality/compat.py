@@ -268,10 +268,8 @@ def registered_expert_ranks(ep_size: int) -> tuple[list[int], list[int]] | None:
     groups, name = _groups(), f"ep_size_{ep_size}"
     if name not in groups._EXPERT_PARALLEL_GROUP and name not in groups._EXPERT_DATA_PARALLEL_GROUP:
         return None
-    return (
-        list(groups._EXPERT_PARALLEL_GROUP_RANKS.get(name, ())),
-        list(groups._EXPERT_DATA_PARALLEL_GROUP_RANKS.get(name, ())),
-    )
+    ep_ranks = groups._EXPERT_PARALLEL_GROUP_RANKS.get(name, ())
+    return list(ep_ranks), list(groups._EXPERT_DATA_PARALLEL_GROUP_RANKS.get(name, ()))
 
 
 def register_expert_groups(ep_size: int, made: Any) -> None:

@@ -104,9 +104,22 @@ def build_groups(layout: GroupLayout) -> ExpertParallelGroups:
     """
     digest = layout.digest()
     found = _built.get(digest, lambda: None)()
-    answers = exchange_objects((digest, layout.num_ranks, found is not None))
-    _check_agreement([answer[:2] for answer in answers])
-    if found is not None and all(answer[2] for answer in answers):
+    answers = exchange_objects(((digest, layout.num_ranks), found is not None))
+    layouts, there = zip(*answers, strict=True)
+    world, usual = len(layouts), Counter(layouts).most_common(1)[0][0]
+    others = [rank for rank, given in enumerate(layouts) if given != usual]
+    if others:
+        raise TopologyError(
+            f"found another layout of the expert groups on ranks {others} than on the other "
+            f"{world - len(others)} of {world}, expected the same on all: give every rank the same "
+            "cluster description, ep_size and order"
+        )
+    if usual[1] != world:
+        raise TopologyError(
+            f"found a layout for {usual[1]} ranks, expected one for the {world} of this run: "
+            "describe the cluster that the launcher uses"
+        )
+    if found is not None and all(there):
         return found
     kinds = {name: getattr(layout, f"{name}_groups") for name in _KINDS}
     in_one_order = dict.fromkeys(ranks for all_of_kind in kinds.values() for ranks in all_of_kind)
@@ -146,22 +159,6 @@ def _new_group(ranks: Sequence[int]) -> Any:
         # nobody to talk to: made by its one member alone, without a barrier of all ranks
         return dist.new_group(list(ranks), use_local_synchronization=True)
     return dist.new_group(list(ranks), timeout=compat.default_timeout())
-
-
-def _check_agreement(layouts: Sequence[tuple[str, int]]) -> None:
-    world, usual = len(layouts), Counter(layouts).most_common(1)[0][0]
-    others = [rank for rank, layout in enumerate(layouts) if layout != usual]
-    if others:
-        raise TopologyError(
-            f"found another layout of the expert groups on ranks {others} than on the other "
-            f"{world - len(others)} of {world}, expected the same on all: give every rank the same "
-            "cluster description, ep_size and order"
-        )
-    if usual[1] != world:
-        raise TopologyError(
-            f"found a layout for {usual[1]} ranks, expected one for the {world} of this run: "
-            "describe the cluster that the launcher uses"
-        )
 
 
 def register_with_deepspeed(groups: ExpertParallelGroups, ep_size: int) -> None:

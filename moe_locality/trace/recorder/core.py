@@ -10,6 +10,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -87,7 +88,7 @@ _OPEN: set[RoutingRecorder] = set()
 _CLOSE_TIMEOUT_S = 120.0
 
 
-class RoutingRecorder:
+class RoutingRecorder(AbstractContextManager["RoutingRecorder"]):
     """Records the routing of every MoE layer of a model into a directory of Parquet shards.
 
     A forward pass of the attached model gives one row per token: its picks in all layers, labelled
@@ -182,7 +183,6 @@ class RoutingRecorder:
         """None: nothing has been recorded."""
         self._tracker = ModuleTracker()
         self._shape: tuple[Places, Axes | None] = ((), None)
-        self._forward: Forward | None = None
         self._labels: Annotation | None = None
         self._sequences: Sequences | None = None
         # whether the forward pass that runs is for other ranks only; whether another rank records
@@ -293,12 +293,12 @@ class RoutingRecorder:
         try:
             if self._writer is None:
                 self._start()
-            assembler, (of_layer, shape) = self._assembler, self._shape
-            assembler.forward = self._forward
+            of_layer, shape = self._shape
+            shape = shape if of_layer == places else None
             annotation = current_annotation()
             if self._labels is not None and self._labels.explicit is annotation:
                 annotation = self._labels
-            assembler.add(places, module, read, shape if of_layer == places else None, annotation)
+            self._assembler.add(places, module, read, shape, annotation)
         except Exception as error:  # noqa: BLE001  a training does not end because its recorder does
             self._fail(error)
 
@@ -313,8 +313,8 @@ class RoutingRecorder:
             self._end_block()
             if self._global_step is not None:
                 self._assembler.step = self._global_step()
-            self._forward = Forward(type(module).__name__, input_axes([*args, *kwargs.values()]))
-            self._labels = None
+            axes = input_axes([*args, *kwargs.values()])
+            self._assembler.forward, self._labels = Forward(type(module).__name__, axes), None
             self._guarded(self._read_labels, module, args, kwargs)
 
         return [
@@ -338,7 +338,7 @@ class RoutingRecorder:
         def ends(*_args):
             if self._records():
                 self._finish()
-                self._labels = None if self._forward is None else outer
+                self._labels = None if self._assembler.forward is None else outer
 
         return [
             encoder.register_forward_pre_hook(Hook(begins), with_kwargs=True),
@@ -360,7 +360,7 @@ class RoutingRecorder:
         idle, self._idle = self._idle, False
         if idle or not self._records():
             return
-        self._forward, labels = None, self._labels
+        self._assembler.forward, labels = None, self._labels
         if self._sequences is not None:
             given = named_arguments(module, args, kwargs)
             ids = self._assembler.open_requests()
@@ -470,9 +470,6 @@ class RoutingRecorder:
             failure=str(self._failure) if self._failure else None,
         )
 
-    def __enter__(self) -> RoutingRecorder:
-        return self
-
     def __exit__(self, *_exc: object) -> None:
         self.close()
 
@@ -484,8 +481,8 @@ class RoutingRecorder:
 
     def _end_block(self) -> None:
         """Hand the open block over; throw that of a forward pass that raised away."""
-        if self._forward is not None and self._running:
-            self._forward = self._labels = None
+        if self._assembler.forward is not None and self._running:
+            self._assembler.forward = self._labels = None
             reason = "the forward pass before it did not come to its end"
             self._guarded(self._assembler.discard, reason)
         self._finish()
@@ -560,7 +557,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_all)
 
 
-class NullRecorder:
+class NullRecorder(AbstractContextManager["NullRecorder"]):
     """A recorder that records nothing, so that callers need not ask whether recording is on."""
 
     def step(self) -> None:
@@ -573,9 +570,6 @@ class NullRecorder:
         return RecorderReport()
 
     close = report
-
-    def __enter__(self) -> NullRecorder:
-        return self
 
     def __exit__(self, *_exc: object) -> None:
         """Do nothing."""

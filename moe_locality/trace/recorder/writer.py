@@ -214,14 +214,13 @@ class ReplayRing:
     ) -> None:
         self.slots, self.tokens, self.top_k, self.device = slots, tokens, top_k, device
         shape = (layers, slots, tokens, top_k)
-        with torch.inference_mode(False):
-            self.picks = [torch.full(shape, -1, dtype=torch.int16, device=device)]
-            if weights:
-                self.picks.append(torch.zeros(shape, dtype=torch.float16, device=device))
-            # counts the replays: (cursor - 1) % slots is the slot of the one that runs
-            self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
-            self.ticks = torch.zeros(slots, dtype=torch.int64, device=device)
-            self.captures = torch.full((slots,), -1, dtype=torch.int64, device=device)
+        self.picks = [torch.full(shape, -1, dtype=torch.int16, device=device)]
+        if weights:
+            self.picks.append(torch.zeros(shape, dtype=torch.float16, device=device))
+        # counts the replays: (cursor - 1) % slots is the slot of the one that runs
+        self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
+        self.ticks = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.captures = torch.full((slots,), -1, dtype=torch.int64, device=device)
         self.drained = 0
 
     def begin(self, number: int, tick: torch.Tensor) -> torch.Tensor:
@@ -287,10 +286,10 @@ class Replays:
         key = (tokens, device)
         if not self.slots or not tokens or key in self._rings:
             return
-        if device not in self._ticks:
-            with torch.inference_mode(False):
-                self._ticks[device] = torch.zeros(1, dtype=torch.int64, device=device)
-        self._rings[key] = ReplayRing(self.slots, num_layers, tokens, top_k, device, self._weights)
+        with torch.inference_mode(False):  # as in Ring
+            self._ticks.setdefault(device, torch.zeros(1, dtype=torch.int64, device=device))
+            ring = ReplayRing(self.slots, num_layers, tokens, top_k, device, self._weights)
+        self._rings[key] = ring
 
     def add(
         self, places: Places, module: Any, routes: Routes, shape: Axes | None, told: Annotation
