@@ -239,10 +239,8 @@ def forget_when_read(
 
 
 def default_timeout() -> Any:
-    """Return how long collectives of the default process group wait (a timedelta).
-
-    ``new_group`` does not take it over: torch's default is half an hour with gloo, whatever the
-    user asked for.
+    """Return how long collectives of the default process group wait (a timedelta). ``new_group``
+    does not take it over: torch's default is half an hour with gloo, whatever the user asked for.
     """
     from torch.distributed.distributed_c10d import _get_default_group
 

@@ -18,9 +18,9 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, astuple, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from moe_locality.errors import TopologyError
 from moe_locality.topology import sources
@@ -132,7 +132,7 @@ class ClusterTopology:
     # -- sources; every one takes the tier figures as keyword arguments ----------------------------
 
     @classmethod
-    def uniform(cls, num_nodes: int, ranks_per_node: int, **tiers: float) -> "ClusterTopology":
+    def uniform(cls, num_nodes: int, ranks_per_node: int, **tiers: float) -> Self:
         """Build ``num_nodes`` nodes of ``ranks_per_node`` consecutive ranks."""
         if num_nodes < 1 or ranks_per_node < 1:
             raise TopologyError(
@@ -141,7 +141,7 @@ class ClusterTopology:
         return cls(*sources.shape_of_counts([ranks_per_node] * num_nodes), **tiers)
 
     @classmethod
-    def from_node_names(cls, names: Iterable[str], **tiers: float) -> "ClusterTopology":
+    def from_node_names(cls, names: Iterable[str], **tiers: float) -> Self:
         """Build from one node name per rank; nodes are numbered by their first rank."""
         return cls(*sources.shape_of_names(list(names)), **tiers)
 
@@ -152,12 +152,12 @@ class ClusterTopology:
         include: str | None = None,
         exclude: str | None = None,
         **tiers: float,
-    ) -> "ClusterTopology":
+    ) -> Self:
         """Read DeepSpeed's hostfile; filters are the launcher's strings (``host:0,2@host2``)."""
         return cls(*sources.shape_of_hostfile(path, include, exclude), **tiers)
 
     @classmethod
-    def from_yaml(cls, path: str | Path, **tiers: float) -> "ClusterTopology":
+    def from_yaml(cls, path: str | Path, **tiers: float) -> Self:
         """Read a cluster file (schema: docs/cluster.md); arguments win over its tiers."""
         content = sources.load_cluster_file(path)
         try:
@@ -167,14 +167,12 @@ class ClusterTopology:
             raise TopologyError(f"{path}: {error}") from error
 
     @classmethod
-    def from_env(
-        cls, environ: Mapping[str, str] | None = None, **tiers: float
-    ) -> "ClusterTopology":
+    def from_env(cls, environ: Mapping[str, str] | None = None, **tiers: float) -> Self:
         """Read MOE_LOCALITY_RANKS_PER_NODE or what deepspeed, torchrun, Open MPI or Slurm set."""
         return cls(*sources.read_env(os.environ if environ is None else environ), **tiers)
 
     @classmethod
-    def from_mpi(cls, comm: Any = None, **tiers: float) -> "ClusterTopology":
+    def from_mpi(cls, comm: Any = None, **tiers: float) -> Self:
         """Ask MPI which ranks share memory. Collective over ``comm``, an mpi4py communicator
         (default: the world).
         """
@@ -218,8 +216,7 @@ class GroupLayout:
 
     def digest(self) -> str:
         """Return a hash of the content, to compare the layouts of two ranks."""
-        content = [getattr(self, name) for name in self.__dataclass_fields__]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(astuple(self)).encode()).hexdigest()[:16]
 
 
 def group_of(groups: RankGroups, rank: int) -> tuple[int, ...]:
@@ -313,8 +310,6 @@ def _refuse_model_parallelism(mpu: Any) -> None:
     hold the same tokens, so an EP group would send each token several times, and the EDP groups
     would average over ranks that are no data-parallel peers.
     """
-    if mpu is None:
-        return
     for what, names in {
         "tensor": ("get_tensor_model_parallel_world_size", "get_model_parallel_world_size"),
         "pipeline": ("get_pipeline_model_parallel_world_size", "get_pipe_parallel_world_size"),

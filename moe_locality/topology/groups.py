@@ -240,8 +240,7 @@ def built_groups(
     for groups in (recall() for recall in _built.values()):
         if groups is None or groups.ep_ranks != wanted:
             continue
-        laid_out = groups.topology or topology
-        if topology is None or laid_out is None or laid_out.rank_to_node == topology.rank_to_node:
+        if topology is None or (groups.topology or topology).rank_to_node == topology.rank_to_node:
             return groups
     return None
 

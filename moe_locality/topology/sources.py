@@ -109,7 +109,6 @@ RANKS_PER_NODE_VARIABLE = "MOE_LOCALITY_RANKS_PER_NODE"
 Shape = tuple[tuple[int, ...], tuple[str, ...]]
 
 _YAML_KEYS = ("name", "num_nodes", "ranks_per_node", "nodes", "hostfile", "tiers")
-_TIER_KEYS = ("gbps", "latency_us")
 
 
 def shape_of_counts(counts: Sequence[int], names: Sequence[str] = ()) -> Shape:
@@ -219,7 +218,7 @@ def yaml_tiers(content: dict[str, Any]) -> dict[str, float]:
     figures: dict[str, float] = {}
     tiers = _mapping(content.get("tiers", {}), "tiers", ("intra_node", "inter_node"))
     for tier, of_tier in tiers.items():
-        for key, value in _mapping(of_tier, f"tiers.{tier}", _TIER_KEYS).items():
+        for key, value in _mapping(of_tier, f"tiers.{tier}", ("gbps", "latency_us")).items():
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TopologyError(f"tiers.{tier}.{key}: found {value!r}, expected a number")
             figures[f"{tier}_{key}"] = float(value)

@@ -74,8 +74,7 @@ class Assembler:
 
     def __post_init__(self) -> None:
         self.replays = Replays(self.graph_replays, self.weights)
-        self.names: list[str] = []
-        """Of the layers."""
+        self.layer_names: list[str] = []
         self.writer: WriterThread | None = None
         """None: nothing has been recorded."""
         self._found_sequence_first = False
@@ -149,7 +148,7 @@ class Assembler:
         block.arrived = ring.send(block.start, block.end)
         self._hand_over(block, ring)
         top_k = max((entry.top_k for entry in block.entries), default=0)
-        self.replays.prepare(len(self.names), block.num_tokens, top_k, ring.device)
+        self.replays.prepare(len(self.layer_names), block.num_tokens, top_k, ring.device)
 
     def drain(self) -> None:
         """Take over what the replays of captured graphs recorded. Waits for the device."""
@@ -159,7 +158,16 @@ class Assembler:
         found, tokens, overwritten = self.replays.drain()
         ran = len(found) + overwritten
         for replayed, annotation in found:
-            self._replayed(replayed, annotation)
+            capture = replayed.capture
+            block = self._begin(capture.ring.tokens, annotation, capture.shape, capture.training)
+            self._block = None
+            self._count(block)
+            if block.recorded:
+                block.entries = [
+                    Entry(layer, number, top_k, self._lookup(module))
+                    for number, (layer, top_k, module) in enumerate(capture.layers)
+                ]
+                self._hand_over(block, replayed)
         if noted and noted != ran:
             self.skip(
                 "notes",
@@ -203,19 +211,6 @@ class Assembler:
             if block.arrived is not None:
                 block.arrived.synchronize()  # its region is about to be written again
             self._give_up(block, "queue", self._too_slow())
-
-    def _replayed(self, replayed: Replayed, annotation: Annotation) -> None:
-        """Hand over one replay of a captured forward pass."""
-        capture = replayed.capture
-        block = self._begin(capture.ring.tokens, annotation, capture.shape, capture.training)
-        self._block = None
-        self._count(block)
-        if block.recorded:
-            block.entries = [
-                Entry(layer, number, top_k, self._lookup(module))
-                for number, (layer, top_k, module) in enumerate(capture.layers)
-            ]
-            self._hand_over(block, replayed)
 
     def _begin(
         self, num_tokens: int, annotation: Annotation, shape: Axes | None, training: bool
@@ -308,7 +303,7 @@ class Assembler:
     def _ring_for(self, block: Block, routes: Routes) -> Ring:
         """Return the ring, made or enlarged so that two blocks of this size fit (one is copied
         while one is filled)."""
-        per_token, tokens = len(self.names) * routes.ids.shape[1], 2 * block.num_tokens
+        per_token, tokens = len(self.layer_names) * routes.ids.shape[1], 2 * block.num_tokens
         ring = self._ring
         if ring is not None and (block.entries or ring.capacity >= per_token * tokens):
             return ring
@@ -358,11 +353,11 @@ class Assembler:
         self._give_up(
             block,
             "again",
-            f"found that MoE layer {self.names[places[-1]]!r} ran {len(places) + 1} times in one "
-            f"forward pass of {self.forward and self.forward.model}, expected {len(places)}: where "
-            "one module stands at several depths, give it a name for each (a ModuleList that holds "
-            "it several times), and each is recorded as a layer; where a part of the model runs on "
-            "several inputs, attach the recorder to that part",
+            f"found that MoE layer {self.layer_names[places[-1]]!r} ran {len(places) + 1} times in "
+            f"one forward pass of {self.forward and self.forward.model}, expected {len(places)}: "
+            "where one module stands at several depths, give it a name for each (a ModuleList that "
+            "holds it several times), and each is recorded as a layer; where a part of the model "
+            "runs on several inputs, attach the recorder to that part",
         )
 
     def skip(self, kind: str, reason: str, count: int = 1) -> None:

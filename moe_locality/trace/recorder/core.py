@@ -393,7 +393,7 @@ class RoutingRecorder(AbstractContextManager["RoutingRecorder"]):
             weights=self._assembler.weights,
         )
         self._writer = WriterThread(make, top_k, self._shard_tokens, self._writer_failed)
-        self._assembler.writer, self._assembler.names = self._writer, self.layer_names
+        self._assembler.writer, self._assembler.layer_names = self._writer, self.layer_names
 
     # -- what the user calls ----------------------------------------------------------------------
 

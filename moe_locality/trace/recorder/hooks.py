@@ -411,9 +411,8 @@ def hook_layer(
 
 
 def route_hooks(module: Any) -> OrderedDict[int, Callable[..., None]]:
-    """Return the hooks that an exchange of ours calls with ``(ids [T, K], weights [T, K])``.
-
-    They stand on the layer, also before it is ours. A class of ours says ``calls_route_hooks``.
+    """Return the hooks that an exchange of ours calls with ``(ids [T, K], weights [T, K])``. They
+    stand on the layer, also before it is ours. A class of ours says ``calls_route_hooks``.
     """
     return vars(module).setdefault("route_hooks", OrderedDict())
 

@@ -29,6 +29,7 @@ from moe_locality.errors import TraceError
 from moe_locality.trace.parquet import ShardWriter
 from moe_locality.trace.recorder.hooks import Places, Routes
 from moe_locality.trace.recorder.labels import Annotation, Axes, BlockLabels, Layout, spread
+from moe_locality.trace.schema import SCALARS
 
 
 class RingFull(Exception):
@@ -167,7 +168,7 @@ _KEPT: list[ReplayRing] = []
 """Rings that a graph writes to. A graph keeps no tensor alive, so their memory is never freed."""
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class Capture:
     """One forward pass inside a captured graph."""
 
@@ -224,9 +225,7 @@ class ReplayRing:
         self.drained = 0
 
     def begin(self, number: int, tick: torch.Tensor) -> torch.Tensor:
-        """Take the next slot for the capture of this number; runs in the graph. ``tick`` int64 [1]
-        counts the replays of all rings.
-        """
+        """Take the next slot for a capture, in the graph; ``tick`` int64 [1] counts all replays."""
         self.cursor.add_(1)
         tick.add_(1)
         slot = torch.remainder(self.cursor - 1, self.slots)
@@ -242,9 +241,7 @@ class ReplayRing:
                 place.index_copy_(0, slot, values.to(buffer.dtype)[None])
 
     def drain(self, captures: list[Capture]) -> tuple[list[Replayed], int]:
-        """Return the replays since the last call, oldest first, and how many were overwritten. It
-        waits for the device.
-        """
+        """Return the replays since the last call, oldest first, and how many were overwritten."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         end = int(self.cursor)
@@ -304,13 +301,9 @@ class Replays:
         if ring is None or num_tokens != ring.tokens or top_k > ring.top_k:
             return False
         if capture is None:
-            capture = self.open = Capture(
-                annotation=Annotation(stage=told.stage),
-                shape=shape,
-                training=module.training,
-                ring=ring,
-                slot=ring.begin(len(self.captures), self._ticks[routes.ids.device]),
-            )
+            slot = ring.begin(len(self.captures), self._ticks[routes.ids.device])
+            labels = Annotation(stage=told.stage)
+            capture = self.open = Capture(labels, shape, module.training, ring, slot)
             self.captures.append(capture)
             if ring not in _KEPT:
                 _KEPT.append(ring)
@@ -361,17 +354,13 @@ class ShardBuffer:
 
     def __init__(self, writer: ShardWriter, shard_tokens: int) -> None:
         self._writer, self._shard_tokens = writer, shard_tokens
-        rows, layers, top_k = shard_tokens, len(writer.layer_ids), writer.top_k
-        self._columns = {
-            "expert_ids": np.empty((rows, layers, top_k), np.int16),
-            "request_id": np.empty(rows, np.int64),
-            "position": np.empty(rows, np.int32),
-            "stage": np.empty(rows, np.uint8),
-            "domain_id": np.empty(rows, np.int32),
-            "step": np.empty(rows, np.int64),
-        }
+        names = ("request_id", "position", "stage", "domain_id", "step")
+        self._columns: dict[str, np.ndarray]
+        self._columns = {name: np.empty(shard_tokens, SCALARS[name]) for name in names}
+        shape = (shard_tokens, len(writer.layer_ids), writer.top_k)
+        self._columns["expert_ids"] = np.empty(shape, np.int16)
         if writer.weights:
-            self._columns["expert_weights"] = np.empty((rows, layers, top_k), np.float16)
+            self._columns["expert_weights"] = np.empty(shape, np.float16)
         self._domains: dict[str, int] = {}
         self.num_rows = self.masked_rows = 0
         self.written_rows = self.written_shards = 0
