@@ -159,10 +159,9 @@ class ClusterTopology:
     @classmethod
     def from_yaml(cls, path: str | Path, **tiers: float) -> Self:
         """Read a cluster file (schema: docs/cluster.md); arguments win over its tiers."""
-        content = sources.load_cluster_file(path)
+        shape, figures = sources.read_cluster_yaml(path)
         try:
-            shape = sources.yaml_shape(content, Path(path).parent)
-            return cls(*shape, **{**sources.yaml_tiers(content), **tiers})
+            return cls(*shape, **{**figures, **tiers})
         except TopologyError as error:
             raise TopologyError(f"{path}: {error}") from error
 

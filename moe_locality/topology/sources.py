@@ -134,9 +134,10 @@ def shape_of_hostfile(path: str | Path, include: str | None, exclude: str | None
 # -- YAML ------------------------------------------------------------------------------------------
 
 
-def load_cluster_file(path: str | Path) -> dict[str, Any]:
-    """Return the content of a cluster file (schema: docs/cluster.md) for ``yaml_shape`` and
-    ``yaml_tiers``; TopologyError where it cannot be read, is not YAML or has an unknown key.
+def read_cluster_yaml(path: str | Path) -> tuple[Shape, dict[str, float]]:
+    """Return the shape and the tier figures of a cluster file (schema: docs/cluster.md);
+    TopologyError where it cannot be read, is not YAML, or has an unknown, missing or contradictory
+    key.
     """
     import yaml
 
@@ -144,7 +145,8 @@ def load_cluster_file(path: str | Path) -> dict[str, Any]:
         content = yaml.safe_load(_text_of(path, "cluster file"))
     except yaml.YAMLError as error:
         raise TopologyError(f"the cluster file {path} is not YAML: {error}") from error
-    return _mapping(content, str(path), _YAML_KEYS)
+    content = _mapping(content, str(path), _YAML_KEYS)
+    return _yaml_shape(content, Path(path)), _yaml_tiers(content.get("tiers", {}), f"{path}, tiers")
 
 
 def _mapping(value: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:
@@ -160,21 +162,21 @@ def _mapping(value: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:
     return value
 
 
-def yaml_shape(content: dict[str, Any], folder: Path) -> Shape:
-    """Read the nodes of a cluster file that lies in ``folder``."""
+def _yaml_shape(content: dict[str, Any], path: Path) -> Shape:
     sources = [key for key in ("num_nodes", "nodes", "hostfile") if key in content]
     if len(sources) != 1 or ("num_nodes" in content) != ("ranks_per_node" in content):
         found = [key for key in (*sources, "ranks_per_node") if key in content]
         raise TopologyError(
-            f"found {' and '.join(found) or 'no nodes'}, expected exactly one of: num_nodes with "
-            "ranks_per_node; nodes; hostfile"
+            f"{path}: found {' and '.join(found) or 'no nodes'}, expected exactly one of: "
+            "num_nodes with ranks_per_node; nodes; hostfile"
         )
     if "num_nodes" in content:
-        num_nodes = _whole(content["num_nodes"], "num_nodes")
-        return shape_of_counts([_whole(content["ranks_per_node"], "ranks_per_node")] * num_nodes)
+        num_nodes = _whole(content["num_nodes"], f"{path}, num_nodes")
+        per_node = _whole(content["ranks_per_node"], f"{path}, ranks_per_node")
+        return shape_of_counts([per_node] * num_nodes)
     if "hostfile" in content:
-        return shape_of_hostfile(folder / str(content["hostfile"]), None, None)
-    return _yaml_nodes(content["nodes"])
+        return shape_of_hostfile(path.parent / str(content["hostfile"]), None, None)
+    return _yaml_nodes(content["nodes"], f"{path}, nodes")
 
 
 def _whole(
@@ -185,42 +187,40 @@ def _whole(
     return value
 
 
-def _yaml_nodes(nodes: Any) -> Shape:
+def _yaml_nodes(nodes: Any, where: str) -> Shape:
     if not isinstance(nodes, list) or not nodes:
         expected = "a list such as [{name: worker-0, ranks: 8}]"
-        raise TopologyError(f"nodes: found {nodes!r}, expected {expected}")
+        raise TopologyError(f"{where}: found {nodes!r}, expected {expected}")
     names: list[str] = []
     ranks_of: list[list[int]] = []
     for index, node in enumerate(nodes):
-        entry = _mapping(node, f"nodes[{index}]", ("name", "ranks"))
+        entry = _mapping(node, f"{where}[{index}]", ("name", "ranks"))
         names.append(str(entry.get("name", f"node{index}")))
-        ranks, where = entry.get("ranks"), f"nodes[{index}], ranks"
+        ranks, place = entry.get("ranks"), f"{where}[{index}], ranks"
         if isinstance(ranks, list):
-            ranks_of.append([_whole(rank, where, 0, "a rank (0, 1, …)") for rank in ranks])
+            ranks_of.append([_whole(rank, place, 0, "a rank (0, 1, …)") for rank in ranks])
         else:
             first = sum(map(len, ranks_of))
-            ranks_of.append(list(range(first, first + _whole(ranks, where))))
+            ranks_of.append(list(range(first, first + _whole(ranks, place))))
     if len({isinstance(node["ranks"], list) for node in nodes}) > 1:
         raise TopologyError(
-            "nodes: found counts and lists of ranks mixed, expected one kind for all nodes"
+            f"{where}: found counts and lists of ranks mixed, expected one kind for all nodes"
         )
     node_of = {rank: node for node, ranks in enumerate(ranks_of) for rank in ranks}
     placed = sorted(rank for ranks in ranks_of for rank in ranks)
     if placed != list(range(len(placed))):
         raise TopologyError(
-            f"nodes: found ranks {placed}, expected each of 0 to {len(placed) - 1} once"
+            f"{where}: found ranks {placed}, expected each of 0 to {len(placed) - 1} once"
         )
     return tuple(node_of[rank] for rank in placed), tuple(names)
 
 
-def yaml_tiers(content: dict[str, Any]) -> dict[str, float]:
-    """Read the link figures of a cluster file, by their names in ClusterTopology."""
+def _yaml_tiers(tiers: Any, where: str) -> dict[str, float]:
     figures: dict[str, float] = {}
-    tiers = _mapping(content.get("tiers", {}), "tiers", ("intra_node", "inter_node"))
-    for tier, of_tier in tiers.items():
-        for key, value in _mapping(of_tier, f"tiers.{tier}", ("gbps", "latency_us")).items():
+    for tier, content in _mapping(tiers, where, ("intra_node", "inter_node")).items():
+        for key, value in _mapping(content, f"{where}.{tier}", ("gbps", "latency_us")).items():
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TopologyError(f"tiers.{tier}.{key}: found {value!r}, expected a number")
+                raise TopologyError(f"{where}.{tier}.{key}: found {value!r}, expected a number")
             figures[f"{tier}_{key}"] = float(value)
     return figures
 
