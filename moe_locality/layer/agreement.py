@@ -106,9 +106,7 @@ def all_succeed(check: Callable[[], T]) -> T:
 
 
 def decided_by_first(mine: Any, decide: Callable[[list[Any]], T]) -> T:
-    """Return what rank 0 decides on from what every rank gives (``mine``). Collective: LostRanks,
-    or what ``decide`` raises, rises on all ranks.
-    """
+    """Return what rank 0 decides on from what every rank gives; errors rise on all. Collective."""
     first = dist.get_rank() == 0
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.gather_object(mine, gathered if first else None)

@@ -51,9 +51,7 @@ from moe_locality.trace.recorder.hooks import layer_numbers
 logger = logging.getLogger(__name__)
 
 DEEPSPEED_GATE = re.compile(rf"deepspeed_moe\.gate\.(?:{'|'.join(map(re.escape, GATE_ROWS))})")
-AUTO_EP_GATE = re.compile(
-    r"(?:\w+\.)?(?:gate\.weight|gate\.bias|e_score_correction_bias|expert_bias)"
-)
+AUTO_EP_GATE = re.compile(r"(?:\w+\.)?(?:gate\.(?:weight|bias)|(?:e_score_correction|expert)_bias)")
 """AutoEP's router has two names where transformers records what it says."""
 
 
@@ -152,34 +150,30 @@ def _check_complete(files: CheckpointFiles) -> tuple[int, int]:
     return layers, slots
 
 
-class _TiedTensors:
-    """Refuses equal tensors in layers that move in different ways (files do not say what is tied).
+def _refuse_tied(
+    first: dict[bytes, tuple[int, str]],
+    sources: Sequence[np.ndarray],
+    layer: int,
+    tensors: dict[str, Any],
+) -> None:
+    """Refuse a tensor of a layer that another layer, which moves otherwise, has too (files do not
+    say what is tied). Tensors of one value (fresh biases, norms) do not count.
 
-    Tensors of one value (fresh biases, norms) do not count.
+    ``first``: layer and name of the tensors so far, by a hash of their bytes.
     """
-
-    def __init__(self, sources: Sequence[np.ndarray]) -> None:
-        self.sources = sources
-        self._first: dict[bytes, tuple[int, str]] = {}  # layer and name, by a hash of the values
-
-    def check(self, layer: int, tensors: dict[str, Any]) -> None:
-        """Raise PlacementError where one of ``tensors`` is in a layer that moves otherwise."""
-        for name, value in tensors.items():
-            if not torch.is_tensor(value) or value.numel() < 2:
-                continue
-            if (value == value.flatten()[0]).all():
-                continue
-            raw = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
-            digest = hashlib.blake2b(raw.numpy().data).digest()
-            other, other_name = self._first.setdefault(digest, (layer, name))
-            if not np.array_equal(self.sources[other], self.sources[layer]):
-                raise PlacementError(
-                    f"found the same values in {name} (MoE layer {layer}) and {other_name} (MoE "
-                    f"layer {other}), and a plan that moves these layers in different ways, "
-                    "expected experts and router of each layer to be its own: where the model ties "
-                    "them, one order would be wrong for the other layer. Give both layers the same "
-                    "order in the plan"
-                )
+    for name, value in tensors.items():
+        if not torch.is_tensor(value) or value.numel() < 2 or (value == value.flatten()[0]).all():
+            continue
+        raw = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digest = hashlib.blake2b(raw.numpy().data).digest()
+        other, other_name = first.setdefault(digest, (layer, name))
+        if not np.array_equal(sources[other], sources[layer]):
+            raise PlacementError(
+                f"found the same values in {name} (MoE layer {layer}) and {other_name} (MoE layer "
+                f"{other}), and a plan that moves these layers in different ways, expected experts "
+                "and router of each layer to be its own: where the model ties them, one order "
+                "would be wrong for the other layer. Give both layers the same order in the plan"
+            )
 
 
 def bake_dense(
@@ -202,9 +196,9 @@ def bake_dense(
             f"{path}: found frozen experts among ZeRO's fragments, expected none: DeepSpeed keeps "
             "those of one rank only; save with ZeRO stage 0"
         )
-    tied = _TiedTensors(sources)
+    first: dict[bytes, tuple[int, str]] = {}
     for key, layer in gates.items():
-        tied.check(layer, {key: module[key]})
+        _refuse_tied(first, sources, layer, {key: module[key]})
     baked = dict(states)
     for part in ("module", "frozen_param_fragments"):
         if states.get(part):
@@ -489,11 +483,11 @@ class _Bake:
             target = folder / path.relative_to(files.folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, target)
-        tied = _TiedTensors(self.sources)
+        first: dict[bytes, tuple[int, str]] = {}
         for (layer, slot, mp), path in files.experts.items():  # one file in memory at a time
             old = int(self.sources[layer][slot])
             states = read_file(files.experts[layer, old, mp], trusted=self.trusted)
-            tied.check(layer, states)
+            _refuse_tied(first, self.sources, layer, states)
             _write_file(renumbered(states, slot), folder / path.name)
         rank_0: dict[int, Any] = {}
         if self.optimizer is not None:

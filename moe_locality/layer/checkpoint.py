@@ -140,15 +140,11 @@ def make_entry(
     optimizer_left_out: bool = False,
     replicas: list[list[int]] | None = None,
 ) -> dict[str, Any]:
-    """The value under ``"moe_locality"``, of plain types only.
+    """The value under ``"moe_locality"``, of plain types only; docs/relabel.md has its keys.
 
-    Args:
-        orders: per MoE layer [E], the logical expert of each slot.
-        optimizer_names: per parameter group, the names of the optimizer's parameters on a rank
-            (experts by their number on that rank), or None where it does not step them itself.
-        optimizer_left_out: the checkpoint has no optimizer state although training has some.
-        replicas: per MoE layer [P], the expert of each slot of the ranks that wrote the optimizer
-            state, where there were more slots than experts.
+    ``optimizer_names`` have experts by their number on the rank. ``replicas``: per MoE layer [P],
+    the expert of each slot of the ranks that wrote the optimizer state, where there were more slots
+    than experts.
     """
     entry = {
         "format_version": FORMAT_VERSION,
@@ -328,22 +324,17 @@ def _decide(engine: Any, arguments: dict[str, Any], plan: PlacementPlan | None) 
                 f"same, because the optimizer state cannot follow ({error}). Nothing was loaded. "
                 "Or start the engine without a plan: it then takes the order of the checkpoint"
             ) from error
-    elif not replicas:  # else every slot keeps its expert
-        _check_no_moments_stay(engine, decision, path)
+    elif not replicas and (engine.global_steps or has_state(engine.optimizer)):
+        # moments stay where they are; with replicas, every slot keeps its expert
+        orders = [current_order(target.module) for target in targets]
+        if not all(map(np.array_equal, orders, decision.new_orders)):
+            raise ConfigError(
+                f"{path}: found another order of experts than this engine's, which has taken "
+                f"{engine.global_steps} steps, and no optimizer state to load with it: its moments "
+                "would follow the wrong experts. Nothing was loaded: load the weights before the "
+                "first step"
+            )
     return decision
-
-
-def _check_no_moments_stay(engine: Any, decision: _Decision, path: Path) -> None:
-    """Refuse to load weights alone where the moments of the engine are in another order."""
-    orders = [current_order(target.module) for target in decision.targets]
-    stays = all(map(np.array_equal, orders, decision.new_orders))
-    if stays or (engine.global_steps == 0 and not has_state(engine.optimizer)):
-        return
-    raise ConfigError(
-        f"{path}: found another order of experts than this engine's, which has taken "
-        f"{engine.global_steps} steps, and no optimizer state to load with it: its moments would "
-        "follow the wrong experts. Nothing was loaded: load the weights before the first step"
-    )
 
 
 def _first_file(folder: Path, tag: str | None) -> Path | None:
@@ -389,9 +380,7 @@ class ExpertFiles:
     """
 
     def __init__(self, engine: Any) -> None:
-        self.layers: list[LayerReplicas | None] = [
-            replicas_of(module) for _, module in moe_modules(engine.module)
-        ]
+        self.layers = [replicas_of(module) for _, module in moe_modules(engine.module)]
         self.orders: Sequence[np.ndarray] = []
         files = engine.checkpoint_engine
         self._save, self._load = files.save, files.load

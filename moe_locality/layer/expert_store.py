@@ -43,9 +43,8 @@ class StoreReport:
 class StoredTensor(nn.Module):
     """One parameter or buffer of a stored expert; ``decode()`` gives the tensor.
 
-    Args:
-        format: None where it is kept as it is, under ``value``.
-        stacked: it has a row for each expert; every row is stored by itself, so that it can travel.
+    ``format``: None where it is kept as it is, under ``value``. ``stacked``: it has a row for each
+    expert; every row is stored by itself, so that it can travel.
     """
 
     def __init__(self, tensor: Tensor, format: str | None, *, stacked: bool = False) -> None:
@@ -111,9 +110,7 @@ class StoredExpert(nn.Module):
         self.train(expert.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the expert computes with the decoded weights; ConfigError where the inputs ask for
-        gradients.
-        """
+        """What the expert computes with the decoded weights; inputs must not ask for gradients."""
         _refuse_training(self.format, (*args, *kwargs.values()))
         decoded = {name: self.get_submodule(name).decode() for name in self.names}  # pyright: ignore
         skeleton = self.__dict__["skeleton"][0].train(self.training)
@@ -223,9 +220,7 @@ def other_parameters(experts: Any, given: dict[str, Any], number: int) -> Iterat
 def _run_stored(
     experts: nn.Module, forward: Callable[..., Tensor], hidden: Tensor, ids: Tensor, weights: Tensor
 ) -> Tensor:
-    """Run ``forward(hidden [T, D], ids [T, K], weights [T, K])`` with the experts of ``ids`` alone;
-    ConfigError where the inputs ask for gradients.
-    """
+    """Run ``forward(hidden [T, D], ids [T, K], weights [T, K])`` with the experts of ``ids``."""
     stored = stored_parameters(experts)
     _refuse_training(next(p.format for p in stored.values() if p.format), (hidden, weights))
     used, local = torch.unique(ids, return_inverse=True)

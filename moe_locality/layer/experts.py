@@ -1,7 +1,4 @@
-"""The experts of one rank on the rows that came for them.
-
-They run in a loop or as grouped matrix products (:func:`run_experts`), and where experts have
-replicas, with gradients summed over these (:func:`run_with_summed_gradients`).
+"""The experts of one rank on the rows that came for them, and gradients summed over replicas.
 
 Grouping takes experts that are recognizably the same MLP, ``down(act(gate(x)) * up(x))`` or
 ``down(act(up(x)))`` of plain ``nn.Linear`` layers (bias or not). What a module computes cannot be
@@ -43,12 +40,7 @@ ACTIVATIONS: dict[str, Activation] = {
 ACTIVATION_MODULES = (nn.SiLU, nn.GELU, nn.ReLU, nn.Tanh, nn.Identity)
 _ALIGNMENT_BYTES = 16
 _SIZES = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # of the inputs that the first expert gets
-_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_hooks",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-)
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def check_experts_mode(mode: str) -> None:
@@ -253,9 +245,9 @@ def _identify(experts: nn.ModuleList) -> GroupedMLP | str:
     held = {name for name, _ in (*first.named_parameters(), *first.named_buffers())}
     if not held <= parts:
         return f"an expert holds more than linear layers: {sorted(held - parts)}"
-    why = _why_unequal(experts)
-    if why is not None:
-        return why
+    for what, trait in {"shape": _shapes, "their settings": _settings}.items():
+        if any(trait(expert) != trait(first) for expert in experts):
+            return f"the experts differ in {what}"
     for name in linears:
         layer: Any = first.get_submodule(name)
         row_bytes = [n * layer.weight.element_size() for n in layer.weight.shape]
@@ -264,18 +256,12 @@ def _identify(experts: nn.ModuleList) -> GroupedMLP | str:
     return _probe(first, linears)
 
 
-def _why_unequal(experts: nn.ModuleList) -> str | None:
-    def traits(expert: nn.Module) -> dict[str, Any]:
-        public = ({k: v for k, v in vars(m).items() if k[0] != "_"} for m in expert.modules())
-        shapes = [(name, p.shape) for name, p in expert.named_parameters()]
-        return {"shape": shapes, "their settings": list(public)}
+def _shapes(expert: nn.Module) -> Any:
+    return [(name, p.shape) for name, p in expert.named_parameters()]
 
-    wanted = traits(experts[0])
-    for found in map(traits, experts):
-        for what in wanted:
-            if found[what] != wanted[what]:
-                return f"the experts differ in {what}"
-    return None
+
+def _settings(expert: nn.Module) -> Any:
+    return [{k: v for k, v in vars(m).items() if k[0] != "_"} for m in expert.modules()]
 
 
 def _probe(expert: nn.Module, linears: list[str]) -> GroupedMLP | str:

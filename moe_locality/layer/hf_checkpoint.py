@@ -11,7 +11,6 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,9 +60,8 @@ def _check_family(plan: PlacementPlan, family: str) -> None:
 
 
 def family_of(config: dict[str, Any]) -> str:
-    """The family of a ``config.json``, or of the part of it that has experts; ConfigError where it
-    is not known, or cannot be relabelled.
-    """
+    """The family of a ``config.json``, or of its part with experts; ConfigError: none that can be
+    relabelled."""
     parts = [config, *(value for value in config.values() if isinstance(value, dict))]
     parts += [inner for part in parts[1:] for inner in part.values() if isinstance(inner, dict)]
     kinds = [str(part["model_type"]) for part in parts if part.get("model_type")]
@@ -83,9 +81,8 @@ def family_of(config: dict[str, Any]) -> str:
 
 
 class _File:
-    """One safetensors file (ConfigError: it is cut off, or none): its header as bytes (``head``),
-    the entry of each tensor in file order, and ``data``, uint8, the tensors' bytes, which are
-    mapped and not read.
+    """One safetensors file: its header as bytes (``head``), the entry of each tensor in file order,
+    and ``data``, uint8, the tensors' bytes, mapped. ConfigError: it is cut off, or none.
     """
 
     def __init__(self, path: Path) -> None:
@@ -115,49 +112,37 @@ class _File:
             self.data = np.memmap(path, np.uint8, mode="r", offset=len(head))
 
 
-class _Tensors(Mapping[str, Any]):
+def _tensors_of(files: list[_File]) -> dict[str, np.ndarray]:
     """The tensors of all files by name, as arrays that are mapped and read when they are used.
 
     Integers keep their type, everything else is opaque: V2 for bf16, V1 for fp8.
     """
-
-    def __init__(self, files: list[_File]) -> None:
-        self._files = {name: file for file in files for name in file.entries}
-        if sum(len(file.entries) for file in files) != len(self._files):
-            raise ConfigError("found a tensor in two safetensors files, expected it in one")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        file = self._files[name]
-        entry = file.entries[name]
-        start, end = entry["data_offsets"]
-        shape = tuple(entry["shape"])
-        count = math.prod(shape)
-        raw = file.data[start:end]
-        if count and (end - start) % count:  # several values in a byte
-            shape = (*shape[:-1], (end - start) // math.prod(shape[:-1]))
-            count = end - start
-        size = (end - start) // count if count else 1
-        kind = _INTEGERS.get(entry["dtype"], f"V{size}")
-        return raw.view(kind).reshape(shape) if count else np.zeros(shape, kind)
+    found: dict[str, np.ndarray] = {}
+    for file in files:
+        for name, entry in file.entries.items():
+            start, end = entry["data_offsets"]
+            shape = tuple(entry["shape"])
+            count = math.prod(shape)
+            if count and (end - start) % count:  # several values in a byte
+                shape = (*shape[:-1], (end - start) // math.prod(shape[:-1]))
+                count = end - start
+            size = (end - start) // count if count else 1
+            kind = _INTEGERS.get(entry["dtype"], f"V{size}")
+            raw = file.data[start:end]
+            found[name] = raw.view(kind).reshape(shape) if count else np.zeros(shape, kind)
+    if sum(len(file.entries) for file in files) != len(found):
+        raise ConfigError("found a tensor in two safetensors files, expected it in one")
+    return found
 
 
 def bake_hugging_face(
     folder: Path, plan: PlacementPlan, out: Path, *, num_expert_groups: int | None = None
 ) -> dict[str, Any]:
-    """Write a copy of a model's folder whose experts are in the slot order of ``plan``.
+    """``bake_checkpoint`` for ``config.json``, safetensors (one, or several with an index),
+    tokenizer and more.
 
-    Args:
-        folder: ``config.json``, safetensors (one, or several with an index), tokenizer and more.
-        plan: a permutation; its ``layer_ids`` are the transformer layers that have experts. MoE
-            layers past the model's own (multi-token prediction) stay, unless it has them.
-        out: new (or empty) folder, which appears whole or not at all.
-        num_expert_groups: groups of a group-limited router; None: as the config says.
+    MoE layers past the model's own (multi-token prediction) stay, unless ``plan`` has them.
+    ``num_expert_groups``: None: as the config says.
 
     Returns:
         A summary, as ``bake_checkpoint``; and family, layer numbers, SHA-256 of all weight files.
@@ -171,9 +156,13 @@ def bake_hugging_face(
     config = _read_json(folder / "config.json")
     family, files = family_of(config), _files_of(folder)
     _check_family(plan, family)
-    names = _names_with_kept(PRESETS[family], config, plan)
+    names = PRESETS[family]
+    own = _text_config(config).get("num_hidden_layers")
+    if isinstance(own, int) and all(layer < own for layer in plan.layer_ids):
+        past = rf".*layers\.(?!(?:{'|'.join(map(str, range(own)))})\.)\d+\..*"
+        names = replace(names, keep=(*names.keep, past))
     groups = groups_of(config, family, names, num_expert_groups)
-    job = Relabelling(_Tensors(files), plan, names, num_groups=groups)
+    job = Relabelling(_tensors_of(files), plan, names, num_groups=groups)
     weights = {file.path for file in files}
     found = sorted(p for p in folder.rglob("*") if p.is_file() and p not in weights)
     found = [p for p in found if not {".git", ".cache"} & set(p.relative_to(folder).parts)]
@@ -250,15 +239,6 @@ def _text_config(config: dict[str, Any]) -> dict[str, Any]:
     parts = (config.get(name) for name in ("thinker_config", "text_config", "llm_config"))
     inner = next((part for part in parts if isinstance(part, dict)), {})
     return {**config, **(_text_config(inner) if inner else {})}
-
-
-def _names_with_kept(names: Names, config: dict[str, Any], plan: PlacementPlan) -> Names:
-    """``names``, with MoE layers past the model's own kept where the plan has none of them."""
-    layers = _text_config(config).get("num_hidden_layers")
-    if not isinstance(layers, int) or any(layer >= layers for layer in plan.layer_ids):
-        return names
-    past = rf".*layers\.(?!(?:{'|'.join(map(str, range(layers)))})\.)\d+\..*"
-    return replace(names, keep=(*names.keep, past))
 
 
 def groups_of(config: dict[str, Any], family: str, names: Names, given: int | None) -> int | None:

@@ -18,13 +18,12 @@ import contextlib
 import inspect
 import logging
 from collections.abc import Callable, Iterator
-from functools import partial
 from types import MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_locality import compat
 from moe_locality.config import ClusterConfig, DispatchConfig
@@ -62,21 +61,6 @@ from deepspeed.moe.sharded_moe import (  # noqa: E402
 )
 
 logger = logging.getLogger(__name__)
-
-
-class MemoizedCall:
-    """A module that may be called early; the next call returns the early output."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self._early: list[Any] = []
-
-    def run_early(self, *args: Any) -> None:
-        """Call the module now, for the next call."""
-        self._early.append(self.module(*args))
-
-    def __call__(self, *args: Any) -> Any:
-        return self._early.pop() if self._early else self.module(*args)
 
 
 class AttributeOverride:
@@ -199,23 +183,21 @@ class LocalityMOELayer(ExchangingLayer, MOELayer):
 
     @torch.compiler.disable  # pyright: ignore[reportArgumentType]
     def _ragged_forward(self, hidden_states: Tensor, used_token: Tensor | None) -> Tensor:
-        self._timer(MOE_TIMER, start=True)
-        x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        self.l_aux, _, _, topk_ids, _, topk_weights, self.exp_counts = self.gate(
-            x, used_token, True, padded=False
-        )
-        output = run_moe(
-            self._get_dispatcher(),
-            x,
-            topk_ids.t(),
-            topk_weights.t(),
-            self._run_experts,
-            overlap_fn=self.overlap_fn,
-            stage=self._timed_stage,
-        )
-        output = output.reshape(hidden_states.shape)
-        self.time_moe = self._timer(MOE_TIMER)
-        return output
+        with self._timed_stage("layer"):
+            x = hidden_states.reshape(-1, hidden_states.shape[-1])
+            self.l_aux, _, _, topk_ids, _, topk_weights, self.exp_counts = self.gate(
+                x, used_token, True, padded=False
+            )
+            output = run_moe(
+                self._get_dispatcher(),
+                x,
+                topk_ids.t(),
+                topk_weights.t(),
+                self._run_experts,
+                overlap_fn=self.overlap_fn,
+                stage=self._timed_stage,
+            )
+            return output.reshape(hidden_states.shape)
 
     def _run_experts(self, rows: Tensor, tokens_per_expert: tuple[int, ...]) -> Tensor:
         work = (self.experts, rows, tokens_per_expert, self.experts_mode)
@@ -225,14 +207,19 @@ class LocalityMOELayer(ExchangingLayer, MOELayer):
 
     @contextlib.contextmanager
     def _timed_stage(self, name: str) -> Iterator[None]:
-        """Time an exchange as DeepSpeed does, under its names."""
+        """Time the layer, or an exchange, as DeepSpeed does, under its names."""
+        if not self.wall_clock_breakdown:
+            yield
+            return
         timer, attribute = {
+            "layer": (MOE_TIMER, "time_moe"),
             "dispatch": (FIRST_ALLTOALL_TIMER, "time_falltoall"),
             "combine": (SECOND_ALLTOALL_TIMER, "time_salltoall"),
         }[name]
-        self._timer(timer, start=True)
+        self.timers(timer).start()
         yield
-        setattr(self, attribute, self._timer(timer))
+        self.timers(timer).stop()
+        setattr(self, attribute, self.timers(timer).elapsed(reset=False))
 
     def _padded_forward(self, why: str, *input: Tensor, **kwargs: Any) -> Tensor:
         """Run DeepSpeed's own padded dispatch."""
@@ -265,15 +252,6 @@ class LocalityMOELayer(ExchangingLayer, MOELayer):
             top_k=self.gate.k,
             comm=deepspeed.comm,
         )
-
-    def _timer(self, name: str, start: bool = False) -> float:
-        if not self.wall_clock_breakdown:
-            return 0.0
-        if start:
-            self.timers(name).start()
-            return 0.0
-        self.timers(name).stop()
-        return self.timers(name).elapsed(reset=False)
 
 
 class MoE(StockMoE):
@@ -319,8 +297,12 @@ class MoE(StockMoE):
         stock: Any = StockMoE.forward
         if not self.use_residual:
             return stock(self, hidden_states, used_token)
-        mlp, layer = MemoizedCall(self.mlp), self.deepspeed_moe
-        layer.overlap_fn = partial(mlp.run_early, hidden_states)
+        early, layer = [], self.deepspeed_moe
+
+        def mlp(*args: Any) -> Any:
+            return early.pop() if early else self.mlp(*args)
+
+        layer.overlap_fn = lambda: early.append(self.mlp(hidden_states))
         try:
             return stock(AttributeOverride(self, mlp=mlp), hidden_states, used_token)
         finally:

@@ -160,13 +160,20 @@ class OnlinePlacement:
         else:
             self.state.absorb(trace)
         drift = float(jensen_shannon_bits(load, self._first_load).max())
+        layer: Any = self.layers[0].deepspeed_moe
+        expert = layer.experts.deepspeed_experts[0]
+        element = next(expert.parameters()).element_size()
         found = refresh(
             plan,
             self.state,
             self.topology,
             move_budget=self.config.move_budget,
             max_imbalance=self.config.max_imbalance,
-            **self._prices(gathered),
+            expert_bytes=float(flat_bytes(expert_shards(expert, state_source(self.engine)))),
+            # of a copy: forward and backward, there and back
+            copy_bytes=4.0 * layer.gate.wg.weight.shape[1] * element,
+            tokens_per_step=sum(tokens for *_, tokens in gathered) / self.config.every_n_steps,
+            steps=float(self.config.pays_within_steps),
         )
         names = ("reason", "moved_slots", "saved_us_per_step", "move_us", "break_even_steps")
         facts = {name: getattr(found, name) for name in names}
@@ -186,19 +193,6 @@ class OnlinePlacement:
             ranks_per_node=self.topology.ranks_per_node,
             physical_to_logical_map=np.stack([current_order(layer) for layer in self.layers]),
         )
-
-    def _prices(self, gathered: Sequence[_Sample]) -> dict[str, Any]:
-        """Bytes of an expert with its state, of a copy there and back, and tokens of a step."""
-        layer: Any = self.layers[0].deepspeed_moe
-        expert = layer.experts.deepspeed_experts[0]
-        element = next(expert.parameters()).element_size()
-        return {
-            "expert_bytes": float(flat_bytes(expert_shards(expert, state_source(self.engine)))),
-            # forward and backward, there and back
-            "copy_bytes": 4.0 * layer.gate.wg.weight.shape[1] * element,
-            "tokens_per_step": sum(tokens for *_, tokens in gathered) / self.config.every_n_steps,
-            "steps": float(self.config.pays_within_steps),
-        }
 
 
 def _trace_of(gathered: Sequence[_Sample], plan: PlacementPlan) -> RoutingTrace:

@@ -125,9 +125,8 @@ def plan_of(engine: Any) -> PlacementPlan | None:
 
 
 def relabel_to(prepare: Any, digest: str, *, timeout_s: float = TIMEOUT_S) -> MoveReport:
-    """Check on every rank, agree, then move: the error of the first rank that found one rises on
-    all ranks. ``prepare() -> (targets, state)`` calls no collectives.
-    """
+    """Check on every rank, agree (or all raise), then move. ``prepare() -> (targets, state)`` calls
+    no collectives."""
 
     def check() -> tuple[list[Target], StateSource, list[Any]]:
         targets, state = prepare()
@@ -157,15 +156,16 @@ def facts_of(target: Target, state: StateSource = no_state) -> tuple[Any, ...]:
 
 def _move_layers(targets: list[Target], state: StateSource, timeout_s: float) -> MoveReport:
     """Move layer after layer; each is finished, or rolled back."""
-    total = MoveReport()
+    report = MoveReport()
     for number, target in enumerate(targets):
         try:
-            report = move_experts(
+            move_experts(
                 partial(layer_shards, target.module, state),
                 current_order(target.module),
                 target.slot_to_logical,
                 num_ranks=target.module.ep_size,
                 group=target.group,
+                report=report,
                 name=target.name,
                 timeout_s=timeout_s,
             )
@@ -180,17 +180,14 @@ def _move_layers(targets: list[Target], state: StateSource, timeout_s: float) ->
                 raise error.stop from failure
             raise failure from error
         set_slot_to_logical(target.module, target.slot_to_logical)
-        total.add(report)
-    total.log("relabelled")
-    return total
+    report.log("relabelled")
+    return report
 
 
 def plan_targets(
     model: torch.nn.Module, plan: PlacementPlan, group: dist.ProcessGroup | None = None
 ) -> list[Target]:
-    """Match the rows of ``plan`` with the MoE layers of ``model``; PlacementError where it has
-    replicas or does not fit.
-    """
+    """Match the rows of ``plan`` with the MoE layers of ``model``, which it has to fit."""
     check_is_permutation(plan)
     layers = moe_modules(model)
     check_one_ep_size(layers)
@@ -280,12 +277,8 @@ def check_tied_stay(
     """Raise PlacementError where a layer that shares tensors would get another order than now."""
     pairs = zip(targets, current, strict=True)
     moved = {target.name for target, order in pairs if (target.slot_to_logical != order).any()}
-    refuse_tied(
-        model,
-        "and a plan that moves them",
-        "give a plan that leaves this layer in the order it has",
-        layers=moved,
-    )
+    instead = "give a plan that leaves this layer in the order it has"
+    refuse_tied(model, "and a plan that moves them", instead, layers=moved)
 
 
 def refuse_tied(
@@ -306,9 +299,7 @@ def refuse_tied(
 
 
 def find_group(module: Any, group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """Return the EP group of a layer: its own, the one given, DeepSpeed's, or all ranks;
-    ConfigError where there is none, or it has the wrong size.
-    """
+    """Return the EP group of a layer: its own, the one given, DeepSpeed's, or all ranks."""
     if module.ep_size == 1:
         return None
     name = module.expert_group_name

@@ -179,15 +179,6 @@ class MoveReport:
         text = "%s %d MoE layers in %.2f s: %d experts changed rank, %d bytes left this rank"
         logger.info(text, *facts)
 
-    def add(self, other: "MoveReport") -> None:
-        """Add the report of another layer; its buffers replace those of this one."""
-        self.num_layers += other.num_layers
-        self.num_experts_moved += other.num_experts_moved
-        self.sent_bytes += other.sent_bytes
-        self.gathered_bytes += other.gathered_bytes
-        self.buffer_bytes = max(self.buffer_bytes, other.buffer_bytes)
-        self.elapsed_s += other.elapsed_s
-
 
 @dataclass(slots=True, kw_only=True)
 class _Layer:
@@ -263,9 +254,10 @@ def move_experts(
     *,
     num_ranks: int,
     group: dist.ProcessGroup | None,
+    report: MoveReport,
     name: str = "the layer",
     timeout_s: float = TIMEOUT_S,
-) -> MoveReport:
+) -> None:
     """Take a layer from one slot order to another; collective over all ranks.
 
     Args:
@@ -273,6 +265,7 @@ def move_experts(
             gate that have a row per expert (none where the gate is in logical order).
         current, target: ``[E]``, the expert of each slot.
         group: its EP group of ``num_ranks``; None where that is 1.
+        report: what is done is added to it.
         timeout_s: see ``TIMEOUT_S``.
 
     Raises:
@@ -282,10 +275,11 @@ def move_experts(
     """
     started = time.monotonic()
     sources, per_rank = source_slots(current, target), len(current) // num_ranks
-    report = MoveReport(num_layers=1, num_experts_moved=count_moved(sources, per_rank))
+    report.num_layers += 1
+    report.num_experts_moved += count_moved(sources, per_rank)
     steps = plan_steps(current, target, num_ranks)
     if not steps:
-        return report
+        return
     layer = _Layer(name=name, group=group, per_rank=per_rank, report=report, timeout_s=timeout_s)
     gate = _open(layer, find_shards)
     done: list[Step] = []
@@ -300,8 +294,7 @@ def move_experts(
             with _fatal(name, failure):
                 _run_step(layer, reverse_step(step))
         raise
-    report.elapsed_s = time.monotonic() - started
-    return report
+    report.elapsed_s += time.monotonic() - started
 
 
 def place_stacked(
@@ -320,20 +313,20 @@ def place_stacked(
     state = no_state if engine is None else all_succeed(lambda: state_source(engine))
     text = repr([(name, order.tolist()) for (name, _), order in zip(layers, orders, strict=True)])
     all_agree("plans", hashlib.sha256(text.encode()).hexdigest())
-    total = MoveReport()
+    report = MoveReport()
     with signals_deferred():
         for (name, module), order in zip(layers, orders, strict=True):
-            report = move_experts(
+            move_experts(
                 lambda experts=module.experts: (stacked_shards(experts, state), []),
                 module.slot_to_logical,
                 order,
                 num_ranks=module.ep_size,
                 group=module.ep_group,
+                report=report,
                 name=name,
             )
             module.set_order(order)
-            total.add(report)
-    total.log("placed")
+    report.log("placed")
 
 
 def _open(layer: _Layer, find_shards: FindShards) -> list[TensorShard]:
@@ -349,7 +342,7 @@ def _open(layer: _Layer, find_shards: FindShards) -> list[TensorShard]:
         layer.buffers = [
             torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(NUM_BUFFERS)
         ]
-        layer.report.buffer_bytes = NUM_BUFFERS * largest
+        layer.report.buffer_bytes = max(layer.report.buffer_bytes, NUM_BUFFERS * largest)
     layer.agree()
     return gate
 

@@ -205,11 +205,7 @@ def _build(target: Target, serving: SlotMap) -> None:
     module, group = target.module, target.group
     assert group is not None, "replicas need several ranks"
     layer: Any = module.deepspeed_moe
-    replicas = LayerReplicas(
-        slot_to_logical=target.slot_to_logical,
-        ep_rank=dist.get_rank(group),
-        num_ranks=module.ep_size,
-    )
+    replicas = LayerReplicas(target.slot_to_logical, dist.get_rank(group), module.ep_size)
     current = current_order(module)
     experts = layer.experts.deepspeed_experts
     sources = source_slots(current, replicas.slot_to_logical, module.ep_size)

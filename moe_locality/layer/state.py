@@ -93,7 +93,7 @@ def set_slot_to_logical(moe_module: Any, slot_to_logical: Any) -> None:
         gate.slot_to_logical = placed
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class LayerReplicas:
     """The slots of one layer, seen from one rank of its EP group.
 

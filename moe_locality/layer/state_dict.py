@@ -265,9 +265,8 @@ class Relabelling:
         self._check_experts([role for role in roles if role.match.re.pattern not in others])
 
     def value(self, name: str) -> Any:
-        """The tensor that the file or model has under ``name`` afterwards; PlacementError where its
-        shape does not fit the plan, or that of the expert that comes here.
-        """
+        """The tensor that the file or model has under ``name`` afterwards; PlacementError where a
+        shape does not fit."""
         role, value = self.roles.get(name), self.state[name]
         if role is None:
             return value
