@@ -12,32 +12,27 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import (
-    DummyLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
-    LinearAttentionLayer,
-)
+from transformers import DynamicCache, PreTrainedModel, cache_utils
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from moe_locality.errors import ConfigError
 
 KNOWN = (
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionLayer,
+    cache_utils.DummyLayer,
+    cache_utils.LinearAttentionAndFullAttentionLayer,
+    cache_utils.LinearAttentionAndSlidingWindowAttentionLayer,
 )
 """The layers whose rows can be put together. Others, such as the compressed and indexed attention
 of DeepSeek-V3.2 and V4, have columns that are not those of the tokens."""
+WITH_COLUMNS = ("keys", "values")
 
 
 def check_cache(model: nn.Module) -> bool:
@@ -58,7 +53,8 @@ def check_cache(model: nn.Module) -> bool:
             "model.generate for it"
         )
     text = config.get_text_config(decoder=True)
-    unknown = {type(layer).__name__ for layer in _layers(text) if type(layer) not in KNOWN}
+    layers = DynamicCache(config=text).layers
+    unknown = {type(layer).__name__ for layer in layers if type(layer) not in KNOWN}
     if "chunked_attention" in (getattr(text, "layer_types", None) or ()) or getattr(
         text, "attention_chunk_size", None
     ):
@@ -72,11 +68,7 @@ def check_cache(model: nn.Module) -> bool:
             f"found {sorted(unknown)} in the cache of {type(model).__name__}, expected full, "
             "sliding or recurrent layers: use model.generate for this model"
         )
-    return any(isinstance(layer, LinearAttentionLayer) for layer in _layers(text))
-
-
-def _layers(text_config: Any) -> list[Any]:
-    return DynamicCache(config=text_config).layers
+    return any(isinstance(layer, LinearAttentionLayer) for layer in layers)
 
 
 @dataclass(slots=True)
@@ -104,43 +96,38 @@ def assemble(picks: Sequence[tuple[Rows, int]]) -> Rows:
     """
     lengths = [rows.lengths[i] for rows, i in picks]
     width = max(lengths)
-    runs: list[tuple[Rows, list[int]]] = []
-    for rows, i in picks:  # neighbours of one source are copied together
-        if runs and runs[-1][0] is rows:
-            runs[-1][1].append(i)
-        else:
-            runs.append((rows, [i]))
-    layers = [
-        _assemble_layer([(rows.cache.layers[number], index) for rows, index in runs], width)
-        for number in range(len(picks[0][0].cache.layers))
-    ]
+    runs: list[tuple[list[Any], list[int]]] = []
+    for _, group in groupby(picks, key=lambda pick: id(pick[0])):  # copied together
+        sources, index = zip(*group, strict=True)
+        runs.append((sources[0].cache.layers, list(index)))
     cache = copy.copy(picks[0][0].cache)
-    cache.layers = layers
+    cache.layers = [
+        _assemble_layer([(layers[number], index) for layers, index in runs], width)
+        for number in range(len(cache.layers))
+    ]
     return Rows(cache, lengths)
 
 
+def _places(layer: Any) -> Iterator[tuple[dict[Any, Any], Any]]:
+    """Yield (holder, key) of every tensor of a layer, always in the same order."""
+    if isinstance(layer, LinearAttentionLayer):
+        for states in (layer.conv_states, layer.recurrent_states):
+            yield from ((states, number) for number, state in states.items() if state is not None)
+    if isinstance(layer, DynamicLayer) and layer.keys is not None:
+        yield from ((vars(layer), name) for name in WITH_COLUMNS)
+
+
 def _assemble_layer(runs: Sequence[tuple[Any, list[int]]], width: int) -> Any:
-    first = runs[0][0]
-    made = copy.copy(first)
-    if isinstance(first, LinearAttentionLayer):
-        for name in ("conv_states", "recurrent_states"):
-            states: dict[int, Tensor | None] = {}
-            for key, state in getattr(first, name).items():
-                states[key] = state  # None where a model has no such state
-                if state is not None:
-                    parts = [_row(getattr(layer, name)[key], index) for layer, index in runs]
-                    states[key] = torch.cat(parts)
-            setattr(made, name, states)
-        for name, value in vars(first).items():
-            if name.startswith(("is_conv", "is_rec", "has_prev", "conv_kernel")):
-                setattr(made, name, dict(value))
-    if isinstance(first, DynamicLayer) and first.is_initialized:
-        columns = _columns(first, width)
-        for name in ("keys", "values"):
-            parts = [_fit(_row(getattr(layer, name), index), columns) for layer, index in runs]
-            setattr(made, name, parts[0] if len(parts) == 1 else torch.cat(parts))
-        if isinstance(first, DynamicSlidingWindowLayer):
-            made.cumulative_length = width
+    made = copy.copy(runs[0][0])
+    by_number = {name: dict(value) for name, value in vars(made).items() if isinstance(value, dict)}
+    vars(made).update(by_number)  # recurrent states, and what is known of them
+    places = zip(_places(made), *(_places(layer) for layer, _ in runs), strict=True)
+    for (holder, key), *sources in places:
+        parts = [_row(of[key], rows) for (of, key), (_, rows) in zip(sources, runs, strict=True)]
+        if key in WITH_COLUMNS:
+            parts = [_fit(part, _columns(made, width)) for part in parts]
+        holder[key] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    _note_length(made, width)
     return made
 
 
@@ -155,6 +142,12 @@ def _columns(layer: Any, width: int) -> int:
     if isinstance(layer, DynamicSlidingWindowLayer):
         return min(width, layer.sliding_window - 1)
     return width
+
+
+def _note_length(layer: Any, length: int) -> None:
+    """Say it to a layer that counts the tokens which have passed it."""
+    if isinstance(layer, DynamicSlidingWindowLayer) and layer.is_initialized:
+        layer.cumulative_length = length
 
 
 def _fit(tensor: Tensor, columns: int) -> Tensor:
@@ -177,18 +170,14 @@ def pass_inputs(rows: Rows, tokens: Sequence[Sequence[int]]) -> dict[str, Tensor
     """
     width, longest = rows.width, max(map(len, tokens))
     missing = [longest - len(row) for row in tokens]
-    ends = [past + len(row) for past, row in zip(rows.lengths, tokens, strict=True)]
-    found = {
-        "input_ids": torch.tensor(
-            [[0] * gap + list(row) for gap, row in zip(missing, tokens, strict=True)]
-        ),
-        "position_ids": torch.tensor(
-            [
-                [past] * gap + list(range(past, end))
-                for past, gap, end in zip(rows.lengths, missing, ends, strict=True)
-            ]
-        ),
-    }
+    ids: list[list[int]] = []
+    positions: list[list[int]] = []
+    ends: list[int] = []
+    for past, gap, row in zip(rows.lengths, missing, tokens, strict=True):
+        ends.append(past + len(row))
+        ids.append([0] * gap + list(row))
+        positions.append([past] * gap + list(range(past, ends[-1])))
+    found = {"input_ids": torch.tensor(ids), "position_ids": torch.tensor(positions)}
     columns = torch.arange(width + longest)
     if any(missing):
         found["valid"] = columns[:longest] >= torch.tensor(missing)[:, None]
@@ -204,11 +193,7 @@ def pass_inputs(rows: Rows, tokens: Sequence[Sequence[int]]) -> dict[str, Tensor
 def row_tensors(cache: DynamicCache) -> Iterator[Tensor]:
     """Yield the tensors of a cache, always in the same order."""
     for layer in cache.layers:
-        if isinstance(layer, LinearAttentionLayer):
-            for states in (layer.conv_states, layer.recurrent_states):
-                yield from (state for state in states.values() if state is not None)
-        if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
-            yield from (layer.keys, layer.values)
+        yield from (holder[key] for holder, key in _places(layer))
 
 
 def row_bytes(rows: Rows) -> int:
@@ -225,27 +210,15 @@ def pack_row(rows: Rows, row: int) -> Tensor:
 
 def unpack_row(data: Tensor, length: int, like: Rows) -> Rows:
     """Undo :func:`pack_row`. ``like``: any row of the same model, for shapes and types."""
-    made = assemble([(like, 0)])
-    offset = 0
-
-    def take(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-        nonlocal offset
-        size = math.prod(shape) * tensor.element_size()
-        piece = data[offset : offset + size].clone()  # aligned for its type
-        offset += size
-        return piece.view(tensor.dtype).view(*shape)
-
+    made, offset = assemble([(like, 0)]), 0
     for layer in made.cache.layers:
-        if isinstance(layer, LinearAttentionLayer):
-            for states in (layer.conv_states, layer.recurrent_states):
-                for key, state in states.items():
-                    states[key] = state if state is None else take(state, state.shape)
-        if isinstance(layer, DynamicLayer) and layer.is_initialized:
-            for name in ("keys", "values"):
-                tensor = getattr(layer, name)
-                shape = (*tensor.shape[:2], _columns(layer, length), tensor.shape[-1])
-                setattr(layer, name, take(tensor, shape))
-            if isinstance(layer, DynamicSlidingWindowLayer):
-                layer.cumulative_length = length
+        for holder, key in _places(layer):
+            dtype, shape = holder[key].dtype, list(holder[key].shape)
+            if key in WITH_COLUMNS:
+                shape[-2] = _columns(layer, length)
+            end = offset + math.prod(shape) * dtype.itemsize
+            piece = data[offset:end].clone()  # aligned for its type
+            holder[key], offset = piece.view(dtype).view(shape), end
+        _note_length(layer, length)
     made.lengths = [length]
     return made
