@@ -13,13 +13,7 @@ import numpy as np
 
 from moe_locality.analysis.decoding import added_experts, pick_chances
 from moe_locality.errors import ConfigError
-from moe_locality.serving.scheduler import (
-    Choose,
-    RequestState,
-    Sequence,
-    first_come,
-    request_age,
-)
+from moe_locality.serving.scheduler import Choose, RequestState, Sequence, first_come, request_age
 
 BAND = 0.1
 """Candidates as similar as the best one up to this count as equal (arXiv 2607.00466)."""
@@ -39,29 +33,30 @@ def chooser(grouping: str) -> Choose:
     ``fifo``: the one that came first. ``cosine``: of the ready ones whose profile is as similar to
     that of the batch as the best one's, up to :data:`BAND`, the one that came first (arXiv
     2604.23150 groups so, arXiv 2607.00466 names the band). ``experts``: the one that is expected to
-    add fewest experts to a step.
+    add fewest experts to a step (:func:`~moe_locality.analysis.decoding.added_experts`).
 
     Raises:
         ConfigError: another name.
     """
-    rules: dict[str, Choose] = {
-        "fifo": first_come,
-        "cosine": choose_by_cosine,
-        "experts": choose_by_experts,
-    }
+    rules = {"fifo": None, "cosine": _most_similar, "experts": _fewest_added}
     if grouping not in rules:
         raise ConfigError(f"found grouping={grouping!r}, expected one of {sorted(rules)}")
-    return rules[grouping]
+    rule = rules[grouping]
+
+    def choose(ready: ListLike[RequestState], running: ListLike[Sequence]) -> int:
+        if rule is None or not running or any(state.profile is None for state in ready):
+            return first_come(ready, running)
+        best = np.flatnonzero(rule(ready, [sequence.request for sequence in running]))
+        return min(best.tolist(), key=lambda i: request_age(ready[i]))
+
+    return choose
 
 
-def choose_by_cosine(ready: ListLike[RequestState], running: ListLike[Sequence]) -> int:
-    """See :func:`chooser`."""
-    if not running or any(state.profile is None for state in ready):
-        return first_come(ready, running)
-    batch = np.mean([_unit(sequence.request) for sequence in running], axis=0)
+def _most_similar(ready: ListLike[RequestState], running: ListLike[RequestState]) -> np.ndarray:
+    batch = np.mean([_unit(state) for state in running], axis=0)
     similar = np.array([float(np.vdot(_unit(state), batch)) for state in ready])
     similar /= max(float(np.linalg.norm(batch)), 1e-12)
-    return _oldest(ready, similar >= similar.max() - BAND)
+    return similar >= similar.max() - BAND
 
 
 def _unit(state: RequestState) -> np.ndarray:
@@ -70,18 +65,11 @@ def _unit(state: RequestState) -> np.ndarray:
     return values / max(float(np.linalg.norm(values)), 1e-12)
 
 
-def _oldest(ready: ListLike[RequestState], among: np.ndarray) -> int:
-    return min(np.flatnonzero(among).tolist(), key=lambda i: request_age(ready[i]))
-
-
-def choose_by_experts(ready: ListLike[RequestState], running: ListLike[Sequence]) -> int:
-    """See :func:`chooser` and :func:`~moe_locality.analysis.decoding.added_experts`."""
-    if not running or any(state.profile is None for state in ready):
-        return first_come(ready, running)
-    states = [*ready, *(sequence.request for sequence in running)]
+def _fewest_added(ready: ListLike[RequestState], running: ListLike[RequestState]) -> np.ndarray:
+    states = [*ready, *running]
     counts = np.array([state.profile for state in states], dtype=np.float64)
     tokens = np.array([state.profiled for state in states], dtype=np.float64)
     overall = counts.sum(axis=0) / max(tokens.sum(), 1.0)
     chances = pick_chances(counts, tokens, overall)
     added = added_experts(chances[: len(ready)], chances[len(ready) :], overall)
-    return _oldest(ready, added <= added.min() + 1e-12)
+    return added <= added.min() + 1e-12
