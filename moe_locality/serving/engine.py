@@ -165,8 +165,23 @@ class Engine:
             requests: ``Request``, dicts, texts or lists of token ids; taken as there is room.
             sampling_params: of those that have none.
         """
+        source, more = iter(requests), True
         try:
-            yield from self._generate(iter(requests), sampling_params or SamplingParams())
+            while True:
+                outputs = []
+                more = more and not self._stopped
+                while more and len(self.scheduler.waiting) < self.limits.max_num_seqs:
+                    try:
+                        value = next(source)
+                    except StopIteration:
+                        more = False
+                        break
+                    outputs += self.add_request(value, sampling_params)
+                yield from outputs
+                finished = self.step(more)
+                if finished is None:
+                    return
+                yield from finished
         except GeneratorExit:  # the caller has enough; the other ranks still count on this one
             self.drain()
             while self.step() is not None:
@@ -185,24 +200,6 @@ class Engine:
         """
         self._drains = True
 
-    def _generate(self, source: Iterator[Any], default: SamplingParams) -> Iterator[RequestOutput]:
-        more = True
-        while True:
-            outputs = []
-            more = more and not self._stopped
-            while more and len(self.scheduler.waiting) < self.limits.max_num_seqs:
-                try:
-                    value = next(source)
-                except StopIteration:
-                    more = False
-                    break
-                outputs += self.add_request(value, default)
-            yield from outputs
-            finished = self.step(more)
-            if finished is None:
-                return
-            yield from finished
-
     def add_request(
         self, value: Any, sampling_params: SamplingParams | None = None
     ) -> list[RequestOutput]:
@@ -219,25 +216,23 @@ class Engine:
             request_id = request.request_id
             state = self._state_of(request, number)
         except (TypeError, ValueError, RecursionError) as error:  # RequestError is a ValueError
-            return [self._refused(request_id, error)]
+            self.refused += 1
+            return [
+                RequestOutput(
+                    request_id=request_id if is_request_id(request_id) else shown(request_id),
+                    prompt_token_ids=[],
+                    outputs=[],
+                    error=str(error),
+                    arrival=self.lockstep.rank,
+                    home=self.lockstep.rank,
+                )
+            ]
         if state.due_at == 0:
             self.scheduler.park(state)
             self.handover.offer(state)
         else:
             self.scheduler.add(state)
         return []
-
-    def _refused(self, request_id: Any, error: Exception) -> RequestOutput:
-        rank = self.lockstep.rank
-        self.refused += 1
-        return RequestOutput(
-            request_id=request_id if is_request_id(request_id) else shown(request_id),
-            prompt_token_ids=[],
-            outputs=[],
-            error=str(error),
-            arrival=rank,
-            home=rank,
-        )
 
     def _state_of(self, request: Request, number: int) -> RequestState:
         ids, params = request.prompt_token_ids, request.sampling_params
@@ -288,7 +283,8 @@ class Engine:
         self._seconds.clear()
         self._distinct: float | None = None
         if self._stopped:
-            self.unserved += self.scheduler.forget_waiting()
+            self.unserved += len(self.scheduler.waiting)
+            self.scheduler.waiting.clear()
         work = self.scheduler.next_work()
         with self._timed("control"):
             words = self.lockstep.meet(self._word(work, more))
@@ -309,20 +305,18 @@ class Engine:
         with self._timed("homes"):
             self._receive()
         self._steps += 1
-        decision = self._watch(self.watch) if self.watch is not None else None
+        decision = None
+        if self.watch is not None:
+            with self._timed("watch"):
+                decision = self.watch.step(self._steps)
+                if decision is not None and decision.applied:
+                    self.handover.rule.follow(self.watch.plan)
+            if decision is not None and self.on_watch is not None:
+                self.on_watch(decision)
         if self.on_step is not None:
             self.on_step({**self.step_counts(work), "watch": decision and decision.to_dict()})
         self._latencies.clear()
         return finished
-
-    def _watch(self, watch: Watch) -> WatchDecision | None:
-        with self._timed("watch"):
-            decision = watch.step(self._steps)
-            if decision is not None and decision.applied:
-                self.handover.rule.follow(watch.plan)
-        if decision is not None and self.on_watch is not None:
-            self.on_watch(decision)
-        return decision
 
     def _word(self, work: Work | None, more: bool) -> list[int]:
         """What this rank tells the others before a step."""
@@ -361,9 +355,7 @@ class Engine:
             batch = self._compose(work.sequences)
         states = [sequence.request for sequence in work.sequences]
         tokens = [[sequence.token_ids[-1]] for sequence in work.sequences]
-        self.tap.keeps = self._looks
-        logits = self._forward(batch, tokens, states, "decode")
-        self.tap.keeps, picks = False, self.tap.take_picks()
+        logits, picks = self._forward(batch, tokens, states, "decode", keeps=self._looks)
         if picks is not None:
             self._saw("decode", picks, states)
         return logits
@@ -379,13 +371,6 @@ class Engine:
             if stage == "decode":
                 self._distinct = float((counts > 0).sum(axis=1).mean())
 
-    def _add_profile(self, state: RequestState, picks: np.ndarray) -> None:
-        """Count picks ``[t, L, K]`` of a request, where requests are grouped by them."""
-        if self._profiles and self.tap.num_experts is not None:
-            counts = profile_of(picks, self.tap.num_experts)
-            state.profile = counts if state.profile is None else state.profile + counts
-            state.profiled += len(picks)
-
     def _prefill(self, work: Prefill) -> Tensor | None:
         first = work.requests[0]
         rows = first.rows if first.computed else Rows.empty(self.config, len(work.requests))
@@ -396,23 +381,23 @@ class Engine:
         now = time.monotonic()
         waited = [now - state.began for state in work.requests if not state.computed]
         self._latencies["queued"] += waited
-        due = any(state.due_at for state in work.requests)
-        self.tap.keeps = self._profiles or self._looks or due
-        logits = self._forward(rows, tokens, work.requests, "prefill")
-        self._keep_picks(work)
+        keeps = self._profiles or self._looks or any(state.due_at for state in work.requests)
+        logits, picks = self._forward(rows, tokens, work.requests, "prefill", keeps=keeps)
+        if picks is not None:
+            self._keep_picks(work, picks)
         for i, state in enumerate(work.requests):
             state.rows = rows if len(work.requests) == 1 else assemble([(rows, i)])
         return logits
 
-    def _keep_picks(self, work: Prefill) -> None:
+    def _keep_picks(self, work: Prefill, picks: np.ndarray) -> None:
         """Give every request the picks of its own tokens: the last ones of its row."""
-        self.tap.keeps, picks = False, self.tap.take_picks()
-        if picks is None:
-            return
         by_row = picks.reshape(len(work.requests), -1, *picks.shape[1:])
         for state, count, mine in zip(work.requests, work.chunks, by_row, strict=True):
             own = mine[len(mine) - count :]
-            self._add_profile(state, own)
+            if self._profiles and self.tap.num_experts is not None:
+                counts = profile_of(own, self.tap.num_experts)
+                state.profile = counts if state.profile is None else state.profile + counts
+                state.profiled += len(own)
             self._saw("prefill", own, [state])
             if state.due_at is not None:
                 state.picks.append(own)
@@ -438,21 +423,24 @@ class Engine:
         tokens: list[list[int]],
         states: list[RequestState] | None = None,
         stage: str = "prefill",
-    ) -> Tensor:
-        """Run the model on the next tokens of each row: logits ``[B, V]`` of the last ones."""
+        *,
+        keeps: bool = False,
+    ) -> tuple[Tensor, np.ndarray | None]:
+        """Run the model on the next tokens of each row; return logits ``[B, V]`` of the last ones,
+        and the picks of the pass where it ``keeps`` them.
+        """
         given = pass_inputs(rows, tokens)
         valid = given.pop("valid", None)
         self.tap.valid = None if valid is None else valid.reshape(-1).to(self.device)
-        told: dict[str, Any] = {"mask": valid}
-        if states is None:  # the warm-up is nobody's
-            told = {"mask": torch.zeros(1, 1, dtype=torch.bool), "request_ids": [0]}
-        elif any(state.domain for state in states):
-            told["domains"] = [state.domain or "" for state in states]
-        if states is not None:
-            told["request_ids"] = [self._recorded_id(state) for state in states]
+        told: dict[str, Any] = {"mask": torch.zeros(1, 1, dtype=torch.bool), "request_ids": [0]}
+        if states is not None:  # else it is nobody's, the warm-up
+            told = {"mask": valid, "request_ids": [self._recorded_id(state) for state in states]}
+            if any(state.domain for state in states):
+                told["domains"] = [state.domain or "" for state in states]
         # for a recorder, where one is attached
         labels = annotate(stage=stage, positions=given["position_ids"], **told)
         given = {name: value.to(self.device) for name, value in given.items()}
+        self.tap.keeps = keeps
         # inference mode takes less time, but what FSDP2 gathers in it can never be trained again
         mode = torch.inference_mode() if self.lockstep.size == 1 else torch.no_grad()
         with mode, labels:
@@ -464,7 +452,8 @@ class Engine:
                 logits_to_keep=1,
             )
         rows.lengths = [old + len(new) for old, new in zip(rows.lengths, tokens, strict=True)]
-        return output.logits[:, -1]
+        self.tap.keeps = False
+        return output.logits[:, -1], self.tap.take_picks()
 
     def _recorded_id(self, state: RequestState) -> int:
         if isinstance(state.request_id, int) and state.request_id >= 0:

@@ -60,7 +60,6 @@ class HomeRule:
         topology: ClusterTopology | None = None,
         seed: int = 0,
     ) -> None:
-        predict = "prefill" if homes == "predicted" else homes
         first = re.fullmatch("first:([0-9]*[1-9][0-9]*)", homes)
         if homes not in ("arrival", "predicted", *AT_ARRIVAL) and not first:
             raise ConfigError(
@@ -79,8 +78,7 @@ class HomeRule:
             raise ConfigError(f"found homes={homes!r} and no plan, expected the plan of this model")
         if homes == "domain":
             domain_scores(plan, [None], {})  # says what is missing, before anything runs
-            predict = "prefill"
-        self._arriving = ArrivingHomes(plan, topology, predict=predict)
+        self._arriving = ArrivingHomes(plan, topology, predict=homes if first else "prefill")
 
     def due_at(self, prompt: int) -> int | None:
         """How many tokens of a prompt are read before its home is chosen; None: never."""
@@ -206,14 +204,12 @@ class HandOver:
         everyone = torch.empty(self.size * table.numel(), dtype=torch.float64, device=self.device)
         dist.all_gather_into_tensor(everyone, table.reshape(-1).to(self.device))
         tables = everyone.view(self.size, most, -1).cpu().numpy()
+        parts = [tables[source, :count] for source, count in enumerate(offers_of)]
         offers: list[Offer] = []
-        for source, count in enumerate(offers_of):
-            for number, reserve, told, kv in tables[source, : int(count), :4].astype(int).tolist():
-                offers.append(Offer(source, number, reserve, told, kv))
-            if source == self.rank:
-                offers[len(offers) - int(count) :] = self.due
-        scores = [tables[source, : int(count), 4:] for source, count in enumerate(offers_of)]
-        homes = self.rule.assign(offers, np.concatenate(scores))
+        for source, part in enumerate(parts):
+            theirs = (Offer(source, *told) for told in part[:, :4].astype(int).tolist())
+            offers += self.due if source == self.rank else theirs
+        homes = self.rule.assign(offers, np.concatenate([part[:, 4:] for part in parts]))
         self.due, stay = [], []
         for offer, offer.home in zip(offers, homes, strict=True):
             if offer.state is not None:
@@ -229,7 +225,7 @@ class HandOver:
 
         Returns how many tokens of this rank's room they take.
         """
-        free, blocked, taken = room.astype(np.int64).copy(), set(), 0
+        free, blocked, taken = room.astype(np.int64), set(), 0
         later: list[Offer] = []
         for offer in self.waiting:
             needs = offer.reserve if offer.kv_bytes else 0
@@ -275,7 +271,15 @@ class HandOver:
         for offer, data, done in self.under_way:
             if not done():
                 still.append((offer, data, done))
-                _name_if_stuck(offer, len(data))
+                if time.monotonic() - offer.named_at > STUCK_S:
+                    offer.named_at = time.monotonic()
+                    logger.warning(
+                        "a request (%d bytes) on its way from rank %d to rank %d has not come "
+                        "within %g s: the link between them is slow, or one of them hangs; the "
+                        "engine waits %g s in all",
+                        *(len(data), offer.source, offer.home, STUCK_S),
+                        default_timeout().total_seconds(),
+                    )
             elif offer.source == self.rank:
                 left.append(offer.state)
             else:
@@ -287,16 +291,6 @@ class HandOver:
                 came.append(state)
         self.under_way = still
         return came, left
-
-
-def _name_if_stuck(offer: Offer, size: int) -> None:
-    if time.monotonic() - offer.named_at > STUCK_S:
-        offer.named_at = time.monotonic()
-        logger.warning(
-            "a request (%d bytes) on its way from rank %d to rank %d has not come within %g s: the "
-            "link between them is slow, or one of them hangs; the engine waits %g s in all",
-            *(size, offer.source, offer.home, STUCK_S, default_timeout().total_seconds()),
-        )
 
 
 def _watch(work: Any, offer: Offer, on_cuda: bool) -> Callable[[], bool]:

@@ -277,14 +277,12 @@ class Scheduler:
     def _join(self) -> None:
         """Give free rows to requests that are ready."""
         while self.ready:
-            oldest = first_come(self.ready, self.running)
-            index = oldest
+            index = oldest = first_come(self.ready, self.running)
             if self._overtaken < self.patience:
                 index = self.choose(self.ready, self.running)
-            if not self._fits(self.ready[index]):
-                index = oldest
-                if not self._fits(self.ready[index]):
-                    return
+            index = next((i for i in (index, oldest) if self._fits(self.ready[i])), None)
+            if index is None:
+                return
             self._overtaken = 0 if index == oldest else self._overtaken + 1
             self.running += self.ready.pop(index).sequences
 
@@ -350,12 +348,6 @@ class Scheduler:
         """The prompt was read; its continuations wait for rows."""
         self.reading.remove(state)
         self.ready.append(state)
-
-    def forget_waiting(self) -> int:
-        """Forget the requests that have not begun; return how many there were."""
-        count = len(self.waiting)
-        self.waiting.clear()
-        return count
 
     def drop_finished(self) -> None:
         """Free the rows of sequences that have ended."""
