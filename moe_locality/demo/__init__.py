@@ -99,13 +99,11 @@ def _made_before(out: Path, trace: Path | None) -> list[Path]:
             f"--out: found files in {out} and no {MARKER} that lists what a demo made there, "
             "expected a new or empty directory: remove it or give another; nothing was changed"
         ) from error
-    input_path = None if trace is None else Path(trace).resolve()
-    for path in map(Path.resolve, made):
-        if input_path is not None and (path == input_path or input_path in path.parents):
-            raise ConfigError(
-                f"--trace: found {trace} among what the demo replaces in {out}, expected it "
-                "elsewhere: give another --out; nothing was changed"
-            )
+    if trace and any(path.resolve().is_relative_to(trace.resolve()) for path in made):
+        raise ConfigError(
+            f"--trace: found {trace} among what the demo replaces in {out}, expected it elsewhere: "
+            "give another --out; nothing was changed"
+        )
     others = _content(out) - set(made)
     foreign = sorted(str(path) for path in others if path.relative_to(out).parts[0] in OWN)
     if foreign:

@@ -75,13 +75,22 @@ def check_agreement(first: Run, second: Run, *, training: bool = True) -> Agreem
             "directories and run again"
         )
     rows = [read_arrays(run.path / "continued.npz") for run in (first, second)]
+    for part in rows:
+        part.pop("domains", None)  # the others have a row per request
     differences = np.abs(steps_a[1] - steps_b[1])
     untouched = 0  # steps that began with the same weights
     for step in steps_a[0]:
-        pair = [{k: v[part["step"] == step] for k, v in part.items() if k != "domains"}
-                for part in rows]  # fmt: skip
+        pair = [
+            {name: values[part["step"] == step] for name, values in part.items()} for part in rows
+        ]
         of_step = _compare_rows(first, second, *pair)
-        found = _joined(found, of_step)
+        found = replace(  # requests and their differences stay those of the first
+            found,
+            pairs=found.pairs + of_step.pairs,
+            flips=found.flips + of_step.flips,
+            near_ties=found.near_ties + of_step.near_ties,
+            max_gap=max(found.max_gap, of_step.max_gap),
+        )
         if of_step.flips:
             break
         untouched += 1
@@ -138,17 +147,6 @@ def _compare_rows(first: Run, second: Run, a: dict, b: dict) -> Agreement:
     return found
 
 
-def _joined(found: Agreement, more: Agreement) -> Agreement:
-    """Counts of both; ``requests`` and their differences stay those of the first."""
-    return replace(
-        found,
-        pairs=found.pairs + more.pairs,
-        flips=found.flips + more.flips,
-        near_ties=found.near_ties + more.near_ties,
-        max_gap=max(found.max_gap, more.max_gap),
-    )
-
-
 def _refuse(first: Run, second: Run, found: Agreement) -> None:
     raise MoeLocalityError(
         f"a placement must not change what the model computes, but {first.name} and {second.name} "
@@ -179,14 +177,16 @@ def check_prediction(
     """
     traffic = run.traffic or {}
     rows, size = (traffic[key]["dispatch"]["cross_node"] for key in ("rows_by_link", "by_link"))
-    picked = picks_of(run, trace)
+    requests = run.evaluation or {}
+    row = np.searchsorted(requests["request_id"], np.asarray(trace.request_id))
+    picked = requests["picks"][row, trace.position]  # [T, L, K], ascending
     recorded = np.sort(np.asarray(trace.expert_ids), axis=2)
     other = int((recorded != picked).any(axis=2).sum())
     again = trace.evolve(expert_ids=picked, expert_weights=None)
 
     def predicted(of: RoutingTrace) -> int | None:
         costs = evaluate(of, plan, topology, ranks_of_requests(run))
-        return costs.total_picks if cost == "picks" else costs.total_copies
+        return getattr(costs, f"total_{cost}")
 
     result = {"predicted_rows": predicted(trace), "counted_rows": rows, "counted_bytes": size}
     if predicted(again) != rows or other > flips:
@@ -196,13 +196,6 @@ def check_prediction(
             f"rounding {flips} may): the trace is not of this model, or a counter is wrong"
         )
     return result
-
-
-def picks_of(run: Run, trace: RoutingTrace) -> np.ndarray:
-    """[T, L, K] what the tokens of the trace picked in this run, ascending."""
-    rows = run.evaluation or {}
-    row = np.searchsorted(rows["request_id"], np.asarray(trace.request_id))
-    return rows["picks"][row, trace.position]
 
 
 def ranks_of_requests(run: Run) -> dict[int, int]:

@@ -20,8 +20,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from moe_locality.config import TrackingConfig
 from moe_locality.errors import BackendUnavailable, MoeLocalityError
 
 PROGRESS = re.compile(r"progress (\d+) (\d+) ?(.*)")
@@ -149,9 +150,6 @@ def _end(process: subprocess.Popen[str]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-PROJECT = "moe_locality-demo"
-"""in wandb"""
-
 WandbMode = Literal["offline", "online", "disabled"]
 
 
@@ -174,6 +172,20 @@ class DemoOptions:
     @property
     def num_ranks(self) -> int:
         return self.num_nodes * self.ranks_per_node
+
+    @property
+    def command(self) -> str:
+        """The command line of this demo."""
+        trace = f"--trace {self.trace} " if self.trace else ""
+        return (
+            f"moe-locality demo {trace}--nodes {self.num_nodes} --ranks-per-node "
+            f"{self.ranks_per_node} --seed {self.seed} --out {self.out}"
+        )
+
+    def tracking(self, **run: Any) -> TrackingConfig:
+        """Return the settings of a wandb run of this demo: its group, job type and name."""
+        mode, folder = self.wandb_mode, str(self.out)
+        return TrackingConfig(project="moe_locality-demo", mode=mode, dir=folder, **run)
 
 
 class Progress:

@@ -30,7 +30,6 @@ from moe_locality.compare import (
     read_run,
     track_comparison,
 )
-from moe_locality.config import TrackingConfig
 from moe_locality.demo.checks import (
     Agreement,
     check_agreement,
@@ -38,7 +37,7 @@ from moe_locality.demo.checks import (
     counted_imbalance,
     ranks_of_requests,
 )
-from moe_locality.demo.launch import PROJECT, DemoOptions, Progress, run_training
+from moe_locality.demo.launch import DemoOptions, Progress, run_training
 from moe_locality.errors import MoeLocalityError
 from moe_locality.placement import PlacementPlan, assign_homes, solve
 from moe_locality.placement.homes.assign import write_homes
@@ -86,7 +85,12 @@ def run_model(options: DemoOptions, progress: Progress) -> ModelDemo:
     _train(options, progress)
     seen, held_out = read_recorded(out / "record")
     analysis = analyze(held_out, seed=options.seed)
-    _say_specialization(analysis, progress)
+    if domains := analysis["domains"]:
+        progress.say(
+            f"routing differs between domains by {domains['mean_js_bits']:.4f} bits "
+            "(Jensen-Shannon, mean over layers); two halves of one domain differ by "
+            f"{domains['mean_noise_floor_bits']:.4f}"
+        )
     topology = ClusterTopology.uniform(options.num_nodes, options.ranks_per_node)
     with progress.stage("place the experts (requests of the training text)"):
         cap, seed = options.max_imbalance, options.seed
@@ -187,16 +191,6 @@ def _homes(
     return homes
 
 
-def _say_specialization(analysis: dict[str, Any], progress: Progress) -> None:
-    domains = analysis["domains"]
-    if domains:
-        progress.say(
-            f"routing differs between domains by {domains['mean_js_bits']:.4f} bits "
-            "(Jensen-Shannon, mean over layers); two halves of one domain differ by "
-            f"{domains['mean_noise_floor_bits']:.4f}"
-        )
-
-
 def publish(options: DemoOptions, found: ModelDemo, progress: Progress) -> dict[str, Any]:
     """Print the outcome, write the report and the wandb runs, and return the figures."""
     facts = outcome(options, found)
@@ -263,16 +257,19 @@ def outcome(options: DemoOptions, found: ModelDemo) -> dict[str, Any]:
 
 def outcome_lines(facts: dict[str, Any]) -> list[str]:
     """Return the outcome in a few lines."""
-    sizes, check = facts["cross_node_dispatch_bytes"], facts["prediction_check"]
-    saved = facts["cross_node_dispatch_saved"]
+    sizes, saved = facts["cross_node_dispatch_bytes"], facts["cross_node_dispatch_saved"]
+    rows = []
+    for check in facts["prediction_check"].values():
+        predicted, counted = check["predicted_rows"], check["counted_rows"]
+        same = predicted == counted  # but for picks that rounding flipped
+        rows.append(f"{predicted:,} {'=' if same else 'against'} {counted:,}")
     return [
         f"held-out requests: {facts['held_out_requests']} ({facts['held_out_tokens']:,} tokens), "
         f"on {facts['cluster']}",
         f"dispatched bytes across nodes (counted): {sizes['linear']:,} linear, "
         f"{sizes['placed']:,} placed ({saved['placed']:.1%} saved), {sizes['once_per_node']:,} "
         f"placed and each token sent once per node ({saved['once_per_node']:.1%} saved)",
-        "rows across nodes, predicted from the trace and counted: "
-        + ", ".join(map(_rows_side_by_side, check.values())),
+        f"rows across nodes, predicted from the trace and counted: {', '.join(rows)}",
         balance_line(facts),
         "largest difference of a request's loss from linear: "
         f"{facts['placed_max_loss_difference']:.1e} placed, "
@@ -282,12 +279,6 @@ def outcome_lines(facts: dict[str, Any]) -> list[str]:
         f"{facts['max_train_loss_difference']:.1e} once per node",
         flips_line(facts["flips"]),
     ]
-
-
-def _rows_side_by_side(check: dict[str, Any]) -> str:
-    """Equal but for picks that rounding flipped."""
-    predicted, counted = check["predicted_rows"], check["counted_rows"]
-    return f"{predicted:,} {'=' if predicted == counted else 'against'} {counted:,}"
 
 
 def balance_line(facts: dict[str, Any]) -> str:
@@ -304,13 +295,12 @@ def balance_line(facts: dict[str, Any]) -> str:
 
 def flips_line(flips: dict[str, dict[str, Any]]) -> str:
     """Return how many picks rounding has flipped, and what came of it."""
-    if not any(found["flips"] for found in flips.values()):
+    flipped = {name: found for name, found in flips.items() if found["flips"]}
+    if not flipped:
         pairs = max(found["pairs"] for found in flips.values())
         return f"picks that differ between the runs: none of {pairs:,} (token, layer) pairs"
     parts = []
-    for name, found in flips.items():
-        if not found["flips"]:
-            continue
+    for name, found in flipped.items():
         part = (
             f"{name.replace('_', ' ')}: {found['flips']} of {found['pairs']:,} (token, layer) "
             f"pairs, {found['near_ties']} of them near-ties that rounding flipped (gap of router "
@@ -352,10 +342,7 @@ def report_data(options: DemoOptions, found: ModelDemo, facts: dict[str, Any]) -
             ("plan", found.plan.digest()[:12]),
         ),
         versions=package_versions(),
-        command=(
-            f"moe-locality demo --nodes {options.num_nodes} --ranks-per-node "
-            f"{options.ranks_per_node} --seed {options.seed} --out {options.out}"
-        ),
+        command=options.command,
         headlines=_headlines(facts),
         figures=(
             *found.measured.figures,
@@ -374,21 +361,19 @@ def report_data(options: DemoOptions, found: ModelDemo, facts: dict[str, Any]) -
 
 def _headlines(facts: dict[str, Any]) -> tuple[Headline, ...]:
     """The figures in large type."""
-    sizes, balance = facts["cross_node_dispatch_bytes"], facts["balance"]
-    saved = facts["cross_node_dispatch_saved"]
+    sizes, saved = facts["cross_node_dispatch_bytes"], facts["cross_node_dispatch_saved"]
+    balance = facts["balance"]
     flipped = any(found["flips"] for found in facts["flips"].values())
     checks = facts["prediction_check"].values()
     off = any(check["predicted_rows"] != check["counted_rows"] for check in checks)
     return (
-        Headline(
-            label="bytes across nodes (measured, dispatch)",
-            value=f"{-saved['placed']:+.1%}",
-            context=f"placed: {sizes['linear']:,} → {sizes['placed']:,}",
-        ),
-        Headline(
-            label="bytes across nodes (measured, dispatch)",
-            value=f"{-saved['once_per_node']:+.1%}",
-            context=f"placed, once per node: {sizes['linear']:,} → {sizes['once_per_node']:,}",
+        *(
+            Headline(
+                label="bytes across nodes (measured, dispatch)",
+                value=f"{-saved[name]:+.1%}",
+                context=f"{words}: {sizes['linear']:,} → {sizes[name]:,}",
+            )
+            for name, words in (("placed", "placed"), ("once_per_node", "placed, once per node"))
         ),
         Headline(
             label="busiest node / mean (measured)",
@@ -417,15 +402,8 @@ def _track(options: DemoOptions, found: ModelDemo) -> str | None:
     out = options.out
 
     def run(job: str, name: str) -> Tracker:
-        settings = TrackingConfig(
-            project=PROJECT,
-            group=group,
-            job_type=job,
-            name=name,
-            mode=options.wandb_mode,
-            dir=str(out),
-        )
         config = {"demo": {"seed": options.seed, "preset": options.preset}, "run": name}
+        settings = options.tracking(group=group, job_type=job, name=name)
         return start_tracking(settings, run_config=config)
 
     for name, trained in found.runs.items():

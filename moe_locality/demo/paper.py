@@ -272,10 +272,7 @@ def told_domains(trace: RoutingTrace, seed: int = 0) -> dict[str, dict[str, Any]
     for kind, label in kinds.items():
         if len({label(name) for name in trace.domain}) > 1:
             whole = classify_domains(train, test, label, predict="oracle").ridge
-            found[kind] = {
-                **asdict(classify_domains(train, test, label)),
-                "whole_request": whole,
-            }
+            found[kind] = asdict(classify_domains(train, test, label)) | {"whole_request": whole}
     return found
 
 

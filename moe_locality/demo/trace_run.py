@@ -7,8 +7,7 @@ from typing import Any
 
 from moe_locality.analysis import analyze
 from moe_locality.compare import Candidate, compare_plans, track_comparison
-from moe_locality.config import TrackingConfig
-from moe_locality.demo.launch import PROJECT, DemoOptions, Progress
+from moe_locality.demo.launch import DemoOptions, Progress
 from moe_locality.errors import TraceError
 from moe_locality.placement import assign_homes, solve
 from moe_locality.placement.homes.predictor import default_prediction
@@ -45,23 +44,12 @@ def run_trace(options: DemoOptions, progress: Progress) -> dict[str, Any]:
         found = compare_plans(held_out, candidates, topology, seed=options.seed)
     plan_path, report_path = options.out / "plan.json", options.out / "report.html"
     candidates[-1].plan.write(plan_path)
-    command = (
-        f"moe-locality demo --trace {options.trace} --nodes {options.num_nodes} "
-        f"--ranks-per-node {options.ranks_per_node} --seed {options.seed} --out {options.out}"
-    )
     with progress.stage("write report and wandb run"):
-        page = trace_report(
-            held_out, seed=options.seed, command=command, comparison=found, summary=analysis
-        )
+        told: dict[str, Any] = {"comparison": found, "summary": analysis}
+        page = trace_report(held_out, seed=options.seed, command=options.command, **told)
         write_report(page, report_path)
-        settings = TrackingConfig(
-            project=PROJECT,
-            group=trace.model or None,
-            job_type="place",
-            mode=options.wandb_mode,
-            dir=str(options.out),
-        )
-        with start_tracking(settings, run_config={"options": command}) as tracker:
+        settings = options.tracking(group=trace.model or None, job_type="place")
+        with start_tracking(settings, run_config={"options": options.command}) as tracker:
             track_comparison(tracker, found, files=[plan_path, report_path])
             wandb_dir = tracker.directory
     for row in found.rows:
