@@ -10,6 +10,7 @@ that are fetched from it (:class:`_FetchCopies`); gradients of all copies are ad
 
 import weakref
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,12 +46,8 @@ class RowExchange:
         self, wanted: Sequence[np.ndarray], rows_per_rank: int, group: "ProcessGroup"
     ) -> None:
         me, self.group = dist.get_rank(group), group
-        owners = [rows // rows_per_rank for rows in wanted]
-        sent = [
-            rows[owner == me] - me * rows_per_rank
-            for rows, owner in zip(wanted, owners, strict=True)
-        ]
-        mine = owners[me]
+        sent = [rows[rows // rows_per_rank == me] - me * rows_per_rank for rows in wanted]
+        mine = wanted[me] // rows_per_rank
         arrival = np.argsort(mine, kind="stable")
         self.sent = torch.from_numpy(np.concatenate(sent).astype(np.int64))
         self.sent_splits = [len(rows) for rows in sent]
@@ -72,6 +69,12 @@ class RowExchange:
         )
         del sent  # room for what follows
         return arrived.index_select(0, self.placed.to(rows.device))
+
+    @torch.no_grad()
+    def reorder(self, rows: Tensor) -> Tensor:
+        """:meth:`fetch` as many rows as there are, of any type."""
+        as_bytes = rows.contiguous().reshape(len(rows), -1).view(torch.uint8)
+        return self.fetch(as_bytes).view(rows.dtype).reshape(rows.shape)
 
     def give_back(self, gradients: Tensor, num_rows: int) -> Tensor:
         """Send gradients ``[n, ...]`` to the owners; return the sums for the own rows."""
@@ -144,60 +147,6 @@ def stored(experts: nn.Module) -> nn.Module:
     return experts
 
 
-def expert_parameters(experts: nn.Module, name: str, num_experts: int) -> dict[str, DTensor]:
-    """Return the stacked parameters of an experts module that are split over the EP group.
-
-    What all experts share, such as a norm of their outputs, is not among them.
-
-    Raises:
-        ConfigError: the rows of a tensor could not follow the experts: it is not split over them,
-            or split further.
-    """
-    found: dict[str, DTensor] = {}
-    tensors = [*stored(experts).named_parameters(), *experts.named_buffers()]
-    for key, tensor in tensors:
-        if isinstance(tensor, DTensor) and (tensor.device_mesh.mesh_dim_names or ())[-1:] == (
-            "ep",
-        ):
-            found[key] = tensor
-            if len(tensor.to_local()) * tensor.device_mesh.size(-1) != num_experts:
-                raise ConfigError(
-                    f"found {name}.{key} split over several copies of its expert group, expected "
-                    "ep_size = fsdp_size * tp_size: a plan, or a low-bit store, needs every expert "
-                    "whole on one rank; raise ep_size, or leave it out"
-                )
-        elif tensor.ndim and len(tensor) == num_experts:
-            raise ConfigError(
-                f"found {name}.{key} {list(tensor.shape)}, which transformers does not split over "
-                "the experts, expected only stacked parameters [E, ...]: this model takes no plan "
-                "and no low-bit store; leave it out"
-            )
-    return found
-
-
-@torch.no_grad()
-def in_order(
-    tensor: DTensor, current: np.ndarray, target: np.ndarray, group: "ProcessGroup"
-) -> DTensor:
-    """Return a DTensor like ``tensor``, whose row p holds expert ``target[p]``. Collective.
-
-    ``current [E]``: the expert in each row of ``tensor``; both are permutations. A rank gets its
-    own rows only, and needs room for two more of them.
-    """
-    local = tensor.to_local()
-    exchange = RowExchange.reordering(current, target, group)
-    as_bytes = local.contiguous().reshape(len(local), -1).view(torch.uint8)
-    moved = exchange.fetch(as_bytes).view(local.dtype).reshape(local.shape)
-    return DTensor.from_local(
-        moved,
-        tensor.device_mesh,
-        tensor.placements,
-        run_check=False,
-        shape=tensor.shape,
-        stride=tensor.stride(),
-    )
-
-
 class ExpertRows:
     """The rows of one experts module, and how its slots run.
 
@@ -226,6 +175,38 @@ class ExpertRows:
             compute_on_shards(self.experts)
             self._holds_once = True
 
+    def parameters(self) -> dict[str, DTensor]:
+        """Return the stacked parameters of the module that are split over the EP group.
+
+        What all experts share, such as a norm of their outputs, is not among them.
+
+        Raises:
+            ConfigError: the rows of a tensor could not follow the experts: it is not split over
+                them, or split further.
+        """
+        found: dict[str, DTensor] = {}
+        num_experts = len(self.order)
+        for key, tensor in (
+            *stored(self.experts).named_parameters(),
+            *self.experts.named_buffers(),
+        ):
+            is_split = isinstance(tensor, DTensor)
+            if is_split and (tensor.device_mesh.mesh_dim_names or ("",))[-1] == "ep":
+                found[key] = tensor
+                if len(tensor.to_local()) * tensor.device_mesh.size(-1) != num_experts:
+                    raise ConfigError(
+                        f"found {self.name}.{key} split over several copies of its expert group, "
+                        "expected ep_size = fsdp_size * tp_size: a plan, or a low-bit store, needs "
+                        "every expert whole on one rank; raise ep_size, or leave it out"
+                    )
+            elif tensor.ndim and len(tensor) == num_experts:
+                raise ConfigError(
+                    f"found {self.name}.{key} {list(tensor.shape)}, which transformers does not "
+                    "split over the experts, expected only stacked parameters [E, ...]: this model "
+                    "takes no plan and no low-bit store; leave it out"
+                )
+        return found
+
     @property
     def is_identity(self) -> bool:
         return bool((self.order == np.arange(len(self.order))).all())
@@ -239,18 +220,17 @@ class ExpertRows:
         size, order = dist.get_world_size(self.group), slot_to_logical
         slots = np.arange(len(order))
         self._own = self._exchange = None
-        found = expert_parameters(self.experts, self.name, len(self.order))
+        found = self.parameters()
         if len(order) > len(self.order):
             layout = RowLayout(order, size, dist.get_rank(self.group))
             order, slots = layout.order, layout.slots
             self._own = torch.from_numpy(layout.own)
             self._exchange = RowExchange(layout.wanted, len(order) // size, self.group)
         if (order != self.order).any():
-            for tensor in (*found.values(), *others):
-                moved = in_order(tensor, self.order, order, self.group)
-                with torch.no_grad():
-                    tensor.to_local().copy_(moved.to_local())
             exchange = RowExchange.reordering(self.order, order, self.group)
+            with torch.no_grad():
+                for tensor in (*found.values(), *others):
+                    tensor.to_local().copy_(exchange.reorder(tensor.to_local()))
             for name, tensor in stored_parameters(self.experts).items():
                 self.experts.add_module(name, tensor.moved(exchange.fetch))
         self.kept.clear()
@@ -283,7 +263,7 @@ class ExpertRows:
 
     def let_go_of_parameters(self) -> dict[str, Tensor]:
         """Return the rows of this rank by parameter; neither FSDP2 nor the module has them then."""
-        found = expert_parameters(self.experts, self.name, len(self.order))
+        found = self.parameters()
         remove_parameters(self.experts, found)
         self.kept.clear()
         self._stacked = {}
@@ -317,7 +297,8 @@ _STATE_DICT_TIMEOUT_S = 60.0
 _watched: "weakref.WeakSet[ExpertRows]" = weakref.WeakSet()
 _placed: "weakref.WeakSet[ExpertRows]" = weakref.WeakSet()
 _watching: list[Any] = []
-_followed: "dict[int, weakref.ref[torch.optim.Optimizer]]" = {}
+_numbers = count()
+_followed: "weakref.WeakValueDictionary[int, torch.optim.Optimizer]" = weakref.WeakValueDictionary()
 """Optimizers of experts by their numbers, which are the same on all ranks: they step in the same
 order."""
 
@@ -332,11 +313,23 @@ def all_ranks_are_here(what: str) -> None:
     gather_answers(None, what, _STATE_DICT_TIMEOUT_S, advice)
 
 
+@torch.no_grad()
 def _reordered(rows: ExpertRows, tensor: DTensor, leaving: bool) -> DTensor:
-    """Return ``tensor`` in logical order (``leaving``), or in that of the rows. Collective."""
+    """Return ``tensor`` in logical order (``leaving``), or in that of the rows. Collective.
+
+    A rank gets its own rows only, and needs room for two more of them.
+    """
     logical = np.arange(len(rows.order))
     current, target = (rows.order, logical) if leaving else (logical, rows.order)
-    return in_order(tensor, current, target, rows.group)
+    exchange = RowExchange.reordering(current, target, rows.group)
+    return DTensor.from_local(
+        exchange.reorder(tensor.to_local()),
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
 
 
 def keep_checkpoints_logical(rows: ExpertRows, first: bool) -> None:
@@ -353,8 +346,7 @@ def keep_checkpoints_logical(rows: ExpertRows, first: bool) -> None:
             all_ranks_are_here("state_dict()" if leaving else "load_state_dict()")
         if rows.is_identity:
             return
-        parameters = expert_parameters(rows.experts, rows.name, len(rows.order))
-        for key, parameter in parameters.items():
+        for key, parameter in rows.parameters().items():
             value = state.get(prefix + key)
             if value is None:
                 continue
@@ -399,15 +391,14 @@ def _before_step(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> 
 
 
 def _is_followed(optimizer: torch.optim.Optimizer) -> bool:
-    return any(ref() is optimizer for ref in _followed.values())
+    return any(known is optimizer for known in _followed.values())
 
 
 def followed_optimizers() -> list[torch.optim.Optimizer]:
     """Return the optimizers that are followed and that live on all ranks. Collective."""
-    alive = {number: ref() for number, ref in _followed.items()}
-    numbers = [number for number, optimizer in alive.items() if optimizer is not None]
-    everywhere = set(numbers).intersection(*exchange_objects(numbers))
-    return [optimizer for number in sorted(everywhere) if (optimizer := alive[number]) is not None]
+    alive = dict(_followed)
+    everywhere = set(alive).intersection(*exchange_objects(list(alive)))
+    return [alive[number] for number in sorted(everywhere)]
 
 
 def tensors_beside(
@@ -422,8 +413,8 @@ def tensors_beside(
     """
     found = []
     if optimizers is None:
-        optimizers = [known for ref in _followed.values() if (known := ref()) is not None]
-    for parameter in expert_parameters(rows.experts, rows.name, len(rows.order)).values():
+        optimizers = list(_followed.values())
+    for parameter in rows.parameters().values():
         if isinstance(parameter.grad, DTensor):
             found.append(parameter.grad)
         for optimizer in optimizers:
@@ -435,11 +426,7 @@ def tensors_beside(
 
 def _rows_of(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, ExpertRows | None]]:
     """Return the parameters of an optimizer, numbered as in its state dict, with their rows."""
-    order_of = {
-        id(parameter): rows
-        for rows in _placed
-        for parameter in expert_parameters(rows.experts, rows.name, len(rows.order)).values()
-    }
+    order_of = {id(parameter): rows for rows in _placed for parameter in rows.parameters().values()}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return [(p, order_of.get(id(p))) for p in parameters]
 
@@ -461,7 +448,7 @@ def follow_optimizer(optimizer: torch.optim.Optimizer) -> None:
             "with transformers.distributed.checkpoint.load_optimizer_distributed, or call "
             "moe_locality.apply(model, optimizer=optimizer) before load_state_dict"
         )
-    _followed[len(_followed)] = weakref.ref(optimizer)
+    _followed[next(_numbers)] = optimizer
 
     def reordered(state_dict: dict[str, Any], leaving: bool) -> dict[str, Any]:
         owners = _rows_of(optimizer)
