@@ -49,13 +49,11 @@ def run_demo(
         raise ConfigError(f"found no trace at {trace}, expected a directory or an .npz file")
     start = time.monotonic()
     with _own_directory(options.out, recorded), Progress(quiet=quiet) as progress:
-        if trace is not None:
-            from moe_locality.demo.trace_run import run_trace
+        from moe_locality.demo.model import publish, run_model, run_trace
 
+        if recorded is not None:
             found = run_trace(options, progress)
         else:
-            from moe_locality.demo.model import publish, run_model
-
             found = publish(options, run_model(options, progress), progress)
         progress.say(f"report: {found['report']}")
     return {**found, "seconds": round(time.monotonic() - start, 1)}
@@ -63,9 +61,8 @@ def run_demo(
 
 @contextlib.contextmanager
 def _own_directory(out: Path, trace: Path | None) -> Iterator[None]:
-    """Remove what earlier demos made in ``out``, and note what this one makes, however it ends.
-
-    Old shards would be read as part of the new trace, so nothing of that kind may stay.
+    """Remove what earlier demos made in ``out`` (old shards would become part of the new trace),
+    and note what this one makes, however it ends.
     """
     for path in sorted(_made_before(out, trace), reverse=True):  # a folder after what is in it
         if path.is_symlink() or path.is_file():
@@ -82,11 +79,7 @@ def _own_directory(out: Path, trace: Path | None) -> Iterator[None]:
 
 
 def _made_before(out: Path, trace: Path | None) -> list[Path]:
-    """What an earlier demo made in ``out``.
-
-    Raises:
-        ConfigError: there are files of others in the way, or the trace is one of the files.
-    """
+    """What an earlier demo made in ``out``; ConfigError: the trace, or files of others, in it."""
     if not out.is_dir() or not any(out.iterdir()):
         if (out.exists() or out.is_symlink()) and not out.is_dir():
             kind = "file" if out.exists() else "link to nothing"

@@ -57,9 +57,8 @@ class Agreement:
 
 
 def check_agreement(first: Run, second: Run, *, training: bool = True) -> Agreement:
-    """Compare picks, losses and logits request by request, and the training steps after them.
-
-    ``training=False``: one of the runs has not trained on.
+    """Compare picks, losses and logits request by request, and the training steps after them
+    (``training=False``: one of the runs has not trained on).
 
     Raises:
         MoeLocalityError: the runs do not hold the same requests, or differ by more than rounding

@@ -1,9 +1,7 @@
 """Options of a demo, its progress on stderr, and its runs: the example's training script, started
 with DeepSpeed's own launcher and followed.
 
-The script prints lines ``progress DONE TOTAL TEXT`` on rank 0; everything it prints goes to a log
-file. A run that fails raises with the last lines of that log, so that the reason stands in the
-message.
+The script prints lines ``progress DONE TOTAL TEXT`` on rank 0; everything goes to a log file.
 """
 
 import contextlib
@@ -33,11 +31,7 @@ OnProgress = Callable[[int, int, str], None]
 
 
 def examples_folder() -> Path:
-    """The folder of the example model: beside the package in a checkout, inside it when installed.
-
-    Raises:
-        BackendUnavailable: neither exists.
-    """
+    """The folder of the example model, beside the package or inside it; else BackendUnavailable."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package.parent / "examples", package / "examples"):
         if (folder / "train_lm.py").is_file():
@@ -94,14 +88,8 @@ def run_training(
 ) -> float:
     """Run a script of the examples on ``num_ranks`` local ranks; return the seconds it took.
 
-    Args:
-        arguments: of the script.
-        log: gets everything that launcher and ranks print.
-        on_progress: called with (done, total, text) of every progress line.
-
-    Raises:
-        MoeLocalityError: the run failed or passed ``timeout_s``; the message has the end of the
-        log.
+    Launcher and ranks print to ``log``. MoeLocalityError: the run failed or passed ``timeout_s``;
+    the message has the end of the log.
     """
     command = launch_command(num_ranks, examples_folder() / script, arguments)
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """The main job on the example model: train and record, place, run the same batches again, compare.
+Or on a recorded trace (``run_trace``), where nothing is run: every cost is predicted, and says so.
 
-The stages and what each writes below ``out``:
+The stages on the model and what each writes below ``out``:
 
     record/      stock DeepSpeed layers: training, checkpoint, trace: the last steps, and, with the
                  trained weights, the requests of those steps again and the held-out requests
@@ -38,14 +39,18 @@ from moe_locality.demo.checks import (
     ranks_of_requests,
 )
 from moe_locality.demo.launch import DemoOptions, Progress, run_training
-from moe_locality.errors import MoeLocalityError
+from moe_locality.errors import MoeLocalityError, TraceError
 from moe_locality.placement import PlacementPlan, assign_homes, solve
 from moe_locality.placement.homes.assign import write_homes
+from moe_locality.placement.homes.predictor import default_prediction
+from moe_locality.placement.problem import warnings_once
+from moe_locality.placement.solve import COMPARED
 from moe_locality.report import (
     Headline,
     ReportData,
     trace_facts,
     trace_figures,
+    trace_report,
     trace_summary_table,
     trace_words,
     write_report,
@@ -55,6 +60,8 @@ from moe_locality.trace import PREFILL, RoutingTrace, read_trace
 from moe_locality.tracking import Tracker, package_versions, start_tracking
 
 CONTINUE_STEPS = 6
+FIT_FRACTION = 0.7
+"""The share of a recorded trace that is placed; the rest is judged."""
 PREDICT_FROM = "first:32"
 
 
@@ -76,11 +83,7 @@ class ModelDemo:
 
 
 def run_model(options: DemoOptions, progress: Progress) -> ModelDemo:
-    """Run every stage.
-
-    Raises:
-        MoeLocalityError: a run failed, or two runs that must agree do not.
-    """
+    """Run every stage; MoeLocalityError: a run failed, or two that must agree do not."""
     out = options.out
     _train(options, progress)
     seen, held_out = read_recorded(out / "record")
@@ -426,3 +429,73 @@ def _track(options: DemoOptions, found: ModelDemo) -> str | None:
         track_comparison(tracker, found.predicted, files=files)
         tracker.log_artifact("trace", "trace", [out / "record" / "trace"])
         return str(tracker.directory) if tracker.directory else None
+
+
+# -- on a recorded trace
+
+
+@warnings_once()
+def run_trace(options: DemoOptions, progress: Progress) -> dict[str, Any]:
+    """Run every stage; return the figures. MoeLocalityError: the trace does not do for it."""
+    with progress.stage("read the trace"):
+        trace = read_trace(options.trace)  # pyright: ignore[reportArgumentType]  checked by run_demo
+        if trace.kind != "tokens":
+            raise TraceError(
+                f"{options.trace} holds counts only, expected the picks of every token: counts do "
+                "not say which experts are picked together; use `moe-locality place` on them"
+            )
+        fit, held_out = trace.split(FIT_FRACTION, seed=options.seed)
+    with progress.stage("analyze"):
+        analysis = analyze(held_out, seed=options.seed)
+    topology = ClusterTopology.uniform(options.num_nodes, options.ranks_per_node)
+    candidates = _candidates(options, fit, held_out, topology, progress)
+    with progress.stage("evaluate on the other requests"):
+        found = compare_plans(held_out, candidates, topology, seed=options.seed)
+    plan_path, report_path = options.out / "plan.json", options.out / "report.html"
+    candidates[-1].plan.write(plan_path)
+    with progress.stage("write report and wandb run"):
+        told: dict[str, Any] = {"comparison": found, "summary": analysis}
+        page = trace_report(held_out, seed=options.seed, command=options.command, **told)
+        write_report(page, report_path)
+        settings = options.tracking(group=trace.model or None, job_type="place")
+        with start_tracking(settings, run_config={"options": options.command}) as tracker:
+            track_comparison(tracker, found, files=[plan_path, report_path])
+            wandb_dir = tracker.directory
+    for row in found.rows:
+        shown = "  ".join(f"{v:9.4f}" if v is not None else "        -" for v in row.values)
+        progress.say(f"{row.metric:<15} {shown}  ({row.how})")
+    progress.say(f"columns: {', '.join(found.names)}")
+    for note in found.notes:
+        progress.say(note)
+    return {
+        "kind": "trace",
+        "model": trace.model,
+        "fit_tokens": fit.num_tokens,
+        "held_out_tokens": held_out.num_tokens,
+        **found.to_dict(),
+        "plan": str(plan_path),
+        "report": str(report_path),
+        "wandb": str(wandb_dir) if wandb_dir else None,
+    }
+
+
+def _candidates(
+    options: DemoOptions,
+    fit: RoutingTrace,
+    held_out: RoutingTrace,
+    topology: ClusterTopology,
+    progress: Progress,
+) -> list[Candidate]:
+    """Every method with random homes, then the joint plan with homes predicted for new requests."""
+    found, given = [], {"max_imbalance": options.max_imbalance, "seed": options.seed}
+    with progress.stage("place on part of the requests") as update:
+        for done, method in enumerate(COMPARED):
+            update(done, len(COMPARED) + 1, method)
+            plan = solve(fit, topology, method=method, **given)
+            found.append(Candidate(name=method, plan=plan))
+        update(len(COMPARED), len(COMPARED) + 1, "coactivation with homes")
+        joint = solve(fit, topology, homes="joint", **given)
+        predict = default_prediction(held_out)
+        homes = assign_homes(held_out, joint, topology, predict=predict)
+        found.append(Candidate(name=f"joint, {predict}", plan=joint, homes=homes))
+    return found

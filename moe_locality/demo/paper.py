@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ import numpy as np
 from moe_locality.analysis.decoding import (
     Choose,
     FewestExperts,
-    StepCosts,
     classify_domains,
     decode_tokens,
     lockstep,
@@ -86,30 +85,6 @@ _PAPER_TABLE: _Table = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Condition:
-    """One way to decode the held-out requests; rows per token and layer, or per step and layer.
-
-    ``copies``, ``picks``: all decode tokens (expected ones where homes are random);
-    ``node_imbalance``: over all of them. ``steps``: means over the steps of ``lockstep``.
-    """
-
-    name: str
-    copies: float
-    picks: float
-    node_imbalance: float
-    rank_imbalance: float
-    steps: StepCosts
-
-    def against(self, base: Condition) -> dict[str, float]:
-        """Changes in percent."""
-        found = {name: getattr(self, name) / getattr(base, name) for name in ("copies", "picks")}
-        for field in fields(StepCosts):
-            own, other = (getattr(some.steps, field.name) for some in (self, base))
-            found[f"step_{field.name}"] = own / other
-        return {name: 100 * (ratio - 1) for name, ratio in found.items()}
-
-
 def replay(trace: RoutingTrace, *, nodes: int, seed: int = 0) -> dict[str, Any]:
     """Decode the held-out requests in every condition, 4 ranks on ``nodes`` nodes.
 
@@ -133,7 +108,7 @@ def replay(trace: RoutingTrace, *, nodes: int, seed: int = 0) -> dict[str, Any]:
     job = _Job(train=train, test=test, judged=judged, topology=topology, seed=seed)
     conditions = list(job.conditions())
     kept = {}
-    by_name = {one.name: one.copies for one in conditions}
+    by_name = {one["name"]: one["copies"] for one in conditions}
     linear = by_name["linear, random homes"]
     for label in ("ours", WITH_REPLICAS):
         anywhere, best = by_name[f"{label}, random homes"], by_name[f"{label}, oracle homes"]
@@ -150,9 +125,16 @@ def replay(trace: RoutingTrace, *, nodes: int, seed: int = 0) -> dict[str, Any]:
         "judged_requests": len(judged.request_ids),
         "predicted_from": job.predict,
         "max_num_seqs": MAX_NUM_SEQS,
-        "conditions": [{**asdict(one), "change": one.against(conditions[0])} for one in conditions],
+        "conditions": [{**one, "change": _change(one, conditions[0])} for one in conditions],
         "kept": kept,
     }
+
+
+def _change(one: dict[str, Any], base: dict[str, Any]) -> dict[str, float]:
+    """Changes of a condition in percent."""
+    ratios = {name: one[name] / base[name] for name in ("copies", "picks")}
+    ratios |= {f"step_{name}": mean / base["steps"][name] for name, mean in one["steps"].items()}
+    return {name: 100 * (ratio - 1) for name, ratio in ratios.items()}
 
 
 def share_of_gain(base: float, found: float, best: float) -> float:
@@ -172,7 +154,7 @@ class _Job:
     def predict(self) -> str:
         return default_prediction(self.test)
 
-    def conditions(self) -> Iterator[Condition]:
+    def conditions(self) -> Iterator[dict[str, Any]]:
         for method in ("linear", "eplb"):
             plan = solve(self.train, self.topology, method=method)
             yield self._costed(f"{method}, random homes", plan, None)
@@ -194,7 +176,7 @@ class _Job:
             )
             yield from self._ours(label, plan)
 
-    def _ours(self, label: str, plan: PlacementPlan) -> Iterator[Condition]:
+    def _ours(self, label: str, plan: PlacementPlan) -> Iterator[dict[str, Any]]:
         yield self._costed(f"{label}, random homes", plan, None)
         homes = assign_homes(self.test, plan, self.topology, predict=self.predict)
         yield self._costed(f"{label}, predicted homes", plan, homes)
@@ -209,10 +191,13 @@ class _Job:
         self,
         name: str,
         plan: PlacementPlan,
-        homes: Mapping[int, int] | None,
+        homes: dict[int, int] | None,
         choose: Choose | None = None,
-    ) -> Condition:
-        costs = evaluate(self.judged, plan, self.topology, None if homes is None else dict(homes))
+    ) -> dict[str, Any]:
+        """One way to decode the held-out requests: rows per token and layer of all decode tokens
+        (expected ones where homes are random), and means over the "steps" of ``lockstep``.
+        """
+        costs = evaluate(self.judged, plan, self.topology, homes)
         tokens = self.judged.num_tokens
         steps = max(ROUNDS * tokens // (NUM_RANKS * MAX_NUM_SEQS), 1)
         found = []
@@ -226,19 +211,10 @@ class _Job:
                 choose=choose,
                 seed=order,
             )
-            found.append(step_costs(self.judged, plan, self.topology, rows))
-        means = {
-            field.name: float(np.mean([getattr(one, field.name) for one in found]))
-            for field in fields(StepCosts)
-        }
-        return Condition(
-            name=name,
-            copies=costs.copies,
-            picks=costs.picks,
-            node_imbalance=costs.node_imbalance,
-            rank_imbalance=costs.rank_imbalance,
-            steps=StepCosts(**means),
-        )
+            found.append(asdict(step_costs(self.judged, plan, self.topology, rows)))
+        means = {key: float(np.mean([one[key] for one in found])) for key in found[0]}
+        whole = ("copies", "picks", "node_imbalance", "rank_imbalance")
+        return {"name": name, **{key: getattr(costs, key) for key in whole}, "steps": means}
 
     def _dealt(self, order: int) -> dict[int, int]:
         """Homes at random, as many requests on every rank."""
@@ -283,11 +259,7 @@ def paper_on_trace(
     seed: int = 0,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> dict[str, Any]:
-    """Everything that a trace has what it takes for; what is left out is None.
-
-    Raises:
-        TraceError: a trace of counts.
-    """
+    """Everything that a trace of tokens has what it takes for; what is left out is None."""
     trace.tokens_only("bench paper")
     trace, left_out = without_collapsed(trace)
     has_decode = trace.stage is not None and bool((trace.stage == DECODE).any())
@@ -316,11 +288,7 @@ def paper_in_decoder(out: Path, *, nodes: int, arguments: Sequence[str] = ()) ->
     """Train a small model, or take the one in ``out``, and decode on ``NUM_RANKS`` local ranks that
     stand for ``nodes``: examples/paper_decoder.py, with its further ``arguments``.
 
-    Returns:
-        what it writes to paper.json; its report is ``out``/report-N-nodes.html.
-
-    Raises:
-        MoeLocalityError: the run failed; the message has the end of its log.
+    Returns what it writes to paper.json; its report is ``out``/report-N-nodes.html.
     """
     words = ["--out", str(out), "--num-nodes", str(nodes), *arguments]
     log = out / f"ranks-{nodes}-nodes.log"

@@ -36,10 +36,8 @@ class RowExchange:
     """Which rows this rank sends to each rank of the group, and where those that arrive belong.
 
     ``sent``: positions among the rows of this rank, rank after rank. ``placed [n]``: position,
-    among the rows that arrive (rank after rank), of each row that is wanted here.
-
-    Args:
-        wanted: ``wanted[g]``: the rows, numbered over the group, that rank g wants, in its order.
+    among the rows that arrive (rank after rank), of each row that is wanted here. ``wanted[g]``:
+    the rows, numbered over the group, that rank g wants, in its order.
     """
 
     def __init__(
@@ -152,9 +150,7 @@ class ExpertRows:
 
     ``order [E]``: the logical expert in each row. ``kept``: copies that forward passes without
     gradients use again, until the rows change (torch counts what is written in place).
-
-    Args:
-        forward: of transformers' experts: (rows [R, D], local ids [R, 1], weights [R, 1]).
+    ``forward``: of transformers' experts: (rows [R, D], local ids [R, 1], weights [R, 1]).
     """
 
     def __init__(
@@ -178,11 +174,8 @@ class ExpertRows:
     def parameters(self) -> dict[str, DTensor]:
         """Return the stacked parameters of the module that are split over the EP group.
 
-        What all experts share, such as a norm of their outputs, is not among them.
-
-        Raises:
-            ConfigError: the rows of a tensor could not follow the experts: it is not split over
-                them, or split further.
+        What all experts share, such as a norm of their outputs, is not among them. ConfigError:
+        rows could not follow the experts: a tensor is not split over them, or split further.
         """
         found: dict[str, DTensor] = {}
         num_experts = len(self.order)
@@ -371,9 +364,8 @@ def keep_checkpoints_logical(rows: ExpertRows, first: bool) -> None:
 
 
 def watch_optimizers(rows: ExpertRows) -> None:
-    """Follow every optimizer that holds these experts from its first step on.
-
-    torch.distributed.checkpoint makes such a step itself before it loads.
+    """Follow every optimizer that holds these experts from its first step on (which
+    torch.distributed.checkpoint makes itself before it loads).
     """
     _watched.add(rows)
     if not _watching:
@@ -406,10 +398,8 @@ def tensors_beside(
 ) -> list[DTensor]:
     """Return the gradients and moments of an experts module: they move with its parameters.
 
-    optimizers: whose moments; None: of all that this rank follows.
-
-    Raises:
-        PlacementError: an optimizer keeps its state in another form.
+    ``optimizers``: whose moments; None: of all that this rank follows. PlacementError: one keeps
+    its state in another form.
     """
     found = []
     if optimizers is None:
@@ -434,8 +424,7 @@ def _rows_of(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, ExpertRows 
 def follow_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Let the state dict of an optimizer hold the moments in the order of the logical experts.
 
-    Raises:
-        ConfigError: it already has moments, in logical order, of experts that lie otherwise.
+    ConfigError: it already has moments, in logical order, of experts that lie otherwise.
     """
     if _is_followed(optimizer):
         return

@@ -36,11 +36,7 @@ WITH_COLUMNS = ("keys", "values")
 
 
 def check_cache(model: nn.Module) -> bool:
-    """Return whether the model has recurrent states.
-
-    Raises:
-        ConfigError: its caches cannot be put together; names the layer.
-    """
+    """Return whether the model has recurrent states; ConfigError: no rows can join its caches."""
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(
             f"found a {type(model).__name__}, expected a language model of transformers, its MoE "
@@ -90,10 +86,7 @@ class Rows:
 
 
 def assemble(picks: Sequence[tuple[Rows, int]]) -> Rows:
-    """Return a batch of the given rows (source, row), in that order; the sources stay as they are.
-
-    Every row has at least one token.
-    """
+    """Return a batch of rows (source, row) that have tokens; the sources stay as they are."""
     lengths = [rows.lengths[i] for rows, i in picks]
     width = max(lengths)
     runs: list[tuple[list[Any], list[int]]] = []

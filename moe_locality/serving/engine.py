@@ -137,8 +137,8 @@ class Engine:
         self._batch_of: list[Sequence] = []
         self._begin_counts()
         self.lockstep.warm_up(self._warm)
-        given = (self.lockstep, self.tap.layers, rows, plan, watch, online)
-        self.watch = None if watch == "off" else all_succeed(lambda: Watch(model, *given))
+        given = (self.lockstep, rows, plan, watch, online)
+        self.watch = None if watch == "off" else all_succeed(lambda: Watch(*given))
         reset_traffic(model)
         self._counted = list(counters(model))  # walking a model takes longer than counting
         self.topology = next((counter.topology for _, counter in self._counted), None)
@@ -161,9 +161,8 @@ class Engine:
     ) -> Iterator[RequestOutput]:
         """Yield the results of this rank's requests as they finish. Collective: on every rank.
 
-        Args:
-            requests: ``Request``, dicts, texts or lists of token ids; taken as there is room.
-            sampling_params: of those that have none.
+        ``requests``: ``Request``, dicts, texts or lists of token ids; taken as there is room.
+        ``sampling_params``: of those that have none.
         """
         source, more = iter(requests), True
         try:
@@ -277,8 +276,7 @@ class Engine:
     def step(self, more: bool = False) -> list[RequestOutput] | None:
         """One pass on every rank. Collective. Returns what finished here; None: all is done.
 
-        Args:
-            more: whether this rank has requests that it has not added yet.
+        ``more``: whether this rank has requests that it has not added yet.
         """
         self._seconds.clear()
         self._distinct: float | None = None

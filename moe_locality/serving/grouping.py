@@ -34,9 +34,6 @@ def chooser(grouping: str) -> Choose:
     that of the batch as the best one's, up to :data:`BAND`, the one that came first (arXiv
     2604.23150 groups so, arXiv 2607.00466 names the band). ``experts``: the one that is expected to
     add fewest experts to a step (:func:`~moe_locality.analysis.decoding.added_experts`).
-
-    Raises:
-        ConfigError: another name.
     """
     rules = {"fifo": None, "cosine": _most_similar, "experts": _fewest_added}
     if grouping not in rules:

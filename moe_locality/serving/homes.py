@@ -188,9 +188,8 @@ class HandOver:
         )
 
     def choose(self, offers_of: Sequence[int]) -> list[RequestState]:
-        """Choose the homes of all offers, ``offers_of [G]`` of them per rank. Collective.
-
-        Returns this rank's requests that stay.
+        """Choose the homes of all offers, ``offers_of [G]`` of them per rank; return this rank's
+        requests that stay. Collective.
         """
         most = max(offers_of)
         if not most:
@@ -221,9 +220,8 @@ class HandOver:
         return stay
 
     def start(self, room: np.ndarray) -> int:
-        """Begin the transfers that fit into ``room [G]`` tokens of their homes, first come first.
-
-        Returns how many tokens of this rank's room they take.
+        """Begin the transfers that fit into ``room [G]`` tokens of their homes, first come first;
+        return how many tokens of this rank's room they take.
         """
         free, blocked, taken = room.astype(np.int64), set(), 0
         later: list[Offer] = []
@@ -263,10 +261,7 @@ class HandOver:
         self.under_way.append((offer, data, _watch(work, offer, data.is_cuda)))
 
     def arrived(self, like: Rows) -> tuple[list[RequestState], list[RequestState]]:
-        """Return the requests that have come, and those that have left.
-
-        ``like``: any row of the model.
-        """
+        """Return the requests that have come, and those that have left. ``like``: any row."""
         came, left, still = [], [], []
         for offer, data, done in self.under_way:
             if not done():

@@ -37,11 +37,7 @@ def result_file(out: Path, rank: int) -> Path:
 
 
 def lock_results(out: Path, rank: int) -> TextIO:
-    """Open the file of a rank's results to append to, for one job alone.
-
-    Raises:
-        ConfigError: another job writes there.
-    """
+    """Open a rank's results to append to; ConfigError where another job writes there."""
     results = result_file(out, rank).open("a", encoding="utf-8")
     try:
         fcntl.flock(results, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -75,12 +71,10 @@ def serve_file(
 ) -> dict[str, Any]:
     """Serve the requests of a JSONL file that have no result in ``out`` yet, or were refused.
 
-    Collective.
-
-    Line i is the request of rank i modulo the number of ranks. Returns what was done on all ranks:
-    ``served``, ``refused``, ``unserved`` (when drained), ``tokens`` (new ones), ``seconds``,
-    ``tokens_per_s``, ``moved`` (requests to another home), and bytes sent, by link: ``bytes`` of
-    the exchange, ``handover_bytes``. ``metrics``, which the engine feeds, also go to
+    Collective. Line i is the request of rank i modulo the number of ranks. Returns what was done on
+    all ranks: ``served``, ``refused``, ``unserved`` (when drained), ``tokens`` (new ones),
+    ``seconds``, ``tokens_per_s``, ``moved`` (requests to another home), and bytes sent, by link:
+    ``bytes`` of the exchange, ``handover_bytes``. ``metrics``, which the engine feeds, also go to
     ``out/metrics-R.jsonl``.
 
     Raises:

@@ -37,8 +37,7 @@ def world() -> tuple[int, int]:
 def rows_of(plan: PlacementPlan, model: nn.Module) -> list[int]:
     """Return the row of the plan for each MoE layer; none where the experts are not spread.
 
-    Raises:
-        PlacementError: the plan does not fit, or is not the one that the model was placed with.
+    PlacementError: the plan does not fit, or is not the one that the model was placed with.
     """
     num_ranks = world()[1]
     plan.check_fits(model_type=model_type_of(model), num_ranks=num_ranks if num_ranks > 1 else None)
@@ -68,10 +67,8 @@ class RouteTap:
 
     ``valid [T]``: which tokens are real, None: all of them. ``picks``: of the pass so far, ids
     ``[T, K]`` per layer in the order of the layers, kept where ``keeps`` is set.
-    ``num_experts``: of a layer, None where the model has none.
-
-    Args:
-        sees: whether picks are wanted at all: they cost a hook per layer.
+    ``num_experts``: of a layer, None where the model has none. ``sees``: whether picks are wanted
+    at all: they cost a hook per layer.
     """
 
     def __init__(self, model: nn.Module, *, sees: bool) -> None:
@@ -131,11 +128,7 @@ def _is_settled(gate: Any) -> bool:
 
 
 class LockStep:
-    """The part of the engine that talks with the other ranks in every step.
-
-    Raises:
-        ConfigError: layers that the ranks cannot run in step.
-    """
+    """The part of the engine that talks with the other ranks; ConfigError: not with this model."""
 
     def __init__(self, model: nn.Module, tap: RouteTap, device: torch.device) -> None:
         self.rank, self.size = world()

@@ -1,9 +1,7 @@
 """What the engine of a rank does, as numbers: for Prometheus, for a file, for wandb.
 
-``Metrics.on_step`` takes the counts of every step (``Engine(on_step=metrics.on_step)``) and adds
-them up under the names that vLLM has for them, where it has one, with our prefix. ``listen`` serves
-them over HTTP in the text format of Prometheus, ``write_to`` appends a line to a JSONL file every
-few steps (``moe-locality report`` reads it), ``track`` sends what all ranks did to wandb.
+``Engine(on_step=metrics.on_step)`` feeds them; they have the names of vLLM, where it has one, with
+our prefix. ``moe-locality report`` reads the file.
 """
 
 from __future__ import annotations
@@ -76,9 +74,8 @@ BUCKETS = tuple(m * 10.0**e for e in range(-3, 3) for m in (1, 2.5, 5))
 class Metrics:
     """The numbers of one rank. ``values``: ``{name: {labels: value}}``, labels joined by commas.
 
-    Args:
-        rank: label ``engine`` of all its samples. ``model``: label ``model_name``.
-        topology: for the imbalance of nodes; None: every rank is one.
+    ``rank``: label ``engine`` of all its samples; ``model``: label ``model_name``; ``topology``:
+    for the imbalance of nodes, None: every rank is one.
     """
 
     def __init__(
@@ -172,10 +169,8 @@ class Metrics:
             yield f"{full}{suffix}{_labels({**own, **told})} {float(value)!r}"
 
     def listen(self, port: int, host: str = "127.0.0.1") -> int:
-        """Serve ``/metrics`` from a thread; return the port (0: any that is free).
-
-        Raises:
-            ConfigError: the address cannot be taken.
+        """Serve ``/metrics`` from a thread; return the port (0: any that is free). ConfigError: the
+        address cannot be taken.
         """
         try:
             self._server = ThreadingHTTPServer((host, port), _handler(self))
@@ -260,10 +255,7 @@ class Metrics:
 
 def read_metrics(folder: Path) -> list[list[dict[str, Any]]]:
     """Return the lines of each rank's ``metrics-R.jsonl``; one that was cut off is left out, and so
-    are files of ranks that the last job did not have.
-
-    Raises:
-        ConfigError: a file without such lines.
+    are files of ranks that the last job did not have. ConfigError: a file without such lines.
     """
     found = []
     for path in sorted(folder.glob("metrics-*.jsonl"), key=lambda one: (len(one.name), one.name)):

@@ -154,10 +154,8 @@ def as_request(value: Any, number: int, default: SamplingParams) -> Request:
     """Make a request of a dict (a line of JSONL), of token ids or of a text.
 
     A dict has ``prompt`` (a text, or token ids) or ``prompt_token_ids``, perhaps ``request_id`` and
-    ``domain``, and sampling parameters under ``sampling_params`` or beside them.
-
-    Raises:
-        RequestError: it has an unknown key or a value that cannot be.
+    ``domain``, and sampling parameters under ``sampling_params`` or beside them. RequestError: it
+    has an unknown key or a value that cannot be.
     """
     if isinstance(value, Request):
         return value
@@ -184,11 +182,7 @@ def as_request(value: Any, number: int, default: SamplingParams) -> Request:
 
 
 def check_prompt(ids: Any, vocab_size: int) -> list[int]:
-    """Return the tokens of a prompt as a list.
-
-    Raises:
-        RequestError: there are none, or they are no tokens of the model.
-    """
+    """Return the tokens of a prompt; RequestError: there are none, or not of this model."""
     try:
         tokens = [int(token) for token in ids]
         same = all(token == found for token, found in zip(tokens, ids, strict=True))

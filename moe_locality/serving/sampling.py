@@ -44,11 +44,9 @@ class Choice:
 def choose(
     logits: Tensor, params: Sequence[SamplingParams], draws: Sequence[float]
 ) -> list[Choice]:
-    """Choose one token per row.
+    """Choose one token per row of ``logits [B, V]``, which may have any float type.
 
-    Args:
-        logits: ``[B, V]`` of any float type.
-        draws: ``[B]`` numbers in [0, 1), see :func:`draw`; greedy rows do not use theirs.
+    ``draws [B]``: numbers in [0, 1), see :func:`draw`; greedy rows do not use theirs.
     """
     if not params:
         return []

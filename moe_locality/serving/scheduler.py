@@ -55,11 +55,7 @@ class Limits:
             )
 
     def of_model(self, config: Any) -> Limits:
-        """Return them for a model: ``max_model_len`` is a number then.
-
-        Raises:
-            ConfigError: sequences may be longer than the model allows.
-        """
+        """Return them with a ``max_model_len``; ConfigError: longer than the model allows."""
         most = getattr(config, "max_position_embeddings", None)
         longest = self.max_model_len or most or _UNKNOWN_LENGTH
         if most is not None and longest > most:

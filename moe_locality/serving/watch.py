@@ -19,7 +19,7 @@ import numpy as np
 from moe_locality.analysis.drift import load_drift
 from moe_locality.config import DispatchConfig, OnlineConfig
 from moe_locality.errors import ConfigError
-from moe_locality.integrations.transformers_ep import LocalityEP, apply
+from moe_locality.integrations.transformers_ep import apply
 from moe_locality.layer.agreement import decided_by_first
 from moe_locality.placement.counting import picks_by_home
 from moe_locality.placement.plan import PlacementPlan, check_equal_slots
@@ -74,36 +74,33 @@ class Watch:
     """The watch of one engine. Making one is collective. ``plan``: the one in effect.
 
     Args:
-        layers: of the model, in the order of the picks that are seen; ``rows``: of the plan.
-        plan: that the model has.
+        rows: of the plan, in the order of the picks that are seen; ``plan``: that the model has.
         mode: ``propose`` or ``apply``.
         config: how often, within how many steps a move has to pay, the budgets; ``None``: defaults.
 
-    Raises:
-        ConfigError: there is no plan, or nothing to place.
+    ConfigError: there is no plan, or nothing to place.
     """
 
     def __init__(
         self,
-        model: Any,
         lockstep: LockStep,
-        layers: list[LocalityEP],
         rows: list[int],
         plan: PlacementPlan | None,
         mode: str,
         config: OnlineConfig | None = None,
     ) -> None:
-        self.model, self.lockstep, self.layers = model, lockstep, layers
+        self.model: Any = lockstep.model
+        self.lockstep, self.layers = lockstep, lockstep.tap.layers
         self.applies, self.config = mode == "apply", config or OnlineConfig()
-        if mode not in MODES or plan is None or not layers or lockstep.size == 1:
+        if mode not in MODES or plan is None or not self.layers or lockstep.size == 1:
             raise ConfigError(
-                f"found watch={mode!r} for {len(layers)} layers on {lockstep.size} ranks, with"
+                f"found watch={mode!r} for {len(self.layers)} layers on {lockstep.size} ranks, with"
                 f"{'' if plan else 'out'} a plan, expected one of {MODES}, experts that are spread "
                 "over ranks and their plan: `moe-locality place --method linear` writes one"
             )
         check_equal_slots(plan, "watch")
         self.rows, self.plan, self._load = rows, plan, plan.expert_load
-        found = layers[0].topology
+        found = self.layers[0].topology
         assert found is not None  # the warm-up has asked for it
         # the nodes may have other numbers in the plan: who shares one counts
         self.topology: ClusterTopology = replace(found, rank_to_node=plan.topology.rank_to_node)
