@@ -184,7 +184,6 @@ class Progress:
         from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bars
 
-        self._console = Console(stderr=True, quiet=quiet)
         columns = (
             TextColumn("{task.description:<44}"),
             BarColumn(bar_width=30),
@@ -192,7 +191,7 @@ class Progress:
             TimeElapsedColumn(),
             TextColumn("{task.fields[text]}"),
         )
-        self._bars = Bars(*columns, console=self._console)
+        self._bars = Bars(*columns, console=Console(stderr=True, quiet=quiet))
 
     def __enter__(self) -> "Progress":
         self._bars.start()
@@ -215,5 +214,5 @@ class Progress:
         yield update
         done = self._bars.tasks[task].total or 1
         self._bars.update(task, completed=done, total=done)
-        if not self._console.is_terminal:  # a log file gets one line per stage instead of bars
-            self._console.print(f"done: {name}", highlight=False)
+        if not self._bars.console.is_terminal:  # a log file gets a line per stage instead of bars
+            self._bars.console.print(f"done: {name}", highlight=False)

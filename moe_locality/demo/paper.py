@@ -5,8 +5,6 @@ tokens, whose cost nobody looked at (``analysis.decoding``). Figures are counts 
 routing, not a run on a cluster.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -233,10 +231,9 @@ def without_collapsed(trace: RoutingTrace) -> tuple[RoutingTrace, list[int]]:
 
 
 def told_domains(trace: RoutingTrace, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Domains of held-out requests told from prefill, by kind of label; see ``Classification``.
+    """Domains of held-out requests told from prefill; see ``Classification``. By kind of label:
+    "group", the coarse group of a domain, and "data set", what its name begins with.
     "whole_request": the share told right by ``ridge`` from all tokens, with hindsight.
-
-    "group": the coarse group of a domain; "data set": what its name begins with.
     """
     train, test = trace.split(0.7, seed)
     group = dict(zip(trace.domain, trace.groups, strict=True))

@@ -41,14 +41,14 @@ def apply(
             f"found a {type(model).__name__}, expected the model below it: call moe_locality.apply "
             "on the model of from_pretrained, before peft.get_peft_model"
         )
-    inside = [m for m in model.modules() if hasattr(m, "moe_locality_ep")]
-    if inside and not _is_transformers(model):
+    is_transformers = _is_transformers(model)
+    if not is_transformers and any(hasattr(m, "moe_locality_ep") for m in model.modules()):
         raise ConfigError(
             f"found a {type(model).__name__} around a transformers model, expected the model: call "
             "moe_locality.apply on what from_pretrained returned, before it is wrapped"
         )
     given: dict[str, Any] = {"plan": plan, "topology": topology, **kwargs}
-    if _is_transformers(model):
+    if is_transformers:
         from moe_locality.integrations.transformers_ep import apply as apply_to_transformers
 
         return apply_to_transformers(model, config, **given)

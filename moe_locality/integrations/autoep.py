@@ -2,8 +2,7 @@
 
 AutoEP builds its layers inside ``deepspeed.initialize``: router, shared experts, optimizer groups
 and checkpoints stay its own. :func:`adopt` then assigns a subclass in place that overrides one
-method, ``_deepep_route``: the way of routed tokens to their experts and back. The user's
-``expert_parallel`` section stays as it is; the other backend is chosen on the layer.
+method, ``_deepep_route``: the way of routed tokens to their experts and back.
 
 With a plan, the router stays in logical order and the experts move between the ranks of the EP
 group (weights, fp32 masters and moments), once. Checkpoints hold experts in logical order
@@ -112,9 +111,7 @@ def adopt(
 
     Layers of one rank, of AutoTP folding or with DeepEP as their backend stay as they are, with a
     line in the log. A second call changes the settings. Returns the names of the layers.
-
-    Args:
-        engine: what ``deepspeed.initialize`` made; without a plan also its module.
+    ``engine``: what ``deepspeed.initialize`` made; without a plan also its module.
 
     Raises:
         ConfigError: an option that our exchange cannot keep, or a plan that cannot be applied.
@@ -179,8 +176,7 @@ def _check(
             "experts (ZeRO stage 0, 1 or 2); or put the plan into the weights before "
             "deepspeed.initialize: moe_locality.layer.relabel_state_dict"
         )
-    names = [name for name, _ in layers]
-    rows = plan_rows(engine.module, plan, names)
+    rows = plan_rows(engine.module, plan, [name for name, _ in layers])
     check_between_steps(engine)
     state = state_source(engine)
     for name, module in ours:

@@ -6,8 +6,6 @@ length for all rows, as a sliding layer has it, is right for each of them. Rows 
 taken apart by copies of their columns; recurrent states have no columns.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Iterator, Sequence
@@ -75,7 +73,7 @@ class Rows:
     lengths: list[int]
 
     @classmethod
-    def empty(cls, config: Any, count: int) -> Rows:
+    def empty(cls, config: Any, count: int) -> "Rows":
         """Return ``count`` rows without tokens."""
         return cls(DynamicCache(config=config), [0] * count)
 

@@ -4,8 +4,6 @@ Every rank has an engine over the same model and serves requests of its own; all
 together (:mod:`moe_locality.serving.lockstep`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import inspect
@@ -473,12 +471,12 @@ class Engine:
             return [output for state in states.values() for output in self._result(state)]
         finished = []
         for row, (state, count) in enumerate(zip(work.requests, work.chunks, strict=True)):
-            if self.scheduler.was_read(state, count):
-                finished += self._first_tokens(state, logits[row : row + 1])
-            ended = state.sequences and all(s.finish_reason for s in state.sequences)
+            was_read = self.scheduler.was_read(state, count)
+            ended = self._first_tokens(state, logits[row : row + 1]) if was_read else []
             if state.computed == state.due_at and not ended:
                 self.scheduler.park(state)
                 self.handover.offer(state)
+            finished += ended
         return finished
 
     def _first_tokens(self, state: RequestState, logits: Tensor) -> list[RequestOutput]:

@@ -5,8 +5,6 @@ has one. Requests that use the same experts therefore belong into the same steps
 known by how often the tokens of its prompt picked each expert (``RequestState.profile``).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence as ListLike
 
 import numpy as np

@@ -6,8 +6,6 @@ its rows of the caches where its prompt was read elsewhere) goes there point to 
 ranks run on.
 """
 
-from __future__ import annotations
-
 import logging
 import pickle
 import re
@@ -100,7 +98,7 @@ class HomeRule:
         ids[:, self._rows] = found
         return self._arriving.score(ids)
 
-    def assign(self, offers: Sequence[Offer], scores: np.ndarray) -> list[int]:
+    def assign(self, offers: Sequence["Offer"], scores: np.ndarray) -> list[int]:
         """The homes of the requests that are due, ``scores [n, G]``; all ranks call it with the
         same ones in the same order.
         """
@@ -223,7 +221,7 @@ class HandOver:
         """Begin the transfers that fit into ``room [G]`` tokens of their homes, first come first;
         return how many tokens of this rank's room they take.
         """
-        free, blocked, taken = room.astype(np.int64), set(), 0
+        free, blocked = room.astype(np.int64), set()
         later: list[Offer] = []
         for offer in self.waiting:
             needs = offer.reserve if offer.kv_bytes else 0
@@ -232,12 +230,10 @@ class HandOver:
                 later.append(offer)
                 continue
             free[offer.home] -= needs
-            if offer.home == self.rank:
-                taken += needs
             if self.rank in (offer.home, offer.source):
                 self._carry(offer)
         self.waiting = later
-        return taken
+        return int(room[self.rank] - free[self.rank])
 
     def waits_for(self, rank: int) -> bool:
         """Whether a transfer waits for room on a rank."""

@@ -1,12 +1,9 @@
 """A file of requests served by all ranks: results on disk as they come, and what ends a job early.
 
-Every rank takes its share of the lines and appends each result to a file of its own when it is
-there; a job that is started again goes on with what has no result yet. The first SIGTERM or SIGINT
-on any rank, or a file ``drain`` in the directory of the results, drains: what has begun is finished
-on all ranks, nothing else is started.
+Every rank appends the results of its share of the lines to a file of its own; a job that is started
+again goes on with what has none yet. One that is drained (:func:`draining`), on any rank, finishes
+what has begun on all ranks and starts nothing else.
 """
-
-from __future__ import annotations
 
 import contextlib
 import fcntl

@@ -1,12 +1,9 @@
-"""Keep ranks in step: every rank takes part in every exchange of every MoE layer, with tokens or
-without.
+"""Keep ranks in step: each takes part in every exchange of every MoE layer, also without tokens.
 
 A rank that has nothing to run enters the exchanges alone, with no rows: it needs no forward pass.
 Dense weights are gathered once, before the first step, so that in a step only the exchange and one
 small collective travel.
 """
-
-from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator

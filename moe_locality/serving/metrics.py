@@ -4,8 +4,6 @@
 our prefix. ``moe-locality report`` reads the file.
 """
 
-from __future__ import annotations
-
 import bisect
 import contextlib
 import json
@@ -120,8 +118,7 @@ class Metrics:
             for links in counts[what].values():
                 for link, number in zip(LINKS, links, strict=True):
                     values[f"exchange_{what}_total"][link] += number
-        for link, number in zip(LINKS, counts["handover_bytes"], strict=True):
-            values["handover_bytes_total"][link] = number
+        values["handover_bytes_total"].update(zip(LINKS, counts["handover_bytes"], strict=True))
         values["handover_requests_total"][""] = counts["moved"]
         values["control_bytes_total"][""] = counts["control_bytes"]
         for rank, load in enumerate(counts["ranks"]["load"]):
@@ -223,7 +220,7 @@ class Metrics:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
 
-    def close(self, engine: Engine | None = None) -> None:
+    def close(self, engine: "Engine | None" = None) -> None:
         """Write a last line, with latencies, decisions and how often each expert was picked
         (``{stage: [L, E]}``) in the ``engine``, and end what listens and tracks.
         """

@@ -1,7 +1,5 @@
 """Requests, how they are sampled, and their results: the words of vLLM's offline interface."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -3,8 +3,6 @@ of the seed, the continuation and its position, so a request gives the same toke
 in every batch.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ both in turns, so neither waits for the other; a long prompt is read in chunks. 
 the order of their arrival, and one that does not fit yet keeps later ones waiting: none starves.
 """
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -54,7 +52,7 @@ class Limits:
                 f"{self.max_num_batched_tokens}, expected a token for every sequence: raise it"
             )
 
-    def of_model(self, config: Any) -> Limits:
+    def of_model(self, config: Any) -> "Limits":
         """Return them with a ``max_model_len``; ConfigError: longer than the model allows."""
         most = getattr(config, "max_position_embeddings", None)
         longest = self.max_model_len or most or _UNKNOWN_LENGTH
@@ -80,7 +78,7 @@ class Limits:
 class Sequence:
     """One continuation of a request."""
 
-    request: RequestState
+    request: "RequestState"
     index: int
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, float]] = field(default_factory=list)

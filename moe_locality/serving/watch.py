@@ -7,8 +7,6 @@ homes are those that requests really have. All ranks follow its decision. Reques
 their caches stay where they are, and the model computes the same function.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from dataclasses import asdict, dataclass, replace
