@@ -178,11 +178,8 @@ class ExpertRows:
         rows could not follow the experts: a tensor is not split over them, or split further.
         """
         found: dict[str, DTensor] = {}
-        num_experts = len(self.order)
-        for key, tensor in (
-            *stored(self.experts).named_parameters(),
-            *self.experts.named_buffers(),
-        ):
+        module, num_experts = stored(self.experts), len(self.order)
+        for key, tensor in (*module.named_parameters(), *module.named_buffers()):
             is_split = isinstance(tensor, DTensor)
             if is_split and (tensor.device_mesh.mesh_dim_names or ("",))[-1] == "ep":
                 found[key] = tensor
