@@ -284,8 +284,7 @@ class Engine:
         work = self.scheduler.next_work()
         with self._timed("control"):
             words = self.lockstep.meet(self._word(work, more))
-        if words[:, DRAINS].any():
-            self._stopped = True
+        self._stopped |= bool(words[:, DRAINS].any())
         if not words[:, :RUNS].any():
             return None
         self._words = words
@@ -375,8 +374,7 @@ class Engine:
             for state, count in zip(work.requests, work.chunks, strict=True)
         ]
         now = time.monotonic()
-        waited = [now - state.began for state in work.requests if not state.computed]
-        self._latencies["queued"] += waited
+        self._latencies["queued"] += [now - s.began for s in work.requests if not s.computed]
         keeps = self._profiles or self._looks or any(state.due_at for state in work.requests)
         logits, picks = self._forward(rows, tokens, work.requests, "prefill", keeps=keeps)
         if picks is not None:
