@@ -88,7 +88,8 @@ def assemble(picks: Sequence[tuple[Rows, int]]) -> Rows:
     lengths = [rows.lengths[i] for rows, i in picks]
     width = max(lengths)
     runs: list[tuple[list[Any], list[int]]] = []
-    for _, group in groupby(picks, key=lambda pick: id(pick[0])):  # copied together
+    # neighbours of one source are copied together
+    for _, group in groupby(picks, key=lambda pick: id(pick[0])):
         sources, index = zip(*group, strict=True)
         runs.append((sources[0].cache.layers, list(index)))
     cache = copy.copy(picks[0][0].cache)
