@@ -4,6 +4,7 @@ sums over traces that are larger than memory), or one .npz file.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_locality.errors import TraceError
-from moe_locality.trace.merge import OPTIONAL, SETTINGS, merge, settings
+from moe_locality.trace.merge import OPTIONAL, SETTINGS, Findings, merge, settings
 from moe_locality.trace.npz import write_npz
 from moe_locality.trace.parquet import (
     TMP_PREFIX,
@@ -68,17 +69,18 @@ def read_trace_report(
     place = Path(path)
     if place.suffix == ".npz" and not place.is_dir():
         trace = RoutingTrace.from_npz(place)
-        return (trace if layers is None else trace.filter(layers=layers)), []
+        return trace.filter(layers=layers), []
     for _ in range(_READINGS):
-        files, problems = _existing_shards(place)
+        findings = Findings(strict)
+        files = _existing_shards(place, findings)
         try:
-            found = _read_shards(place, list(files), problems, strict, layers)
+            found = _read_shards(place, files, findings, layers)
         except TraceError:
             if not replaced_since(files):
                 raise
             continue
         if not replaced_since(files):
-            return found
+            return found, findings
     raise TraceError(
         f"found that the trace in {place} was replaced {_READINGS} times while it was being read, "
         "expected it to stay: read it when the program that writes it is done"
@@ -86,33 +88,30 @@ def read_trace_report(
 
 
 def _read_shards(
-    place: Path,
-    shards: list[Path],
-    problems: list[str],
-    strict: bool,
-    layers: Collection[int] | None,
-) -> tuple[RoutingTrace, list[str]]:
+    place: Path, shards: Collection[Path], findings: Findings, layers: Collection[int] | None
+) -> RoutingTrace:
     parts: dict[Path, RoutingTrace] = {}
     for shard in shards:
         try:
             parts[shard] = read_shard(shard, layers)[0]
         except TraceError as error:
-            if strict:
+            if findings.strict:
                 raise
-            problems.append(str(error))
+            findings.append(str(error))
     if not parts:
         raise TraceError(
-            f"found no readable shard among {len(shards)} in {place}: {problems[-1]}; restore the "
+            f"found no readable shard among {len(shards)} in {place}: {findings[-1]}; restore the "
             "files"
         )
-    parts = _fitting(parts, strict, problems)
+    parts = _fitting(parts, findings)
     if layers is not None:
         parts = {shard: part for shard, part in parts.items() if part.num_layers} or parts
     try:
-        trace, notes = merge(_even(parts, strict, problems), strict=strict)
+        trace, notes = merge(_even(parts, findings), strict=findings.strict)
     except TraceError as error:
         raise TraceError(f"{place}: {error}") from error
-    return (trace if layers is None else trace.filter(layers=layers)), problems + notes
+    findings += notes
+    return trace.filter(layers=layers)
 
 
 def write_trace(
@@ -146,8 +145,9 @@ def write_trace(
         raise TraceError(f"found shard_tokens {shard_tokens}, expected at least 1")
     directory = make_directory(place)
     if not overwrite and shard_files(directory):
-        if _holds(directory, trace):
-            return
+        with contextlib.suppress(TraceError):  # what cannot be read is another trace
+            if read_trace_report(directory, strict=True)[0].same_content(trace):
+                return
         raise _occupied(directory)
     starts = range(0, max(trace.num_rows, 1), shard_tokens)
     rows = (np.arange(start, min(start + shard_tokens, trace.num_rows)) for start in starts)
@@ -161,15 +161,8 @@ def _occupied(place: Path) -> TraceError:
     )
 
 
-def _holds(directory: Path, trace: RoutingTrace) -> bool:
-    try:
-        return read_trace_report(directory, strict=True)[0].same_content(trace)
-    except TraceError:
-        return False
-
-
-def _existing_shards(place: Path) -> tuple[dict[Path, tuple[int, ...]], list[str]]:
-    """Return the shards of a directory (or the one file named), and what is strange in them."""
+def _existing_shards(place: Path, findings: Findings) -> dict[Path, tuple[int, ...]]:
+    """Return the shards of a directory, or the one file named; note what is strange in them."""
     if not place.exists():
         raise TraceError(
             f"found nothing at {place}, expected a trace (a directory of part-*.parquet shards, or "
@@ -177,18 +170,14 @@ def _existing_shards(place: Path) -> tuple[dict[Path, tuple[int, ...]], list[str
         )
     if not place.is_dir():
         if place.suffix == ".parquet":
-            return {place: file_identity(place)}, []
+            return {place: file_identity(place)}
         raise TraceError(
             f"found a file {place}, expected a directory of shards or a name that ends in .npz: "
             "convert other formats with `moe-locality import`"
         )
     try:
         shards = shard_files(place)
-        strange = [
-            path
-            for path in sorted(place.glob("*.parquet"))
-            if not is_shard(path.name) and not path.name.startswith(TMP_PREFIX)
-        ]
+        names = [path.name for path in sorted(place.glob("*.parquet"))]
     except OSError as error:
         raise TraceError(
             f"found that {place} cannot be listed ({error.strerror}), expected a readable "
@@ -199,58 +188,54 @@ def _existing_shards(place: Path) -> tuple[dict[Path, tuple[int, ...]], list[str
             f"found no part-*.parquet shard in {place}, expected at least one: record a run into "
             "it, or check that the recorder was closed"
         )
-    problems = [
+    findings += [
         f"found no shard {name}, though a later one of this rank is there: its rows are missing"
-        for name in missing_sequences(list(shards))
+        for name in missing_sequences(shards)
     ]
-    problems += [
-        f"found {other.name}, expected names like part-00000-00000.parquet: it was not read"
-        for other in strange
+    findings += [
+        f"found {name}, expected names like part-00000-00000.parquet: it was not read"
+        for name in names
+        if not is_shard(name) and not name.startswith(TMP_PREFIX)
     ]
-    return shards, problems
+    return shards
 
 
-def _fitting(
-    parts: dict[Path, RoutingTrace], strict: bool, problems: list[str]
-) -> dict[Path, RoutingTrace]:
+def _fitting(parts: dict[Path, RoutingTrace], findings: Findings) -> dict[Path, RoutingTrace]:
     """Keep the shards of the model that most rows belong to."""
     rows: Counter[tuple[str, str, int, int]] = Counter()
     for part in parts.values():
         rows[settings(part)] += max(part.num_rows, 1)
     expected = rows.most_common(1)[0][0]
+    fitting = {}
     for shard, part in parts.items():
         if settings(part) == expected:
+            fitting[shard] = part
             continue
         differing = ", ".join(
             f"{word} {found!r} (expected {want!r})"
             for word, found, want in zip(SETTINGS, settings(part), expected, strict=True)
             if found != want
         )
-        text = (
+        findings.add(
             f"found that shard {shard} does not fit the others: {differing}: a directory holds one "
             "trace; move the shard away, or read with strict=False to leave it out"
         )
-        if strict:
-            raise TraceError(text)
-        problems.append(text)
-    return {shard: part for shard, part in parts.items() if settings(part) == expected}
+    return fitting
 
 
-def _even(parts: dict[Path, RoutingTrace], strict: bool, problems: list[str]) -> list[RoutingTrace]:
+def _even(parts: dict[Path, RoutingTrace], findings: Findings) -> list[RoutingTrace]:
     """Make sure optional fields are in all shards or in none."""
     traces = list(parts.values())
     for field in OPTIONAL:
         lacking = [shard for shard, part in parts.items() if getattr(part, field) is None]
-        if not lacking or len(lacking) == len(parts):
-            continue
-        text = f"found no {field} in shard {lacking[0]}, though other shards have it"
-        if strict:
-            raise TraceError(
-                f"{text}, expected it in all or in none: record with the same options, or read "
-                "with strict=False to drop it everywhere"
+        if 0 < len(lacking) < len(parts):
+            findings.add(
+                f"found no {field} in shard {lacking[0]}, though other shards have it",
+                ", expected it in all or in none: record with the same options, or read with "
+                "strict=False to drop it everywhere",
+                ": dropped it everywhere",
             )
-        problems.append(f"{text}: dropped it everywhere")
-        traces = [part.evolve(**{field: None}) for part in traces]
+            traces = [part.evolve(**{field: None}) for part in traces]
     return traces
 
 
@@ -275,14 +260,13 @@ def read_pieces(
     if place.suffix == ".npz" and not place.is_dir():
         yield RoutingTrace.from_npz(place)
         return
-    files = _existing_shards(place)[0]
-    shards = list(files)
-    if missing := missing_sequences(shards):
+    files = _existing_shards(place, Findings(strict=True))
+    if missing := missing_sequences(files):
         raise TraceError(
             f"found no shard {missing[0]} in {place}, though a later one of this rank is there: "
             "restore it, or read what is left with read_trace(strict=False)"
         )
-    work = _plan_pieces(shards, max_bytes)
+    work = _plan_pieces([*files], max_bytes)
     for done, (shard, layers) in enumerate(work):
         if progress is not None:
             progress(done, len(work), shard.name)

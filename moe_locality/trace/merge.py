@@ -7,7 +7,7 @@ stages) are joined. The content hash does not depend on the order of rows, layer
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -39,73 +39,80 @@ SCALARS = {
 ROW_FIELDS = (*LAYER_FIELDS, *SCALARS)
 """Fields with one entry per row: per token (kind "tokens") or per step (kind "load")."""
 
+NOT_KNOWN = {"stage": UNKNOWN, "domain_id": -1}
+"""Fields that every trace has, and their value where it is not known."""
+
 _CHUNK_ROWS = 65_536
+
+
+def present(trace: RoutingTrace, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Those of the named fields that a trace has."""
+    return {name: value for name in names if (value := getattr(trace, name)) is not None}
 
 
 def content_hash(trace: RoutingTrace) -> str:
     """SHA-256 (hex) of a trace; see RoutingTrace.content_hash for what it covers."""
-    order = np.argsort(trace.layer_ids, kind="stable")
-    if not (order == np.arange(len(order))).all():
-        trace = trace.select_layers([int(i) for i in trace.layer_ids[order]])
+    trace = trace.select_layers(sorted(trace.layer_ids.tolist()))
     domain_id, used = _canonical_domains(trace)
     rows = _canonical_order(trace, domain_id)
     digest = hashlib.sha256()
     header = (trace.kind, trace.model, trace.num_experts, trace.top_k, trace.num_rows)
     digest.update(repr((header, trace.layer_ids.tolist(), used)).encode())
-    for name in ROW_FIELDS:
-        value = domain_id if name == "domain_id" else getattr(trace, name)
-        if value is None:
-            continue
+    for name, value in (present(trace, ROW_FIELDS) | {"domain_id": domain_id}).items():
         digest.update(name.encode())
         for start in range(0, len(rows), _CHUNK_ROWS):
             wanted = rows[start : start + _CHUNK_ROWS]
             in_order = wanted[-1] - wanted[0] == len(wanted) - 1 and (np.diff(wanted) == 1).all()
             part = value[wanted[0] : wanted[-1] + 1] if in_order else value[wanted]
-            part = np.ascontiguousarray(part)
-            digest.update(part.astype(part.dtype.newbyteorder("<"), copy=False).data)
+            digest.update(np.ascontiguousarray(part, part.dtype.newbyteorder("<")).data)
     return digest.hexdigest()
 
 
 def _canonical_domains(trace: RoutingTrace) -> tuple[np.ndarray, list[tuple[str, str]]]:
     """Return domain ids [rows] against the sorted table of the domains in use, and that table."""
-    present = [i for i in np.unique(trace.domain_id) if i >= 0]  # type: ignore[arg-type]
-    used = sorted((trace.domain[i], trace.groups[i]) for i in present)
+    ids = [i for i in np.unique(trace.domain_id) if i >= 0]  # type: ignore[arg-type]
+    used = sorted((trace.domain[i], trace.groups[i]) for i in ids)
     lookup = np.full(len(trace.domain) + 1, -1, np.int32)
-    place = {name: i for i, (name, _) in enumerate(used)}
-    for i in present:
-        lookup[i] = place[trace.domain[i]]
+    for i in ids:
+        lookup[i] = used.index((trace.domain[i], trace.groups[i]))
     return lookup[trace.domain_id], used
 
 
 def _canonical_order(trace: RoutingTrace, domain_id: np.ndarray) -> np.ndarray:
     names = ("request_id", "step", "position", "stage", "rank")
-    keys = [value for name in names if (value := getattr(trace, name)) is not None]
-    keys.append(domain_id)
+    keys = [*present(trace, names).values(), domain_id]
     order = np.lexsort(keys[::-1])
-    if len(order) < 2:
-        return order
-    ties = np.ones(len(order) - 1, bool)
+    ties = np.ones(max(len(order) - 1, 0), bool)
     for key in keys:
         ties &= key[order[1:]] == key[order[:-1]]
-    if not ties.any():
-        return order
-    return np.lexsort([_fingerprint(trace), *keys[::-1]])
+    return np.lexsort([_fingerprint(trace), *keys[::-1]]) if ties.any() else order
 
 
 def _fingerprint(trace: RoutingTrace) -> np.ndarray:
     """uint64 [rows], a linear hash of each row's picks; almost surely differs where they do."""
     rng = np.random.default_rng(0x5EED)
     total = np.zeros(trace.num_rows, np.uint64)
-    for name in ("expert_ids", "expert_weights", "expert_load", "step_tokens"):
-        value = getattr(trace, name)
-        if value is None:
-            continue
+    for value in present(trace, (*LAYER_FIELDS, "step_tokens")).values():
         value = value.view(np.int16) if value.dtype == np.float16 else value
         flat = value.reshape(len(value), -1)
         numbers = rng.integers(1, 2**63, flat.shape[1], dtype=np.uint64)
         for column, factor in enumerate(numbers * np.uint64(2) + np.uint64(1)):
             total += flat[:, column].astype(np.uint64) * factor
     return total
+
+
+class Findings(list[str]):
+    """What is wrong with traces that are joined, and what was done; an error where ``strict``."""
+
+    def __init__(self, strict: bool) -> None:
+        super().__init__()
+        self.strict = strict
+
+    def add(self, found: str, expected: str = "", done: str = "") -> None:
+        """Note ``found`` with what was done; strict: raise TraceError, with what was expected."""
+        if self.strict:
+            raise TraceError(found + expected)
+        self.append(found + done)
 
 
 SETTINGS = ("model", "kind", "num_experts", "top_k")
@@ -125,11 +132,10 @@ def concat(traces: Sequence[RoutingTrace]) -> RoutingTrace:
         TraceError: settings, layers or the set of optional fields differ, or there is no trace at
         all.
     """
-    if not traces:
-        raise TraceError("found no trace to join, expected at least one")
     traces = _of_one_model(traces)
     first = traces[0]
-    if any(set(other.layer_ids.tolist()) != set(first.layer_ids.tolist()) for other in traces):
+    layers = first.layer_ids.tolist()
+    if any(set(other.layer_ids.tolist()) != set(layers) for other in traces):
         raise TraceError(
             "found traces with different layers, expected the same in each: join pipeline stages "
             "with merge()"
@@ -138,16 +144,9 @@ def concat(traces: Sequence[RoutingTrace]) -> RoutingTrace:
         _in_all(traces, name, "traces")
     if len(traces) == 1:
         return first
-    layers = first.layer_ids.tolist()
-    traces = [
-        trace if trace.layer_ids.tolist() == layers else trace.filter(layers=layers)
-        for trace in unify_domains(traces)
-    ]
-    rows = {
-        name: np.concatenate([getattr(trace, name) for trace in traces])
-        for name in ROW_FIELDS
-        if getattr(first, name) is not None
-    }
+    traces = [trace.select_layers(layers) for trace in unify_domains(traces)]
+    names = present(first, ROW_FIELDS)
+    rows = {name: np.concatenate([getattr(trace, name) for trace in traces]) for name in names}
     return traces[0].evolve(**rows)
 
 
@@ -170,11 +169,11 @@ def unify_domains(traces: Sequence[RoutingTrace]) -> list[RoutingTrace]:
     names, groups = tuple(group_of), tuple(group_of.values())
     table = {"domain": names, "domain_group": () if groups == names else groups}
     place = {name: i for i, name in enumerate(names)}
-    number = [np.array([*(place[name] for name in t.domain), -1], np.int32) for t in traces]
-    return [
-        trace.evolve(domain_id=new[trace.domain_id], **table)
-        for trace, new in zip(traces, number, strict=True)
-    ]
+    unified = []
+    for trace in traces:
+        number = np.array([*(place[name] for name in trace.domain), -1], np.int32)
+        unified.append(trace.evolve(domain_id=number[trace.domain_id], **table))
+    return unified
 
 
 def merge(traces: Sequence[RoutingTrace], *, strict: bool = True) -> tuple[RoutingTrace, list[str]]:
@@ -191,45 +190,37 @@ def merge(traces: Sequence[RoutingTrace], *, strict: bool = True) -> tuple[Routi
         TraceError: settings differ, layer sets overlap in part, or (strict) stages do not hold the
         same tokens.
     """
-    if not traces:
-        raise TraceError("found no trace to join, expected at least one")
-    traces = _of_one_model(traces)
     by_layers: dict[frozenset[int], list[RoutingTrace]] = {}
-    for trace in traces:
+    for trace in _of_one_model(traces):
         by_layers.setdefault(frozenset(trace.layer_ids.tolist()), []).append(trace)
-    groups = [concat(group) for group in by_layers.values()]
-    if len(groups) == 1:
-        return groups[0], []
-    groups, problems = _disjoint(groups, strict)
-    if len(groups) == 1:
-        return groups[0], problems
-    trace, more = _join(groups, strict)
-    return trace, problems + more
+    findings = Findings(strict)
+    groups = _disjoint([concat(group) for group in by_layers.values()], findings)
+    return groups[0] if len(groups) == 1 else _join(groups, findings), findings
 
 
-def _disjoint(groups: Sequence[RoutingTrace], strict: bool) -> tuple[list[RoutingTrace], list[str]]:
+def _disjoint(groups: Sequence[RoutingTrace], findings: Findings) -> list[RoutingTrace]:
     """Keep groups with layers of their own; of two that share layers, the larger one."""
     kept: list[RoutingTrace] = []
-    problems: list[str] = []
     taken: set[int] = set()
     for group in sorted(groups, key=lambda group: -group.num_rows):
-        shared = sorted(taken & set(group.layer_ids.tolist()))
-        if not shared:
+        layers = set(group.layer_ids.tolist())
+        if shared := sorted(taken & layers):
+            findings.add(
+                f"found layers {shared[:8]} in parts with different layer sets, expected equal or "
+                "disjoint sets: parts of different runs are mixed; separate them",
+                "",
+                f"; left out the smaller part of {group.num_rows} rows",
+            )
+        else:
             kept.append(group)
-            taken |= set(group.layer_ids.tolist())
-            continue
-        text = (
-            f"found layers {shared[:8]} in parts with different layer sets, expected equal or "
-            "disjoint sets: parts of different runs are mixed; separate them"
-        )
-        if strict:
-            raise TraceError(text)
-        problems.append(f"{text}; left out the smaller part of {group.num_rows} rows")
-    return kept, problems
+            taken |= layers
+    return kept
 
 
 def _of_one_model(traces: Sequence[RoutingTrace]) -> Sequence[RoutingTrace]:
     """Check that traces may be joined; return them with the ``model_type`` that one knows."""
+    if not traces:
+        raise TraceError("found no trace to join, expected at least one")
     known = next((trace.model_type for trace in traces if trace.model_type), "")
     for trace in traces[1:]:
         pairs = zip(settings(traces[0]), settings(trace), strict=True)
@@ -247,41 +238,29 @@ def _of_one_model(traces: Sequence[RoutingTrace]) -> Sequence[RoutingTrace]:
     return [t if t.model_type == known else t.evolve(model_type=known) for t in traces]
 
 
-def _join(groups: Sequence[RoutingTrace], strict: bool) -> tuple[RoutingTrace, list[str]]:
+def _join(groups: Sequence[RoutingTrace], findings: Findings) -> RoutingTrace:
     groups = sorted(unify_domains(groups), key=lambda g: min(g.layer_ids.tolist(), default=0))
-    problems: list[str] = []
-    row_of = _row_table(groups, strict, problems)
+    row_of = _row_table(groups, findings)
     missing = row_of < 0
     if missing.any():
         stage, key = np.argwhere(missing.T)[0][::-1]
         other = int(np.flatnonzero(row_of[:, key] >= 0)[0])
-        text = (
+        findings.add(
             f"found {int(missing.any(axis=0).sum())} of {row_of.shape[1]} tokens not recorded in "
             f"every pipeline stage (layers {groups[stage].layer_ids.tolist()[:4]}... lack "
-            f"{_describe(groups[other], int(row_of[other, key]))})"
+            f"{_describe(groups[other], int(row_of[other, key]))})",
+            ", expected the same tokens in each: label requests the same way on all stages, or "
+            "read with strict=False to fill the holes with -1",
+            ": filled with no pick",
         )
-        if strict:
-            raise TraceError(
-                f"{text}, expected the same tokens in each: label requests the same way on all "
-                "stages, or read with strict=False to fill the holes with -1"
-            )
-        problems.append(f"{text}: filled with no pick")
-    fields: dict[str, Any] = {
-        name: np.concatenate(
-            [_rows(getattr(g, name), row_of[i], name) for i, g in enumerate(groups)], axis=1
-        )
-        for name in LAYER_FIELDS
-        if _in_all(groups, name, "pipeline stages")
-    }
-    fields["layer_ids"] = np.concatenate([group.layer_ids for group in groups])
-    for name in ROW_FIELDS:
-        if name not in LAYER_FIELDS:
-            fields[name] = _first_known(groups, row_of, name, strict, problems)
-    order = np.argsort(fields["layer_ids"], kind="stable")
-    for name in ("layer_ids", *LAYER_FIELDS):
-        if (value := fields.get(name)) is not None:
-            fields[name] = np.take(value, order, axis=0 if name == "layer_ids" else 1)
-    return replace(groups[0], **fields), problems
+    fields: dict[str, Any] = {"layer_ids": np.concatenate([group.layer_ids for group in groups])}
+    for name in LAYER_FIELDS:
+        if _in_all(groups, name, "pipeline stages"):
+            blocks = [_rows(getattr(g, name), row_of[i], name) for i, g in enumerate(groups)]
+            fields[name] = np.concatenate(blocks, axis=1)
+    for name in SCALARS:
+        fields[name] = _first_known(groups, row_of, name, findings)
+    return replace(groups[0], **fields).select_layers(sorted(fields["layer_ids"].tolist()))
 
 
 def _in_all(groups: Sequence[RoutingTrace], name: str, what: str) -> bool:
@@ -294,7 +273,7 @@ def _in_all(groups: Sequence[RoutingTrace], name: str, what: str) -> bool:
     return all(having)
 
 
-def _row_table(groups: Sequence[RoutingTrace], strict: bool, problems: list[str]) -> np.ndarray:
+def _row_table(groups: Sequence[RoutingTrace], findings: Findings) -> np.ndarray:
     """int64 [groups, tokens], row of each token in each group, -1 = absent; order of the first."""
     names = [name for name in _KEYS[groups[0].kind] if _everywhere(groups, name)]
     keys = [np.concatenate([getattr(group, name) for group in groups]) for name in names]
@@ -310,17 +289,14 @@ def _row_table(groups: Sequence[RoutingTrace], strict: bool, problems: list[str]
     repeated[1:] = ~new[1:] & (source[1:] == source[:-1])
     if repeated.any():
         place = int(np.flatnonzero(repeated)[0])
-        text = (
+        findings.add(
             f"found {int(repeated.sum())} repeated tokens, for example "
-            f"{_describe(groups[source[place]], int(row[place]))} twice in one pipeline stage"
+            f"{_describe(groups[source[place]], int(row[place]))} twice in one pipeline stage",
+            ", expected (step, request_id, position) to name one token, for stages are joined by "
+            "it: give request ids with annotate(), or read with strict=False to keep the first of "
+            "each",
+            ": kept the first of each",
         )
-        if strict:
-            raise TraceError(
-                f"{text}, expected (step, request_id, position) to name one token, for stages are "
-                "joined by it: give request ids with annotate(), or read with strict=False to "
-                "keep the first of each"
-            )
-        problems.append(f"{text}: kept the first of each")
     table = np.full((len(groups), int(new.sum())), -1, np.int64)
     keep = ~repeated
     table[source[keep], number[keep]] = row[keep]
@@ -333,12 +309,8 @@ def _everywhere(groups: Sequence[RoutingTrace], name: str) -> bool:
 
 
 def _describe(trace: RoutingTrace, row: int) -> str:
-    parts = [
-        f"{name} {int(value[row])}"
-        for name in _KEYS[trace.kind]
-        if (value := getattr(trace, name)) is not None
-    ]
-    return "the token with " + ", ".join(parts)
+    keys = present(trace, _KEYS[trace.kind]).items()
+    return "the token with " + ", ".join(f"{name} {int(value[row])}" for name, value in keys)
 
 
 def _rows(block: np.ndarray, rows: np.ndarray, name: str) -> np.ndarray:
@@ -348,17 +320,13 @@ def _rows(block: np.ndarray, rows: np.ndarray, name: str) -> np.ndarray:
 
 
 def _first_known(
-    groups: Sequence[RoutingTrace], row_of: np.ndarray, name: str, strict: bool, problems: list[str]
+    groups: Sequence[RoutingTrace], row_of: np.ndarray, name: str, findings: Findings
 ) -> np.ndarray | None:
     """Take each token's value from the first stage that knows it; stages that disagree are an
-    error.
-
-    ``rank`` differs by nature: the first stage is where the token lived.
-    """
+    error, but for ``rank``, which differs by nature: the first stage is where the token lived."""
     if not _everywhere(groups, name):
         return None
-    labels = {"stage": UNKNOWN, "domain_id": -1}  # these may be unknown; the others are not below 0
-    unknown = labels.get(name, -1)
+    unknown = NOT_KNOWN.get(name, -1)  # the others are not below 0
     result = np.full(row_of.shape[1], unknown, getattr(groups[0], name).dtype)
     known = np.zeros(row_of.shape[1], bool)
     for group, rows in zip(groups, row_of, strict=True):
@@ -368,15 +336,12 @@ def _first_known(
         here = (rows >= 0) & (value != unknown)
         clash = here & known & (value != result)
         if name != "rank" and clash.any():
-            text = (
+            findings.add(
                 f"found {int(clash.sum())} tokens whose {name} differs between pipeline stages, "
-                f"for example {_describe(group, int(rows[np.flatnonzero(clash)[0]]))}"
+                f"for example {_describe(group, int(rows[np.flatnonzero(clash)[0]]))}",
+                ", expected the same label on all stages: annotate() them alike",
+                ": kept that of the first stage",
             )
-            if strict:
-                raise TraceError(
-                    f"{text}, expected the same label on all stages: annotate() them alike"
-                )
-            problems.append(f"{text}: kept that of the first stage")
         result = np.where(here & ~known, value, result)
         known |= here
     return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from moe_locality.trace.schema import RoutingTrace
 
 FORMAT_VERSION = 1
+
+_ARRAYS: dict[str, tuple[str, ...]] = {
+    "tokens": ("request_id", "position", "expert_ids", "expert_weights", "rank", "step"),
+    "load": ("expert_load", "tokens", "rank", "step_id"),
+}
+"""Arrays with an entry per row that only one kind of trace has, or not every trace."""
+_NEEDED = {"request_id", "position", "expert_ids", "expert_load"}
+_FIELDS = {"tokens": "step_tokens", "step_id": "step"}
+"""Field of a trace, where an array has another name."""
 
 _ZIP_END = b"PK\x05\x06"
 _MAX_ZIP_END_BYTES = 22 + 65_535  # the end record and the longest comment
@@ -36,7 +45,7 @@ def read_npz(path: str | PathLike[str], trace_class: type[RoutingTrace]) -> Rout
             raise ValueError("the file holds a single array, expected an .npz archive")
         with arrays:
             _check_directory(Path(path), arrays.zip)
-            return trace_class(**_fields(arrays.files, arrays.__getitem__))
+            return trace_class(**_fields(arrays))
     except Exception as error:  # hostile bytes: whatever the parser meets becomes one message
         if isinstance(error, FileNotFoundError):
             raise TraceError(
@@ -82,17 +91,12 @@ def write_npz(trace: RoutingTrace, path: str | PathLike[str]) -> None:
         "domain_id": trace.domain_id,
         "phase": trace.stage,
     }
-    if trace.kind == "tokens":
-        view = trace.tokens_only("write_npz")
-        arrays |= {"request_id": view.request_id, "position": view.position}
-        compact = trace.num_experts <= 255
+    for name in _ARRAYS[trace.kind]:
+        if (value := getattr(trace, _FIELDS.get(name, name))) is not None:
+            arrays[name] = value
+    if trace.kind == "tokens" and trace.num_experts <= 255:
         # 255 is no expert here: it stands for "no pick", as in the Parquet shards
-        arrays["expert_ids"] = view.expert_ids.astype(np.uint8) if compact else view.expert_ids
-    else:
-        arrays["expert_load"] = trace.expert_load
-    optional = {"tokens": trace.step_tokens, "expert_weights": trace.expert_weights}
-    optional |= {"rank": trace.rank, "step" if trace.kind == "tokens" else "step_id": trace.step}
-    arrays |= {name: array for name, array in optional.items() if array is not None}
+        arrays["expert_ids"] = arrays["expert_ids"].astype(np.uint8)
     try:
         replace_file(path, lambda file: np.savez_compressed(file, **arrays))
     except OSError as error:
@@ -102,55 +106,38 @@ def write_npz(trace: RoutingTrace, path: str | PathLike[str]) -> None:
         ) from error
 
 
-def _fields(files: list[str], get: Callable[[str], np.ndarray]) -> dict[str, Any]:
-    present = set(files)
-
+def _fields(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     def needed(name: str) -> np.ndarray:
-        if name not in present:
+        if name not in arrays:
             raise ValueError(f"array {name!r} is missing")
-        return get(name)
-
-    def optional(name: str) -> np.ndarray | None:
-        return get(name) if name in present else None
+        return arrays[name]
 
     version = int(_scalar(needed("format_version"), "iu"))
     if version != FORMAT_VERSION:
         raise ValueError(f"found format_version {version}, expected {FORMAT_VERSION}")
     kind = str(_scalar(needed("kind"), "U"))
-    num_experts = int(_scalar(needed("num_experts"), "iu"))
-    common: dict[str, Any] = {
+    if kind not in _ARRAYS:
+        raise ValueError(f"found kind {kind!r}, expected 'tokens' or 'load'")
+    num_experts, top_k = (int(_scalar(needed(name), "iu")) for name in ("num_experts", "top_k"))
+    fields: dict[str, Any] = {
         "model": str(_scalar(needed("model"), "U")),
-        "model_type": str(_scalar(get("model_type"), "U")) if "model_type" in present else "",
+        "model_type": str(_scalar(arrays.get("model_type", np.array("")), "U")),
         "num_experts": num_experts,
         "layer_ids": needed("layer_ids"),
-        "domain": _names(optional("domain")),
-        "domain_group": _names(optional("domain_group")),
-        "domain_id": optional("domain_id"),
+        "domain": _names(arrays.get("domain")),
+        "domain_group": _names(arrays.get("domain_group")),
+        "domain_id": arrays.get("domain_id"),
         "stage": needed("phase"),
-        "rank": optional("rank"),
     }
-    top_k = int(_scalar(needed("top_k"), "iu"))
+    for name in _ARRAYS[kind]:
+        if name in arrays or name in _NEEDED:
+            fields[_FIELDS.get(name, name)] = needed(name)
     if kind == "load":
-        return dict(
-            **common,
-            expert_load=needed("expert_load"),
-            step=optional("step_id"),
-            step_tokens=optional("tokens"),
-            load_top_k=top_k,
-        )
-    if kind != "tokens":
-        raise ValueError(f"found kind {kind!r}, expected 'tokens' or 'load'")
-    ids = _signed(needed("expert_ids"), num_experts)
+        return {**fields, "load_top_k": top_k}
+    ids = fields["expert_ids"] = _signed(fields["expert_ids"], num_experts)
     if ids.ndim == 3 and ids.shape[2] != top_k:
         raise ValueError(f"found {ids.shape[2]} picks per token, expected top_k = {top_k}")
-    return dict(
-        **common,
-        expert_ids=ids,
-        request_id=needed("request_id"),
-        position=needed("position"),
-        expert_weights=optional("expert_weights"),
-        step=optional("step"),
-    )
+    return fields
 
 
 def _scalar(array: np.ndarray, kinds: str) -> Any:

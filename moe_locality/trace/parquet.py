@@ -17,7 +17,7 @@ import shutil
 import uuid
 import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from moe_locality.errors import TraceError
 from moe_locality.files import replace_text
-from moe_locality.trace.merge import SCALARS
+from moe_locality.trace.merge import LAYER_FIELDS, SCALARS, present
 from moe_locality.trace.schema import RoutingTrace
 
 FORMAT_VERSION = 1
@@ -58,47 +58,25 @@ class ShardMeta:
     """Names of all columns: a damaged name must not hide an optional one."""
     model_type: str = ""
 
-    def to_json(self) -> bytes:
-        """UTF-8 JSON with sorted keys and the format version."""
-        content: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
-        return json.dumps({"format_version": FORMAT_VERSION, **content}, sort_keys=True).encode()
 
-    @classmethod
-    def from_json(cls, text: bytes) -> ShardMeta:
-        """Parse; raises ValueError, KeyError or TypeError for anything malformed."""
-        content = json.loads(text)
-        version = content["format_version"]
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"found format_version {version!r}, expected {FORMAT_VERSION}: read it with the "
-                "version of moe_locality that wrote it"
-            )
-        content.setdefault("model_type", "")
-        fields: dict[str, Any] = {name: content[name] for name in cls.__slots__}
-        fields |= {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-        return cls(**fields)
-
-
-def id_dtype(num_experts: int) -> np.dtype:
-    """Stored type of an expert id: the largest value means "no pick"."""
-    return np.dtype("u1") if num_experts <= 255 else np.dtype("<u2")
+def _stored(num_experts: int) -> dict[str, np.dtype]:
+    """Type in a file of each per-layer field; the largest expert id means "no pick"."""
+    return {
+        "expert_ids": np.dtype("u1" if num_experts <= 255 else "<u2"),
+        _WEIGHTS: np.dtype("<f2"),
+        "expert_load": np.dtype("<i8"),
+    }
 
 
 def to_table(trace: RoutingTrace, rank: int | None) -> pa.Table:
     """Arrow table of a trace, metadata included."""
-    arrays: dict[str, pa.Array] = {
-        name: pa.array(value) for name in SCALARS if (value := getattr(trace, name)) is not None
-    }
-    if trace.expert_ids is not None:
-        blocks = [("expert_ids", trace.expert_ids, id_dtype(trace.num_experts))]
-        if trace.expert_weights is not None:
-            blocks.append((_WEIGHTS, trace.expert_weights, np.dtype("<f2")))
-    else:
-        blocks = [("expert_load", np.asarray(trace.expert_load), np.dtype("<i8"))]
-    for prefix, block, dtype in blocks:
+    scalars = present(trace, SCALARS).items()
+    arrays: dict[str, pa.Array] = {name: pa.array(value) for name, value in scalars}
+    stored = _stored(trace.num_experts)
+    for prefix, block in present(trace, LAYER_FIELDS).items():
+        width = pa.binary(block.shape[2] * stored[prefix].itemsize)
         for column, layer in enumerate(trace.layer_ids):
-            content = np.ascontiguousarray(block[:, column].astype(dtype, copy=False))
-            width = pa.binary(block.shape[2] * dtype.itemsize)
+            content = np.ascontiguousarray(block[:, column].astype(stored[prefix], copy=False))
             arrays[f"{prefix}_{layer}"] = pa.FixedSizeBinaryArray.from_buffers(
                 width, len(content), [None, pa.py_buffer(content)]
             )
@@ -114,7 +92,8 @@ def to_table(trace: RoutingTrace, rank: int | None) -> pa.Table:
         columns=tuple(arrays),
         model_type=trace.model_type,
     )
-    text = meta.to_json()
+    content = {"format_version": FORMAT_VERSION, **asdict(meta)}
+    text = json.dumps(content, sort_keys=True).encode()
     schema = pa.schema(
         [pa.field(name, array.type, nullable=False) for name, array in arrays.items()],
         metadata={META_KEY: text, CRC_KEY: f"{zlib.crc32(text):08x}".encode()},
@@ -122,25 +101,25 @@ def to_table(trace: RoutingTrace, rank: int | None) -> pa.Table:
     return pa.Table.from_arrays(list(arrays.values()), schema=schema)
 
 
-def from_file(path: Path, layers: Collection[int] | None) -> tuple[RoutingTrace, ShardMeta]:
-    """Read a trace, or some of its layers, from a file; whatever is wrong raises some exception."""
+def _read(path: Path, layers: Collection[int] | None) -> tuple[RoutingTrace, ShardMeta]:
+    """As ``read_shard``; whatever is wrong raises some exception."""
     file = pq.ParquetFile(path, page_checksum_verification=True)
     meta = _metadata(file.schema_arrow)
     if sorted(file.schema_arrow.names) != sorted(meta.columns):
         odd = sorted(set(file.schema_arrow.names) ^ set(meta.columns))
         raise ValueError(f"the columns differ from those in the metadata: {odd[:3]}")
-    present = set(meta.columns)
-    scalars = [name for name in SCALARS if name in present]
-    absent = [name for name in _NEEDED[meta.kind] if name not in present]
-    if absent:
+    if absent := [name for name in _NEEDED[meta.kind] if name not in meta.columns]:
         raise ValueError(f"column {absent[0]!r} is missing")
+    scalars = [name for name in SCALARS if name in meta.columns]
     chosen = [i for i in meta.layer_ids if layers is None or i in layers]
     prefixes = [_LAYER_COLUMNS[meta.kind]]
-    if any(name.startswith(_WEIGHTS) for name in present):
+    if any(name.startswith(_WEIGHTS) for name in meta.columns):
         prefixes.append(_WEIGHTS)
     names = [f"{prefix}_{layer}" for prefix in prefixes for layer in chosen]
     table = file.read(columns=[*scalars, *names])
-    arrays = {name: _scalar(table, name) for name in scalars}
+    arrays: dict[str, np.ndarray] = {}
+    for name in scalars:
+        arrays[name] = _column(table, name, pa.from_numpy_dtype(SCALARS[name])).to_numpy()
     if meta.rank is not None and "rank" not in arrays:
         arrays["rank"] = np.full(table.num_rows, meta.rank, np.int32)
     for prefix in prefixes:
@@ -165,37 +144,38 @@ def _metadata(schema: pa.Schema) -> ShardMeta:
     text = keys[META_KEY]
     if keys.get(CRC_KEY, b"").decode() != f"{zlib.crc32(text):08x}":
         raise ValueError("the checksum of the metadata does not fit")
-    meta = ShardMeta.from_json(text)
-    if meta.kind not in _LAYER_COLUMNS:
-        raise ValueError(f"found kind {meta.kind!r}, expected 'tokens' or 'load'")
-    return meta
+    content = {"model_type": "", **json.loads(text)}
+    version, kind = content["format_version"], content["kind"]
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"found format_version {version!r}, expected {FORMAT_VERSION}: read it with the "
+            "version of moe_locality that wrote it"
+        )
+    if kind not in _LAYER_COLUMNS:
+        raise ValueError(f"found kind {kind!r}, expected 'tokens' or 'load'")
+    fields: dict[str, Any] = {name: content[name] for name in ShardMeta.__slots__}
+    fields |= {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+    return ShardMeta(**fields)
 
 
-def _scalar(table: pa.Table, name: str) -> np.ndarray:
-    column, expected = table.column(name), pa.from_numpy_dtype(SCALARS[name])
+def _column(table: pa.Table, name: str, expected: pa.DataType) -> pa.ChunkedArray:
+    column = table.column(name)
     if column.type != expected or column.null_count:
         raise ValueError(
             f"column {name!r} has type {column.type} and {column.null_count} nulls, expected "
             f"{expected} without"
         )
-    return column.to_numpy()
+    return column
 
 
 def _layers(table: pa.Table, prefix: str, layers: Sequence[int], meta: ShardMeta) -> np.ndarray:
     """Collect the binary columns of all layers into one array [rows, L, width]."""
-    stored, dtype, width = {
-        "expert_ids": (id_dtype(meta.num_experts), np.dtype(np.int16), meta.top_k),
-        "expert_weights": (np.dtype("<f2"), np.dtype(np.float16), meta.top_k),
-        "expert_load": (np.dtype("<i8"), np.dtype(np.int64), meta.num_experts),
-    }[prefix]
+    stored = _stored(meta.num_experts)[prefix]
+    width = meta.num_experts if prefix == "expert_load" else meta.top_k
+    dtype = np.int16 if prefix == "expert_ids" else stored.newbyteorder("=")
     result = np.empty((table.num_rows, len(layers), width), dtype)
     for place, layer in enumerate(layers):
-        column = table.column(f"{prefix}_{layer}")
-        if column.type != pa.binary(width * stored.itemsize) or column.null_count:
-            raise ValueError(
-                f"column '{prefix}_{layer}' has type {column.type} and {column.null_count} nulls, "
-                f"expected fixed_size_binary[{width * stored.itemsize}] without"
-            )
+        column = _column(table, f"{prefix}_{layer}", pa.binary(width * stored.itemsize))
         start = 0
         for chunk in column.chunks:
             stop = start + len(chunk)
@@ -214,6 +194,7 @@ MANIFEST = ".manifest.json"
 _NAME = re.compile(r"part-(\d{5,})-(\d{5,})\.parquet")
 
 
+@dataclass(kw_only=True, eq=False)
 class ShardWriter:
     """Appends shards of one rank to a trace directory, each of them atomically.
 
@@ -231,30 +212,19 @@ class ShardWriter:
         TraceError: the directory cannot be made or written.
     """
 
-    def __init__(
-        self,
-        directory: str | os.PathLike[str],
-        *,
-        rank: int | None = 0,
-        model: str,
-        num_experts: int,
-        top_k: int,
-        layer_ids: Sequence[int] | np.ndarray,
-        domain: Sequence[str] = (),
-        domain_group: Sequence[str] = (),
-        weights: bool = False,
-        model_type: str = "",
-    ) -> None:
-        self.directory = make_directory(directory)
-        self.rank = rank
-        self.model, self.model_type = model, model_type
-        self.num_experts = num_experts
-        self.top_k = top_k
-        self.layer_ids = np.asarray(layer_ids, np.int32)
-        self.domain = tuple(domain)
-        self.domain_group = tuple(domain_group)
-        self.weights = weights
-        self.sequence = next_sequence(self.directory, rank or 0)
+    directory: str | os.PathLike[str] = field(kw_only=False)
+    rank: int | None = 0
+    model: str
+    num_experts: int
+    top_k: int
+    layer_ids: Sequence[int] | np.ndarray
+    domain: Sequence[str] = ()
+    domain_group: Sequence[str] = ()
+    weights: bool = False
+    model_type: str = ""
+
+    def __post_init__(self) -> None:
+        self.sequence = next_sequence(make_directory(self.directory), self.rank or 0)
 
     def write(
         self,
@@ -276,7 +246,13 @@ class ShardWriter:
             TraceError: the columns break an invariant of RoutingTrace, or the disk refuses.
         """
         if domain is not None:
-            self._grow(tuple(domain), tuple(domain_group or ()))
+            known, begin = tuple(self.domain), tuple(domain[: len(self.domain)])
+            if begin != known:
+                raise TraceError(
+                    f"found a domain table that begins {begin}, expected it to begin with {known}: "
+                    "append new names, ids that are written must keep their meaning"
+                )
+            self.domain, self.domain_group = domain, domain_group or ()
         if (columns.get(_WEIGHTS) is not None) != self.weights:
             raise TraceError(
                 f"found {'no ' if self.weights else ''}expert_weights, expected the opposite: this "
@@ -287,9 +263,9 @@ class ShardWriter:
             model=self.model,
             model_type=self.model_type,
             num_experts=self.num_experts,
-            layer_ids=self.layer_ids,
-            domain=self.domain,
-            domain_group=self.domain_group,
+            layer_ids=np.asarray(self.layer_ids, np.int32),
+            domain=tuple(self.domain),
+            domain_group=tuple(self.domain_group),
             **columns,  # type: ignore[arg-type]
         )
         if trace.kind == "tokens" and trace.top_k != self.top_k:
@@ -297,17 +273,9 @@ class ShardWriter:
                 f"found {trace.top_k} picks per token, expected top_k = {self.top_k} of this "
                 "writer: pad missing picks with -1"
             )
-        path, self.sequence = write_shard(trace, self.directory, self.rank, self.sequence)
+        directory = Path(self.directory)
+        path, self.sequence = write_shard(trace, directory, self.rank, self.sequence)
         return path
-
-    def _grow(self, domain: tuple[str, ...], domain_group: tuple[str, ...]) -> None:
-        if domain[: len(self.domain)] != self.domain:
-            raise TraceError(
-                f"found a domain table that begins {domain[: len(self.domain)]}, expected it to "
-                f"begin with {self.domain}: append new names, ids that are written must keep their "
-                "meaning"
-            )
-        self.domain, self.domain_group = domain, domain_group
 
 
 def make_directory(directory: str | os.PathLike[str]) -> Path:
@@ -335,9 +303,9 @@ def make_directory(directory: str | os.PathLike[str]) -> Path:
 
 def _unwritable(directory: Path, error: OSError) -> TraceError:
     return TraceError(
-        f"found that the trace in {directory} cannot be written or replaced "
-        f"({error.strerror or error}), expected a writable directory with free space: free space, "
-        "change its permissions, or give another path"
+        f"found that the trace cannot be written to {directory} ({error.strerror or error}), "
+        "expected a writable directory with free space: free space, change its permissions, or "
+        "give another path"
     )
 
 
@@ -359,10 +327,8 @@ def _shard_files(directory: Path) -> dict[Path, tuple[int, ...]]:
             named.pop(name, None)
         for name in manifest["shards"]:
             named[name] = staging / name if (staging / name).exists() else directory / name
-    numbers = {name: tuple(map(int, _NAME.fullmatch(name).groups())) for name in named}  # type: ignore[union-attr]
-    return {
-        named[name]: file_identity(named[name]) for name in sorted(named, key=numbers.__getitem__)
-    }
+    ordered = sorted(named, key=lambda name: tuple(map(int, _NAME.fullmatch(name).groups())))  # type: ignore[union-attr]
+    return {named[name]: file_identity(named[name]) for name in ordered}
 
 
 def file_identity(path: Path) -> tuple[int, ...]:
@@ -384,7 +350,7 @@ def is_shard(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def missing_sequences(paths: Sequence[Path]) -> list[str]:
+def missing_sequences(paths: Iterable[Path]) -> list[str]:
     """Names of shards that must once have been there: sequence numbers of a rank have no holes."""
     numbers: dict[int, set[int]] = {}
     for path in paths:
@@ -414,6 +380,7 @@ def write_shard(
 ) -> tuple[Path, int]:
     """Write a trace as one shard; return its path and the sequence number that follows it."""
     temporary = directory / f"{TMP_PREFIX}{uuid.uuid4().hex}.parquet"
+    statistics: Any = [*present(trace, SCALARS)]  # a list is documented, the stubs want a bool
     try:
         with open(temporary, "xb") as file:
             pq.write_table(
@@ -421,9 +388,7 @@ def write_shard(
                 file,
                 compression="zstd",
                 use_dictionary=False,
-                write_statistics=[  # pyright: ignore[reportArgumentType]  a list is documented
-                    name for name in SCALARS if getattr(trace, name) is not None
-                ],
+                write_statistics=statistics,
                 write_page_checksum=True,
             )
             file.flush()
@@ -435,10 +400,7 @@ def write_shard(
                 break
         sync_directory(directory)
     except OSError as error:
-        raise TraceError(
-            f"found that a shard cannot be written to {directory} ({error.strerror or error}), "
-            "expected a writable directory with free space: free space, or give another path"
-        ) from error
+        raise _unwritable(directory, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -544,7 +506,7 @@ def read_shard(path: Path, layers: Collection[int] | None = None) -> tuple[Routi
         TraceError: it is damaged, truncated or no shard at all; the message names the file.
     """
     try:
-        return from_file(path, layers)
+        return _read(path, layers)
     except Exception as error:  # hostile bytes: whatever the parser meets becomes one message
         detail = str(error).splitlines()[0] if str(error) else type(error).__name__
         if isinstance(error, KeyError):

@@ -174,17 +174,11 @@ class RoutingTrace:
 
     def take(self, rows: np.ndarray) -> RoutingTrace:
         """Return the rows named by a boolean mask or by indices; tables and layers stay."""
-        return self.evolve(
-            **{
-                name: value[rows]
-                for name in ROW_FIELDS
-                if (value := getattr(self, name)) is not None
-            }
-        )
+        parts = {name: value[rows] for name, value in joining.present(self, ROW_FIELDS).items()}
+        return self.evolve(**parts)
 
     def evolve(self, **changes: Any) -> RoutingTrace:
-        """Return a copy with some fields exchanged, unchecked: for values that were part of checked
-        traces.
+        """Return a copy with some fields exchanged, unchecked: for values of checked traces.
 
         Where a value comes from elsewhere use ``dataclasses.replace``, which checks.
         """
@@ -204,14 +198,12 @@ class RoutingTrace:
         requests: Collection[int] | np.ndarray | None = None,
         domain_groups: Collection[str] | str | None = None,
     ) -> RoutingTrace:
-        """Return the rows (and layers) that meet every condition given; the domain table stays as
-        it is.
+        """Return the rows (and layers) that meet every condition given; the domain table stays.
 
         Args:
             domains, domain_groups: names out of ``domain`` / ``groups``.
             stages: stage codes or their names ("prefill", "decode", "train", "unknown").
-            layers: transformer layer indices out of ``layer_ids``; the result has them in this
-                order.
+            layers: transformer layer indices out of ``layer_ids``, in the order of the result.
             requests: request ids; ids that are not in the trace select nothing.
 
         Raises:
@@ -219,10 +211,8 @@ class RoutingTrace:
             without them.
         """
         keep = np.ones(self.num_rows, bool)
-        for names, table, word in (
-            (domains, self.domain, "domain"),
-            (domain_groups, self.groups, "domain group"),
-        ):
+        labels = ((domains, self.domain, "domain"), (domain_groups, self.groups, "domain group"))
+        for names, table, word in labels:
             if names is not None:
                 wanted = {names} if isinstance(names, str) else set(names)
                 known = np.array([name in wanted for name in table] + [False])
@@ -231,40 +221,35 @@ class RoutingTrace:
         if stages is not None:
             keep &= np.isin(self.stage, _stage_codes(stages))  # type: ignore[arg-type]
         if requests is not None:
-            wanted_ids = np.asarray(
-                requests if isinstance(requests, np.ndarray) else list(requests), np.int64
-            )
+            wanted_ids = np.asarray([*requests], np.int64)
             keep &= np.isin(self.tokens_only("filter(requests=)").request_id, wanted_ids)
         result = self if keep.all() else self.take(keep)
         return result if layers is None else result.select_layers(layers)
 
     def select_layers(self, layers: Collection[int]) -> RoutingTrace:
         """Return these layers (transformer layer indices), in this order."""
-        known = [int(i) for i in self.layer_ids]
+        known = self.layer_ids.tolist()
         wanted = [int(i) for i in layers]
+        if wanted == known:
+            return self
         all_known(wanted, known, "layer")
-        columns = np.array([known.index(i) for i in wanted], np.intp)
-        arrays = {
-            name: value[:, columns]
-            for name in LAYER_FIELDS
-            if (value := getattr(self, name)) is not None
-        }
         if len(set(wanted)) != len(wanted):
             raise TraceError(
                 f"found layers {wanted} asked for, expected each once: drop the repeats"
             )
+        columns = np.array([known.index(i) for i in wanted], np.intp)
+        parts = joining.present(self, LAYER_FIELDS).items()
+        arrays = {name: value[:, columns] for name, value in parts}
         return self.evolve(layer_ids=np.array(wanted, np.int32), **arrays)
 
     def split(self, fraction: float = 0.7, seed: int = 0) -> tuple[RoutingTrace, RoutingTrace]:
         """Split into (train, test) by request, or by step for kind "load"; no request is on both
         sides.
 
-        The same trace content, fraction and seed give the same split, whatever the order of the
-        rows.
+        The same content, fraction and seed give the same split, whatever the order of the rows.
 
         Args:
-            fraction: share of the requests that go to train, in (0, 1); both sides get at least
-                one.
+            fraction: share of the requests in train, in (0, 1); both sides get at least one.
 
         Raises:
             TraceError: the fraction is outside (0, 1), or there are fewer than two requests
@@ -297,11 +282,7 @@ class RoutingTrace:
 
     @classmethod
     def merge(cls, traces: Sequence[RoutingTrace], *, strict: bool = True) -> RoutingTrace:
-        """Concatenate traces with the same layers and join those with different layers (pipeline
-        stages).
-
-        See ``moe_locality.trace.merge.merge``.
-        """
+        """Join traces of one run, pipeline stages too: see ``moe_locality.trace.merge.merge``."""
         return joining.merge(traces, strict=strict)[0]
 
     @classmethod
@@ -366,27 +347,27 @@ def checked(trace: RoutingTrace) -> dict[str, Any]:
     """
     fields: dict[str, Any] = {"model": str(trace.model), "model_type": str(trace.model_type)}
     fields |= _tables(trace)
-    num_experts = fields["num_experts"] = _count("num_experts", trace.num_experts, MAX_EXPERTS)
-    layer_ids = fields["layer_ids"] = _layer_ids(trace.layer_ids)
+    num_experts = np.asarray(trace.num_experts)
+    integer = num_experts.shape == () and num_experts.dtype.kind in "iu"
+    if not integer or not 1 <= int(num_experts) <= MAX_EXPERTS:
+        raise TraceError(
+            f"found num_experts = {trace.num_experts!r}, expected a whole number in "
+            f"1..{MAX_EXPERTS}"
+        )
+    fields["num_experts"] = int(num_experts)
+    fields["layer_ids"] = _layer_ids(trace.layer_ids)
     if (trace.expert_ids is None) == (trace.expert_load is None):
         found = "neither" if trace.expert_ids is None else "both"
         raise TraceError(
             f"found {found} of expert_ids and expert_load, expected exactly one: a trace is of "
             "kind 'tokens' or of kind 'load'"
         )
-    if trace.expert_ids is not None:
-        fields |= _token_fields(trace, num_experts, len(layer_ids))
-        num_rows = len(fields["expert_ids"])
-    else:
-        fields |= _load_fields(trace, num_experts, len(layer_ids))
-        num_rows = len(fields["expert_load"])
+    picks = _token_fields if trace.expert_load is None else _load_fields
+    fields |= picks(trace, int(num_experts), len(fields["layer_ids"]))
+    num_rows = len(fields["expert_ids" if trace.expert_load is None else "expert_load"])
     for name in SCALARS:
         fields[name] = _row_scalar(name, getattr(trace, name), num_rows)
-    if fields["stage"] is None:
-        fields["stage"] = np.full(num_rows, UNKNOWN, np.uint8)
-    if fields["domain_id"] is None:
-        fields["domain_id"] = np.full(num_rows, -1, np.int32)
-    _check_row_values(fields)
+    _check_labels(fields)
     return fields
 
 
@@ -420,13 +401,6 @@ def _tables(trace: RoutingTrace) -> dict[str, tuple[str, ...]]:
     return {"domain": domain, "domain_group": group if group != domain else ()}
 
 
-def _count(name: str, value: Any, limit: int) -> int:
-    array = np.asarray(value)
-    if array.shape != () or array.dtype.kind not in "iu" or not 1 <= int(array) <= limit:
-        raise TraceError(f"found {name} = {value!r}, expected a whole number in 1..{limit}")
-    return int(array)
-
-
 def _layer_ids(value: Any) -> np.ndarray:
     array = _integers("layer_ids", value, 1)
     if len(array) and (array.min() < 0 or array.max() > 2**31 - 1):
@@ -454,33 +428,32 @@ def _integers(name: str, value: Any, ndim: int) -> np.ndarray:
 
 
 def _row_scalar(name: str, value: Any, num_rows: int) -> np.ndarray | None:
+    dtype = np.dtype(SCALARS[name])
     if value is None:
-        return None
+        known = joining.NOT_KNOWN.get(name)
+        return None if known is None else np.full(num_rows, known, dtype)
     array = _integers(name, value, 1)
     if len(array) != num_rows:
         raise TraceError(
             f"found {len(array)} entries in {name} for {num_rows} rows of the trace, expected one "
             "per row"
         )
-    dtype = np.dtype(SCALARS[name])
     limits = np.iinfo(dtype)
     if array.size and (int(array.min()) < limits.min or int(array.max()) > limits.max):
         raise TraceError(
             f"found {name} values {int(array.min())}..{int(array.max())}, expected "
             f"{limits.min}..{limits.max} ({dtype})"
         )
+    if name not in joining.NOT_KNOWN and array.size and array.min() < 0:
+        row = int(array.argmin())
+        raise TraceError(
+            f"found {name} {array[row]} in row {row}, expected non-negative numbers: number them "
+            "from 0"
+        )
     return array.astype(dtype, copy=False)
 
 
-def _check_row_values(fields: dict[str, Any]) -> None:
-    for name in ("request_id", "position", "rank", "step", "step_tokens"):
-        array = fields[name]
-        if array is not None and array.size and array.min() < 0:
-            row = int(array.argmin())
-            raise TraceError(
-                f"found {name} {array[row]} in row {row}, expected non-negative numbers: number "
-                "them from 0"
-            )
+def _check_labels(fields: dict[str, Any]) -> None:
     domain_id, num_domains = fields["domain_id"], len(fields["domain"])
     if domain_id.size and (domain_id.min() < -1 or domain_id.max() >= num_domains):
         worst = domain_id.min() if domain_id.min() < -1 else domain_id.max()
@@ -531,12 +504,11 @@ def _token_fields(trace: RoutingTrace, num_experts: int, num_layers: int) -> dic
 
 def check_ids(ids: np.ndarray, num_experts: int) -> None:
     """Range and repeats, in chunks of rows so that the extra memory stays small."""
-    per_row = max(ids.shape[1] * ids.shape[2], 1)
-    rows = max(_CHUNK_ELEMENTS // per_row, 1)
+    if not ids.size:
+        return
+    rows = max(_CHUNK_ELEMENTS // (ids.shape[1] * ids.shape[2]), 1)
     for start in range(0, len(ids), rows):
         part = ids[start : start + rows]
-        if not part.size:
-            continue
         if part.min() < -1 or part.max() >= num_experts:
             token, layer, pick = np.argwhere((part < -1) | (part >= num_experts))[0]
             raise TraceError(
@@ -568,10 +540,9 @@ def _load_fields(trace: RoutingTrace, num_experts: int, num_layers: int) -> dict
             f"found expert_load of shape {load.shape}, expected [S, L, E] with L = {num_layers}, E "
             f"= {num_experts}"
         )
-    if load.size and load.min() < 0:
-        raise TraceError(f"found an expert load of {load.min()}, expected counts of at least 0")
-    if load.size and int(load.max()) > 2**62:
-        raise TraceError(f"found an expert load of {load.max()}, expected counts below 2**62")
+    if load.size and not 0 <= load.min() <= load.max() <= 2**62:
+        worst = load.min() if load.min() < 0 else load.max()
+        raise TraceError(f"found an expert load of {worst}, expected counts in 0..2**62")
     if trace.load_top_k and not 1 <= int(trace.load_top_k) <= num_experts:
         raise TraceError(
             f"found {trace.load_top_k} picks per token among {num_experts} experts, expected "
