@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import zipfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -124,45 +124,40 @@ def import_to(
     """
     given, place = _options(**options), Path(out)
     parts = _parts(path, format, given)
+    summary: dict[str, Any] = {}
     single = place.suffix == ".npz" and not place.is_dir()
     if single or (place.is_dir() and shard_files(place) and not overwrite):
-        trace = concat(list(parts))
+        (trace,) = _counted([concat(list(parts))], summary)
         write_trace(trace, place, overwrite=overwrite)
-        return {**_Summary().add(trace).to_dict(), "left_out": given.left_out}
-    summary = _Summary()
-    replace_shards(make_directory(place), (summary.add(part).last for part in parts))
-    return {**summary.to_dict(), "left_out": given.left_out}
+    else:
+        replace_shards(make_directory(place), _counted(parts, summary))
+    return {**summary, "left_out": given.left_out}
 
 
-class _Summary:
-    """What the parts of an import are together."""
-
-    def __init__(self) -> None:
-        self.parts = self.tokens = 0
-        self.requests = np.zeros(0, np.int64)
-        self.domains: set[str] = set()
-
-    def add(self, part: RoutingTrace) -> _Summary:
-        self.parts += 1
-        self.tokens += part.num_tokens
-        self.requests = np.union1d(self.requests, part.request_ids)
-        self.domains |= set(part.domain)
-        self.last = part
-        return self
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "model": self.last.model,
-            "kind": self.last.kind,
-            "tokens": self.tokens,
-            "requests": len(self.requests),
-            "layers": self.last.num_layers,
-            "num_experts": self.last.num_experts,
-            "top_k": self.last.top_k,
-            "domains": sorted(self.domains),
-            "parts": self.parts,
-            "content_hash": self.last.content_hash() if self.parts == 1 else None,
-        }
+def _counted(parts: Iterable[RoutingTrace], summary: dict[str, Any]) -> Iterator[RoutingTrace]:
+    """Yield the parts of an import; ``summary`` says after the last what they are together."""
+    last: RoutingTrace | None = None
+    number = tokens = 0
+    requests, domains = np.zeros(0, np.int64), set()
+    for last in parts:
+        number += 1
+        tokens += last.num_tokens
+        requests = np.union1d(requests, last.request_ids)
+        domains |= set(last.domain)
+        yield last
+    assert last is not None
+    summary |= {
+        "model": last.model,
+        "kind": last.kind,
+        "tokens": tokens,
+        "requests": len(requests),
+        "layers": last.num_layers,
+        "num_experts": last.num_experts,
+        "top_k": last.top_k,
+        "domains": sorted(domains),
+        "parts": number,
+        "content_hash": last.content_hash() if number == 1 else None,
+    }
 
 
 def find_format(path: Paths) -> str:
@@ -197,7 +192,7 @@ def _content_format(path: Path) -> tuple[str | None, str]:
         return None, f"bytes that cannot be read as text ({error})"
     if text[:1] in ("{", "["):
         return _json_format(path, text)
-    cells = _cells(text)
+    cells = tables.cells(text)
     if cells == llamacpp.HEADER or (len(cells) == 2 and all(c.isdecimal() for c in cells)):
         return "llamacpp", ""
     return ("csv", "") if len(cells) > 1 else (None, f"a first line {text[:60]!r}")
@@ -252,16 +247,14 @@ def _responses_format(response: dict) -> str | None:
     return None
 
 
-def _cells(line: str) -> list[str]:
-    return [cell.strip().strip('"') for cell in line.strip().lstrip("\ufeff").split(",")]
-
-
 _REQUESTS = {
     "vllm": routed.vllm_responses,
     "sglang": routed.sglang_responses,
     "slime": routed.slime_samples,
 }
 """Formats of requests with their picks: files of these are read as one."""
+_RUNS = {"megatron": megatron.parts, "sglang-dump": sglang.parts}
+"""Formats with a file per rank of a run, and without names of requests."""
 
 
 def _listed(path: Paths) -> Listed:
@@ -313,52 +306,30 @@ def _parts(path: Paths, format: str | None, options: ImportOptions) -> Iterator[
             f"found files of the formats {', '.join(sorted(set(formats)))}, expected one: import "
             "them apart, or name the format"
         )
-    nameless = formats[0] in ("megatron", "sglang-dump")
-    if nameless and options.table is not None:
-        raise TraceError(
-            f"table: found one for {formats[0]}, which names no requests: leave it out"
-        )
-    if (len(files) == 1 and not folder and options.table is None) or nameless:
-        return _taken(_of_format([file for file, _, _ in files], formats[0], options), options)
-    return _taken(_joined(files, formats[0], options, folder), options)
-
-
-def _of_format(paths: list[Path], found: str, options: ImportOptions) -> Iterator[RoutingTrace]:
-    path = paths[0]
-    if found == "npz":
-        return iter([_read_npz(path, options)])
-    if found == "json":
-        return tables.json_parts(path, options)
-    if found == "csv":
-        columns = _cells(_first_line(path).decode("utf-8-sig", "replace"))
-        return tables.csv_parts(path, columns, options)
-    if found == "megatron":
-        return megatron.parts(paths, options)
-    if found == "llamacpp":
-        return llamacpp.parts(path, options)
-    return sglang.parts(paths, options)
-
-
-def _taken(parts: Iterator[RoutingTrace], options: ImportOptions) -> Iterator[RoutingTrace]:
-    """The layers that are asked for."""
-    for part in parts:
-        yield part if options.layers is None else part.filter(layers=options.layers)
+    found, places = formats[0], [file for file, _, _ in files]
+    if found in _RUNS:
+        if options.table is not None:
+            raise TraceError(f"table: found one for {found}, which names no requests: leave it out")
+        parts = _RUNS[found](places, options)
+    elif len(files) == 1 and not folder and options.table is None:
+        parts = _FILES[found](places[0], options)
+    else:
+        parts = _joined(files, found, options, folder)
+    return (part.filter(layers=options.layers) for part in parts)
 
 
 def _joined(
     files: Listed, found: str, options: ImportOptions, folder: Path | None
 ) -> Iterator[RoutingTrace]:
     """Yield several files of one format as one trace: requests are numbered on, or by the table."""
-    traces: list[tuple[RoutingTrace, str, str | None]] = []
-    read = []
+    traces: list[tuple[RoutingTrace, Path, str, str | None]] = []
     alone = replace(options, report=None)
     errors = []
     for place, (file, name, domain) in enumerate(files):
         if options.report is not None:
             options.report(place, len(files))
         try:
-            traces.append((concat(list(_of_format([file], found, alone))), name, domain))
-            read.append(file)
+            traces.append((concat(list(_FILES[found](file, alone))), file, name, domain))
         except TraceError as error:
             errors.append(error)
     if not traces:
@@ -366,44 +337,37 @@ def _joined(
         raise TraceError(f"{where}{errors[0]}") from errors[0]
     for error in errors:
         options.leave_out(error)
-    experts = max(trace.num_experts for trace, _, _ in traces)
-    if len({trace.num_experts for trace, _, _ in traces}) > 1:
-        _check_experts(read, found, options)
+    experts = max(trace.num_experts for trace, *_ in traces)
+    if any(trace.num_experts < experts for trace, *_ in traces):
+        _check_experts({file: trace.num_experts for trace, file, *_ in traces}, found, options)
     first = 0
-    for trace, name, domain in traces:
-        known = (options.table or {}).get(name, (None, None))
-        part = trace.evolve(num_experts=experts) if trace.num_experts < experts else trace
+    for trace, _, name, domain in traces:
+        request, label = (options.table or {}).get(name, (None, None))
+        part = trace.evolve(num_experts=experts)
         if part.kind == "tokens":
-            rows = part.tokens_only("import").request_id
-            ids, requests = np.unique(rows, return_inverse=True)
-            if known[0] is not None:
-                if len(ids) > 1:
-                    raise TraceError(
-                        f"found {len(ids)} requests in {name}, expected one, for the table gives "
-                        f"it request id {known[0]}: leave that out"
-                    )
-                part = part.evolve(request_id=np.full(part.num_rows, known[0], np.int64))
-            else:
-                part = part.evolve(request_id=first + requests.astype(np.int64))
-                first += len(ids)
-        label = known[1] or domain
-        if label is not None and not part.domain:
+            ids, place = np.unique(part.tokens_only("import").request_id, return_inverse=True)
+            if request is None:
+                request, first = first, first + len(ids)
+            elif len(ids) > 1:
+                raise TraceError(
+                    f"found {len(ids)} requests in {name}, expected one, for the table gives it "
+                    f"request id {request}: leave that out"
+                )
+            part = part.evolve(request_id=request + place.astype(np.int64))
+        if (label := label or domain) is not None and not part.domain:
             part = part.evolve(domain=(label,), domain_id=np.zeros(part.num_rows, np.int32))
         yield part
 
 
-def _check_experts(files: list[Path], found: str, options: ImportOptions) -> None:
+def _check_experts(experts: dict[Path, int], found: str, options: ImportOptions) -> None:
     """Raise TraceError where files say different numbers of experts; others were guessed."""
-    said = {}
-    for file in files:
-        if found == "npz":
-            said[str(file)] = RoutingTrace.from_npz(file).num_experts
-        elif found == "json" and options.num_experts is None:
-            number = tables.header_of(file)[0].get("num_experts")
-            if number:
-                said[str(file)] = number
-    if len(set(said.values())) > 1:
-        words = ", ".join(f"{number} in {name}" for name, number in said.items())
+    said: dict[Path, int | None] = {}
+    if found == "npz":
+        said |= experts
+    elif found == "json" and options.num_experts is None:
+        said |= {file: tables.header_of(file)[0].get("num_experts") for file in experts}
+    if len({number for number in said.values() if number}) > 1:
+        words = ", ".join(f"{number} in {file}" for file, number in said.items() if number)
         raise TraceError(
             f"found different numbers of experts ({words}), expected one, for a trace has one: "
             "import files of other models, or of layers of another size, into a directory of their "
@@ -451,11 +415,20 @@ def _first_line(path: Path) -> bytes:
         raise TraceError(f"found that {path} cannot be read: {error.strerror}") from error
 
 
-def _read_npz(path: Path, options: ImportOptions) -> RoutingTrace:
+def _read_npz(path: Path, options: ImportOptions) -> list[RoutingTrace]:
     trace = RoutingTrace.from_npz(path)
     if options.num_experts not in (None, trace.num_experts):
         raise TraceError(
             f"{path}: found {trace.num_experts} experts, expected {options.num_experts} as asked: "
             "leave num_experts= out"
         )
-    return trace if options.model is None else trace.evolve(model=options.model)
+    return [trace if options.model is None else trace.evolve(model=options.model)]
+
+
+_FILES: dict[str, Callable[[Path, ImportOptions], Iterable[RoutingTrace]]] = {
+    "npz": _read_npz,
+    "json": tables.json_parts,
+    "csv": tables.csv_parts,
+    "llamacpp": llamacpp.parts,
+}
+"""Formats whose files are read one by one."""

@@ -288,7 +288,7 @@ def _plan_pieces(shards: list[Path], max_bytes: int) -> list[tuple[Path, tuple[i
     layer_sets: set[frozenset[int]] = set()
     for shard in shards:
         head, meta = read_shard(shard, ())
-        found = settings(head)[:3], meta.top_k
+        found = settings(head)[:3], head.top_k
         first = first or found
         if found != first:
             raise TraceError(
@@ -296,17 +296,15 @@ def _plan_pieces(shards: list[Path], max_bytes: int) -> list[tuple[Path, tuple[i
                 f"expected {first[0]} (model, kind, experts) and the same top_k: a "
                 "directory holds one trace; move the shard away"
             )
-        own = frozenset(meta.layer_ids)
+        ids, own = meta.layer_ids, frozenset(meta.layer_ids)
         if any(own != other and own & other for other in layer_sets):
             raise TraceError(
                 f"found that shard {shard} has layers {sorted(own)}, expected those of another "
                 "shard or none of them: move the shard away"
             )
         layer_sets.add(own)
-        width = 2 * meta.top_k if meta.kind == "tokens" else 8 * meta.num_experts
-        if any(name.startswith("expert_weights") for name in meta.columns):
-            width *= 2
+        width = 2 * head.top_k if head.kind == "tokens" else 8 * head.num_experts
+        width *= 1 if head.expert_weights is None else 2
         step = max(max_bytes // max(2 * width * head.num_rows, 1), 1)
-        ids = meta.layer_ids
         work += [(shard, ids[start : start + step]) for start in range(0, len(ids), step)]
     return work

@@ -27,7 +27,13 @@ from pathlib import Path
 import numpy as np
 
 from moe_locality.errors import TraceError
-from moe_locality.trace.reading import PART_PICKS, ImportOptions, guess_num_experts, text_lines
+from moe_locality.trace.reading import (
+    PART_PICKS,
+    ImportOptions,
+    guess_num_experts,
+    named,
+    text_lines,
+)
 from moe_locality.trace.schema import DECODE, PREFILL, RoutingTrace
 
 HEADER = ["layer", "expert"]
@@ -74,8 +80,8 @@ def parts(path: Path, options: ImportOptions) -> Iterator[RoutingTrace]:
     step = max(PART_PICKS // max(len(layer_ids) * top_k, 1), 1)
     for first in range(0, len(ids), step):
         part = slice(first, first + step)
-        try:
-            yield RoutingTrace(
+        with named(path, f" (read with top_k = {top_k})"):
+            trace = RoutingTrace(
                 model=options.model or "",
                 num_experts=num_experts,
                 layer_ids=layer_ids,
@@ -84,8 +90,7 @@ def parts(path: Path, options: ImportOptions) -> Iterator[RoutingTrace]:
                 position=position[part],
                 stage=stage[part],
             )
-        except TraceError as error:
-            raise TraceError(f"{path}: {error} (read with top_k = {top_k})") from error
+        yield trace
 
 
 def _read(path: Path, options: ImportOptions) -> tuple[np.ndarray, list[int]]:

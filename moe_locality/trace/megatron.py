@@ -22,6 +22,7 @@ and what is made of it:
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import TraceError
-from moe_locality.trace.reading import PART_PICKS, ImportOptions, guess_num_experts, json_lines
+from moe_locality.trace.reading import ImportOptions, guess_num_experts, in_parts, json_lines, named
 from moe_locality.trace.schema import RoutingTrace
 
 _log = logging.getLogger(__name__)
@@ -49,17 +50,24 @@ def parts(paths: Sequence[Path], options: ImportOptions) -> Iterator[RoutingTrac
     """
     layers, top_k, highest = _measure(paths, options)
     num_experts = options.num_experts or guess_num_experts(paths[0], highest, top_k)
-    block: list[Pass] = []
-    picks, requests = 0, 0
-    for path in paths:
-        for one in _passes(path, options, 1):
-            block.append(one)
-            picks += sum(table.size for table in one[2].values())
-            if picks > PART_PICKS:
-                yield _to_trace(paths[0], block, layers, num_experts, options, requests)
-                block, picks, requests = [], 0, requests + len(block)
-    if block:
-        yield _to_trace(paths[0], block, layers, num_experts, options, requests)
+    passes = (one for path in paths for one in _passes(path, options, 1))
+    first = 0
+    for block in in_parts(passes, lambda one: sum(table.size for table in one[2].values())):
+        lengths = [len(picks[layers[0]]) for _, _, picks in block]
+        tables = [np.stack([picks[layer] for layer in layers], axis=1) for _, _, picks in block]
+        with named(paths[0]):
+            trace = RoutingTrace(
+                model=options.model or "",
+                num_experts=num_experts,
+                layer_ids=np.array(layers),
+                expert_ids=np.concatenate(tables),
+                request_id=first + np.repeat(np.arange(len(block)), lengths),
+                position=np.concatenate([np.arange(length) for length in lengths]),
+                rank=np.repeat([rank for rank, _, _ in block], lengths),
+                step=np.repeat([step for _, step, _ in block], lengths),
+            )
+        yield trace
+        first += len(block)
 
 
 def _measure(paths: Sequence[Path], options: ImportOptions) -> tuple[list[int], int, int]:
@@ -89,48 +97,43 @@ def _measure(paths: Sequence[Path], options: ImportOptions) -> tuple[list[int], 
     return layers, top_k, highest
 
 
-def _to_trace(
-    path: Path,
-    passes: list[Pass],
-    layers: list[int],
-    num_experts: int,
-    options: ImportOptions,
-    first_request: int,
-) -> RoutingTrace:
-    lengths = [len(picks[layers[0]]) for _, _, picks in passes]
-    tables = [np.stack([picks[layer] for layer in layers], axis=1) for _, _, picks in passes]
-    try:
-        return RoutingTrace(
-            model=options.model or "",
-            num_experts=num_experts,
-            layer_ids=np.array(layers),
-            expert_ids=np.concatenate(tables),
-            request_id=first_request + np.repeat(np.arange(len(passes)), lengths),
-            position=np.concatenate([np.arange(length) for length in lengths]),
-            rank=np.repeat([rank for rank, _, _ in passes], lengths),
-            step=np.repeat([step for _, step, _ in passes], lengths),
-        )
-    except TraceError as error:
-        raise TraceError(f"{path}: {error}") from error
-
-
 def _passes(path: Path, options: ImportOptions, number: int) -> Iterator[Pass]:
-    """Yield the forward passes of a file, a step at a time."""
-    left_out, layers = 0, set()
-    step: tuple[int, int] | None = None
-    tables: dict[int, list[np.ndarray]] = {}
-    for line, record in json_lines(path, options, (number, 2)):
-        picks = _picks(f"{path}, line {line}", record)
-        if record["block"] == "mtp":
-            left_out += 1
-            continue
-        begun = record["rank"], record["step"]
-        if step is not None and step != begun:
-            yield from _split(path, (*step, tables), layers, is_last=False, loud=number == 0)
-            tables = {}
-        step = begun
-        tables.setdefault(record["layer"], []).append(picks)
-        layers.add(record["layer"])
+    """Yield the forward passes of a file, a step at a time; its micro-batches follow each other."""
+    left_out = 0
+
+    def records() -> Iterator[tuple[tuple[int, int], int, np.ndarray]]:
+        nonlocal left_out
+        for line, record in json_lines(path, options, (number, 2)):
+            picks = _picks(f"{path}, line {line}", record)
+            if record["block"] == "mtp":
+                left_out += 1
+            else:
+                yield (record["rank"], record["step"]), record["layer"], picks
+
+    layers: set[int] = set()  # all that the file has shown so far
+    lacking, complete = "", 0
+    for (rank, step), group in itertools.groupby(records(), key=lambda record: record[0]):
+        if lacking:  # only the last step of a file may be cut off
+            raise TraceError(
+                f"{lacking}, expected each layer equally often: the file is damaged; record again"
+            )
+        tables: dict[int, list[np.ndarray]] = {}
+        for _, layer, picks in group:
+            tables.setdefault(layer, []).append(picks)
+        layers |= tables.keys()
+        counts = {len(tables.get(layer, ())) for layer in layers}
+        complete = min(counts)
+        if len(counts) > 1:
+            lacking = f"{path}: found that step {step} lacks records of some layers"
+        for i in range(complete):
+            of_layer = {layer: tables[layer][i] for layer in layers}
+            shapes = sorted({block.shape for block in of_layer.values()})
+            if len(shapes) > 1:
+                raise TraceError(
+                    f"{path}: found layers of step {step} with different token counts {shapes}, "
+                    "expected the same tokens in each"
+                )
+            yield rank, step, of_layer
     if left_out and number == 0:
         _log.warning(
             "%s: left out %d records of multi-token-prediction layers (their numbers clash with "
@@ -138,38 +141,8 @@ def _passes(path: Path, options: ImportOptions, number: int) -> Iterator[Pass]:
             path,
             left_out,
         )
-    if step is not None:
-        yield from _split(path, (*step, tables), layers, is_last=True, loud=number == 0)
-
-
-def _split(
-    path: Path,
-    found: tuple[int, int, dict[int, list[np.ndarray]]],
-    layers: set[int],
-    *,
-    is_last: bool,
-    loud: bool,
-) -> Iterator[Pass]:
-    """Yield the micro-batches of one step; ``layers``: all that the file has shown so far."""
-    rank, step, tables = found
-    counts = {len(tables.get(layer, ())) for layer in layers}
-    if len(counts) > 1:
-        text = f"{path}: found that step {step} lacks records of some layers"
-        if not is_last:
-            raise TraceError(
-                f"{text}, expected each layer equally often: the file is damaged; record again"
-            )
-        if loud:
-            _log.warning("%s; it is the last one: kept its %d complete passes", text, min(counts))
-    for i in range(min(counts)):
-        picks = {layer: tables[layer][i] for layer in layers}
-        shapes = sorted({block.shape for block in picks.values()})
-        if len(shapes) > 1:
-            raise TraceError(
-                f"{path}: found layers of step {step} with different token counts {shapes}, "
-                "expected the same tokens in each"
-            )
-        yield rank, step, picks
+    if lacking and number == 0:
+        _log.warning("%s; it is the last one: kept its %d complete passes", lacking, complete)
 
 
 def _picks(where: str, record: dict[str, Any]) -> np.ndarray:

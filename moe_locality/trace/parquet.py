@@ -500,11 +500,8 @@ def sync_directory(directory: Path) -> None:
 
 
 def read_shard(path: Path, layers: Collection[int] | None = None) -> tuple[RoutingTrace, ShardMeta]:
-    """Read one shard, or only some of its layers.
-
-    Raises:
-        TraceError: it is damaged, truncated or no shard at all; the message names the file.
-    """
+    """Read one shard, or only some of its layers. A TraceError names the file where it is damaged,
+    truncated or no shard at all."""
     try:
         return _read(path, layers)
     except Exception as error:  # hostile bytes: whatever the parser meets becomes one message

@@ -15,16 +15,17 @@ those that were on a GPU.
 from __future__ import annotations
 
 import collections
+import contextlib
 import io
 import json
 import logging
 import math
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 
@@ -37,6 +38,7 @@ PART_PICKS = 1 << 21
 from."""
 
 Report = Callable[[int, int], None]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +65,29 @@ class ImportOptions:
         """Warn that a request or file is left out, and keep it for the caller."""
         self.left_out.append(str(sentence))
         _log.warning("left out: %s", sentence)
+
+
+@contextlib.contextmanager
+def named(where: object, hint: str = "") -> Iterator[None]:
+    """Put the place in front of a TraceError, and a hint behind it."""
+    try:
+        yield
+    except TraceError as error:
+        raise TraceError(f"{where}: {error}{hint}") from error
+
+
+def in_parts(items: Iterable[_T], picks: Callable[[_T], int]) -> Iterator[list[_T]]:
+    """Yield successive items together, about as many as have the picks of a part."""
+    block: list[_T] = []
+    size = 0
+    for item in items:
+        block.append(item)
+        size += picks(item)
+        if size > PART_PICKS:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
 
 
 def text_lines(path: Path, options: ImportOptions, share: tuple[int, int] = (0, 1)):
@@ -192,7 +217,7 @@ def one_size(where: str, sizes: Mapping[int, int]) -> int:
     return max(sizes.values(), default=0)
 
 
-def id_block(where: str, value: Any) -> np.ndarray:
+def id_block(value: Any) -> np.ndarray:
     """Return picks [tokens, layers, K] as int64 from nested lists or an array.
 
     Raises:
@@ -201,14 +226,14 @@ def id_block(where: str, value: Any) -> np.ndarray:
     try:
         array = np.asarray(value)
     except (ValueError, OverflowError, MemoryError) as error:
-        raise TraceError(f"{where}: found no even table of numbers ({error})") from error
+        raise TraceError(f"found no even table of numbers ({error})") from error
     if array.ndim != 3 or array.dtype.kind not in "iu" or 0 in array.shape[1:]:
         raise TraceError(
-            f"{where}: found {array.dtype} of shape {array.shape}, expected whole numbers of shape "
+            f"found {array.dtype} of shape {array.shape}, expected whole numbers of shape "
             "[tokens, layers, picks]"
         )
     if array.size and (array.max() >= 2**31 or array.min() < -1):
-        raise TraceError(f"{where}: found ids outside -1..2**31, expected expert numbers")
+        raise TraceError("found ids outside -1..2**31, expected expert numbers")
     return array.astype(np.int64)
 
 

@@ -32,25 +32,27 @@ keep a row) are left out. The ids are logical. Model and number of experts are a
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from moe_locality.errors import TraceError
 from moe_locality.trace.reading import (
-    PART_PICKS,
     ImportOptions,
     empty_layers,
     guess_num_experts,
     id_block,
+    in_parts,
     is_count,
     json_line,
+    named,
     read_torch_file,
     text_lines,
     whole_json,
@@ -58,7 +60,6 @@ from moe_locality.trace.reading import (
 from moe_locality.trace.schema import DECODE, MAX_EXPERTS, PREFILL, UNKNOWN, RoutingTrace, check_ids
 
 _log = logging.getLogger(__name__)
-_T = TypeVar("_T")
 _DTYPES = ("uint8", "int8", "uint16", "int16", "int32", "int64")
 
 
@@ -68,8 +69,8 @@ class Sequence:
     (None: unknown), ``start``: position of the first, ``names``: what a table may call it,
     ``derived``: the number of layers follows from that of the picks."""
 
-    where: str
     ids: np.ndarray
+    where: str = ""
     prompt: int | None = None
     start: int = 0
     names: tuple[str, ...] = ()
@@ -77,6 +78,7 @@ class Sequence:
     derived: bool = False
 
 
+Json = dict[str, Any]
 Item = Sequence | TraceError
 """A request, or what is wrong with one."""
 
@@ -106,9 +108,7 @@ def array_file(path: Path, options: ImportOptions, number: int = 0) -> Iterator[
         for name in names:
             where = f"{path}, array {name}" if name else str(path)
             array = content[name] if name else content
-            yield _attempt(_named_array, where, array, (name,) if name else ())
-    except TraceError:
-        raise
+            yield _item(where, _named_array, array, (name,) if name else ())
     except Exception as error:  # a hostile header raises whatever its parser meets
         detail = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TraceError(
@@ -117,13 +117,15 @@ def array_file(path: Path, options: ImportOptions, number: int = 0) -> Iterator[
         ) from error
 
 
-def _named_array(where: str, array: Any, names: tuple[str, ...]) -> Sequence:
-    return Sequence(where=where, ids=id_block(where, array), names=names)
+def _named_array(array: Any, names: tuple[str, ...]) -> Sequence:
+    return Sequence(ids=id_block(array), names=names)
 
 
-def _attempt(decode: Callable[..., _T], *args: Any) -> _T | TraceError:
+def _item(where: str, decode: Callable[..., Sequence], *args: Any) -> Item:
+    """What is decoded, or what is wrong with it, at its place."""
     try:
-        return decode(*args)
+        with named(where):
+            return replace(decode(*args), where=where)
     except TraceError as error:
         return error
 
@@ -133,7 +135,11 @@ def responses(path: Path, options: ImportOptions, number: int) -> Iterator[tuple
     if _has_lines(path):
         for line, text in text_lines(path, options, (number, 2)):
             if text.strip():
-                yield f"{path}, line {line}", _attempt(json_line, path, line, text)
+                try:
+                    response: Any = json_line(path, line, text)
+                except TraceError as error:
+                    response = error
+                yield f"{path}, line {line}", response
         return
     content = whole_json(path)
     if isinstance(content, list) and all(isinstance(entry, dict) for entry in content):
@@ -146,60 +152,58 @@ def responses(path: Path, options: ImportOptions, number: int) -> Iterator[tuple
 def _has_lines(path: Path) -> bool:
     """Whether the first line is a JSON object by itself, or the name says so."""
     line, text = next(text_lines(path, ImportOptions()), (1, ""))
-    first = _attempt(json_line, path, line, text or "null")
-    return not isinstance(first, TraceError) or path.suffix.lower() == ".jsonl"
+    with contextlib.suppress(TraceError):
+        return bool(json_line(path, line, text))
+    return path.suffix.lower() == ".jsonl"
 
 
 def vllm_responses(path: Path, options: ImportOptions, number: int) -> Iterator[Item]:
     """Yield the completions of responses of vLLM, see the head of this file."""
     for where, response in responses(path, options, number):
-        if isinstance(response, TraceError):
-            yield response
-        elif isinstance(response, list):
+        if isinstance(response, list):
             yield from _nested(where, response)
         else:
-            yield from _attempt_each(_vllm_choice, where, response)
+            yield from _completions(_vllm_choice, where, response, options)
 
 
-def _attempt_each(decode: Callable[..., Sequence], where: str, response: Any, *args: Any):
-    """Yield what ``decode(place, response, choice, ...)`` makes of each choice of a response."""
-    try:
-        choices = _choices(where, response)
-    except TraceError as error:
-        yield error
+def _completions(
+    decode: Callable[..., Sequence], where: str, response: Any, options: ImportOptions
+) -> Iterator[Item]:
+    """Yield what ``decode`` makes of each choice of a response, which is its only one if it has no
+    list of them."""
+    if isinstance(response, TraceError):
+        yield response
         return
-    for place, choice in enumerate(choices):
-        yield _attempt(decode, f"{where}, choice {place}", response, choice, *args)
-
-
-def _choices(where: str, response: Any) -> list[dict[str, Any]]:
-    if not isinstance(response, dict):
-        raise TraceError(f"{where}: found a {type(response).__name__}, expected a response")
-    choices = response.get("choices", [response])
+    is_object = isinstance(response, dict)
+    choices = response.get("choices", [response]) if is_object else None
     if not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
-        raise TraceError(f"{where}: found no list of objects in choices, expected a response")
-    return choices
+        found = f"a {type(response).__name__}"
+        found = "no list of objects in choices" if is_object else found
+        yield TraceError(f"{where}: found {found}, expected a response")
+        return
+    for number, choice in enumerate(choices):
+        place = f"{where}, choice {number}" if "choices" in response else where
+        yield _item(place, decode, response, choice, options)
 
 
-def _vllm_choice(where: str, response: dict[str, Any], choice: dict[str, Any]) -> Sequence:
+def _vllm_choice(response: Json, choice: Json, _: ImportOptions) -> Sequence:
     found, prompt = choice.get("routed_experts"), response.get("prompt_routed_experts")
     names = (response["id"],) if isinstance(response.get("id"), str) else ()
     if found is None:
         raise TraceError(
-            f"{where}: found no routed_experts, expected them: start vLLM with "
-            "--enable-return-routed-experts"
+            "found no routed_experts, expected them: start vLLM with --enable-return-routed-experts"
         )
-    answer = _decoded(where, found)
+    answer = _decoded(found)
     if prompt is None:
-        return replace(_with_usage(where, answer, response), names=names)
-    head = _decoded(where, prompt)
+        return replace(_with_usage(answer, response), names=names)
+    head = _decoded(prompt)
     if head.shape[1:] != answer.shape[1:] and len(answer):
         raise TraceError(
-            f"{where}: found {head.shape[1:]} layers and picks in the prompt and "
+            f"found {head.shape[1:]} layers and picks in the prompt and "
             f"{answer.shape[1:]} in the answer, expected the same"
         )
     both = np.concatenate([head, answer]) if len(answer) else head
-    return Sequence(where=where, ids=both, prompt=len(head), names=names)
+    return Sequence(ids=both, prompt=len(head), names=names)
 
 
 def _nested(where: str, content: list[Any]) -> Iterator[Item]:
@@ -208,52 +212,52 @@ def _nested(where: str, content: list[Any]) -> Iterator[Item]:
     while isinstance(probe, list) and probe and depth < 5:
         depth, probe = depth + 1, probe[0]
     for place, entry in enumerate(content if depth == 4 else [content]):
-        yield _attempt(_named_array, f"{where}, request {place}", entry, (str(place),))
+        yield _item(f"{where}, request {place}", _named_array, entry, (str(place),))
 
 
-def _decoded(where: str, value: Any) -> np.ndarray:
+def _decoded(value: Any) -> np.ndarray:
     """Picks [tokens, layers, K] from any of the encodings."""
     if isinstance(value, dict):
         shape, dtype = value.get("shape"), value.get("dtype")
         if not isinstance(shape, list) or not all(is_count(n) for n in shape):
-            raise TraceError(f"{where}: found shape {shape!r}, expected three numbers")
+            raise TraceError(f"found shape {shape!r}, expected three numbers")
         if dtype not in _DTYPES:
-            raise TraceError(f"{where}: found dtype {dtype!r}, expected one of {_DTYPES}")
-        raw = np.frombuffer(_base64(where, value.get("data"), np.dtype(dtype).itemsize), dtype)
+            raise TraceError(f"found dtype {dtype!r}, expected one of {_DTYPES}")
+        raw = np.frombuffer(_base64(value.get("data"), np.dtype(dtype).itemsize), dtype)
         if len(shape) != 3 or int(np.prod(shape, dtype=object)) != raw.size:
-            raise TraceError(f"{where}: found {raw.size} numbers for the shape {shape}")
-        return id_block(where, raw.reshape(shape))
+            raise TraceError(f"found {raw.size} numbers for the shape {shape}")
+        return id_block(raw.reshape(shape))
     if isinstance(value, str):
-        raw = _base64(where, value, 1)
+        raw = _base64(value, 1)
         try:
             value = np.load(io.BytesIO(raw), allow_pickle=False)
         except Exception as error:  # hostile bytes raise whatever the parser meets
             raise TraceError(
-                f"{where}: found no .npy file in the base64 text ({error}), expected vLLM's "
+                f"found no .npy file in the base64 text ({error}), expected vLLM's "
                 "routed_experts; SGLang's are imported with format 'sglang'"
             ) from error
-    return id_block(where, value)
+    return id_block(value)
 
 
-def _base64(where: str, text: Any, itemsize: int) -> bytes:
+def _base64(text: Any, itemsize: int) -> bytes:
     try:
         raw = base64.b64decode(text, validate=True)
     except (ValueError, TypeError) as error:
-        raise TraceError(f"{where}: found no base64 text ({error}), expected picks") from error
+        raise TraceError(f"found no base64 text ({error}), expected picks") from error
     if len(raw) % itemsize:
-        raise TraceError(f"{where}: found {len(raw)} bytes, expected a multiple of {itemsize}")
+        raise TraceError(f"found {len(raw)} bytes, expected a multiple of {itemsize}")
     return raw
 
 
-def _with_usage(where: str, ids: np.ndarray, response: dict[str, Any]) -> Sequence:
+def _with_usage(ids: np.ndarray, response: Json) -> Sequence:
     """Prompt and answer in one array; ``usage`` tells them apart, and what was omitted in front."""
     usage = response.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     prompt, answer = usage.get("prompt_tokens"), usage.get("completion_tokens")
     if not is_count(prompt) or not is_count(answer) or len(response.get("choices", [0])) > 1:
-        return Sequence(where=where, ids=ids)
+        return Sequence(ids=ids)
     start = max(prompt + answer - 1 - len(ids), 0)
-    return Sequence(where=where, ids=ids, prompt=max(prompt - start, 0), start=start)
+    return Sequence(ids=ids, prompt=max(prompt - start, 0), start=start)
 
 
 def sglang_responses(path: Path, options: ImportOptions, number: int) -> Iterator[Item]:
@@ -264,84 +268,65 @@ def sglang_responses(path: Path, options: ImportOptions, number: int) -> Iterato
             "pass top_k="
         )
     for where, response in responses(path, options, number):
-        if isinstance(response, TraceError):
-            yield response
-        elif isinstance(response, dict) and "choices" in response:
-            yield from _attempt_each(_sglang_choice, where, response, options)
-        else:
-            yield _attempt(_sglang_generated, where, response, options)
+        yield from _completions(_sglang_choice, where, response, options)
 
 
-def _sglang_generated(where: str, response: Any, options: ImportOptions) -> Sequence:
-    meta = response.get("meta_info") if isinstance(response, dict) else None
-    if not isinstance(meta, dict) or "routed_experts" not in meta:
-        raise TraceError(
-            f"{where}: found no meta_info.routed_experts, expected a response to a request with "
-            "return_routed_experts"
-        )
-    return _sglang_picks(where, meta, meta, options)
-
-
-def _sglang_choice(
-    where: str, response: dict[str, Any], choice: dict[str, Any], options: ImportOptions
-) -> Sequence:
-    """A choice of an OpenAI-compatible response; what stands at the response is of its first."""
-    first = response["choices"][0] is choice
+def _sglang_choice(response: Json, choice: Json, options: ImportOptions) -> Sequence:
+    """A choice of an OpenAI-compatible response, or one of ``/generate``; what stands at a response
+    with several is of the first."""
+    choices = response.get("choices", [response])
     spots = [choice.get("sgl_ext"), choice.get("sglext"), choice.get("meta_info"), choice]
-    spots += [response.get("sglext"), response.get("sgl_ext")] if first else []
+    if choices[0] is choice:
+        spots += [response.get("sglext"), response.get("sgl_ext")]
     for spot in spots:
         if isinstance(spot, dict) and spot.get("routed_experts") is not None:
             usage = choice.get("meta_info") or {}
-            if len(response["choices"]) == 1 and not usage:
+            if len(choices) == 1 and not usage:
                 usage = response.get("usage")
-            return _sglang_picks(where, {"id": response.get("id"), **spot}, usage, options)
+            return _sglang_picks({"id": response.get("id"), **spot}, usage, options)
     raise TraceError(
-        f"{where}: found no routed_experts in sgl_ext, sglext or meta_info, expected a response to "
-        "a request with return_routed_experts (SGLang returns those of the first choice only)"
+        "found no meta_info, sgl_ext or sglext with routed_experts, expected a response "
+        "to a request with return_routed_experts (SGLang returns those of the first choice only)"
     )
 
 
-def _sglang_picks(where: str, spot: dict[str, Any], usage: Any, options: ImportOptions) -> Sequence:
+def _sglang_picks(spot: Json, usage: Any, options: ImportOptions) -> Sequence:
     """``spot`` has the picks, ``usage`` the numbers of tokens; None where choices share one."""
-    flat = np.frombuffer(_base64(where, spot["routed_experts"], 4), "<i4")
+    flat = np.frombuffer(_base64(spot["routed_experts"], 4), "<i4")
     usage = usage if isinstance(usage, dict) else {}
     prompt, answer = usage.get("prompt_tokens"), usage.get("completion_tokens")
     said = spot.get("routed_experts_start_len", usage.get("routed_experts_start_len"))
     if said is not None and not is_count(said):
-        raise TraceError(f"{where}: found routed_experts_start_len {said!r}, expected a position")
-    top_k, layers, tokens = options.top_k or 1, options.num_layers, None
+        raise TraceError(f"found routed_experts_start_len {said!r}, expected a position")
+    top_k, layers, tokens, start = options.top_k or 1, options.num_layers, None, said or 0
     if usage or layers is None:
         if not is_count(prompt) or not is_count(answer) or not 1 < prompt + answer < 2**31:
             raise TraceError(
-                f"{where}: found prompt_tokens {prompt!r} and completion_tokens {answer!r}, "
+                f"found prompt_tokens {prompt!r} and completion_tokens {answer!r}, "
                 "expected whole numbers that are 2 together at least (several choices share one "
                 "usage: give num_layers=)"
             )
         tokens = prompt + answer - 1
-    if layers is None:
-        assert tokens is not None
-        rows, text = tokens - (said or 0), f"{tokens} tokens"
-        text += f" from {said} on" if said else ""
-        if rows < 1 or flat.size == 0 or flat.size % (rows * top_k):
-            raise TraceError(
-                f"{where}: found {flat.size} picks for {text} and top_k = {top_k}, expected "
-                "tokens x layers x picks: give the right one, or num_layers= where the request "
-                "had a routed_experts_start_len"
-            )
-        layers = flat.size // (rows * top_k)
+        if layers is None:
+            rows, later = tokens - start, f" from {start} on" if start else ""
+            if rows < 1 or flat.size == 0 or flat.size % (rows * top_k):
+                raise TraceError(
+                    f"found {flat.size} picks for {tokens} tokens{later} and top_k = "
+                    f"{top_k}, expected tokens x layers x picks: give the right one, or "
+                    "num_layers= where the request had a routed_experts_start_len"
+                )
+            layers = flat.size // (rows * top_k)
     rows, rest = divmod(flat.size, layers * top_k)
-    start = said or 0
-    if tokens is not None:
-        start = tokens - rows if said is None else said
+    if tokens is not None and said is None:
+        start = tokens - rows
     if rest or start < 0 or (tokens is not None and start + rows != tokens):
         raise TraceError(
-            f"{where}: found {flat.size} picks, which are {rows} tokens of {layers} layers and "
+            f"found {flat.size} picks, which are {rows} tokens of {layers} layers and "
             f"top_k = {top_k} and {rest} more, expected {tokens} tokens less those before "
             f"routed_experts_start_len ({said}): give the right top_k= and num_layers="
         )
     return Sequence(
-        where=where,
-        ids=id_block(where, flat.reshape(rows, layers, top_k)),
+        ids=id_block(flat.reshape(rows, layers, top_k)),
         prompt=max(prompt - start, 0) if tokens is not None and prompt is not None else None,
         start=start,
         names=(spot["id"],) if isinstance(spot.get("id"), str) else (),
@@ -359,24 +344,24 @@ def slime_samples(path: Path, options: ImportOptions, number: int) -> Iterator[I
             "writes"
         )
     for place, sample in enumerate(samples):
-        yield _attempt(_slime_sample, f"{path}, sample {place}", sample)
+        yield _item(f"{path}, sample {place}", _slime_sample, sample)
 
 
-def _slime_sample(where: str, sample: Any) -> Sequence:
+def _slime_sample(sample: Any) -> Sequence:
     if not isinstance(sample, dict) or sample.get("rollout_routed_experts") is None:
         raise TraceError(
-            f"{where}: found no rollout_routed_experts, expected them: run slime with "
+            "found no rollout_routed_experts, expected them: run slime with "
             "--use-rollout-routing-replay"
         )
-    ids = id_block(where, sample["rollout_routed_experts"])
+    ids = id_block(sample["rollout_routed_experts"])
     tokens, answer = sample.get("tokens"), sample.get("response_length")
     if not isinstance(tokens, list) or not is_count(answer) or not len(ids) < len(tokens) + 1:
         raise TraceError(
-            f"{where}: found picks of {len(ids)} tokens and response_length {answer!r}, expected "
+            f"found picks of {len(ids)} tokens and response_length {answer!r}, expected "
             "at most as many as there are tokens"
         )
     names = (str(sample["index"]),) if is_count(sample.get("index")) else ()
-    return Sequence(where=where, ids=ids, prompt=max(len(tokens) - answer, 0), names=names)
+    return Sequence(ids=ids, prompt=max(len(tokens) - answer, 0), names=names)
 
 
 # -- what becomes of it --
@@ -406,23 +391,23 @@ def parts(sources: list[Source], options: ImportOptions) -> Iterator[RoutingTrac
     where = sources[0].path if len(sources) == 1 else sources[0].path.parent
     layer_ids = _routed_layers(where, facts, options)
     highest = max(one.highest for one in facts.values())
-    shape = next(iter(facts.values())).shape
-    num_experts = options.num_experts or guess_num_experts(where, highest, shape[1])
+    top_k = next(iter(facts.values())).shape[1]
     requests, domains = _labels(facts, sources, options)
-    table = tuple(sorted({name for name in domains.values() if name is not None}))
-    block: list[tuple[Sequence, int, int]] = []
-    size = 0
-    for number, item in enumerate(_items(sources, options, 1)):
-        if number not in facts or isinstance(item, TraceError):
-            continue
-        domain = domains[number]
-        block.append((item, requests[number], -1 if domain is None else table.index(domain)))
-        size += item.ids.size
-        if size > PART_PICKS:
-            yield _to_trace(block, layer_ids, num_experts, table, options)
-            block, size = [], 0
-    if block:
-        yield _to_trace(block, layer_ids, num_experts, table, options)
+    table = sorted({name for name in domains.values() if name is not None})
+    place = {None: -1, **{name: i for i, name in enumerate(table)}}
+    common = {
+        "model": options.model or "",
+        "num_experts": options.num_experts or guess_num_experts(where, highest, top_k),
+        "layer_ids": layer_ids,
+        "domain": tuple(table),
+    }
+    taken = (
+        (item, requests[number], place[domains[number]])
+        for number, item in enumerate(_items(sources, options, 1))
+        if number in facts and not isinstance(item, TraceError)
+    )
+    for block in in_parts(taken, lambda entry: entry[0].ids.size):
+        yield _to_trace(block, common)
 
 
 def _items(sources: list[Source], options: ImportOptions, number: int) -> Iterator[Item]:
@@ -447,17 +432,15 @@ def _survey(sources: list[Source], options: ImportOptions) -> dict[int, _Facts]:
     facts: dict[int, _Facts] = {}
     broken: list[TraceError] = []
     doubt = _Doubt(options)
-    empty = 0
     for number, item in enumerate(_items(sources, options, 0)):
         if isinstance(item, TraceError):
             broken.append(item)
-        elif not len(item.ids):
-            empty += 1
-        elif isinstance(found := _attempt(_facts, item, options), TraceError):
-            broken.append(found)
-        else:
-            facts[number] = found
-            doubt.look(item, found.empty)
+        elif len(item.ids):
+            try:
+                facts[number] = _facts(item, options)
+                doubt.look(item, facts[number].empty)
+            except TraceError as error:
+                broken.append(error)
     _same_shape(facts, broken)
     if facts and not options.layers:
         _same_layers(facts, broken)
@@ -484,22 +467,18 @@ def _survey(sources: list[Source], options: ImportOptions) -> dict[int, _Facts]:
 def _facts(item: Sequence, options: ImportOptions) -> _Facts:
     empty = empty_layers(item.ids)
     if empty.all() and item.ids.shape[2] > 1:
-        raise _all_zero(item.where)
-    try:
+        raise TraceError(f"{item.where}: {_ALL_ZERO}")
+    hint = f" (read with top_k = {options.top_k}: is that right?)" if item.derived else ""
+    with named(item.where, hint):
         check_ids(item.ids[:, ~empty], options.num_experts or MAX_EXPERTS)
-    except TraceError as error:
-        hint = f" (read with top_k = {options.top_k}: is that right?)" if item.derived else ""
-        raise TraceError(f"{item.where}: {error}{hint}") from error
-    highest = int(item.ids.max())
-    shape = item.ids.shape[1:]
+    shape, highest = item.ids.shape[1:], int(item.ids.max())
     return _Facts(item.where, shape, empty, highest, item.names, item.domain, item.derived)
 
 
-def _all_zero(where: object) -> TraceError:
-    return TraceError(
-        f"{where}: found no routed token: every pick is 0 (or none), as in a buffer that the "
-        "engine never filled; expected expert numbers: record it again"
-    )
+_ALL_ZERO = (
+    "found no routed token: every pick is 0 (or none), as in a buffer that the engine never "
+    "filled; expected expert numbers: record it again"
+)
 
 
 def _same_shape(facts: dict[int, _Facts], broken: list[TraceError]) -> None:
@@ -520,14 +499,11 @@ def _same_shape(facts: dict[int, _Facts], broken: list[TraceError]) -> None:
             f"{other.where}: found {other.shape} layers and picks, expected {first.shape} as in "
             "the first request: import one model at a time"
         )
-    for number in [number for number, one in facts.items() if one.shape != common]:
-        one = facts.pop(number)
-        broken.append(
-            TraceError(
-                f"{one.where}: found {one.shape} layers and picks, expected {common} as in most "
-                "requests: import one model at a time"
-            )
-        )
+    for number, one in list(facts.items()):
+        if one.shape != common:
+            del facts[number]
+            text = f"found {one.shape} layers and picks, expected {common} as in most requests"
+            broken.append(TraceError(f"{one.where}: {text}: import one model at a time"))
 
 
 def _same_layers(facts: dict[int, _Facts], broken: list[TraceError]) -> None:
@@ -536,16 +512,13 @@ def _same_layers(facts: dict[int, _Facts], broken: list[TraceError]) -> None:
     if next(iter(facts.values())).shape[1] == 1:
         return
     dense = 2 * np.sum([one.empty for one in facts.values()], axis=0) > len(facts)
-    for number in [number for number, one in facts.items() if (one.empty != dense).any()]:
-        one = facts.pop(number)
-        layer = int(np.flatnonzero(one.empty != dense)[0])
-        here, there = ("no", "some") if one.empty[layer] else ("some", "no")
-        broken.append(
-            TraceError(
-                f"{one.where}: found {here} routing in layer {layer}, expected {there} as in most "
-                "requests: record it again"
-            )
-        )
+    for number, one in list(facts.items()):
+        if len(differing := np.flatnonzero(one.empty != dense)):
+            layer = differing[0]
+            del facts[number]
+            here, there = ("no", "some") if one.empty[layer] else ("some", "no")
+            text = f"found {here} routing in layer {layer}, expected {there} as in most requests"
+            broken.append(TraceError(f"{one.where}: {text}: record it again"))
 
 
 class _Doubt:
@@ -595,11 +568,9 @@ def _routed_layers(where: Path, facts: dict[int, _Facts], options: ImportOptions
             )
         return np.array(sorted(set(options.layers)))
     if empty.all():
-        raise _all_zero(where)
+        raise TraceError(f"{where}: {_ALL_ZERO}")
     names = ", ".join(map(str, np.flatnonzero(empty)))
-    if not empty.any():
-        return np.arange(shape[0])
-    if shape[1] == 1:
+    if names and shape[1] == 1:
         _log.warning(
             "%s: in layers %s every token picks expert 0, as engines write for dense layers; with "
             "one pick per token that cannot be told from routing: they are kept; pass layers "
@@ -608,7 +579,8 @@ def _routed_layers(where: Path, facts: dict[int, _Facts], options: ImportOptions
             names,
         )
         return np.arange(shape[0])
-    _log.warning("%s: left out layers %s, which hold no picks (dense layers)", where, names)
+    if names:
+        _log.warning("%s: left out layers %s, which hold no picks (dense layers)", where, names)
     return np.flatnonzero(~empty)
 
 
@@ -625,10 +597,10 @@ def _labels(
     domains: dict[int, str | None] = {}
     unknown = []
     for number, one in facts.items():
-        name = next((name for name in one.names if name in known), None)
-        if name is None and options.table is not None:
+        said = [known[name] for name in one.names if name in known]
+        if not said and options.table is not None:
             unknown.append(one.names[0])
-        request, domain = known[name] if name is not None else (None, None)
+        request, domain = said[0] if said else (None, None)
         if request is None and numbered:
             request = int(one.names[-1].rsplit("/", 1)[-1])
         requests[number] = request
@@ -636,25 +608,20 @@ def _labels(
     if unknown:
         _log.warning("%d requests are not in the table: %s", len(unknown), ", ".join(unknown[:8]))
     given = [request for request in requests.values() if request is not None]
-    if (len(set(given)) < len(given) and not numbered) or max(given, default=0) >= 2**62:
-        twice = next((r for r, count in Counter(given).items() if count > 1), max(given))
+    repeated = [request for request, count in Counter(given).items() if count > 1]
+    if (repeated and not numbered) or max(given, default=0) >= 2**62:
+        twice = repeated[0] if repeated else max(given)
         raise TraceError(
             f"found request id {twice} for two requests, or above 2**62, expected a number of its "
             "own for each: correct the table"
         )
-    if len(set(given)) < len(given):  # math/0.npy and law/0.npy
+    if repeated:  # math/0.npy and law/0.npy
         given, requests = [], dict.fromkeys(requests)
     first = max(given, default=-1) + 1
     return {n: first + n if r is None else r for n, r in requests.items()}, domains
 
 
-def _to_trace(
-    block: list[tuple[Sequence, int, int]],
-    layer_ids: np.ndarray,
-    num_experts: int,
-    domain: tuple[str, ...],
-    options: ImportOptions,
-) -> RoutingTrace:
+def _to_trace(block: list[tuple[Sequence, int, int]], common: dict[str, Any]) -> RoutingTrace:
     lengths = [len(one.ids) for one, _, _ in block]
     stages = [
         np.full(length, UNKNOWN)
@@ -662,17 +629,12 @@ def _to_trace(
         else np.where(np.arange(length) < one.prompt, PREFILL, DECODE)
         for (one, _, _), length in zip(block, lengths, strict=True)
     ]
-    try:
+    with named(block[0][0].where):
         return RoutingTrace(
-            model=options.model or "",
-            num_experts=num_experts,
-            layer_ids=layer_ids,
-            expert_ids=np.concatenate([one.ids[:, layer_ids] for one, _, _ in block]),
+            **common,
+            expert_ids=np.concatenate([one.ids[:, common["layer_ids"]] for one, _, _ in block]),
             request_id=np.repeat([request for _, request, _ in block], lengths).astype(np.int64),
             position=np.concatenate([one.start + np.arange(len(one.ids)) for one, _, _ in block]),
             stage=np.concatenate(stages),
-            domain=domain,
             domain_id=np.repeat([place for _, _, place in block], lengths).astype(np.int32),
         )
-    except TraceError as error:
-        raise TraceError(f"{block[0][0].where}: {error}") from error

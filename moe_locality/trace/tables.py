@@ -21,6 +21,7 @@ from moe_locality.trace.reading import (
     guess_num_experts,
     is_count,
     json_lines,
+    named,
     stage_code,
     text_lines,
     whole_json,
@@ -109,37 +110,30 @@ def token_parts(
     }
     rows = max(PART_PICKS // max(len(layer_ids) * top_k, 1), 1)
     tokens = tokens_of(1)
-    first = True
-    while (block := list(islice(tokens, rows))) or first:
-        first = False
-        yield _token_trace(path, common, block, len(layer_ids), top_k)
+    yield _token_trace(path, common, list(islice(tokens, rows)), top_k)  # if it has no token too
+    while block := list(islice(tokens, rows)):
+        yield _token_trace(path, common, block, top_k)
 
 
 def _token_trace(
-    path: Path, common: dict[str, Any], tokens: list[tuple[str, Any]], num_layers: int, top_k: int
+    path: Path, common: dict[str, Any], tokens: list[tuple[str, Any]], top_k: int
 ) -> RoutingTrace:
     domain = sorted({str(r["domain"]) for _, r in tokens if r.get("domain") is not None})
     place = {name: i for i, name in enumerate(domain)}
-    ids = np.full((len(tokens), num_layers, top_k), -1, np.int64)
+    ids = np.full((len(tokens), len(common["layer_ids"]), top_k), -1, np.int64)
     for row, (_, record) in enumerate(tokens):
         for layer, picks in enumerate(record["expert_ids"]):
             ids[row, layer, : len(picks)] = picks
-    try:
+    with named(path):
         return RoutingTrace(
             **common,
             domain=tuple(domain),
             expert_ids=ids,
-            request_id=_numbers(tokens, "request_id"),
-            position=_numbers(tokens, "position"),
+            request_id=np.array([r["request_id"] for _, r in tokens], np.int64),
+            position=np.array([r["position"] for _, r in tokens], np.int64),
             stage=np.array([stage_code(where, r.get("stage")) for where, r in tokens], np.int64),
             domain_id=np.array([place.get(str(r.get("domain")), -1) for _, r in tokens], np.int64),
         )
-    except TraceError as error:
-        raise TraceError(f"{path}: {error}") from error
-
-
-def _numbers(tokens: list[tuple[str, Any]], name: str) -> np.ndarray:
-    return np.array([record[name] for _, record in tokens], np.int64)
 
 
 def _check_token(where: str, record: Any, num_layers: int) -> tuple[int, int]:
@@ -184,8 +178,14 @@ _ALIASES = {
 }
 
 
-def csv_parts(path: Path, columns: list[str], options: ImportOptions) -> Iterator[RoutingTrace]:
-    """Yield the trace of a CSV file in parts; ``columns`` are the names in its first line."""
+def cells(line: str) -> list[str]:
+    """Cells of a line of CSV, without blanks and quotes."""
+    return [cell.strip().strip('"') for cell in line.strip().lstrip("\ufeff").split(",")]
+
+
+def csv_parts(path: Path, options: ImportOptions) -> Iterator[RoutingTrace]:
+    """Yield the trace of a CSV file in parts."""
+    columns = cells(next(text_lines(path, ImportOptions()), (1, ""))[1])
     if "expert" in (_ALIASES.get(name, name) for name in columns):
         yield from _long_parts(path, columns, options)
         return
