@@ -14,20 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from moe_locality.errors import TraceError
+from moe_locality.trace import parquet
 from moe_locality.trace.merge import OPTIONAL, SETTINGS, Findings, merge, settings
 from moe_locality.trace.npz import write_npz
-from moe_locality.trace.parquet import (
-    TMP_PREFIX,
-    ShardWriter,
-    file_identity,
-    is_shard,
-    make_directory,
-    missing_sequences,
-    read_shard,
-    replace_shards,
-    replaced_since,
-    shard_files,
-)
+from moe_locality.trace.parquet import ShardWriter, read_shard
 from moe_locality.trace.schema import RoutingTrace
 
 Progress = Callable[[int, int, str], None]
@@ -68,18 +58,17 @@ def read_trace_report(
     """Read like ``read_trace``; return also what was left out or repaired, in sentences."""
     place = Path(path)
     if place.suffix == ".npz" and not place.is_dir():
-        trace = RoutingTrace.from_npz(place)
-        return trace.filter(layers=layers), []
+        return RoutingTrace.from_npz(place).filter(layers=layers), []
     for _ in range(_READINGS):
         findings = Findings(strict)
         files = _existing_shards(place, findings)
         try:
             found = _read_shards(place, files, findings, layers)
         except TraceError:
-            if not replaced_since(files):
+            if not parquet.replaced_since(files):
                 raise
             continue
-        if not replaced_since(files):
+        if not parquet.replaced_since(files):
             return found, findings
     raise TraceError(
         f"found that the trace in {place} was replaced {_READINGS} times while it was being read, "
@@ -95,9 +84,7 @@ def _read_shards(
         try:
             parts[shard] = read_shard(shard, layers)[0]
         except TraceError as error:
-            if findings.strict:
-                raise
-            findings.append(str(error))
+            findings.add(str(error))
     if not parts:
         raise TraceError(
             f"found no readable shard among {len(shards)} in {place}: {findings[-1]}; restore the "
@@ -143,15 +130,15 @@ def write_trace(
         return
     if shard_tokens < 1:
         raise TraceError(f"found shard_tokens {shard_tokens}, expected at least 1")
-    directory = make_directory(place)
-    if not overwrite and shard_files(directory):
+    directory = parquet.make_directory(place)
+    if not overwrite and parquet.shard_files(directory):
         with contextlib.suppress(TraceError):  # what cannot be read is another trace
             if read_trace_report(directory, strict=True)[0].same_content(trace):
                 return
         raise _occupied(directory)
     starts = range(0, max(trace.num_rows, 1), shard_tokens)
     rows = (np.arange(start, min(start + shard_tokens, trace.num_rows)) for start in starts)
-    replace_shards(directory, (trace.take(r) if len(starts) > 1 else trace for r in rows))
+    parquet.replace_shards(directory, (trace.take(r) if len(starts) > 1 else trace for r in rows))
 
 
 def _occupied(place: Path) -> TraceError:
@@ -170,13 +157,13 @@ def _existing_shards(place: Path, findings: Findings) -> dict[Path, tuple[int, .
         )
     if not place.is_dir():
         if place.suffix == ".parquet":
-            return {place: file_identity(place)}
+            return {place: parquet.file_identity(place)}
         raise TraceError(
             f"found a file {place}, expected a directory of shards or a name that ends in .npz: "
             "convert other formats with `moe-locality import`"
         )
     try:
-        shards = shard_files(place)
+        shards = parquet.shard_files(place)
         names = [path.name for path in sorted(place.glob("*.parquet"))]
     except OSError as error:
         raise TraceError(
@@ -190,12 +177,12 @@ def _existing_shards(place: Path, findings: Findings) -> dict[Path, tuple[int, .
         )
     findings += [
         f"found no shard {name}, though a later one of this rank is there: its rows are missing"
-        for name in missing_sequences(shards)
+        for name in parquet.missing_sequences(shards)
     ]
     findings += [
         f"found {name}, expected names like part-00000-00000.parquet: it was not read"
         for name in names
-        if not is_shard(name) and not name.startswith(TMP_PREFIX)
+        if not parquet.is_shard(name) and not name.startswith(parquet.TMP_PREFIX)
     ]
     return shards
 
@@ -261,7 +248,7 @@ def read_pieces(
         yield RoutingTrace.from_npz(place)
         return
     files = _existing_shards(place, Findings(strict=True))
-    if missing := missing_sequences(files):
+    if missing := parquet.missing_sequences(files):
         raise TraceError(
             f"found no shard {missing[0]} in {place}, though a later one of this rank is there: "
             "restore it, or read what is left with read_trace(strict=False)"
@@ -271,7 +258,7 @@ def read_pieces(
         if progress is not None:
             progress(done, len(work), shard.name)
         piece = read_shard(shard, layers)[0]
-        if replaced_since({shard: files[shard]}):
+        if parquet.replaced_since({shard: files[shard]}):
             raise TraceError(
                 f"found that shard {shard} was replaced while the trace was being read, expected "
                 "it to stay: read it when the program that writes it is done"

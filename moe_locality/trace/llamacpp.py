@@ -1,5 +1,4 @@
-"""Importer of the expert log of llama.cpp's ``moe-trace`` example (ggml-org/llama.cpp PR 28544).
-
+"""Importer of the expert log of llama.cpp's ``moe-trace`` example (ggml-org/llama.cpp PR 28544):
 CSV, one row ``layer,expert`` for every routed pick, with or without that header, of one prompt and
 a greedy continuation. The rows of a layer of one micro-batch follow each other, token by token, the
 K picks of a token in the order of the router. What the format does not say, and what is made of it:
@@ -13,9 +12,8 @@ K picks of a token in the order of the router. What the format does not say, and
 * requests: logs that were put into one file are told apart by their headers, and where several
   tokens follow a single one: a prompt after a continuation.
 
-The prefill rows of early versions are wrong: they read the strided view of the picks as contiguous,
-so that tokens show experts twice, and the import fails. A log with the columns position (or token),
-layer and expert is the generic CSV.
+Early versions wrote wrong prefill rows (docs/formats.md): tokens show experts twice, and the import
+fails. A log with the columns position (or token), layer and expert is the generic CSV.
 """
 
 from __future__ import annotations
@@ -41,10 +39,7 @@ HEADER = ["layer", "expert"]
 
 def parts(path: Path, options: ImportOptions) -> Iterator[RoutingTrace]:
     """Yield the trace of a file in parts; the numbers are held in memory, 8 bytes per pick.
-
-    Raises:
-        TraceError: the rows are no such log, or do not fit a K.
-    """
+    TraceError where the rows are no such log, or do not fit a K."""
     rows, headers = _read(path, options)
     layer_ids = np.unique(rows[:, 0])
     starts = np.flatnonzero(np.r_[True, rows[1:, 0] != rows[:-1, 0]])
@@ -81,7 +76,7 @@ def parts(path: Path, options: ImportOptions) -> Iterator[RoutingTrace]:
     for first in range(0, len(ids), step):
         part = slice(first, first + step)
         with named(path, f" (read with top_k = {top_k})"):
-            trace = RoutingTrace(
+            yield RoutingTrace(
                 model=options.model or "",
                 num_experts=num_experts,
                 layer_ids=layer_ids,
@@ -90,7 +85,6 @@ def parts(path: Path, options: ImportOptions) -> Iterator[RoutingTrace]:
                 position=position[part],
                 stage=stage[part],
             )
-        yield trace
 
 
 def _read(path: Path, options: ImportOptions) -> tuple[np.ndarray, list[int]]:

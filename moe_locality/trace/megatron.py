@@ -11,10 +11,8 @@ and what is made of it:
 * request boundaries: every forward pass (micro-batch) of a rank is one request, the row of a token
   its position;
 * prefill or decode: the stage is unknown ("stage" there is the place of the hook);
-* the number of experts and the model: arguments of the importer;
 * several records of a layer in one step are its micro-batches, in the order of the file. Activation
-  recomputation runs routers twice and cannot be told from micro-batches: switch it off for a
-  recording;
+  recomputation runs routers twice and cannot be told from them;
 * layers are numbered within the rank's pipeline stage: read only ranks of one stage together;
 * multi-token-prediction layers (``"block": "mtp"``) have clashing numbers and are left out, with a
   warning.
@@ -42,12 +40,9 @@ Pass = tuple[int, int, dict[int, np.ndarray]]
 
 
 def parts(paths: Sequence[Path], options: ImportOptions) -> Iterator[RoutingTrace]:
-    """Yield the trace of one or more ranks of one pipeline stage in parts.
-
-    Raises:
-        TraceError: a line is no such record, or the layers of a step do not cover the same tokens.
-        A last step that was cut off is left out, with a warning.
-    """
+    """Yield the trace of one or more ranks of one pipeline stage in parts; TraceError where a line
+    is no such record, or the layers of a step do not cover the same tokens. A last step that was
+    cut off is left out, with a warning."""
     layers, top_k, highest = _measure(paths, options)
     num_experts = options.num_experts or guess_num_experts(paths[0], highest, top_k)
     passes = (one for path in paths for one in _passes(path, options, 1))
@@ -56,7 +51,7 @@ def parts(paths: Sequence[Path], options: ImportOptions) -> Iterator[RoutingTrac
         lengths = [len(picks[layers[0]]) for _, _, picks in block]
         tables = [np.stack([picks[layer] for layer in layers], axis=1) for _, _, picks in block]
         with named(paths[0]):
-            trace = RoutingTrace(
+            yield RoutingTrace(
                 model=options.model or "",
                 num_experts=num_experts,
                 layer_ids=np.array(layers),
@@ -66,7 +61,6 @@ def parts(paths: Sequence[Path], options: ImportOptions) -> Iterator[RoutingTrac
                 rank=np.repeat([rank for rank, _, _ in block], lengths),
                 step=np.repeat([step for _, step, _ in block], lengths),
             )
-        yield trace
         first += len(block)
 
 

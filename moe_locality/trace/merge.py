@@ -127,11 +127,7 @@ def settings(trace: RoutingTrace) -> tuple[str, str, int, int]:
 
 def concat(traces: Sequence[RoutingTrace]) -> RoutingTrace:
     """Join traces of the same model and layers row after row; domains are matched by name.
-
-    Raises:
-        TraceError: settings, layers or the set of optional fields differ, or there is no trace at
-        all.
-    """
+    TraceError where settings, layers or optional fields differ, or there is no trace at all."""
     traces = _of_one_model(traces)
     first = traces[0]
     layers = first.layer_ids.tolist()
@@ -152,10 +148,7 @@ def concat(traces: Sequence[RoutingTrace]) -> RoutingTrace:
 
 def unify_domains(traces: Sequence[RoutingTrace]) -> list[RoutingTrace]:
     """Give all traces one domain table, in order of first appearance; ids are mapped by name.
-
-    Raises:
-        TraceError: a domain belongs to different groups in two traces.
-    """
+    TraceError where a domain belongs to different groups in two traces."""
     if len({(trace.domain, trace.domain_group) for trace in traces}) <= 1:
         return list(traces)
     group_of: dict[str, str] = {}
@@ -222,20 +215,16 @@ def _of_one_model(traces: Sequence[RoutingTrace]) -> Sequence[RoutingTrace]:
     if not traces:
         raise TraceError("found no trace to join, expected at least one")
     known = next((trace.model_type for trace in traces if trace.model_type), "")
+    traces = [t.evolve(model_type=known) if known and not t.model_type else t for t in traces]
     for trace in traces[1:]:
-        pairs = zip(settings(traces[0]), settings(trace), strict=True)
-        for name, (expected, found) in zip(SETTINGS, pairs, strict=True):
+        for name in (*SETTINGS, "model_type"):
+            expected, found = getattr(traces[0], name), getattr(trace, name)
             if found != expected:
                 raise TraceError(
                     f"found {name} {found!r} beside {expected!r}, expected the same in all traces "
                     "that are joined: keep traces of different models apart"
                 )
-        if trace.model_type not in ("", known):
-            raise TraceError(
-                f"found model_type {trace.model_type!r} beside {known!r}, expected one in all "
-                "traces that are joined: keep traces of different models apart"
-            )
-    return [t if t.model_type == known else t.evolve(model_type=known) for t in traces]
+    return traces
 
 
 def _join(groups: Sequence[RoutingTrace], findings: Findings) -> RoutingTrace:

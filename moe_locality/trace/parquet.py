@@ -2,9 +2,7 @@
 binary column per layer, and the settings of the trace in its metadata.
 
 A shard is complete or absent: it is written under a temporary name and takes its own name only when
-every byte is on disk. So is a trace of several shards that ``replace_shards`` writes: a manifest,
-put in place by one rename, says from that moment on which shards count; when all have their names
-it is removed.
+every byte is on disk. So is a trace of several shards: see ``replace_shards``.
 """
 
 from __future__ import annotations
@@ -145,14 +143,14 @@ def _metadata(schema: pa.Schema) -> ShardMeta:
     if keys.get(CRC_KEY, b"").decode() != f"{zlib.crc32(text):08x}":
         raise ValueError("the checksum of the metadata does not fit")
     content = {"model_type": "", **json.loads(text)}
-    version, kind = content["format_version"], content["kind"]
+    version = content["format_version"]
     if version != FORMAT_VERSION:
         raise ValueError(
             f"found format_version {version!r}, expected {FORMAT_VERSION}: read it with the "
             "version of moe_locality that wrote it"
         )
-    if kind not in _LAYER_COLUMNS:
-        raise ValueError(f"found kind {kind!r}, expected 'tokens' or 'load'")
+    if content["kind"] not in _LAYER_COLUMNS:
+        raise ValueError(f"found kind {content['kind']!r}, expected 'tokens' or 'load'")
     fields: dict[str, Any] = {name: content[name] for name in ShardMeta.__slots__}
     fields |= {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
     return ShardMeta(**fields)
@@ -396,8 +394,15 @@ def write_shard(
         while True:
             path = directory / shard_name(rank or 0, sequence)
             sequence += 1
-            if _publish(temporary, path):
+            try:
+                os.link(temporary, path)  # a rename would overwrite a name that is taken
                 break
+            except FileExistsError:
+                continue
+            except OSError:  # no hard links on this file system
+                if not path.exists():
+                    os.rename(temporary, path)
+                    break
         sync_directory(directory)
     except OSError as error:
         raise _unwritable(directory, error) from error
@@ -407,28 +412,13 @@ def write_shard(
     return path, sequence
 
 
-def _publish(temporary: Path, path: Path) -> bool:
-    """Give the finished file its name unless it is taken (where a rename would overwrite)."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    except OSError:  # no hard links on this file system
-        if path.exists():
-            return False
-        os.rename(temporary, path)
-    return True
-
-
 def replace_shards(directory: Path, parts: Iterable[RoutingTrace]) -> None:
     """Write a trace, one shard per part, in the place of all shards that are in a directory.
 
     Whoever reads finds the old trace or the new one, whole, wherever the writing stops: the new
-    shards are written aside; the manifest that names them is put there by one rename; then they
-    take their names. The next ``make_directory`` ends what was interrupted after that rename.
-
-    Raises:
-        TraceError: the disk refuses. Whatever ``parts`` raises goes through.
+    shards are written aside; a manifest, put there by one rename, says from that moment on which
+    count; then they take their names, and it is removed. The next ``make_directory`` ends what was
+    interrupted. TraceError where the disk refuses; whatever ``parts`` raises goes through.
     """
     staging = directory / f"{TMP_PREFIX}{uuid.uuid4().hex}"
     try:

@@ -1,8 +1,7 @@
-"""What the importers share: the options of an import, lines of JSON, arrays of picks.
-
-An importer is a function ``parts(path, options)`` that yields RoutingTraces of bounded size with
-the same settings. It reads a text twice: once to check every line and to learn what all parts must
-agree on (experts, picks per token), once to convert, so that nothing is written for a bad file.
+"""What the importers share. Each is a function ``parts(path, options)`` that yields RoutingTraces
+of bounded size with the same settings. It reads a text twice: once to check every line and to learn
+what all parts must agree on (experts, picks per token), once to convert, so that nothing is written
+for a bad file.
 
 ``read_torch_file`` reads what ``torch.save`` wrote, without torch and without running anything that
 the file names. The zip form of torch >= 1.6 (docs of ``torch.save``) has ``<name>/data.pkl``, a
@@ -91,14 +90,8 @@ def in_parts(items: Iterable[_T], picks: Callable[[_T], int]) -> Iterator[list[_
 
 
 def text_lines(path: Path, options: ImportOptions, share: tuple[int, int] = (0, 1)):
-    """Yield (number, text) of the lines of a file, telling ``options.report``.
-
-    Args:
-        share: (k, n): this is pass k of n over the file.
-
-    Raises:
-        TraceError: it cannot be read as UTF-8.
-    """
+    """Yield (number, text) of the lines of a UTF-8 file, telling ``options.report``; ``share`` is
+    (k, n) in pass k of n over the file. TraceError where it cannot be read."""
     try:
         size = max(path.stat().st_size, 1)
         done, told = share[0] * size, 0
@@ -119,22 +112,14 @@ def text_lines(path: Path, options: ImportOptions, share: tuple[int, int] = (0, 
 def json_lines(
     path: Path, options: ImportOptions, share: tuple[int, int] = (0, 1)
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (number, object) of a file with one JSON object per line; empty lines are skipped.
-
-    Raises:
-        TraceError: a line is no JSON object; the message names it.
-    """
+    """Yield (number, object) of a file with one JSON object per line; empty lines are skipped."""
     for line, text in text_lines(path, options, share):
         if text.strip():
             yield line, json_line(path, line, text)
 
 
 def json_line(path: Path, line: int, text: str) -> dict[str, Any]:
-    """Return the JSON object of a line.
-
-    Raises:
-        TraceError: it is none.
-    """
+    """Return the JSON object of a line; a TraceError names the line where it is none."""
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -150,11 +135,7 @@ def json_line(path: Path, line: int, text: str) -> dict[str, Any]:
 
 
 def whole_json(path: Path) -> Any:
-    """Return the content of a JSON file.
-
-    Raises:
-        TraceError: it cannot be read as JSON.
-    """
+    """Return the content of a JSON file; TraceError where it cannot be read as JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
@@ -170,11 +151,8 @@ def is_count(value: Any) -> TypeGuard[int]:
 
 
 def stage_code(where: str, stage: Any) -> int:
-    """Return the code of a stage given by name or code; None is unknown.
-
-    Raises:
-        TraceError: there is no such stage.
-    """
+    """Return the code of a stage given by name or code, None is unknown; TraceError where there is
+    no such stage."""
     if stage is None:
         return UNKNOWN
     code = STAGE_CODES.get(stage) if isinstance(stage, str) else stage
@@ -198,11 +176,7 @@ def guess_num_experts(path: Path, highest: int, top_k: int) -> int:
 
 
 def one_size(where: str, sizes: Mapping[int, int]) -> int:
-    """Return the number of experts of layers, given that of each (layer: experts).
-
-    Raises:
-        TraceError: they differ.
-    """
+    """Return the number of experts of layers, given {layer: experts}; TraceError if they differ."""
     if len(set(sizes.values())) > 1:
         layers_of: dict[int, list[int]] = {}
         for layer, experts in sizes.items():
@@ -218,11 +192,8 @@ def one_size(where: str, sizes: Mapping[int, int]) -> int:
 
 
 def id_block(value: Any) -> np.ndarray:
-    """Return picks [tokens, layers, K] as int64 from nested lists or an array.
-
-    Raises:
-        TraceError: it has another shape, or is no table of whole numbers below 2**31.
-    """
+    """Return picks [tokens, layers, K] as int64 from nested lists or an array; TraceError where
+    they are no such table of whole numbers below 2**31."""
     try:
         array = np.asarray(value)
     except (ValueError, OverflowError, MemoryError) as error:
@@ -238,11 +209,8 @@ def id_block(value: Any) -> np.ndarray:
 
 
 def empty_layers(ids: np.ndarray) -> np.ndarray:
-    """bool [L]: layers where every pick of every token [T, L, K] is 0, or every one is "no pick".
-
-    Engines keep a row for every transformer layer and leave those of dense layers at zero. With two
-    or more picks that is no routing, for the picks of a token differ.
-    """
+    """bool [L]: layers where every pick of every token [T, L, K] is 0, or every one "no pick", as
+    engines leave dense ones. With two or more picks that is no routing: those of a token differ."""
     return (ids == 0).all(axis=(0, 2)) | (ids == -1).all(axis=(0, 2))
 
 
@@ -261,11 +229,8 @@ MAX_PICKLE_BYTES = 1 << 30
 
 
 def read_torch_file(path: Path) -> Any:
-    """Return the content of a ``.pt`` file: dicts, lists and numbers, tensors as numpy arrays.
-
-    Raises:
-        TraceError: it is damaged, in the old form, or names anything but plain tensors.
-    """
+    """Return the content of a ``.pt`` file: dicts, lists and numbers, tensors as numpy arrays;
+    TraceError where it is damaged, in the old form, or names anything but plain tensors."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name for name in archive.namelist() if name.endswith("data.pkl")]

@@ -1,32 +1,21 @@
-"""Importers of the picks that serving engines return with a request (routing replay, "R3").
+"""Importers of the picks that serving engines return with a request (routing replay, "R3"), and of
+slime's rollouts; where they stand in each is said in docs/formats.md.
 
-vLLM, ``--enable-return-routed-experts`` (vllm-project/vllm PR 28284; docs.vllm.ai, "Routed Experts
-Return"): an array [tokens, layers, K] per completion, as
+vLLM (vllm-project/vllm PR 28284) returns an array [tokens, layers, K] per completion. A base64 .npy
+file in ``choices[i].routed_experts`` (PR 38939, 0.22 and later) has prompt and answer, without its
+last token, which is not fed back, less the prompt rows that the request asked to omit (PR 51906);
+nested lists (0.21) have the answer alone, with the prompt in ``prompt_routed_experts`` of the
+response.
 
-* ``.npy``: one request, what ``numpy.save(output.routed_experts)`` writes; ``.npz``: an array per
-  request;
-* responses of the server (``.json``, or ``.jsonl`` with one per line) with
-  ``choices[i].routed_experts``: a base64 .npy file (PR 38939, 0.22 and later: prompt and answer,
-  without its last token, which is not fed back; less the prompt rows that the request asked to
-  omit, PR 51906), nested lists (0.21: the answer alone, with the prompt in
-  ``prompt_routed_experts`` of the response), or ``{"data": base64, "shape": [...], "dtype":
-  "int16"}``;
-* a JSON list of arrays as nested lists, [tokens][layers][K] each, or one such array.
+SGLang (sgl-project/sglang PR 12162, 17434; srt/entrypoints of 0.5.23) returns base64 of
+little-endian int32 [tokens, layers, K], flat. The response says neither K nor, mostly, at which
+token it starts: pass ``top_k``, and ``num_layers`` where requests asked for a later start.
 
-SGLang, ``return_routed_experts`` (sgl-project/sglang PR 12162, 17434; srt/entrypoints of 0.5.23):
-base64 of little-endian int32 [tokens, layers, K], flat, in ``meta_info.routed_experts`` of a
-response of ``/generate``, in ``sglext`` (of the response) or ``sgl_ext`` (of a choice) of
-``/v1/completions`` and ``/v1/chat/completions``, or in ``meta_info`` of a choice. The tokens are
-[routed_experts_start_len, prompt + answer - 1). The response says neither K nor, mostly, where it
-starts: pass ``top_k``, and ``num_layers`` where requests asked for a later start.
+slime: THUDM/slime, slime/observability/rollout_data_utils.py.
 
-slime, ``--save-debug-rollout-data`` (THUDM/slime, slime/observability/rollout_data_utils.py): a
-torch file ``{"samples": [{"tokens", "response_length", "rollout_routed_experts", ...}]}``.
-
-Responses are one JSON object, a JSON list, or a line each. Every completion is a request, in the
-order of the files, under its place or the number that its file or a table gives it. One that is
-damaged is left out with a warning. Layers that are zero throughout (dense ones, for which engines
-keep a row) are left out. The ids are logical. Model and number of experts are arguments.
+Every completion is a request, in the order of the files, under its place or the number that its
+file or a table gives it. One that is damaged is left out with a warning. Layers that are zero
+throughout (dense ones, for which engines keep a row) are left out. The ids are logical.
 """
 
 from __future__ import annotations
@@ -77,6 +66,14 @@ class Sequence:
     domain: str | None = None
     derived: bool = False
 
+    def positions(self) -> np.ndarray:
+        return self.start + np.arange(len(self.ids))
+
+    def stages(self) -> np.ndarray:
+        if self.prompt is None:
+            return np.full(len(self.ids), UNKNOWN)
+        return np.where(np.arange(len(self.ids)) < self.prompt, PREFILL, DECODE)
+
 
 Json = dict[str, Any]
 Item = Sequence | TraceError
@@ -97,11 +94,8 @@ class Source:
 
 
 def array_file(path: Path, options: ImportOptions, number: int = 0) -> Iterator[Item]:
-    """Yield the arrays of a .npy or .npz file; nothing in it is ever unpickled.
-
-    Raises:
-        TraceError: it is damaged, or an array has another shape.
-    """
+    """Yield the arrays of a .npy or .npz file, TraceError where it is damaged. Nothing in it is
+    unpickled."""
     try:
         content = np.load(path, allow_pickle=False)
         names = content.files if isinstance(content, np.lib.npyio.NpzFile) else [""]
@@ -132,7 +126,12 @@ def _item(where: str, decode: Callable[..., Sequence], *args: Any) -> Item:
 
 def responses(path: Path, options: ImportOptions, number: int) -> Iterator[tuple[str, Any]]:
     """Yield (place, response or what is wrong) of a JSON file: an object per line, or one value."""
-    if _has_lines(path):
+    line, text = next(text_lines(path, ImportOptions()), (1, ""))
+    has_lines = path.suffix.lower() == ".jsonl"
+    with contextlib.suppress(TraceError):  # or the first is an object by itself
+        json_line(path, line, text)
+        has_lines = True
+    if has_lines:
         for line, text in text_lines(path, options, (number, 2)):
             if text.strip():
                 try:
@@ -147,14 +146,6 @@ def responses(path: Path, options: ImportOptions, number: int) -> Iterator[tuple
             yield f"{path}, entry {place}", entry
     else:
         yield str(path), content
-
-
-def _has_lines(path: Path) -> bool:
-    """Whether the first line is a JSON object by itself, or the name says so."""
-    line, text = next(text_lines(path, ImportOptions()), (1, ""))
-    with contextlib.suppress(TraceError):
-        return bool(json_line(path, line, text))
-    return path.suffix.lower() == ".jsonl"
 
 
 def vllm_responses(path: Path, options: ImportOptions, number: int) -> Iterator[Item]:
@@ -187,23 +178,34 @@ def _completions(
 
 
 def _vllm_choice(response: Json, choice: Json, _: ImportOptions) -> Sequence:
+    """``usage`` tells prompt and answer in one array apart, and what was omitted in front."""
     found, prompt = choice.get("routed_experts"), response.get("prompt_routed_experts")
     names = (response["id"],) if isinstance(response.get("id"), str) else ()
     if found is None:
         raise TraceError(
             "found no routed_experts, expected them: start vLLM with --enable-return-routed-experts"
         )
-    answer = _decoded(found)
-    if prompt is None:
-        return replace(_with_usage(answer, response), names=names)
-    head = _decoded(prompt)
-    if head.shape[1:] != answer.shape[1:] and len(answer):
-        raise TraceError(
-            f"found {head.shape[1:]} layers and picks in the prompt and "
-            f"{answer.shape[1:]} in the answer, expected the same"
-        )
-    both = np.concatenate([head, answer]) if len(answer) else head
-    return Sequence(ids=both, prompt=len(head), names=names)
+    ids = _decoded(found)
+    if prompt is not None:
+        head = _decoded(prompt)
+        if head.shape[1:] != ids.shape[1:] and len(ids):
+            raise TraceError(
+                f"found {head.shape[1:]} layers and picks in the prompt and {ids.shape[1:]} in the "
+                "answer, expected the same"
+            )
+        ids = np.concatenate([head, ids]) if len(ids) else head
+        return Sequence(ids=ids, prompt=len(head), names=names)
+    prompt, answer = _usage(response.get("usage"))[1:]
+    if not is_count(prompt) or not is_count(answer) or len(response.get("choices", [0])) > 1:
+        return Sequence(ids=ids, names=names)
+    start = max(prompt + answer - 1 - len(ids), 0)
+    return Sequence(ids=ids, prompt=max(prompt - start, 0), start=start, names=names)
+
+
+def _usage(usage: Any) -> tuple[Json, Any, Any]:
+    """(object, or an empty one where it is none; tokens of prompt and of answer)"""
+    usage = usage if isinstance(usage, dict) else {}
+    return usage, usage.get("prompt_tokens"), usage.get("completion_tokens")
 
 
 def _nested(where: str, content: list[Any]) -> Iterator[Item]:
@@ -249,17 +251,6 @@ def _base64(text: Any, itemsize: int) -> bytes:
     return raw
 
 
-def _with_usage(ids: np.ndarray, response: Json) -> Sequence:
-    """Prompt and answer in one array; ``usage`` tells them apart, and what was omitted in front."""
-    usage = response.get("usage")
-    usage = usage if isinstance(usage, dict) else {}
-    prompt, answer = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    if not is_count(prompt) or not is_count(answer) or len(response.get("choices", [0])) > 1:
-        return Sequence(ids=ids)
-    start = max(prompt + answer - 1 - len(ids), 0)
-    return Sequence(ids=ids, prompt=max(prompt - start, 0), start=start)
-
-
 def sglang_responses(path: Path, options: ImportOptions, number: int) -> Iterator[Item]:
     """Yield the completions of responses of SGLang, see the head of this file."""
     if options.top_k is None:
@@ -293,8 +284,7 @@ def _sglang_choice(response: Json, choice: Json, options: ImportOptions) -> Sequ
 def _sglang_picks(spot: Json, usage: Any, options: ImportOptions) -> Sequence:
     """``spot`` has the picks, ``usage`` the numbers of tokens; None where choices share one."""
     flat = np.frombuffer(_base64(spot["routed_experts"], 4), "<i4")
-    usage = usage if isinstance(usage, dict) else {}
-    prompt, answer = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    usage, prompt, answer = _usage(usage)
     said = spot.get("routed_experts_start_len", usage.get("routed_experts_start_len"))
     if said is not None and not is_count(said):
         raise TraceError(f"found routed_experts_start_len {said!r}, expected a position")
@@ -381,33 +371,38 @@ class _Facts:
 
 
 def parts(sources: list[Source], options: ImportOptions) -> Iterator[RoutingTrace]:
-    """Yield the trace of the requests of all sources, in parts.
-
-    Raises:
-        TraceError: no request can be read, or they differ in layers or picks so that it is open
-        which of them are right.
-    """
+    """Yield the trace of the requests of all sources, in parts; TraceError where none can be read,
+    or they differ in layers or picks so that it is open which of them are right."""
     facts = _survey(sources, options)
     where = sources[0].path if len(sources) == 1 else sources[0].path.parent
     layer_ids = _routed_layers(where, facts, options)
     highest = max(one.highest for one in facts.values())
     top_k = next(iter(facts.values())).shape[1]
-    requests, domains = _labels(facts, sources, options)
-    table = sorted({name for name in domains.values() if name is not None})
+    labels = _labels(facts, sources, options)
+    table = sorted({domain for _, domain in labels.values() if domain is not None})
     place = {None: -1, **{name: i for i, name in enumerate(table)}}
-    common = {
-        "model": options.model or "",
-        "num_experts": options.num_experts or guess_num_experts(where, highest, top_k),
-        "layer_ids": layer_ids,
-        "domain": tuple(table),
-    }
+    num_experts = options.num_experts or guess_num_experts(where, highest, top_k)
     taken = (
-        (item, requests[number], place[domains[number]])
+        (item, *labels[number])
         for number, item in enumerate(_items(sources, options, 1))
         if number in facts and not isinstance(item, TraceError)
     )
     for block in in_parts(taken, lambda entry: entry[0].ids.size):
-        yield _to_trace(block, common)
+        lengths = [len(one.ids) for one, _, _ in block]
+        requests = np.array([request for _, request, _ in block], np.int64)
+        domains = np.array([place[domain] for _, _, domain in block], np.int32)
+        with named(block[0][0].where):
+            yield RoutingTrace(
+                model=options.model or "",
+                num_experts=num_experts,
+                layer_ids=layer_ids,
+                domain=tuple(table),
+                expert_ids=np.concatenate([one.ids[:, layer_ids] for one, _, _ in block]),
+                request_id=np.repeat(requests, lengths),
+                position=np.concatenate([one.positions() for one, _, _ in block]),
+                stage=np.concatenate([one.stages() for one, _, _ in block]),
+                domain_id=np.repeat(domains, lengths),
+            )
 
 
 def _items(sources: list[Source], options: ImportOptions, number: int) -> Iterator[Item]:
@@ -586,15 +581,14 @@ def _routed_layers(where: Path, facts: dict[int, _Facts], options: ImportOptions
 
 def _labels(
     facts: dict[int, _Facts], sources: list[Source], options: ImportOptions
-) -> tuple[dict[int, int], dict[int, str | None]]:
+) -> dict[int, tuple[int, str | None]]:
     """Request id and domain of each request: from the table, else the files, else its place."""
     known: Mapping[str, tuple[int | None, str | None]] = options.table or {}
     files = Counter(one.names[-1] for one in facts.values())
     numbered = len(sources) > 1 and all(
         count == 1 and name.rsplit("/", 1)[-1].isdecimal() for name, count in files.items()
     )
-    requests: dict[int, int | None] = {}
-    domains: dict[int, str | None] = {}
+    labels: dict[int, tuple[int | None, str | None]] = {}
     unknown = []
     for number, one in facts.items():
         said = [known[name] for name in one.names if name in known]
@@ -603,11 +597,10 @@ def _labels(
         request, domain = said[0] if said else (None, None)
         if request is None and numbered:
             request = int(one.names[-1].rsplit("/", 1)[-1])
-        requests[number] = request
-        domains[number] = domain if domain is not None else one.domain
+        labels[number] = request, one.domain if domain is None else domain
     if unknown:
         _log.warning("%d requests are not in the table: %s", len(unknown), ", ".join(unknown[:8]))
-    given = [request for request in requests.values() if request is not None]
+    given = [request for request, _ in labels.values() if request is not None]
     repeated = [request for request, count in Counter(given).items() if count > 1]
     if (repeated and not numbered) or max(given, default=0) >= 2**62:
         twice = repeated[0] if repeated else max(given)
@@ -616,25 +609,7 @@ def _labels(
             "own for each: correct the table"
         )
     if repeated:  # math/0.npy and law/0.npy
-        given, requests = [], dict.fromkeys(requests)
+        given = []
+        labels |= {number: (None, domain) for number, (_, domain) in labels.items()}
     first = max(given, default=-1) + 1
-    return {n: first + n if r is None else r for n, r in requests.items()}, domains
-
-
-def _to_trace(block: list[tuple[Sequence, int, int]], common: dict[str, Any]) -> RoutingTrace:
-    lengths = [len(one.ids) for one, _, _ in block]
-    stages = [
-        np.full(length, UNKNOWN)
-        if one.prompt is None
-        else np.where(np.arange(length) < one.prompt, PREFILL, DECODE)
-        for (one, _, _), length in zip(block, lengths, strict=True)
-    ]
-    with named(block[0][0].where):
-        return RoutingTrace(
-            **common,
-            expert_ids=np.concatenate([one.ids[:, common["layer_ids"]] for one, _, _ in block]),
-            request_id=np.repeat([request for _, request, _ in block], lengths).astype(np.int64),
-            position=np.concatenate([one.start + np.arange(len(one.ids)) for one, _, _ in block]),
-            stage=np.concatenate(stages),
-            domain_id=np.repeat([place for _, _, place in block], lengths).astype(np.int32),
-        )
+    return {n: (first + n if r is None else r, domain) for n, (r, domain) in labels.items()}

@@ -10,20 +10,15 @@ sglang, python/sglang/srt/eplb/expert_distribution.py), one file or a directory 
   "last_physical_to_logical_map" [layers, P]}``: a trace of counts, the ranks of a pass added up.
 * ``per_token``: the records also hold ``topk_ids_of_layer [layers, tokens, 8]`` (-1 beyond K),
   ``positions``, ``extend_seq_lens`` and ``forward_mode`` (1 prefill, 2 decode, 5 verification of
-  draft tokens): a trace of tokens. Passes without tokens (idle ranks) are skipped.
+  draft tokens): a trace of tokens.
 
-The dumps hold *physical* ids; they become logical by ``last_physical_to_logical_map``, the map at
-the end of the recording, so switch rebalancing off while you record. Request ids are not recorded:
-in prefill ``extend_seq_lens`` cuts a pass into requests, and a piece (or a decoded token) belongs
-to the request of its rank that its first position continues, the oldest where several do: a guess,
-which confuses requests of equal length. With speculative decoding each request has the same number
-of draft tokens in a pass; those at or behind the position where its next pass begins were rejected
-and are left out, as are those of its last pass but the first and those of a position that a tree of
-drafts has twice. Layers without any pick are dense ones and are left out. Counts and maps tell
-the number of experts of each layer: layers that differ are refused, unless those of one number are
-asked for.
-Ranks of tensor parallelism without attention data parallelism record the same tokens: such a copy
-is left out, with a warning.
+The dumps hold *physical* ids; they become logical by the map at the end of the recording. Request
+ids are not recorded: in prefill ``extend_seq_lens`` cuts a pass into requests, and a piece (or a
+decoded token) belongs to the request of its rank that its first position continues, the oldest
+where several do: a guess. Of draft tokens, of idle passes and of layers of different sizes see
+docs/formats.md. Layers without any pick are dense ones and are left out. Ranks of tensor
+parallelism without attention data parallelism record the same tokens: such a copy is left out, with
+a warning.
 """
 
 from __future__ import annotations
@@ -56,16 +51,15 @@ Records = list[tuple[Path, dict[str, Any], np.ndarray]]
 
 def parts(paths: Sequence[Path], options: ImportOptions) -> Iterator[RoutingTrace]:
     """Yield the trace of one or more dumps of one recording; each file is held in memory.
-
-    Raises:
-        TraceError: a file is damaged, is no such dump, or does not fit the others.
-    """
+    TraceError where one is damaged, no such dump, or does not fit the others."""
     dumps = []
     total = sum(path.stat().st_size for path in paths)
     for number, path in enumerate(paths):
         if options.report is not None:
             options.report(sum(p.stat().st_size for p in paths[:number]), total)
-        content = whole_json(path) if _is_json(path) else read_torch_file(path)
+        with open(path, "rb") as file:
+            is_json = file.read(64).lstrip().startswith(b"{")
+        content = whole_json(path) if is_json else read_torch_file(path)
         if not isinstance(content, dict):
             raise _strange(path, f"a {type(content).__name__}")
         dumps.append((path, content))
@@ -82,11 +76,6 @@ def parts(paths: Sequence[Path], options: ImportOptions) -> Iterator[RoutingTrac
         if isinstance(error, TraceError):
             raise
         raise _strange(paths[0], f"{type(error).__name__} {error}") from error
-
-
-def _is_json(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(64).lstrip().startswith(b"{")
 
 
 def _records(path: Path, content: dict[str, Any]) -> Records:
@@ -280,9 +269,7 @@ def _logical(path: Path, record: dict[str, Any], table: np.ndarray) -> np.ndarra
     ids = _whole(path, "topk_ids_of_layer", record["topk_ids_of_layer"], 3)
     if len(ids) != len(table) or (ids.size and not -1 <= ids.min() <= ids.max() < table.shape[1]):
         raise _strange(path, f"picks of shape {ids.shape} outside a map of shape {table.shape}")
-    logical = np.take_along_axis(table, np.maximum(ids, 0).reshape(len(ids), -1), axis=1).reshape(
-        ids.shape
-    )
+    logical = table[np.arange(len(table))[:, None, None], np.maximum(ids, 0)]
     return np.where(ids < 0, -1, logical).transpose(1, 0, 2)
 
 

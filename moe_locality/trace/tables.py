@@ -32,11 +32,8 @@ Tokens = Iterator[tuple[str, Any]]
 
 
 def json_parts(path: Path, options: ImportOptions) -> Iterator[RoutingTrace]:
-    """Yield the trace of a ``.jsonl`` or ``.json`` file in parts.
-
-    Raises:
-        TraceError: the content does not fit the layout; the message names the line or token.
-    """
+    """Yield the trace of a ``.jsonl`` or ``.json`` file in parts; a TraceError names the line or
+    token that does not fit the layout."""
     header, lines = header_of(path)
     tokens: Any = header.get("tokens")
     if not lines and not isinstance(tokens, list):
@@ -83,10 +80,8 @@ def token_parts(
     tokens_of: Callable[[int], Tokens],
     options: ImportOptions,
 ) -> Iterator[RoutingTrace]:
-    """Yield traces of tokens given as (place, object).
-
-    ``tokens_of(k)`` is called with k = 0 to check and measure, then with k = 1 to convert.
-    """
+    """Yield traces of tokens given as (place, object): by ``tokens_of(0)`` to check and measure,
+    then by ``tokens_of(1)`` to convert."""
     layer_ids = header.get("layer_ids")
     if not isinstance(layer_ids, list) or not all(is_count(layer) for layer in layer_ids):
         raise TraceError(
@@ -235,30 +230,23 @@ def _tokens(path: Path, layer_ids: list[int], options: ImportOptions, number: in
         if complete >= enough:
             done = [k for k, t in waiting.items() if len(t["of_layer"]) == len(layer_ids)]
             for key in done:
-                yield _record(path, key, waiting.pop(key), layer_ids)
+                yield _record(path, waiting.pop(key), layer_ids)
             complete = 0
-    for key, token in waiting.items():
-        yield _record(path, key, token, layer_ids)
+    for token in waiting.values():
+        yield _record(path, token, layer_ids)
 
 
-def _record(
-    path: Path, key: tuple[int, int], token: dict[str, Any], layer_ids: list[int]
-) -> tuple[str, Any]:
-    request, position = key
+def _record(path: Path, token: dict[str, Any], layer_ids: list[int]) -> tuple[str, Any]:
+    where = f"request {token['request_id']}, position {token['position']}"
     absent = [layer for layer in layer_ids if layer not in token["of_layer"]]
     if absent:
         raise TraceError(
-            f"{path}: found no row for layer {absent[0]} of request {request}, position "
-            f"{position}, expected a row per token and layer: leave expert_ids empty for a token "
-            "without picks"
+            f"{path}: found no row for layer {absent[0]} of {where}, expected a row per token and "
+            "layer: leave expert_ids empty for a token without picks"
         )
-    record = {
-        "request_id": request,
-        "position": position,
-        "expert_ids": [token["of_layer"][layer] for layer in layer_ids],
-    }
-    record |= {name: token[name] for name in ("stage", "domain") if token.get(name)}
-    return f"{path}, request {request}, position {position}", record
+    labels = {name: token.get(name) or None for name in ("stage", "domain")}
+    picks = [token["of_layer"][layer] for layer in layer_ids]
+    return f"{path}, {where}", {**token, **labels, "expert_ids": picks}
 
 
 # -- a row per pick --
@@ -290,11 +278,10 @@ def _long_parts(path: Path, columns: list[str], options: ImportOptions) -> Itera
             f"{path}: found {top_k} picks of a token in a layer of {num_experts} experts, expected "
             "at most as many: correct the file or num_experts="
         )
-    try:
-        for block in _blocks(path, names, options, 1, whole):
-            yield _pick_trace(block, layer_ids, top_k, num_experts, options)
-    except TraceError as error:
-        raise error if str(path) in str(error) else TraceError(f"{path}: {error}") from error
+    common = {"model": options.model or "", "num_experts": num_experts, "layer_ids": layer_ids}
+    for block in _blocks(path, names, options, 1, whole):
+        with named(path):
+            yield _pick_trace(block, common, top_k)
 
 
 class _Unsorted(Exception):
@@ -317,11 +304,8 @@ def _measure(
 
 
 def _blocks(path: Path, names: list[str], options: ImportOptions, number: int, whole: bool):
-    """Yield dicts of columns, sorted by token; no token is in two blocks.
-
-    Raises:
-        _Unsorted: the file is not sorted, and not to be read ``whole``.
-    """
+    """Yield dicts of columns, sorted by token, no token in two of them; _Unsorted where the file is
+    not, and not to be read ``whole``."""
     kept: list[dict[str, np.ndarray]] = []
     last = -1
     for block in _batches(path, names, options, number):
@@ -342,9 +326,9 @@ def _blocks(path: Path, names: list[str], options: ImportOptions, number: int, w
         yield {name: column[order] for name, column in rest.items()}
 
 
-def _begins(token: np.ndarray) -> np.ndarray:
-    """bool, where the rows of another token begin."""
-    return np.r_[True, token[1:] != token[:-1]]
+def _begins(keys: np.ndarray) -> np.ndarray:
+    """bool, where the rows of another key begin."""
+    return np.r_[True, keys[1:] != keys[:-1]]
 
 
 def _join(blocks: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -387,37 +371,28 @@ def _checked_batch(path: Path, batch: Any) -> dict[str, np.ndarray]:
     block.setdefault("request_id", np.zeros(len(block["layer"]), np.int64))
     for name in ("request_id", *LONG):
         if len(block[name]) and not 0 <= block[name].min() <= block[name].max() < 2**31:
-            a = "an" if name == "expert" else "a"
-            raise _unreadable(path, f"{a} {name} outside 0..{2**31 - 1}", LONG)
+            raise _unreadable(path, f"column {name} outside 0..{2**31 - 1}", LONG)
     if "stage" in block:
         known, place = np.unique(block["stage"].astype(str), return_inverse=True)
-        codes = [_stage_of(path, str(name)) for name in known]
-        block["stage"] = np.array(codes, np.int64)[place]
+        block["stage"] = np.array([_stage_of(path, name) for name in known.tolist()])[place]
     return block
 
 
 def _stage_of(path: Path, text: str) -> int:
+    code = int(text) if text.isdecimal() and len(text) < 4 else text
     aliases = {"": UNKNOWN, "prompt": PREFILL, "generation": DECODE}
-    if text in aliases:
-        return aliases[text]
-    return stage_code(str(path), int(text) if text.isdecimal() and len(text) < 4 else text)
+    return stage_code(str(path), aliases.get(text, code))
 
 
-def _pick_trace(
-    block: dict[str, np.ndarray],
-    layer_ids: np.ndarray,
-    top_k: int,
-    num_experts: int,
-    options: ImportOptions,
-) -> RoutingTrace:
+def _pick_trace(block: dict[str, np.ndarray], common: dict[str, Any], top_k: int) -> RoutingTrace:
     """A trace from rows of picks that are sorted by token."""
-    token = _token_keys(block)
+    token, layer_ids = _token_keys(block), common["layer_ids"]
     first = np.flatnonzero(_begins(token))
     row = np.cumsum(_begins(token)) - 1
     layer = np.searchsorted(layer_ids, block["layer"])
     order = np.lexsort((block.get("k", np.arange(len(token))), layer, row))
     cell = (row * len(layer_ids) + layer)[order]
-    starts = np.flatnonzero(np.r_[True, cell[1:] != cell[:-1]])
+    starts = np.flatnonzero(_begins(cell))
     place = np.arange(len(cell)) - np.repeat(starts, np.diff(np.r_[starts, len(cell)]))
     shape = (len(first), len(layer_ids), top_k)
     ids = np.full(shape, -1, np.int64)
@@ -432,9 +407,7 @@ def _pick_trace(
         domain = tuple(name for name in names.tolist() if name)
         domain_id = index - (len(names) - len(domain))  # the empty name sorts first: unknown, -1
     return RoutingTrace(
-        model=options.model or "",
-        num_experts=num_experts,
-        layer_ids=layer_ids,
+        **common,
         domain=domain,
         expert_ids=ids,
         expert_weights=weights,
