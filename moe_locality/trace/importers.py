@@ -195,16 +195,14 @@ def _content_format(path: Path) -> tuple[str | None, str]:
 
 
 def _zip_format(path: Path) -> tuple[str | None, str]:
-    pickled = b""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-            for name in (name for name in names if name.endswith("data.pkl")):
-                pickled = archive.read(name)  # to look for a word; nothing of it is unpickled
+            pickles = [archive.read(name) for name in names if name.endswith("data.pkl")]
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError) as error:
         return None, f"a damaged archive ({error})"
-    if pickled:
-        return ("slime" if b"rollout_routed_experts" in pickled else "sglang-dump"), ""
+    if any(pickles):  # looked at for a word; nothing of it is unpickled
+        return ("slime" if b"rollout_routed_experts" in pickles[-1] else "sglang-dump"), ""
     if {"kind.npy", "format_version.npy", "expert_ids.npy", "expert_load.npy"} & set(names):
         return "npz", ""
     if names and all(name.endswith(".npy") for name in names):

@@ -7,8 +7,7 @@ for a bad file.
 the file names. The zip form of torch >= 1.6 (docs of ``torch.save``) has ``<name>/data.pkl``, a
 pickle in which every storage is a persistent id ``("storage", type, key, device, elements)``, and
 ``<name>/data/<key>`` with its bytes. Only the calls that rebuild plain tensors are known here; any
-other name in the pickle is refused before it is looked up. Tensors come back as numpy arrays, also
-those that were on a GPU.
+other name in the pickle is refused before it is looked up.
 """
 
 from __future__ import annotations
@@ -42,14 +41,9 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportOptions:
-    """What a file does not say, and whom to tell how far the reading is.
-
-    model, num_experts, top_k, num_layers: None: from the file, or guessed with a warning.
-    layers: the transformer layers to take; None: all that hold picks.
-    table: name of a request or file → its request id and domain (None: not said).
-    report: called with (bytes done, bytes in all).
-    left_out: filled with a sentence for every request or file that was left out.
-    """
+    """The arguments of ``import_trace``; ``table``: name of a request or file → its request id and
+    domain (None: not said); ``left_out``: filled with a sentence for every request or file that was
+    left out."""
 
     model: str | None = None
     num_experts: int | None = None
@@ -229,8 +223,8 @@ MAX_PICKLE_BYTES = 1 << 30
 
 
 def read_torch_file(path: Path) -> Any:
-    """Return the content of a ``.pt`` file: dicts, lists and numbers, tensors as numpy arrays;
-    TraceError where it is damaged, in the old form, or names anything but plain tensors."""
+    """Return the content of a ``.pt`` file: dicts, lists, numbers, tensors (of a GPU too) as numpy
+    arrays; TraceError where it is damaged, in the old form, or names anything but plain tensors."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name for name in archive.namelist() if name.endswith("data.pkl")]

@@ -33,19 +33,8 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import TraceError
-from moe_locality.trace.reading import (
-    ImportOptions,
-    empty_layers,
-    guess_num_experts,
-    id_block,
-    in_parts,
-    is_count,
-    json_line,
-    named,
-    read_torch_file,
-    text_lines,
-    whole_json,
-)
+from moe_locality.trace import reading
+from moe_locality.trace.reading import ImportOptions
 from moe_locality.trace.schema import DECODE, MAX_EXPERTS, PREFILL, UNKNOWN, RoutingTrace, check_ids
 
 _log = logging.getLogger(__name__)
@@ -112,13 +101,13 @@ def array_file(path: Path, options: ImportOptions, number: int = 0) -> Iterator[
 
 
 def _named_array(array: Any, names: tuple[str, ...]) -> Sequence:
-    return Sequence(ids=id_block(array), names=names)
+    return Sequence(ids=reading.id_block(array), names=names)
 
 
 def _item(where: str, decode: Callable[..., Sequence], *args: Any) -> Item:
     """What is decoded, or what is wrong with it, at its place."""
     try:
-        with named(where):
+        with reading.named(where):
             return replace(decode(*args), where=where)
     except TraceError as error:
         return error
@@ -126,21 +115,21 @@ def _item(where: str, decode: Callable[..., Sequence], *args: Any) -> Item:
 
 def responses(path: Path, options: ImportOptions, number: int) -> Iterator[tuple[str, Any]]:
     """Yield (place, response or what is wrong) of a JSON file: an object per line, or one value."""
-    line, text = next(text_lines(path, ImportOptions()), (1, ""))
+    line, text = next(reading.text_lines(path, ImportOptions()), (1, ""))
     has_lines = path.suffix.lower() == ".jsonl"
     with contextlib.suppress(TraceError):  # or the first is an object by itself
-        json_line(path, line, text)
+        reading.json_line(path, line, text)
         has_lines = True
     if has_lines:
-        for line, text in text_lines(path, options, (number, 2)):
+        for line, text in reading.text_lines(path, options, (number, 2)):
             if text.strip():
                 try:
-                    response: Any = json_line(path, line, text)
+                    response: Any = reading.json_line(path, line, text)
                 except TraceError as error:
                     response = error
                 yield f"{path}, line {line}", response
         return
-    content = whole_json(path)
+    content = reading.whole_json(path)
     if isinstance(content, list) and all(isinstance(entry, dict) for entry in content):
         for place, entry in enumerate(content):
             yield f"{path}, entry {place}", entry
@@ -168,8 +157,7 @@ def _completions(
     is_object = isinstance(response, dict)
     choices = response.get("choices", [response]) if is_object else None
     if not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
-        found = f"a {type(response).__name__}"
-        found = "no list of objects in choices" if is_object else found
+        found = "no list of objects in choices" if is_object else f"a {type(response).__name__}"
         yield TraceError(f"{where}: found {found}, expected a response")
         return
     for number, choice in enumerate(choices):
@@ -196,7 +184,11 @@ def _vllm_choice(response: Json, choice: Json, _: ImportOptions) -> Sequence:
         ids = np.concatenate([head, ids]) if len(ids) else head
         return Sequence(ids=ids, prompt=len(head), names=names)
     prompt, answer = _usage(response.get("usage"))[1:]
-    if not is_count(prompt) or not is_count(answer) or len(response.get("choices", [0])) > 1:
+    if (
+        not reading.is_count(prompt)
+        or not reading.is_count(answer)
+        or len(response.get("choices", [0])) > 1
+    ):
         return Sequence(ids=ids, names=names)
     start = max(prompt + answer - 1 - len(ids), 0)
     return Sequence(ids=ids, prompt=max(prompt - start, 0), start=start, names=names)
@@ -221,14 +213,14 @@ def _decoded(value: Any) -> np.ndarray:
     """Picks [tokens, layers, K] from any of the encodings."""
     if isinstance(value, dict):
         shape, dtype = value.get("shape"), value.get("dtype")
-        if not isinstance(shape, list) or not all(is_count(n) for n in shape):
+        if not isinstance(shape, list) or not all(reading.is_count(n) for n in shape):
             raise TraceError(f"found shape {shape!r}, expected three numbers")
         if dtype not in _DTYPES:
             raise TraceError(f"found dtype {dtype!r}, expected one of {_DTYPES}")
         raw = np.frombuffer(_base64(value.get("data"), np.dtype(dtype).itemsize), dtype)
         if len(shape) != 3 or int(np.prod(shape, dtype=object)) != raw.size:
             raise TraceError(f"found {raw.size} numbers for the shape {shape}")
-        return id_block(raw.reshape(shape))
+        return reading.id_block(raw.reshape(shape))
     if isinstance(value, str):
         raw = _base64(value, 1)
         try:
@@ -238,7 +230,7 @@ def _decoded(value: Any) -> np.ndarray:
                 f"found no .npy file in the base64 text ({error}), expected vLLM's "
                 "routed_experts; SGLang's are imported with format 'sglang'"
             ) from error
-    return id_block(value)
+    return reading.id_block(value)
 
 
 def _base64(text: Any, itemsize: int) -> bytes:
@@ -286,11 +278,15 @@ def _sglang_picks(spot: Json, usage: Any, options: ImportOptions) -> Sequence:
     flat = np.frombuffer(_base64(spot["routed_experts"], 4), "<i4")
     usage, prompt, answer = _usage(usage)
     said = spot.get("routed_experts_start_len", usage.get("routed_experts_start_len"))
-    if said is not None and not is_count(said):
+    if said is not None and not reading.is_count(said):
         raise TraceError(f"found routed_experts_start_len {said!r}, expected a position")
     top_k, layers, tokens, start = options.top_k or 1, options.num_layers, None, said or 0
     if usage or layers is None:
-        if not is_count(prompt) or not is_count(answer) or not 1 < prompt + answer < 2**31:
+        if (
+            not reading.is_count(prompt)
+            or not reading.is_count(answer)
+            or not 1 < prompt + answer < 2**31
+        ):
             raise TraceError(
                 f"found prompt_tokens {prompt!r} and completion_tokens {answer!r}, "
                 "expected whole numbers that are 2 together at least (several choices share one "
@@ -316,7 +312,7 @@ def _sglang_picks(spot: Json, usage: Any, options: ImportOptions) -> Sequence:
             f"routed_experts_start_len ({said}): give the right top_k= and num_layers="
         )
     return Sequence(
-        ids=id_block(flat.reshape(rows, layers, top_k)),
+        ids=reading.id_block(flat.reshape(rows, layers, top_k)),
         prompt=max(prompt - start, 0) if tokens is not None and prompt is not None else None,
         start=start,
         names=(spot["id"],) if isinstance(spot.get("id"), str) else (),
@@ -326,7 +322,7 @@ def _sglang_picks(spot: Json, usage: Any, options: ImportOptions) -> Sequence:
 
 def slime_samples(path: Path, options: ImportOptions, number: int) -> Iterator[Item]:
     """Yield the samples of a rollout that slime saved, see the head of this file."""
-    content = read_torch_file(path)
+    content = reading.read_torch_file(path)
     samples = content.get("samples") if isinstance(content, dict) else None
     if not isinstance(samples, list):
         raise TraceError(
@@ -343,14 +339,18 @@ def _slime_sample(sample: Any) -> Sequence:
             "found no rollout_routed_experts, expected them: run slime with "
             "--use-rollout-routing-replay"
         )
-    ids = id_block(sample["rollout_routed_experts"])
+    ids = reading.id_block(sample["rollout_routed_experts"])
     tokens, answer = sample.get("tokens"), sample.get("response_length")
-    if not isinstance(tokens, list) or not is_count(answer) or not len(ids) < len(tokens) + 1:
+    if (
+        not isinstance(tokens, list)
+        or not reading.is_count(answer)
+        or not len(ids) < len(tokens) + 1
+    ):
         raise TraceError(
             f"found picks of {len(ids)} tokens and response_length {answer!r}, expected "
             "at most as many as there are tokens"
         )
-    names = (str(sample["index"]),) if is_count(sample.get("index")) else ()
+    names = (str(sample["index"]),) if reading.is_count(sample.get("index")) else ()
     return Sequence(ids=ids, prompt=max(len(tokens) - answer, 0), names=names)
 
 
@@ -381,17 +381,17 @@ def parts(sources: list[Source], options: ImportOptions) -> Iterator[RoutingTrac
     labels = _labels(facts, sources, options)
     table = sorted({domain for _, domain in labels.values() if domain is not None})
     place = {None: -1, **{name: i for i, name in enumerate(table)}}
-    num_experts = options.num_experts or guess_num_experts(where, highest, top_k)
+    num_experts = options.num_experts or reading.guess_num_experts(where, highest, top_k)
     taken = (
         (item, *labels[number])
         for number, item in enumerate(_items(sources, options, 1))
         if number in facts and not isinstance(item, TraceError)
     )
-    for block in in_parts(taken, lambda entry: entry[0].ids.size):
+    for block in reading.in_parts(taken, lambda entry: entry[0].ids.size):
         lengths = [len(one.ids) for one, _, _ in block]
         requests = np.array([request for _, request, _ in block], np.int64)
         domains = np.array([place[domain] for _, _, domain in block], np.int32)
-        with named(block[0][0].where):
+        with reading.named(block[0][0].where):
             yield RoutingTrace(
                 model=options.model or "",
                 num_experts=num_experts,
@@ -460,11 +460,11 @@ def _survey(sources: list[Source], options: ImportOptions) -> dict[int, _Facts]:
 
 
 def _facts(item: Sequence, options: ImportOptions) -> _Facts:
-    empty = empty_layers(item.ids)
+    empty = reading.empty_layers(item.ids)
     if empty.all() and item.ids.shape[2] > 1:
         raise TraceError(f"{item.where}: {_ALL_ZERO}")
     hint = f" (read with top_k = {options.top_k}: is that right?)" if item.derived else ""
-    with named(item.where, hint):
+    with reading.named(item.where, hint):
         check_ids(item.ids[:, ~empty], options.num_experts or MAX_EXPERTS)
     shape, highest = item.ids.shape[1:], int(item.ids.max())
     return _Facts(item.where, shape, empty, highest, item.names, item.domain, item.derived)

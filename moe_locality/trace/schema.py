@@ -94,9 +94,7 @@ class RoutingTrace:
     step_tokens: np.ndarray | None = None
     """int64 [S], kind "load": tokens of each step, where known."""
     load_top_k: int = 0
-    """Kind "load": picks per token, 0 = unknown. Kind "tokens" has it in the shape of
-    ``expert_ids``.
-    """
+    """Kind "load": picks per token, 0 = unknown; kind "tokens" has it in its ``expert_ids``."""
 
     def __post_init__(self) -> None:
         for name, value in checked(self).items():
@@ -157,11 +155,8 @@ class RoutingTrace:
         return counts
 
     def tokens_only(self, purpose: str) -> TokenView:
-        """Return the per-token arrays, typed as present.
-
-        Raises:
-            TraceError: the trace holds counts only; ``purpose`` is named in the message.
-        """
+        """Return the per-token arrays, typed as present; TraceError, which names ``purpose``, where
+        the trace holds counts only."""
         if self.expert_ids is None:
             raise TraceError(
                 f"found a trace of kind 'load' (counts per step), but {purpose} needs kind "
@@ -243,8 +238,7 @@ class RoutingTrace:
         return self.evolve(layer_ids=np.array(wanted, np.int32), **arrays)
 
     def split(self, fraction: float = 0.7, seed: int = 0) -> tuple[RoutingTrace, RoutingTrace]:
-        """Split into (train, test) by request, or by step for kind "load"; no request is on both
-        sides.
+        """Split into (train, test) by request (kind "load": by step); none is on both sides.
 
         The same content, fraction and seed give the same split, whatever the order of the rows.
 
@@ -252,8 +246,7 @@ class RoutingTrace:
             fraction: share of the requests in train, in (0, 1); both sides get at least one.
 
         Raises:
-            TraceError: the fraction is outside (0, 1), or there are fewer than two requests
-            (steps).
+            TraceError: the fraction is outside (0, 1), or there are fewer than two requests.
         """
         if not 0 < fraction < 1:
             raise TraceError(f"found fraction {fraction}, expected a number between 0 and 1")
@@ -274,10 +267,8 @@ class RoutingTrace:
 
     @classmethod
     def concat(cls, traces: Sequence[RoutingTrace]) -> RoutingTrace:
-        """Join traces of the same model and layers row after row; domains are matched by name.
-
-        A field that only some of them have (weights, rank, step) is an error, not dropped.
-        """
+        """Join traces of the same model and layers row after row; domains are matched by name. A
+        field that only some of them have (weights, rank, step) is an error, not dropped."""
         return joining.concat(traces)
 
     @classmethod
@@ -293,8 +284,7 @@ class RoutingTrace:
     # -- identity --
 
     def content_hash(self) -> str:
-        """SHA-256 (hex) of the content: independent of the order of rows, of the domain table, and
-        of shards.
+        """SHA-256 (hex) of the content, whatever the order of rows, domain table and shards.
 
         Rows are brought into the order (request_id, step, position, stage, rank, domain), ties
         broken by a fingerprint of the picks; domains are sorted by name and unused ones left out;
@@ -340,11 +330,7 @@ def _stage_codes(stages: Collection[int | str] | int | str) -> list[int]:
 
 
 def checked(trace: RoutingTrace) -> dict[str, Any]:
-    """Return every field in its dtype, defaults filled in.
-
-    Raises:
-        TraceError: what was found, what was expected, what to do.
-    """
+    """Return every field in its dtype, defaults filled in; TraceError where one is impossible."""
     fields: dict[str, Any] = {"model": str(trace.model), "model_type": str(trace.model_type)}
     fields |= _tables(trace)
     num_experts = np.asarray(trace.num_experts)
@@ -367,7 +353,19 @@ def checked(trace: RoutingTrace) -> dict[str, Any]:
     num_rows = len(fields["expert_ids" if trace.expert_load is None else "expert_load"])
     for name in SCALARS:
         fields[name] = _row_scalar(name, getattr(trace, name), num_rows)
-    _check_labels(fields)
+    domain_id, num_domains = fields["domain_id"], len(fields["domain"])
+    if num_rows and (domain_id.min() < -1 or domain_id.max() >= num_domains):
+        worst = domain_id.min() if domain_id.min() < -1 else domain_id.max()
+        raise TraceError(
+            f"found domain_id {worst}, expected -1 (unknown) to {num_domains - 1}, for the domain "
+            f"table has {num_domains} names"
+        )
+    codes = np.flatnonzero(np.bincount(fields["stage"])).tolist()
+    strange = [code for code in codes if code not in STAGE_NAMES]
+    if strange:
+        raise TraceError(
+            f"found stage code {strange[0]}, expected 0 prefill, 1 decode, 2 train or 255 unknown"
+        )
     return fields
 
 
@@ -451,22 +449,6 @@ def _row_scalar(name: str, value: Any, num_rows: int) -> np.ndarray | None:
             "from 0"
         )
     return array.astype(dtype, copy=False)
-
-
-def _check_labels(fields: dict[str, Any]) -> None:
-    domain_id, num_domains = fields["domain_id"], len(fields["domain"])
-    if domain_id.size and (domain_id.min() < -1 or domain_id.max() >= num_domains):
-        worst = domain_id.min() if domain_id.min() < -1 else domain_id.max()
-        raise TraceError(
-            f"found domain_id {worst}, expected -1 (unknown) to {num_domains - 1}, for the domain "
-            f"table has {num_domains} names"
-        )
-    present = np.flatnonzero(np.bincount(fields["stage"]))
-    strange = [code for code in present.tolist() if code not in STAGE_NAMES]
-    if strange:
-        raise TraceError(
-            f"found stage code {strange[0]}, expected 0 prefill, 1 decode, 2 train or 255 unknown"
-        )
 
 
 def _token_fields(trace: RoutingTrace, num_experts: int, num_layers: int) -> dict[str, Any]:

@@ -32,13 +32,8 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import TraceError
-from moe_locality.trace.reading import (
-    ImportOptions,
-    is_count,
-    one_size,
-    read_torch_file,
-    whole_json,
-)
+from moe_locality.trace import reading
+from moe_locality.trace.reading import ImportOptions
 from moe_locality.trace.schema import DECODE, PREFILL, UNKNOWN, RoutingTrace
 
 _log = logging.getLogger(__name__)
@@ -59,7 +54,7 @@ def parts(paths: Sequence[Path], options: ImportOptions) -> Iterator[RoutingTrac
             options.report(sum(p.stat().st_size for p in paths[:number]), total)
         with open(path, "rb") as file:
             is_json = file.read(64).lstrip().startswith(b"{")
-        content = whole_json(path) if is_json else read_torch_file(path)
+        content = reading.whole_json(path) if is_json else reading.read_torch_file(path)
         if not isinstance(content, dict):
             raise _strange(path, f"a {type(content).__name__}")
         dumps.append((path, content))
@@ -134,7 +129,7 @@ def _even(path: Path, table: list[Any], options: ImportOptions) -> Any:
         for layer, row in enumerate(step)
         if chosen[layer] and any(row)
     }
-    none = [0] * one_size(str(path), sizes)
+    none = [0] * reading.one_size(str(path), sizes)
     return [[row if layer in sizes else none for layer, row in enumerate(step)] for step in steps]
 
 
@@ -147,7 +142,9 @@ def _chosen(options: ImportOptions, num_layers: int) -> np.ndarray:
 def _num_experts(records: Records, layers: np.ndarray) -> int:
     """Experts of each of the layers (bool [L]), which the maps tell."""
     sizes = np.max([table.max(axis=1) for _, _, table in records], axis=0) + 1
-    return one_size(str(records[0][0]), {int(i): int(sizes[i]) for i in np.flatnonzero(layers)})
+    return reading.one_size(
+        str(records[0][0]), {int(i): int(sizes[i]) for i in np.flatnonzero(layers)}
+    )
 
 
 def _load_trace(
@@ -198,7 +195,7 @@ def _from_passes(path: Path, records: Records, options: ImportOptions) -> Routin
 
 def _number(path: Path, record: dict[str, Any], name: str) -> int:
     value = record.get(name)
-    if not is_count(value):
+    if not reading.is_count(value):
         raise _strange(path, f"{name} {value!r} in a record")
     return value
 

@@ -5,7 +5,7 @@ CSV with a row per token and layer, or per pick.
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,8 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 
 from moe_locality.errors import TraceError
-from moe_locality.trace.reading import (
-    PART_PICKS,
-    ImportOptions,
-    guess_num_experts,
-    is_count,
-    json_lines,
-    named,
-    stage_code,
-    text_lines,
-    whole_json,
-)
+from moe_locality.trace import reading
+from moe_locality.trace.reading import PART_PICKS, ImportOptions
 from moe_locality.trace.schema import DECODE, MAX_EXPERTS, PREFILL, UNKNOWN, RoutingTrace
 
 Tokens = Iterator[tuple[str, Any]]
@@ -52,7 +43,7 @@ def json_parts(path: Path, options: ImportOptions) -> Iterator[RoutingTrace]:
     def tokens_of(number: int) -> Tokens:
         if not lines:
             return ((f"{path}, token {i}", record) for i, record in enumerate(tokens))
-        records = json_lines(path, options, (number, 2))
+        records = reading.json_lines(path, options, (number, 2))
         return ((f"{path}, line {line}", record) for line, record in islice(records, 1, None))
 
     yield from token_parts(path, header, tokens_of, options)
@@ -64,32 +55,29 @@ def header_of(path: Path) -> tuple[dict[str, Any], bool]:
     suffix = path.suffix.lower()
     if suffix != ".json":
         try:
-            first = next(json_lines(path, ImportOptions()), (0, {}))[1]
+            first = next(reading.json_lines(path, ImportOptions()), (0, {}))[1]
             if suffix == ".jsonl" or (first and "tokens" not in first):
                 return first, True
         except TraceError:
             if suffix == ".jsonl":
                 raise
-    content = whole_json(path)
+    content = reading.whole_json(path)
     return content if isinstance(content, dict) else {}, False
 
 
 def token_parts(
-    path: Path,
-    header: Mapping[str, Any],
-    tokens_of: Callable[[int], Tokens],
-    options: ImportOptions,
+    path: Path, header: dict[str, Any], tokens_of: Callable[[int], Tokens], options: ImportOptions
 ) -> Iterator[RoutingTrace]:
     """Yield traces of tokens given as (place, object): by ``tokens_of(0)`` to check and measure,
     then by ``tokens_of(1)`` to convert."""
     layer_ids = header.get("layer_ids")
-    if not isinstance(layer_ids, list) or not all(is_count(layer) for layer in layer_ids):
+    if not isinstance(layer_ids, list) or not all(reading.is_count(layer) for layer in layer_ids):
         raise TraceError(
             f"found layer_ids {layer_ids!r} in the header of {path}, expected a list of layer "
             "numbers"
         )
     top_k = header.get("top_k", options.top_k or 1)
-    if not is_count(top_k) or top_k > MAX_EXPERTS:
+    if not reading.is_count(top_k) or top_k > MAX_EXPERTS:
         raise TraceError(
             f"found top_k {top_k!r} in the header of {path}, expected a number up to {MAX_EXPERTS}"
         )
@@ -100,7 +88,7 @@ def token_parts(
     given = options.num_experts or header.get("num_experts")
     common = {
         "model": str(options.model or header.get("model", "")),
-        "num_experts": given if given else guess_num_experts(path, highest, top_k),
+        "num_experts": given if given else reading.guess_num_experts(path, highest, top_k),
         "layer_ids": np.array(layer_ids, np.int64),
     }
     rows = max(PART_PICKS // max(len(layer_ids) * top_k, 1), 1)
@@ -119,14 +107,15 @@ def _token_trace(
     for row, (_, record) in enumerate(tokens):
         for layer, picks in enumerate(record["expert_ids"]):
             ids[row, layer, : len(picks)] = picks
-    with named(path):
+    stages = [reading.stage_code(where, r.get("stage")) for where, r in tokens]
+    with reading.named(path):
         return RoutingTrace(
             **common,
             domain=tuple(domain),
             expert_ids=ids,
             request_id=np.array([r["request_id"] for _, r in tokens], np.int64),
             position=np.array([r["position"] for _, r in tokens], np.int64),
-            stage=np.array([stage_code(where, r.get("stage")) for where, r in tokens], np.int64),
+            stage=np.array(stages, np.int64),
             domain_id=np.array([place.get(str(r.get("domain")), -1) for _, r in tokens], np.int64),
         )
 
@@ -136,11 +125,11 @@ def _check_token(where: str, record: Any, num_layers: int) -> tuple[int, int]:
     if not isinstance(record, dict):
         raise TraceError(f"{where}: found a {type(record).__name__}, expected an object per token")
     for name in ("request_id", "position"):
-        if not is_count(record.get(name)):
+        if not reading.is_count(record.get(name)):
             raise TraceError(
                 f"{where}: found {name} {record.get(name)!r}, expected a number of at least 0"
             )
-    stage_code(where, record.get("stage"))
+    reading.stage_code(where, record.get("stage"))
     picks = record.get("expert_ids")
     if not isinstance(picks, list) or len(picks) != num_layers:
         found = len(picks) if isinstance(picks, list) else type(picks).__name__
@@ -180,7 +169,7 @@ def cells(line: str) -> list[str]:
 
 def csv_parts(path: Path, options: ImportOptions) -> Iterator[RoutingTrace]:
     """Yield the trace of a CSV file in parts."""
-    columns = cells(next(text_lines(path, ImportOptions()), (1, ""))[1])
+    columns = cells(next(reading.text_lines(path, ImportOptions()), (1, ""))[1])
     if "expert" in (_ALIASES.get(name, name) for name in columns):
         yield from _long_parts(path, columns, options)
         return
@@ -201,7 +190,7 @@ def csv_parts(path: Path, options: ImportOptions) -> Iterator[RoutingTrace]:
 
 def _rows(path: Path, options: ImportOptions, number: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line, row) with the numbers of each row read."""
-    lines = text_lines(path, options, (number, 3))
+    lines = reading.text_lines(path, options, (number, 3))
     try:
         reader = csv.DictReader((text for _, text in lines), strict=True)
         for row in reader:
@@ -272,7 +261,7 @@ def _long_parts(path: Path, columns: list[str], options: ImportOptions) -> Itera
         raise _unreadable(path, "no row of a pick", LONG)
     layer_ids = np.array(sorted(layers))
     top_k = max(top_k, options.top_k or 1)
-    num_experts = options.num_experts or guess_num_experts(path, highest, top_k)
+    num_experts = options.num_experts or reading.guess_num_experts(path, highest, top_k)
     if top_k > min(num_experts, MAX_EXPERTS):
         raise TraceError(
             f"{path}: found {top_k} picks of a token in a layer of {num_experts} experts, expected "
@@ -280,7 +269,7 @@ def _long_parts(path: Path, columns: list[str], options: ImportOptions) -> Itera
         )
     common = {"model": options.model or "", "num_experts": num_experts, "layer_ids": layer_ids}
     for block in _blocks(path, names, options, 1, whole):
-        with named(path):
+        with reading.named(path):
             yield _pick_trace(block, common, top_k)
 
 
@@ -381,7 +370,7 @@ def _checked_batch(path: Path, batch: Any) -> dict[str, np.ndarray]:
 def _stage_of(path: Path, text: str) -> int:
     code = int(text) if text.isdecimal() and len(text) < 4 else text
     aliases = {"": UNKNOWN, "prompt": PREFILL, "generation": DECODE}
-    return stage_code(str(path), aliases.get(text, code))
+    return reading.stage_code(str(path), aliases.get(text, code))
 
 
 def _pick_trace(block: dict[str, np.ndarray], common: dict[str, Any], top_k: int) -> RoutingTrace:
