@@ -123,11 +123,8 @@ def write_trace(
     """
     place = Path(path)
     if place.suffix == ".npz" and not place.is_dir():
-        if (
-            place.exists()
-            and not overwrite
-            and not RoutingTrace.from_npz(place).same_content(trace)
-        ):
+        kept = place.exists() and not overwrite
+        if kept and not RoutingTrace.from_npz(place).same_content(trace):
             raise _occupied(place)
         write_npz(trace, place)
         return

@@ -25,13 +25,8 @@ from pathlib import Path
 import numpy as np
 
 from moe_locality.errors import TraceError
-from moe_locality.trace.reading import (
-    PART_PICKS,
-    ImportOptions,
-    guess_num_experts,
-    named,
-    text_lines,
-)
+from moe_locality.trace import reading
+from moe_locality.trace.reading import PART_PICKS, ImportOptions
 from moe_locality.trace.schema import DECODE, PREFILL, RoutingTrace
 
 HEADER = ["layer", "expert"]
@@ -52,15 +47,17 @@ def parts(path: Path, options: ImportOptions) -> Iterator[RoutingTrace]:
     batch = np.cumsum(begins) - 1
     size = np.zeros(batch[-1] + 1, np.int64)
     np.maximum.at(size, batch, tokens)
-    short = tokens != size[batch]
-    if (short & (layer != layer_ids[-1])).any():
-        run = int(np.flatnonzero(short & (layer != layer_ids[-1]))[0])
+    short = np.flatnonzero((tokens != size[batch]) & (layer != layer_ids[-1]))
+    if len(short):
+        run = short[0]
         raise TraceError(
             f"{path}, pick {starts[run] + 1}: found {tokens[run]} tokens in layer {layer[run]} and "
             f"{size[batch[run]]} in another layer of the same micro-batch, expected the same: give "
             "the right top_k=, or record again"
         )
-    num_experts = options.num_experts or guess_num_experts(path, int(rows[:, 1].max()), top_k)
+    num_experts = options.num_experts or reading.guess_num_experts(
+        path, int(rows[:, 1].max()), top_k
+    )
     ids = np.full((int(size.sum()), len(layer_ids), top_k), -1, np.int64)
     last = np.cumsum(size)[batch]  # picks of a run belong to the last tokens of its micro-batch
     column = np.searchsorted(layer_ids, layer)
@@ -75,7 +72,7 @@ def parts(path: Path, options: ImportOptions) -> Iterator[RoutingTrace]:
     step = max(PART_PICKS // max(len(layer_ids) * top_k, 1), 1)
     for first in range(0, len(ids), step):
         part = slice(first, first + step)
-        with named(path, f" (read with top_k = {top_k})"):
+        with reading.named(path, f" (read with top_k = {top_k})"):
             yield RoutingTrace(
                 model=options.model or "",
                 num_experts=num_experts,
@@ -90,7 +87,7 @@ def parts(path: Path, options: ImportOptions) -> Iterator[RoutingTrace]:
 def _read(path: Path, options: ImportOptions) -> tuple[np.ndarray, list[int]]:
     """int32 [picks, 2]: layer and expert; and the picks before which a header stands."""
     numbers, headers = array("i"), set()
-    for line, text in text_lines(path, options):
+    for line, text in reading.text_lines(path, options):
         cells = text.strip().split(",")
         if [cell.strip().lower() for cell in cells] == HEADER:
             headers.add(len(numbers) // 2)
