@@ -105,7 +105,7 @@ def _passes(path: Path, options: ImportOptions, number: int) -> Iterator[Pass]:
                 yield (record["rank"], record["step"]), record["layer"], picks
 
     layers: set[int] = set()  # all that the file has shown so far
-    lacking, complete = "", 0
+    lacking, held = "", iter(())
     for (rank, step), group in itertools.groupby(records(), key=lambda record: record[0]):
         if lacking:  # only the last step of a file may be cut off
             raise TraceError(
@@ -115,19 +115,11 @@ def _passes(path: Path, options: ImportOptions, number: int) -> Iterator[Pass]:
         for _, layer, picks in group:
             tables.setdefault(layer, []).append(picks)
         layers |= tables.keys()
-        counts = {len(tables.get(layer, ())) for layer in layers}
-        complete = min(counts)
-        if len(counts) > 1:
-            lacking = f"{path}: found that step {step} lacks records of some layers"
-        for i in range(complete):
-            of_layer = {layer: tables[layer][i] for layer in layers}
-            shapes = sorted({block.shape for block in of_layer.values()})
-            if len(shapes) > 1:
-                raise TraceError(
-                    f"{path}: found layers of step {step} with different token counts {shapes}, "
-                    "expected the same tokens in each"
-                )
-            yield rank, step, of_layer
+        passes = _split(path, rank, step, tables, layers)
+        if len({len(tables.get(layer, ())) for layer in layers}) > 1:
+            lacking, held = f"{path}: found that step {step} lacks records of some layers", passes
+        else:
+            yield from passes
     if left_out and number == 0:
         _log.warning(
             "%s: left out %d records of multi-token-prediction layers (their numbers clash with "
@@ -135,8 +127,25 @@ def _passes(path: Path, options: ImportOptions, number: int) -> Iterator[Pass]:
             path,
             left_out,
         )
+    kept = list(held)
     if lacking and number == 0:
-        _log.warning("%s; it is the last one: kept its %d complete passes", lacking, complete)
+        _log.warning("%s; it is the last one: kept its %d complete passes", lacking, len(kept))
+    yield from kept
+
+
+def _split(
+    path: Path, rank: int, step: int, tables: dict[int, list[np.ndarray]], layers: set[int]
+) -> Iterator[Pass]:
+    """Yield the micro-batches of a step that every layer has."""
+    for i in range(min(len(tables.get(layer, ())) for layer in layers)):
+        picks = {layer: tables[layer][i] for layer in layers}
+        shapes = sorted({block.shape for block in picks.values()})
+        if len(shapes) > 1:
+            raise TraceError(
+                f"{path}: found layers of step {step} with different token counts {shapes}, "
+                "expected the same tokens in each"
+            )
+        yield rank, step, picks
 
 
 def _picks(where: str, record: dict[str, Any]) -> np.ndarray:
