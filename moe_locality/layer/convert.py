@@ -89,7 +89,8 @@ def apply(
         return section, found, None
 
     section, found, _ = agree_on_inputs(read)
-    (_adopt_auto_ep if auto_ep else _place)(model, section, topology, found)
+    runtime = LocalityRuntime(model=model, config=section, plan=found, topology=topology)
+    (_adopt_auto_ep if auto_ep else _place)(runtime)
     return model
 
 
@@ -107,13 +108,9 @@ def _check_layers(model: nn.Module, plan: PlacementPlan | None) -> None:
         plan_rows(model, plan)
 
 
-def _place(
-    model: nn.Module,
-    section: MoeLocalityConfig,
-    topology: ClusterTopology | None,
-    plan: PlacementPlan | None,
-) -> None:
+def _place(runtime: "LocalityRuntime") -> None:
     """Swap the layers of a model, and place its experts (collective)."""
+    model, section, plan = runtime.model, runtime.config, runtime.plan
     key_of = {"dispatch_config": "dispatch", "kernels": "kernels", "experts": "experts"}
     chosen: dict[str, Any] = {given: getattr(section, key) for given, key in key_of.items()}
     said = {
@@ -122,10 +119,10 @@ def _place(
     layers = moe_modules(model)
     swapped = 0
     for number, (name, module) in enumerate(layers):
-        if adopt(module, **chosen, topology=topology):
+        if adopt(module, **chosen, topology=runtime.topology):
             swapped += 1
         else:  # built as ours: what its constructor was given stays, unless the section says it
-            configure(module, **said, topology=topology)
+            configure(module, **said, topology=runtime.topology)
         layer: Any = module.deepspeed_moe
         layer.cluster = section.cluster or layer.cluster
         layer.call_position.number, layer.call_position.name = number, name
@@ -175,26 +172,31 @@ def initialize(*args: Any, **kwargs: Any) -> Any:
         )
     _init_distributed(bound)
     section, plan, ds_config = _agree_on_inputs(bound)
-    topology = None
+    runtime = LocalityRuntime(model=model, config=section, plan=plan)
     auto_ep = _auto_ep(ds_config)
     if auto_ep:
         compat.let_auto_ep_read_recorders()
         if section.enabled:  # the groups that AutoEP will use
             ep_size = ds_config["expert_parallel"].get("autoep_size", 1)
             folded = (ds_config.get("tensor_parallel") or {}).get("autotp_size", 1) > 1
-            alone = ep_size == 1 or bound.get("mpu") is not None or folded
-            topology = _make_groups(set() if alone else {ep_size}, section, ds_config, plan)
+            alone = ep_size <= 1 or bound.get("mpu") is not None or folded
+            _make_groups(runtime, set() if alone else {ep_size}, ds_config)
     elif section.enabled:
-        topology = _prepare_model(model, section, ds_config, plan, bound.get("mpu"))
+        _prepare_model(runtime, ds_config, bound.get("mpu"))
         if plan is not None and not plan.is_permutation:
-            args, kwargs = (), _with_replicas(bound)
+            args, kwargs = (), bound
+            for name in ("model_parameters", "optimizer"):
+                given = bound.get(name)
+                if given is not None and (name == "model_parameters" or not callable(given)):
+                    bound[name] = with_new_parameters(model, given)
     result = deepspeed.initialize(*args, **kwargs)
     engine: Any = result[0]
     if auto_ep and section.enabled:
-        _adopt_auto_ep(engine, section, topology, plan)
-    runtime = LocalityRuntime(model=engine.module, config=section, plan=plan, topology=topology)
+        runtime.model = engine
+        _adopt_auto_ep(runtime)
+    runtime.model = engine.module
     attach_runtime(engine, runtime, ds_config)
-    if topology is not None and not auto_ep and moe_modules(engine.module):
+    if runtime.topology is not None and not auto_ep and moe_modules(engine.module):
         wrap_checkpoints(engine)
     return result
 
@@ -243,13 +245,12 @@ def init_inference(
         return section, found, given
 
     section, found, given = agree_on_inputs(read)
-    topology = None
+    runtime = LocalityRuntime(model=model, config=section, plan=found)
     if section.enabled:
-        topology = _prepare_model(model, section, {}, found, None)
+        _prepare_model(runtime, {}, None)
         for _, module in moe_modules(model):
             module.set_deepspeed_parallelism()
     engine: Any = deepspeed.init_inference(model, given, **kwargs)
-    runtime = LocalityRuntime(model=model, config=section, plan=found, topology=topology)
     engine.moe_locality = runtime
     if section.trace is not None and section.trace.enabled:
         from moe_locality.trace import recorder
@@ -257,16 +258,6 @@ def init_inference(
         runtime.recorder = recorder.attach(engine, section.trace, model=type(model).__name__)
     _close_with(engine, runtime)
     return engine
-
-
-def _with_replicas(bound: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of ``initialize`` with the parameters of replicas added."""
-    found = dict(bound)
-    for name in ("model_parameters", "optimizer"):
-        given = found.get(name)
-        if given is not None and (name == "model_parameters" or not callable(given)):
-            found[name] = with_new_parameters(found["model"], given)
-    return found
 
 
 def _check_zero_stage(
@@ -352,46 +343,38 @@ def _auto_ep(ds_config: dict[str, Any]) -> bool:
     return bool((ds_config.get("expert_parallel") or {}).get("enabled"))
 
 
-def _adopt_auto_ep(
-    engine: Any,
-    section: MoeLocalityConfig,
-    topology: ClusterTopology | None,
-    plan: PlacementPlan | None,
-) -> None:
+def _adopt_auto_ep(runtime: "LocalityRuntime") -> None:
+    """Give AutoEP's layers of an engine (``runtime.model``) our exchange, and place its experts."""
     try:
         from moe_locality.integrations.autoep import adopt as adopt_auto_ep
     except ImportError as error:
         if not (error.name or "").startswith("deepspeed"):
             raise
         why = f"the AutoEP of DeepSpeed {deepspeed.__version__} has no place for another exchange"
-        if plan is not None:
+        if runtime.plan is not None:
             raise ConfigError(
                 f"found a plan, and {why}, expected DeepSpeed 0.19.8 or newer: upgrade it, or put "
                 "the plan into the weights first: moe_locality.layer.relabel_state_dict"
             ) from error
         logger.warning("moe_locality: AutoEP's layers keep their own exchange: %s", why)
         return
-    adopted = adopt_auto_ep(engine, section, topology, plan)
+    adopted = adopt_auto_ep(runtime.model, runtime.config, runtime.topology, runtime.plan)
     if adopted:
-        announce(f"{len(adopted)} layers of AutoEP", section, plan is not None)
+        announce(f"{len(adopted)} layers of AutoEP", runtime.config, runtime.plan is not None)
 
 
-def _make_groups(
-    sizes: set[int],
-    section: MoeLocalityConfig,
-    ds_config: dict[str, Any],
-    plan: PlacementPlan | None,
-) -> ClusterTopology:
+def _make_groups(runtime: "LocalityRuntime", sizes: set[int], ds_config: dict[str, Any]) -> None:
     """Find the nodes, and make expert groups of these sizes that follow them, where plan or cluster
     section ask for it or can. Collective."""
-    topology = discover_topology(cluster_config=section.cluster)
+    plan, cluster = runtime.plan, runtime.config.cluster
+    runtime.topology = topology = discover_topology(cluster_config=cluster)
     order = "D+E" if ds_config.get("use_data_before_expert_parallelism") else "E+D"
     try:
         groups = prepare_groups(topology, sizes, order) if sizes else {}
         if plan is not None and plan.num_ranks in groups:
             check_nodes(plan, topology, groups[plan.num_ranks].layout.ep_groups)
     except TopologyError as error:  # on all ranks alike
-        if plan is not None or section.cluster is not None:
+        if plan is not None or cluster is not None:
             raise
         logger.warning(
             "moe_locality: the expert groups cannot follow the nodes (%s), so DeepSpeed makes "
@@ -399,17 +382,11 @@ def _make_groups(
             topology.describe(),
             error,
         )
-    return topology
 
 
-def _prepare_model(
-    model: nn.Module,
-    section: MoeLocalityConfig,
-    ds_config: dict[str, Any],
-    plan: PlacementPlan | None,
-    mpu: Any,
-) -> ClusterTopology:
+def _prepare_model(runtime: "LocalityRuntime", ds_config: dict[str, Any], mpu: Any) -> None:
     """Find the nodes, make the expert groups, swap the layers, apply the plan. Collective."""
+    model, plan, trace = runtime.model, runtime.plan, runtime.config.trace
     pipeline = isinstance(model, PipelineModule)
     data_only = mpu is None or (plan is not None and compat.spreads_data_only(mpu))
     if plan is not None and (pipeline or not data_only):
@@ -417,17 +394,15 @@ def _prepare_model(
             "plans are not supported with a pipeline, or with a model-parallel unit that splits "
             "tensors or layers: bake the plan into the checkpoint with `moe-locality bake`"
         )
-    if pipeline and section.trace is not None and section.trace.enabled:
+    if pipeline and trace is not None and trace.enabled:
         raise ConfigError(
             "trace is not supported with a pipeline: leave it out, and call "
             "moe_locality.attach(engine.module, path) on the stages that have MoE layers"
         )
     sizes = {module.ep_size for _, module in moe_modules(model)}
-    ours = sizes if not pipeline and data_only else set()
-    topology = _make_groups(ours, section, ds_config, plan)
+    _make_groups(runtime, sizes if not pipeline and data_only else set(), ds_config)
     if sizes or not pipeline:  # a pipeline stage may be without an MoE layer
-        _place(model, section, topology, plan)
-    return topology
+        _place(runtime)
 
 
 # -- beside a running engine -------------------------------------------------------------------
@@ -516,19 +491,7 @@ def _attach_log(engine: Any, runtime: LocalityRuntime, ds_config: dict[str, Any]
     """Start the log of a training run. Collective: an error of rank 0 is raised on all ranks."""
     from moe_locality.layer.run_log import RunLog
 
-    config, topology = runtime.config, runtime.topology
-    facts = {
-        "model": type(runtime.model).__name__,
-        "ds_config": ds_config,
-        "cluster": None if topology is None else topology.describe(),
-        "num_ranks": dist.get_world_size() if dist.is_initialized() else 1,
-    }
-    tracking: Any = config.tracking
-    plan = {"plan": runtime.plan, "plan_file": config.plan}
-    runtime.log = all_succeed(
-        lambda: RunLog(engine, tracking, facts=facts, topology=topology, **plan)
-    )
-    log = runtime.log
+    log = runtime.log = all_succeed(lambda: RunLog(engine, runtime, ds_config))
     atexit.register(runtime.close)
 
     def after_step() -> None:

@@ -12,13 +12,12 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from moe_locality.config import TrackingConfig
 from moe_locality.dispatch.dispatcher import group_ranks
 from moe_locality.dispatch.flat import lost_routes
 from moe_locality.dispatch.traffic import counters, joined_traffic, local_traffic
@@ -32,6 +31,9 @@ from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.recorder.hooks import read_deepspeed_gate
 from moe_locality.tracking import git_commit, package_versions, start_tracking
 
+if TYPE_CHECKING:
+    from moe_locality.layer.convert import LocalityRuntime
+
 logger = logging.getLogger(__name__)
 METRICS, TRAFFIC, SUMMARY, PLAN = "metrics.jsonl", "traffic.json", "summary.json", "plan.json"
 
@@ -40,24 +42,22 @@ class RunLog:
     """Lines about the training of an engine. Rank 0 holds the wandb run and the run directory, and
     raises BackendUnavailable or ConfigError where a run cannot be started.
 
-    ``facts``: what the run is (model, ds_config, cluster ...), for wandb's config and the summary.
+    ``facts``: what the run is, for wandb's config and the summary.
     """
 
     def __init__(
-        self,
-        engine: Any,
-        config: TrackingConfig,
-        *,
-        facts: dict[str, Any],
-        plan: PlacementPlan | None,
-        plan_file: str | None,
-        topology: ClusterTopology | None,
+        self, engine: Any, runtime: "LocalityRuntime", ds_config: dict[str, Any] | None
     ) -> None:
+        assert runtime.config.tracking is not None
+        config, plan, topology = runtime.config.tracking, runtime.plan, runtime.topology
         self.engine, self.config, self.topology = engine, config, topology
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         script = Path(getattr(sys.modules.get("__main__"), "__file__", None) or ".")
         self.facts = {
-            **facts,
+            "model": type(runtime.model).__name__,
+            "ds_config": ds_config,
+            "cluster": None if topology is None else topology.describe(),
+            "num_ranks": dist.get_world_size() if dist.is_initialized() else 1,
             "plan": None if plan is None else plan.digest(),
             "commit": git_commit(script.resolve().parent if script.is_file() else "."),
         }
@@ -71,14 +71,14 @@ class RunLog:
         if self.rank == 0 and config.run_dir is not None:
             self._open_directory(Path(config.run_dir), plan)
         self.tracker = start_tracking(
-            config.model_copy(update={"group": config.group or facts["model"]}),
+            config.model_copy(update={"group": config.group or self.facts["model"]}),
             run_config=self.facts,
             rank=self.rank,
             step_metric="step",
         )
-        if plan is not None and plan_file is not None:
-            what = {"digest": plan.digest()}
-            self._guarded(self.tracker.log_artifact, "plan", "plan", [plan_file], metadata=what)
+        if plan is not None and runtime.config.plan is not None:
+            what, files = {"digest": plan.digest()}, [runtime.config.plan]
+            self._guarded(self.tracker.log_artifact, "plan", "plan", files, metadata=what)
         self._hooks = [
             layer.gate.register_forward_hook(partial(self._after_gate, name, layer))
             for name, layer in ((name, m.deepspeed_moe) for name, m in moe_modules(engine.module))
