@@ -20,28 +20,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe_locality.dispatch.desync import DesyncError
-    from moe_locality.dispatch.dispatcher import (
-        DispatchOutput,
-        SlotMap,
-        TokenDispatcher,
-        run_moe,
-    )
+    from moe_locality.dispatch.dispatcher import DispatchOutput, SlotMap, TokenDispatcher, run_moe
     from moe_locality.dispatch.flat import check_overflow, lost_routes
     from moe_locality.dispatch.traffic import reset_traffic, traffic_report
     from moe_locality.dispatch.transport import TrafficCounter, Transport
 
 _LAZY_IMPORTS = {
-    "TokenDispatcher": "moe_locality.dispatch.dispatcher",
-    "DispatchOutput": "moe_locality.dispatch.dispatcher",
-    "run_moe": "moe_locality.dispatch.dispatcher",
-    "SlotMap": "moe_locality.dispatch.dispatcher",
-    "Transport": "moe_locality.dispatch.transport",
-    "DesyncError": "moe_locality.dispatch.desync",
-    "TrafficCounter": "moe_locality.dispatch.transport",
-    "traffic_report": "moe_locality.dispatch.traffic",
-    "reset_traffic": "moe_locality.dispatch.traffic",
-    "check_overflow": "moe_locality.dispatch.flat",
-    "lost_routes": "moe_locality.dispatch.flat",
+    "desync": ("DesyncError",),
+    "dispatcher": ("DispatchOutput", "SlotMap", "TokenDispatcher", "run_moe"),
+    "flat": ("check_overflow", "lost_routes"),
+    "traffic": ("reset_traffic", "traffic_report"),
+    "transport": ("TrafficCounter", "Transport"),
 }
 
 __all__ = [
@@ -60,6 +49,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY_IMPORTS:
-        raise AttributeError(f"module 'moe_locality.dispatch' has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY_IMPORTS[name]), name)
+    for module, names in _LAZY_IMPORTS.items():
+        if name in names:
+            return getattr(importlib.import_module(f"moe_locality.dispatch.{module}"), name)
+    raise AttributeError(f"module 'moe_locality.dispatch' has no attribute {name!r}")

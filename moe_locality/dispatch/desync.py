@@ -223,10 +223,9 @@ def ask_ranks(ranks: Collection[int], group_ranks: Sequence[int], text: str) -> 
 
 
 def _within(limit_s: float, call: Callable[[], str | None]) -> str | None:
-    """Return what ``call`` returns; None where it fails or takes longer than ``limit_s``.
-
-    In a thread: a store call has no time limit of its own when the link is down. None too while the
-    interpreter shuts down, when a thread that is started never runs.
+    """Return what ``call`` returns; None where it fails, or takes longer than ``limit_s`` (so in a
+    thread: a store call has no limit of its own when the link is down), or while the interpreter
+    shuts down, when a thread that is started never runs.
     """
     if sys.is_finalizing():
         return None

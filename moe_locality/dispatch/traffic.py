@@ -123,15 +123,12 @@ def _report(
     return report
 
 
-def link_classes(
-    ranks: Sequence[int], topology: ClusterTopology, senders: Sequence[int] | None = None
-) -> np.ndarray:
-    """Return ``[S, G]`` indices into ``LINKS``: what lies between senders (``ranks`` by default)
-    and ranks.
-    """
-    rows, columns = np.array(ranks if senders is None else senders)[:, None], np.array(ranks)
-    node_of = np.vectorize(topology.node_of, otypes=[np.int64])
-    return np.where(rows == columns, 0, np.where(node_of(rows) == node_of(columns), 1, 2))
+def link_classes(ranks: Sequence[int], topology: ClusterTopology) -> np.ndarray:
+    """Return ``[G, G]`` indices into ``LINKS``: what lies between each pair of ranks."""
+    nodes = np.array([topology.node_of(rank) for rank in ranks])
+    classes = np.where(nodes[:, None] == nodes[None, :], 1, 2)
+    np.fill_diagonal(classes, 0)
+    return classes
 
 
 def local_traffic(
@@ -148,7 +145,11 @@ def local_traffic(
         found["resets"] += counter.resets
         for stage, us in counter.clock.stage_us().items():
             found["stage_us"][stage] = found["stage_us"].get(stage, 0.0) + us
-        links = None if where is None else link_classes(counter.ranks, where, [me])[0]
+        links = None
+        if where is not None:
+            nodes = np.array([where.node_of(rank) for rank in counter.ranks])
+            links = np.where(nodes == where.node_of(me), 1, 2)
+            links[counter.ranks.index(me)] = 0
         for what, key in _MATRICES.items():
             for kind, counts in getattr(counter, what).items():
                 if kind == "dispatch" and what != "messages":

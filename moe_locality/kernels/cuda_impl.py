@@ -36,10 +36,7 @@ def load_library() -> str | None:
 
 def why_unavailable() -> str | None:
     """Return why no kernel of this backend can run here, or None."""
-    why = load_library()
-    if why is None and not torch.cuda.is_available():
-        why = "torch sees no GPU here"
-    return why
+    return load_library() or (None if torch.cuda.is_available() else "torch sees no GPU here")
 
 
 def row_map(slot_ids: Tensor, num_slots: int, capacity: int, num_rows: int) -> tuple[Tensor, ...]:

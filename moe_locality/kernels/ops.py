@@ -191,8 +191,10 @@ def combine_backward(
 
 
 def set_backend(backend: Backend) -> None:
-    """Choose the backend of every call that names none; ``"auto"`` undoes it. Raises as
-    :func:`check_backend` does.
+    """Choose the backend of every call that names none; ``"auto"`` undoes it.
+
+    Raises:
+        ConfigError: no such backend. BackendUnavailable: it is not usable here.
     """
     global _chosen
     check_backend(backend)
@@ -232,11 +234,7 @@ def _run(op: str, backend: str, *args: Any) -> Any:
 
 
 def _module_of(backend: str) -> ModuleType:
-    """Return the module of a backend.
-
-    Raises:
-        ConfigError: no such backend. BackendUnavailable: it is not usable here, with the reason.
-    """
+    """Return the module of a backend; say why where there is none or it is not usable here."""
     if backend not in _MODULES:
         raise ConfigError(
             f"found kernels={backend!r}, expected auto, {', '.join(BACKENDS)}: correct the name"

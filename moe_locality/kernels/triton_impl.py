@@ -25,9 +25,7 @@ def why_unavailable() -> str | None:
         import triton  # noqa: F401
     except ImportError as error:
         return f"triton cannot be imported ({error})"
-    if torch.cuda.is_available() or interpreted():
-        return None
-    return "torch sees no GPU here"
+    return None if torch.cuda.is_available() or interpreted() else "torch sees no GPU here"
 
 
 def interpreted() -> bool:

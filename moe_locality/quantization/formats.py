@@ -84,11 +84,7 @@ FORMATS = {fmt.name: fmt for fmt in _ALL}
 
 
 def get_format(name: str) -> Format:
-    """Return a format by name.
-
-    Raises:
-        ConfigError: there is none of that name.
-    """
+    """Return a format by name; ConfigError where there is none of that name."""
     if name not in FORMATS:
         raise ConfigError(f"found format {name!r}, expected one of {', '.join(FORMATS)}")
     return FORMATS[name]
@@ -172,9 +168,8 @@ def power_of_two(exponent: Tensor) -> Tensor:
 
 
 def times_power_of_two(x: Tensor, exponent: Tensor) -> Tensor:
-    """Return ``x * 2 ** exponent`` for exponents in -252 to 252.
-
-    Two factors, each a normal number: exact as long as the result is normal.
+    """Return ``x * 2 ** exponent`` for exponents in -252 to 252, exact where it is normal: by two
+    factors that are.
     """
     half = exponent >> 1
     return x * power_of_two(half) * power_of_two(exponent - half)
@@ -221,9 +216,8 @@ def decode_elements(codes: Tensor, element: str) -> Tensor:
 
 
 def pack_pairs(codes: Tensor) -> Tensor:
-    """Pack 4-bit codes [..., W] into bytes [..., ceil(W / 2)], the first of a pair in the low half.
-
-    An odd last code is paired with zero.
+    """Pack 4-bit codes [..., W] into bytes [..., ceil(W / 2)], the first of a pair in the low half,
+    an odd last one with zero.
     """
     if codes.shape[-1] % 2:
         codes = torch.nn.functional.pad(codes, (0, 1))
