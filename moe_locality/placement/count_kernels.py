@@ -78,9 +78,8 @@ def serve_token(row, home, choices, found, later):
 
 @compiled
 def serve_tokens(ids, home, choices, found):
-    """Fill found [T, K] with the node that serves each pick of ids [T, K], -1 for none.
-
-    ``home`` [T] home node of the tokens; ``choices`` [M, E, X] of one layer.
+    """Fill found [T, K] with the node that serves each pick of ids [T, K], -1 for none; ``home``
+    [T] home node of the tokens, ``choices`` [M, E, X] of one layer.
     """
     later = np.empty(ids.shape[1], np.int64)
     for token in range(len(ids)):
@@ -135,9 +134,8 @@ def remote_by_home(ids, request, num_requests, choices, num_nodes, by_pick):
 
 @compiled
 def picks_on_rank(ids, request, num_requests, holders, num_ranks):
-    """[R, G] picks of a request whose expert has a replica on the rank.
-
-    ``holders`` [L, E, C]: the ranks of each expert, -1 where there are fewer than C.
+    """[R, G] picks of a request whose expert has a replica on the rank; ``holders`` [L, E, C]: the
+    ranks of each expert, -1 where there are fewer than C.
     """
     tokens, layers, picks = ids.shape
     count = np.zeros((num_requests, num_ranks))

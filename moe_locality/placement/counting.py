@@ -1,10 +1,10 @@
 """Exact integer counts of a trace: picks and pairs of picks; under a plan node visits, picks by
 home, picks by batch.
 
-Plain numpy in chunks of tokens, so that memory stays bounded whatever the trace. A trace of
-``COMPILED_PICKS`` or more is counted by the same loops compiled, in threads: the first ``evaluate``
-of a small one should not wait for a compiler. Shapes: T tokens, L layers, K picks, E experts, P
-slots, G ranks, M nodes.
+Plain numpy, layer by layer; a trace of ``COMPILED_PICKS`` or more is counted by the same loops
+compiled, in threads: the first ``evaluate`` of a small one should not wait for a compiler, and
+memory stays bounded whatever the trace. Shapes: T tokens, L layers, K picks, E experts, P slots, G
+ranks, M nodes.
 
 Threads are plain ones, one per processor that this process may use: a compiled parallel loop would
 start OpenMP threads, and a process that has those must not fork.
@@ -28,17 +28,6 @@ CHUNK_PICKS = 1 << 20
 _NODES_PER_BYTE = 8
 
 
-def chunks(ids: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yield (rows, ids + 1 of these as int64 [L, rows, K]): 0 stands for "no pick"."""
-    tokens, layers, picks = ids.shape
-    step = max(CHUNK_PICKS // max(layers * picks, 1), 1)
-    for start in range(0, tokens, step):
-        rows = slice(start, min(start + step, tokens))
-        part = ids[rows].transpose(1, 0, 2).astype(np.int64)
-        part += 1
-        yield rows, part
-
-
 def node_visits(
     ids: np.ndarray, served_node: np.ndarray, home: np.ndarray, num_nodes: int, num_homes: int
 ) -> np.ndarray:
@@ -57,48 +46,35 @@ def node_visits(
         inside = (bit >= 0) & (bit < _NODES_PER_BYTE)
         table = np.zeros((layers, homes, experts + 1), dtype=np.uint8)
         table[:, :, 1:] = np.where(inside, 1 << np.where(inside, bit, 0), 0)
-        patterns = _count_patterns(ids, table.reshape(layers, -1), homes, home, num_homes)
+        patterns = np.zeros((layers, num_homes, 256), dtype=np.int64)  # tokens by home and byte
+        if ids.size >= COMPILED_PICKS:
+            given = (table.reshape(layers, -1), home, experts + 1, patterns)
+            _count_layers("add_patterns", ids, *given)
+        else:
+            for served, of_layer, found in zip(table, ids.swapaxes(0, 1), patterns, strict=True):
+                served = served[home[:, None] if homes > 1 else 0, of_layer + 1]
+                key = home * 256 + np.bitwise_or.reduce(served, axis=1)
+                found += np.bincount(key, minlength=found.size).reshape(found.shape)
         width = min(_NODES_PER_BYTE, num_nodes - first)
         bits = (np.arange(256)[:, None] >> np.arange(width)) & 1
         visits[:, :, first : first + width] = patterns @ bits
     return visits
 
 
-def _count_patterns(ids, table, homes, home, num_homes) -> np.ndarray:
-    """[L, num_homes, 256] int64: tokens by home and by the or of their table bytes."""
-    layers, columns = table.shape
-    counts = np.zeros(layers * num_homes * 256, dtype=np.int64)
-    shape = (layers, num_homes, 256)
-    if ids.size >= COMPILED_PICKS:
-        _count_layers("add_patterns", ids, table, home, columns // homes, counts.reshape(shape))
-        return counts.reshape(shape)
-    layer_of = np.arange(layers)[:, None, None]
-    for rows, part in chunks(ids):
-        part += layer_of * columns
-        if homes > 1:
-            part += (home[rows] * (columns // homes))[None, :, None]
-        pattern = np.bitwise_or.reduce(table.ravel()[part], axis=2).astype(np.int64)
-        pattern += (layer_of[..., 0] * num_homes + home[rows]) * 256
-        counts += np.bincount(pattern.ravel(), minlength=counts.size)
-    return counts.reshape(shape)
-
-
 def picks_by_home(
     ids: np.ndarray, num_experts: int, home: np.ndarray, num_homes: int, *, repeated: bool = False
 ) -> np.ndarray:
-    """[L, H, E] int64: picks of expert e by tokens whose ``home`` [T] is h.
-
-    ``repeated``: compiled, whatever the size.
+    """[L, H, E] int64: picks of expert e by tokens whose ``home`` [T] is h; compiled, whatever the
+    size, where the call is ``repeated``.
     """
     layers, columns = ids.shape[1], num_experts + 1
     counts = np.zeros((layers, num_homes, columns), dtype=np.int64)
     if repeated or ids.size >= COMPILED_PICKS:
         _count_layers("add_picks", ids, home, counts)
-        return counts[:, :, 1:]
-    layer_of = np.arange(layers)[:, None]
-    for rows, part in chunks(ids):
-        part += ((layer_of * num_homes + home[rows]) * columns)[:, :, None]
-        counts += np.bincount(part.ravel(), minlength=counts.size).reshape(counts.shape)
+    else:
+        for of_layer, found in zip(ids.swapaxes(0, 1), counts, strict=True):
+            key = home[:, None] * columns + of_layer + 1
+            found += np.bincount(key.ravel(), minlength=found.size).reshape(found.shape)
     return counts[:, :, 1:]
 
 
@@ -109,9 +85,8 @@ def picks_by_batch(
     column_of: Callable[[slice], np.ndarray] | None = None,
 ) -> Iterator[np.ndarray]:
     """Yield int64 [B, L, W] picks by expert of some consecutive batches; a rest that fills no batch
-    is left out.
-
-    ``column_of``: returns [T, L, K] what the picks of some rows are counted by instead, below W.
+    is left out. ``column_of``: returns [T, L, K] what the picks of some rows are counted by
+    instead, below W.
     """
     tokens, layers, picks = ids.shape
     size = min(batch_tokens, tokens)
@@ -133,12 +108,10 @@ def rank_batches(
     """Yield ([B, L, G] picks served by each rank, [B, L, G] slots of it that they use), int64, of
     some consecutive batches; a rest that fills no batch is left out. Compiled.
 
-    Args:
-        served_slot: [L, H, E]; H = 1: the same for all homes. home: [T], below H.
-        shape: (G ranks, slots per rank).
+    ``served_slot`` [L, H, E]; H = 1: the same for all homes. ``home`` [T], below H. ``shape``: (G
+    ranks, slots per rank).
     """
-    tokens, layers, _ = ids.shape
-    ranks, per_rank = shape
+    (tokens, layers, _), (ranks, per_rank) = ids.shape, shape
     columns = served_slot.shape[2] + 1
     table = np.zeros((layers, served_slot.shape[1], columns), dtype=np.int64)
     table[:, :, 1:] = served_slot + 1
@@ -148,8 +121,7 @@ def rank_batches(
     for start in range(0, tokens // size, group):
         count = min(group, tokens // size - start)
         rows = slice(start * size, (start + count) * size)
-        loads = np.empty((count, layers, ranks), dtype=np.int64)
-        active = np.empty((count, layers, ranks), dtype=np.int64)
+        loads, active = np.empty((2, count, layers, ranks), dtype=np.int64)
         given = (table, home[rows], columns, size, loads, active, per_rank)
         _count_layers("add_batches", ids[rows], *given)
         yield loads, active
@@ -238,8 +210,6 @@ def count_pairs(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(uint32 [L, E, E] pairs in the order of the picks, uint32 [L, U, E] picks by unit) of ids
     [T, L, K]; ``unit`` [T]: of each token.
-
-    Threads take different layers, so they share nothing that is written.
     """
     layers = ids.shape[1]
     pairs = np.zeros((layers, num_experts, num_experts), np.uint32)
@@ -266,13 +236,11 @@ Result = TypeVar("Result")
 
 
 def over_layers(fill: Callable[[int, int], object], num_layers: int, *, least: int = 1) -> None:
-    """Call ``fill(first, last)`` so that every layer is in one call, in several threads.
+    """Call ``fill(first, last)`` so that every layer is in one call, in several threads, each for
+    ``least`` layers or more.
 
     ``fill`` must release the interpreter lock (``nogil``) to gain from it, and write nothing that
     belongs to other layers; then the number of threads changes no result.
-
-    Args:
-        least: layers per thread below which another thread is not worth starting.
     """
     count = max(min(processors(), num_layers // least), 1)
     edges = [num_layers * i // count for i in range(count + 1)]
