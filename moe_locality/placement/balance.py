@@ -88,9 +88,8 @@ def rank_loads(load: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 
 def most_level(trace: RoutingTrace, plan: PlacementPlan, other: PlacementPlan) -> PlacementPlan:
-    """``plan`` with the layers of ``other`` that have the lower ``rank_imbalance`` in ``evaluate``.
-
-    Both plans: the layers of the trace in its order, and the same ``expert_load``.
+    """``plan`` with the layers of ``other`` that have the lower ``rank_imbalance`` in ``evaluate``;
+    both have the layers of the trace in its order, and the same ``expert_load``.
     """
     level, others = (
         imbalance(traffic_matrix(trace, some, per_layer=True).sum(axis=1)) for some in (plan, other)
@@ -103,8 +102,7 @@ def most_level(trace: RoutingTrace, plan: PlacementPlan, other: PlacementPlan) -
 @compiled
 def _balance_anywhere(load, num_nodes, alone, table, first, last):
     """Fill some layers; ``alone`` [E] (or empty): every expert as a group of its own."""
-    _, num_ranks, size = table.shape
-    other = np.empty((num_ranks, size), dtype=np.int32)
+    other = np.empty(table.shape[1:], dtype=np.int32)
     for layer in range(first, last):
         best = pack_experts(load[layer], table[layer], True)
         # EPLB packs node by node where it can, which is better on some layers
@@ -115,8 +113,7 @@ def _balance_anywhere(load, num_nodes, alone, table, first, last):
 @compiled
 def _balance_groups(load, num_nodes, group_of, table, first, last):
     """Fill some layers with whole groups on each node."""
-    _, num_ranks, size = table.shape
-    other = np.empty((num_ranks, size), dtype=np.int32)
+    other = np.empty(table.shape[1:], dtype=np.int32)
     for layer in range(first, last):
         plain = pack_nodes(load[layer], num_nodes, group_of, table[layer], False, True)
         if pack_nodes(load[layer], num_nodes, group_of, other, True, True) < plain:

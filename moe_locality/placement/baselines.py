@@ -60,9 +60,8 @@ def round_robin(num_experts: int, num_ranks: int, num_slots: int) -> RankLists:
 
 
 def pack_replicas(load: np.ndarray, num_ranks: int, num_slots: int) -> RankLists:
-    """The global policy of EPLB: the busiest experts get replicas, on any rank of any node.
-
-    ``load`` [E]; slots are a multiple of the ranks, at least one per expert.
+    """The global policy of EPLB: the busiest experts get replicas, on any rank of any node;
+    ``load`` [E], slots a multiple of the ranks and at least one per expert.
     """
     from moe_locality.placement.balance import pack_experts
 
@@ -78,13 +77,9 @@ def eplb(
     num_slots: int,
     group_of: np.ndarray | None = None,
 ) -> RankLists:
-    """Balance by loads: hierarchical where groups divide evenly over the nodes, else global.
-
-    Args:
-        load: [E] tokens per expert.
-        group_of: [E] group of each expert; a group stays on one node. None: every expert alone.
-
-    The ranks of a node are consecutive.
+    """Balance by loads [E]: hierarchical where groups divide evenly over the nodes, else global;
+    the ranks of a node are consecutive. ``group_of`` [E]: groups that stay on one node; None: every
+    expert alone.
     """
     from moe_locality.placement.balance import pack_nodes
 
@@ -141,13 +136,9 @@ PRESETS = ("default", "quality", "highest_quality", "deterministic", "determinis
 """Presets of mt-KaHyPar."""
 
 
-def solve_mtkahypar(problem: Problem) -> Solution:
-    """The connectivity (km1) partition of mt-KaHyPar, deterministic preset, without replicas."""
-    return partition_mtkahypar(problem, "deterministic_quality")
-
-
-def partition_mtkahypar(problem: Problem, preset: str) -> Solution:
-    """Every layer's tokens as a hypergraph, cut into blocks of equal numbers of experts.
+def partition_mtkahypar(problem: Problem, preset: str = "deterministic_quality") -> Solution:
+    """Every layer's tokens as a hypergraph, cut into blocks of equal numbers of experts with the
+    least connectivity (km1), without replicas.
 
     mt-KaHyPar balances one weight per vertex; slots are what must be equal, so node loads are not
     bounded. A partition that is off by a few experts all the same is repaired (``equalize``).
@@ -295,9 +286,8 @@ def cluster_homes(
 
 
 def request_picks(trace: RoutingTrace, index: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """[R, L E] int64 picks of each request per layer and expert, over ``rows``.
-
-    ``index`` [T]: the request of each row of the trace.
+    """[R, L E] int64 picks of each request per layer and expert, over ``rows``; ``index`` [T]: the
+    request of each row of the trace.
     """
     assert trace.expert_ids is not None
     count = int(index.max()) + 1
@@ -314,15 +304,16 @@ def _signatures(trace: RoutingTrace, index: np.ndarray, rows: np.ndarray) -> np.
 def _place_by_use(use: np.ndarray, slots_per_node: int) -> list[list[int]]:
     """The experts of each node: every expert once (stage 1), then redundant ones (stage 2)."""
     nodes, experts = use.shape
-    order = np.argsort(-use, axis=None, kind="stable")
+    order = np.argsort(-use, axis=None, kind="stable").tolist()
+    pairs = [divmod(place, experts) for place in order]
     held: list[list[int]] = [[] for _ in range(nodes)]
-    own = -(-experts // nodes)
+    own = min(-(-experts // nodes), slots_per_node)
     placed: set[int] = set()
-    for node, expert in zip(*np.unravel_index(order, use.shape), strict=True):
-        if int(expert) not in placed and len(held[node]) < min(own, slots_per_node):
-            placed.add(int(expert))
-            held[node].append(int(expert))
-    for node, expert in zip(*np.unravel_index(order, use.shape), strict=True):
-        if len(held[node]) < slots_per_node and int(expert) not in held[node]:
-            held[node].append(int(expert))
+    for node, expert in pairs:
+        if expert not in placed and len(held[node]) < own:
+            placed.add(expert)
+            held[node].append(expert)
+    for node, expert in pairs:
+        if len(held[node]) < slots_per_node and expert not in held[node]:
+            held[node].append(expert)
     return held

@@ -30,6 +30,7 @@ import numpy as np
 from moe_locality.errors import PlacementError
 from moe_locality.placement.plan import PlacementPlan, to_plain
 from moe_locality.placement.problem import AlignedTrace, Homes, align_trace, log_warning
+from moe_locality.placement.serving import count_on_nodes
 from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.trace.schema import RoutingTrace
 
@@ -186,10 +187,8 @@ def traffic_matrix(
     per_layer: bool = False,
 ) -> np.ndarray:
     """[G, G] float picks from home rank (row) to the rank of the serving slot (column), the
-    diagonal included.
-
-    Summed over the layers, or [L, G, G] with ``per_layer``. The sum is the number of picks in the
-    trace. Without homes it is the expectation over uniform homes.
+    diagonal included: their sum is the number of picks in the trace. Summed over the layers, or
+    [L, G, G] with ``per_layer``; without homes the expectation over uniform homes.
     """
     matrix = _rank_traffic(align_trace(trace, plan, topology, homes))
     return matrix if per_layer else matrix.sum(axis=0)
@@ -274,16 +273,11 @@ def _moved(
     baseline.check_fits(
         num_experts=plan.num_experts, layer_ids=plan.layer_ids, num_ranks=plan.num_ranks
     )
-
-    def held(some: PlacementPlan) -> np.ndarray:
-        table = np.zeros((some.num_layers, some.num_ranks, some.num_experts), dtype=bool)
-        experts = some.physical_to_logical_map
-        layer, slot = np.nonzero(experts >= 0)
-        table[layer, some.rank_of_slot[slot], experts[layer, slot]] = True
-        return table
-
-    new = (held(plan) & ~held(baseline)).sum(axis=(1, 2)) / plan.num_slots
-    return new[aligned.plan_rows]
+    new, old = (
+        count_on_nodes(some.physical_to_logical_map, some.rank_of_slot, some.num_experts) > 0
+        for some in (plan, baseline)
+    )  # [L, E, G]
+    return ((new & ~old).sum(axis=(1, 2)) / plan.num_slots)[aligned.plan_rows]
 
 
 NUM_BLOCKS = (5, 10, 15, 20)
@@ -310,9 +304,8 @@ def copies_of_blocks(
     *,
     by_rank: bool = False,
 ) -> np.ndarray | None:
-    """[B] copies of each block, summed over its tokens and all layers; None without blocks.
-
-    ``by_rank``: ranks of other nodes instead of nodes.
+    """[B] copies of each block, summed over its tokens and all layers, None without blocks; with
+    ``by_rank`` ranks of other nodes instead of nodes.
     """
     if blocks is None or trace.expert_ids is None:
         return None
@@ -330,9 +323,8 @@ def copies_of_blocks(
 
 
 def ratio_interval(first: np.ndarray | None, last: np.ndarray | None) -> tuple[float, float] | None:
-    """95 % interval of sum(last) / sum(first) over [B] blocks, by leaving out one at a time.
-
-    None where it cannot be said: no blocks, or nothing left in ``first`` without one of them.
+    """95 % interval of sum(last) / sum(first) over [B] blocks, by leaving out one at a time; None
+    where it cannot be said: no blocks, or nothing left in ``first`` without one of them.
     """
     if first is None or last is None or first.sum() == 0:
         return None

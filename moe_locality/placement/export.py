@@ -44,10 +44,8 @@ def to_vllm_map(plan: PlacementPlan) -> list[list[int]]:
 
 
 def to_vllm_ranks(plan: PlacementPlan) -> dict[str, list[int]]:
-    """``{"expert_to_ep_rank": [E]}`` of a plan that is the same in all layers.
-
-    Raises:
-        PlacementError: the plan has replicas, or its layers differ.
+    """``{"expert_to_ep_rank": [E]}``; raises PlacementError where the plan has replicas, or its
+    layers differ.
     """
     if not plan.is_permutation:
         raise PlacementError(
@@ -109,11 +107,9 @@ def with_layers(
         PlacementError: their number differs; or none are given and the plan's are 0, 1, 2, ... of a
             model with more layers: old traces and bare models count MoE layers only.
     """
-    count = plan.num_layers
+    count, first = plan.num_layers, sorted(plan.layer_ids) == list(range(plan.num_layers))
     if layers is None:
-        if num_hidden_layers is None or not count < num_hidden_layers:
-            return plan
-        if sorted(plan.layer_ids) != list(range(count)):
+        if num_hidden_layers is None or count >= num_hidden_layers or not first:
             return plan
         raise PlacementError(
             f"found a plan of the layers 0 to {count - 1} for a model with {num_hidden_layers}, "
@@ -126,18 +122,13 @@ def with_layers(
             f"found {len(layers)} layers in --layers, expected {count} different ones, one for "
             "each MoE layer of the plan: correct them"
         )
-    order = np.argsort(plan.layer_ids)
-    ids = np.empty(count, int)
-    ids[order] = sorted(layers)
-    return replace(plan, layer_ids=tuple(ids.tolist()))
+    new = dict(zip(sorted(plan.layer_ids), sorted(layers), strict=True))
+    return replace(plan, layer_ids=tuple(new[layer] for layer in plan.layer_ids))
 
 
 def to_autoep_descriptors(plan: PlacementPlan) -> dict[int, dict[str, Any]]:
-    """Layer id → the placement descriptor of DeepSpeed's AutoEP checkpoints.
-
-    The same dict that
-    ``deepspeed.checkpoint.autoep_affine.make_autoep_placement_descriptor(num_experts,
-    experts_by_rank)`` returns (DeepSpeed 0.19.8), made without importing DeepSpeed.
+    """Layer id → what ``deepspeed.checkpoint.autoep_affine.make_autoep_placement_descriptor(
+    num_experts, experts_by_rank)`` returns (DeepSpeed 0.19.8), made without importing DeepSpeed.
     """
     by_rank = plan.physical_to_logical_map.reshape(plan.num_layers, plan.num_ranks, -1).tolist()
     return {
@@ -206,15 +197,12 @@ def write_export(
     check_equal_slots(plan, "an engine, which has one number of slots")
     known = num_hidden_layers if target in BY_TRANSFORMER_LAYER else None
     content = TARGETS[target](with_layers(plan, layers, known), num_hidden_layers)
-    text = _yaml(content) if target == "trtllm" else json.dumps(content) + "\n"
+    text = json.dumps(content) + "\n"
+    if target == "trtllm":  # a line for each key, and for each layer
+        import yaml
+
+        text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=math.inf)
     return write_text(path, text, what="map")
-
-
-def _yaml(content: dict[str, Any]) -> str:
-    """A line for each key, and for each layer."""
-    import yaml
-
-    return yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=math.inf)
 
 
 def launch_lines(
@@ -265,17 +253,15 @@ def launch_lines(
 def engine_serving_slots(plan: PlacementPlan, rule: str) -> np.ndarray:
     """[L, G, E] int32: the slot that serves expert e for tokens of data-parallel rank g.
 
-    Args:
-        rule: "sglang", see ``sglang_serving_slots``; "in_turn": of n copies, rank g takes number g
-            modulo n, wherever it is. So does vllm-ascend (0.23.0.post1, without tensor
-            parallelism); TensorRT-LLM takes them in turn token by token: as many picks for each.
+    ``rule``: "sglang", see ``sglang_serving_slots``; "in_turn": of n copies, rank g takes number g
+    modulo n, wherever it is. So does vllm-ascend (0.23.0.post1, without tensor parallelism);
+    TensorRT-LLM takes them in turn token by token: as many picks for each.
     """
     if rule == "sglang":
         return sglang_serving_slots(plan)
-    slots = plan.logical_to_physical_map  # [L, E, X]
-    ranks = np.arange(plan.num_ranks)[:, None]
-    turn = ranks % plan.logical_replica_count[:, None]  # [L, G, E]
-    return np.take_along_axis(slots[:, None], turn[..., None], axis=3)[..., 0]
+    turn = np.arange(plan.num_ranks)[:, None] % plan.logical_replica_count[:, None]  # [L, G, E]
+    slots = plan.logical_to_physical_map[:, None]  # [L, 1, E, X]
+    return np.take_along_axis(slots, turn[..., None], axis=3)[..., 0]
 
 
 def sglang_serving_slots(plan: PlacementPlan) -> np.ndarray:
@@ -296,8 +282,12 @@ def sglang_serving_slots(plan: PlacementPlan) -> np.ndarray:
         for expert, slots in enumerate(held):
             near = [_near_slot(slots, rank, plan) for rank in range(plan.num_ranks)]
             far = [rank for rank, slot in enumerate(near) if slot < 0]
+            times, rest = divmod(len(far), len(slots))
             for place, rank in enumerate(far):
-                near[rank] = _dealt(slots, len(far), lots[rank])[place]
+                # each slot as often as any other or once more, in random order
+                dealt = slots * times + lots[rank].sample(slots, rest)
+                lots[rank].shuffle(dealt)
+                near[rank] = dealt[place]
             table[layer, :, expert] = near
     return table[list(plan.layer_ids)]
 
@@ -311,14 +301,6 @@ def _near_slot(slots: list[int], rank: int, plan: PlacementPlan) -> int:
     if len(slots) == 1 or same_rank:
         return (same_rank or slots)[0]
     return same_node[0] if 0 < len(same_node) < len(slots) else -1
-
-
-def _dealt(slots: list[int], count: int, lot: random.Random) -> list[int]:
-    """``count`` slots, each as often as any other or once more, in random order."""
-    times, rest = divmod(count, len(slots))
-    dealt = slots * times + lot.sample(slots, rest)
-    lot.shuffle(dealt)
-    return dealt
 
 
 def from_engine_map(

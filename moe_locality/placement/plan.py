@@ -162,13 +162,10 @@ def check_rows(plan: PlacementPlan) -> None:
 
 def to_plain(value: Any, where: str) -> Any:
     """A deep copy in plain JSON types: arrays and tuples become lists, numpy numbers Python
-    numbers, nan None.
-
-    Raises:
-        PlacementError: something has no JSON form; ``where`` is its path.
+    numbers, nan None. Raises PlacementError for what has no JSON form; ``where`` is its path.
     """
     if isinstance(value, np.ndarray):
-        return to_plain(value.tolist(), where)
+        return value.tolist() if value.dtype.kind in "iu" else to_plain(value.tolist(), where)
     if isinstance(value, np.generic):
         return to_plain(value.item(), where)
     if isinstance(value, dict):
@@ -333,10 +330,8 @@ class PlacementPlan:
         return count_on_nodes(self.physical_to_logical_map, node_of_slot, self.num_experts) > 0
 
     def node_choices(self) -> np.ndarray:
-        """[L, M, E, X] nodes that may serve expert e for homes on node m, padded with -1.
-
-        The first one that the token visits anyway serves, else the first one; under the rule "home"
-        X is 1.
+        """[L, M, E, X] nodes that may serve expert e for homes on node m, padded with -1: the first
+        one that the token visits anyway does, else the first one. Under the rule "home" X is 1.
         """
         if self.serving_nodes is not None:
             return self.serving_nodes
@@ -347,9 +342,8 @@ class PlacementPlan:
         return order_nodes(self.held_by_node, served)
 
     def slot_choices(self, rank: int) -> np.ndarray:
-        """[L, E, X] int32: ``node_choices`` as slots, for tokens whose home is ``rank``.
-
-        A pure function of the plan: every rank computes its own without talking.
+        """[L, E, X] int32: ``node_choices`` as slots, for tokens whose home is ``rank``; a pure
+        function of the plan, so every rank computes its own without talking.
         """
         nodes = self.node_choices()[:, self.node_of_rank[rank]]  # [L, E, X]
         served = self.serving_slot()
@@ -365,11 +359,8 @@ class PlacementPlan:
 
     def serving_slot(self) -> np.ndarray:
         """[L, G, E] int32: the slot that serves expert e for a token whose home is rank g, under
-        the rule "home".
-
-        The replica on the same rank, else one on the same node, else the least loaded one. All
-        ranks of a node name the same slot for an expert that their node lacks, so that a token can
-        be sent once per node.
+        the rule "home", see ``choose_serving_slots``. All ranks of a node name the same slot for an
+        expert that their node lacks, so that a token can be sent once per node.
         """
         if self.is_permutation:
             only = np.argsort(self.physical_to_logical_map, axis=1).astype(np.int32)
@@ -439,11 +430,8 @@ class PlacementPlan:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> PlacementPlan:
-        """Read a plan file.
-
-        Raises:
-            PlacementError: the file is missing, damaged, or not a valid plan; the message names the
-                file.
+        """Read a plan file; raises PlacementError, which names the file, where it is missing,
+        damaged, or not a valid plan.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -464,26 +452,17 @@ class PlacementPlan:
         """Plain JSON types; ``rank_to_node`` only where nodes do not hold consecutive ranks,
         ``serving_rule`` and ``serving_nodes`` only for the rule "visited".
         """
-        content: dict[str, Any] = {
-            "format_version": self.format_version,
-            "model": self.model,
-            "layer_ids": list(self.layer_ids),
-            "num_experts": self.num_experts,
-            "num_nodes": self.num_nodes,
-            "ranks_per_node": self.ranks_per_node,
-            "physical_to_logical_map": self.physical_to_logical_map.tolist(),
-            "provenance": to_plain(self.provenance, "provenance"),  # copies: a plan is immutable
-            "costs": to_plain(self.costs, "costs"),
-            "home_profiles": to_plain(self.home_profiles, "home_profiles"),
-            "expert_load": None if self.expert_load is None else self.expert_load.tolist(),
-        }
-        if any(node != r // self.ranks_per_node for r, node in enumerate(self.rank_to_node or ())):
-            content["rank_to_node"] = list(self.rank_to_node or ())
-        if self.serving_rule != "home":
-            content["serving_rule"] = self.serving_rule
+        nodes = self.rank_to_node or ()
+        left_out = {"serving_nodes"}
+        if all(node == r // self.ranks_per_node for r, node in enumerate(nodes)):
+            left_out.add("rank_to_node")
+        if self.serving_rule == "home":
+            left_out.add("serving_rule")
+        names = (item.name for item in fields(self) if item.name not in left_out)
+        # copies: a plan is immutable
+        content = {name: to_plain(getattr(self, name), name) for name in names}
         if self.serving_nodes is not None:
-            held = self.held_by_node
-            content["serving_nodes"] = pack_choices(self.serving_nodes, held)
+            content["serving_nodes"] = pack_choices(self.serving_nodes, self.held_by_node)
         return content
 
     def to_json(self) -> str:
@@ -548,13 +527,11 @@ class PlacementPlan:
                 )
 
     def rows_for(self, layer_ids: Sequence[int] | None, layer_count: int) -> list[int]:
-        """Return the row of each MoE layer of a model, given its transformer layer indices.
+        """Return the row of each MoE layer of a model, given its transformer layer indices; raises
+        PlacementError where the plan has another number of layers, or other ones.
 
         A plan with layers 0, 1, 2, ... is also taken in order: its trace may have counted MoE
         layers only. So is any plan by a model whose indices are unknown (None).
-
-        Raises:
-            PlacementError: the plan has another number of layers, or other ones.
         """
         self.check_fits(layer_count=layer_count)
         row_of = {layer: row for row, layer in enumerate(self.layer_ids)}
@@ -601,9 +578,8 @@ def source_slots(current: np.ndarray, target: np.ndarray, num_ranks: int = 1) ->
 
 
 def count_moves(sources: Sequence[np.ndarray], slots_per_rank: int) -> dict[str, list[int]]:
-    """Per layer, how many experts change their slot, and how many their rank.
-
-    ``sources[layer][slot]`` is the old slot that the new one takes.
+    """Per layer, how many experts change their slot, and how many their rank; ``sources`` of each
+    layer as in ``source_slots``.
     """
     slots = np.arange(len(sources[0]) if sources else 0)
     return {
@@ -647,7 +623,6 @@ def check_nodes(
     plan: PlacementPlan, topology: ClusterTopology, ep_groups: Sequence[Sequence[int]]
 ) -> None:
     """Raise where no expert group lies on nodes as the plan's ranks do; warn where only some do.
-
     Every rank sees all groups, so all ranks decide alike.
     """
 

@@ -85,10 +85,8 @@ def pack_choices(choices: np.ndarray, held: np.ndarray) -> list[list[int]]:
 
 
 def unpack_choices(rows: Sequence[Sequence[int]], held: np.ndarray) -> np.ndarray:
-    """[L, M, E, X] from the rows of a file.
-
-    Raises:
-        PlacementError: the rows are no lists of integers, or of another length.
+    """[L, M, E, X] from the rows of a file; raises PlacementError where they are no lists of
+    integers, or of another length.
     """
     layers, experts, nodes = held.shape
     many = held.sum(axis=2) > 1
@@ -179,9 +177,8 @@ def choose_serving_slots(
 def choose_serving_nodes(held: np.ndarray, load: np.ndarray) -> np.ndarray:
     """[L, M, E] int64: the node that serves expert e for homes on node m.
 
-    Args:
-        held: [L, E, M] bool, the nodes that hold each expert.
-        load: [L, E] int64 tokens per expert; unit of the node loads: tokens of one home node.
+    ``held`` [L, E, M] bool, the nodes that hold each expert; ``load`` [L, E] int64 tokens per
+    expert; unit of the node loads: tokens of one home node.
     """
     layers, _, nodes = held.shape
     rows = np.arange(layers)

@@ -193,12 +193,7 @@ def read_cap(
 def _with_rule(
     problem: Problem, rule: str | None, method: str, start: PlacementPlan | None
 ) -> Problem:
-    """The problem with the rule to search for; a start keeps its own.
-
-    Raises:
-        PlacementError: it is unknown, not that of the start, or "visited" where nothing searches
-            for it.
-    """
+    """The problem with the rule to search for; a start keeps its own."""
     if rule not in (None, *RULES):
         raise PlacementError(f"serving_rule: found {rule!r}, expected one of {', '.join(RULES)}")
     if start is not None:
@@ -286,12 +281,7 @@ def _layers_as_one(problem: Problem, needs_tokens: bool) -> Problem:
 
 
 def _signed(
-    problem: Problem,
-    found: Solution,
-    homes: Homes,
-    method: str,
-    joint: bool,
-    fresh: bool,
+    problem: Problem, found: Solution, homes: Homes, method: str, joint: bool, fresh: bool
 ) -> PlacementPlan:
     """The plan with its costs on the trace, and where it is from; ``fresh``: its loads are those
     of the trace.
@@ -362,7 +352,7 @@ METHODS: dict[str, Method] = {
     "eplb_global": Method(run=baselines.solve_eplb_global),
     "hottest": Method(run=baselines.solve_hottest),
     "linear": Method(run=partial(_same_rows, baselines.linear), uses_groups=True),
-    "mtkahypar": Method(run=baselines.solve_mtkahypar, needs_tokens=True),
+    "mtkahypar": Method(run=baselines.partition_mtkahypar, needs_tokens=True),
     "request_kmeans": Method(run=baselines.solve_request_kmeans, needs_tokens=True),
     "round_robin": Method(run=partial(_same_rows, baselines.round_robin)),
 }

@@ -126,10 +126,8 @@ def home_assignment(
         raise PlacementError(f"max_imbalance: found {max_imbalance}, expected at least 1")
     requests = requests_of(trace)
     score, predicted, unseen = rank_scores(trace, plan, requests, predict)
-    tokens_cap = (
-        np.inf if equal_requests else requests.tokens.sum() / plan.num_ranks * max_imbalance
-    )
-    caps = Capacities(tokens=tokens_cap, even=equal_requests)
+    cap = np.inf if equal_requests else requests.tokens.sum() / plan.num_ranks * max_imbalance
+    caps = Capacities(tokens=cap, even=equal_requests)
     rank_of = assign(score, requests.tokens, plan.node_of_rank, caps).rank_of
     filled = np.bincount(rank_of, weights=requests.tokens, minlength=plan.num_ranks)
     pairs = zip(requests.request_ids, rank_of, strict=True)
@@ -214,10 +212,7 @@ def domain_scores(
 ) -> tuple[np.ndarray, np.ndarray]:
     """([R, G] score of each rank from the domain alone, [R] whether domain or group is known).
 
-    ``groups``: domain → its coarse group.
-
-    Raises:
-        PlacementError: the plan has no domain profiles.
+    ``groups``: domain → its coarse group. Raises PlacementError without domain profiles.
     """
     profiles = plan.home_profiles or {}
     table, coarse = profiles.get("domain_rank_share"), profiles.get("group_rank_share") or {}
@@ -233,10 +228,8 @@ def domain_scores(
 
 
 def read_homes(path: Path, plan: PlacementPlan | None = None) -> dict[int, int]:
-    """Read a homes file: a JSON object, request id to rank.
-
-    Raises:
-        PlacementError: it cannot be read, is no such object, or names a rank that the plan lacks.
+    """Read a homes file: a JSON object, request id to rank; raises PlacementError where it cannot
+    be read, is no such object, or names a rank that the plan lacks.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -85,10 +85,8 @@ def default_prediction(trace: RoutingTrace) -> str:
 
 
 def known_tokens(trace: RoutingTrace, requests: Requests, predict: str) -> np.ndarray:
-    """[N] rows of the tokens that ``predict`` may look at, rising; none for "domain".
-
-    Raises:
-        PlacementError: an unknown ``predict``, or no prefill where that is asked for.
+    """[N] rows of the tokens that ``predict`` may look at, rising; none for "domain". Raises
+    PlacementError for an unknown ``predict``, or no prefill where that is asked for.
     """
     check_prediction(predict)
     if predict == "oracle":
@@ -167,11 +165,9 @@ class Predictor:
     weights: np.ndarray  # [M, L, E], per pick and token
 
     def predict(self, cost: np.ndarray, weighted: np.ndarray, known: np.ndarray) -> np.ndarray:
-        """[R, M] expected cost per token and layer.
-
-        Args:
-            cost: [R, M] cost of the known tokens, per layer; weighted: [R, M] sum of the weights of
-                their picks; known: [R] how many they are. All may be zero.
+        """[R, M] expected cost per token and layer, from the ``cost`` [R, M] of the known tokens,
+        per layer, the sum ``weighted`` [R, M] of the weights of their picks, and how many they are
+        (``known`` [R]). All may be zero.
         """
         n = known[:, None].astype(float)
         drawn = (cost + PRIOR_TOKENS * self.mean) / (n + PRIOR_TOKENS)
@@ -245,9 +241,8 @@ class KnownTokens:
 
 
 def fit(known: KnownTokens, serving: Serving, full: np.ndarray) -> tuple[Predictor, np.ndarray]:
-    """The predictor, and its leave-one-out predictions [R, M] of the requests.
-
-    ``full`` [R, M]: mean cost of all tokens of each request, per token and layer.
+    """The predictor, and its leave-one-out predictions [R, M] of the requests, from the mean cost
+    ``full`` [R, M] of all tokens of each, per token and layer.
     """
     from moe_locality.placement.count_kernels import weighted_picks
 

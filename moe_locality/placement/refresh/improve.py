@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import PlacementError
-from moe_locality.placement import counting
 from moe_locality.placement.balance import most_level, rank_loads
 from moe_locality.placement.costs import imbalance
 from moe_locality.placement.count_kernels import remote_by_home
+from moe_locality.placement.counting import picks_by_home
 from moe_locality.placement.homes.predictor import serving_of_plan
 from moe_locality.placement.plan import PlacementPlan, check_equal_slots
 from moe_locality.placement.problem import Problem, Solution, check_topology
@@ -111,9 +111,8 @@ def refresh(
 def relevel(
     plan: PlacementPlan, load: np.ndarray, *, move_budget: float, whole_nodes: bool = False
 ) -> PlacementPlan:
-    """Move few experts so that the busiest ranks of new loads [L, E] do less; loads alone.
-
-    ``whole_nodes``: experts stay on their node (expert groups).
+    """Move few experts so that the busiest ranks of new loads [L, E] do less; loads alone, and with
+    ``whole_nodes`` inside their nodes (expert groups).
     """
     item = plan.physical_to_logical_map.astype(np.int64)
     shares = np.take_along_axis(load / plan.logical_replica_count, item, axis=1)
@@ -210,8 +209,7 @@ def _improve_groups(plan, state, budget, max_imbalance, group_of, pin) -> np.nda
     weight = onto.T @ state.pairs @ onto
     weight[:, np.arange(groups), np.arange(groups)] = 0
     load = state.load @ onto
-    rank_of_expert = np.empty((layers, state.num_experts), np.int64)
-    np.put_along_axis(rank_of_expert, old.astype(np.int64), plan.rank_of_slot[None], axis=1)
+    rank_of_expert = np.argsort(old, axis=1) // plan.slots_per_rank
     members = np.argsort(group_of, kind="stable").reshape(groups, -1)
     node_of = plan.node_of_rank.astype(np.int64)[rank_of_expert[:, members]]
     if (node_of != node_of[:, :, :1]).any():
@@ -226,25 +224,18 @@ def _improve_groups(plan, state, budget, max_imbalance, group_of, pin) -> np.nda
     item = place_of.copy()
     most = budget // (2 * members.shape[1])
     swap_best(weight, pins, load, item, block_of, place_of, cap, np.full(layers, np.inf), most)
-    new_rank = rank_of_expert.copy()
-    for layer in range(layers):
-        new_rank[layer, members.ravel()] = rank_of_expert[layer, members[place_of[layer]].ravel()]
+    new_rank, rows = np.empty_like(rank_of_expert), np.arange(layers)[:, None, None]
+    new_rank[:, members] = rank_of_expert[rows, members[place_of]]
     return _settle(old, np.take_along_axis(new_rank, old.astype(np.int64), axis=1), plan.num_ranks)
 
 
 def _settle(old: np.ndarray, rank_of: np.ndarray, num_ranks: int) -> np.ndarray:
     """[L, P] slots after moving: item i of ``old`` goes to rank_of[:, i]; the others stay put."""
-    layers, slots = old.shape
-    size = slots // num_ranks
-    home = np.arange(slots) // size
-    table = np.full_like(old, -1)
-    for layer in range(layers):
-        stays = rank_of[layer] == home
-        table[layer, stays] = old[layer, stays]
-        movers = np.flatnonzero(~stays)
-        movers = movers[np.argsort(rank_of[layer, movers], kind="stable")]
+    table, home = old.copy(), np.arange(old.shape[1]) // (old.shape[1] // num_ranks)
+    for new, held, rank in zip(table, old, rank_of, strict=True):
+        freed = np.flatnonzero(rank != home)
         # as many leave a rank as come: freed slots in rising order are rising in rank too
-        table[layer, np.flatnonzero(~stays)] = old[layer, movers]
+        new[freed] = held[freed[np.argsort(rank[freed], kind="stable")]]
     return table
 
 
@@ -311,10 +302,8 @@ def solve_from(
         return Solution(plan=plan, notes={**notes, "moved_slots": moved})
     pin = None
     if problem.home_rank is not None:
-        ids = trace.tokens_only("homes").expert_ids
-        counts = counting.picks_by_home(
-            ids, trace.num_experts, problem.home_node, problem.num_nodes
-        )
+        ids, nodes = trace.tokens_only("homes").expert_ids, problem.num_nodes
+        counts = picks_by_home(ids, trace.num_experts, problem.home_node, nodes)
         pin = counts.transpose(0, 2, 1).astype(np.float64)
     found = refresh(
         start,
@@ -402,10 +391,10 @@ def saved_copies(old, new, ids, request, home_node=None) -> tuple[float, float, 
     ids = np.ascontiguousarray(ids)
     found = [_copies(plan, ids, home_node) for plan in (old, new)]
     saved = found[0] - found[1]
-    requests, part = np.unique(request, return_inverse=True)
+    part = np.unique(request, return_inverse=True)[1]
     # tokens of a request are alike: the requests, not the tokens, are the independent draws
     off = np.bincount(part, weights=saved - saved.mean())
-    draws = len(requests)
+    draws = len(off)
     error = np.sqrt((off**2).sum() * draws / max(draws - 1, 1)) / len(saved)
     return float(found[0].mean()), float(found[1].mean()), float(error if draws > 1 else np.inf)
 

@@ -79,10 +79,8 @@ class RefreshState:
         return state
 
     def absorb(self, trace: RoutingTrace, *, sample_tokens: int = SAMPLE_TOKENS) -> None:
-        """Let old counts decay by the number of new tokens, and add the new ones.
-
-        Raises:
-            PlacementError: the trace is of another model, or has other layers, experts or top_k.
+        """Let old counts decay by the number of new tokens, and add the new ones; raises
+        PlacementError for a trace of another model, or with other layers, experts or top_k.
         """
         view = trace.tokens_only("a refresh")
         found = (trace.model, trace.num_experts, trace.layer_ids.tolist(), trace.top_k)
