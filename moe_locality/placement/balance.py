@@ -127,9 +127,7 @@ def pack_nodes(load, num_nodes, group_of, held, level_nodes, level_ranks):
     ``level_nodes``, ``level_ranks``: also swap groups between nodes, experts between ranks.
     """
     num_groups = group_of.max() + 1
-    group_load = np.zeros(num_groups)
-    for e in range(len(load)):
-        group_load[group_of[e]] += load[e]
+    group_load = np.bincount(group_of, load, num_groups)
     groups = np.empty((num_nodes, num_groups // num_nodes), dtype=np.int32)
     pack_experts(group_load, groups, level_nodes)
     node_of_group = np.empty(num_groups, dtype=np.int64)

@@ -125,8 +125,7 @@ def evaluate(
     by_rank = _rank_traffic(aligned)
     served = by_rank.sum(axis=1)
     if aligned.ids is None:
-        nothing = np.full(aligned.num_layers, np.nan)
-        rows["copies"], rows["picks"], rows["link"] = nothing, nothing, nothing
+        rows["copies"] = rows["picks"] = rows["link"] = np.full(aligned.num_layers, np.nan)
     else:
         totals = _traffic_costs(aligned, by_rank, rows, row_bytes or 1)
     rows["node_imbalance"] = imbalance(_by_node(served, aligned.node_of_rank, axis=1))

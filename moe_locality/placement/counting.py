@@ -167,14 +167,9 @@ def count_coactivation(
     Raises:
         TraceError: the trace has counts only, or its files are damaged or do not fit each other.
     """
-    if not isinstance(trace, RoutingTrace):
-        pieces = read_pieces(trace, max_bytes=max_bytes, progress=progress)
-        return _sum_parts(pieces, sort=True)
-    return _sum_parts(iter([trace]), sort=False)
-
-
-def _sum_parts(parts: Iterator[RoutingTrace], *, sort: bool) -> Coactivation:
-    """Add up parts of one trace, of whatever rows and layers; layers by number, or as they come."""
+    whole = isinstance(trace, RoutingTrace)
+    # parts of whatever rows and layers
+    parts = [trace] if whole else read_pieces(trace, max_bytes=max_bytes, progress=progress)
     rows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     seen: dict[int, int] = {}
     model = ""
@@ -191,7 +186,7 @@ def _sum_parts(parts: Iterator[RoutingTrace], *, sort: bool) -> Coactivation:
             both += pairs[place]
             both += pairs[place].T
             alone += load[place, 0]
-    layers = sorted(rows) if sort else list(rows)
+    layers = list(rows) if whole else sorted(rows)
     result = Coactivation(
         pairs=np.zeros((len(layers), num, num), np.int64),
         load=np.zeros((len(layers), num), np.int64),

@@ -1,7 +1,6 @@
 """Plans in the formats that serving engines and DeepSpeed read, and plans from engine maps.
 
-``TARGETS`` names the formats, ``launch_lines`` what starts an engine with the file, and
-``engine_serving_slots`` says which copy of an expert an engine serves. What each engine takes:
+What each engine takes:
 
 * ``sglang``: ``{"physical_to_logical_map": rows}``, one row per *transformer* layer, dense or not:
   ``--init-expert-location FILE.json`` (srt/eplb/expert_location.py of SGLang 0.5.23). Only that
@@ -65,11 +64,8 @@ def to_vllm_ranks(plan: PlacementPlan) -> dict[str, list[int]]:
 
 def to_sglang_map(plan: PlacementPlan, num_hidden_layers: int | None) -> dict[str, Any]:
     """``{"physical_to_logical_map": [rows][P]}`` with a row for each *transformer* layer; the
-    layers without experts get the linear row.
-
-    Raises:
-        PlacementError: ``num_hidden_layers`` is not given, which a plan cannot know, or a layer of
-            the plan is not below it.
+    layers without experts get the linear row. Raises PlacementError where ``num_hidden_layers`` is
+    not given, which a plan cannot know, or a layer of the plan is not below it.
     """
     check_equal_slots(plan, "an engine, which has one number of slots")
     if num_hidden_layers is None:
@@ -178,8 +174,7 @@ def write_export(
     num_hidden_layers: int | None = None,
     layers: Sequence[int] | None = None,
 ) -> Path:
-    """Write a plan for one of ``TARGETS``, whole or not at all: as JSON, for ``trtllm`` as YAML.
-
+    """Write a plan for one of ``TARGETS``, whole or not at all: as JSON, for ``trtllm`` as YAML;
     ``layers``: see ``with_layers``.
 
     Raises:
@@ -312,15 +307,11 @@ def from_engine_map(
     ranks_per_node: int,
     model: str = "",
 ) -> PlacementPlan:
-    """The plan that a map of any of ``TARGETS`` but ``autoep`` describes, to judge or compare.
+    """The plan that a map of any of ``TARGETS`` but ``autoep`` describes, to judge or compare;
+    raises PlacementError where it is no such map, or no plan for this cluster.
 
-    Args:
-        content: the parsed JSON or YAML.
-        layer_ids: [L] MoE layers of the model. A map with as many rows has one for each; one with
-            more has a row per transformer layer.
-
-    Raises:
-        PlacementError: it is no such map, or no plan for this cluster.
+    ``content``: the parsed JSON or YAML. ``layer_ids`` [L]: MoE layers of the model; a map with as
+    many rows has one for each, one with more has a row per transformer layer.
     """
     ranks = num_nodes * ranks_per_node
     rows = content

@@ -43,37 +43,23 @@ class AlignedTrace:
         load: np.ndarray | None,
     ) -> None:
         self.layer_ids, self.plan_rows = tuple(int(i) for i in trace.layer_ids), rows
+        self.num_layers, self.num_ranks, self.num_nodes = len(rows), plan.num_ranks, plan.num_nodes
         self.ids = trace.expert_ids  # [T, L, K], None for a trace of counts
         self.load_rows = trace.expert_load  # [S, L, E] for a trace of counts
         self.num_experts, self.num_slots = plan.num_experts, plan.num_slots
+        self.slots_per_rank = plan.slots_per_rank
         self.home_rank, self.node_of_rank = home_rank, plan.node_of_rank
         self.table = plan.physical_to_logical_map[rows]  # [L, P] expert of each slot, -1: empty
         engine = engine_serving_slots(plan, rule) if rule in ENGINE_RULES else None
         # [L, G, E], under the rule "home"
         self.served_slot = (plan.serving_slot() if engine is None else engine)[rows]
+        self.served_rank = self.served_slot // plan.slots_per_rank
         self.has_replicas = not plan.is_permutation
         by_picks = rule is None and plan.serving_rule == "visited" and self.has_replicas
         by_picks &= self.ids is not None  # counts do not say what goes together: rule "home"
         # [L, M, E, X], where the picks of a token decide (rule "visited")
         self.choices = plan.node_choices()[rows] if by_picks else None
         self.load = load
-
-    @property
-    def num_layers(self) -> int:
-        return len(self.layer_ids)
-
-    @property
-    def num_ranks(self) -> int:
-        return len(self.node_of_rank)
-
-    @property
-    def num_nodes(self) -> int:
-        return int(self.node_of_rank.max()) + 1
-
-    @property
-    def served_rank(self) -> np.ndarray:
-        """[L, G, E]"""
-        return self.served_slot // (self.num_slots // self.num_ranks)
 
     def picks_by_home(self) -> np.ndarray:
         """[L, G, E] int64 picks by home rank, or [L, 1, E] without homes."""
@@ -114,7 +100,7 @@ class AlignedTrace:
 
     def slots_on_nodes(self, layer: int) -> np.ndarray:
         """[G, M, E], see ``serving.slots_on_nodes``."""
-        node_of_slot = np.repeat(self.node_of_rank, self.num_slots // self.num_ranks)
+        node_of_slot = np.repeat(self.node_of_rank, self.slots_per_rank)
         return slots_on_nodes(
             self.table[layer], self.served_slot[layer], node_of_slot, self.node_of_rank
         )
@@ -179,7 +165,7 @@ class AlignedTrace:
         ranks, visits = self.num_ranks, np.zeros(self.num_ranks**2, dtype=np.int64)
         for ids, home in self._tokens_at_home(layer, ranks):
             slots = self.slots_of(ids[:, None], home, layer)[:, 0]
-            at = np.where(ids >= 0, slots // (self.num_slots // ranks), -1)
+            at = np.where(ids >= 0, slots // self.slots_per_rank, -1)
             at.sort(axis=1)
             new = at >= 0
             new[:, 1:] &= at[:, 1:] != at[:, :-1]
@@ -223,7 +209,7 @@ class AlignedTrace:
         """Yield ([B, L, G] picks per rank, slots of the rank that they use, probability that it has
         none) of batches, expected values where homes decide and are not given.
         """
-        ranks, per_rank = self.num_ranks, self.num_slots // self.num_ranks
+        ranks, per_rank = self.num_ranks, self.slots_per_rank
         certain = self.home_rank is not None or not self.has_replicas
         certain &= self.choices is None
         if certain and self.ids is not None and self.ids.size >= counting.COMPILED_PICKS:
@@ -291,14 +277,12 @@ def align_trace(
     rule: str | None = None,
     load: np.ndarray | None = None,
 ) -> AlignedTrace:
-    """Check that trace, plan, cluster and homes belong together and align them.
+    """Check that trace, plan, cluster and homes belong together and align them; raises
+    PlacementError that says what does not fit.
 
     ``rule``: who serves a pick; None: as the plan says; "home": by the table of that rule
     (``placement.serving``); of ``ENGINE_RULES``: see ``engine_serving_slots``. ``load``: [L, E]
     ``trace.load()``, where known.
-
-    Raises:
-        PlacementError: something does not fit; the message says what.
     """
     check_topology(plan, topology)
     if rule not in (None, "home", *ENGINE_RULES):

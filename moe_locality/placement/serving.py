@@ -23,6 +23,7 @@ from moe_locality.errors import PlacementError
 RULES = ("home", "visited")
 MOST_NODES = 62
 """Nodes of a token are bits of an int64."""
+_NEVER = np.iinfo(np.int64).max
 
 
 def count_on_nodes(table: np.ndarray, node_of_slot: np.ndarray, num_experts: int) -> np.ndarray:
@@ -200,9 +201,6 @@ def choose_serving_nodes(held: np.ndarray, load: np.ndarray) -> np.ndarray:
             served[ask, e, home] = node
             node_load[ask, node] += load[ask, e]
     return served.transpose(0, 2, 1)
-
-
-_NEVER = np.iinfo(np.int64).max
 
 
 def _choose_ranks(

@@ -36,7 +36,6 @@ AUTO_SLACK, AUTO_WORTH = 0.08, 0.6
 """The cap that is found: each layer may be this much less level than loads alone can make it, as
 long as an imbalance higher by 0.01 saves this share of 1 % of the usual order's copies.
 """
-_FEW_ROWS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -365,7 +364,9 @@ COMPARED = ("linear", "round_robin", "eplb", "coactivation")
 def _check_arguments(trace, method, max_imbalance, homes, expert_groups) -> None:
     if method not in METHODS:
         raise PlacementError(f"method: found {method!r}, expected one of {', '.join(METHODS)}")
-    if trace.num_rows == 0 or trace.num_layers == 0 or not _has_picks(trace):
+    ids = trace.expert_ids
+    picks = trace.load().any() if ids is None else ids.max(initial=-1) >= 0
+    if trace.num_rows == 0 or trace.num_layers == 0 or not picks:
         raise PlacementError(
             "found an empty trace, expected picks in at least one layer: record again"
         )
@@ -394,10 +395,3 @@ def _check_arguments(trace, method, max_imbalance, homes, expert_groups) -> None
             f"expert_groups: found groups for method {method!r}, which cannot keep groups whole: "
             f"use {able(lambda some: some.uses_groups)}"
         )
-
-
-def _has_picks(trace: RoutingTrace) -> bool:
-    if trace.expert_ids is None:
-        return bool(trace.load().any())
-    steps = range(0, trace.num_rows, _FEW_ROWS)
-    return any((trace.expert_ids[row : row + _FEW_ROWS] >= 0).any() for row in steps)

@@ -41,9 +41,8 @@ _log = logging.getLogger(__name__)
 class HomeAssignment:
     """Homes, and how even they are.
 
-    homes: request id → rank.
-    tokens_per_rank, requests_per_rank: [G].
-    token_imbalance: max / mean of the former.
+    homes: request id → rank. tokens_per_rank, requests_per_rank: [G]. token_imbalance: max / mean
+        of the former.
     unpredicted: requests with no known token (or domain), which went where there was room.
     unseen_domains: domains that the plan was not made from; with ``predict="domain"`` their
         requests follow their coarse group, or the mean over all requests.

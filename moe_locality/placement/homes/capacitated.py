@@ -64,7 +64,9 @@ def assign(
         near[:, node] = np.maximum(near[:, node], score[:, rank])
     prices = _prices(near, tokens.astype(float), room * capacities.tokens, seats)
     worth = (score - prices[0][node_of_rank]) * tokens[:, None] - prices[1][node_of_rank]
-    order = _by_stake((near - prices[0]) * tokens[:, None] - prices[1], tokens)
+    # in falling order of best - second best (of one node alone: zero); indifferent, short ones last
+    top = np.sort((near - prices[0]) * tokens[:, None] - prices[1], axis=1)[:, -2:]
+    order = np.lexsort((-tokens, top[:, 0] - top[:, -1]))
     caps = (float(capacities.tokens), size, larger)
     whole = tokens.astype(np.int64)
     rank_of, filled, count = _fill(order, worth, whole, *caps)
@@ -83,12 +85,11 @@ def _prices(near, tokens, room, seats) -> tuple[np.ndarray, np.ndarray, float]:
     by_token, by_request = np.zeros(nodes), np.zeros(nodes)
     best = (by_token, by_request, np.inf)
     gap = float(np.mean(near.max(axis=1) - near.mean(axis=1))) if len(near) else 0.0
-    rows = np.arange(len(tokens))
     caps_tokens = np.isfinite(room).all()
     for step in range(PRICE_STEPS):
         worth = (near - by_token) * tokens[:, None] - by_request
         choice = worth.argmax(axis=1)
-        dual = float(worth[rows, choice].sum())
+        dual = float(worth.max(axis=1).sum())
         dual += float((by_token * room).sum()) if caps_tokens else 0.0
         dual += float((by_request * seats).sum()) if seats is not None else 0.0
         if dual < best[2]:
@@ -104,21 +105,6 @@ def _prices(near, tokens, room, seats) -> tuple[np.ndarray, np.ndarray, float]:
     return best
 
 
-def _by_stake(worth: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Requests in falling order of best - second best; indifferent and short ones last."""
-    top = np.sort(worth, axis=1)[:, -2:]
-    stake = top[:, -1] - top[:, 0]  # of one node alone: zero
-    return np.lexsort((np.arange(len(tokens)), -tokens, -stake))
-
-
-@compiled
-def _fits(rank, tokens, filled, count, cap, size, larger):
-    """Whether the rank has room for these tokens and one more request."""
-    if filled[rank] + tokens > cap:
-        return False
-    return count[rank] < size or (larger > 0 and count[rank] == size)
-
-
 @compiled
 def _fill(order, worth, tokens, cap, size, larger):
     """Each request in turn to its best rank with room; then level what is above the capacity."""
@@ -128,16 +114,16 @@ def _fill(order, worth, tokens, cap, size, larger):
     for request in order:
         best, least = -1, -1
         for rank in range(ranks):
-            if _fits(rank, tokens[request], filled, count, cap, size, larger) and (
+            if count[rank] > size or (count[rank] == size and larger <= 0):
+                continue
+            if least < 0 or filled[rank] < filled[least]:
+                least = rank
+            if filled[rank] + tokens[request] <= cap and (
                 best < 0
                 or worth[request, rank] > worth[request, best]
                 or (worth[request, rank] == worth[request, best] and filled[rank] < filled[best])
             ):
                 best = rank
-            if _fits(rank, tokens[request], filled, count, np.inf, size, larger) and (
-                least < 0 or filled[rank] < filled[least]
-            ):
-                least = rank
         if best < 0:
             best = least
         if count[best] == size:

@@ -10,7 +10,8 @@ homes is kept.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import operator
+from dataclasses import replace
 
 import numpy as np
 
@@ -60,20 +61,21 @@ class _Setup:
         self.limit = [cap.most for cap in caps]  # [L] imbalance that no layer should exceed
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Pair:
-    """Nodes of the experts [L, E], nodes of the requests [R], and their exact cost in sum."""
-
-    node_of: np.ndarray
-    home_node: np.ndarray
-    cost: float
+_Pair = tuple[float, np.ndarray, np.ndarray]
+"""Exact cost in sum, nodes of the experts [L, E], nodes of the requests [R]."""
 
 
 def solve_joint(problem: Problem) -> Solution:
     """A plan with ``home_profiles``, and homes of the requests as predicted for new ones."""
     data = _Setup(problem)
-    best, history = _search(data)
-    home_node = best.home_node
+    history: list[float] = []  # the costs of all rounds
+    starts = [None, *(_clusters(data, number) for number in range(CLUSTER_STARTS))]
+    tried = [
+        _rounds(data, start, None, FIRST_ROUNDS, number, history)
+        for number, start in enumerate(starts)
+    ]
+    best = min(tried, key=operator.itemgetter(0))
+    _, _, home_node = _rounds(data, best[2], best, MORE_ROUNDS, len(starts), history)
     if problem.num_slots > problem.trace.num_experts:
         # a quick plan: where replicas serve their own node, other homes are the best
         placed = coactivation.place_layers(
@@ -102,18 +104,6 @@ def solve_joint(problem: Problem) -> Solution:
     return Solution(plan=replace(found.plan, home_profiles=kept), homes=homes, notes=notes)
 
 
-def _search(data: _Setup) -> tuple[_Pair, list[float]]:
-    """The best pair of node tables and home nodes, and the costs of all rounds."""
-    history: list[float] = []
-    starts = [None, *(_clusters(data, number) for number in range(CLUSTER_STARTS))]
-    found = [
-        _rounds(data, start, None, FIRST_ROUNDS, number, history)
-        for number, start in enumerate(starts)
-    ]
-    best = min(found, key=lambda pair: pair.cost)
-    return _rounds(data, best.home_node, best, MORE_ROUNDS, len(starts), history), history
-
-
 def _rounds(
     data: _Setup,
     home_node: np.ndarray | None,
@@ -123,8 +113,7 @@ def _rounds(
     history: list[float],
 ) -> _Pair:
     """Alternate places and homes until ``PATIENCE`` rounds bring nothing."""
-    since = 0
-    node_of = None if best is None else best.node_of
+    since, node_of = 0, None if best is None else best[1]
     for turn in range(rounds):
         node_of = _place_on_nodes(data, home_node, node_of, 100 * number + turn)
         full, expected, _ = _costs(data, _serving(data, node_of))
@@ -132,8 +121,8 @@ def _rounds(
         cost = float((full[np.arange(len(full)), home_node] * data.requests.tokens).sum())
         cost *= data.ids.shape[1]
         history.append(cost)
-        if best is None or cost < best.cost:
-            best, since = _Pair(node_of=node_of, home_node=home_node, cost=cost), 0
+        if best is None or cost < best[0]:
+            best, since = (cost, node_of, home_node), 0
         else:
             since += 1
         if since == PATIENCE:
@@ -235,19 +224,13 @@ def _homes(
 
 def _clusters(data: _Setup, number: int) -> np.ndarray:
     """[R] node of each request: clusters of like signatures, in balance."""
-    count = data.problem.num_nodes
+    count, share = data.problem.num_nodes, data.known.share
     rng = np.random.default_rng((data.problem.seed, number))
-    signature = signatures(data.known.share)
+    # an expert that every request uses tells little (inverse document frequency, Spärck Jones 1972)
+    used = (share > 0).sum(axis=0)
+    weighted = share * np.log((len(share) + 1) / (used + 1)).astype(np.float32)
+    signature = weighted / np.maximum(np.linalg.norm(weighted, axis=1, keepdims=True), 1e-12)
     centers = k_means(signature, count, rng, spherical=True)
     score = np.zeros((len(data.requests.tokens), count))
     score[data.known.fitted] = signature @ centers.T
     return _home_nodes(data, score)
-
-
-def signatures(share: np.ndarray) -> np.ndarray:
-    """[R, F] float32 unit vectors of shares [R, F], weighted by inverse document frequency: an
-    expert that every request uses tells little (Spärck Jones 1972).
-    """
-    used = (share > 0).sum(axis=0)
-    weighted = share * np.log((len(share) + 1) / (used + 1)).astype(np.float32)
-    return weighted / np.maximum(np.linalg.norm(weighted, axis=1, keepdims=True), 1e-12)

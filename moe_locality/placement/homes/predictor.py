@@ -296,17 +296,12 @@ class Serving:
     node_of_rank: np.ndarray  # [G]
     by_pick: bool
 
-    @property
-    def num_nodes(self) -> int:
-        return int(self.node_of_rank.max()) + 1
-
     def costs(self, ids: np.ndarray, request: np.ndarray, num_requests: int) -> np.ndarray:
         """[R, M] cost of the tokens of each request at home on each node, per layer."""
         from moe_locality.placement.count_kernels import remote_by_home
 
-        total = remote_by_home(
-            ids, request, num_requests, self.choices, self.num_nodes, self.by_pick
-        )
+        nodes = int(self.node_of_rank.max()) + 1
+        total = remote_by_home(ids, request, num_requests, self.choices, nodes, self.by_pick)
         return total / max(ids.shape[1], 1)
 
 
@@ -324,17 +319,17 @@ def scores_of_known(
     return -expected[:, node_of_rank] + RANK_SHARE * (count / np.maximum(picks, 1)[:, None])
 
 
-def serving_of_plan(plan: PlacementPlan, objective: str, rows: np.ndarray | None = None) -> Serving:
+def serving_of_plan(
+    plan: PlacementPlan, objective: str, rows: np.ndarray | slice = slice(None)
+) -> Serving:
     """Where ``plan`` serves the picks of its layers, or of these ``rows`` of it."""
-    node = plan.node_of_rank
-    rows = np.arange(plan.num_layers) if rows is None else rows
     choices = plan.node_choices()[rows]
     slots = plan.logical_to_physical_map[rows]
     holders = np.where(slots >= 0, plan.rank_of_slot[np.maximum(slots, 0)], -1)
     return Serving(
         choices=np.ascontiguousarray(choices[:, :1] if plan.is_permutation else choices),
         holders=np.ascontiguousarray(holders),
-        node_of_rank=node,
+        node_of_rank=plan.node_of_rank,
         by_pick=objective == "picks",
     )
 

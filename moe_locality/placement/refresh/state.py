@@ -53,10 +53,8 @@ class RefreshState:
         half_life_tokens: float | None = None,
         sample_tokens: int = SAMPLE_TOKENS,
     ) -> RefreshState:
-        """Count a trace of tokens; the end of it becomes the sample.
-
-        Raises:
-            TraceError: the trace has counts only. PlacementError: the half-life is not above 0.
+        """Count a trace of tokens; the end of it becomes the sample. Raises TraceError where it has
+        counts only, PlacementError where the half-life is not above 0.
         """
         if half_life_tokens is not None and not half_life_tokens > 0:
             raise PlacementError(
@@ -108,16 +106,11 @@ class RefreshState:
     def write(self, path: str | os.PathLike[str]) -> Path:
         """Write the state as .npz, whole or not at all."""
         place = Path(path)
-        scalars = {
-            "format": np.array(_FORMAT),
-            "model": np.array(self.model),
-            "num_experts": np.array(self.num_experts),
-            "tokens": np.array(self.tokens),
-            "half_life_tokens": np.array(self.half_life_tokens or np.nan),
-        }
-        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        names = ("model", "num_experts", "tokens", *_ARRAYS)
+        content = {"format": _FORMAT} | {name: getattr(self, name) for name in names}
+        content["half_life_tokens"] = self.half_life_tokens or np.nan
         try:
-            replace_file(place, lambda file: np.savez(file, **scalars, **arrays))
+            replace_file(place, lambda file: np.savez(file, **content))
         except OSError as error:
             raise PlacementError(
                 f"cannot write the refresh state {place}: {error.strerror or error}: give a path "
@@ -194,17 +187,11 @@ def swap_best(weight, pin, load, item, block_of, rank_of, block_cap, rank_cap, m
     while done < most:
         for layer in range(layers):
             if stale < 0 or layer == stale:
-                score[layer] = _find(
-                    weight[layer],
-                    near[layer],
-                    load[layer],
-                    item[layer],
-                    (block_of[layer], rank_of[layer]),
-                    (block_load[layer], rank_load[layer]),
-                    (block_cap[layer], rank_cap[layer]),
-                    has[layer],
-                    pair[layer],
-                )
+                given = (weight[layer], near[layer], load[layer], item[layer])
+                places = (block_of[layer], rank_of[layer])
+                loads = (block_load[layer], rank_load[layer])
+                caps = (block_cap[layer], rank_cap[layer])
+                score[layer] = _find(*given, places, loads, caps, has[layer], pair[layer])
         stale = np.argmax(score)
         if score[stale] <= 0:
             break
@@ -214,7 +201,7 @@ def swap_best(weight, pin, load, item, block_of, rank_of, block_cap, rank_cap, m
         block_load[stale, a] += load[stale, j] - load[stale, i]
         block_load[stale, b] -= load[stale, j] - load[stale, i]
         block_of[stale, i], block_of[stale, j] = b, a
-        _exchange(item[stale], rank_of[stale], rank_load[stale], load[stale], has[stale], i, j)
+        _exchange(load[stale], item[stale], rank_of[stale], rank_load[stale], has[stale], i, j)
         done += 1
     return done
 
@@ -242,19 +229,12 @@ def level_best(load, item, rank_of, node_of_rank, whole_nodes, most):
         layer = np.argmax(uneven)
         if uneven[layer] <= 0:
             break
-        i, j = _find_level(
-            load[layer],
-            item[layer],
-            rank_of[layer],
-            rank_load[layer],
-            has[layer],
-            node_of_rank,
-            whole_nodes,
-        )
+        held = (load[layer], item[layer], rank_of[layer], rank_load[layer], has[layer])
+        i, j = _find_level(*held, node_of_rank, whole_nodes)
         if i < 0:
             uneven[layer] = -1.0  # nothing left to gain in this layer
             continue
-        _exchange(item[layer], rank_of[layer], rank_load[layer], load[layer], has[layer], i, j)
+        _exchange(*held, i, j)
         uneven[layer] = rank_load[layer].max() / max(rank_load[layer].mean(), 1e-300)
         done += 1
     return done
@@ -318,7 +298,7 @@ def _find_level(load, item, rank_of, rank_load, has, node_of_rank, whole_nodes):
 
 
 @compiled
-def _exchange(item, rank_of, rank_load, load, has, i, j):
+def _exchange(load, item, rank_of, rank_load, has, i, j):
     """Exchange the ranks of two items."""
     r, s = rank_of[i], rank_of[j]
     has[r, item[i]], has[s, item[j]] = False, False
