@@ -48,14 +48,11 @@ def linear(num_experts: int, num_ranks: int, num_slots: int) -> RankLists:
 def round_robin(num_experts: int, num_ranks: int, num_slots: int) -> RankLists:
     """Expert e on rank e mod G; replicas go on in that order, past ranks that hold the expert."""
     held: RankLists = [list(range(rank, num_experts, num_ranks)) for rank in range(num_ranks)]
-    per_rank = num_slots // num_ranks
     for index in range(num_slots - num_experts):
-        open_ranks = [r for r in range(num_ranks) if len(held[r]) < per_rank]
-        rank = min(open_ranks, key=lambda r: len(held[r]))
-        expert = index % num_experts
-        while expert in held[rank]:
+        emptiest, expert = min(held, key=len), index % num_experts
+        while expert in emptiest:
             expert = (expert + 1) % num_experts
-        held[rank].append(expert)
+        emptiest.append(expert)
     return held
 
 
@@ -117,13 +114,6 @@ def _on_nodes(problem: Problem, nodes_of_layer: list[list[list[int]]]) -> Soluti
     return Solution(plan=make_plan(problem, rows))
 
 
-def solve_eplb_global(problem: Problem) -> Solution:
-    """EPLB without regard to nodes."""
-    loads = problem.trace.load()
-    rows = [pack_replicas(x, problem.num_ranks, problem.num_slots) for x in loads]
-    return Solution(plan=make_plan(problem, rows))
-
-
 def solve_hottest(problem: Problem) -> Solution:
     """The linear layout, and on every node the most loaded experts that it lacks."""
     linear_nodes = np.array_split(np.arange(problem.trace.num_experts), problem.num_nodes)
@@ -142,10 +132,8 @@ def partition_mtkahypar(problem: Problem, preset: str = "deterministic_quality")
 
     mt-KaHyPar balances one weight per vertex; slots are what must be equal, so node loads are not
     bounded. A partition that is off by a few experts all the same is repaired (``equalize``).
-
-    Raises:
-        BackendUnavailable: the package ``mtkahypar`` is not installed.
-        PlacementError: replicas, or an unknown preset.
+    Raises BackendUnavailable where the package ``mtkahypar`` is not installed, PlacementError for
+    replicas or an unknown preset.
     """
     from moe_locality.placement.bounds.lower import LayerTokens
     from moe_locality.placement.counting import pairs_of_layer
@@ -219,9 +207,6 @@ def _mtkahypar() -> tuple[Any, Any]:
     return mtkahypar, mtkahypar.initialize(1, False)
 
 
-_DECIMALS = 6
-
-
 def solve_request_kmeans(problem: Problem) -> Solution:
     """The plan; ``home_profiles["cluster_centers"]`` [M][L][E] is what ``cluster_homes`` needs.
 
@@ -239,7 +224,7 @@ def solve_request_kmeans(problem: Problem) -> Solution:
     )  # [L, M, E]
     per_node = problem.num_slots // problem.num_nodes
     shape = (problem.num_nodes, trace.num_layers, trace.num_experts)
-    profiles = {"cluster_centers": np.round(centers, _DECIMALS).reshape(shape).tolist()}
+    profiles = {"cluster_centers": np.round(centers, 6).reshape(shape).tolist()}
     plan = _on_nodes(problem, [_place_by_use(used, per_node) for used in use]).plan
     return Solution(
         plan=replace(plan, home_profiles=profiles),

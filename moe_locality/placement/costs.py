@@ -100,7 +100,8 @@ def evaluate(
     transport: str = TRANSPORTS[0],
     load: np.ndarray | None = None,
 ) -> Costs:
-    """The costs of ``plan`` on ``trace``, see ``Costs``.
+    """The costs of ``plan`` on ``trace``, see ``Costs``; raises PlacementError where plan, trace,
+    cluster and homes do not fit each other.
 
     Args:
         topology: the cluster; must have the plan's ranks on the plan's nodes. None: the plan's.
@@ -112,9 +113,6 @@ def evaluate(
             trace of counts every step is a batch.
         rule: which copy serves a token; None: as the plan says; else see ``align_trace``.
         transport: of ``TRANSPORTS``, for ``crossing``. load: [L, E] ``trace.load()``, where known.
-
-    Raises:
-        PlacementError: the plan does not fit the trace, the cluster or the homes.
     """
     aligned = align_trace(trace, plan, topology, homes, rule, load)
     if plan.expert_load is not None:
@@ -370,10 +368,8 @@ def expected_change(
     picks = [(some * remote).sum(axis=(1, 2, 3)) for some in traffic]
     found: dict[str, tuple[float, float, float] | None] = {}
     for name, (first, last) in (*copies.items(), ("picks", picks)):
-        reach = ratio_interval(first, last)
-        if reach is None or first is None or last is None:
-            found[name] = None
-        else:
+        reach, found[name] = ratio_interval(first, last), None
+        if reach and first is not None and last is not None:
             found[name] = float(last.sum() / first.sum() - 1), reach[0] - 1, reach[1] - 1
     on_node = (node[:, None] == np.arange(node.max() + 1)).astype(np.float64)
     for name, onto in (("node_imbalance", on_node), ("rank_imbalance", np.eye(len(node)))):

@@ -134,18 +134,13 @@ class Coactivation:
     pairs: int64 [L, E, E], tokens that picked both experts; symmetric, zero on the diagonal.
     load: int64 [L, E], tokens that picked the expert.
     layer_ids: transformer layer index of each row. num_tokens: rows counted (a token whose layers
-    lie in the shards of several pipeline stages counts once per shard). model: of the trace.
+    lie in the shards of several pipeline stages counts once per shard).
     """
 
     pairs: np.ndarray
     load: np.ndarray
     layer_ids: tuple[int, ...]
     num_tokens: int
-    model: str = ""
-
-    @property
-    def num_experts(self) -> int:
-        return int(self.load.shape[1])
 
 
 def count_coactivation(
@@ -157,26 +152,22 @@ def count_coactivation(
     """Count picks and pairs of picks of every layer in one pass.
 
     The result does not depend on the number of threads, nor on how a trace is cut into shards.
+    Raises TraceError for counts only, or files that are damaged or do not fit each other.
 
     Args:
         trace: a trace in memory, or the path of one. A directory of Parquet shards is read piece by
             piece and may be larger than memory; an .npz file is read whole.
         max_bytes: about what the expert ids of a piece of a shard may take, read and decoded.
         progress: called with (pieces done, pieces in all, text) when reading a directory.
-
-    Raises:
-        TraceError: the trace has counts only, or its files are damaged or do not fit each other.
     """
     whole = isinstance(trace, RoutingTrace)
     # parts of whatever rows and layers
     parts = [trace] if whole else read_pieces(trace, max_bytes=max_bytes, progress=progress)
     rows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     seen: dict[int, int] = {}
-    model = ""
     num = 0
     for part in parts:
-        ids = part.tokens_only("count_coactivation").expert_ids
-        model, num = part.model, part.num_experts
+        ids, num = part.tokens_only("count_coactivation").expert_ids, part.num_experts
         pairs, load = count_pairs(ids, num, np.zeros(len(ids), np.int64))
         for place, layer in enumerate(int(i) for i in part.layer_ids):
             seen[layer] = seen.get(layer, 0) + len(ids)
@@ -192,7 +183,6 @@ def count_coactivation(
         load=np.zeros((len(layers), num), np.int64),
         layer_ids=tuple(layers),
         num_tokens=max(seen.values(), default=0),
-        model=model,
     )
     for place, layer in enumerate(layers):
         result.pairs[place], result.load[place] = rows.pop(layer)

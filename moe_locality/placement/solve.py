@@ -71,7 +71,8 @@ def solve(
     sampling_unit: str | int | None = None,
     serving_rule: str | None = None,
 ) -> PlacementPlan:
-    """Find where the experts of every layer should live. The same arguments give the same plan.
+    """Find where the experts of every layer should live. The same arguments give the same plan;
+    those that do not fit each other a PlacementError that says what to change.
 
     Args:
         trace: what to optimize for, of tokens; counts are enough without ``coactivation``.
@@ -88,9 +89,6 @@ def solve(
         seed: of every random choice. one_layout: the same places in all layers.
         start: improve this plan instead, moving at most ``move_budget`` of its slots (refresh/).
         serving_rule: of ``placement.serving``; None: "visited" where it is searched for.
-
-    Raises:
-        PlacementError: the arguments do not fit each other; the message says what to change.
     """
     method = _current_name(method)
     cap = read_cap(max_imbalance, sampling_unit, start)
@@ -143,7 +141,8 @@ def _check_per_layer(problem: Problem, method: str, start: PlacementPlan | None)
 def read_cap(
     max_imbalance: float | str, sampling_unit: str | int | None, start: PlacementPlan | None
 ) -> dict[str, Any]:
-    """Return what ``Problem`` has to know of the cap on imbalance.
+    """Return what ``Problem`` has to know of the cap on imbalance; raises PlacementError for other
+    values than these.
 
     Args:
         max_imbalance: a number: of all layers; those that packing by loads alone cannot make as
@@ -154,9 +153,6 @@ def read_cap(
         sampling_unit: "request"; "domain"; a number of requests next to each other (a session, a
             document); "auto": as many as the trace shows to be alike. None: "auto" where the cap
             is, "request" for a cap that is a number.
-
-    Raises:
-        PlacementError: it is none of these.
     """
     cap, slack, worth = max_imbalance, None, 0.0
     if isinstance(cap, str):
@@ -323,8 +319,10 @@ def _coactivation(problem: Problem, apart: Problem | None = None) -> Solution:
     return coactivation.solve_coactivation(problem, replace(whole, units=tables.units), [layer])
 
 
-def _eplb(problem: Problem) -> Solution:
-    shape = (problem.num_nodes, problem.ranks_per_node, problem.num_slots, problem.group_of)
+def _eplb(problem: Problem, nodes: int | None = None) -> Solution:
+    """``nodes``: 1 = without regard to nodes; None: those of the problem."""
+    nodes = nodes or problem.num_nodes
+    shape = (nodes, problem.num_ranks // nodes, problem.num_slots, problem.group_of)
     rows = [baselines.eplb(load, *shape) for load in problem.trace.load()]
     return Solution(plan=make_plan(problem, rows))
 
@@ -348,7 +346,7 @@ METHODS: dict[str, Method] = {
     "balance": Method(run=_balance, uses_groups=True),
     "coactivation": Method(run=_coactivation, needs_tokens=True, uses_homes=True, uses_groups=True),
     "eplb": Method(run=_eplb, uses_groups=True),
-    "eplb_global": Method(run=baselines.solve_eplb_global),
+    "eplb_global": Method(run=partial(_eplb, nodes=1)),
     "hottest": Method(run=baselines.solve_hottest),
     "linear": Method(run=partial(_same_rows, baselines.linear), uses_groups=True),
     "mtkahypar": Method(run=baselines.partition_mtkahypar, needs_tokens=True),

@@ -102,7 +102,8 @@ def home_assignment(
     max_imbalance: float = MAX_TOKEN_IMBALANCE,
     equal_requests: bool = False,
 ) -> HomeAssignment:
-    """Homes of the requests of a trace, the same for the same arguments.
+    """Homes of the requests of a trace, the same for the same arguments; raises PlacementError for
+    an unknown ``predict``, a trace of counts, or a plan that does not fit.
 
     Args:
         trace: has the requests to place. Only the tokens that ``predict`` names are looked at, and
@@ -114,9 +115,6 @@ def home_assignment(
             placed on the emptiest rank.
         equal_requests: give every rank the same number of requests instead (up to one, where they
             do not divide evenly), as the batches of training need.
-
-    Raises:
-        PlacementError: an unknown ``predict``, a trace of counts, or a plan that does not fit.
     """
     from moe_locality.placement.homes.capacitated import Capacities, assign
 

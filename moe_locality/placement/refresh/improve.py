@@ -81,7 +81,8 @@ def refresh(
     steps: float | None = None,
     judged: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
 ) -> Refresh:
-    """Move few experts so that the latest traffic makes fewer copies.
+    """Move few experts so that the latest traffic makes fewer copies; raises PlacementError where
+    plan, state and cluster do not fit each other, or the budget is no share.
 
     Args:
         topology: for the bandwidths; None: the plan's ranks with the default ones.
@@ -94,9 +95,6 @@ def refresh(
             back. tokens_per_step: of all ranks together. steps: for which the plan will be used.
         judged: picks [T, L, K], request [T] and home node [T] of tokens that the saving is taken
             from. None: the latest tokens of the state, at uniform homes.
-
-    Raises:
-        PlacementError: plan, state and cluster do not fit each other, or the budget is no share.
     """
     budget = _budget(plan, move_budget)
     plan.check_fits(

@@ -12,6 +12,7 @@ import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -107,8 +108,8 @@ class RefreshState:
         """Write the state as .npz, whole or not at all."""
         place = Path(path)
         names = ("model", "num_experts", "tokens", *_ARRAYS)
-        content = {"format": _FORMAT} | {name: getattr(self, name) for name in names}
-        content["half_life_tokens"] = self.half_life_tokens or np.nan
+        content: dict[str, Any] = {name: getattr(self, name) for name in names}
+        content |= {"format": _FORMAT, "half_life_tokens": self.half_life_tokens or np.nan}
         try:
             replace_file(place, lambda file: np.savez(file, **content))
         except OSError as error:
