@@ -38,17 +38,15 @@ def balance(
     group_of: np.ndarray | None = None,
 ) -> np.ndarray:
     """Experts of each rank, int32 [L, G, S], with a small largest rank load in every layer: the
-    ranks of a node consecutive; no expert twice on a rank, each at least once.
+    ranks of a node consecutive; no expert twice on a rank, each at least once. Raises
+    PlacementError where slots and experts do not fit the ranks, or the groups leave a node with
+    fewer experts than a rank has slots.
 
     Args:
         load: [L, E] tokens per expert, not negative.
         num_slots: slots of a layer over all ranks, a multiple of the ranks.
         group_of: [E] group of each expert: equal groups that stay whole on one node, as many on
             each. None: any expert on any rank.
-
-    Raises:
-        PlacementError: slots and experts do not fit the ranks, or the groups leave a node with
-            fewer experts than a rank has slots.
     """
     load = np.ascontiguousarray(load, dtype=np.float64)
     num_ranks, experts = num_nodes * ranks_per_node, load.shape[1]

@@ -41,8 +41,7 @@ from moe_locality.trace.schema import DECODE, RoutingTrace
 
 def linear(num_experts: int, num_ranks: int, num_slots: int) -> RankLists:
     """Slot p holds expert p, then from the first expert again."""
-    slots = np.arange(num_slots) % num_experts
-    return slots.reshape(num_ranks, -1).tolist()
+    return (np.arange(num_slots) % num_experts).reshape(num_ranks, -1).tolist()
 
 
 def round_robin(num_experts: int, num_ranks: int, num_slots: int) -> RankLists:

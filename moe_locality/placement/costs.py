@@ -278,8 +278,8 @@ def _moved(
 
 
 NUM_BLOCKS = (5, 10, 15, 20)
+# 97.5 % points of Student's t by degrees of freedom
 T_975 = {4: 2.776, 9: 2.262, 14: 2.145, 19: 2.093}
-"""97.5 % points of Student's t by degrees of freedom."""
 
 
 def request_blocks(trace: RoutingTrace, seed: int = 0) -> np.ndarray | None:

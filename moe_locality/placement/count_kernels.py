@@ -90,11 +90,9 @@ def serve_tokens(ids, home, choices, found):
 def remote_by_home(ids, request, num_requests, choices, num_nodes, by_pick):
     """[R, M] float64 whole numbers: what the tokens of a request send to other nodes, by home node.
 
-    Args:
-        ids: [T, L, K], -1 = no pick; request: [T] below ``num_requests``.
-        choices: [L, H, E, X] nodes that may serve the expert for a home on node h; X = 1: the node
-            that does.
-        by_pick: count every remote pick; else every remote node of a token once (copies).
+    ``ids`` [T, L, K], -1 = no pick; ``request`` [T] below ``num_requests``; ``choices`` [L, H, E,
+    X] nodes that may serve the expert for a home on node h, X = 1: the node that does. ``by_pick``:
+    count every remote pick; else every remote node of a token once (copies).
     """
     tokens, layers, picks = ids.shape
     homes = choices.shape[1]

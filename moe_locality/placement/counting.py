@@ -34,9 +34,8 @@ def node_visits(
     """[L, num_homes, M] int64: how many tokens of a home have a pick that is served on a node; a
     token counts once per home and node, its own node included.
 
-    Args:
-        ids: [T, L, K], -1 = no pick. home: [T] home of each token, below ``num_homes``.
-        served_node: [L, H, E] the node that serves expert e for home h; H = 1: for all homes.
+    ``ids`` [T, L, K], -1 = no pick; ``home`` [T], below ``num_homes``; ``served_node`` [L, H, E]
+    the node that serves expert e for home h, H = 1: for all homes.
     """
     layers, homes, experts = served_node.shape
     visits = np.zeros((layers, num_homes, num_nodes), dtype=np.int64)

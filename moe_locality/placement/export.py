@@ -98,10 +98,8 @@ def with_layers(
     plan: PlacementPlan, layers: Sequence[int] | None, num_hidden_layers: int | None
 ) -> PlacementPlan:
     """The plan with these ``layer_ids``: the transformer layers of its rows, in rising order.
-
-    Raises:
-        PlacementError: their number differs; or none are given and the plan's are 0, 1, 2, ... of a
-            model with more layers: old traces and bare models count MoE layers only.
+    Raises PlacementError where their number differs; or none are given and the plan's are 0, 1, 2,
+    ... of a model with more layers: old traces and bare models count MoE layers only.
     """
     count, first = plan.num_layers, sorted(plan.layer_ids) == list(range(plan.num_layers))
     if layers is None:
@@ -158,11 +156,7 @@ TARGETS = {
 }
 """Name of each target → function of (plan, num_hidden_layers or None) that returns JSON types."""
 
-ENGINE_RULES = ("sglang", "in_turn")
-"""Which copy of an expert other engines serve: ``engine_serving_slots``."""
-
-BY_SUFFIX = {"sglang": ".json", "vllm-ascend": ".json"}
-"""Engines that take a file by the end of its name."""
+ENGINE_RULES = ("sglang", "in_turn")  # see ``engine_serving_slots``
 
 BY_TRANSFORMER_LAYER = ("sglang", "trtllm")
 
@@ -175,19 +169,16 @@ def write_export(
     layers: Sequence[int] | None = None,
 ) -> Path:
     """Write a plan for one of ``TARGETS``, whole or not at all: as JSON, for ``trtllm`` as YAML;
-    ``layers``: see ``with_layers``.
-
-    Raises:
-        PlacementError: the target is unknown or cannot hold this plan, or the file would not be
-            read under this name. ConfigError: the file cannot be written.
+    ``layers``: see ``with_layers``. Raises PlacementError where the target is unknown or cannot
+    hold this plan, or the file would not be read under this name; ConfigError where it cannot be
+    written.
     """
     if target not in TARGETS:
         raise PlacementError(f"found target {target!r}, expected one of: {', '.join(TARGETS)}")
-    suffix = BY_SUFFIX.get(target, "")
-    if not Path(path).name.endswith(suffix):
+    if target in ("sglang", "vllm-ascend") and not Path(path).name.endswith(".json"):
         raise PlacementError(
             f"found the name {Path(path).name} for a map of {target}, which takes a file only by "
-            f"the end {suffix}: give such a name"
+            "the end .json: give such a name"
         )
     check_equal_slots(plan, "an engine, which has one number of slots")
     known = num_hidden_layers if target in BY_TRANSFORMER_LAYER else None

@@ -189,7 +189,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PlacementPlan:
-    """One placement of the experts of every MoE layer; immutable and checked when made.
+    """One placement of the experts of every MoE layer; immutable, and checked when made: a
+    PlacementError names the layer and the expert or slot that is wrong.
 
     Args:
         model: name of the model, empty = any.
@@ -207,9 +208,6 @@ class PlacementPlan:
         serving_rule: which copy serves a pick, see ``serving.py``: "home" or "visited".
         serving_nodes: [L, M, E, X] nodes that may serve an expert under "visited", see
             ``node_choices``; None = all that hold it, the least loaded one preferred.
-
-    Raises:
-        PlacementError: names the layer and the expert or slot that is wrong.
     """
 
     layer_ids: tuple[int, ...]
@@ -562,9 +560,8 @@ def first_slots(slot_to_logical: np.ndarray) -> np.ndarray:
 
 
 def source_slots(current: np.ndarray, target: np.ndarray, num_ranks: int = 1) -> np.ndarray:
-    """Return [P] the slot of ``current [S]`` that each slot of ``target [P]`` is copied from.
-
-    One on the same rank where there is one, else the lowest. For two permutations:
+    """Return [P] the slot of ``current [S]`` that each slot of ``target [P]`` is copied from: one
+    on the same rank where there is one, else the lowest. For two permutations:
     ``target[s] = current[sources[s]]``.
     """
     sources = first_slots(current)[target]

@@ -364,12 +364,8 @@ def resolve_homes(trace: RoutingTrace, num_ranks: int, homes: Homes) -> np.ndarr
     return ranks.astype(np.int64)
 
 
-AUTO = "auto"
-"""A cap (or what requests come in) that is to be found from the trace."""
-
-RankLists = list[list[int]]
-"""The experts of each rank, for one layer."""
-
+AUTO = "auto"  # a cap (or what requests come in) that is to be found from the trace
+RankLists = list[list[int]]  # the experts of each rank, for one layer
 _logged: ContextVar[set[str] | None] = ContextVar("_logged", default=None)
 
 

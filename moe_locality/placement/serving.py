@@ -21,8 +21,7 @@ import numpy as np
 from moe_locality.errors import PlacementError
 
 RULES = ("home", "visited")
-MOST_NODES = 62
-"""Nodes of a token are bits of an int64."""
+MOST_NODES = 62  # nodes of a token are bits of an int64
 _NEVER = np.iinfo(np.int64).max
 
 

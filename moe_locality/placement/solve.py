@@ -353,10 +353,10 @@ METHODS: dict[str, Method] = {
     "request_kmeans": Method(run=baselines.solve_request_kmeans, needs_tokens=True),
     "round_robin": Method(run=partial(_same_rows, baselines.round_robin)),
 }
+# names that a method had before; ``solve`` takes them for one more version
 RENAMED = {"seed": "request_kmeans"}
-"""Names that a method had before; ``solve`` takes them for one more version."""
+# what ``moe-locality bench`` and the demo on a trace set side by side
 COMPARED = ("linear", "round_robin", "eplb", "coactivation")
-"""What ``moe-locality bench`` and the demo on a trace set side by side."""
 
 
 def _check_arguments(trace, method, max_imbalance, homes, expert_groups) -> None:

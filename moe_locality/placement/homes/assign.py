@@ -127,9 +127,8 @@ def home_assignment(
     caps = Capacities(tokens=cap, even=equal_requests)
     rank_of = assign(score, requests.tokens, plan.node_of_rank, caps).rank_of
     filled = np.bincount(rank_of, weights=requests.tokens, minlength=plan.num_ranks)
-    pairs = zip(requests.request_ids, rank_of, strict=True)
     return HomeAssignment(
-        homes={int(q): int(r) for q, r in pairs},
+        homes=dict(zip(requests.request_ids.tolist(), rank_of.tolist(), strict=True)),
         tokens_per_rank=tuple(int(n) for n in filled),
         requests_per_rank=tuple(np.bincount(rank_of, minlength=plan.num_ranks).tolist()),
         token_imbalance=float(filled.max() / filled.mean()),

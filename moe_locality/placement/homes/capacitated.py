@@ -43,15 +43,9 @@ class Assignment:
 def assign(
     score: np.ndarray, tokens: np.ndarray, node_of_rank: np.ndarray, capacities: Capacities
 ) -> Assignment:
-    """Most sum of tokens x score under the capacities.
-
-    Where whole requests do not fit below the token capacity, the rank with least takes what is
-    left, and the request capacity is kept.
-
-    Args:
-        score: [R, G] worth of a token of the request on that rank; ranks of a node should differ
-            little, because prices are per node.
-        tokens: [R]; node_of_rank: [G].
+    """Most sum of ``tokens`` [R] x ``score`` [R, G] under the capacities; where whole requests do
+    not fit below that of tokens, the rank with least takes what is left, and that of requests is
+    kept. The scores of a node's ranks should differ little, because prices are per node.
     """
     ranks, nodes = len(node_of_rank), int(node_of_rank.max()) + 1
     room, seats = np.bincount(node_of_rank, minlength=nodes).astype(float), None

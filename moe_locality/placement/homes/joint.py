@@ -78,19 +78,15 @@ def solve_joint(problem: Problem) -> Solution:
     _, _, home_node = _rounds(data, best[2], best, MORE_ROUNDS, len(starts), history)
     if problem.num_slots > problem.trace.num_experts:
         # a quick plan: where replicas serve their own node, other homes are the best
-        placed = coactivation.place_layers(
-            replace(_at_home(data, home_node), per_layer=False),
-            tables=data.tables,
-            replica_rounds=1,
-        )
+        alike = replace(_at_home(data, home_node), per_layer=False)
+        placed = coactivation.place_layers(alike, tables=data.tables, replica_rounds=1)
         quick = make_plan(
             problem, placed.rows, load=placed.load, serving_nodes=placed.serving_nodes
         )
         _, home_node, _, _ = _homes(data, quick)
     found = coactivation.solve_coactivation(_at_home(data, home_node), tables=data.tables)
     chosen, _, cost, predictor = _homes(data, found.plan)
-    pairs = zip(data.requests.request_ids, chosen.rank_of, strict=True)
-    homes = {int(q): int(r) for q, r in pairs}
+    homes = dict(zip(data.requests.request_ids.tolist(), chosen.rank_of.tolist(), strict=True))
     kept = home_profiles(
         problem.trace,
         found.plan,

@@ -143,12 +143,8 @@ def nearest_center(points: np.ndarray, centers: np.ndarray) -> np.ndarray:
     return ((centers**2).sum(axis=1) - 2 * points @ centers.T).argmin(axis=1)
 
 
-PRIOR_TOKENS = 5.0
-"""Tokens that the mean over all requests counts for, beside the known ones."""
-
-MAX_FITTED = 2000
-"""Requests that the regression looks at: its work grows with their square."""
-
+PRIOR_TOKENS = 5.0  # that the mean over all requests counts for, beside the known ones
+MAX_FITTED = 2000  # requests that the regression looks at: its work grows with their square
 _RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
 _LARGEST = 9999  # weights are written as whole numbers up to this
 

@@ -43,10 +43,8 @@ class Refresh:
         a sample. saving, saving_error: their difference, and its standard error over requests.
     saved_us_per_step: time that the saved copies would take on the links between nodes, spread
         evenly over the ranks; with ``copy_bytes`` and ``tokens_per_step``.
-    imbalance_before, imbalance_after: max / mean rank load by the counts of the state, mean over
-        layers.
-    worth_it: True, False, or None where the figures to weigh it were not given; ``reason`` says it
-        in words.
+    imbalance_before, imbalance_after: max / mean rank load by the state's counts, layers' mean.
+    worth_it: None where the figures to weigh it were not given; ``reason`` says it in words.
     """
 
     plan: PlacementPlan
@@ -315,14 +313,9 @@ def solve_from(
     return Solution(plan=found.plan, notes={**notes, "moved_slots": found.moved_slots})
 
 
-CERTAIN = 2.0
-"""Standard errors by which the saving must be above zero to count."""
-
-REPLICA_TOKENS = 4096
-"""Tokens of the sample on which plans with replicas are compared."""
-
-LEVELED = 0.01
-"""Change of the rank imbalance that is worth a word where copies are not saved."""
+CERTAIN = 2.0  # standard errors by which the saving must be above zero to count
+REPLICA_TOKENS = 4096  # of the sample, on which plans with replicas are compared
+LEVELED = 0.01  # change of the rank imbalance that is worth a word where copies are not saved
 
 
 def verdict(moved, saving, error, levels, even, steps) -> tuple[bool | None, str]:
