@@ -348,9 +348,8 @@ def expected_change(
     *,
     by_rank: bool = False,
 ) -> dict[str, tuple[float, float, float] | None]:
-    """(change, low, high) of costs from ``base`` to ``plan``, each with the homes of its requests.
-
-    Shares of the base, -0.2 is a fifth less, with their 95 % interval over the blocks of requests;
+    """(change, low, high) of costs from ``base`` to ``plan``, each with the homes of its requests:
+    shares of the base, -0.2 is a fifth less, with their 95 % interval over the blocks of requests;
     copies, picks, node_imbalance and rank_imbalance, with ``by_rank`` rank_copies too. None: the
     base has nothing to change.
     """

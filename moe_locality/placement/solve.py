@@ -40,10 +40,9 @@ long as an imbalance higher by 0.01 saves this share of 1 % of the usual order's
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """A way to find a plan: ``run``, and what it takes.
-
-    ``needs_tokens``: a trace of counts is not enough. ``uses_homes``: it optimizes for given homes.
-    ``uses_groups``: it keeps the groups of a group-limited router whole.
+    """A way to find a plan: ``run``, and what it takes. ``needs_tokens``: a trace of counts is not
+    enough. ``uses_homes``: it optimizes for given homes. ``uses_groups``: it keeps the groups of a
+    group-limited router whole.
     """
 
     run: Callable[[Problem], Solution]

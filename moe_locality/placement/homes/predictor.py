@@ -218,9 +218,8 @@ class KnownTokens:
         fitted = np.unique(np.linspace(0, total - 1, min(total, MAX_FITTED)).astype(int))
         place = np.full(total, len(fitted))  # the others: one row more
         place[fitted] = np.arange(len(fitted))
-        picks = picks_by_home(
-            self.ids, trace.num_experts, place[self.request], len(fitted) + 1, repeated=True
-        )
+        row = place[self.request]
+        picks = picks_by_home(self.ids, trace.num_experts, row, len(fitted) + 1, repeated=True)
         counts = picks[:, :-1].transpose(1, 0, 2).astype(np.float32, order="C")  # [B, L, E]
         self.fitted, self.shape, known = fitted, counts.shape[1:], self.count[fitted]
         self.weight = requests.tokens[fitted] / requests.tokens[fitted].mean()  # [B]

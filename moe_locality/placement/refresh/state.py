@@ -31,7 +31,6 @@ _ARRAYS = ("layer_ids", "pairs", "load", "recent_ids", "recent_request")
 @dataclass(slots=True, kw_only=True)
 class RefreshState:
     """Counts of all traffic so far, older tokens weighing less, and a sample of the latest.
-
     ``absorb`` changes it in place; nothing of an old trace has to be kept or counted again.
     """
 
