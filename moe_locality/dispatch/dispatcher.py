@@ -26,7 +26,7 @@ from moe_locality.compat import take_default_timeout
 from moe_locality.config import DispatchConfig
 from moe_locality.dispatch.deepep import DeepEPTransport
 from moe_locality.dispatch.desync import CallPosition, announce_process
-from moe_locality.dispatch.flat import FixedTransport, FlatTransport
+from moe_locality.dispatch.flat import FlatTransport
 from moe_locality.dispatch.hierarchical import HierarchicalTransport, Rails, pays
 from moe_locality.dispatch.transport import (
     AllToAllGroup,
@@ -334,7 +334,8 @@ class TokenDispatcher:
             ConfigError: an id is too large, and this rank is the whole group.
         """
         self.position.failure = ""
-        uncounted = isinstance(self.transport, (FixedTransport, DeepEPTransport))
+        config = self.transport.config
+        uncounted = config.capacity or isinstance(self.transport, DeepEPTransport)
         if uncounted or topk_ids.is_cuda or not topk_ids.numel():
             return topk_ids
         known, largest = self.slot_map.slot_of_expert, int(topk_ids.max())
@@ -380,9 +381,7 @@ class TokenDispatcher:
         flat = config.exchange == "flat" or (config.exchange == "auto" and rails is None)
         if config.exchange == "deepep" and len(ranks) > 1:
             made: Transport[Any] = DeepEPTransport(*common, group)
-        elif config.capacity:
-            made = FixedTransport(*common, whole)
-        elif flat or len(ranks) == 1:
+        elif config.capacity or flat or len(ranks) == 1:
             made = FlatTransport(*common, whole)
         elif rails is None:
             raise ConfigError(

@@ -1,10 +1,10 @@
 """The flat exchange: one row per (token, expert) pair, ragged or with a fixed capacity.
 
-With a fixed capacity (:class:`FixedTransport`) the host is never told what was routed: every rank
+With a fixed capacity (``dispatch.capacity``) the host is never told what was routed: every rank
 sends exactly C rows for every slot, and rows without a route are zero. So no counts are exchanged,
 no shape depends on the routes, and a step can be captured in a CUDA graph. Routes beyond the C-th
 of a slot have no row: they are counted on the device and raise on all ranks, or are dropped, as
-``dispatch.capacity`` says. Dropped are, of the routes of one rank to one slot, those after the
+``on_overflow`` says. Dropped are, of the routes of one rank to one slot, those after the
 first C in the order (token, k): DeepSpeed's ``drop_policy="position"``, applied per source rank, so
 the choice does not depend on other ranks and is the same in every run.
 
@@ -135,13 +135,52 @@ def flat_metadata(
     )
 
 
+def fixed_rows(slot_ids: Tensor, num_slots: int, capacity: int, backend: ops.Backend) -> RowMap:
+    """Return a map of ``num_slots * capacity`` rows: slot p has rows ``[p * C, (p + 1) * C)``.
+
+    ``slot_ids [T, K]``, -1 where a route is dropped. The first C routes of a slot in (token, k)
+    order keep a row; ``overflow [1]`` counts the others. Waits for no device.
+    """
+    device, count = slot_ids.device, max(1, slot_ids.numel())
+    made = ops.row_map(slot_ids, num_slots, capacity=capacity, num_rows=count, backend=backend)
+    first = made.slot_offsets[:-1]
+    rank = torch.arange(capacity, dtype=torch.int32, device=device)
+    used = rank < made.tokens_per_slot[:, None]
+    source = (first[:, None] + rank).clamp_max(count - 1).reshape(-1)
+    empty = ~used.reshape(-1)
+    starts = torch.arange(num_slots + 1, dtype=torch.int32, device=device) * capacity
+    slots = slot_ids.long().clamp(0, num_slots - 1)
+    positions = made.positions + (starts[:-1] - first)[slots]
+    return replace(
+        made,
+        row_route=made.row_route.index_select(0, source).masked_fill(empty, -1),
+        row_token=made.row_token.index_select(0, source).masked_fill(empty, -1),
+        positions=positions.masked_fill(made.positions < 0, -1),
+        slot_offsets=starts,
+        overflow=(made.routed_per_slot.sum() - made.tokens_per_slot.sum()).to(torch.int32).view(1),
+        padded=True,
+    )
+
+
+_MAX_ROWS = 2**31 - 1
+
+
 @dataclass(eq=False)
 class FlatTransport(Transport[FlatMetadata]):
-    """One ragged all-to-all of the whole EP group in each direction."""
+    """One ragged all-to-all of the whole EP group in each direction; with a fixed capacity, exactly
+    C rows per source rank and slot.
+
+    ``tokens_per_local_expert`` is then ``G * C`` for every expert: an expert works on its padding
+    too, as in DeepSpeed's padded dispatch, and its results for padding are never read.
+    """
 
     metadata_type: ClassVar[type] = FlatMetadata
 
     all_to_all: AllToAllGroup
+    lost: Tensor | None = field(default=None, init=False)
+    """int64 [1], on the device: routes of this rank that found no row, since the start"""
+    _agreed: int | None = field(default=None, init=False)
+    _orders: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
 
     def start_dispatch(
         self,
@@ -152,6 +191,9 @@ class FlatTransport(Transport[FlatMetadata]):
     ) -> Callable[[], Dispatched[FlatMetadata]]:
         """Sort the routes, exchange the counts while the rows are put in order, send the rows."""
         del topk_weights  # used where the tokens are
+        if metadata is None and self.config.capacity is not None:
+            with self.clock("plan"):
+                metadata = self._fixed_metadata(slot_ids, self.config.capacity)
         if metadata is None:
             with self.clock("plan"):
                 row_map = sort_routes(slot_ids, self.num_slots, self.kernels)
@@ -187,7 +229,14 @@ class FlatTransport(Transport[FlatMetadata]):
     def start_combine(
         self, expert_out: Tensor, topk_weights: Tensor, metadata: FlatMetadata
     ) -> Callable[[], Combined]:
-        """Send the results back; they are weighted and summed where the tokens are."""
+        """Send the results back; they are weighted and summed where the tokens are.
+
+        Raises:
+            ConfigError: on all ranks, where a rank had more routes for a slot than it has rows.
+        """
+        if metadata.lost is not None:
+            # here, and not before the experts: their work is launched while the counts travel
+            self._refuse(sum(metadata.lost.read()[2]))
         with self.clock("reorder"):
             rows = self.combine_payload.encode(self._take(expert_out, metadata.by_source))
         pending = self.all_to_all.start_rows(rows, metadata, "combine")
@@ -223,80 +272,7 @@ class FlatTransport(Transport[FlatMetadata]):
     def _take(self, rows: Tensor, order: Tensor | None) -> Tensor:
         return rows if order is None else ops.permute(rows, order, backend=self.kernels)
 
-
-_MAX_ROWS = 2**31 - 1
-
-
-def fixed_rows(slot_ids: Tensor, num_slots: int, capacity: int, backend: ops.Backend) -> RowMap:
-    """Return a map of ``num_slots * capacity`` rows: slot p has rows ``[p * C, (p + 1) * C)``.
-
-    ``slot_ids [T, K]``, -1 where a route is dropped. The first C routes of a slot in (token, k)
-    order keep a row; ``overflow [1]`` counts the others. Waits for no device.
-    """
-    device, count = slot_ids.device, max(1, slot_ids.numel())
-    made = ops.row_map(slot_ids, num_slots, capacity=capacity, num_rows=count, backend=backend)
-    first = made.slot_offsets[:-1]
-    rank = torch.arange(capacity, dtype=torch.int32, device=device)
-    used = rank < made.tokens_per_slot[:, None]
-    source = (first[:, None] + rank).clamp_max(count - 1).reshape(-1)
-    empty = ~used.reshape(-1)
-    starts = torch.arange(num_slots + 1, dtype=torch.int32, device=device) * capacity
-    slots = slot_ids.long().clamp(0, num_slots - 1)
-    positions = made.positions + (starts[:-1] - first)[slots]
-    return replace(
-        made,
-        row_route=made.row_route.index_select(0, source).masked_fill(empty, -1),
-        row_token=made.row_token.index_select(0, source).masked_fill(empty, -1),
-        positions=positions.masked_fill(made.positions < 0, -1),
-        slot_offsets=starts,
-        overflow=(made.routed_per_slot.sum() - made.tokens_per_slot.sum()).to(torch.int32).view(1),
-        padded=True,
-    )
-
-
-@dataclass(eq=False)
-class FixedTransport(FlatTransport):
-    """:class:`FlatTransport` with exactly C rows per source rank and slot.
-
-    ``tokens_per_local_expert`` is then ``G * C`` for every expert: an expert works on its padding
-    too, as in DeepSpeed's padded dispatch, and its results for padding are never read.
-    """
-
-    lost: Tensor | None = field(default=None, init=False)
-    """int64 [1], on the device: routes of this rank that found no row, since the start"""
-    _agreed: int | None = field(default=None, init=False)
-    _orders: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
-
-    @property
-    def capacity(self) -> CapacityConfig:
-        assert self.config.capacity is not None
-        return self.config.capacity
-
-    def start_dispatch(
-        self,
-        x: Tensor,
-        slot_ids: Tensor,
-        topk_weights: Tensor | None,
-        metadata: FlatMetadata | None,
-    ) -> Callable[[], Dispatched[FlatMetadata]]:
-        """As that of the flat transport, without an exchange of counts."""
-        if metadata is None:
-            with self.clock("plan"):
-                metadata = self._metadata(slot_ids)
-        return super().start_dispatch(x, slot_ids, topk_weights, metadata)
-
-    def start_combine(
-        self, expert_out: Tensor, topk_weights: Tensor, metadata: FlatMetadata
-    ) -> Callable[[], Combined]:
-        """As that of the flat transport.
-
-        Raises:
-            ConfigError: on all ranks, where a rank had more routes for a slot than it has rows.
-        """
-        if metadata.lost is not None:
-            # here, and not before the experts: their work is launched while the counts travel
-            self._refuse(sum(metadata.lost.read()[2]))
-        return super().start_combine(expert_out, topk_weights, metadata)
+    # -- a fixed capacity
 
     def check_overflow(self) -> None:
         """Raise ConfigError on all ranks if routes found no row since the last check. Collective.
@@ -319,19 +295,23 @@ class FixedTransport(FlatTransport):
 
     def _refuse(self, lost: int) -> None:
         if lost:
+            assert self.config.capacity is not None
             raise ConfigError(
                 f"found {lost} routes beyond the rows of the fixed capacity "
-                f"({self.capacity.text()}), expected none: raise dispatch.capacity, or choose "
-                "dispatch.capacity.on_overflow 'drop'"
+                f"({self.config.capacity.text()}), expected none: raise dispatch.capacity, or "
+                "choose dispatch.capacity.on_overflow 'drop'"
             )
 
-    def _metadata(self, slot_ids: Tensor) -> FlatMetadata:
+    def _fixed_metadata(self, slot_ids: Tensor, capacity: CapacityConfig) -> FlatMetadata:
         group, capturing = self.all_to_all, is_capturing(slot_ids)
-        rows = self._rows_per_slot(slot_ids, capturing)
+        rows = self._rows_per_slot(slot_ids, capacity, capturing)
         row_map = fixed_rows(slot_ids, self.num_slots, rows, self.kernels)
-        self._count(row_map.overflow, capturing)
+        if self.lost is None or self.lost.device != slot_ids.device:
+            _check_warm(capturing)  # what a graph allocates, its replays would begin anew
+            self.lost = torch.zeros(1, dtype=torch.int64, device=slot_ids.device)
+        self.lost.add_(row_map.overflow)
         lost = None
-        if self.capacity.on_overflow == "error" and not capturing:
+        if capacity.on_overflow == "error" and not capturing:
             lost = group.start_counts(row_map.overflow.long().repeat(group.size))
         size = self.num_slots // group.size
         by_expert, by_source = self._order(rows, size, slot_ids.device)
@@ -345,17 +325,17 @@ class FixedTransport(FlatTransport):
             lost=lost,
         )
 
-    def _rows_per_slot(self, slot_ids: Tensor, capturing: bool) -> int:
+    def _rows_per_slot(self, slot_ids: Tensor, capacity: CapacityConfig, capturing: bool) -> int:
         """C, the same on all ranks: with a factor they agree on it, once, in the first step."""
-        group, rows = self.all_to_all, self.capacity.rows or self._agreed
+        group, rows = self.all_to_all, capacity.rows or self._agreed
         if rows is None:
             routes = slot_ids.numel()
             if group.size > 1:
                 _check_warm(capturing)
                 mine = torch.full((group.size,), routes, device=slot_ids.device)
                 routes = max(group.start_counts(mine).read()[2])
-            assert self.capacity.factor is not None
-            rows = max(1, math.ceil(self.capacity.factor * routes / self.num_slots))
+            assert capacity.factor is not None
+            rows = max(1, math.ceil(capacity.factor * routes / self.num_slots))
             self._agreed = rows if group.size > 1 else None
         if rows * self.num_slots > _MAX_ROWS:
             raise ConfigError(
@@ -363,13 +343,6 @@ class FixedTransport(FlatTransport):
                 f"{_MAX_ROWS} rows in all: lower dispatch.capacity"
             )
         return rows
-
-    def _count(self, overflow: Tensor, capturing: bool) -> None:
-        lost = self.lost
-        if lost is None or lost.device != overflow.device:
-            _check_warm(capturing)  # what a graph allocates, its replays would begin anew
-            self.lost = lost = torch.zeros(1, dtype=torch.int64, device=overflow.device)
-        lost.add_(overflow)
 
     def _order(
         self, rows: int, size: int, device: torch.device
@@ -390,16 +363,16 @@ def is_capturing(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def fixed_transports(model: nn.Module) -> Iterator[FixedTransport]:
+def fixed_transports(model: nn.Module) -> Iterator[FlatTransport]:
     """Yield the transport of every layer of a model that has dispatched with a fixed capacity."""
     for module in model.modules():
         transport = getattr(getattr(module, "dispatcher", None), "transport", None)
-        if isinstance(transport, FixedTransport):
+        if isinstance(transport, FlatTransport) and transport.config.capacity:
             yield transport
 
 
 def check_overflow(model: nn.Module) -> None:
-    """:meth:`FixedTransport.check_overflow` of every layer of a model. Collective."""
+    """:meth:`FlatTransport.check_overflow` of every layer of a model. Collective."""
     for transport in fixed_transports(model):
         transport.check_overflow()
 
