@@ -4,9 +4,9 @@ With a fixed capacity (``dispatch.capacity``) the host is never told what was ro
 sends exactly C rows for every slot, and rows without a route are zero. So no counts are exchanged,
 no shape depends on the routes, and a step can be captured in a CUDA graph. Routes beyond the C-th
 of a slot have no row: they are counted on the device and raise on all ranks, or are dropped, as
-``on_overflow`` says. Dropped are, of the routes of one rank to one slot, those after the
-first C in the order (token, k): DeepSpeed's ``drop_policy="position"``, applied per source rank, so
-the choice does not depend on other ranks and is the same in every run.
+``on_overflow`` says. Dropped are, of the routes of one rank to one slot, those after the first C in
+the order (token, k): DeepSpeed's ``drop_policy="position"``, applied per source rank, so the choice
+does not depend on other ranks and is the same in every run.
 
 Shapes: G ranks of the EP group, e local experts, P = G*e slots, R rows received.
 """

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from moe_locality.config import DispatchConfig
-from moe_locality.dispatch import TokenDispatcher, flat, traffic_report
+from moe_locality.dispatch import TokenDispatcher, flat, hierarchical, traffic_report
 from moe_locality.dispatch.hierarchical import HierarchicalTransport, Rails, pays
+from moe_locality.kernels import ops
 from moe_locality.quantization import fake_quantize, row_bytes
 from tests.distributed.exchange_cases import (
     SLOTS_PER_RANK,
@@ -135,7 +136,11 @@ def test_outputs_and_gradients_are_those_of_one_process():
 
 def static_maps(rank, world):
     """What a GPU gets, here: maps of fixed size, whose rows past the end are never sent."""
-    flat._static = lambda ids: True
+
+    def of_fixed_size(slot_ids, num_slots, backend):
+        return ops.row_map(slot_ids, num_slots, num_rows=slot_ids.numel(), backend=backend)
+
+    flat.sort_routes = hierarchical.sort_routes = of_fixed_size
     matrix(rank, world, ((2, 4), (2, 2)))
     payloads(rank, world)
 
