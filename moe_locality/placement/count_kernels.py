@@ -1,9 +1,7 @@
-"""Compiled loops over the picks of tokens: which node serves each of them, sums by request, and
-the counts of ``counting.py``.
+"""Compiled loops over the picks of tokens: which node serves each of them, and sums by request.
 
 Shapes: T tokens, L layers, K picks, E experts, R requests, G ranks, M nodes, H = M homes that are
-served differently, or 1 where all are served alike (no replicas), C columns of a table, B batches.
-``add_...`` count the layers ``first`` to ``last``; threads share the results.
+served differently, or 1 where all are served alike (no replicas).
 """
 
 from __future__ import annotations
@@ -167,103 +165,3 @@ def weighted_picks(ids, request, num_requests, weights):
                     for node in range(nodes):
                         row[node] += weights[node, layer, e]
     return total
-
-
-_BLOCK_TOKENS = 2048  # rows of a block stay in the cache while its layers are counted
-
-
-@compiled
-def add_patterns(ids, first, last, table, home, columns, counts):
-    """Count into counts [L, M, 256] the or of table [L, C][layer, home * columns + id + 1]."""
-    tokens, picks = ids.shape[0], ids.shape[2]
-    width, homes = table.shape[1], counts.shape[1]
-    flat, into = table.ravel(), counts.ravel()
-    for token in range(tokens):  # by token: the tables of all layers stay in the cache
-        at = home[token] * columns + 1 if width > columns else 1
-        for layer in range(first, last):
-            row = layer * width + at
-            found = np.uint8(0)
-            for pick in range(picks):
-                found |= flat[np.uint64(row + ids[token, layer, pick])]
-            into[np.uint64((layer * homes + home[token]) * 256 + found)] += 1
-
-
-@compiled
-def add_picks(ids, first, last, home, counts):
-    """Count into counts [L, H, E + 1] the picks (id + 1) of tokens with home [T]."""
-    tokens, picks = ids.shape[0], ids.shape[2]
-    for start in range(0, tokens, _BLOCK_TOKENS):
-        stop = min(start + _BLOCK_TOKENS, tokens)
-        for layer in range(first, last):
-            for token in range(start, stop):
-                into = counts[layer, home[token]]
-                for pick in range(picks):
-                    into[np.uint64(ids[token, layer, pick] + 1)] += 1
-
-
-@compiled
-def add_batches(ids, first, last, table, home, columns, size, loads, active, per_rank):
-    """Fill loads and active [B, L, G]: picks of each rank in each batch of ``size`` tokens, and how
-    many of its ``per_rank`` slots they use.
-
-    ``table`` [L, C] holds the slot + 1 of home * columns + id + 1, 0 for no pick.
-    """
-    picks = ids.shape[2]
-    batches, ranks = loads.shape[0], loads.shape[2]
-    several = table.shape[1] > columns
-    counts = np.zeros(ranks * per_rank + 1, np.int64)
-    for batch in range(batches):
-        for layer in range(first, last):
-            slots = table[layer]
-            counts[:] = 0
-            for token in range(batch * size, (batch + 1) * size):
-                at = home[token] * columns + 1 if several else 1
-                for pick in range(picks):
-                    counts[slots[np.uint64(at + ids[token, layer, pick])]] += 1
-            for rank in range(ranks):
-                load, used = 0, 0
-                for slot in range(rank * per_rank + 1, (rank + 1) * per_rank + 1):
-                    load += counts[slot]
-                    used += counts[slot] > 0
-                loads[batch, layer, rank] = load
-                active[batch, layer, rank] = used
-
-
-_PAIR_BLOCK_TOKENS = 8192
-"""Tokens counted for one layer before the next layer: enough that the table of a layer pays for
-being fetched, few enough that the block, copied layer by layer, stays in the last-level cache."""
-
-
-@compiled
-def add_pairs(ids, first, last, unit, pairs, load):
-    """Count ids [T, L, K] into pairs [L, E, E] and, by unit (request, say) [T] of the token, into
-    load [L, U, E].
-
-    A pair (e, f) is counted in pairs[e, f] or in pairs[f, e], whichever order the token has it in.
-    Negative ids are no picks.
-    """
-    tokens, picks = ids.shape[0], ids.shape[2]
-    num = np.uint64(load.shape[2])
-    part = np.empty((last - first, min(_PAIR_BLOCK_TOKENS, tokens), picks), ids.dtype)
-    found = np.empty(picks, dtype=np.uint64)  # unsigned: no test for an index from the end
-    for start in range(0, tokens, _PAIR_BLOCK_TOKENS):
-        stop = min(start + _PAIR_BLOCK_TOKENS, tokens)
-        for token in range(start, stop):  # rows of a layer lie far apart: one pass over all of them
-            for layer in range(first, last):
-                for pick in range(picks):
-                    part[layer - first, token - start, pick] = ids[token, layer, pick]
-        for layer in range(first, last):
-            table = pairs[layer].ravel()
-            for token in range(start, stop):
-                row = load[layer, unit[token]]
-                count = 0
-                for pick in range(picks):
-                    e = part[layer - first, token - start, pick]
-                    if e >= 0:
-                        found[count] = e
-                        count += 1
-                for i in range(count):
-                    e = found[i]
-                    row[e] += np.uint32(1)
-                    for j in range(i):
-                        table[e * num + found[j]] += np.uint32(1)

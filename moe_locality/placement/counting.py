@@ -4,7 +4,7 @@ home, picks by batch.
 Plain numpy, layer by layer; a trace of ``COMPILED_PICKS`` or more is counted by the same loops
 compiled, in threads: the first ``evaluate`` of a small one should not wait for a compiler, and
 memory stays bounded whatever the trace. Shapes: T tokens, L layers, K picks, E experts, P slots, G
-ranks, M nodes.
+ranks, M nodes, H homes that are served differently, C columns of a table, B batches.
 
 Threads are plain ones, one per processor that this process may use: a compiled parallel loop would
 start OpenMP threads, and a process that has those must not fork.
@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -48,7 +49,7 @@ def node_visits(
         patterns = np.zeros((layers, num_homes, 256), dtype=np.int64)  # tokens by home and byte
         if ids.size >= COMPILED_PICKS:
             given = (table.reshape(layers, -1), home, experts + 1, patterns)
-            _count_layers("add_patterns", ids, *given)
+            _count_layers(_add_patterns, ids, *given)
         else:
             for served, of_layer, found in zip(table, ids.swapaxes(0, 1), patterns, strict=True):
                 served = served[home[:, None] if homes > 1 else 0, of_layer + 1]
@@ -69,7 +70,7 @@ def picks_by_home(
     layers, columns = ids.shape[1], num_experts + 1
     counts = np.zeros((layers, num_homes, columns), dtype=np.int64)
     if repeated or ids.size >= COMPILED_PICKS:
-        _count_layers("add_picks", ids, home, counts)
+        _count_layers(_add_picks, ids, home, counts)
     else:
         for of_layer, found in zip(ids.swapaxes(0, 1), counts, strict=True):
             key = home[:, None] * columns + of_layer + 1
@@ -122,7 +123,7 @@ def rank_batches(
         rows = slice(start * size, (start + count) * size)
         loads, active = np.empty((2, count, layers, ranks), dtype=np.int64)
         given = (table, home[rows], columns, size, loads, active, per_rank)
-        _count_layers("add_batches", ids[rows], *given)
+        _count_layers(_add_batches, ids[rows], *given)
         yield loads, active
 
 
@@ -198,7 +199,7 @@ def count_pairs(
     layers = ids.shape[1]
     pairs = np.zeros((layers, num_experts, num_experts), np.uint32)
     load = np.zeros((layers, int(unit.max(initial=0)) + 1, num_experts), np.uint32)
-    _count_layers("add_pairs", ids, unit, pairs, load)
+    _count_layers(_add_pairs, ids, unit, pairs, load)
     return pairs, load
 
 
@@ -231,11 +232,16 @@ def over_layers(fill: Callable[[int, int], object], num_layers: int, *, least: i
     map_layers(lambda part: fill(edges[part], edges[part + 1]), count)
 
 
-def _count_layers(loop: str, ids: np.ndarray, *given: Any) -> None:
-    """Run a loop of ``count_kernels`` over all layers of ids [T, L, K]."""
-    from moe_locality.placement import count_kernels  # not before: to import numba takes 0.3 s
+@cache
+def _compiled(loop: Callable[..., None]) -> Callable[..., None]:
+    from moe_locality.placement.count_kernels import compiled  # not before: numba takes 0.3 s
 
-    count = getattr(count_kernels, loop)
+    return compiled(loop)
+
+
+def _count_layers(loop: Callable[..., None], ids: np.ndarray, *given: Any) -> None:
+    """Run a loop, compiled, over all layers of ids [T, L, K]."""
+    count = _compiled(loop)
     over_layers(lambda first, last: count(ids, first, last, *given), ids.shape[1])
 
 
@@ -255,3 +261,101 @@ def processors() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+# -- loops that are compiled: they count the layers first to last, and threads share the results --
+
+_BLOCK_TOKENS = 2048  # rows of a block stay in the cache while its layers are counted
+
+
+def _add_patterns(ids, first, last, table, home, columns, counts):
+    """Count into counts [L, M, 256] the or of table [L, C][layer, home * columns + id + 1]."""
+    tokens, picks = ids.shape[0], ids.shape[2]
+    width, homes = table.shape[1], counts.shape[1]
+    flat, into = table.ravel(), counts.ravel()
+    for token in range(tokens):  # by token: the tables of all layers stay in the cache
+        at = home[token] * columns + 1 if width > columns else 1
+        for layer in range(first, last):
+            row = layer * width + at
+            found = np.uint8(0)
+            for pick in range(picks):
+                found |= flat[np.uint64(row + ids[token, layer, pick])]
+            into[np.uint64((layer * homes + home[token]) * 256 + found)] += 1
+
+
+def _add_picks(ids, first, last, home, counts):
+    """Count into counts [L, H, E + 1] the picks (id + 1) of tokens with home [T]."""
+    tokens, picks = ids.shape[0], ids.shape[2]
+    for start in range(0, tokens, _BLOCK_TOKENS):
+        stop = min(start + _BLOCK_TOKENS, tokens)
+        for layer in range(first, last):
+            for token in range(start, stop):
+                into = counts[layer, home[token]]
+                for pick in range(picks):
+                    into[np.uint64(ids[token, layer, pick] + 1)] += 1
+
+
+def _add_batches(ids, first, last, table, home, columns, size, loads, active, per_rank):
+    """Fill loads and active [B, L, G]: picks of each rank in each batch of ``size`` tokens, and how
+    many of its ``per_rank`` slots they use.
+
+    ``table`` [L, C] holds the slot + 1 of home * columns + id + 1, 0 for no pick.
+    """
+    picks = ids.shape[2]
+    batches, ranks = loads.shape[0], loads.shape[2]
+    several = table.shape[1] > columns
+    counts = np.zeros(ranks * per_rank + 1, np.int64)
+    for batch in range(batches):
+        for layer in range(first, last):
+            slots = table[layer]
+            counts[:] = 0
+            for token in range(batch * size, (batch + 1) * size):
+                at = home[token] * columns + 1 if several else 1
+                for pick in range(picks):
+                    counts[slots[np.uint64(at + ids[token, layer, pick])]] += 1
+            for rank in range(ranks):
+                load, used = 0, 0
+                for slot in range(rank * per_rank + 1, (rank + 1) * per_rank + 1):
+                    load += counts[slot]
+                    used += counts[slot] > 0
+                loads[batch, layer, rank] = load
+                active[batch, layer, rank] = used
+
+
+_PAIR_BLOCK_TOKENS = 8192
+"""Tokens counted for one layer before the next layer: enough that the table of a layer pays for
+being fetched, few enough that the block, copied layer by layer, stays in the last-level cache."""
+
+
+def _add_pairs(ids, first, last, unit, pairs, load):
+    """Count ids [T, L, K] into pairs [L, E, E] and, by unit (request, say) [T] of the token, into
+    load [L, U, E].
+
+    A pair (e, f) is counted in pairs[e, f] or in pairs[f, e], whichever order the token has it in.
+    Negative ids are no picks.
+    """
+    tokens, picks = ids.shape[0], ids.shape[2]
+    num = np.uint64(load.shape[2])
+    part = np.empty((last - first, min(_PAIR_BLOCK_TOKENS, tokens), picks), ids.dtype)
+    found = np.empty(picks, dtype=np.uint64)  # unsigned: no test for an index from the end
+    for start in range(0, tokens, _PAIR_BLOCK_TOKENS):
+        stop = min(start + _PAIR_BLOCK_TOKENS, tokens)
+        for token in range(start, stop):  # rows of a layer lie far apart: one pass over all of them
+            for layer in range(first, last):
+                for pick in range(picks):
+                    part[layer - first, token - start, pick] = ids[token, layer, pick]
+        for layer in range(first, last):
+            table = pairs[layer].ravel()
+            for token in range(start, stop):
+                row = load[layer, unit[token]]
+                count = 0
+                for pick in range(picks):
+                    e = part[layer - first, token - start, pick]
+                    if e >= 0:
+                        found[count] = e
+                        count += 1
+                for i in range(count):
+                    e = found[i]
+                    row[e] += np.uint32(1)
+                    for j in range(i):
+                        table[e * num + found[j]] += np.uint32(1)
