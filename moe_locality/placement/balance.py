@@ -13,7 +13,6 @@ L layers, E experts, G ranks, S slots per rank, R ranks of one packing.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -85,16 +84,15 @@ def rank_loads(load: np.ndarray, table: np.ndarray) -> np.ndarray:
     return result
 
 
-def most_level(trace: RoutingTrace, plan: PlacementPlan, other: PlacementPlan) -> PlacementPlan:
-    """``plan`` with the layers of ``other`` that have the lower ``rank_imbalance`` in ``evaluate``;
-    both have the layers of the trace in its order, and the same ``expert_load``.
+def most_level(trace: RoutingTrace, plan: PlacementPlan, other: PlacementPlan) -> np.ndarray:
+    """[L, P] the map of ``plan`` with the layers of ``other`` that have the lower
+    ``rank_imbalance`` in ``evaluate``; both have the layers of the trace in its order.
     """
     level, others = (
         imbalance(traffic_matrix(trace, some, per_layer=True).sum(axis=1)) for some in (plan, other)
     )
-    table = plan.physical_to_logical_map
-    better = np.where((others < level)[:, None], other.physical_to_logical_map, table)
-    return plan if (better == table).all() else replace(plan, physical_to_logical_map=better)
+    maps = (other.physical_to_logical_map, plan.physical_to_logical_map)
+    return np.where((others < level)[:, None], *maps)
 
 
 @compiled

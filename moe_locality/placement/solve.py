@@ -337,7 +337,8 @@ def _balance(problem: Problem) -> Solution:
     shape = (problem.num_nodes, problem.ranks_per_node, problem.num_slots, problem.group_of)
     plan = make_plan(problem, list(balance(problem.trace.load(), *shape)))
     if not plan.is_permutation:  # replicas do not share evenly: tokens are served nearby
-        plan = most_level(problem.trace, plan, _eplb(problem).plan)
+        table = most_level(problem.trace, plan, _eplb(problem).plan)
+        plan = replace(plan, physical_to_logical_map=table)
     return Solution(plan=plan)
 
 

@@ -292,8 +292,9 @@ def solve_from(
     if method == "balance":
         whole = problem.group_of is not None
         plan = relevel(start, trace.load(), move_budget=move_budget, whole_nodes=whole)
-        unmoved = replace(plan, physical_to_logical_map=start.physical_to_logical_map)
-        plan = most_level(trace, unmoved, plan)
+        given = {"load": plan.expert_load, "home_profiles": None}
+        unmoved = _moved(start, start.physical_to_logical_map, **given)
+        plan = _moved(start, most_level(trace, unmoved, plan), **given)
         moved = moves(start, plan, problem.topology, None)[0]
         return Solution(plan=plan, notes={**notes, "moved_slots": moved})
     pin = None

@@ -61,6 +61,21 @@ def test_replicas_of_the_start_are_kept():
     assert evaluate(trace, found).copies < evaluate(trace, plan).copies
 
 
+@pytest.mark.parametrize("move_budget", [0.1, 1.0])
+def test_balance_keeps_the_rule_of_the_start(move_budget):
+    """Where experts moved, the nodes that may serve them follow."""
+    cluster = ClusterTopology.uniform(4, 1)
+    trace = make_trace(num_requests=80, num_experts=16, num_layers=3, top_k=4)
+    plan = solve(trace, cluster, num_redundant_experts=4)
+    assert plan.serving_nodes is not None
+    new = make_trace(num_requests=80, num_experts=16, num_layers=3, top_k=4, seed=7, faithful=0.4)
+    found = solve(new, cluster, method="balance", start=plan, move_budget=move_budget)
+    assert found.serving_rule == "visited"
+    assert found.serving_nodes is not None
+    assert found.provenance["moved_slots"] > 0
+    assert evaluate(new, found).rank_imbalance <= evaluate(new, plan).rank_imbalance
+
+
 def test_balance_levels_the_ranks_of_new_loads():
     trace = make_trace(num_requests=100, num_experts=16, seed=5)
     skewed = trace.filter(domains=["code"])
