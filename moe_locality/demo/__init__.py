@@ -35,11 +35,8 @@ def run_demo(
 
     Without ``trace`` the example model is trained, on ``num_nodes * ranks_per_node`` local ranks.
     With it, that trace is analyzed and placed, and nothing is run. ``out`` is new, empty, or the
-    directory of an earlier demo, whose files are replaced; other files there stay.
-
-    Raises:
-        ConfigError: ``out`` holds files of others; nothing was changed.
-        MoeLocalityError: a stage failed; the message says which and why.
+    directory of an earlier demo, whose files are replaced; other files there stay. ConfigError: it
+    holds files of others; nothing was changed. MoeLocalityError: a stage failed, which and why.
     """
     recorded = None if trace is None else Path(trace)
     sizes = {"num_nodes": num_nodes, "ranks_per_node": ranks_per_node, "seed": seed}

@@ -16,17 +16,13 @@ LOGIT_TOLERANCE = 1e-3
 """fp32 on a CPU: the runs differ in the order of sums inside matrix products only."""
 
 GAP_TOLERANCE = 2e-5
-"""Two router logits this near are a tie: rounding moved their gap by up to 1.8e-6 in runs of the
-demo on three seeds.
-"""
+"""Two router logits this near are a tie: rounding moved their gap by 1.8e-6 at most (3 seeds)."""
 
 NEAR_TIE_SHARE = 5e-5
 """Most (token, layer) pairs that rounding may flip, as a share of all (one is always allowed)."""
 
 AFTER_FLIP_TOLERANCE = 0.05
-"""Nats. A flip in a training step changes the weights by more than rounding, so later losses can be
-compared roughly only.
-"""
+"""Nats. A flip in training changes weights by more than rounding: later losses agree roughly."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,11 +54,8 @@ class Agreement:
 
 def check_agreement(first: Run, second: Run, *, training: bool = True) -> Agreement:
     """Compare picks, losses and logits request by request, and the training steps after them
-    (``training=False``: one of the runs has not trained on).
-
-    Raises:
-        MoeLocalityError: the runs do not hold the same requests, or differ by more than rounding
-            and the flips of near-ties that rounding makes.
+    (``training=False``: one of the runs has not trained on). MoeLocalityError: the runs do not hold
+    the same requests, or differ by more than rounding and the flips of near-ties that it makes.
     """
     found = _compare_rows(first, second, first.evaluation or {}, second.evaluation or {})
     if not training:
@@ -83,13 +76,10 @@ def check_agreement(first: Run, second: Run, *, training: bool = True) -> Agreem
             {name: values[part["step"] == step] for name, values in part.items()} for part in rows
         ]
         of_step = _compare_rows(first, second, *pair)
-        found = replace(  # requests and their differences stay those of the first
-            found,
-            pairs=found.pairs + of_step.pairs,
-            flips=found.flips + of_step.flips,
-            near_ties=found.near_ties + of_step.near_ties,
-            max_gap=max(found.max_gap, of_step.max_gap),
-        )
+        more = ("pairs", "flips", "near_ties")
+        sums = {name: getattr(found, name) + getattr(of_step, name) for name in more}
+        # requests and their differences stay those of the first
+        found = replace(found, **sums, max_gap=max(found.max_gap, of_step.max_gap))
         if of_step.flips:
             break
         untouched += 1
@@ -163,16 +153,13 @@ def check_prediction(
     *,
     flips: int = 0,
 ) -> dict[str, Any]:
-    """Compare the rows that the layers counted with what ``evaluate`` predicts from the trace.
+    """Return the rows and bytes across nodes that the layers counted in the dispatch, beside the
+    rows that ``evaluate`` predicts from the trace.
 
     ``cost``: what the exchange sends, a row for each remote pick (flat) or for each remote node of
     a token (hierarchical). ``flips``: (token, layer) pairs that rounding has flipped since the
-    trace was recorded; for those the run's own picks are taken.
-
-    Returns predicted and counted cross-node rows and bytes of the dispatch.
-
-    Raises:
-        MoeLocalityError: they differ, or other picks than those flipped do.
+    trace was recorded; for those the run's own picks are taken. MoeLocalityError: rows differ, or
+    other picks than those flipped do.
     """
     traffic = run.traffic or {}
     rows, size = (traffic[key]["dispatch"]["cross_node"] for key in ("rows_by_link", "by_link"))
@@ -183,18 +170,15 @@ def check_prediction(
     other = int((recorded != picked).any(axis=2).sum())
     again = trace.evolve(expert_ids=picked, expert_weights=None)
 
-    def predicted(of: RoutingTrace) -> int | None:
-        costs = evaluate(of, plan, topology, ranks_of_requests(run))
-        return getattr(costs, f"total_{cost}")
-
-    result = {"predicted_rows": predicted(trace), "counted_rows": rows, "counted_bytes": size}
-    if predicted(again) != rows or other > flips:
+    costs = [evaluate(of, plan, topology, ranks_of_requests(run)) for of in (trace, again)]
+    predicted, of_own_picks = (getattr(one, f"total_{cost}") for one in costs)
+    if of_own_picks != rows or other > flips:
         raise MoeLocalityError(
             f"run {run.name}: the layers counted {rows} rows across nodes, the prediction from the "
-            f"recorded trace is {result['predicted_rows']}, {other} picks differ from it (by "
+            f"recorded trace is {predicted}, {other} picks differ from it (by "
             f"rounding {flips} may): the trace is not of this model, or a counter is wrong"
         )
-    return result
+    return {"predicted_rows": predicted, "counted_rows": rows, "counted_bytes": size}
 
 
 def ranks_of_requests(run: Run) -> dict[int, int]:

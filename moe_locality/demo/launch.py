@@ -1,7 +1,5 @@
 """Options of a demo, its progress on stderr, and its runs: the example's training script, started
-with DeepSpeed's own launcher and followed.
-
-The script prints lines ``progress DONE TOTAL TEXT`` on rank 0; everything goes to a log file.
+with DeepSpeed's own launcher; rank 0 prints ``progress DONE TOTAL TEXT``, all goes to a log file.
 """
 
 import contextlib
@@ -26,8 +24,7 @@ from moe_locality.errors import BackendUnavailable, MoeLocalityError
 PROGRESS = re.compile(r"progress (\d+) (\d+) ?(.*)")
 TAIL_LINES = 25
 
-OnProgress = Callable[[int, int, str], None]
-"""How far a stage is: called with (done, total, text)."""
+OnProgress = Callable[[int, int, str], None]  # how far a stage is: (done, total, text)
 
 
 def examples_folder() -> Path:
@@ -43,9 +40,8 @@ def examples_folder() -> Path:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now, below those that the kernel gives out.
-
-    The ranks bind it seconds later: one of the kernel's may be another connection's by then.
+    """A TCP port that nobody listens on now, below those that the kernel gives out: the ranks bind
+    it seconds later, when one of those may be another connection's.
     """
     for _ in range(100):
         port = 10_000 + secrets.randbelow(20_000)
@@ -86,10 +82,8 @@ def run_training(
     on_progress: OnProgress | None = None,
     timeout_s: float = 900.0,
 ) -> float:
-    """Run a script of the examples on ``num_ranks`` local ranks; return the seconds it took.
-
-    Launcher and ranks print to ``log``. MoeLocalityError: the run failed or passed ``timeout_s``;
-    the message has the end of the log.
+    """Run a script of the examples on ``num_ranks`` local ranks, which print to ``log``; return the
+    seconds it took. MoeLocalityError: it failed (with the end of the log) or passed ``timeout_s``.
     """
     command = launch_command(num_ranks, examples_folder() / script, arguments)
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,6 @@
 """The main job on the example model: train and record, place, run the same batches again, compare.
 Or on a recorded trace (``run_trace``), where nothing is run: every cost is predicted, and says so.
 
-The stages on the model and what each writes below ``out``:
-
     record/      stock DeepSpeed layers: training, checkpoint, trace: the last steps, and, with the
                  trained weights, the requests of those steps again and the held-out requests
     plan.json    placement, from the requests of those steps with the trained weights
@@ -147,8 +145,7 @@ def _train(options: DemoOptions, progress: Progress) -> None:
     folder = options.out / "record"
     arguments = ["--layer", "stock", "--trace", str(folder / "trace"), "--record-again"]
     arguments += ["--save-checkpoint", str(folder / "checkpoint")]
-    if options.steps is not None:
-        arguments += ["--steps", str(options.steps)]
+    arguments += [] if options.steps is None else ["--steps", str(options.steps)]
     _launch(options, "record", "train with stock DeepSpeed layers and record", arguments, progress)
 
 
@@ -170,13 +167,9 @@ def _launch(
     common = ["--preset", options.preset, "--seed", str(options.seed)]
     common += ["--num-nodes", str(options.num_nodes), "--out", str(folder)]
     common += ["--metrics", str(folder / "metrics.jsonl")]
+    given: dict[str, Any] = {"num_ranks": options.num_ranks, "log": folder / "log.txt"}
     with progress.stage(title) as update:
-        run_training(
-            [*common, *arguments],
-            num_ranks=options.num_ranks,
-            log=folder / "log.txt",
-            on_progress=update,
-        )
+        run_training([*common, *arguments], **given, on_progress=update)
 
 
 def _homes(
@@ -261,11 +254,9 @@ def outcome(options: DemoOptions, found: ModelDemo) -> dict[str, Any]:
 def outcome_lines(facts: dict[str, Any]) -> list[str]:
     """Return the outcome in a few lines."""
     sizes, saved = facts["cross_node_dispatch_bytes"], facts["cross_node_dispatch_saved"]
-    rows = []
-    for check in facts["prediction_check"].values():
-        predicted, counted = check["predicted_rows"], check["counted_rows"]
-        same = predicted == counted  # but for picks that rounding flipped
-        rows.append(f"{predicted:,} {'=' if same else 'against'} {counted:,}")
+    pairs = [(c["predicted_rows"], c["counted_rows"]) for c in facts["prediction_check"].values()]
+    # the same, but for picks that rounding flipped
+    rows = [f"{told:,} {'=' if told == seen else 'against'} {seen:,}" for told, seen in pairs]
     return [
         f"held-out requests: {facts['held_out_requests']} ({facts['held_out_tokens']:,} tokens), "
         f"on {facts['cluster']}",

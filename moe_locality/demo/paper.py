@@ -38,12 +38,9 @@ NODES = (2, 4)
 REPLICA_SHARE = 0.125
 WITH_REPLICAS = f"ours, {REPLICA_SHARE:.1%} replicas"
 BAND = 0.05
-ORDERS = 3
-"""Random orders of the requests that figures of steps are means of."""
-ROUNDS = 4
-"""How often every request is decoded in one of them."""
-COLLAPSED = 0.95
-"""A router that sends this share of the picks to one expert has collapsed."""
+ORDERS = 3  # random orders of the requests that figures of steps are means of
+ROUNDS = 4  # how often every request is decoded in one of them
+COLLAPSED = 0.95  # a router that sends this share of the picks to one expert has collapsed
 
 PAPER = (
     (
@@ -73,8 +70,6 @@ PAPER = (
     ),
 )
 """(what, the paper's figure, whether ours is comparable)."""
-
-
 _Table = tuple[str, tuple[str, ...], list[tuple[object, ...]]]
 _PAPER_TABLE: _Table = (
     "The paper (arXiv 2604.23150)",
@@ -84,16 +79,12 @@ _PAPER_TABLE: _Table = (
 
 
 def replay(trace: RoutingTrace, *, nodes: int, seed: int = 0) -> dict[str, Any]:
-    """Decode the held-out requests in every condition, 4 ranks on ``nodes`` nodes.
+    """Decode the held-out requests in every condition, 4 ranks on ``nodes`` nodes: plain data.
 
-    Returns:
-        plain data: "conditions" (each with its changes against the first, linear with random
-        homes), "kept" by plan: the share of what homes from all decode routes gain (under the same
-        cap) that homes from the prefill keep: ``of_all`` against the first condition, ``of_homes``
-        against random homes under the same plan.
-
-    Raises:
-        TraceError: no decode tokens, or too few requests.
+    "conditions": each with its changes against the first, linear with random homes. "kept", by
+    plan: the share of what homes from all decode routes gain (under the same cap) that homes from
+    the prefill keep: ``of_all`` against the first condition, ``of_homes`` against random homes
+    under the same plan. TraceError: no decode tokens, or too few requests.
     """
     train, test = trace.split(0.7, seed)
     topology = ClusterTopology.uniform(nodes, NUM_RANKS // nodes)
@@ -103,10 +94,10 @@ def replay(trace: RoutingTrace, *, nodes: int, seed: int = 0) -> dict[str, Any]:
             "found no decode tokens to judge, expected a trace with stage 'decode': record the "
             "generation too (annotate(stage='decode'))"
         )
-    job = _Job(train=train, test=test, judged=judged, topology=topology, seed=seed)
+    predict = default_prediction(test)
+    job = _Job(train=train, test=test, judged=judged, topology=topology, predict=predict, seed=seed)
     conditions = list(job.conditions())
-    kept = {}
-    by_name = {one["name"]: one["copies"] for one in conditions}
+    kept, by_name = {}, {one["name"]: one["copies"] for one in conditions}
     linear = by_name["linear, random homes"]
     for label in ("ours", WITH_REPLICAS):
         anywhere, best = by_name[f"{label}, random homes"], by_name[f"{label}, oracle homes"]
@@ -121,7 +112,7 @@ def replay(trace: RoutingTrace, *, nodes: int, seed: int = 0) -> dict[str, Any]:
         "solved_tokens": train.num_tokens,
         "judged_tokens": judged.num_tokens,
         "judged_requests": len(judged.request_ids),
-        "predicted_from": job.predict,
+        "predicted_from": predict,
         "max_num_seqs": MAX_NUM_SEQS,
         "conditions": [{**one, "change": _change(one, conditions[0])} for one in conditions],
         "kept": kept,
@@ -146,11 +137,8 @@ class _Job:
     test: RoutingTrace
     judged: RoutingTrace
     topology: ClusterTopology
+    predict: str
     seed: int
-
-    @property
-    def predict(self) -> str:
-        return default_prediction(self.test)
 
     def conditions(self) -> Iterator[dict[str, Any]]:
         for method in ("linear", "eplb"):
@@ -200,9 +188,13 @@ class _Job:
         steps = max(ROUNDS * tokens // (NUM_RANKS * MAX_NUM_SEQS), 1)
         found = []
         for order in range(ORDERS):
+            dealt = homes
+            if dealt is None:  # at random, as many requests on every rank
+                shuffled = np.random.default_rng(order).permutation(self.judged.request_ids)
+                dealt = {int(request): at % NUM_RANKS for at, request in enumerate(shuffled)}
             rows = lockstep(
                 self.judged,
-                self._dealt(order) if homes is None else homes,
+                dealt,
                 NUM_RANKS,
                 max_num_seqs=MAX_NUM_SEQS,
                 steps=steps,
@@ -213,11 +205,6 @@ class _Job:
         means = {key: float(np.mean([one[key] for one in found])) for key in found[0]}
         whole = ("copies", "picks", "node_imbalance", "rank_imbalance")
         return {"name": name, **{key: getattr(costs, key) for key in whole}, "steps": means}
-
-    def _dealt(self, order: int) -> dict[int, int]:
-        """Homes at random, as many requests on every rank."""
-        shuffled = np.random.default_rng(order).permutation(self.judged.request_ids)
-        return {int(request): at % NUM_RANKS for at, request in enumerate(shuffled)}
 
 
 def without_collapsed(trace: RoutingTrace) -> tuple[RoutingTrace, list[int]]:
@@ -289,8 +276,7 @@ def paper_in_decoder(out: Path, *, nodes: int, arguments: Sequence[str] = ()) ->
     """
     words = ["--out", str(out), "--num-nodes", str(nodes), *arguments]
     log = out / f"ranks-{nodes}-nodes.log"
-    how: dict[str, Any] = {"num_ranks": NUM_RANKS, "log": log, "timeout_s": 1800.0}
-    run_training(words, script="paper_decoder.py", **how)
+    run_training(words, script="paper_decoder.py", num_ranks=NUM_RANKS, log=log, timeout_s=1800.0)
     (out / "report.html").replace(out / f"report-{nodes}-nodes.html")
     return json.loads((out / "paper.json").read_text(encoding="utf-8"))
 
