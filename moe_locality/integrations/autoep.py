@@ -111,11 +111,9 @@ def adopt(
 
     Layers of one rank, of AutoTP folding or with DeepEP as their backend stay as they are, with a
     line in the log. A second call changes the settings. Returns the names of the layers.
-    ``engine``: what ``deepspeed.initialize`` made; without a plan also its module.
-
-    Raises:
-        ConfigError: an option that our exchange cannot keep, or a plan that cannot be applied.
-        PlacementError: the plan does not fit. All errors rise on all ranks.
+    ``engine``: what ``deepspeed.initialize`` made; without a plan also its module. Raises, on all
+    ranks, ConfigError: an option that our exchange cannot keep, or a plan that cannot be applied;
+    PlacementError: the plan does not fit.
     """
     layers = auto_ep_layers(engine.module if is_engine(engine) else engine)  # pyright: ignore
     ours, orders = all_succeed(lambda: _check(engine, layers, section, plan))
@@ -164,10 +162,12 @@ def _check(
     if plan is None or not ours:
         return ours, None
     check_is_permutation(plan)
-    found = "a bare module" if not is_engine(engine) else None
-    if found is None and engine.zero_optimization_stage() == 3:
+    found = None
+    if not is_engine(engine):
+        found = "a bare module"
+    elif engine.zero_optimization_stage() == 3:
         found = "ZeRO stage 3"
-    elif found is None and engine.checkpoint_engine.is_decoupled():
+    elif engine.checkpoint_engine.is_decoupled():
         # it reads the tensors after save_checkpoint has returned, when they have moved back
         found = "a decoupled checkpoint engine"
     if found is not None:

@@ -305,28 +305,21 @@ def all_ranks_are_here(what: str) -> None:
 
 @torch.no_grad()
 def _reordered(rows: ExpertRows, tensor: DTensor, leaving: bool) -> DTensor:
-    """Return ``tensor`` in logical order (``leaving``), or in that of the rows. Collective.
-
-    A rank gets its own rows only, and needs room for two more of them.
+    """Return ``tensor`` in logical order (``leaving``), or in that of the rows. Collective. A rank
+    gets its own rows only, and needs room for two more of them.
     """
     logical = np.arange(len(rows.order))
     current, target = (rows.order, logical) if leaving else (logical, rows.order)
     exchange = RowExchange.reordering(current, target, rows.group)
-    return DTensor.from_local(
-        exchange.reorder(tensor.to_local()),
-        tensor.device_mesh,
-        tensor.placements,
-        run_check=False,
-        shape=tensor.shape,
-        stride=tensor.stride(),
-    )
+    mine = exchange.reorder(tensor.to_local()), tensor.device_mesh, tensor.placements
+    form = {"shape": tensor.shape, "stride": tensor.stride()}
+    return DTensor.from_local(*mine, run_check=False, **form)
 
 
 def keep_checkpoints_logical(rows: ExpertRows, first: bool) -> None:
-    """Let ``state_dict`` and ``load_state_dict`` of a module see its experts in logical order.
-
-    Both become collective; the ``first`` module of a model checks that all ranks are there. A
-    second call changes nothing.
+    """Let ``state_dict`` and ``load_state_dict`` of a module see its experts in logical order. Both
+    become collective; the ``first`` module of a model checks that all ranks are there. A second
+    call changes nothing.
     """
     if rows in _placed:
         return
@@ -393,14 +386,10 @@ def followed_optimizers() -> list[torch.optim.Optimizer]:
 def tensors_beside(
     rows: ExpertRows, optimizers: list[torch.optim.Optimizer] | None = None
 ) -> list[DTensor]:
-    """Return the gradients and moments of an experts module: they move with its parameters.
-
-    ``optimizers``: whose moments; None: of all that this rank follows. PlacementError: one keeps
-    its state in another form.
+    """Return the gradients and moments (of ``optimizers``; None: of all that this rank follows) of
+    an experts module: they move with its parameters. PlacementError: one keeps its state otherwise.
     """
-    found = []
-    if optimizers is None:
-        optimizers = list(_followed.values())
+    found, optimizers = [], list(_followed.values()) if optimizers is None else optimizers
     for parameter in rows.parameters().values():
         if isinstance(parameter.grad, DTensor):
             found.append(parameter.grad)
@@ -420,7 +409,6 @@ def _rows_of(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, ExpertRows 
 
 def follow_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Let the state dict of an optimizer hold the moments in the order of the logical experts.
-
     ConfigError: it already has moments, in logical order, of experts that lie otherwise.
     """
     if _is_followed(optimizer):
@@ -447,12 +435,10 @@ def follow_optimizer(optimizer: torch.optim.Optimizer) -> None:
         for number, (parameter, rows) in zip(numbers, owners, strict=True):
             if rows is None or rows.is_identity or number not in found:
                 continue
-            found[number] = {
-                key: _reordered(rows, _split_as(parameter, rows, key, value), leaving)
-                if isinstance(value, Tensor) and value.ndim
-                else value
-                for key, value in found[number].items()
-            }
+            found[number] = state = dict(found[number])
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.ndim:
+                    state[key] = _reordered(rows, _split_as(parameter, rows, key, value), leaving)
         return {**state_dict, "state": found}
 
     optimizer.register_state_dict_post_hook(lambda _, state: reordered(state, leaving=True))

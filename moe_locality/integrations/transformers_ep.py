@@ -51,24 +51,20 @@ except ImportError as error:
     ) from error
 
 NAME = "moe_locality"
+# (layer, hidden states [T, D], ids [T, K]) -> the ids that are sent; -1 is not
 OnRoutes = Callable[["LocalityEP", Tensor, Tensor], Tensor]
-"""(layer, hidden states [T, D], ids [T, K]) -> the ids that are sent; -1 is not."""
 logger = logging.getLogger(__name__)
 _registered = MoeLocalityConfig()
 
 
 def register(config: MoeLocalityConfig | dict[str, Any] | str | Path | None = None) -> None:
-    """Let ``DistributedConfig(ep_implementation="moe_locality")`` name our exchange.
+    """Let ``DistributedConfig(ep_implementation="moe_locality")`` name our exchange, before
+    ``from_pretrained``.
 
-    Call it before ``from_pretrained``.
-
-    Args:
-        config: the ``"moe_locality"`` section (a dict, or the path of a JSON file with it) for the
-            models that are built afterwards; the defaults without it. With a ``plan``, call
-            ``moe_locality.apply(model)`` when the model is loaded: it runs only then.
-
-    Raises:
-        ConfigError: the section is wrong, or has what this front end does not do.
+    ``config``: the ``"moe_locality"`` section (a dict, or the path of a JSON file with it) for the
+    models that are built afterwards; the defaults without it. With a ``plan``, call
+    ``moe_locality.apply(model)`` when the model is loaded: it runs only then. ConfigError: the
+    section is wrong, or has what this front end does not do.
     """
     global _registered
     section = read_config(config)
@@ -197,16 +193,14 @@ def apply(
 
     Collective; call it after ``from_pretrained``, and again for another plan. The experts move
     between the ranks, layer by layer, with their gradients and moments; state dicts stay in the
-    order of the logical experts. On one rank nothing changes.
+    order of the logical experts. On one rank nothing changes. Errors (ConfigError, PlacementError,
+    TopologyError) rise on all ranks; nothing has moved then.
 
     Args:
         config: default: the section that ``register`` was given.
         plan: or its file; default: the plan that the section names.
         topology: node of every rank. Default: from the section's ``cluster``, or asked from all.
         optimizer: one whose state is loaded before its first step, where others are found.
-
-    Raises:
-        ConfigError, PlacementError, TopologyError: on all ranks; nothing has moved then.
     """
     layers = expert_layers(model)
     if not layers:
