@@ -49,9 +49,8 @@ def check_cache(model: nn.Module) -> bool:
     text = config.get_text_config(decoder=True)
     layers = DynamicCache(config=text).layers
     unknown = {type(layer).__name__ for layer in layers if type(layer) not in KNOWN}
-    if "chunked_attention" in (getattr(text, "layer_types", None) or ()) or getattr(
-        text, "attention_chunk_size", None
-    ):
+    kinds = getattr(text, "layer_types", None) or ()
+    if "chunked_attention" in kinds or getattr(text, "attention_chunk_size", None):
         unknown.add("chunked_attention")
     if hasattr(text, "keep_window_size"):  # Doge keeps the best columns, padding counts
         unknown.add("dynamic mask attention")
@@ -124,16 +123,13 @@ def _assemble_layer(runs: Sequence[tuple[Any, list[int]]], width: int) -> Any:
 
 
 def _row(tensor: Tensor, index: list[int]) -> Tensor:
-    if len(index) == 1:
-        return tensor[index[0] : index[0] + 1].clone()
-    return tensor[index]
+    return tensor[index] if len(index) > 1 else tensor[index[0] : index[0] + 1].clone()
 
 
 def _columns(layer: Any, width: int) -> int:
     """How many columns a layer holds for sequences of that length."""
-    if isinstance(layer, DynamicSlidingWindowLayer):
-        return min(width, layer.sliding_window - 1)
-    return width
+    slides = isinstance(layer, DynamicSlidingWindowLayer)
+    return min(width, layer.sliding_window - 1) if slides else width
 
 
 def _note_length(layer: Any, length: int) -> None:
@@ -162,9 +158,7 @@ def pass_inputs(rows: Rows, tokens: Sequence[Sequence[int]]) -> dict[str, Tensor
     """
     width, longest = rows.width, max(map(len, tokens))
     missing = [longest - len(row) for row in tokens]
-    ids: list[list[int]] = []
-    positions: list[list[int]] = []
-    ends: list[int] = []
+    ids, positions, ends = [], [], []
     for past, gap, row in zip(rows.lengths, missing, tokens, strict=True):
         ends.append(past + len(row))
         ids.append([0] * gap + list(row))

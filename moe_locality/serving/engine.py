@@ -190,10 +190,9 @@ class Engine:
         self.tap.close()
 
     def drain(self) -> None:
-        """Start no further requests, on any rank, and finish those that have begun.
-
-        May be called at any time, by a signal handler too. ``generate`` then ends; ``unserved``
-        counts the requests that this rank had taken and not begun.
+        """Start no further requests, on any rank, and finish those that have begun; at any time, in
+        a signal handler too. ``generate`` then ends; ``unserved`` counts the requests that this
+        rank had taken and not begun.
         """
         self._drains = True
 
@@ -214,16 +213,10 @@ class Engine:
             state = self._state_of(request, number)
         except (TypeError, ValueError, RecursionError) as error:  # RequestError is a ValueError
             self.refused += 1
-            return [
-                RequestOutput(
-                    request_id=request_id if is_request_id(request_id) else shown(request_id),
-                    prompt_token_ids=[],
-                    outputs=[],
-                    error=str(error),
-                    arrival=self.lockstep.rank,
-                    home=self.lockstep.rank,
-                )
-            ]
+            told: dict[str, Any] = {"prompt_token_ids": [], "outputs": [], "error": str(error)}
+            told |= {"arrival": self.lockstep.rank, "home": self.lockstep.rank}
+            told["request_id"] = request_id if is_request_id(request_id) else shown(request_id)
+            return [RequestOutput(**told)]
         if state.due_at == 0:
             self.scheduler.park(state)
             self.handover.offer(state)
@@ -273,7 +266,6 @@ class Engine:
 
     def step(self, more: bool = False) -> list[RequestOutput] | None:
         """One pass on every rank. Collective. Returns what finished here; None: all is done.
-
         ``more``: whether this rank has requests that it has not added yet.
         """
         self._seconds.clear()
@@ -329,7 +321,7 @@ class Engine:
         for state in handover.choose(words[:, OFFERS].tolist()):
             self.scheduler.stays(state)
         self.scheduler.incoming += handover.start(words[:, ROOM])
-        self.scheduler.holds = handover.waits_for(self.lockstep.rank)
+        self.scheduler.holds = any(offer.home == handover.rank for offer in handover.waiting)
 
     def _receive(self) -> None:
         came, left = self.handover.arrived(self._like)
@@ -400,12 +392,8 @@ class Engine:
         """Return the caches of these sequences as one batch; nothing moves where it is the same."""
         if sequences == self._batch_of and self._batch is not None:
             return self._batch
-        place = {id(sequence): i for i, sequence in enumerate(self._batch_of)}
-        picks = []
-        for sequence in sequences:
-            index = place.get(id(sequence))
-            source = sequence.request.rows if index is None else self._batch
-            picks.append((source, index or 0))
+        place: dict[int, Any] = {id(s): (self._batch, i) for i, s in enumerate(self._batch_of)}
+        picks = [place.get(id(sequence), (sequence.request.rows, 0)) for sequence in sequences]
         self._batch, self._batch_of = assemble(picks), list(sequences)
         for sequence in sequences:
             sequence.request.rows = None
@@ -420,10 +408,8 @@ class Engine:
         *,
         keeps: bool = False,
     ) -> tuple[Tensor, np.ndarray | None]:
-        """Run the model on the next tokens of each row; return logits ``[B, V]`` of the last ones,
-        and the picks of the pass where it ``keeps`` them.
-        """
-        given = pass_inputs(rows, tokens)
+        """Return logits ``[B, V]`` of the last token of each row, and picks where it keeps them."""
+        given: dict[str, Any] = pass_inputs(rows, tokens)
         valid = given.pop("valid", None)
         self.tap.valid = None if valid is None else valid.reshape(-1).to(self.device)
         told: dict[str, Any] = {"mask": torch.zeros(1, 1, dtype=torch.bool), "request_ids": [0]}
@@ -437,14 +423,9 @@ class Engine:
         self.tap.keeps = keeps
         # inference mode takes less time, but what FSDP2 gathers in it can never be trained again
         mode = torch.inference_mode() if self.lockstep.size == 1 else torch.no_grad()
+        given |= {**self._without, self._cache_name: rows.cache}
         with mode, labels:
-            output = self.model(
-                **given,
-                **self._without,
-                **{self._cache_name: rows.cache},
-                use_cache=True,
-                logits_to_keep=1,
-            )
+            output = self.model(**given, use_cache=True, logits_to_keep=1)
         rows.lengths = [old + len(new) for old, new in zip(rows.lengths, tokens, strict=True)]
         self.tap.keeps = False
         return output.logits[:, -1], self.tap.take_picks()
@@ -540,28 +521,13 @@ class Engine:
             text, logs = s.text, s.logprobs or None
             if text is None and self.tokenizer is not None:
                 text = self.tokenizer.decode(s.token_ids, skip_special_tokens=True)
-            chosen = [logs[i][token] for i, token in enumerate(s.token_ids)] if logs else None
-            outputs.append(
-                CompletionOutput(
-                    index=s.index,
-                    token_ids=s.token_ids,
-                    text=text,
-                    cumulative_logprob=None if chosen is None else sum(chosen),
-                    logprobs=logs,
-                    finish_reason=s.finish_reason,
-                    stop_reason=s.stop_reason,
-                )
-            )
-        return [
-            RequestOutput(
-                request_id=state.request_id,
-                prompt_token_ids=state.prompt,
-                outputs=outputs,
-                arrival=state.arrival,
-                home=self.lockstep.rank,
-                seconds=state.seconds,
-            )
-        ]
+            total = sum(logs[i][token] for i, token in enumerate(s.token_ids)) if logs else None
+            same = ("index", "token_ids", "finish_reason", "stop_reason")
+            own = {name: getattr(s, name) for name in same} | {"text": text, "logprobs": logs}
+            outputs.append(CompletionOutput(**own, cumulative_logprob=total))
+        told: dict[str, Any] = {"request_id": state.request_id, "prompt_token_ids": state.prompt}
+        told |= {"arrival": state.arrival, "home": self.lockstep.rank, "seconds": state.seconds}
+        return [RequestOutput(**told, outputs=outputs)]
 
     # -- counts
 

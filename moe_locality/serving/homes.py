@@ -32,20 +32,16 @@ from moe_locality.topology.cluster import ClusterTopology
 from moe_locality.topology.groups import discover_topology
 
 AT_ARRIVAL = ("random", "round_robin", "domain")
-STUCK_S = 30.0
-"""A transfer that takes so long is named, again and again: it may be slow, or never end."""
+STUCK_S = 30.0  # a transfer that takes so long is named, again and again: slow, or it never ends
 logger = logging.getLogger(__name__)
 
 
 class HomeRule:
     """Which rank is the home of a request.
 
-    Args:
-        homes: ``arrival`` (where it is), ``random``, ``round_robin``, ``domain`` (the plan's
-            profile of it), ``predicted`` (from the routing of its prompt) or ``first:N`` (of the
-            first N tokens of it).
-        plan: for the last three.
-        rows: the row of the plan of each MoE layer of the model.
+    ``homes``: ``arrival`` (where it is), ``random``, ``round_robin``, ``domain`` (the profile that
+    the plan has of it), ``predicted`` (from the routing of its prompt) or ``first:N`` (of its first
+    N tokens). ``plan``: for the last three. ``rows``: of the plan, for each MoE layer of the model.
     """
 
     def __init__(
@@ -99,9 +95,7 @@ class HomeRule:
         return self._arriving.score(ids)
 
     def assign(self, offers: Sequence["Offer"], scores: np.ndarray) -> list[int]:
-        """The homes of the requests that are due, ``scores [n, G]``; all ranks call it with the
-        same ones in the same order.
-        """
+        """The homes of the requests that are due, ``scores [n, G]``: on all ranks the same ones."""
         if self.homes == "random":
             seeds = [(self._seed, offer.source, offer.number) for offer in offers]
             return [int(np.random.default_rng(s).integers(self.num_ranks)) for s in seeds]
@@ -152,11 +146,7 @@ class HandOver:
     """
 
     def __init__(
-        self,
-        rule: HomeRule,
-        rank: int,
-        device: torch.device,
-        topology: ClusterTopology | None = None,
+        self, rule: HomeRule, rank: int, device: torch.device, topology: ClusterTopology | None
     ) -> None:
         self.rule, self.rank, self.device = rule, rank, device
         self.size = rule.num_ranks
@@ -180,15 +170,11 @@ class HandOver:
         told = pickle.dumps(state)
         state.turn_clocks()
         state.rows, state.picks = rows, picks
-        kv_bytes = 0 if rows is None else row_bytes(rows)
-        self.due.append(
-            Offer(self.rank, state.number, state.reserve, len(told), kv_bytes, -1, state, told)
-        )
+        sizes = len(told), 0 if rows is None else row_bytes(rows)
+        self.due.append(Offer(self.rank, state.number, state.reserve, *sizes, -1, state, told))
 
     def choose(self, offers_of: Sequence[int]) -> list[RequestState]:
-        """Choose the homes of all offers, ``offers_of [G]`` of them per rank; return this rank's
-        requests that stay. Collective.
-        """
+        """Choose homes for the ``offers_of [G]`` of each rank; return this rank's that stay."""
         most = max(offers_of)
         if not most:
             return []
@@ -234,10 +220,6 @@ class HandOver:
                 self._carry(offer)
         self.waiting = later
         return int(room[self.rank] - free[self.rank])
-
-    def waits_for(self, rank: int) -> bool:
-        """Whether a transfer waits for room on a rank."""
-        return any(offer.home == rank for offer in self.waiting)
 
     def _carry(self, offer: Offer) -> None:
         size, offer.named_at = offer.told_bytes + offer.kv_bytes, time.monotonic()
@@ -285,10 +267,9 @@ class HandOver:
 
 
 def _watch(work: Any, offer: Offer, on_cuda: bool) -> Callable[[], bool]:
-    """Return a function that says whether a transfer is done, without waiting.
-
-    gloo, which carries what is on the CPU, knows it only from a thread that waits. The name of the
-    backend does not tell: it is "undefined" where the job named none.
+    """Return a function that says whether a transfer is done, without waiting. gloo, which carries
+    what is on the CPU, knows it only from a thread that waits. The name of the backend does not
+    tell: it is "undefined" where the job named none.
     """
     if work is None:
         raise LostRanks(f"found no transfer of a request from rank {offer.source}")

@@ -28,14 +28,9 @@ DRAIN_FILE = "drain"
 _LOOKS_EVERY_S = 0.5
 
 
-def result_file(out: Path, rank: int) -> Path:
-    """The file of the results that end on a rank."""
-    return out / f"rank-{rank}.jsonl"
-
-
 def lock_results(out: Path, rank: int) -> TextIO:
     """Open a rank's results to append to; ConfigError where another job writes there."""
-    results = result_file(out, rank).open("a", encoding="utf-8")
+    results = (out / f"rank-{rank}.jsonl").open("a", encoding="utf-8")
     try:
         fcntl.flock(results, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -72,10 +67,7 @@ def serve_file(
     all ranks: ``served``, ``refused``, ``unserved`` (when drained), ``tokens`` (new ones),
     ``seconds``, ``tokens_per_s``, ``moved`` (requests to another home), and bytes sent, by link:
     ``bytes`` of the exchange, ``handover_bytes``. ``metrics``, which the engine feeds, also go to
-    ``out/metrics-R.jsonl``.
-
-    Raises:
-        ConfigError: another job writes to ``out``; on all ranks.
+    ``out/metrics-R.jsonl``. ConfigError, on all ranks: another job writes to ``out``.
     """
     rank, size = engine.lockstep.rank, engine.lockstep.size
     out = Path(out)
@@ -90,7 +82,7 @@ def serve_file(
     if metrics is not None:
         metrics.topology = engine.topology
         metrics.write_to(out / f"metrics-{rank}.jsonl")
-    before, share = result_file(out, rank).read_bytes(), _share(requests, rank, size, done)
+    before, share = Path(results.name).read_bytes(), _share(requests, rank, size, done)
     with results, draining(engine, out / DRAIN_FILE):
         if before and not before.endswith(b"\n"):  # torn
             results.write("\n")

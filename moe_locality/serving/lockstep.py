@@ -53,19 +53,16 @@ def rows_of(plan: PlacementPlan, model: nn.Module) -> list[int]:
 
 def _slots(layer: Any) -> np.ndarray:
     """Return the expert in each slot of a layer of transformers or DeepSpeed."""
-    if isinstance(layer, LocalityEP):
-        return layer.slot_to_logical
-    replicas = replicas_of(layer)
-    return current_order(layer) if replicas is None else replicas.slot_to_logical
+    holder = layer if isinstance(layer, LocalityEP) else replicas_of(layer)
+    return current_order(layer) if holder is None else holder.slot_to_logical
 
 
 class RouteTap:
     """Sees the picks of every MoE layer in a forward pass, and drops those of padding.
 
     ``valid [T]``: which tokens are real, None: all of them. ``picks``: of the pass so far, ids
-    ``[T, K]`` per layer in the order of the layers, kept where ``keeps`` is set.
-    ``num_experts``: of a layer, None where the model has none. ``sees``: whether picks are wanted
-    at all: they cost a hook per layer.
+    ``[T, K]`` per layer in the order of the layers, kept where ``keeps`` is set. ``num_experts``:
+    of a layer, None where the model has none. ``sees``: whether picks are wanted, a hook per layer.
     """
 
     def __init__(self, model: nn.Module, *, sees: bool) -> None:

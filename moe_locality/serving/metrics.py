@@ -28,9 +28,8 @@ if TYPE_CHECKING:
     from moe_locality.serving.engine import Engine
 
 PREFIX = "moe_locality:"
-EVERY = 16
-"""Steps between two lines of the file, and two calls of wandb."""
-
+EVERY = 16  # steps between two lines of the file, and two calls of wandb
+# name: type, help and the labels of its samples
 METRICS = {
     "num_requests_running": ("gauge", "Sequences that are continued in a step."),
     "num_requests_waiting": ("gauge", "Requests that wait to be read."),
@@ -58,20 +57,18 @@ METRICS = {
     "watch_decisions_total": ("counter", "Decisions on another plan.", "end"),
     "watch_drift_bits": ("gauge", "Divergence of the loads from those of the plan.", "stage"),
 }
-"""Name: type, help and the labels of its samples. Names of vLLM where it has one."""
 LATENCIES = {
     "first_token": "time_to_first_token_seconds",
     "between_tokens": "inter_token_latency_seconds",
     "queued": "request_queue_time_seconds",
     "finished": "e2e_request_latency_seconds",
 }
+# upper bounds of the histograms in seconds, 1 ms to 500 s
 BUCKETS = tuple(m * 10.0**e for e in range(-3, 3) for m in (1, 2.5, 5))
-"""Upper bounds of the histograms in seconds, 1 ms to 500 s."""
 
 
 class Metrics:
-    """The numbers of one rank. ``values``: ``{name: {labels: value}}``, labels joined by commas.
-
+    """The numbers of one rank. ``values``: ``{name: {labels: value}}``, labels joined by commas;
     ``rank``: label ``engine`` of all its samples; ``model``: label ``model_name``; ``topology``:
     for the imbalance of nodes, None: every rank is one.
     """
@@ -86,8 +83,7 @@ class Metrics:
         self._lock, self._began = threading.Lock(), time.monotonic()
         self._server: ThreadingHTTPServer | None = None
         self._path: Path | None = None
-        self._file: Any = None
-        self._tracker = Tracker()
+        self._file, self._tracker = None, Tracker()
         self._window: dict[str, Any] = {}
 
     # -- in
@@ -199,8 +195,7 @@ class Metrics:
         with self._lock:
             self.values["node_imbalance"][""] = imbalance
         self._write({"step": step, "seconds": now - self._began, "values": self.values})
-        seconds = now - window.get("at", self._began)
-        values = self.values
+        seconds, values = now - window.get("at", self._began), self.values
         self._tracker.log(
             {
                 "load/node_imbalance": imbalance,
@@ -231,15 +226,10 @@ class Metrics:
             self.values["requests_refused_total"][""] = engine.refused
         if self.values.get("steps_total"):
             picked = {} if engine is None else engine.picked
-            self._write(
-                {
-                    "seconds": time.monotonic() - self._began,
-                    "values": self.values,
-                    "latencies": self.histograms,
-                    "decisions": self.decisions,
-                    "picked": {stage: counts.tolist() for stage, counts in picked.items()},
-                }
-            )
+            last = {"seconds": time.monotonic() - self._began, "values": self.values}
+            last |= {"latencies": self.histograms, "decisions": self.decisions}
+            last["picked"] = {stage: counts.tolist() for stage, counts in picked.items()}
+            self._write(last)
         if self._file is not None:
             self._file.close()
         self._tracker.finish()
@@ -287,13 +277,9 @@ def serving_report(folder: Path, *, command: str = "") -> ReportData:
     words = f"Ranks {short} were cut off: what they did last is missing." if short else ""
     times = sorted(total["step_seconds_total"].items())
     told = ("step", "applied", "moved_slots", "copies_before", "copies_after", "reason")
-    tables = [
-        Table(
-            title="Time of the steps, all ranks",
-            columns=("kind", "stage", "seconds"),
-            rows=tuple((*name.split(","), value) for name, value in times),
-        )
-    ]
+    rows = tuple((*name.split(","), value) for name, value in times)
+    columns = ("kind", "stage", "seconds")
+    tables = [Table(title="Time of the steps, all ranks", columns=columns, rows=rows)]
     if last[0].get("decisions"):
         rows = tuple(tuple(one[key] for key in told) for one in last[0]["decisions"])
         tables.append(Table(title="Decisions of the watch", columns=told, rows=rows))
@@ -330,15 +316,10 @@ def _load_figure(last: list[dict[str, Any]], basis: Basis) -> list[LoadData]:
     layers = sorted({0, load.shape[1] // 2, load.shape[1] - 1})
     part = load[:, layers].transpose(1, 0, 2)  # [panels, 2, E]
     mean = part.mean(axis=2, keepdims=True)
-    return [
-        LoadData(
-            ratio=np.divide(part, mean, out=np.full(part.shape, np.nan), where=mean > 0),
-            domains=stages,
-            panels=tuple(f"MoE layer {layer}" for layer in layers),
-            basis=basis,
-            title="Expert load of prefill against decode",
-        )
-    ]
+    ratio = np.divide(part, mean, out=np.full(part.shape, np.nan), where=mean > 0)
+    panels = tuple(f"MoE layer {layer}" for layer in layers)
+    title = "Expert load of prefill against decode"
+    return [LoadData(ratio=ratio, domains=stages, panels=panels, basis=basis, title=title)]
 
 
 def _step_figures(ranks: list[list[dict[str, Any]]], basis: Basis) -> list[LossData]:

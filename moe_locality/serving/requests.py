@@ -97,9 +97,8 @@ def is_request_id(value: Any) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """A prompt, as tokens or as a text (then the engine needs a tokenizer).
-
-    ``domain``: its name among those of the plan, for homes by domain and for recordings.
+    """A prompt, as tokens or as a text (then the engine needs a tokenizer). ``domain``: its name
+    among those of the plan, for homes by domain and for recordings.
     """
 
     request_id: RequestId
@@ -111,10 +110,8 @@ class Request:
 
 @dataclass(slots=True, kw_only=True)
 class CompletionOutput:
-    """One continuation.
-
-    ``finish_reason``: "stop", "length" or "abort"; ``stop_reason``: the token or text that ended
-    it, None for the model's own. ``logprobs``: per token, {token id: log-probability}.
+    """One continuation. ``finish_reason``: "stop", "length" or "abort"; ``stop_reason``: the token
+    or text that ended it, None for the model's own. ``logprobs``: {token id: it}, per token.
     """
 
     index: int
@@ -128,10 +125,8 @@ class CompletionOutput:
 
 @dataclass(slots=True, kw_only=True)
 class RequestOutput:
-    """What became of a request.
-
-    ``error``: why it was refused. ``arrival`` and ``home``: the ranks where it arrived and where it
-    was decoded. ``seconds``: since its arrival, to the "first_token" and until "finished".
+    """What became of a request. ``error``: why it was refused. ``arrival``, ``home``: the ranks
+    where it arrived and was decoded. ``seconds``: since it came, to "first_token" and "finished".
     """
 
     request_id: RequestId
@@ -149,11 +144,10 @@ class RequestOutput:
 
 
 def as_request(value: Any, number: int, default: SamplingParams) -> Request:
-    """Make a request of a dict (a line of JSONL), of token ids or of a text.
-
-    A dict has ``prompt`` (a text, or token ids) or ``prompt_token_ids``, perhaps ``request_id`` and
-    ``domain``, and sampling parameters under ``sampling_params`` or beside them. RequestError: it
-    has an unknown key or a value that cannot be.
+    """Make a request of a dict (a line of JSONL), of token ids or of a text. A dict has ``prompt``
+    (a text, or token ids) or ``prompt_token_ids``, perhaps ``request_id`` and ``domain``, and
+    sampling parameters under ``sampling_params`` or beside them. RequestError: it has an unknown
+    key or a value that cannot be.
     """
     if isinstance(value, Request):
         return value
@@ -168,9 +162,8 @@ def as_request(value: Any, number: int, default: SamplingParams) -> Request:
     request_id = given.pop("request_id", number)
     nested = given.pop("sampling_params", None) or {}
     if not isinstance(nested, Mapping):
-        raise RequestError(
-            f"found sampling_params {shown(nested)}, expected an object of parameters"
-        )
+        found = shown(nested)
+        raise RequestError(f"found sampling_params {found}, expected an object of parameters")
     given |= nested
     known = {item.name for item in dataclasses.fields(SamplingParams)}
     if unknown := sorted(given.keys() - known):
@@ -195,9 +188,8 @@ def check_prompt(ids: Any, vocab_size: int) -> list[int]:
 
 
 def read_requests(path: str | Path) -> Iterator[Any]:
-    """Yield the requests of a JSONL file: objects, texts or lists of token ids, one a line.
-
-    Those without a ``request_id`` get "line N" (from 1). A line that is no JSON in UTF-8 comes as a
+    """Yield the requests of a JSONL file: objects, texts or lists of token ids, one a line. Those
+    without a ``request_id`` get "line N" (from 1). A line that is no JSON in UTF-8 comes as a
     :class:`RequestError`.
     """
     with Path(path).open("rb") as lines:
@@ -212,6 +204,5 @@ def read_requests(path: str | Path) -> Iterator[Any]:
                 yield wrong
                 continue
             if not isinstance(value, dict):
-                name = "prompt" if isinstance(value, str) else "prompt_token_ids"
-                value = {name: value}
+                value = {"prompt" if isinstance(value, str) else "prompt_token_ids": value}
             yield {"request_id": f"line {number}", **value}

@@ -18,10 +18,8 @@ def seed_of(params: SamplingParams, request_id: RequestId, engine_seed: int) -> 
     """The seed of a request: its own, or one made of the engine's and its id."""
     if params.seed is not None:
         return int(params.seed) % (1 << 64)
-    told = f"{engine_seed}/{type(request_id).__name__}/{request_id}"
-    return int.from_bytes(
-        hashlib.sha256(told.encode(errors="surrogatepass")).digest()[:8], "little"
-    )
+    told = f"{engine_seed}/{type(request_id).__name__}/{request_id}".encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.sha256(told).digest()[:8], "little")
 
 
 def draw(seed: int, index: int, position: int) -> float:
@@ -42,9 +40,8 @@ class Choice:
 def choose(
     logits: Tensor, params: Sequence[SamplingParams], draws: Sequence[float]
 ) -> list[Choice]:
-    """Choose one token per row of ``logits [B, V]``, which may have any float type.
-
-    ``draws [B]``: numbers in [0, 1), see :func:`draw`; greedy rows do not use theirs.
+    """Choose one token per row of ``logits [B, V]``, which may have any float type. ``draws [B]``:
+    numbers in [0, 1), see :func:`draw`; greedy rows do not use theirs.
     """
     if not params:
         return []
@@ -53,7 +50,7 @@ def choose(
     random = [i for i, p in enumerate(params) if p.temperature > 0]
     if random:
         chosen = _random(scores[random], [params[i] for i in random], [draws[i] for i in random])
-        tokens[random] = chosen.to(tokens.device)
+        tokens[random] = chosen
     wanted = [i for i, p in enumerate(params) if p.logprobs is not None]
     found: dict[int, dict[int, float]] = {}
     if wanted:

@@ -92,9 +92,8 @@ class Sequence:
 class RequestState:
     """A request on its way. ``computed``: tokens of its prompt that are in its cache ``rows``;
     ``number``: its place in the order of arrival; ``picks``: the routing of its prompt, a part
-    ``[t, L, K]`` per pass, where it was asked for; ``profile [L, E]``: how often
-    ``profiled`` tokens of it picked each expert.
-    ``due_at``: its prompt is read so far before its ``home`` is chosen; None: it has one.
+    ``[t, L, K]`` per pass, where it was asked for; ``profile [L, E]``: how often ``profiled``
+    tokens picked each expert; ``due_at``: read so far before its ``home`` is chosen, None: it is.
     """
 
     request_id: RequestId
@@ -149,8 +148,8 @@ class Decode:
 
 
 Work = Prefill | Decode
+# (the ready ones, those that run) -> which of the ready ones joins next
 Choose = Callable[[ListLike[RequestState], ListLike[Sequence]], int]
-"""(the ready ones, those that run) -> which of the ready ones joins next."""
 
 
 def _read_to(state: RequestState) -> int:
@@ -196,8 +195,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.parked: list[RequestState] = []
         self.incoming, self.holds = 0, False
-        self._overtaken = 0
-        self._read_last = False
+        self._overtaken, self._read_last = 0, False
 
     def check(self, state: RequestState) -> None:
         """Raise RequestError where the request can never run here."""
@@ -207,15 +205,13 @@ class Scheduler:
                 f"found a prompt of {len(state.prompt)} tokens, expected fewer than max_model_len="
                 f"{limits.longest}: shorten it, or raise max_model_len"
             )
-        if state.params.n > limits.max_num_seqs:
+        count, most = state.params.n, limits.max_num_seqs
+        if count > most:
+            raise RequestError(f"found n={count}, expected at most max_num_seqs={most}")
+        half, parts = ("half of ", 2) if self.stages else ("", 1)
+        if state.reserve > limits.kv_room // parts:
             raise RequestError(
-                f"found n={state.params.n}, expected at most max_num_seqs={limits.max_num_seqs}"
-            )
-        room = limits.kv_room // 2 if self.stages else limits.kv_room
-        if state.reserve > room:
-            half = "half of " if self.stages else ""
-            raise RequestError(
-                f"found a request of {state.params.n} x {state.longest} tokens, expected at most "
+                f"found a request of {count} x {state.longest} tokens, expected at most "
                 f"{half}max_num_kv_tokens={limits.kv_room}: lower max_tokens or n"
             )
 
@@ -249,8 +245,7 @@ class Scheduler:
         }
 
     def _beside_batch(self) -> int:
-        parked = (state for state in self.parked if state.computed)
-        held = (*self.reading, *self.ready, *parked)
+        held = [*self.reading, *self.ready, *(state for state in self.parked if state.computed)]
         return self.incoming + sum(state.reserve for state in held)
 
     @staticmethod
@@ -264,9 +259,7 @@ class Scheduler:
         reads = not (self._read_last and self.running)
         work = self._next_prefill() if reads else None
         self._read_last = work is not None
-        if work is None and self.running:
-            return Decode(list(self.running))
-        return work
+        return Decode(list(self.running)) if work is None and self.running else work
 
     def _join(self) -> None:
         """Give free rows to requests that are ready."""

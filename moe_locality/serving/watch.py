@@ -35,18 +35,17 @@ MODES = ("off", "propose", "apply")
 STAGES = {"prefill": PREFILL, "decode": DECODE}
 Part = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Picks ``[T, L, K]``, numbers of requests ``[T]`` and stages ``[T]`` of tokens."""
-LEAST_REQUESTS = 8
-"""Requests that a decision needs: half of them propose, the others judge."""
+LEAST_REQUESTS = 8  # that a decision needs: half of them propose, the others judge
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WatchDecision:
     """One decision. ``plan``: what was proposed, or applied; None where nothing is worth it.
 
-    drift_bits, noise_bits: by stage, divergence of the loads from those of the plan, and what two
-        samples of this size would show without drift.
-    copies_before, copies_after: per token and layer, on the requests that judge; None where no
-        exchange of slots was found. ``seconds``: of the decision, with the move.
+    ``drift_bits``, ``noise_bits``: by stage, divergence of the loads from those of the plan, and
+    what two samples of this size would show without drift. ``copies_before``, ``copies_after``: per
+    token and layer, on the requests that judge; None where no exchange of slots was found.
+    ``seconds``: of the decision, with the move.
     """
 
     step: int
@@ -71,12 +70,9 @@ class WatchDecision:
 class Watch:
     """The watch of one engine. Making one is collective. ``plan``: the one in effect.
 
-    Args:
-        rows: of the plan, in the order of the picks that are seen; ``plan``: that the model has.
-        mode: ``propose`` or ``apply``.
-        config: how often, within how many steps a move has to pay, the budgets; ``None``: defaults.
-
-    ConfigError: there is no plan, or nothing to place.
+    ``rows``: of the plan, in the order of the picks that are seen. ``mode``: ``propose`` or
+    ``apply``. ``config``: how often, within how many steps a move has to pay, the budgets. Raises
+    ConfigError where there is no plan, or nothing to place.
     """
 
     def __init__(
@@ -144,15 +140,14 @@ class Watch:
 
     def _decide(self, number: int, gathered: list[Any]) -> WatchDecision:
         trace, nodes = self._trace([seen for seen, _ in gathered])
-        drift: dict[str, float] = {}
-        noise: dict[str, float] = {}
+        drift, noise = {}, {}
         for stage, code in STAGES.items():
             part = trace.take(trace.stage == code)
             if part.num_tokens:
                 self._load = trace.load() if self._load is None else self._load
                 drift[stage], noise[stage] = load_drift(self._load, part)
-        facts: dict[str, Any] = {"step": number, "num_tokens": trace.num_tokens}
-        facts |= {"drift_bits": drift, "noise_bits": noise}
+        bits = {"drift_bits": drift, "noise_bits": noise}
+        facts: dict[str, Any] = {"step": number, "num_tokens": trace.num_tokens, **bits}
         tokens = trace.tokens_only("a watch")
         requests = np.unique(tokens.request_id)
         if len(requests) < LEAST_REQUESTS:
@@ -179,14 +174,9 @@ class Watch:
             made: dict[str, Any] = {"method": "watch", "start": self.plan.digest(), "step": number}
             made["model_type"] = model_type_of(self.model)
             plan = replace(found.plan, costs={}, provenance=made)
-        return WatchDecision(
-            **facts,
-            reason=found.reason,
-            moved_slots=found.moved_slots,
-            copies_before=found.copies_before,
-            copies_after=found.copies_after,
-            plan=plan,
-        )
+        for name in ("reason", "moved_slots", "copies_before", "copies_after"):
+            facts[name] = getattr(found, name)
+        return WatchDecision(**facts, plan=plan)
 
     def _trace(self, seen: list[list[Part]]) -> tuple[RoutingTrace, np.ndarray]:
         """The samples of all ranks, and the node of every token. What a request did on one rank is
@@ -219,11 +209,10 @@ class Watch:
         """Bytes of an expert, of a copy there and back, and tokens of a step of all ranks."""
         layer = self.layers[0]
         tensors = [*layer.experts.parameters(), *layer.experts.buffers()]  # of a low-bit store
-        own: list[Any] = [getattr(one, "_local_tensor", one) for one in tensors]
-        experts = layer.num_experts
+        own = sum(getattr(one, "_local_tensor", one).nbytes for one in tensors)
         width = self.model.config.get_text_config(decoder=True).hidden_size
         return {
-            "expert_bytes": sum(one.nbytes for one in own) * layer.ep_mesh.size() / experts,
+            "expert_bytes": own * layer.ep_mesh.size() / layer.num_experts,
             "copy_bytes": copy_bytes(layer.dispatch_config, width, self.model.dtype.itemsize),
             "tokens_per_step": tokens / self.config.every_n_steps,
             "steps": float(self.config.pays_within_steps),
@@ -232,7 +221,5 @@ class Watch:
 
 def copy_bytes(config: DispatchConfig, width: int, element_size: int) -> float:
     """Bytes of a token that goes to an expert and back, as the payloads of the config code it."""
-    payloads = (config.payload, config.combine_payload)
-    return float(
-        sum(width * element_size if p == "none" else row_bytes(p, width) for p in payloads)
-    )
+    plain, payloads = width * element_size, (config.payload, config.combine_payload)
+    return float(sum(plain if p == "none" else row_bytes(p, width) for p in payloads))
