@@ -29,9 +29,7 @@ TESTED_DEEPSPEED = ("0.19.8",)
 
 
 def require_deepspeed() -> str:
-    """Return the version of DeepSpeed that is installed; ConfigError where none is, or one before
-    0.19.4 (whose gate cannot return sparse routes).
-    """
+    """Return the version of DeepSpeed; ConfigError where it is absent or its gate too old."""
     try:
         found = metadata.version("deepspeed")
     except metadata.PackageNotFoundError:
@@ -117,11 +115,8 @@ def let_auto_ep_read_recorders() -> bool:
 
 
 def before_forward_passes(part: Any, check: Callable[[], bool]) -> None:
-    """Call the method ``check`` before each forward pass through ``part``, until it returns True.
-
-    A hook of all modules runs before those of the model: FSDP2's waits in a collective for ranks
-    that may never call it.
-    """
+    """Call the method ``check`` before each forward pass through ``part``, until it returns True. A
+    hook of all modules runs before FSDP2's, which waits for ranks that may never call it."""
     from torch.nn.modules.module import register_module_forward_pre_hook
 
     checks, known_part = weakref.WeakMethod(check), weakref.ref(part)
@@ -177,10 +172,8 @@ def model_parallel_unit() -> Any:
 
 
 def all_to_all_replaced() -> bool:
-    """Return whether somebody put another exchange in the place of DeepSpeed's ``_AllToAll``, as
-    profilers, compressing transports and DeepSpeed's own tests do. It has to see the exchanges of a
-    layer that stands in for DeepSpeed's.
-    """
+    """Return whether somebody (a profiler, a test of DeepSpeed) replaced DeepSpeed's ``_AllToAll``:
+    the replacement has to see the exchanges of a layer that stands in for DeepSpeed's."""
     from deepspeed.moe import sharded_moe
 
     function = sharded_moe._AllToAll
@@ -199,8 +192,7 @@ def expert_data_parallel_group(name: str) -> Any:
 
 def pipeline_layer_kinds(module: Any) -> list[type | None]:
     """Return the class of every layer of a ``PipelineModule``, those of other stages too; None for
-    what is no block: functions, layers of torch.nn, and those that stages share (tied embeddings).
-    """
+    what is no block: functions, layers of torch.nn, and those that stages share (embeddings)."""
     from deepspeed.runtime.pipe.module import LayerSpec, TiedLayerSpec
 
     kinds: list[type | None] = []
@@ -240,17 +232,14 @@ def forget_when_read(
 
 def default_timeout() -> Any:
     """Return how long collectives of the default process group wait (a timedelta). ``new_group``
-    does not take it over: torch's default is half an hour with gloo, whatever the user asked for.
-    """
+    does not take it over: its own is half an hour with gloo, whatever the user asked for."""
     from torch.distributed.distributed_c10d import _get_default_group
 
     return _timeout(_get_default_group())
 
 
 def take_default_timeout(group: Any) -> None:
-    """Let collectives of ``group`` wait as long as those of the default process group: DeepSpeed
-    makes its expert groups without a timeout.
-    """
+    """Let a group of DeepSpeed, made without a timeout, wait as long as the default group."""
     from torch.distributed.distributed_c10d import _set_pg_timeout
 
     if _timeout(group) != default_timeout():
@@ -271,8 +260,7 @@ def registered_expert_ranks(ep_size: int) -> tuple[list[int], list[int]] | None:
 
 
 def register_expert_groups(ep_size: int, made: Any) -> None:
-    """Make those of ``made``, ExpertParallelGroups, the groups that DeepSpeed uses for ``ep_size``;
-    it makes none of that name then.
+    """Make those of ``made``, ExpertParallelGroups, the groups that DeepSpeed uses for ``ep_size``.
 
     What is registered already stays; the caller checks that it has the same ranks. The name has to
     be ``ep_size_<number>``: DeepSpeed reads the number back from every name.
@@ -379,9 +367,8 @@ ApexState = Literal["absent", "wrong", "python-only", "cuda"]
 def nvidia_apex_state() -> tuple[ApexState, str]:
     """Say which ``apex`` is installed, and what to do about it.
 
-    Returns ``absent``, ``wrong`` (another package of that name), ``python-only`` (NVIDIA's, without
-    the compiled kernels of its normalization layers) or ``cuda`` (usable), with a sentence for
-    people.
+    The state is ``wrong`` for another package of that name, ``python-only`` for NVIDIA's without
+    the compiled kernels of its normalization layers, ``cuda`` where it is usable.
     """
     spec = importlib.util.find_spec("apex")
     if spec is None:

@@ -40,10 +40,8 @@ class ClusterTopology:
     """The node of every rank and the figures of the two link tiers.
 
     ``rank_to_node[r]`` is the node of rank r; the ranks of a node need not be consecutive, and
-    nodes may hold different numbers of ranks (``ranks_per_node`` then raises).
-
-    Raises:
-        TopologyError: a node without ranks, a doubled name, or a figure that cannot be.
+    nodes may hold different numbers of ranks (``ranks_per_node`` then raises). TopologyError for a
+    node without ranks, a doubled name, or a figure that cannot be.
     """
 
     rank_to_node: tuple[int, ...]
@@ -172,9 +170,7 @@ class ClusterTopology:
 
     @classmethod
     def from_mpi(cls, comm: Any = None, **tiers: float) -> Self:
-        """Ask MPI which ranks share memory. Collective over ``comm``, an mpi4py communicator
-        (default: the world).
-        """
+        """Ask MPI which ranks share memory. Collective over ``comm`` of mpi4py (default: world)."""
         return cls(*sources.read_mpi(comm), **tiers)
 
     @classmethod
@@ -237,10 +233,8 @@ def layout_groups(
     are taken node by node, so the ranks of a node need not be consecutive; where they are, the
     groups are the ones that DeepSpeed makes itself.
 
-    ``mpu`` is the model-parallel unit that ``deepspeed.initialize`` gets, if any.
-
-    Raises:
-        TopologyError: the groups do not fit the cluster, or ``mpu`` splits the ranks further.
+    TopologyError where the groups do not fit the cluster, or ``mpu``, the model-parallel unit that
+    ``deepspeed.initialize`` gets, splits the ranks further.
     """
     if order not in ("E+D", "D+E"):
         raise TopologyError(f"found order={order!r}, expected 'E+D' or 'D+E'")

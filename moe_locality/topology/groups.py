@@ -21,14 +21,8 @@ import torch.distributed as dist
 
 from moe_locality import compat
 from moe_locality.errors import TopologyError
-from moe_locality.topology.cluster import (
-    ClusterTopology,
-    GroupLayout,
-    Order,
-    group_of,
-    layout_groups,
-    layout_of,
-)
+from moe_locality.topology import cluster
+from moe_locality.topology.cluster import ClusterTopology, GroupLayout, Order
 from moe_locality.topology.sources import NODE_VARIABLE, RANKS_PER_NODE_VARIABLE
 
 if TYPE_CHECKING:
@@ -44,10 +38,8 @@ _built: dict[str, Callable[[], "ExpertParallelGroups | None"]] = {}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertParallelGroups:
-    """This rank's process groups for one ``ep_size``, and the (ascending) ranks of each.
-
-    ``topology`` is the cluster that they were laid out for, where ``prepare_groups`` made them.
-    """
+    """This rank's process groups for one ``ep_size``, and the (ascending) ranks of each;
+    ``topology`` is the cluster that they were laid out for, where it is known."""
 
     layout: GroupLayout
     ep_group: Any
@@ -62,11 +54,8 @@ class ExpertParallelGroups:
 
 
 def exchange_objects(value: Any, group: Any = None) -> list[Any]:
-    """Return every rank's value (plain data that pickles), by position in the group.
-
-    Collective over ``group`` (default: all ranks). A rank that never calls it lets the others wait
-    for the timeout of the store.
-    """
+    """Return every rank's value (plain data that pickles), by position in ``group`` (default: all
+    ranks). Collective: where a rank never calls it, the others wait for the store's timeout."""
     ranks = dist.get_process_group_ranks(group)
     me, store = dist.get_rank(), compat.default_store()
     scope = hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
@@ -95,12 +84,10 @@ def _raise_on_all(error: str | None, what: str) -> None:
 
 
 def build_groups(layout: GroupLayout) -> ExpertParallelGroups:
-    """Make the process groups of a layout. Collective over all ranks.
+    """Make the process groups of a layout, or return those that exist of it on all ranks.
 
-    Building the same layout again returns the groups that exist, as long as they do on all ranks.
-
-    Raises:
-        TopologyError: on all ranks, when the layouts of two ranks differ or are not for this world.
+    Collective over all ranks; TopologyError on all, when the layouts of two ranks differ or are not
+    for this world.
     """
     digest = layout.digest()
     found = _built.get(digest, lambda: None)()
@@ -124,7 +111,7 @@ def build_groups(layout: GroupLayout) -> ExpertParallelGroups:
     kinds = {name: getattr(layout, f"{name}_groups") for name in _KINDS}
     in_one_order = dict.fromkeys(ranks for all_of_kind in kinds.values() for ranks in all_of_kind)
     groups = {ranks: _new_group(ranks) for ranks in in_one_order}
-    mine = {name: group_of(all_of_kind, dist.get_rank()) for name, all_of_kind in kinds.items()}
+    mine = {name: cluster.group_of(lists, dist.get_rank()) for name, lists in kinds.items()}
     fields: dict[str, Any] = {f"{name}_group": groups[ranks] for name, ranks in mine.items()}
     fields |= {f"{name}_ranks": ranks for name, ranks in mine.items()}
     return _remember(ExpertParallelGroups(layout=layout, **fields))
@@ -132,10 +119,7 @@ def build_groups(layout: GroupLayout) -> ExpertParallelGroups:
 
 def _remember(built: ExpertParallelGroups) -> ExpertParallelGroups:
     """Let later calls find the groups, as long as torch has them (they end with the default group).
-
-    Weak references: one that is kept past ``destroy_process_group`` keeps the threads of the group,
-    which can abort the interpreter at its end (``compat.end_distributed``).
-    """
+    Weakly, for a reference keeps the threads of a group (see ``compat.end_distributed``)."""
     groups = {f"{name}_group": weakref.ref(getattr(built, f"{name}_group")) for name in _KINDS}
     rest = dataclasses.replace(built, **dict.fromkeys(groups))
 
@@ -163,12 +147,8 @@ def _new_group(ranks: Sequence[int]) -> Any:
 
 def register_with_deepspeed(groups: ExpertParallelGroups, ep_size: int) -> None:
     """Hand the EP and EDP groups to DeepSpeed, before ``deepspeed.initialize``, which makes expert
-    groups only where none of that ``ep_size`` are registered. Collective.
-
-    Raises:
-        TopologyError: on all ranks, when the groups are for another ``ep_size`` or DeepSpeed has
-            different ones already.
-    """
+    groups only where none of that ``ep_size`` are registered. Collective; TopologyError on all
+    ranks, when the groups are for another ``ep_size`` or DeepSpeed has different ones already."""
     error = None
     found = compat.registered_expert_ranks(ep_size)
     if groups.layout.ep_size != ep_size:
@@ -186,14 +166,12 @@ def register_with_deepspeed(groups: ExpertParallelGroups, ep_size: int) -> None:
 def prepare_groups(
     topology: ClusterTopology, ep_sizes: Iterable[int], order: Order = "E+D", mpu: Any = None
 ) -> dict[int, ExpertParallelGroups]:
-    """Lay out, build and register the groups of several EP sizes; TopologyError is raised on all
-    ranks. Collective.
-    """
+    """Lay out, build and register groups of several EP sizes. Collective; so is TopologyError."""
     sizes = sorted(set(ep_sizes))
     layouts: list[GroupLayout] = []
     error = None
     try:
-        layouts = [layout_groups(topology, size, order, mpu) for size in sizes]
+        layouts = [cluster.layout_groups(topology, size, order, mpu) for size in sizes]
     except TopologyError as caught:
         error = str(caught)
     _raise_on_all(error, f"laying out the expert groups of ep_size {sizes}")
@@ -225,7 +203,7 @@ def follow_groups(
             f"found no expert group on rank {everyone.index(None)}, expected one on every rank: "
             "call deepspeed.initialize first"
         )
-    layout = layout_of(topology, set(everyone))
+    layout = cluster.layout_of(topology, set(everyone))
     _remember(dataclasses.replace(build_groups(layout), topology=topology))
     return topology, layout
 
@@ -234,8 +212,7 @@ def built_groups(
     ep_ranks: Sequence[int], topology: ClusterTopology | None = None
 ) -> ExpertParallelGroups | None:
     """Return the groups of this rank whose EP group has these ranks, if they were built; with a
-    ``topology``, only for the same nodes (models may have clusters of their own).
-    """
+    ``topology``, only for the same nodes (models may have clusters of their own)."""
     wanted = tuple(sorted(ep_ranks))
     for groups in (recall() for recall in _built.values()):
         if groups is None or groups.ep_ranks != wanted:
@@ -256,10 +233,8 @@ def discover_topology(
     The first of these counts: the configuration (read on the first rank, so its files need to be
     there only); MOE_LOCALITY_RANKS_PER_NODE; MOE_LOCALITY_NODE, the name of a rank's node; host
     names. Where all host names are equal and the launcher says that there are several nodes (as in
-    a test on one machine), the launcher's node numbers count instead.
-
-    Raises:
-        TopologyError: on all ranks, when the sources contradict each other or the number of ranks.
+    a test on one machine), the launcher's node numbers count instead. TopologyError on all ranks
+    when the sources contradict each other or the number of ranks.
     """
     env = os.environ
     launchers = (("CROSS_RANK", "CROSS_SIZE"), ("GROUP_RANK", "GROUP_WORLD_SIZE"))

@@ -18,8 +18,7 @@ _LINE = re.compile(r"^(\S+)\s+slots=(\d+)")  # the start of the line only, as in
 
 def read_hostfile(path: str | Path) -> dict[str, int]:
     """Return ``{host: number of slots}`` in the order of the file; TopologyError where it cannot be
-    read, holds no host, names one twice, or a line is not ``name slots=N``.
-    """
+    read, holds no host, names one twice, or a line is not ``name slots=N``."""
     found: dict[str, tuple[int, int]] = {}  # host -> line, slots
     for number, raw in enumerate(_text_of(path, "hostfile").splitlines(), start=1):
         line, where = raw.strip(), f"{path}, line {number}"
@@ -123,9 +122,7 @@ def shape_of_names(names: Sequence[str]) -> Shape:
 
 
 def shape_of_hostfile(path: str | Path, include: str | None, exclude: str | None) -> Shape:
-    """Read a hostfile: ranks are consecutive per host, in the order of the file. A host without a
-    slot has no rank, so it is no node.
-    """
+    """Read a hostfile: ranks follow the order of the file; a host without a slot is no node."""
     kept = select_slots(read_hostfile(path), include, exclude)
     slots = {host: len(numbers) for host, numbers in kept.items() if numbers}
     return shape_of_counts(list(slots.values()), list(slots))
@@ -136,9 +133,7 @@ def shape_of_hostfile(path: str | Path, include: str | None, exclude: str | None
 
 def read_cluster_yaml(path: str | Path) -> tuple[Shape, dict[str, float]]:
     """Return the shape and the tier figures of a cluster file (schema: docs/cluster.md);
-    TopologyError where it cannot be read, is not YAML, or has an unknown, missing or contradictory
-    key.
-    """
+    TopologyError where it is not YAML, or has an unknown, missing or contradictory key."""
     import yaml
 
     try:
@@ -231,10 +226,8 @@ _WORLD_SIZE = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SL
 
 
 def read_env(environ: Mapping[str, str]) -> Shape:
-    """Read the shape from our override, or what DeepSpeed, torchrun, Open MPI or Slurm set: the
-    first of them that is there, in this order. TopologyError where too little is set to know the
-    node of every rank, or the figures contradict each other.
-    """
+    """Read the shape from the first of: our override, what DeepSpeed, torchrun, Open MPI or Slurm
+    set. TopologyError where that leaves the node of a rank open, or contradicts itself."""
     if RANKS_PER_NODE_VARIABLE in environ and NODE_VARIABLE in environ:
         raise TopologyError(
             f"found {RANKS_PER_NODE_VARIABLE} and {NODE_VARIABLE}, expected one: unset the other"
@@ -282,8 +275,7 @@ def _world_size(environ: Mapping[str, str]) -> tuple[str, int]:
 
 def _open_mpi(environ: Mapping[str, str]) -> Shape:
     """One node is certain. Of several, a process is told its own alone: by slot, by node and uneven
-    placement set the same variables.
-    """
+    placement set the same variables."""
     size, per_node = "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"
     if size not in environ:
         raise TopologyError(f"found {per_node} without {size}, expected both: start with mpirun")
@@ -356,8 +348,7 @@ def _slurm(environ: Mapping[str, str], variable: str) -> Shape:
 
 def read_mpi(comm: Any = None) -> Shape:
     """Ask MPI which ranks share memory: one node per such set. Collective over ``comm`` (default:
-    the world). TopologyError where mpi4py is not installed or finds no MPI library.
-    """
+    the world). TopologyError where mpi4py is not installed or finds no MPI library."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:

@@ -161,8 +161,7 @@ def _counted(parts: Iterable[RoutingTrace], summary: dict[str, Any]) -> Iterator
 
 
 def find_format(path: Paths) -> str:
-    """Return the name in ``FORMATS`` that the content of a file, or of the first of a directory or
-    of several, fits; TraceError where nothing is there, or it fits none."""
+    """Return the name in ``FORMATS`` that the content of the (first) file fits, else TraceError."""
     place = _listed(path)[0][0]
     found, strange = _content_format(place)
     found = found or _BY_SUFFIX.get(place.suffix.lower())  # its reader says best what is wrong

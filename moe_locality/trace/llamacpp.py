@@ -55,9 +55,8 @@ def parts(path: Path, options: ImportOptions) -> Iterator[RoutingTrace]:
             f"{size[batch[run]]} in another layer of the same micro-batch, expected the same: give "
             "the right top_k=, or record again"
         )
-    num_experts = options.num_experts or reading.guess_num_experts(
-        path, int(rows[:, 1].max()), top_k
-    )
+    highest = int(rows[:, 1].max())
+    num_experts = options.num_experts or reading.guess_num_experts(path, highest, top_k)
     ids = np.full((int(size.sum()), len(layer_ids), top_k), -1, np.int64)
     last = np.cumsum(size)[batch]  # picks of a run belong to the last tokens of its micro-batch
     column = np.searchsorted(layer_ids, layer)

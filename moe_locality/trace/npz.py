@@ -34,11 +34,7 @@ _MAX_ZIP_END_BYTES = 22 + 65_535  # the end record and the longest comment
 
 def read_npz(path: str | PathLike[str], trace_class: type[RoutingTrace]) -> RoutingTrace:
     """Read a trace from an .npz file (``RoutingTrace.from_npz``); nothing in it is ever unpickled.
-
-    Raises:
-        TraceError: the file is absent, damaged, of another layout, or breaks an invariant; the
-        message names it.
-    """
+    TraceError where it is absent, damaged, of another layout, or breaks an invariant."""
     try:
         arrays = np.load(path, allow_pickle=False)
         if not isinstance(arrays, np.lib.npyio.NpzFile):
@@ -59,9 +55,7 @@ def read_npz(path: str | PathLike[str], trace_class: type[RoutingTrace]) -> Rout
 
 
 def _check_directory(path: Path, archive: zipfile.ZipFile | None) -> None:
-    """Find damage that would hide an optional array: the bytes of an array have a checksum, its
-    name and its place in the list of arrays have none.
-    """
+    """Find damage that hides an optional array: its name and place have no checksum."""
     if archive is None:
         return
     for entry in archive.infolist():

@@ -15,7 +15,7 @@ import shutil
 import uuid
 import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ _NEEDED = {
 }
 _LAYER_COLUMNS = {"tokens": "expert_ids", "load": "expert_load"}
 _WEIGHTS = "expert_weights"
+_SHARED = ("model", "model_type", "num_experts", "domain", "domain_group")
+"""Fields that a trace and the metadata of its shards have under one name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,20 +80,9 @@ def to_table(trace: RoutingTrace, rank: int | None) -> pa.Table:
             arrays[f"{prefix}_{layer}"] = pa.FixedSizeBinaryArray.from_buffers(
                 width, len(content), [None, pa.py_buffer(content)]
             )
-    meta = ShardMeta(
-        kind=trace.kind,
-        model=trace.model,
-        num_experts=trace.num_experts,
-        top_k=trace.top_k,
-        layer_ids=tuple(int(i) for i in trace.layer_ids),
-        domain=trace.domain,
-        domain_group=trace.domain_group,
-        rank=rank,
-        columns=tuple(arrays),
-        model_type=trace.model_type,
-    )
-    content = {"format_version": FORMAT_VERSION, **asdict(meta)}
-    text = json.dumps(content, sort_keys=True).encode()
+    content = {name: getattr(trace, name) for name in ("kind", "top_k", *_SHARED)}
+    content |= {"layer_ids": trace.layer_ids.tolist(), "rank": rank, "columns": [*arrays]}
+    text = json.dumps({"format_version": FORMAT_VERSION, **content}, sort_keys=True).encode()
     schema = pa.schema(
         [pa.field(name, array.type, nullable=False) for name, array in arrays.items()],
         metadata={META_KEY: text, CRC_KEY: f"{zlib.crc32(text):08x}".encode()},
@@ -122,17 +113,10 @@ def _read(path: Path, layers: Collection[int] | None) -> tuple[RoutingTrace, Sha
         arrays["rank"] = np.full(table.num_rows, meta.rank, np.int32)
     for prefix in prefixes:
         arrays[prefix] = _layers(table, prefix, chosen, meta)
-    trace = RoutingTrace(
-        model=meta.model,
-        model_type=meta.model_type,
-        num_experts=meta.num_experts,
-        layer_ids=np.array(chosen, np.int32),
-        domain=meta.domain,
-        domain_group=meta.domain_group,
-        load_top_k=meta.top_k if meta.kind == "load" else 0,
-        **arrays,
-    )
-    return trace, meta
+    fields: dict[str, Any] = {name: getattr(meta, name) for name in _SHARED}
+    fields["load_top_k"] = meta.top_k if meta.kind == "load" else 0
+    fields |= {"layer_ids": np.array(chosen, np.int32), **arrays}
+    return RoutingTrace(**fields), meta
 
 
 def _metadata(schema: pa.Schema) -> ShardMeta:
@@ -277,8 +261,7 @@ class ShardWriter:
 
 
 def make_directory(directory: str | os.PathLike[str]) -> Path:
-    """Return the directory, made if absent and checked for write access; a replacement of its trace
-    that was interrupted is brought to its end."""
+    """Return the directory, made if absent, writable; ends an interrupted replacement in it."""
     path = Path(directory)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -308,8 +291,7 @@ def _unwritable(directory: Path, error: OSError) -> TraceError:
 
 
 def shard_files(directory: Path) -> dict[Path, tuple[int, ...]]:
-    """Shards of a directory in the order of rank and sequence, each with what tells its file from
-    a later one of that name; other files are not looked at."""
+    """Shards of a directory in the order of rank and sequence, each with its ``file_identity``."""
     found = _shard_files(directory)
     while found != (again := _shard_files(directory)):  # listed while a trace was being replaced
         found = again
@@ -490,8 +472,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def read_shard(path: Path, layers: Collection[int] | None = None) -> tuple[RoutingTrace, ShardMeta]:
-    """Read one shard, or only some of its layers. A TraceError names the file where it is damaged,
-    truncated or no shard at all."""
+    """Read one shard, or some of its layers; a TraceError names the file where it is damaged."""
     try:
         return _read(path, layers)
     except Exception as error:  # hostile bytes: whatever the parser meets becomes one message

@@ -145,8 +145,7 @@ def is_count(value: Any) -> TypeGuard[int]:
 
 
 def stage_code(where: str, stage: Any) -> int:
-    """Return the code of a stage given by name or code, None is unknown; TraceError where there is
-    no such stage."""
+    """Return the code of a stage given by name or code (None: unknown); else TraceError."""
     if stage is None:
         return UNKNOWN
     code = STAGE_CODES.get(stage) if isinstance(stage, str) else stage
@@ -186,8 +185,7 @@ def one_size(where: str, sizes: Mapping[int, int]) -> int:
 
 
 def id_block(value: Any) -> np.ndarray:
-    """Return picks [tokens, layers, K] as int64 from nested lists or an array; TraceError where
-    they are no such table of whole numbers below 2**31."""
+    """Return picks [tokens, layers, K] as int64; TraceError for no numbers, or above 2**31."""
     try:
         array = np.asarray(value)
     except (ValueError, OverflowError, MemoryError) as error:

@@ -83,8 +83,7 @@ class Source:
 
 
 def array_file(path: Path, options: ImportOptions, number: int = 0) -> Iterator[Item]:
-    """Yield the arrays of a .npy or .npz file, TraceError where it is damaged. Nothing in it is
-    unpickled."""
+    """Yield the arrays of a .npy or .npz file, never unpickled; TraceError where it is damaged."""
     try:
         content = np.load(path, allow_pickle=False)
         names = content.files if isinstance(content, np.lib.npyio.NpzFile) else [""]
@@ -149,8 +148,7 @@ def vllm_responses(path: Path, options: ImportOptions, number: int) -> Iterator[
 def _completions(
     decode: Callable[..., Sequence], where: str, response: Any, options: ImportOptions
 ) -> Iterator[Item]:
-    """Yield what ``decode`` makes of each choice of a response, which is its only one if it has no
-    list of them."""
+    """Yield what ``decode`` makes of each choice of a response, its only one if it has no list."""
     if isinstance(response, TraceError):
         yield response
         return
@@ -184,11 +182,8 @@ def _vllm_choice(response: Json, choice: Json, _: ImportOptions) -> Sequence:
         ids = np.concatenate([head, ids]) if len(ids) else head
         return Sequence(ids=ids, prompt=len(head), names=names)
     prompt, answer = _usage(response.get("usage"))[1:]
-    if (
-        not reading.is_count(prompt)
-        or not reading.is_count(answer)
-        or len(response.get("choices", [0])) > 1
-    ):
+    counted = reading.is_count(prompt) and reading.is_count(answer)
+    if not counted or len(response.get("choices", [0])) > 1:
         return Sequence(ids=ids, names=names)
     start = max(prompt + answer - 1 - len(ids), 0)
     return Sequence(ids=ids, prompt=max(prompt - start, 0), start=start, names=names)
@@ -255,8 +250,7 @@ def sglang_responses(path: Path, options: ImportOptions, number: int) -> Iterato
 
 
 def _sglang_choice(response: Json, choice: Json, options: ImportOptions) -> Sequence:
-    """A choice of an OpenAI-compatible response, or one of ``/generate``; what stands at a response
-    with several is of the first."""
+    """What stands at a response, and not at one of its several choices, is of the first."""
     choices = response.get("choices", [response])
     spots = [choice.get("sgl_ext"), choice.get("sglext"), choice.get("meta_info"), choice]
     if choices[0] is choice:
@@ -282,11 +276,8 @@ def _sglang_picks(spot: Json, usage: Any, options: ImportOptions) -> Sequence:
         raise TraceError(f"found routed_experts_start_len {said!r}, expected a position")
     top_k, layers, tokens, start = options.top_k or 1, options.num_layers, None, said or 0
     if usage or layers is None:
-        if (
-            not reading.is_count(prompt)
-            or not reading.is_count(answer)
-            or not 1 < prompt + answer < 2**31
-        ):
+        counted = reading.is_count(prompt) and reading.is_count(answer)
+        if not counted or not 1 < prompt + answer < 2**31:
             raise TraceError(
                 f"found prompt_tokens {prompt!r} and completion_tokens {answer!r}, "
                 "expected whole numbers that are 2 together at least (several choices share one "
@@ -502,9 +493,8 @@ def _same_shape(facts: dict[int, _Facts], broken: list[TraceError]) -> None:
 
 
 def _same_layers(facts: dict[int, _Facts], broken: list[TraceError]) -> None:
-    """Take out the requests in which other layers are empty than in most. With one pick per token,
-    a layer of zeros may be a short request's routing."""
-    if next(iter(facts.values())).shape[1] == 1:
+    """Take out the requests in which other layers are empty than in most."""
+    if next(iter(facts.values())).shape[1] == 1:  # one pick: zeros may be routing
         return
     dense = 2 * np.sum([one.empty for one in facts.values()], axis=0) > len(facts)
     for number, one in list(facts.items()):

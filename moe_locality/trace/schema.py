@@ -52,11 +52,8 @@ class RoutingTrace:
 
     Two traces are compared with ``same_content``: ``==`` is identity, because array comparison has
     no single truth value. Arrays are cast to the dtypes named here and not copied where they
-    already have them; treat them as read-only.
-
-    Raises:
-        TraceError: a shape, a value or a combination of fields is impossible; the message says
-        which.
+    already have them; treat them as read-only. TraceError where a shape, a value or a combination
+    of fields is impossible.
     """
 
     model: str
@@ -155,8 +152,7 @@ class RoutingTrace:
         return counts
 
     def tokens_only(self, purpose: str) -> TokenView:
-        """Return the per-token arrays, typed as present; TraceError, which names ``purpose``, where
-        the trace holds counts only."""
+        """Return the per-token arrays; TraceError, which names ``purpose``, for kind "load"."""
         if self.expert_ids is None:
             raise TraceError(
                 f"found a trace of kind 'load' (counts per step), but {purpose} needs kind "
@@ -173,10 +169,7 @@ class RoutingTrace:
         return self.evolve(**parts)
 
     def evolve(self, **changes: Any) -> RoutingTrace:
-        """Return a copy with some fields exchanged, unchecked: for values of checked traces.
-
-        Where a value comes from elsewhere use ``dataclasses.replace``, which checks.
-        """
+        """Return a copy with fields exchanged, unchecked (``dataclasses.replace`` checks)."""
         result = object.__new__(RoutingTrace)
         for field in fields(RoutingTrace):
             value = changes.pop(field.name) if field.name in changes else getattr(self, field.name)

@@ -118,8 +118,7 @@ def _from_counts(dumps: list[tuple[Path, dict[str, Any]]], options: ImportOption
 
 
 def _even(path: Path, table: list[Any], options: ImportOptions) -> Any:
-    """Counts of JSON, [layers][E] or [steps][layers][E], as [steps][layers][E] of the layers asked
-    for; the others are zero."""
+    """Counts [layers][E] or [steps][layers][E] as the latter; layers not asked for are zero."""
     has_steps = any(isinstance(cell, list) for row in table for cell in row)
     steps = table if has_steps else [table]
     chosen = _chosen(options, max(map(len, steps)))
@@ -142,9 +141,8 @@ def _chosen(options: ImportOptions, num_layers: int) -> np.ndarray:
 def _num_experts(records: Records, layers: np.ndarray) -> int:
     """Experts of each of the layers (bool [L]), which the maps tell."""
     sizes = np.max([table.max(axis=1) for _, _, table in records], axis=0) + 1
-    return reading.one_size(
-        str(records[0][0]), {int(i): int(sizes[i]) for i in np.flatnonzero(layers)}
-    )
+    of_layer = {int(i): int(sizes[i]) for i in np.flatnonzero(layers)}
+    return reading.one_size(str(records[0][0]), of_layer)
 
 
 def _load_trace(

@@ -23,8 +23,7 @@ Tokens = Iterator[tuple[str, Any]]
 
 
 def json_parts(path: Path, options: ImportOptions) -> Iterator[RoutingTrace]:
-    """Yield the trace of a ``.jsonl`` or ``.json`` file in parts; a TraceError names the line or
-    token that does not fit the layout."""
+    """Yield the trace of a file in parts; TraceError names the line or token that does not fit."""
     header, lines = header_of(path)
     tokens: Any = header.get("tokens")
     if not lines and not isinstance(tokens, list):
@@ -68,8 +67,7 @@ def header_of(path: Path) -> tuple[dict[str, Any], bool]:
 def token_parts(
     path: Path, header: dict[str, Any], tokens_of: Callable[[int], Tokens], options: ImportOptions
 ) -> Iterator[RoutingTrace]:
-    """Yield traces of tokens given as (place, object): by ``tokens_of(0)`` to check and measure,
-    then by ``tokens_of(1)`` to convert."""
+    """Yield traces of (place, token): of ``tokens_of(0)`` to check, ``tokens_of(1)`` to convert."""
     layer_ids = header.get("layer_ids")
     if not isinstance(layer_ids, list) or not all(reading.is_count(layer) for layer in layer_ids):
         raise TraceError(

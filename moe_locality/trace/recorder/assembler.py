@@ -16,28 +16,10 @@ import numpy as np
 from torch.nn import Module
 
 from moe_locality.errors import TraceError
+from moe_locality.trace.recorder import labels, writer
 from moe_locality.trace.recorder.hooks import Places, Read, Routes
-from moe_locality.trace.recorder.labels import (
-    GENERATE,
-    Annotation,
-    Axes,
-    Layout,
-    PositionBook,
-    check_fits,
-    continues,
-    generates,
-    layout_of,
-)
-from moe_locality.trace.recorder.writer import (
-    Block,
-    Entry,
-    Replayed,
-    Replays,
-    Ring,
-    RingFull,
-    WriterThread,
-    is_capturing,
-)
+from moe_locality.trace.recorder.labels import Annotation, Axes, Layout, generates
+from moe_locality.trace.recorder.writer import Block, Entry, Ring, RingFull, is_capturing
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +33,8 @@ class Forward(NamedTuple):
 
 @dataclass(kw_only=True, eq=False)
 class Assembler:
-    """The state between two hooks. One thread at a time runs forward passes.
-
-    The first fields are arguments of RoutingRecorder; the next request without a name gets
-    ``next_request_id``.
-    """
+    """The state between two hooks; one thread at a time runs forward passes. The first fields are
+    arguments of RoutingRecorder; the next request without a name gets ``next_request_id``."""
 
     weights: bool
     every_n_steps: int
@@ -73,9 +52,9 @@ class Assembler:
     skipped_blocks: int = 0
 
     def __post_init__(self) -> None:
-        self.replays = Replays(self.graph_replays, self.weights)
+        self.replays = writer.Replays(self.graph_replays, self.weights)
         self.layer_names: list[str] = []
-        self.writer: WriterThread | None = None
+        self.writer: writer.WriterThread | None = None
         """None: nothing has been recorded."""
         self._found_sequence_first = False
         self._ring: Ring | None = None
@@ -84,7 +63,7 @@ class Assembler:
         # request ids, kept for the rest of a generation
         self._annotation, self._forward_index = Annotation(), 0
         self._numbers: np.ndarray | None = None
-        self._book = PositionBook()
+        self._book = labels.PositionBook()
         self._lookups: dict[int, np.ndarray] = {}
         self._warned: set[str] = set()
         self._stalled = False
@@ -197,12 +176,12 @@ class Assembler:
         """Go on to the next forward pass: positions of its requests, step."""
         self._forward_index += 1
         if generates(block.annotation) and len(block.request_ids):
-            labels = (block.annotation, block.layout, block.request_ids, block.starts)
-            self._book.advance(*labels, block.forward_index == 0)
+            known = (block.annotation, block.layout, block.request_ids, block.starts)
+            self._book.advance(*known, block.forward_index == 0)
         if not self.explicit_steps:
             self.step += 1
 
-    def _hand_over(self, block: Block, ring: Ring | Replayed) -> None:
+    def _hand_over(self, block: Block, ring: Ring | writer.Replayed) -> None:
         assert self.writer is not None
         try:
             self.writer.put(block, ring, self._patience_s())
@@ -219,8 +198,8 @@ class Assembler:
             self._annotation, self._forward_index, self._numbers = annotation, 0, None
         error = None
         try:
-            layout = layout_of(num_tokens, shape, annotation, self._is_sequence_first(shape))
-            check_fits(annotation, layout, self._forward_index == 0)
+            layout = labels.layout_of(num_tokens, shape, annotation, self._is_sequence_first(shape))
+            labels.check_fits(annotation, layout, self._forward_index == 0)
         except TraceError as found:
             if annotation.explicit is not None:  # what was found is of other tokens
                 block = self._begin(num_tokens, annotation.explicit, shape, training)
@@ -241,7 +220,7 @@ class Assembler:
         )
         if error is None:
             block.request_ids = self._request_ids(block)
-            if continues(annotation, self._forward_index):
+            if labels.continues(annotation, self._forward_index):
                 block.starts = self._book.starts(block.request_ids)
         elif block.recorded:
             self._give_up(block, "labels", error)
@@ -264,7 +243,7 @@ class Assembler:
         annotation, count = block.annotation, block.layout.num_sequences
         if annotation.request_ids is not None:
             return annotation.request_ids
-        known = self._numbers if annotation.stage in ("decode", GENERATE) else None
+        known = self._numbers if annotation.stage in ("decode", labels.GENERATE) else None
         if known is None or len(known) != count:
             known = self._numbers = self.new_requests(count)
         return known
@@ -301,8 +280,7 @@ class Assembler:
         block.entries.append(Entry(layer, offset, top_k, self._lookup(module)))
 
     def _ring_for(self, block: Block, routes: Routes) -> Ring:
-        """Return the ring, made or enlarged so that two blocks of this size fit (one is copied
-        while one is filled)."""
+        """Return the ring, with room for two such blocks: one is copied while one is filled."""
         per_token, tokens = len(self.layer_names) * routes.ids.shape[1], 2 * block.num_tokens
         ring = self._ring
         if ring is not None and (block.entries or ring.capacity >= per_token * tokens):

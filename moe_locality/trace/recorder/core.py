@@ -22,23 +22,9 @@ from torch.utils.module_tracker import ModuleTracker
 from moe_locality.config import TraceConfig
 from moe_locality.errors import TraceError
 from moe_locality.trace.parquet import ShardWriter, make_directory, next_sequence
+from moe_locality.trace.recorder import hooks
 from moe_locality.trace.recorder.assembler import Assembler, Forward
-from moe_locality.trace.recorder.hooks import (
-    Hook,
-    IdleSteps,
-    MoeLayer,
-    Places,
-    config_of,
-    encoder_of,
-    find_moe_layers,
-    hook_layer,
-    input_axes,
-    model_type_of,
-    moe_layer_ids,
-    of_one_size,
-    pipeline_rank,
-    repeats_tokens,
-)
+from moe_locality.trace.recorder.hooks import Hook, MoeLayer, Places
 from moe_locality.trace.recorder.labels import (
     Annotation,
     Axes,
@@ -217,7 +203,7 @@ class RoutingRecorder(AbstractContextManager["RoutingRecorder"]):
                 f"found a recorder that is {'closed' if self._closed else 'failed'}, expected an "
                 "open one: make a new RoutingRecorder"
             )
-        layers = find_moe_layers(module, routers)
+        layers = hooks.find_moe_layers(module, routers)
         attached = set().union(*(handle.modules for handle in self._handles))
         if attached & {id(layer.module) for layer in layers}:
             raise TraceError(
@@ -226,32 +212,32 @@ class RoutingRecorder(AbstractContextManager["RoutingRecorder"]):
             )
         if not attached and self._writer is None:
             self._layers, self._layer_ids = [], []
-        layers = of_one_size(layers, self._layers, self._num_experts)
-        dp_rank = pipeline_rank(module)
+        layers = hooks.of_one_size(layers, self._layers, self._num_experts)
+        dp_rank = hooks.pipeline_rank(module)
         if dp_rank is not None and self._finds_first_id and self._writer is None:
             self._assembler.next_request_id = default_first_request_id(self.path, dp_rank)
         first = self._number(module, layers, layer_ids)
-        self._model_type = model_type_of(module)
+        self._model_type = hooks.model_type_of(module)
         self.model = self.model or _name_of(module)
         places: dict[int, Places] = {}
         for index, layer in enumerate(layers, start=first):
             places[id(layer.module)] = (*places.get(id(layer.module), ()), index)
-        hooks: list[Any] = []
+        made: list[Any] = []
         for layer in (layer for layer in layers if layer.depth == 0):
-            hooks += hook_layer(places[id(layer.module)], layer, self._on_routes, self._on_shape)
-        hooks += self._hook_forward(module)
-        encoder = encoder_of(module, layers)
+            of_layer = places[id(layer.module)]
+            made += hooks.hook_layer(of_layer, layer, self._on_routes, self._on_shape)
+        made += self._hook_forward(module)
+        encoder = hooks.encoder_of(module, layers)
         if encoder is not None:
-            hooks += self._hook_encoder(encoder)
-        self._handles.append(Handle(self, hooks, set(places)))
+            made += self._hook_encoder(encoder)
+        self._handles.append(Handle(self, made, set(places)))
         return self._handles[-1]
 
     def _number(self, module: Any, layers: list[MoeLayer], layer_ids: Sequence[int] | None) -> int:
-        """Take the layers into the table and return the number of the first. Ids are by default
-        those of the names, and go on from the next free one where the names tell none.
-        """
+        """Take the layers into the table, by default under the ids of their names or the next free
+        ones, and return the number of the first."""
         if layer_ids is None:
-            layer_ids = moe_layer_ids(module, [layer.name for layer in layers])
+            layer_ids = hooks.moe_layer_ids(module, [layer.name for layer in layers])
             if layer_ids is None or set(layer_ids) & set(self._layer_ids):
                 free = max(self._layer_ids, default=-1) + 1
                 layer_ids = range(free, free + len(layers))
@@ -304,7 +290,7 @@ class RoutingRecorder(AbstractContextManager["RoutingRecorder"]):
 
     def _hook_forward(self, module: torch.nn.Module) -> list[Any]:
         """Hook the model that is called: its arguments label the tokens, its end ends a block."""
-        self._repeats, idle_steps = repeats_tokens(module), IdleSteps(module)
+        self._repeats, idle_steps = hooks.repeats_tokens(module), hooks.IdleSteps(module)
 
         def begins(module, args, kwargs):
             self._idle, idle_steps.next = idle_steps.next, False
@@ -313,7 +299,7 @@ class RoutingRecorder(AbstractContextManager["RoutingRecorder"]):
             self._end_block()
             if self._global_step is not None:
                 self._assembler.step = self._global_step()
-            axes = input_axes([*args, *kwargs.values()])
+            axes = hooks.input_axes([*args, *kwargs.values()])
             self._assembler.forward, self._labels = Forward(type(module).__name__, axes), None
             self._guarded(self._read_labels, module, args, kwargs)
 
@@ -370,8 +356,7 @@ class RoutingRecorder(AbstractContextManager["RoutingRecorder"]):
 
     def _records(self) -> bool:
         """False after a failure or close, in a forked child, in backward (recomputation), and where
-        another rank records the same tokens.
-        """
+        another rank records the same tokens."""
         if self._failure is not None:
             if self._strict and not self._closed:
                 raise TraceError(f"recording stopped: {self._failure}") from self._failure
@@ -408,16 +393,13 @@ class RoutingRecorder(AbstractContextManager["RoutingRecorder"]):
 
     def replayed(self) -> None:
         """Label the replay of a CUDA graph that was just launched by the ``annotate`` around it;
-        after every replay or after none. Without it a replay has new requests, and its stage is
-        that of the capture.
-        """
+        after every replay or none. Without it a replay has new requests and the capture's stage."""
         if self._running and self._writer is not None:
             self._assembler.replays.notes.append(current_annotation())
 
     def drain(self) -> None:
-        """Take over what the replays of CUDA graphs recorded; waits for the device if there is one
-        such graph. ``step``, ``flush`` and ``close`` do it too.
-        """
+        """Take over what the replays of CUDA graphs recorded, as ``step``, ``flush`` and ``close``
+        do; waits for the device if there is such a graph."""
         self._end_block()
         if self._running:
             self._guarded(self._assembler.drain)
@@ -430,10 +412,7 @@ class RoutingRecorder(AbstractContextManager["RoutingRecorder"]):
 
     def close(self) -> RecorderReport:
         """Detach, write the rest, end the writer thread, and report. Harmless when done before.
-
-        Raises:
-            TraceError: only with ``strict``: recording had failed, or failed now.
-        """
+        TraceError only with ``strict``: recording had failed, or failed now."""
         if self._closed:
             return self.report()
         with contextlib.suppress(TraceError):  # raised below, when all is written
@@ -534,7 +513,7 @@ def check_writable(directory: Path) -> None:
 
 def _name_of(model: torch.nn.Module) -> str:
     """Under which name transformers loaded the model, else its type; "" for other models."""
-    config = config_of(model)
+    config = hooks.config_of(model)
     names = (getattr(config, name, None) for name in ("name_or_path", "model_type"))
     return next((name for name in names if isinstance(name, str) and name), "")
 

@@ -137,13 +137,9 @@ def read_custom(custom: Any, module: Any, args: Any, output: Any, with_weights: 
 
 
 def _are_picks(ids: Any, weights: Any) -> bool:
-    return (
-        isinstance(ids, torch.Tensor)
-        and isinstance(weights, torch.Tensor)
-        and ids.ndim == 2
-        and not ids.is_floating_point()
-        and weights.is_floating_point()
-    )
+    if not isinstance(ids, torch.Tensor) or not isinstance(weights, torch.Tensor):
+        return False
+    return ids.ndim == 2 and not ids.is_floating_point() and weights.is_floating_point()
 
 
 def _describe(items: Any) -> str:
@@ -208,10 +204,8 @@ OnShape = Callable[[Places, "Axes | None"], None]
 
 
 class Hook:
-    """A forward hook that stays behind when its model is copied or pickled.
-
-    In a compiled model it is a graph break: tracing it would compile the state of the recorder in.
-    """
+    """A forward hook that stays behind when its model is copied or pickled. In a compiled model it
+    is a graph break: tracing it would compile the state of the recorder in."""
 
     __slots__ = ("_call", "_untraced")
 
@@ -236,8 +230,7 @@ def _do_nothing(*_args: Any) -> None:
 class IdleSteps:
     """Knows which forward passes of ``generate(synced_gpus=True)`` are for the other ranks only: a
     rank whose requests are done runs its model on until all ranks are done. It stands in for the
-    method that transformers asks before every step, until :meth:`remove`.
-    """
+    method that transformers asks before every step, until :meth:`remove`."""
 
     METHOD = "_has_unfinished_sequences"
 
@@ -327,8 +320,7 @@ def of_one_size(
     layers: list[MoeLayer], before: list[MoeLayer], num_experts: int | None
 ) -> list[MoeLayer]:
     """Return the layers with ``num_experts`` experts (None: all). A trace has one number for all:
-    TraceError where none has that many, or they and those attached ``before`` differ.
-    """
+    TraceError where none has that many, or they and those attached ``before`` differ."""
     chosen = [layer for layer in layers if num_experts in (None, layer.num_experts)]
     sizes = {layer.num_experts for layer in [*chosen, *before]}
     if chosen and len(sizes) == 1:
@@ -375,11 +367,8 @@ def _sizes(kind: str, module: Any) -> tuple[int, int | None]:
 def hook_layer(
     places: Places, layer: MoeLayer, on_routes: OnRoutes, on_shape: OnShape | None
 ) -> list[RemovableHandle]:
-    """Hook one layer and return the handles.
-
-    ``on_shape(places, (B, S) or None)``, where it is given, is called before it runs, and
-    ``on_routes(places, module, read)`` when it has routed; ``read(with_weights)`` returns Routes.
-    """
+    """Hook a layer: ``on_shape(places, (B, S) or None)``, if given, is called before it runs,
+    ``on_routes(places, module, read)`` when it has routed; ``read(with_weights)`` gives Routes."""
     handles: list[RemovableHandle] = []
     if layer.parent is not None and on_shape is not None:
 
@@ -412,8 +401,7 @@ def hook_layer(
 
 def route_hooks(module: Any) -> OrderedDict[int, Callable[..., None]]:
     """Return the hooks that an exchange of ours calls with ``(ids [T, K], weights [T, K])``. They
-    stand on the layer, also before it is ours. A class of ours says ``calls_route_hooks``.
-    """
+    stand on the layer, also before it is ours. A class of ours says ``calls_route_hooks``."""
     return vars(module).setdefault("route_hooks", OrderedDict())
 
 
@@ -452,8 +440,7 @@ def pipeline_rank(model: torch.nn.Module) -> int | None:
 
 def repeats_tokens(model: torch.nn.Module) -> bool:
     """Whether another rank records the tokens of this one: the first of its tensor-parallel group,
-    whose ranks transformers gives the same batch.
-    """
+    whose ranks transformers gives the same batch."""
     for module in model.modules():
         mesh: Any = getattr(module, "_device_mesh", None)
         if "tp" in (getattr(mesh, "mesh_dim_names", None) or ()):
@@ -485,11 +472,8 @@ def model_type_of(model: torch.nn.Module) -> str:
 def moe_layer_ids(model: torch.nn.Module, names: Sequence[str]) -> list[int] | None:
     """The transformer layer index, dense layers counted, of the MoE modules with these names.
 
-    None where nothing tells: the layers then count as 0, 1, 2, ... in their order.
-
-    Raises:
-        TraceError: a stage of a DeepSpeed pipeline whose blocks cannot be told: what other stages
-            hold is not seen from here, so an order of its own would be wrong.
+    None where nothing tells: the layers then count as 0, 1, 2, ... in their order. TraceError in a
+    stage of a DeepSpeed pipeline whose blocks cannot be told: other stages are not seen from here.
     """
     names = [name.removesuffix(".deepspeed_moe.gate") for name in names]
     for prefix, module in model.named_modules():
@@ -581,9 +565,7 @@ def _alike_below(name: str, above: str, lists: _Lists, moe: set[str]) -> tuple[s
 
 
 def _pipeline_numbers(kinds: Sequence[Any], prefix: str, names: Sequence[str]) -> list[int]:
-    """Number of each MoE layer among the blocks of all stages: the layers of the class that comes
-    most often, and all between them.
-    """
+    """Numbers among the blocks of all stages: layers of the commonest class, and all between."""
     blocks = {kind for kind, _ in Counter(filter(None, kinds)).most_common(1)}
     span: list[int] = []
     while len(found := [at for at, kind in enumerate(kinds) if kind in blocks]) > len(span):

@@ -71,9 +71,8 @@ _EMPTY = Annotation()
 _CURRENT: ContextVar[Annotation] = ContextVar("moe_locality_annotation", default=_EMPTY)
 
 
-def current_annotation() -> Annotation:
-    """The annotation in force here, an empty one outside ``annotate``."""
-    return _CURRENT.get()
+current_annotation = _CURRENT.get
+"""Returns the annotation in force here, an empty one outside ``annotate``."""
 
 
 @contextlib.contextmanager
@@ -163,11 +162,8 @@ def _integers(value: Any, name: str) -> np.ndarray | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How the T tokens of one forward pass lie in sequences.
-
-    num_sequences * length = num_tokens. ``sequence_first``: token t belongs to sequence
-    t % num_sequences ([S, B, D] models), else to t // length ([B, S, D] models).
-    """
+    """How the T = num_sequences * length tokens of one forward pass lie in sequences: token t is in
+    t % num_sequences if ``sequence_first`` ([S, B, D] models), else in t // length ([B, S, D])."""
 
     num_sequences: int
     length: int
@@ -213,11 +209,9 @@ class Layout:
 def layout_of(
     num_tokens: int, shape: Axes | None, annotation: Annotation, sequence_first: bool = False
 ) -> Layout:
-    """Return how ``num_tokens`` lie in sequences; TraceError for neither B nor T labels.
-
-    ``shape`` holds the first two axes of a [B, S, D] (or [S, B, D]) input where one was seen.
-    Without it the annotation's labels say B; without those all tokens count as one sequence.
-    """
+    """Return how ``num_tokens`` lie in sequences: by ``shape``, the first two axes of a [B, S, D]
+    (or [S, B, D]) input where one was seen, else by the number of labels, else as one sequence.
+    TraceError for neither B nor T labels."""
     labels = annotation.num_labels
     if shape is not None and shape[0] * shape[1] == num_tokens:
         length, count = shape if sequence_first else (shape[1], shape[0])
@@ -384,11 +378,8 @@ def running_count(values: np.ndarray) -> np.ndarray:
 
 
 class Generation:
-    """The requests that one cache belongs to, one per row of the batch.
-
-    ``next_position``: int64 [B], tokens of the request so far, without padding and rejected drafts;
-    ``ended``: bool [B], the row had its end-of-sequence token, padding follows.
-    """
+    """The requests of one cache, one per row of the batch. ``next_position``: int64 [B], their
+    tokens so far without padding and rejected drafts; ``ended``: bool [B], the end token came."""
 
     def __init__(self, request_ids: np.ndarray, next_position: np.ndarray) -> None:
         self.request_ids, self.next_position = request_ids, next_position
@@ -427,9 +418,8 @@ class Sequences:
         self._known: weakref.WeakKeyDictionary[Any, Generation] = weakref.WeakKeyDictionary()
 
     def labels(self, module: Any, given: Given, explicit: Annotation) -> Annotation:
-        """Return ``explicit`` with what it leaves open filled in from what a forward pass is given.
-        On a GPU this waits for mask and positions.
-        """
+        """Return ``explicit`` with what it leaves open filled in from what a forward pass is given;
+        on a GPU this waits for mask and positions."""
         shape = _tokens_shape(given)
         if shape is None or explicit.stage == "decode" or explicit.positions is not None:
             return explicit
@@ -554,8 +544,7 @@ def _seen_before(given: Given, rows: int, past: int) -> np.ndarray:
 
 def _drafts(given: Given, length: int, past: int) -> int:
     """How many tokens at the end are drafts (the first of a later pass is not, yet it decodes):
-    assisted generation asks for the logits of the last token before the drafts and of each draft.
-    """
+    assisted generation asks for the logits of the last token before them and of each draft."""
     logits = given.get("logits_to_keep")
     if not isinstance(logits, int) or not 1 < logits <= length:
         return 0

@@ -68,9 +68,7 @@ class Ring:
             return self._released.wait_for(lambda: self._tail >= self.head, timeout_s)
 
     def reserve(self, count: int, timeout_s: float) -> int:
-        """Return the offset of ``count`` free elements in a row; RingFull where the consumer does
-        not make room within ``timeout_s``.
-        """
+        """Return the offset of ``count`` free elements in a row; RingFull after ``timeout_s``."""
         start = self.head
         if start % self.capacity + count > self.capacity:
             start += self.capacity - start % self.capacity
@@ -185,8 +183,7 @@ class Capture:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replayed:
     """One replay of a captured forward pass, on the host, with the methods of a ring that a writer
-    uses. An offset is the number of a layer among those of the capture.
-    """
+    uses. An offset is the number of a layer among those of the capture."""
 
     capture: Capture
     tick: int
@@ -205,10 +202,8 @@ class Replayed:
 
 
 class ReplayRing:
-    """Slots for the picks of T tokens in L layers, on the device.
-
-    Memory: slots * L * T * K * 2 bytes, twice that with weights.
-    """
+    """Slots for the picks of T tokens in L layers, on the device. Memory: slots * L * T * K * 2
+    bytes, twice that with weights."""
 
     def __init__(
         self, slots: int, layers: int, tokens: int, top_k: int, device: torch.device, weights: bool
@@ -263,9 +258,7 @@ class ReplayRing:
 
 class Replays:
     """The rings of a recorder, one for every number of tokens, and what was captured into them.
-
-    ``slots``: replays that a ring holds between two drains; 0: nothing is recorded in graphs.
-    """
+    ``slots``: replays that a ring holds between two drains; 0: nothing is recorded in graphs."""
 
     def __init__(self, slots: int, weights: bool) -> None:
         self.slots, self._weights = slots, weights
@@ -346,11 +339,8 @@ QUEUED_BLOCKS = 1024
 
 
 class ShardBuffer:
-    """Rows of the next shard of ``writer``.
-
-    Memory: shard_tokens * (L * K * 2 + 25) bytes, twice the L * K * 2 with weights; pages are taken
-    as rows come.
-    """
+    """Rows of the next shard of ``writer``: shard_tokens * (L * K * 2 + 25) bytes, twice the
+    L * K * 2 with weights; pages are taken as rows come."""
 
     def __init__(self, writer: ShardWriter, shard_tokens: int) -> None:
         self._writer, self._shard_tokens = writer, shard_tokens
@@ -367,8 +357,7 @@ class ShardBuffer:
 
     def add(self, block: Block, ring: Ring | Replayed) -> None:
         """Append the rows of a block; write a shard each time the buffer is full. TraceError where
-        an expert id is out of range, K grew, or the disk refuses.
-        """
+        an expert id is out of range, K grew, or the disk refuses."""
         labels = spread(
             block.annotation,
             block.layout,
@@ -470,9 +459,7 @@ class WriterThread:
         self._thread.start()
 
     def counts(self) -> tuple[int, int, int]:
-        """Tokens in complete shards; tokens taken over before or after a failure that are in none;
-        shards.
-        """
+        """Tokens in complete shards; tokens lost by a failure, before or after it; shards."""
         failed, buffer = self._failed, self._buffer  # after a failure the buffer does not change
         if buffer is None:
             return 0, self._taken_tokens if failed else 0, 0
@@ -484,9 +471,7 @@ class WriterThread:
         self._queue.put((block, ring), timeout=timeout_s)
 
     def flush(self, timeout_s: float, *, stop: bool = False) -> bool:
-        """Write everything handed over so far into a shard, and end the thread where it is to
-        ``stop``; False when that takes too long.
-        """
+        """Write all handed over into a shard, end the thread on ``stop``; False if too slow."""
         done = threading.Event()
         try:
             self._queue.put(("stop" if stop else "flush", done), timeout=timeout_s)
