@@ -162,9 +162,7 @@ class Metrics:
             yield f"{full}{suffix}{_labels({**own, **told})} {float(value)!r}"
 
     def listen(self, port: int, host: str = "127.0.0.1") -> int:
-        """Serve ``/metrics`` from a thread; return the port (0: any that is free). ConfigError: the
-        address cannot be taken.
-        """
+        """Serve ``/metrics`` from a thread; return the port (0: any). ConfigError: it is taken."""
         try:
             self._server = ThreadingHTTPServer((host, port), _handler(self))
         except (OSError, OverflowError) as error:

@@ -111,7 +111,7 @@ class Request:
 @dataclass(slots=True, kw_only=True)
 class CompletionOutput:
     """One continuation. ``finish_reason``: "stop", "length" or "abort"; ``stop_reason``: the token
-    or text that ended it, None for the model's own. ``logprobs``: {token id: it}, per token.
+    or text that ended it, None for the model's own. ``logprobs``: {id: log-probability} per token.
     """
 
     index: int

@@ -93,7 +93,8 @@ class RequestState:
     """A request on its way. ``computed``: tokens of its prompt that are in its cache ``rows``;
     ``number``: its place in the order of arrival; ``picks``: the routing of its prompt, a part
     ``[t, L, K]`` per pass, where it was asked for; ``profile [L, E]``: how often ``profiled``
-    tokens picked each expert; ``due_at``: read so far before its ``home`` is chosen, None: it is.
+    tokens picked each expert; ``due_at``: tokens that are read before its ``home`` is chosen, None:
+    it has one.
     """
 
     request_id: RequestId
