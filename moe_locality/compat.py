@@ -48,11 +48,9 @@ def require_deepspeed() -> str:
 
 
 def avoid_cpu_jit() -> None:
-    """Keep DeepSpeed's CPU backend from compiling ``deepspeed_shm_comm`` at its start.
-
-    The build takes minutes, and hangs without a word on a lock that a killed build left behind.
-    Call this before ``deepspeed.init_distributed``; on a GPU it changes nothing.
-    """
+    """Keep DeepSpeed's CPU backend from compiling ``deepspeed_shm_comm`` at its start, which takes
+    minutes, and hangs without a word on a lock that a killed build left behind. Call this before
+    ``deepspeed.init_distributed``; on a GPU it changes nothing."""
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

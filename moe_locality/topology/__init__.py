@@ -1,7 +1,4 @@
-"""The cluster (``ClusterTopology``) and the groups that follow from it.
-
-What needs torch is loaded on first use.
-"""
+"""The cluster (``ClusterTopology``) and its groups. What needs torch is loaded on first use."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

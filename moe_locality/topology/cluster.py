@@ -297,12 +297,9 @@ def layout_of(
 
 
 def _refuse_model_parallelism(mpu: Any) -> None:
-    """Refuse an ``mpu`` that splits the ranks: its groups and ours would overlap wrongly.
-
-    DeepSpeed lays expert groups over consecutive ranks, which are then tensor-parallel peers: they
-    hold the same tokens, so an EP group would send each token several times, and the EDP groups
-    would average over ranks that are no data-parallel peers.
-    """
+    """Refuse an ``mpu`` that splits the ranks: expert groups lie over consecutive ranks, which are
+    then tensor-parallel peers with the same tokens. An EP group would send each token several
+    times, and the EDP groups would average over ranks that are no data-parallel peers."""
     for what, names in {
         "tensor": ("get_tensor_model_parallel_world_size", "get_model_parallel_world_size"),
         "pipeline": ("get_pipeline_model_parallel_world_size", "get_pipe_parallel_world_size"),

@@ -86,8 +86,7 @@ def _raise_on_all(error: str | None, what: str) -> None:
 def build_groups(layout: GroupLayout) -> ExpertParallelGroups:
     """Make the process groups of a layout, or return those that exist of it on all ranks.
 
-    Collective over all ranks; TopologyError on all, when the layouts of two ranks differ or are not
-    for this world.
+    Collective over all ranks; TopologyError on all where layouts differ or fit another world.
     """
     digest = layout.digest()
     found = _built.get(digest, lambda: None)()
@@ -190,10 +189,7 @@ def follow_groups(
 ) -> tuple[ClusterTopology, GroupLayout]:
     """Make groups inside and across the nodes for expert groups that exist, follow they the nodes
     or not. Collective. Returns the nodes (default: :func:`discover_topology`) and all expert
-    groups.
-
-    ``ep_ranks``: those of this rank's expert group. None, there is none, raises TopologyError on
-    all ranks.
+    groups. ``ep_ranks``: those of this rank's; None, it has none, is a TopologyError on all ranks.
     """
     if topology is None:
         topology = discover_topology(cluster_config=cluster_config)

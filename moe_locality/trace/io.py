@@ -43,8 +43,7 @@ def read_trace(
         layers: transformer layer indices to read; other layers are not read from disk. None: all.
 
     Raises:
-        TraceError: nothing readable is there, or (strict) a shard is damaged or does not fit; the
-        shard is named.
+        TraceError: nothing readable is there, or (strict) a shard (named) is damaged or unfit.
     """
     trace, problems = read_trace_report(path, strict=strict, layers=layers)
     for problem in problems:
@@ -118,8 +117,7 @@ def write_trace(
         shard_tokens: rows per shard.
 
     Raises:
-        TraceError: the directory holds another trace and ``overwrite`` is False, or cannot be
-        written.
+        TraceError: another trace is there and ``overwrite`` is False, or it cannot be written.
     """
     place = Path(path)
     if place.suffix == ".npz" and not place.is_dir():
@@ -240,8 +238,7 @@ def read_pieces(
         progress: called with (pieces done, pieces in all, name of the shard).
 
     Raises:
-        TraceError: nothing is there, a shard is damaged, missing in a sequence, or does not fit the
-            first one.
+        TraceError: nothing is there, or a shard is damaged, missing, or does not fit the first.
     """
     place = Path(path)
     if place.suffix == ".npz" and not place.is_dir():

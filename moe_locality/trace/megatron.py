@@ -14,8 +14,7 @@ and what is made of it:
 * several records of a layer in one step are its micro-batches, in the order of the file. Activation
   recomputation runs routers twice and cannot be told from them;
 * layers are numbered within the rank's pipeline stage: read only ranks of one stage together;
-* multi-token-prediction layers (``"block": "mtp"``) have clashing numbers and are left out, with a
-  warning.
+* multi-token-prediction layers (``"block": "mtp"``), whose numbers clash: left out, and warned of.
 """
 
 from __future__ import annotations

@@ -180,8 +180,7 @@ def merge(traces: Sequence[RoutingTrace], *, strict: bool = True) -> tuple[Routi
             dropped, and what was done is returned as sentences.
 
     Raises:
-        TraceError: settings differ, layer sets overlap in part, or (strict) stages do not hold the
-        same tokens.
+        TraceError: settings differ, layers overlap in part, or (strict) stages hold other tokens.
     """
     by_layers: dict[frozenset[int], list[RoutingTrace]] = {}
     for trace in _of_one_model(traces):

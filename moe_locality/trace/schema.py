@@ -1,7 +1,6 @@
 """The routing trace: which experts every token of a run picked, as plain numpy arrays.
 
-Shape letters: T tokens, L MoE layers, K picks per token, E experts, S steps (rows of counts), D
-domains.
+T tokens, L MoE layers, K picks per token, E experts, S steps (rows of counts), D domains.
 """
 
 from __future__ import annotations
@@ -195,8 +194,7 @@ class RoutingTrace:
             requests: request ids; ids that are not in the trace select nothing.
 
         Raises:
-            TraceError: a domain, group, stage or layer is unknown, or requests are asked of a trace
-            without them.
+            TraceError: a domain, group, stage or layer is unknown, or the trace has no requests.
         """
         keep = np.ones(self.num_rows, bool)
         labels = ((domains, self.domain, "domain"), (domain_groups, self.groups, "domain group"))
@@ -280,8 +278,7 @@ class RoutingTrace:
         """SHA-256 (hex) of the content, whatever the order of rows, domain table and shards.
 
         Rows are brought into the order (request_id, step, position, stage, rank, domain), ties
-        broken by a fingerprint of the picks; domains are sorted by name and unused ones left out;
-        layers are sorted.
+        broken by a fingerprint of the picks; layers and the domains in use are sorted.
         """
         return joining.content_hash(self)
 

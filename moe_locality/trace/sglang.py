@@ -16,9 +16,8 @@ The dumps hold *physical* ids; they become logical by the map at the end of the 
 ids are not recorded: in prefill ``extend_seq_lens`` cuts a pass into requests, and a piece (or a
 decoded token) belongs to the request of its rank that its first position continues, the oldest
 where several do: a guess. Of draft tokens, of idle passes and of layers of different sizes see
-docs/formats.md. Layers without any pick are dense ones and are left out. Ranks of tensor
-parallelism without attention data parallelism record the same tokens: such a copy is left out, with
-a warning.
+docs/formats.md. Layers without any pick, dense ones, are left out, and with a warning copies: ranks
+of tensor parallelism without attention data parallelism record the same tokens.
 """
 
 from __future__ import annotations
@@ -300,12 +299,9 @@ def _pieces(path: Path, record: dict[str, Any], num_tokens: int, size: int) -> l
 
 
 class _Requests:
-    """The requests of a rank that go on.
-
-    ``waiting``: position → requests that may begin their next piece there, the oldest first;
-    ``places``: request → these positions; ``drafts``: request → (row, positions) of its last piece
-    where that was one of drafts.
-    """
+    """The requests of a rank that go on. ``waiting``: position → those that may begin their next
+    piece there, the oldest first; ``places``: request → these positions; ``drafts``: request →
+    (row, positions) of its last piece where that was one of drafts."""
 
     def __init__(self, numbers: Iterator[int]) -> None:
         self.numbers = numbers

@@ -311,13 +311,9 @@ def spread(
     training: bool,
     forward_index: int,
 ) -> BlockLabels:
-    """Return the labels of every token of one forward pass.
-
-    Args:
-        request_ids: int64, one per sequence or one per token.
-        starts: position of the first token of each of them where it ``continues``, else None.
-        forward_index: which forward pass inside this annotation it is, from 0.
-    """
+    """Return the labels of every token of one forward pass, the ``forward_index``-th inside this
+    annotation, from 0. ``request_ids``: int64, one per sequence or one per token; ``starts``: the
+    position of the first token of each of them where it ``continues``, else None."""
     domains, index = annotation.domains, None
     if domains is not None and len(domains) > 1:
         index = layout.per_sequence(np.arange(len(domains)))

@@ -306,11 +306,8 @@ class Replays:
 
     def drain(self) -> tuple[list[tuple[Replayed, Annotation]], int, int]:
         """Return the replays since the last call with their labels, in the order in which they ran,
-        the tokens that were overwritten, and in how many replays.
-
-        Labels are the ``notes`` where every replay had one; else nothing but the stage that was in
-        force at the capture. Waits for the device.
-        """
+        the tokens that were overwritten, and in how many replays. Labels are the ``notes`` where
+        every replay had one; else the stage in force at the capture. Waits for the device."""
         found: list[Replayed] = []
         tokens = replays = 0
         for ring in self._rings.values():
@@ -437,9 +434,8 @@ class WriterThread:
     """Feeds a ShardBuffer from a bounded queue, in a daemon thread. After a failure it goes on
     emptying the queue and the ring, so that no hook waits for it, and counts the tokens as lost.
 
-    Args:
-        shard_writer: makes the writer of the shards when it is given ``top_k=``.
-        top_k: largest K of the layers; None: taken from the first block.
+    ``shard_writer`` makes the writer of the shards, given ``top_k=``: the largest K of the layers,
+    or that of the first block where ``top_k`` is None.
     """
 
     def __init__(
