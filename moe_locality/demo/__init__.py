@@ -58,9 +58,7 @@ def run_demo(
 
 @contextlib.contextmanager
 def _own_directory(out: Path, trace: Path | None) -> Iterator[None]:
-    """Remove what earlier demos made in ``out`` (old shards would become part of the new trace),
-    and note what this one makes, however it ends.
-    """
+    """Remove what earlier demos made (old shards would be read), and note what this one makes."""
     for path in sorted(_made_before(out, trace), reverse=True):  # a folder after what is in it
         if path.is_symlink() or path.is_file():
             path.unlink()

@@ -180,9 +180,7 @@ class _Job:
         homes: dict[int, int] | None,
         choose: Choose | None = None,
     ) -> dict[str, Any]:
-        """One way to decode the held-out requests: rows per token and layer of all decode tokens
-        (expected ones where homes are random), and means over the "steps" of ``lockstep``.
-        """
+        """Rows per token and layer (expected for random homes), and means over ``lockstep``."""
         costs = evaluate(self.judged, plan, self.topology, homes)
         tokens = self.judged.num_tokens
         steps = max(ROUNDS * tokens // (NUM_RANKS * MAX_NUM_SEQS), 1)
@@ -270,9 +268,8 @@ def paper_on_trace(
 
 def paper_in_decoder(out: Path, *, nodes: int, arguments: Sequence[str] = ()) -> dict[str, Any]:
     """Train a small model, or take the one in ``out``, and decode on ``NUM_RANKS`` local ranks that
-    stand for ``nodes``: examples/paper_decoder.py, with its further ``arguments``.
-
-    Returns what it writes to paper.json; its report is ``out``/report-N-nodes.html.
+    stand for ``nodes``: examples/paper_decoder.py, with its further ``arguments``. Return what it
+    writes to paper.json; its report is ``out``/report-N-nodes.html.
     """
     words = ["--out", str(out), "--num-nodes", str(nodes), *arguments]
     log = out / f"ranks-{nodes}-nodes.log"

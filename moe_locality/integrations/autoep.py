@@ -53,7 +53,6 @@ _KEEP_STOCK = "set enabled to false in the moe_locality section"
 
 class LocalityAutoEPMoELayer(ExchangingLayer, AutoEPMoELayer):
     """``AutoEPMoELayer`` with our exchange; :func:`adopt` makes one of a layer that AutoEP built.
-
     ``slot_to_logical [E]``: the expert of each slot; slot s is in row ``s % e`` of rank ``s // e``.
     """
 
@@ -204,10 +203,9 @@ def _stays_because(name: str, module: AutoEPMoELayer, plan: PlacementPlan | None
 
 
 def wrap_checkpoints(engine: Any) -> None:
-    """Save and load with the experts in logical order, as AutoEP does.
-
-    The placement is undone before a call and redone after it: weights, masters and moments travel
-    twice, and files know no plan. An error rises on all ranks. A second call changes nothing.
+    """Save and load with the experts in logical order, as AutoEP does. The placement is undone
+    before a call and redone after it: weights, masters and moments travel twice, and files know no
+    plan. An error rises on all ranks. A second call changes nothing.
     """
     if getattr(engine, "moe_locality_wraps_checkpoints", False):
         return

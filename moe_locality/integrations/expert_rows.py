@@ -288,9 +288,8 @@ _watched: "weakref.WeakSet[ExpertRows]" = weakref.WeakSet()
 _placed: "weakref.WeakSet[ExpertRows]" = weakref.WeakSet()
 _watching: list[Any] = []
 _numbers = count()
+# optimizers of experts by numbers that are the same on all ranks: they step in the same order
 _followed: "weakref.WeakValueDictionary[int, torch.optim.Optimizer]" = weakref.WeakValueDictionary()
-"""Optimizers of experts by their numbers, which are the same on all ranks: they step in the same
-order."""
 
 
 def all_ranks_are_here(what: str) -> None:
@@ -305,9 +304,7 @@ def all_ranks_are_here(what: str) -> None:
 
 @torch.no_grad()
 def _reordered(rows: ExpertRows, tensor: DTensor, leaving: bool) -> DTensor:
-    """Return ``tensor`` in logical order (``leaving``), or in that of the rows. Collective. A rank
-    gets its own rows only, and needs room for two more of them.
-    """
+    """Return it in logical order (``leaving``), or in that of the rows. Takes room for two rows."""
     logical = np.arange(len(rows.order))
     current, target = (rows.order, logical) if leaving else (logical, rows.order)
     exchange = RowExchange.reordering(current, target, rows.group)
@@ -354,10 +351,8 @@ def keep_checkpoints_logical(rows: ExpertRows, first: bool) -> None:
 
 
 def watch_optimizers(rows: ExpertRows) -> None:
-    """Follow every optimizer that holds these experts from its first step on (which
-    torch.distributed.checkpoint makes itself before it loads).
-    """
-    _watched.add(rows)
+    """Follow every optimizer that holds these experts from its first step on."""
+    _watched.add(rows)  # torch.distributed.checkpoint makes a step itself before it loads
     if not _watching:
         _watching.append(register_optimizer_step_pre_hook(_before_step))
 

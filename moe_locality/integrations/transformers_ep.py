@@ -163,10 +163,8 @@ class LocalityEP(ExchangingLayer, EPImplementation):
             )
 
     def place(self, slot_to_logical: np.ndarray, serving: SlotMap, others: list[DTensor]) -> None:
-        """Move the experts to their slots ``[P]``. Collective over the EP group.
-
-        ``serving``: the slot that serves each expert for the tokens of this rank.
-        ``others``: gradients and moments, which move with the experts.
+        """Move the experts, and ``others``, their gradients and moments, to their slots ``[P]``.
+        Collective over the EP group. ``serving``: the slot of each expert for this rank's tokens.
         """
         slots = self.rows.place(slot_to_logical, others)
         self.slot_map = serving.renumbered(slots)

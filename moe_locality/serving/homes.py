@@ -95,7 +95,7 @@ class HomeRule:
         return self._arriving.score(ids)
 
     def assign(self, offers: Sequence["Offer"], scores: np.ndarray) -> list[int]:
-        """The homes of the requests that are due, ``scores [n, G]``: on all ranks the same ones."""
+        """The homes of the requests that are due, ``scores [n, G]``: on all ranks in one order."""
         if self.homes == "random":
             seeds = [(self._seed, offer.source, offer.number) for offer in offers]
             return [int(np.random.default_rng(s).integers(self.num_ranks)) for s in seeds]
@@ -140,9 +140,8 @@ class Offer:
 
 class HandOver:
     """Carries requests between ranks. All methods but :meth:`arrived` are collective.
-
-    ``sent_bytes [3]``: what this rank sent inside its node and across nodes, KV and the rest;
-    its first entry, for itself, stays 0. ``moved``: requests that this rank sent.
+    ``sent_bytes [3]``: what this rank sent to itself (0), inside its node and across nodes, KV and
+    the rest; ``moved``: requests that it sent.
     """
 
     def __init__(
@@ -267,9 +266,8 @@ class HandOver:
 
 
 def _watch(work: Any, offer: Offer, on_cuda: bool) -> Callable[[], bool]:
-    """Return a function that says whether a transfer is done, without waiting. gloo, which carries
-    what is on the CPU, knows it only from a thread that waits. The name of the backend does not
-    tell: it is "undefined" where the job named none.
+    """Return a function that says whether a transfer is done. gloo, which carries what is on the
+    CPU, knows it only from a thread that waits; the backend's name may be "undefined".
     """
     if work is None:
         raise LostRanks(f"found no transfer of a request from rank {offer.source}")

@@ -33,7 +33,6 @@ def world() -> tuple[int, int]:
 
 def rows_of(plan: PlacementPlan, model: nn.Module) -> list[int]:
     """Return the row of the plan for each MoE layer; none where the experts are not spread.
-
     PlacementError: the plan does not fit, or is not the one that the model was placed with.
     """
     num_ranks = world()[1]
@@ -166,9 +165,8 @@ class LockStep:
 
     @torch.no_grad()
     def idle(self) -> None:
-        """Take part in the exchanges of one pass without a token.
-
-        DeepSpeed's layers have more collectives than the exchange: they get a token of nobody.
+        """Take part in the exchanges of one pass without a token. DeepSpeed's layers have more
+        collectives than the exchange: they get a token of nobody.
         """
         if self._whole_passes:
             self._run()

@@ -146,8 +146,7 @@ class RequestOutput:
 def as_request(value: Any, number: int, default: SamplingParams) -> Request:
     """Make a request of a dict (a line of JSONL), of token ids or of a text. A dict has ``prompt``
     (a text, or token ids) or ``prompt_token_ids``, perhaps ``request_id`` and ``domain``, and
-    sampling parameters under ``sampling_params`` or beside them. RequestError: it has an unknown
-    key or a value that cannot be.
+    parameters of sampling in ``sampling_params`` or beside it. RequestError: a wrong key or value.
     """
     if isinstance(value, Request):
         return value

@@ -1,6 +1,5 @@
-"""Choose the next token of every row of a batch. No state: the randomness of a token is a function
-of the seed, the continuation and its position, so a request gives the same tokens on every rank and
-in every batch.
+"""Choose the next token of every row of a batch. Its randomness is a function of seed, continuation
+and position: a request gives the same tokens on every rank and in every batch.
 """
 
 import hashlib

@@ -93,8 +93,7 @@ class RequestState:
     """A request on its way. ``computed``: tokens of its prompt that are in its cache ``rows``;
     ``number``: its place in the order of arrival; ``picks``: the routing of its prompt, a part
     ``[t, L, K]`` per pass, where it was asked for; ``profile [L, E]``: how often ``profiled``
-    tokens picked each expert; ``due_at``: tokens that are read before its ``home`` is chosen, None:
-    it has one.
+    tokens picked each expert; ``due_at``: tokens that are read before its ``home`` is chosen.
     """
 
     request_id: RequestId
@@ -106,7 +105,7 @@ class RequestState:
     home: int | None = None
     domain: str | None = None
     computed: int = 0
-    due_at: int | None = None
+    due_at: int | None = None  # None: it has a home
     rows: Any = None
     sequences: list[Sequence] = field(default_factory=list)
     picks: list[np.ndarray] = field(default_factory=list)

@@ -179,9 +179,7 @@ class Watch:
         return WatchDecision(**facts, plan=plan)
 
     def _trace(self, seen: list[list[Part]]) -> tuple[RoutingTrace, np.ndarray]:
-        """The samples of all ranks, and the node of every token. What a request did on one rank is
-        a request of its own: its prompt may have been read elsewhere.
-        """
+        """The samples of all ranks, and the node of every token."""
         parts = [(rank, *part) for rank, own in enumerate(seen) for part in own]
         top_k = max((picks.shape[2] for _, picks, _, _ in parts), default=1)
         total = sum(len(picks) for _, picks, _, _ in parts)
@@ -193,6 +191,7 @@ class Watch:
             ids[here, self.rows] = picks
             ranks[here], numbers[here], stages[here] = rank, requests, stage
             done += len(picks)
+        # what a request did on one rank is one of its own: its prompt may have been read elsewhere
         _, request = np.unique(np.stack([ranks, numbers]), axis=1, return_inverse=True)
         trace = RoutingTrace(
             model=self.plan.model,
