@@ -171,9 +171,7 @@ def step_costs(
 
 
 def pick_chances(counts: np.ndarray, tokens: np.ndarray, overall: np.ndarray) -> np.ndarray:
-    """[R, ...] how likely a token of each request picks each expert, from what ``tokens [R]`` of
-    its own picked (``counts [R, ...]``), drawn to ``overall [...]`` where they are few.
-    """
+    """[R, ...] chances of a pick: ``counts [R, ...] / tokens [R]``, drawn to ``overall [...]``."""
     seen = tokens.reshape(-1, *[1] * overall.ndim) + PRIOR_TOKENS
     return np.minimum((counts + PRIOR_TOKENS * overall) / seen, 1)
 
@@ -189,9 +187,8 @@ def added_experts(ready: np.ndarray, running: np.ndarray, overall: np.ndarray) -
 
 
 class FewestExperts:
-    """Chooses the ready request of fewest :func:`added_experts`, known by its first tokens.
-
-    ``seen``: requests that say what an average one picks.
+    """Chooses the ready request of fewest :func:`added_experts`, by its first tokens; the requests
+    ``seen`` say what an average one picks.
     """
 
     def __init__(self, seen: RoutingTrace, arriving: RoutingTrace, predict: str) -> None:
@@ -213,16 +210,13 @@ class FewestExperts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Classification:
-    """Held-out requests whose domain was found from their known tokens.
-
-    ``largest_class``: share of the most frequent domain, which a guess would find.
-    """
+    """Held-out requests whose domain was found from their known tokens."""
 
     domains: tuple[str, ...]
     num_requests: int
     nearest_center: float
     ridge: float
-    largest_class: float
+    largest_class: float  # share of the most frequent domain, which a guess would find
 
 
 def classify_domains(
@@ -270,9 +264,8 @@ def classify_domains(
 
 
 def _ridge(x: np.ndarray, target: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    """[Q] the class that ridge regression gives each asked point [Q, F], from x [R, F] and its
-    classes [R, C]; in the dual, whose leave-one-out errors have a closed form.
-    """
+    """[Q] the class of each asked point [Q, F] by ridge regression on x [R, F], classes [R, C]."""
+    # in the dual, whose leave-one-out errors have a closed form
     mean, middle = x.mean(axis=0), target.mean(axis=0)
     kernel = (x - mean) @ (x - mean).T
     values, vectors = np.linalg.eigh(kernel)

@@ -86,7 +86,9 @@ def compare(old: RoutingTrace, new: RoutingTrace, *, num_splits: int = 8, seed: 
         both = [_upper(count_coactivation(trace).pairs) for trace in (old, new)]
         pairs = jensen_shannon_bits(*both)
         pairs_floor = (_split_half_pairs(old, seed) + _split_half_pairs(new, seed)) / 4
-        kept = _kept(*both)
+        count = max(int(both[0].shape[1] * TOP_PAIRS), 1)
+        tops = (np.argsort(-counts, axis=1, kind="stable")[:, :count] for counts in both)
+        kept = np.array([len(np.intersect1d(a, b)) / count for a, b in zip(*tops, strict=True)])
     return Drift(
         layer_ids=tuple(int(i) for i in old.layer_ids),
         old_tokens=old.num_tokens,
@@ -214,10 +216,3 @@ def _split_half_pairs(trace: RoutingTrace, seed: int) -> np.ndarray:
 
 def _upper(pairs: np.ndarray) -> np.ndarray:
     return pairs[(..., *np.triu_indices(pairs.shape[-1], 1))]
-
-
-def _kept(old: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """[L] share of the top pairs of ``old`` that are top pairs of ``new``."""
-    count = max(int(old.shape[1] * TOP_PAIRS), 1)
-    tops = [np.argsort(-pairs, axis=1, kind="stable")[:, :count] for pairs in (old, new)]
-    return np.array([len(np.intersect1d(a, b)) / count for a, b in zip(*tops, strict=True)])

@@ -40,9 +40,7 @@ def load_by(trace: RoutingTrace, by: str = "domain") -> tuple[tuple[str, ...], n
 
 
 def layer_loads(trace: RoutingTrace, layer: int, part: np.ndarray, num_parts: int) -> np.ndarray:
-    """int64 [num_parts, E], load of one layer (by its place in ``layer_ids``) for each part;
-    ``part`` [rows]: that of each row.
-    """
+    """int64 [num_parts, E], load of the layer at a place of ``layer_ids``, by ``part [rows]``."""
     if trace.expert_load is not None:
         loads = np.zeros((num_parts, trace.num_experts), np.int64)
         np.add.at(loads, part, trace.expert_load[:, layer])
@@ -107,9 +105,7 @@ _CHUNK_TOKENS = 65_536
 
 
 def transition_counts(trace: RoutingTrace) -> np.ndarray:
-    """int64 [L - 1, E, E], how often a token picked expert i in a layer and expert j in the next:
-    every pick is paired with every pick of the next MoE layer, K * K pairs per token.
-    """
+    """int64 [L - 1, E, E], K * K pairs of a token: of its picks i here and j in the next layer."""
     ids = trace.tokens_only("transition_counts").expert_ids
     num, top_k, bins = trace.num_experts, trace.top_k, trace.num_experts + 1
     counts = np.zeros((max(trace.num_layers - 1, 0), num, num), np.int64)
@@ -124,9 +120,7 @@ def transition_counts(trace: RoutingTrace) -> np.ndarray:
 
 
 def top_pair_share(counts: np.ndarray, fraction: float = 0.05) -> np.ndarray:
-    """Share of all co-selections that the most frequent ``fraction`` of pairs holds, [...], from
-    symmetric counts or weights of pairs [..., E, E] without their diagonal; nan without any pair.
-    """
+    """Share [...] of symmetric ``counts`` of pairs in the largest ``fraction`` of them; or nan."""
     upper = counts[(..., *np.triu_indices(counts.shape[-1], 1))].astype(np.float64)
     num = max(int(upper.shape[-1] * fraction), 1)
     total = upper.sum(axis=-1)
@@ -145,9 +139,7 @@ def independent_pairs(load: np.ndarray) -> np.ndarray:
 
 
 def transition_mutual_information_bits(counts: np.ndarray) -> np.ndarray:
-    """Mutual information between the experts of neighboring layers, in bits, [...]; 0: independent,
-    nan: without any count. ``counts`` [..., E, E] as from ``transition_counts``.
-    """
+    """Mutual information of ``transition_counts`` [..., E, E], bits, [...]; nan without any."""
     total = counts.sum(axis=(-2, -1), keepdims=True).astype(np.float64)
     joint = np.divide(counts, total, out=np.zeros(counts.shape), where=total > 0)
     product = joint.sum(axis=-1, keepdims=True) * joint.sum(axis=-2, keepdims=True)
@@ -361,9 +353,7 @@ class TokenOverlap:
 
 
 def token_overlap(trace: RoutingTrace, *, max_pairs: int = 200_000, seed: int = 0) -> TokenOverlap:
-    """Compare the picks of neighboring tokens with those of random pairs, each from at most
-    ``max_pairs`` (sampled, seeded).
-    """
+    """Compare the picks of neighbors with those of random pairs, ``max_pairs`` (seeded) at most."""
     view = trace.tokens_only("token_overlap")
     rng = np.random.default_rng(seed)
     order = np.lexsort([view.position, view.request_id])

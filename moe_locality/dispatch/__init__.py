@@ -33,19 +33,9 @@ _LAZY_IMPORTS = {
     "transport": ("TrafficCounter", "Transport"),
 }
 
-__all__ = [
-    "DesyncError",
-    "DispatchOutput",
-    "SlotMap",
-    "TokenDispatcher",
-    "TrafficCounter",
-    "Transport",
-    "check_overflow",
-    "lost_routes",
-    "reset_traffic",
-    "run_moe",
-    "traffic_report",
-]
+__all__ = ["DispatchOutput", "SlotMap", "TokenDispatcher", "Transport", "run_moe"]
+__all__ += ["TrafficCounter", "reset_traffic", "traffic_report"]
+__all__ += ["DesyncError", "check_overflow", "lost_routes"]
 
 
 def __getattr__(name: str) -> Any:

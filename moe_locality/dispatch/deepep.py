@@ -52,14 +52,11 @@ def import_deep_ep() -> Any:
 
 @dataclass(eq=False)
 class DeepEPTransport(Transport[DeepEPMetadata]):
-    """One dispatch and one combine of DeepEP.
-
-    All layers of a group that fit one buffer share it: each takes memory and a communicator.
-    """
+    """One dispatch and one combine of DeepEP."""
 
     metadata_type: ClassVar[type] = DeepEPMetadata
     sends_weights = True
-    _buffers: ClassVar[dict[tuple, Any]] = {}
+    _buffers: ClassVar[dict[tuple, Any]] = {}  # of all layers: they take memory, communicators
 
     group: Any
 

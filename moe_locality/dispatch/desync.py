@@ -119,9 +119,7 @@ def check_headers(
 
 
 def calls_so_far(ranks: tuple[int, ...]) -> str:
-    """Return how often this rank called each layer of a group (``"calls so far by layer: 0-3: 5, 4:
-    4"``); ``""`` where all layers were called equally often.
-    """
+    """Return how often this rank called each layer of a group; ``""`` where equally often."""
     calls = sorted((layer.number or 0, layer.calls) for layer in _positions[ranks])
     if len({count for _, count in calls}) <= 1:
         return ""
@@ -187,9 +185,7 @@ _announced: set[int] = set()
 
 
 def announce_process() -> None:
-    """Publish this rank's machine and process id once, so that ranks of the same machine can see
-    when the process has ended. Does not wait for other ranks.
-    """
+    """Publish machine and process id once: ranks of the machine can see when this one has ended."""
     with contextlib.suppress(Exception):  # only used to explain a failure
         store = compat.default_store()
         if id(store) not in _announced:
@@ -223,11 +219,8 @@ def ask_ranks(ranks: Collection[int], group_ranks: Sequence[int], text: str) -> 
 
 
 def _within(limit_s: float, call: Callable[[], str | None]) -> str | None:
-    """Return what ``call`` returns; None where it fails, or takes longer than ``limit_s`` (so in a
-    thread: a store call has no limit of its own when the link is down), or while the interpreter
-    shuts down, when a thread that is started never runs.
-    """
-    if sys.is_finalizing():
+    """Return what ``call`` returns; None where it fails, or takes longer than ``limit_s``."""
+    if sys.is_finalizing():  # a thread that is started never runs
         return None
     answer: list[str | None] = []
 
@@ -235,6 +228,7 @@ def _within(limit_s: float, call: Callable[[], str | None]) -> str | None:
         with contextlib.suppress(Exception):
             answer.append(call())
 
+    # a thread: a store call has no limit of its own when the link is down
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(limit_s)
@@ -330,7 +324,5 @@ def _has_ended(store: Any, rank: int) -> bool:
         return False
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)

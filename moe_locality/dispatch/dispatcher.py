@@ -445,9 +445,7 @@ def run_moe(
 
 
 class _Dispatch(torch.autograd.Function):
-    """``(x [T, D], weights [T, K] or None)`` to the rows of the local experts ``[R, D]`` and the
-    weights where they are used (None where that is this rank).
-    """
+    """``(x [T, D], weights [T, K] or None)`` to the experts' rows ``[R, D]``, and their weights."""
 
     @staticmethod
     def forward(

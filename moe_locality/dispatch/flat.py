@@ -61,11 +61,9 @@ class FlatMetadata(Splits):
 
 
 def sort_routes(slot_ids: Tensor, num_slots: int, backend: ops.Backend) -> RowMap:
-    """Sort routes ``[T, K]`` (-1: dropped) by slot, without waiting for a device.
-
-    On a GPU the map has T*K rows even if routes are dropped; those in use come first.
-    """
-    rows = slot_ids.numel() if slot_ids.is_cuda else None  # the exact number costs a wait there
+    """Sort routes ``[T, K]`` (-1: dropped) by slot, without a wait for a device."""
+    # on a GPU T*K rows even if routes are dropped (those in use first): the number costs a wait
+    rows = slot_ids.numel() if slot_ids.is_cuda else None
     return ops.row_map(slot_ids, num_slots, num_rows=rows, backend=backend)
 
 
@@ -82,9 +80,7 @@ def trim(row_map: RowMap, num_rows: int) -> RowMap:
 
 
 def block_order(lengths: Tensor, order: Tensor, num_rows: int) -> Tensor:
-    """Return the rows of consecutive blocks of ``lengths [B]``, the blocks taken in another
-    ``order [B]``: ``[num_rows] int64``.
-    """
+    """Return the rows ``[num_rows] int64`` of blocks of ``lengths [B]``, taken in ``order [B]``."""
     starts = torch.cumsum(lengths, 0) - lengths
     taken = lengths[order]
     before = torch.cumsum(taken, 0) - taken
@@ -100,9 +96,7 @@ def inverse(order: Tensor) -> Tensor:
 
 
 def expert_major_order(counts: Tensor, num_rows: int) -> Tensor:
-    """Return, for rows that arrive as ``counts [G, e]`` (source, then expert), the order by expert,
-    then source: ``[R] int64``.
-    """
+    """Return the order ``[R]`` by expert, then source, of rows by source: ``counts [G, e]``."""
     blocks = torch.arange(counts.numel(), device=counts.device).view_as(counts)
     return block_order(counts.reshape(-1), blocks.t().reshape(-1), num_rows)
 

@@ -193,10 +193,7 @@ class HomewardLayout(Splits):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HierarchicalMetadata:
-    """The layouts of a step. A later dispatch of the same routes may use it again.
-
-    ``homeward``: None where results come back as sums.
-    """
+    """The layouts of a step; ``homeward`` is None where results come back as sums."""
 
     inter_node: InterNodeLayout
     intra_node: IntraNodeLayout
@@ -256,9 +253,8 @@ def layout_inter_node(
 def counts_by_slot_and_home(
     routes: RowMap, arrived_splits: tuple[int, ...], top_k: int, num_slots: int
 ) -> Tensor:
-    """Return ``[Q * M] int64``: rows of each slot of the node by the node of the token's home.
-
-    ``arrived_splits [M]``: copies from each node, in order.
+    """Return ``[Q * M] int64``: rows of each slot of the node by the node of the token's home, of
+    copies ``arrived_splits [M]`` from each node, in order.
     """
     num_nodes = len(arrived_splits)
     device = routes.row_route.device
@@ -274,10 +270,8 @@ def counts_by_slot_and_home(
 
 
 def blocks_by_expert(members: tuple[tuple[int, ...], ...], slots_per_rank: int) -> Tensor:
-    """Return the order (slot, home rank in the EP group) of blocks that arrive in the order (rank
-    of the node, slot, home node): ``[g * e * M] int64``.
-
-    ``members [M][g]``: position in the EP group of each rank of each node.
+    """Return the order ``[g * e * M] int64`` (slot, home rank in the EP group) of blocks that lie by
+    (rank of the node, slot, home node). ``members``: those of :class:`Rails`.
     """
     homes = sorted(
         (place, local, node)
@@ -332,9 +326,7 @@ def hierarchical_metadata(
 
 
 def gather_weight_grads(layout: InterNodeLayout, grads: Tensor) -> Tensor:
-    """Return the gradient of the weights ``[T, K]`` from those of the copies ``[N1, K]``: that of
-    the copy on the route's node; zero for a dropped route.
-    """
+    """Return gradients ``[T, K]`` from those of the copies ``[N1, K]``; zero for dropped routes."""
     nodes = layout.node_of_route
     if not len(grads):
         return grads.new_zeros(nodes.shape)
@@ -344,10 +336,7 @@ def gather_weight_grads(layout: InterNodeLayout, grads: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class HierarchicalTransport(Transport[HierarchicalMetadata]):
-    """Two all-to-alls in each direction: between nodes and inside the node.
-
-    With ``sends_weights`` the results of a node are added up there, by the weights that arrived.
-    """
+    """Two all-to-alls in each direction: between nodes and inside the node."""
 
     metadata_type: ClassVar[type] = HierarchicalMetadata
 
@@ -357,7 +346,7 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.sends_weights = self.config.reduce_at_node
+        self.sends_weights = self.config.reduce_at_node  # whose sums they weigh
         self.slots_of_node = self.num_slots // self.inter_node.size
         self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -474,9 +463,7 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
     def start_combine(
         self, expert_out: Tensor, topk_weights: Tensor, metadata: HierarchicalMetadata
     ) -> Callable[[], Combined]:
-        """Bring the results back to the entry rank of the node, and begin to send sums (or the
-        results one by one) to the ranks of the tokens.
-        """
+        """Bring results to the node's entry rank; begin to send them, or sums, to their tokens."""
         inside, codec = metadata.intra_node, self.combine_payload
         with self.clock("reorder"):
             rows = codec.encode(ops.permute(expert_out, inside.by_source, backend=self.kernels))

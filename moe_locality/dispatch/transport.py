@@ -300,10 +300,8 @@ class Collectives(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Splits:
-    """Rows between this rank and each rank of a group, in its order.
-
-    ``input_splits``: sent in a dispatch and received in a combine; ``output_splits``: the other way
-    round.
+    """Rows between this rank and each rank of a group, in its order: ``input_splits`` are sent in a
+    dispatch and received in a combine, ``output_splits`` the other way round.
     """
 
     input_splits: tuple[int, ...]

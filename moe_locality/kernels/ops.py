@@ -110,11 +110,8 @@ def row_map(
             f"found slot_ids {tuple(slot_ids.shape)} {slot_ids.dtype}, expected integers [T, K]: "
             "pass the ids of the gate"
         )
-    for name, value, least in (
-        ("num_slots", num_slots, 1),
-        ("capacity", capacity, 0),
-        ("num_rows", num_rows, 0),
-    ):
+    given = {"num_slots": (num_slots, 1), "capacity": (capacity, 0), "num_rows": (num_rows, 0)}
+    for name, (value, least) in given.items():
         if value is not None and value < least:
             raise ConfigError(f"found {name}={value}, expected at least {least}: correct it")
     limits = (-1 if capacity is None else capacity, -1 if num_rows is None else num_rows)

@@ -135,7 +135,11 @@ def weighted_sums(rows: Tensor, index: Tensor, weights: Tensor | None) -> Tensor
     rows = rows.contiguous()
     if weights is not None and rows.dtype == torch.bfloat16:
         index = torch.cat([index] * 3, dim=1)
-        weights = _thirds(weights)
+        parts, rest = [], weights
+        for _ in range(3):
+            parts.append(rest.to(torch.bfloat16))
+            rest = rest - parts[-1].to(torch.float32)
+        weights = torch.cat(parts, dim=1)
     kept = index >= 0
     if bool(kept.all()):
         index = index.contiguous()
@@ -168,14 +172,6 @@ def row_products(rows: Tensor, positions: Tensor, grad: Tensor) -> Tensor:
         product.mul_(token[:n].copy_(grad[start : start + n, None]))
         torch.sum(product, 2, out=out[start : start + n])
     return out.masked_fill_(positions < 0, 0)
-
-
-def _thirds(weights: Tensor) -> Tensor:
-    parts, rest = [], weights
-    for _ in range(3):
-        parts.append(rest.to(torch.bfloat16))
-        rest = rest - parts[-1].to(torch.float32)
-    return torch.cat(parts, dim=1)
 
 
 def new_map(ids: Tensor, num_slots: int, num_rows: Any) -> tuple[Tensor, ...]:

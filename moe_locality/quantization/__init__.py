@@ -8,18 +8,6 @@ from moe_locality.quantization.formats import FORMATS, Format, bytes_per_row, ge
 from moe_locality.quantization.mx import QuantizedTensor, dequantize, fake_quantize, quantize
 from moe_locality.quantization.rows import ROW_FORMATS, decode_rows, encode_rows, permute_encode
 
-__all__ = [
-    "FORMATS",
-    "ROW_FORMATS",
-    "Format",
-    "QuantizedTensor",
-    "bytes_per_row",
-    "decode_rows",
-    "dequantize",
-    "encode_rows",
-    "fake_quantize",
-    "get_format",
-    "permute_encode",
-    "quantize",
-    "row_bytes",
-]
+__all__ = ["FORMATS", "Format", "bytes_per_row", "get_format", "row_bytes"]
+__all__ += ["QuantizedTensor", "dequantize", "fake_quantize", "quantize"]
+__all__ += ["ROW_FORMATS", "decode_rows", "encode_rows", "permute_encode"]

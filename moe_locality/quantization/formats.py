@@ -45,9 +45,7 @@ Role = Literal["weight", "activation"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
-    """One format.
-
-    ``x = element * scale / factor`` (times the tensor's scale for NVFP4). ``scale_rule`` says how
+    """``x = element * scale / factor``, for NVFP4 times the tensor's scale. ``scale_rule`` says how
     the scale of a block with largest magnitude a is chosen; ``factor_rule`` is None without MBS.
     """
 
@@ -131,10 +129,7 @@ def row_layout(fmt: Format, width: int) -> RowLayout:
 
 
 def bytes_per_row(name: str, width: int) -> int:
-    """Return the bytes that :func:`~moe_locality.quantization.mx.quantize` stores for a row.
-
-    NVFP4's scale per tensor (4 bytes) is not counted.
-    """
+    """Return the bytes of a row that ``quantize`` stores, less NVFP4's scale per tensor (4)."""
     _, factors_end, scales_start, scales_end, _ = row_layout(get_format(name), width)
     return factors_end + scales_end - scales_start
 
@@ -168,9 +163,7 @@ def power_of_two(exponent: Tensor) -> Tensor:
 
 
 def times_power_of_two(x: Tensor, exponent: Tensor) -> Tensor:
-    """Return ``x * 2 ** exponent`` for exponents in -252 to 252, exact where it is normal: by two
-    factors that are.
-    """
+    """Return ``x * 2 ** exponent``, exponents -252 to 252, by two factors: exact where normal."""
     half = exponent >> 1
     return x * power_of_two(half) * power_of_two(exponent - half)
 
@@ -216,9 +209,7 @@ def decode_elements(codes: Tensor, element: str) -> Tensor:
 
 
 def pack_pairs(codes: Tensor) -> Tensor:
-    """Pack 4-bit codes [..., W] into bytes [..., ceil(W / 2)], the first of a pair in the low half,
-    an odd last one with zero.
-    """
+    """Pack 4-bit codes [..., W] into bytes [..., ceil(W / 2)], the first low, an odd end with 0."""
     if codes.shape[-1] % 2:
         codes = torch.nn.functional.pad(codes, (0, 1))
     return codes[..., 0::2] | (codes[..., 1::2] << 4)

@@ -148,8 +148,7 @@ def fake_quantize(x: Tensor, format: str, *, role: Role | None = None) -> Tensor
 
 
 def choose_factors(blocks: Tensor, fmt: Format, rule: str) -> Tensor:
-    """Return m8 ``[N, ceil(n / 8)]`` uint8 of the MBS factors ``1 + m8/256`` for blocks
-    ``[N, n, 16]``.
+    """Return m8 ``[N, ceil(n / 8)]`` uint8 of the MBS factors ``1 + m8/256`` of blocks [N, n, 16].
 
     arXiv 2603.08713, section 4.3. Static (MBS-S, Eq. 1 and 3): the eight leading mantissa bits of
     the ideal scale, ``m8 = (bits(6 / a) & 0x007F8000) >> 15`` with a the largest magnitude of the

@@ -119,9 +119,7 @@ def decode_rows(
 
 
 def inverse_positions(row_token: Tensor, num_tokens: int) -> Tensor:
-    """Return ``[T, K] int64``: the rows of each token in rising order, -1 where it has fewer than
-    K, the largest number of rows of a token.
-    """
+    """Return ``[T, K] int64``: the rows of each token, rising, then -1; K: most of any token."""
     rows = torch.arange(row_token.shape[0], device=row_token.device)
     owned = row_token >= 0
     token, order = torch.sort(row_token[owned].long(), stable=True)
@@ -175,10 +173,7 @@ SCALE_RULES = {"floor": 0, "oas": 1, "fp32": 2}
 
 
 class CudaCodec:
-    """The codec of the CUDA extension, with the functions of ``triton_codec``.
-
-    A token is read and quantized once. Use it where ``cuda_impl.why_unavailable()`` is None.
-    """
+    """The codec of the CUDA extension, where that is usable; the functions of ``triton_codec``."""
 
     @staticmethod
     def encode(

@@ -116,17 +116,11 @@ def step_times(
     ``combine``, their sum ``total``, and the tiers ``inside`` and ``across`` (both directions;
     flat: they overlap, so they can add up to more than the exchange takes).
     """
+    inside = np.maximum(counts.inside_sent, counts.inside_received)
+    across = np.maximum(counts.across_sent, counts.across_received)
     tiers = {
-        "inside": (
-            np.maximum(counts.inside_sent, counts.inside_received),
-            topology.intra_node_gbps,
-            topology.intra_node_latency_us,
-        ),
-        "across": (
-            np.maximum(counts.across_sent, counts.across_received),
-            topology.inter_node_gbps,
-            topology.inter_node_latency_us,
-        ),
+        "inside": (inside, topology.intra_node_gbps, topology.intra_node_latency_us),
+        "across": (across, topology.inter_node_gbps, topology.inter_node_latency_us),
     }
     times: dict[str, np.ndarray] = {}
     for name, size in (("dispatch", model.dispatch_bytes), ("combine", model.combine_bytes)):

@@ -2,12 +2,12 @@
 
 The bounds hold for placements with the same number of experts on every node, or of slots where some
 experts have replicas, on the very tokens that they are computed from. ``relaxation`` has the
-mathematics, ``replicated`` that of replicas. ``prove_layer``
-raises a bound by branch and bound: a node of its tree fixes for some pairs of vertices whether they
-are on one node, ``relaxation`` bounds the placements that agree, and branches that cannot be better
-than the known placement are cut, best first. Costs are whole numbers of (token, node) visits, so a
-bound is rounded up. Effort is counted in elementary steps, not taken from a clock, so that the same
-call gives the same numbers.
+mathematics, ``replicated`` that of replicas. ``prove_layer`` raises a bound by branch and bound: a
+node of its tree fixes for some pairs of vertices whether they are on one node, ``relaxation``
+bounds the placements that agree, and branches that cannot be better than the known placement are
+cut, best first. Costs are whole numbers of (token, node) visits, so a bound is rounded up. Effort
+(``budget``) is counted in elementary steps, not taken from a clock, so that the same call gives the
+same numbers.
 """
 
 from __future__ import annotations
@@ -221,12 +221,8 @@ def lower_bounds(
     done = itertools.count(1)
     if nodes > 1:
         map_layers(bound, layers)
-    return Bounds(
-        layer_ids=tuple(int(i) for i in trace.layer_ids),
-        copies=copies,
-        max_imbalance=caps,
-        rounds=rounds,
-    )
+    layer_ids = tuple(int(i) for i in trace.layer_ids)
+    return Bounds(layer_ids=layer_ids, copies=copies, max_imbalance=caps, rounds=rounds)
 
 
 def _check_bounds(
@@ -259,9 +255,7 @@ def bound_layer(
     max_imbalance: float,
     budget: float,
 ) -> tuple[float, int]:
-    """(fewest copies per token, rounds of the tight relaxation) of one layer; home_node [T], None:
-    uniform homes; budget in elementary steps.
-    """
+    """(fewest copies per token, tight rounds) of one layer; home_node [T], None: uniform homes."""
     shape = (num_experts, num_nodes, home_node)
     picks = ids.shape[1] + (home_node is not None)
     work = np.inf
@@ -338,9 +332,7 @@ def coarse_bound(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTokens:
-    """The tokens of a layer as patterns of vertices: experts, and pins E + m for homes on node m;
-    ``members`` and ``tokens`` by the number of vertices in a pattern.
-    """
+    """Tokens as patterns of vertices, by their number: experts, and pins E + m (home on node m)."""
 
     num_experts: int
     num_nodes: int
@@ -355,7 +347,14 @@ class LayerTokens:
     def of(
         ids: np.ndarray, num_experts: int, num_nodes: int, home_node: np.ndarray | None
     ) -> LayerTokens:
-        picks, load = as_vertices(ids, num_experts, num_nodes, home_node)
+        picks = np.sort(np.asarray(ids, dtype=np.int64), axis=1)
+        load = np.bincount(picks[picks >= 0], minlength=num_experts).astype(np.float64)
+        picks[:, 1:][picks[:, 1:] == picks[:, :-1]] = -1  # an expert picked twice is one vertex
+        if home_node is not None:
+            pin = np.where((picks >= 0).any(axis=1), num_experts + home_node, -1)
+            picks = np.concatenate([picks, pin[:, None]], axis=1)
+            load = np.concatenate([load, np.zeros(num_nodes)])
+        picks = np.sort(picks, axis=1)  # -1 first
         size = (picks >= 0).sum(axis=1)
         members, tokens = [], []
         for count in np.unique(size[size > 0]):
@@ -415,9 +414,7 @@ class LayerTokens:
         cost: np.ndarray | None = None,
         vertices: int | None = None,
     ) -> Relaxation:
-        """The relaxation of this layer; ``vertices``: with those of replicas; ``cost``: instead of
-        the patterns.
-        """
+        """The relaxation; ``vertices``: with those of replicas; ``cost``: instead of patterns."""
         n, load, most = vertices or self.num_vertices, self.load, np.inf
         size = n // self.num_nodes
         if np.isfinite(max_imbalance) and load.sum() > 0:
@@ -438,20 +435,6 @@ class LayerTokens:
             load=load,
             most_load=most,
         )
-
-
-def as_vertices(
-    ids: np.ndarray, num_experts: int, num_nodes: int, home_node: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """([T, k] vertices in rising order, -1 first where there is none; [n] load of each)."""
-    picks = np.sort(np.asarray(ids, dtype=np.int64), axis=1)
-    load = np.bincount(picks[picks >= 0], minlength=num_experts).astype(np.float64)
-    picks[:, 1:][picks[:, 1:] == picks[:, :-1]] = -1  # an expert picked twice is one vertex
-    if home_node is not None:
-        pin = np.where((picks >= 0).any(axis=1), num_experts + home_node, -1)
-        picks = np.concatenate([picks, pin[:, None]], axis=1)
-        load = np.concatenate([load, np.zeros(num_nodes)])
-    return np.sort(picks, axis=1), load
 
 
 def _unique_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -487,9 +470,7 @@ class Proof:
 def prove_layer(
     layer: LayerTokens, known_visits: int, max_imbalance: float, budget: float
 ) -> Proof:
-    """Search for placements with fewer than ``known_visits`` visits within the load cap: tokens x
-    nodes touched (the home among them, if given). ``budget``: elementary steps.
-    """
+    """Search in the load cap for fewer visits: tokens x nodes touched, given homes among them."""
     problem = layer.relaxation(max_imbalance)
     prices = start_prices(problem)
     cool(problem, prices, ROOT_ROUNDS)
@@ -540,9 +521,7 @@ def _pair_to_branch(problem: Relaxation, prices: Any, fixed: np.ndarray) -> tupl
 def _fix(
     fixed: np.ndarray, pair: tuple[int, int], value: float, problem: Relaxation
 ) -> np.ndarray | None:
-    """``fixed`` with one more pair and what follows: together is transitive, apart is shared by all
-    of a set, sets that are full or too heavy to join are apart. None: no placement agrees.
-    """
+    """``fixed`` with one more pair and all that follows from it; None: no placement agrees."""
     fixed = fixed.copy()
     n, size = problem.num_vertices, problem.node_size
     i, j = pair

@@ -145,8 +145,13 @@ def cooled(
 
 def steps_of(problem: Relaxation, smoothing: float) -> tuple[float, float]:
     """Lengths of the steps of the prices of patterns, and of the primal."""
+    counts = 2 * np.abs(problem.cost) * problem.num_tokens
+    for group in problem.groups:
+        add_pairs(counts, group.members, group.tokens)
+    # largest share of the tokens that pick one pair: the squared norm of the price operator
+    heaviest_pair = max(float(counts.max()) / problem.num_tokens, 1e-6)
     step_up = 2.0 * smoothing
-    return step_up, min(0.5 / (step_up * _heaviest_pair(problem)), _LONGEST_STEP)
+    return step_up, min(0.5 / (step_up * heaviest_pair), _LONGEST_STEP)
 
 
 def descend(problem: Relaxation, prices: Prices, cost: np.ndarray, step_down: float) -> None:
@@ -198,14 +203,6 @@ def close(problem: Relaxation, prices: Prices, cost: np.ndarray, touched: float)
     spectral = float(matrix.sum()) * size / n + size * float(values[: nodes - 1].sum())
     magnitude = n * size * float(np.abs(matrix).sum()) + abs(touched) + abs(constant)
     return touched + constant + spectral - ROUNDING * magnitude
-
-
-def _heaviest_pair(problem: Relaxation) -> float:
-    """Largest share of the tokens that pick one pair: the squared norm of the price operator."""
-    counts = 2 * np.abs(problem.cost) * problem.num_tokens
-    for group in problem.groups:
-        add_pairs(counts, group.members, group.tokens)
-    return max(float(counts.max()) / problem.num_tokens, 1e-6)
 
 
 def add_pairs(counts: np.ndarray, members: np.ndarray, tokens: np.ndarray) -> None:
@@ -366,9 +363,7 @@ class Partitions:
         return np.stack([pairs, np.diff(self.starts)], axis=1)
 
     def slope_at(self, share: float) -> float:
-        """Blocks lost per co-located pair where ``share`` of all pairs are co-located: the slope of
-        the lower convex hull of (pairs, blocks) over the partitions.
-        """
+        """Slope of the lower hull of (pairs, blocks) where ``share`` of the pairs is together."""
         counts = self.counts()
         lines = hull_slopes(counts)
         if not len(lines):

@@ -113,10 +113,8 @@ def _add_crowd(cost: np.ndarray, crowd: np.ndarray) -> None:
 def _best_replicas(
     problem: Relaxation, near: np.ndarray, extra: np.ndarray, crowd: np.ndarray
 ) -> tuple[float, np.ndarray, np.ndarray]:
-    """(most that replicas can collect, their Z [E, E], their rho [E]).
-
-    Each further replica of an expert collects no more than the one before, so the largest ones are
-    the best choice.
+    """(most that replicas can collect, their Z [E, E], their rho [E]): the largest gains, for each
+    further replica of an expert collects no more than the one before.
     """
     experts, nodes, others = len(extra), problem.num_nodes, problem.node_size - 1
     worth = np.maximum(near - crowd, 0.0)
@@ -146,11 +144,9 @@ def _sum_near(z, k, reach):
 
 @compiled
 def _cover(blocks, first, last, k, u, reach, nodes):
-    """The cheapest way to serve a token whose primaries are in the blocks of a partition.
-
-    Returns:
-        (touched + prices, blocks that are kept as bits, nodes without a primary that serve the
-        rest, further nodes that are in some smallest cover).
+    """The cheapest way to serve a token whose primaries are in the blocks of a partition: (touched
+    + prices, blocks that are kept as bits, nodes without a primary that serve the rest, further
+    nodes that are in some smallest cover).
     """
     count, least = last - first, u.min()
     own = least if nodes <= 4 else 0.0  # of a further node; of many, some need none
@@ -306,9 +302,7 @@ def _move(
     members, tokens, blocks, starts, nodes, ahead, beside, count,
     w, z, u, smoothing, step, cost, near, extra,
 ):  # fmt: skip
-    """One ascent step of every pattern's prices, see ``relaxation._move_prices``; adds tokens x
-    prices to cost, near and extra.
-    """
+    """``relaxation._move_prices`` with replicas; adds tokens x prices to cost, near and extra."""
     num, k = members.shape
     price, pull, reach = np.zeros(1 << k), np.zeros(1 << k), np.zeros((k, 1 << k))
     totals, covers = np.zeros(len(starts) - 1), np.zeros((len(starts) - 1, 3), np.int64)
