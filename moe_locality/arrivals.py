@@ -93,9 +93,7 @@ class ArrivingHomes:
         return self.assign_scored(self.score(expert_ids), tokens)
 
     def score(self, expert_ids: np.ndarray) -> np.ndarray:
-        """[G] how well each rank suits a request with these picks (see :meth:`assign`); it may be
-        computed on another rank than the one that assigns.
-        """
+        """[G] how well each rank suits a request with these picks; any rank may compute it."""
         ids = np.asarray(expert_ids)
         layers, experts = self._shape
         if ids.ndim != 3 or ids.shape[1] != layers or ids.dtype.kind not in "iu":

@@ -105,7 +105,7 @@ _CHUNK_TOKENS = 65_536
 
 
 def transition_counts(trace: RoutingTrace) -> np.ndarray:
-    """int64 [L - 1, E, E], K * K pairs of a token: of its picks i here and j in the next layer."""
+    """int64 [L - 1, E, E]: how often tokens pick i in a layer, j in the next; all K * K pairs."""
     ids = trace.tokens_only("transition_counts").expert_ids
     num, top_k, bins = trace.num_experts, trace.top_k, trace.num_experts + 1
     counts = np.zeros((max(trace.num_layers - 1, 0), num, num), np.int64)
@@ -120,7 +120,7 @@ def transition_counts(trace: RoutingTrace) -> np.ndarray:
 
 
 def top_pair_share(counts: np.ndarray, fraction: float = 0.05) -> np.ndarray:
-    """Share [...] of symmetric ``counts`` of pairs in the largest ``fraction`` of them; or nan."""
+    """Share [...] of pairs (symmetric [..., E, E]) in the most frequent ``fraction``; nan: none."""
     upper = counts[(..., *np.triu_indices(counts.shape[-1], 1))].astype(np.float64)
     num = max(int(upper.shape[-1] * fraction), 1)
     total = upper.sum(axis=-1)
@@ -139,7 +139,7 @@ def independent_pairs(load: np.ndarray) -> np.ndarray:
 
 
 def transition_mutual_information_bits(counts: np.ndarray) -> np.ndarray:
-    """Mutual information of ``transition_counts`` [..., E, E], bits, [...]; nan without any."""
+    """Mutual information of ``transition_counts`` [..., E, E], bits, [...]; nan: no count."""
     total = counts.sum(axis=(-2, -1), keepdims=True).astype(np.float64)
     joint = np.divide(counts, total, out=np.zeros(counts.shape), where=total > 0)
     product = joint.sum(axis=-1, keepdims=True) * joint.sum(axis=-2, keepdims=True)

@@ -56,7 +56,8 @@ class DeepEPTransport(Transport[DeepEPMetadata]):
 
     metadata_type: ClassVar[type] = DeepEPMetadata
     sends_weights = True
-    _buffers: ClassVar[dict[tuple, Any]] = {}  # of all layers: they take memory, communicators
+    # shared by the layers of a group that fit one: each takes memory and a communicator
+    _buffers: ClassVar[dict[tuple, Any]] = {}
 
     group: Any
 

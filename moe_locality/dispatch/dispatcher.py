@@ -141,16 +141,14 @@ class SlotMap:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DispatchHandle:
-    """What :meth:`TokenDispatcher.combine` needs from the dispatch.
-
-    ``metadata``: a later dispatch of the same routes may use it again. ``topk_weights``: those of
-    the routes, where combine uses them. ``num_tokens``: T. ``top_k``: K.
+    """What :meth:`TokenDispatcher.combine` needs from the dispatch: ``metadata``, which a later one
+    of the same routes may use again, and ``topk_weights``, of the routes where combine uses them.
     """
 
     metadata: DispatchMetadata
     topk_weights: Tensor
-    num_tokens: int
-    top_k: int
+    num_tokens: int  # T
+    top_k: int  # K
 
     @property
     def plan(self) -> DispatchMetadata:
@@ -352,9 +350,8 @@ class TokenDispatcher:
         return torch.full_like(topk_ids, -1)
 
     def combine(self, expert_out: Tensor, handle: DispatchHandle) -> Tensor:
-        """Bring the experts' results back and add them up per token, by their weights.
-
-        ``expert_out [R, D]`` in the order of ``DispatchOutput.rows`` gives ``[T, D]`` in its dtype.
+        """Bring the experts' results back and add them up per token, by their weights: ``expert_out
+        [R, D]`` in the order of ``DispatchOutput.rows`` gives ``[T, D]`` in its dtype.
         """
         return self.combine_async(expert_out, handle).wait()
 

@@ -270,8 +270,8 @@ def counts_by_slot_and_home(
 
 
 def blocks_by_expert(members: tuple[tuple[int, ...], ...], slots_per_rank: int) -> Tensor:
-    """Return the order ``[g * e * M] int64`` (slot, home rank in the EP group) of blocks that lie by
-    (rank of the node, slot, home node). ``members``: those of :class:`Rails`.
+    """Return the order ``[g * e * M] int64`` by (slot, home rank in the EP group) of blocks that
+    come by (rank of the node, slot, home node). ``members``: those of :class:`Rails`.
     """
     homes = sorted(
         (place, local, node)
@@ -346,7 +346,7 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.sends_weights = self.config.reduce_at_node  # whose sums they weigh
+        self.sends_weights = self.config.reduce_at_node  # results are then added up there
         self.slots_of_node = self.num_slots // self.inter_node.size
         self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 

@@ -129,7 +129,7 @@ def row_layout(fmt: Format, width: int) -> RowLayout:
 
 
 def bytes_per_row(name: str, width: int) -> int:
-    """Return the bytes of a row that ``quantize`` stores, less NVFP4's scale per tensor (4)."""
+    """Return the bytes of a row that ``quantize`` stores, without NVFP4's scale per tensor (4)."""
     _, factors_end, scales_start, scales_end, _ = row_layout(get_format(name), width)
     return factors_end + scales_end - scales_start
 
@@ -209,7 +209,7 @@ def decode_elements(codes: Tensor, element: str) -> Tensor:
 
 
 def pack_pairs(codes: Tensor) -> Tensor:
-    """Pack 4-bit codes [..., W] into bytes [..., ceil(W / 2)], the first low, an odd end with 0."""
+    """Pack 4-bit codes [..., W] into bytes [..., ceil(W / 2)], the first in the low half."""
     if codes.shape[-1] % 2:
         codes = torch.nn.functional.pad(codes, (0, 1))
     return codes[..., 0::2] | (codes[..., 1::2] << 4)

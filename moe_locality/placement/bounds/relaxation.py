@@ -290,11 +290,9 @@ def _soft_blocks(blocks, starts, factor, price, chance):
 
 @compiled
 def _move_prices(members, tokens, blocks, starts, ahead, w, scale, smoothing, step, cost):
-    """One ascent step of every pattern's prices; adds tokens x prices to ``cost``.
-
-    The gradient of the soft minimum is the expected Y over partitions with weight
-    exp(-price / smoothing), less the Y of the primal. Where that weight leaves the range of
-    float64 the prices stay.
+    """One ascent step of every pattern's prices; adds tokens x prices to ``cost``. The gradient of
+    the soft minimum is the expected Y over partitions with weight exp(-price / smoothing), less the
+    Y of the primal. Where that weight leaves the range of float64 the prices stay.
     """
     num, k = members.shape
     price, factor, pull = np.zeros(1 << k), np.zeros(1 << k), np.zeros(1 << k)
@@ -363,7 +361,7 @@ class Partitions:
         return np.stack([pairs, np.diff(self.starts)], axis=1)
 
     def slope_at(self, share: float) -> float:
-        """Slope of the lower hull of (pairs, blocks) where ``share`` of the pairs is together."""
+        """Blocks lost per pair: on the lower hull of :meth:`counts`, at this ``share`` of pairs."""
         counts = self.counts()
         lines = hull_slopes(counts)
         if not len(lines):
