@@ -61,8 +61,7 @@ def end_distributed() -> None:
 
     A group ends when nothing holds it: whatever holds the engine or the model has to be gone.
     A thread of gloo that is left may drop the tensor of its last collective while the interpreter
-    ends, which aborts the process (``terminate called without an active exception``).
-    """
+    ends, which aborts the process (``terminate called without an active exception``)."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -90,8 +89,7 @@ def let_auto_ep_read_recorders() -> bool:
 
     AutoEP (up to 0.19.8) asks the registry of output recorders for ``get(key, default)``. It was a
     dict up to transformers 5.22; since then it is a subclass whose ``get`` takes a model alone, and
-    AutoEP ends in a TypeError. Here a second argument means the plain ``dict.get`` of before.
-    """
+    AutoEP ends in a TypeError. Here a second argument means the plain ``dict.get`` of before."""
     try:
         from transformers.utils import output_capturing
     except ImportError:
@@ -132,8 +130,7 @@ def init_stock_moe(stock: type, module: Any, *args: Any, **kwargs: Any) -> None:
 
     ``deepspeed.moe.layer.MoE.__init__`` says ``super(MoE, self)`` and so looks its own class up in
     the module's globals; once a subclass is bound to that name it would call itself for ever. The
-    same code runs here with globals in which the name means the stock class.
-    """
+    same code runs here with globals in which the name means the stock class."""
     init: Any = stock.__init__
     names = {**init.__globals__, stock.__name__: stock}
     same = types.FunctionType(init.__code__, names, None, init.__defaults__, init.__closure__)
@@ -219,8 +216,7 @@ def forget_when_read(
 
     What a rank gave is at ``key/RANK``, what was published at ``key``, and ``key/read/RANK`` says
     that a rank has read it. The process of the first rank may hold the store: were it to raise over
-    what it read and end, the others would see a broken connection instead of the reason.
-    """
+    what it read and end, the others would see a broken connection instead of the reason."""
     read = [f"{key}/read/{rank}" for rank in ranks]
     with contextlib.suppress(RuntimeError):  # a rank is gone or late: the keys stay
         store.wait(read, limit)
@@ -261,8 +257,7 @@ def register_expert_groups(ep_size: int, made: Any) -> None:
     """Make those of ``made``, ExpertParallelGroups, the groups that DeepSpeed uses for ``ep_size``.
 
     What is registered already stays; the caller checks that it has the same ranks. The name has to
-    be ``ep_size_<number>``: DeepSpeed reads the number back from every name.
-    """
+    be ``ep_size_<number>``: DeepSpeed reads the number back from every name."""
     if registered_expert_ranks(ep_size) is not None:
         return
     groups, name = _groups(), f"ep_size_{ep_size}"
@@ -278,8 +273,7 @@ def master_fragment(parameter: Any) -> tuple[Any, Any] | None:
 
     The first is DeepSpeed's ``tensor_fragment``, or None where this rank holds no part. The public
     ``safe_get_full_fp32_param`` reads the same fields, but does one all-reduce per tensor in which
-    an error on one rank leaves the others waiting, and loses the sign of a zero.
-    """
+    an error on one rank leaves the others waiting, and loses the sign of a zero."""
     if not hasattr(parameter, "_hp_mapping"):
         return None
     return parameter._hp_mapping, parameter._dp_group
@@ -324,8 +318,7 @@ def compute_on_shards(module: Any) -> None:
 
     On a mesh of one rank FSDP2 has nothing to gather and copies all the same. Here its hooks find
     no parameters in such a pass; before and after it, all is as FSDP2 has made it. Parameters that
-    it casts, or gets from other ranks or from the CPU, are gathered as before.
-    """
+    it casts, or gets from other ranks or from the CPU, are gathered as before."""
     import torch
 
     state, hidden = module._get_fsdp_state(), []
@@ -366,8 +359,7 @@ def nvidia_apex_state() -> tuple[ApexState, str]:
     """Say which ``apex`` is installed, and what to do about it.
 
     The state is ``wrong`` for another package of that name, ``python-only`` for NVIDIA's without
-    the compiled kernels of its normalization layers, ``cuda`` where it is usable.
-    """
+    the compiled kernels of its normalization layers, ``cuda`` where it is usable."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return "absent", "NVIDIA apex is not installed"

@@ -41,8 +41,7 @@ class ClusterTopology:
 
     ``rank_to_node[r]`` is the node of rank r; the ranks of a node need not be consecutive, and
     nodes may hold different numbers of ranks (``ranks_per_node`` then raises). TopologyError for a
-    node without ranks, a doubled name, or a figure that cannot be.
-    """
+    node without ranks, a doubled name, or a figure that cannot be."""
 
     rank_to_node: tuple[int, ...]
     node_names: tuple[str, ...] = ()
@@ -234,8 +233,7 @@ def layout_groups(
     groups are the ones that DeepSpeed makes itself.
 
     TopologyError where the groups do not fit the cluster, or ``mpu``, the model-parallel unit that
-    ``deepspeed.initialize`` gets, splits the ranks further.
-    """
+    ``deepspeed.initialize`` gets, splits the ranks further."""
     if order not in ("E+D", "D+E"):
         raise TopologyError(f"found order={order!r}, expected 'E+D' or 'D+E'")
     _refuse_model_parallelism(mpu)

@@ -86,8 +86,7 @@ def _raise_on_all(error: str | None, what: str) -> None:
 def build_groups(layout: GroupLayout) -> ExpertParallelGroups:
     """Make the process groups of a layout, or return those that exist of it on all ranks.
 
-    Collective over all ranks; TopologyError on all where layouts differ or fit another world.
-    """
+    Collective over all ranks; TopologyError on all where layouts differ or fit another world."""
     digest = layout.digest()
     found = _built.get(digest, lambda: None)()
     answers = exchange_objects(((digest, layout.num_ranks), found is not None))
@@ -230,8 +229,7 @@ def discover_topology(
     there only); MOE_LOCALITY_RANKS_PER_NODE; MOE_LOCALITY_NODE, the name of a rank's node; host
     names. Where all host names are equal and the launcher says that there are several nodes (as in
     a test on one machine), the launcher's node numbers count instead. TopologyError on all ranks
-    when the sources contradict each other or the number of ranks.
-    """
+    when the sources contradict each other or the number of ranks."""
     env = os.environ
     launchers = (("CROSS_RANK", "CROSS_SIZE"), ("GROUP_RANK", "GROUP_WORLD_SIZE"))
     numbers = (env.get(n) for n, count in launchers if int(env.get(count, "1")) > 1)

@@ -60,8 +60,7 @@ def select_slots(
     ``host`` and all of ``host2``. Hosts stay in the order of the hostfile. As in DeepSpeed, a
     filter drops the hosts without a slot left, and without a filter a host with ``slots=0`` stays:
     the launcher starts there, and no rank. TopologyError where both are given, a host or a slot is
-    unknown, or nothing is left.
-    """
+    unknown, or nothing is left."""
     if include and exclude:
         raise TopologyError(
             f"found include={include!r} and exclude={exclude!r}, expected one of them: "

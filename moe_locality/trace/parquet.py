@@ -400,8 +400,7 @@ def replace_shards(directory: Path, parts: Iterable[RoutingTrace]) -> None:
     Whoever reads finds the old trace or the new one, whole, wherever the writing stops: the new
     shards are written aside; a manifest, put there by one rename, says from that moment on which
     count; then they take their names, and it is removed. The next ``make_directory`` ends what was
-    interrupted. TraceError where the disk refuses; whatever ``parts`` raises goes through.
-    """
+    interrupted. TraceError where the disk refuses; whatever ``parts`` raises goes through."""
     staging = directory / f"{TMP_PREFIX}{uuid.uuid4().hex}"
     try:
         staging.mkdir()

@@ -52,8 +52,7 @@ class RoutingTrace:
     Two traces are compared with ``same_content``: ``==`` is identity, because array comparison has
     no single truth value. Arrays are cast to the dtypes named here and not copied where they
     already have them; treat them as read-only. TraceError where a shape, a value or a combination
-    of fields is impossible.
-    """
+    of fields is impossible."""
 
     model: str
     """Name of the model that was recorded; traces of different models do not mix."""
@@ -278,8 +277,7 @@ class RoutingTrace:
         """SHA-256 (hex) of the content, whatever the order of rows, domain table and shards.
 
         Rows are brought into the order (request_id, step, position, stage, rank, domain), ties
-        broken by a fingerprint of the picks; layers and the domains in use are sorted.
-        """
+        broken by a fingerprint of the picks; layers and the domains in use are sorted."""
         return joining.content_hash(self)
 
     def same_content(self, other: RoutingTrace) -> bool:

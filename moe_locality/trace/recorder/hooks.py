@@ -39,8 +39,7 @@ def read_deepspeed_gate(output: Any, top_k: int, with_weights: bool) -> Routes:
     Three layouts exist: sparse (DeepSpeed 0.19.4 and later) with indices and gates [K, T]; the same
     with lists of K tensors [T] (older, for Tutel); dense with combine weights [T, E, C]. The dense
     layout does not say which pick was the first: picks come in descending order of their weight.
-    TraceError where the output is none of these.
-    """
+    TraceError where the output is none of these."""
     if isinstance(output, tuple) and len(output) == 7:
         indices, gates = output[3], output[5]
         if isinstance(indices, (list, tuple)):
@@ -281,8 +280,7 @@ def find_moe_layers(model: torch.nn.Module, routers: Routers | None = None) -> l
 
     A module that is in a list several times (``ModuleList([block] * 3)``) is as many layers. Other
     names of one module (an attribute that points to it) are not. TraceError where there is none, or
-    one has more experts than an int16 can name.
-    """
+    one has more experts than an int16 can name."""
     modules = dict(model.named_modules(remove_duplicate=False))
     layers: list[MoeLayer] = []
     names_of: dict[int, list[str]] = {}
@@ -492,8 +490,7 @@ def layer_numbers(names: Sequence[str], parameters: Iterable[str]) -> list[int] 
     parameter of the same name, or that has one entry; an entry that is the MoE module itself is no
     block. Lists that hold MoE layers (encoder, decoder) follow one another. Where that gives two
     layers one number (stages: ``layers.1.blocks.3``), the next number inward is taken, in lists
-    whose entries have half of their parameters in common.
-    """
+    whose entries have half of their parameters in common."""
     lists: dict[str, dict[int, set[str]]] = {}  # "model.layers" -> entry -> names below it
     for name in {*parameters, *names}:
         for of_list, entry, below in _entries(name):

@@ -435,8 +435,7 @@ class WriterThread:
     emptying the queue and the ring, so that no hook waits for it, and counts the tokens as lost.
 
     ``shard_writer`` makes the writer of the shards, given ``top_k=``: the largest K of the layers,
-    or that of the first block where ``top_k`` is None.
-    """
+    or that of the first block where ``top_k`` is None."""
 
     def __init__(
         self,
