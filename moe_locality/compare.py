@@ -46,10 +46,8 @@ SplitFrom = tuple[str, str]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One metric: a value per candidate (the baseline first), None where it is not known.
-
-    ``better`` says which way is good; ``interval`` is the 95 % interval of the last ratio.
-    """
+    """One metric: a value per candidate (the baseline first), None where it is not known; which way
+    is ``better``, and the 95 % ``interval`` of the last ratio."""
 
     metric: str
     unit: str
@@ -68,17 +66,10 @@ class Row:
 
     def to_dict(self, names: tuple[str, ...]) -> dict[str, Any]:
         """Return plain data; ``ours`` and ``ratio`` are those of the last candidate."""
-        return {
-            "metric": self.metric,
-            "unit": self.unit,
-            "how": self.how,
-            "better": self.better,
-            "baseline": self.values[0],
-            "ours": self.values[-1],
-            "ratio": self.ratios[-1],
-            "interval": None if self.interval is None else list(self.interval),
-            "values": dict(zip(names, self.values, strict=True)),
-        }
+        found = {name: getattr(self, name) for name in ("metric", "unit", "how", "better")}
+        found |= {"baseline": self.values[0], "ours": self.values[-1], "ratio": self.ratios[-1]}
+        found["interval"] = None if self.interval is None else list(self.interval)
+        return {**found, "values": dict(zip(names, self.values, strict=True))}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,9 +162,7 @@ def compare_plans(
 
     The interval of the copies' ratio is a jackknife over blocks of whole requests, so it says how
     far the ratio depends on which requests were recorded. ``split_from``: see :func:`made_from`.
-
-    Raises:
-        PlacementError: no candidate, two of one name, or a plan does not fit the trace.
+    PlacementError: no candidate, two of one name, or a plan does not fit the trace.
     """
     labels = tuple(candidate.label for candidate in candidates)
     if not labels or len(set(labels)) != len(labels):
@@ -238,11 +227,8 @@ def _notes(own: list[str], candidates: list[Candidate], costs: dict[str, Costs])
 def made_from(
     plan: PlacementPlan, trace: RoutingTrace, split_from: SplitFrom | None = None
 ) -> bool:
-    """Whether the plan was solved on requests of this trace.
-
-    ``split_from``: where ``trace`` is the part of another that was held out, the content hashes of
-    that trace and of its other part, which alone a plan may be made from.
-    """
+    """Whether the plan was solved on requests of this trace. ``split_from``: where it was held out
+    of another, the hashes of that and of its other part, which alone a plan may be made from."""
     if plan.provenance.get("method") in ("linear", "round_robin", None):
         return False
     solved_on, drawn_from = plan.provenance.get("trace"), plan.provenance.get("drawn_from")
@@ -306,7 +292,6 @@ def _figures_of_plans(
 
 
 def _layer_table(costs: dict[str, Costs]) -> Table:
-    """Copies, picks and balance of every layer under every plan."""
     names = ("copies", "picks", "node_imbalance", "rank_imbalance")
     rows = [
         (label, layer, *(known(cost.per_layer[name][row]) for name in names))
@@ -348,12 +333,8 @@ class Run:
 
 
 def read_run(path: str | Path, name: str | None = None) -> Run:
-    """Read a run directory.
-
-    Raises:
-        ConfigError: it is not a directory, holds none of the files, or one of them is damaged.
-        PlacementError: its plan is not valid.
-    """
+    """Read a run directory; ConfigError: it is none, holds none of the files, or one is damaged;
+    PlacementError: its plan is not valid."""
     folder = Path(path)
     if not folder.is_dir():
         raise ConfigError(
@@ -414,11 +395,7 @@ def _read_steps(path: Path) -> tuple[dict[str, Any], ...]:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Read an .npz file.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
+    """Read an .npz file; ConfigError: it cannot be read."""
     try:
         with np.load(path, allow_pickle=False) as content:
             return {name: content[name] for name in content.files}
@@ -429,10 +406,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 def compare_runs(
     baseline: Run, ours: Run, *, node_of_rank: tuple[int, ...] | None = None
 ) -> Comparison:
-    """Put two runs side by side: losses, bytes by link, balance, times.
-
-    ``node_of_rank``: else that of a plan of the runs; without both there is no traffic figure.
-    """
+    """Put two runs side by side: losses, bytes by link, balance, times. ``node_of_rank``: else that
+    of a plan of the runs; without both there is no traffic figure."""
     names = (baseline.name, ours.name if ours.name != baseline.name else f"{ours.name} (2)")
     pair = (baseline, ours)
     rows = _measured_rows(pair)
@@ -471,7 +446,7 @@ def compare_runs(
         rows=tuple(rows),
         facts=tuple(facts),
         figures=tuple(_figures_of_runs(named, nodes)),
-        tables=tuple(_domain_tables(named)),
+        tables=_domain_tables(named),
         notes=notes,
         sources=sources,
     )
@@ -598,12 +573,12 @@ def _figures_of_runs(runs: dict[str, Run], nodes: tuple[int, ...] | None) -> lis
     return figures
 
 
-def _domain_tables(runs: dict[str, Run]) -> list[Table]:
+def _domain_tables(runs: dict[str, Run]) -> tuple[Table, ...]:
     """Held-out loss by domain, where both runs have it."""
     first, second = (run.summary.get("eval_loss_by_domain") or {} for run in runs.values())
     rows = tuple((domain, first[domain], second[domain]) for domain in first if domain in second)
     table = Table(title="Held-out loss by domain", columns=("domain", *runs), rows=rows)
-    return [table] if rows else []
+    return (table,) if rows else ()
 
 
 def track_comparison(

@@ -194,15 +194,11 @@ class MoeLocalityConfig(_Section):
 def read_config(
     source: "MoeLocalityConfig | dict[str, Any] | str | Path | None",
 ) -> MoeLocalityConfig:
-    """Return the section from a ds_config (dict or JSON file), from the section itself, or the
-    defaults.
+    """Return the section from a ds_config (dict or JSON file), or from the section itself.
 
     A dict is taken as a ds_config when it has the key ``"moe_locality"`` or one of DeepSpeed's own,
-    else as the section. A ds_config without the section, or with ``"auto"`` there, gives the
-    defaults.
-
-    Raises:
-        ConfigError: the file cannot be read, or a key or value is wrong.
+    else as the section. None, and a ds_config without the section or with ``"auto"`` there, give
+    the defaults. ConfigError: the file cannot be read, or a key or value is wrong.
     """
     if isinstance(source, MoeLocalityConfig):
         return source

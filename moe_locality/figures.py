@@ -227,12 +227,8 @@ def _matplotlib() -> Any:
 
 
 def draw(data: FigureData) -> "Figure":
-    """Return the figure of ``data``.
-
-    Raises:
-        BackendUnavailable: matplotlib is not installed.
-        ConfigError: the shapes do not fit each other.
-    """
+    """Return the figure of ``data``; BackendUnavailable: matplotlib is not installed; ConfigError:
+    the shapes do not fit each other."""
     mpl = _matplotlib()
     painters = {
         TrafficData: _draw_traffic,
@@ -288,10 +284,8 @@ def _need(shape: Sequence[int], expected: Sequence[int], what: str) -> None:
 def _cells(
     axes: "Axes", values: np.ndarray, shades: tuple[str, float, float], low: float, high: float
 ) -> Any:
-    """Draw a matrix as vector cells, row 0 on top; as one embedded image when it is large.
-
-    ``shades``: the name of a color map, and the part of it for the values ``low`` to ``high``.
-    """
+    """Draw a matrix as vector cells, row 0 on top; as one embedded image when it is large, in the
+    part ``shades`` (name, first, last) of a color map for the values ``low`` to ``high``."""
     from matplotlib.colors import LinearSegmentedColormap
 
     name, first, last = shades
@@ -492,11 +486,7 @@ def _draw_losses(data: LossData) -> "Figure":
 
 
 def draw_sweep(rows: Sequence[dict[str, Any]], over: str, title: str) -> "Figure":
-    """Return the figure of the rows of ``moe_locality.simulator.simulate``.
-
-    Raises:
-        BackendUnavailable: matplotlib is not installed.
-    """
+    """Return the figure of the rows of ``simulator.sweep``; BackendUnavailable: no matplotlib."""
     values, speedups, errors = (
         [float(row[name]) for row in rows] for name in ("value", "speedup", "speedup_error")
     )
@@ -517,11 +507,7 @@ def draw_sweep(rows: Sequence[dict[str, Any]], over: str, title: str) -> "Figure
 
 
 def write_figure(figure: "Figure", path: Path) -> None:
-    """Write a figure as ``.svg`` or ``.png``.
-
-    Raises:
-        ConfigError: another suffix, or the file cannot be written.
-    """
+    """Write a figure as .svg or .png; ConfigError: another suffix, or it cannot be written."""
     suffix = path.suffix.lower()
     if suffix not in (".svg", ".png"):
         raise ConfigError(f"found the figure {path}, expected a name that ends in .svg or .png")

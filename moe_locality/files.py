@@ -34,11 +34,7 @@ def dump_rows(value: Any, indent: int = 0) -> str:
 
 
 def write_text(path: str | os.PathLike[str], text: str, *, what: str) -> Path:
-    """Write a text file like ``replace_text``; an error says what to do.
-
-    Raises:
-        ConfigError: the folder cannot be made or written; ``what`` names the file in the message.
-    """
+    """Write a text file like ``replace_text``; ConfigError says ``what`` it could not."""
     try:
         return replace_text(path, text)
     except OSError as error:
@@ -52,10 +48,8 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
     """Write a file whole or not at all: a new file in the same folder, fsync, rename.
 
     What stood there before stays where anything fails. A link stays; what it names is replaced.
-
-    Raises:
-        OSError: the folder is absent or cannot be written, or a device or pipe stands there.
-            Whatever ``write`` raises goes through.
+    OSError: the folder is absent or cannot be written, or a device or pipe stands there. Whatever
+    ``write`` raises goes through.
     """
     target = Path(os.path.realpath(path))
     if is_special(target):  # a rename would put a file in its place: /dev/null is gone then
@@ -92,10 +86,8 @@ def check_is_new(folder: Path) -> None:
 
 def replace_folder(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
     """Make a folder whole or not at all: ``write`` fills a new one beside it, which is renamed.
-
-    Raises:
-        ConfigError: the path is in use, or cannot be written. Whatever else ``write`` raises goes
-            through; nothing is left behind.
+    ConfigError: the path is in use, or cannot be written; whatever else ``write`` raises goes
+    through. Nothing is left behind.
     """
     out = Path(path)
     check_is_new(out)

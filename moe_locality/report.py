@@ -54,11 +54,8 @@ class Headline:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ReportData:
-    """What a report says.
-
-    ``facts`` are name and value pairs of the header (model, trace hash, cluster, plan digest);
-    ``versions`` package -> version; ``command`` the line that makes the report again.
-    """
+    """What a report says. ``facts``: name and value pairs of the header (model, trace, cluster,
+    plan digest); ``versions``: of packages; ``command``: the line that makes the report again."""
 
     title: str
     summary: tuple[str, ...] = ()
@@ -73,12 +70,8 @@ class ReportData:
 
 
 def write_report(data: ReportData, path: str | os.PathLike[str]) -> Path:
-    """Write the report, whole or not at all, and return its path.
-
-    Raises:
-        ConfigError: the file cannot be written, or would be too large to open in a browser.
-        BackendUnavailable: matplotlib is missing.
-    """
+    """Write the report, whole or not at all, and return its path; ConfigError: it cannot be
+    written, or is too large to open in a browser; BackendUnavailable: matplotlib is missing."""
     text = render_html(data)
     size = len(text.encode())
     if size > MAX_BYTES:
@@ -146,11 +139,8 @@ def _figure(data: FigureData, place: int) -> str:
 
 
 def inline_svg(text: str, *, prefix: str, label: str) -> str:
-    """Return SVG text fit for the body of an HTML page.
-
-    The XML prologue, metadata and namespace addresses go; every id gets ``prefix``, because ids
-    must differ between the figures of a page; the size becomes relative.
-    """
+    """Return SVG text fit for the body of an HTML page, of relative size, without XML prologue,
+    metadata and namespaces; with ``prefix`` ids differ between the figures of a page."""
     start = text.index("<svg")
     body = re.sub(r"<metadata>.*?</metadata>", "", text[start:], flags=re.DOTALL)
     body = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", body)
@@ -257,10 +247,8 @@ HEADLINES = (
 
 
 def trace_figures(trace: RoutingTrace, summary: dict, *, seed: int = 0) -> list[FigureData]:
-    """Return load by domain, and the divergence of domains where there are two or more.
-
-    ``summary`` is what ``analyze(trace, seed)`` returned.
-    """
+    """Return load by domain, and the divergence of domains where there are two or more; ``summary``
+    is what ``analyze(trace, seed)`` returned."""
     basis = Basis(how="measured", count=trace.num_tokens, synthetic=is_synthetic(trace))
     figures: list[FigureData] = [_load_figure(trace, basis)]
     domains = summary.get("domains")
@@ -360,10 +348,8 @@ def trace_report(
     comparison: Comparison | None = None,
     summary: dict | None = None,
 ) -> ReportData:
-    """Return the report of a trace, with the plans of ``comparison`` on it where there are any.
-
-    ``summary``: what ``analyze(trace, seed)`` returned, if it is there already.
-    """
+    """Return the report of a trace, with the plans of ``comparison`` on it where there are any;
+    ``summary``: what ``analyze(trace, seed)`` returned, if it is there already."""
     summary = analyze(trace, seed) if summary is None else summary
     title = f"{'Routing' if comparison is None else 'Placement'} of {trace.model or 'a model'}"
     first = ReportData(title=title, versions=package_versions(), command=command)

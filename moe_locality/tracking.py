@@ -160,11 +160,7 @@ class Tracker:
 
 
 def require_wandb() -> Any:
-    """Return the module wandb.
-
-    Raises:
-        BackendUnavailable: it is not installed.
-    """
+    """Return the module wandb; BackendUnavailable: it is not installed."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read when wandb is imported
     os.environ.setdefault("WANDB_SILENT", "true")  # artifacts print past the settings of a run
     return _required("wandb", "wandb")
@@ -180,11 +176,8 @@ def start_tracking(
     """Start a run as the section "tracking" says; other ranks than 0 get a tracker without one.
 
     ``run_config`` is the resolved configuration; versions, and the commit of the current folder
-    where it names none, are added to it.
-
-    Raises:
-        BackendUnavailable: wandb is not installed.
-        ConfigError: wandb refuses the settings, or its directory cannot be written.
+    where it names none, are added to it. BackendUnavailable: wandb is not installed; ConfigError:
+    it refuses the settings, or its directory cannot be written.
     """
     if config is None or not config.enabled or config.mode == "disabled" or rank != 0:
         return Tracker()

@@ -65,11 +65,8 @@ def read_cluster(
 def split(
     trace: RoutingTrace, held_out: float, seed: int
 ) -> tuple[RoutingTrace, RoutingTrace | None]:
-    """Split off the share ``held_out`` of the requests; None where nothing is held out.
-
-    The same trace, share and seed give the same split in every command. ConfigError: the share is
-    outside [0, 1).
-    """
+    """Split off the share ``held_out`` of the requests, None where it is 0, in every command alike;
+    ConfigError: it is outside [0, 1)."""
     if not 0 <= held_out < 1:
         raise ConfigError(
             f"--held-out: found {held_out}, expected a share of at least 0 and below 1, such as 0.3"
@@ -127,13 +124,11 @@ def homes_of(path: Path | None, plan: PlacementPlan) -> dict[int, int] | None:
 
 def check_writable(path: Path | None, what: str, *inputs: Path | None) -> None:
     """Refuse an output path early, before minutes of work: ConfigError where it is a directory, a
-    device or one of ``inputs``, which the command reads, or where nothing can be made.
-
-    Directories that are missing are made when the file is written; here the nearest existing one is
-    looked at. None: there is no output.
-    """
+    device or one of ``inputs``, which the command reads, or where nothing can be made. None: there
+    is no output."""
     if path is None:
         return
+    # directories that are missing are made when the file is written
     target = Path(os.path.realpath(path))
     parent = target.parent
     while not parent.exists():

@@ -37,10 +37,8 @@ EVERYWHERE = {
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """``payload``: the JSON object. ``show`` prints it for people; None: the lines of ``text``.
-
     ``then`` does what comes after the result is safe and shown: its result has the whole payload,
-    and shows only what is new.
-    """
+    and shows only what is new."""
 
     payload: dict[str, Any]
     text: Sequence[str] = ()

@@ -202,10 +202,9 @@ def _cap_of(plan: PlacementPlan) -> float:
 
 
 def _curve(job: _Job, *, with_times: bool) -> list[dict[str, Any]] | None:
-    """Return plans under several caps, made from part of the requests and judged on others (none of
-    those of ``job.unseen``), with the one to take ``chosen``; its cap goes into the options. None
-    where no cap is to be found. ``with_times``: the bandwidths are known, so the plan with the
-    shortest simulated step is taken."""
+    """Return plans under several caps, made from part of the requests and judged on others (not on
+    ``job.unseen``), with the one to take ``chosen``: that with the shortest simulated step where
+    the bandwidths are known. Its cap goes into the options. None where no cap is to be found."""
     from moe_locality.analysis.potential import HELD_OUT, judged_caps
     from moe_locality.placement.costs import NUM_BLOCKS
 

@@ -82,10 +82,8 @@ def compare(
 def tracking_settings(
     project: str | None, mode: str, folder: str | None, group: str | None, job: str = "compare"
 ) -> TrackingConfig | None:
-    """Return the settings of the wandb run, or None where no project was named.
-
-    ConfigError: the mode is unknown. BackendUnavailable: wandb is not installed.
-    """
+    """Return the settings of the wandb run, or None where no project was named. ConfigError: the
+    mode is unknown; BackendUnavailable: wandb is not installed."""
     mode = inputs.known_wandb_mode(mode)
     if project is None:
         return None

@@ -145,10 +145,7 @@ def analyze(
 def drift_payload(
     trace: RoutingTrace, against: Path | None, num_windows: int | None, plan: Path | None, seed: int
 ) -> dict[str, Any]:
-    """What ``analyze`` adds about drift: {"drift": ...}; nothing where nothing was asked.
-
-    ConfigError: both --against and --windows, or --plan with neither.
-    """
+    """What ``analyze`` adds about drift: {"drift": ...}; nothing where nothing was asked."""
     if against is not None and num_windows is not None:
         raise ConfigError(
             "found --against and --windows, expected one of them: compare two traces, or the "

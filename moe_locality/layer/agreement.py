@@ -41,14 +41,9 @@ def gather_answers(
     """Return every rank's value (plain data that pickles). Collective over all ranks.
 
     The lowest rank waits for the others and publishes what it has, so all ranks get the same. It
-    goes on when they have read it (:func:`~moe_locality.compat.forget_when_read`).
-
-    Args:
-        what, advice: begin and end of the message where ranks do not answer.
-        timeout_s: None: that of collectives.
-
-    Raises:
-        LostRanks: some rank did not answer within ``timeout_s`` seconds; names the ranks.
+    goes on when they have read it (:func:`~moe_locality.compat.forget_when_read`). LostRanks names
+    those that did not answer within ``timeout_s`` (None: that of collectives), with ``what`` and
+    ``advice`` as begin and end of the message.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return [value]

@@ -179,10 +179,8 @@ def _refuse_tied(
 def bake_dense(
     states: dict[str, Any], files: CheckpointFiles, sources: Sequence[np.ndarray], path: Path
 ) -> dict[str, Any]:
-    """Return a ``mp_rank`` state whose router rows are in the new order; the input stays.
-
-    Raises ConfigError where a router is missing, or frozen experts are in ZeRO's fragments.
-    """
+    """Return a ``mp_rank`` state with its router rows in the new order; the input stays.
+    ConfigError: a router is missing, or frozen experts are in ZeRO's fragments."""
     module, fragments = states.get("module") or {}, states.get("frozen_param_fragments")
     gates = files.gates_among(module)
     for layer, prefix in enumerate(files.prefixes):
@@ -239,7 +237,8 @@ def baked_optimizer(
             for i, name in enumerate(names):
                 state = old.get(i)
                 if name in gates and state is not None:
-                    state = _permuted(state, sources[gates[name]])
+                    order = torch.from_numpy(sources[gates[name]])
+                    state = {**state, **{key: v[order] for key, v in _arrays(state).items()}}
                 elif match := EXPERT_KEY.fullmatch(name):
                     source = sources[layer_of[match[1]]]
                     slot = int(source[rank * per_rank + int(match[2])])
@@ -336,11 +335,6 @@ def _check_names(files: CheckpointFiles, names: list[str], per_rank: int, conten
 def _arrays(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The tensors of a parameter's state, without step counters."""
     return {k: v for k, v in state.items() if torch.is_tensor(v) and v.numel() != 1}
-
-
-def _permuted(state: dict[str, Any], source: np.ndarray) -> dict[str, Any]:
-    order = torch.from_numpy(source)
-    return {**state, **{key: value[order] for key, value in _arrays(state).items()}}
 
 
 def _names_by_order(

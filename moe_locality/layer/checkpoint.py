@@ -160,11 +160,8 @@ def read_entry(
     state: dict[str, Any], path: Path, layers: int, experts: int
 ) -> tuple[dict[str, Any], list[np.ndarray]]:
     """Return the entry of a ``mp_rank`` file, and per MoE layer [E] the logical expert of each
-    slot; without an entry, ({}, identity).
-
-    Raises:
-        PlacementError: it is damaged, of another version, or for other layers or experts.
-    """
+    slot; without an entry, ({}, identity). PlacementError: it is damaged, of another version, or
+    for other layers or experts."""
     entry = state.get(KEY)
     if entry is None:
         return {}, [np.arange(experts)] * layers
@@ -261,8 +258,7 @@ def _load(
     digest = "no checkpoint"
     if decision is not None:
         orders = [*decision.file_orders, *decision.new_orders]
-        facts = [*(order.tolist() for order in orders), decision.with_optimizer]
-        digest = _sha256(facts)
+        digest = _sha256([*(order.tolist() for order in orders), decision.with_optimizer])
         if files is not None:
             files.orders = decision.file_orders
     all_agree("checkpoints or placements", digest)
@@ -351,11 +347,8 @@ def _sha256(facts: Any) -> str:
 
 
 def _optimizer_names(engine: Any) -> list[list[str]] | None:
-    """Names of the optimizer's parameters, group by group, where all ranks have the same.
-
-    A saved optimizer state knows its parameters by number only; with the names, the state of an
-    expert can be found again in the file.
-    """
+    """Names of the optimizer's parameters, group by group (its saved state has numbers only); None
+    where ranks differ."""
     optimizer = None if has_replicas(engine.module) else plain_optimizer(engine)
     names = None
     if optimizer is not None:

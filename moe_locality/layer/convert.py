@@ -160,9 +160,7 @@ def initialize(*args: Any, **kwargs: Any) -> Any:
     DeepSpeed makes the groups.
 
     With ``"enabled": false`` DeepSpeed's layers stay; the recorder and the log are attached.
-
-    Raises:
-        ConfigError, PlacementError, TopologyError: on all ranks, also where one rank only found it.
+    ConfigError, PlacementError, TopologyError: on all ranks, also where one rank only found it.
     """
     bound = inspect.signature(deepspeed.initialize).bind(*args, **kwargs).arguments
     model = bound.get("model")
@@ -217,8 +215,7 @@ def init_inference(
         config: of DeepSpeed's inference engine, with a section ``"moe_locality"`` or without one.
         plan: default: the plan that the section names.
 
-    Raises:
-        ConfigError, PlacementError, TopologyError: on all ranks.
+    ConfigError, PlacementError, TopologyError: on all ranks.
     """
     _init_distributed({})
 
@@ -447,10 +444,8 @@ class LocalityRuntime:
         check_overflow(self.model)
 
     def close(self) -> None:
-        """Write what recorder and tracking still hold; not collective.
-
-        ``engine.destroy`` and the end of the process call it.
-        """
+        """Write what recorder and tracking still hold; not collective. ``engine.destroy`` and the
+        end of the process call it."""
         online, self.online = self.online, None
         if online is not None:
             online.close()
@@ -512,11 +507,8 @@ def _attach_log(engine: Any, runtime: LocalityRuntime, ds_config: dict[str, Any]
 
 
 def after_each_step(engine: Any, callback: Callable[[], object]) -> None:
-    """Call ``callback()`` after every optimizer step (the last micro-batch of an accumulation).
-
-    ``engine.step`` (``train_batch`` of a pipeline) is wrapped once; the callbacks run in the order
-    in which they were given.
-    """
+    """Call ``callback()``, after those given before, at the end of every optimizer step (the last
+    micro-batch of an accumulation)."""
     callbacks = vars(engine).get("moe_locality_after_step")
     if callbacks is not None:
         callbacks.append(callback)

@@ -167,12 +167,9 @@ def _formula(mlp: GroupedMLP, linear: Callable[[str, Tensor], Tensor], x: Tensor
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """``x @ weight[e].T + bias[e]`` for the rows of every expert e, ``each`` of them where all have
-    as many.
-
-    Saves the parameters, not their stack, so the copy does not live until the backward pass. An
-    expert without rows gets gradients of zero.
-    """
+    """``x @ weight[e].T + bias[e]`` for the rows of every expert e (``each``: where all have as
+    many). Saves the parameters, not their stack, so the copy does not live until the backward pass;
+    an expert without rows gets gradients of zero."""
 
     @staticmethod
     def forward(
@@ -238,15 +235,18 @@ def _why_not_now(experts: nn.ModuleList) -> str | None:
 def _identify(experts: nn.ModuleList) -> GroupedMLP | str:
     first = experts[0]
     linears = [name for name, child in first.named_children() if type(child) is nn.Linear]
-    others = [c for _, c in first.named_children() if type(c) is not nn.Linear]
+    others = [child for child in first.children() if type(child) is not nn.Linear]
     if len(linears) not in (2, 3) or any(type(c) not in ACTIVATION_MODULES for c in others):
         return "an expert is not two or three nn.Linear and an activation"
     parts = {f"{name}.{key}" for name in linears for key in ("weight", "bias")}
     held = {name for name, _ in (*first.named_parameters(), *first.named_buffers())}
     if not held <= parts:
         return f"an expert holds more than linear layers: {sorted(held - parts)}"
-    for what, trait in {"shape": _shapes, "their settings": _settings}.items():
-        if any(trait(expert) != trait(first) for expert in experts):
+    shapes = [[(name, p.shape) for name, p in e.named_parameters()] for e in experts]
+    modules = ([vars(module) for module in expert.modules()] for expert in experts)
+    settings = [[{k: v for k, v in m.items() if k[0] != "_"} for m in one] for one in modules]
+    for what, traits in {"shape": shapes, "their settings": settings}.items():
+        if any(trait != traits[0] for trait in traits):
             return f"the experts differ in {what}"
     for name in linears:
         layer: Any = first.get_submodule(name)
@@ -254,14 +254,6 @@ def _identify(experts: nn.ModuleList) -> GroupedMLP | str:
         if any(size % _ALIGNMENT_BYTES for size in row_bytes):
             return f"rows of {min(row_bytes)} bytes are not a multiple of {_ALIGNMENT_BYTES}"
     return _probe(first, linears)
-
-
-def _shapes(expert: nn.Module) -> Any:
-    return [(name, p.shape) for name, p in expert.named_parameters()]
-
-
-def _settings(expert: nn.Module) -> Any:
-    return [{k: v for k, v in vars(m).items() if k[0] != "_"} for m in expert.modules()]
 
 
 def _probe(expert: nn.Module, linears: list[str]) -> GroupedMLP | str:
@@ -392,12 +384,10 @@ def _swap(mine: list[Tensor], ranks: list[int], group: Any) -> list[list[Tensor]
 
 
 def _own_part(grads: list[Tensor], edp_group: Any) -> list[Tensor]:
-    """Return one part per rank of the sum over the expert-data-parallel ranks, zeros elsewhere.
-
-    Collective over ``edp_group``. From three ranks on, the order in which DeepSpeed sums the ranks
-    depends on the position of an element in its buffers, which differs between replicas. So each
-    rank sums one part in rank order, and DeepSpeed adds zeros to it: exact in every order.
-    """
+    """Return one part per rank of the sum over ``edp_group``, zeros elsewhere. Collective there."""
+    # From three ranks on, the order in which DeepSpeed sums the ranks depends on the position of an
+    # element in its buffers, which differs between replicas. So each rank sums one part in rank
+    # order, and DeepSpeed adds zeros to it: exact in every order.
     size = 1 if edp_group is None else dist.get_world_size(edp_group)
     if size < 3 or not grads:
         return grads  # a + b is b + a

@@ -49,10 +49,8 @@ def _family_names(model_type: str) -> tuple[str, ...]:
 
 
 def _check_family(plan: PlacementPlan, family: str) -> None:
-    """Raise PlacementError where the plan says that it is for a model of another family.
-
-    A folder may name its language model in another way than transformers, or not at all.
-    """
+    """Raise PlacementError where the plan is for another family. A folder may name its language
+    model in another way than transformers, or not at all."""
     made_for = str(plan.provenance.get("model_type", ""))
     known = [name for name in _family_names(made_for) if name in PRESETS]
     if known and family not in known:
@@ -113,10 +111,7 @@ class _File:
 
 
 def _tensors_of(files: list[_File]) -> dict[str, np.ndarray]:
-    """The tensors of all files by name, as arrays that are mapped and read when they are used.
-
-    Integers keep their type, everything else is opaque: V2 for bf16, V1 for fp8.
-    """
+    """The tensors of all files by name, mapped; integers keep their type, bf16 is V2, fp8 V1."""
     found: dict[str, np.ndarray] = {}
     for file in files:
         for name, entry in file.entries.items():
@@ -147,10 +142,8 @@ def bake_hugging_face(
     Returns:
         A summary, as ``bake_checkpoint``; and family, layer numbers, SHA-256 of all weight files.
 
-    Raises:
-        ConfigError: no such model, an unknown family, a tensor with an expert axis that no pattern
-            covers, or files that cannot be read or written.
-        PlacementError: the plan does not fit, has replicas, or tears a group of experts apart.
+    Errors as of ``bake_checkpoint``. ConfigError also: an unknown family, or a tensor with an
+    expert axis that no pattern covers. PlacementError also: the plan tears a group apart.
     """
     check_is_new(out)
     config = _read_json(folder / "config.json")
@@ -180,14 +173,11 @@ def bake_hugging_face(
         plan.write(target / PLAN)
 
     replace_folder(out, write)
+    told: dict[str, Any] = {"checkpoint": str(folder), "out": str(out), "family": family}
+    told |= {"num_layers": len(job.layers), "layer_ids": job.layers}
+    told |= {"num_experts": plan.num_experts, "plan_digest": plan.digest()}
     return {
-        "checkpoint": str(folder),
-        "out": str(out),
-        "family": family,
-        "num_layers": len(job.layers),
-        "layer_ids": job.layers,
-        "num_experts": plan.num_experts,
-        "plan_digest": plan.digest(),
+        **told,
         **count_moves([job.sources[layer] for layer in job.layers], plan.slots_per_rank),
         "sha256": hashes,
         "copied": [str(path.relative_to(folder)) for path in copied],

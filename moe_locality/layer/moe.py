@@ -351,10 +351,8 @@ def adopt(
 
     A subclass of the stock class keeps its class and its methods: only its ``deepspeed_moe`` and
     gate change, and groups that follow the nodes are made first. What a stock gate knew of its
-    placement (``gate.slot_to_logical``) is kept.
-
-    Raises:
-        ConfigError: the module is not built from DeepSpeed's own gate, experts and layer.
+    placement (``gate.slot_to_logical``) is kept. ConfigError: the module is not built from
+    DeepSpeed's own gate, experts and layer.
     """
     if isinstance(dispatch_config, dict):
         dispatch_config = DispatchConfig.model_validate(dispatch_config)

@@ -238,10 +238,7 @@ def check_one_ep_size(layers: Sequence[tuple[str, Any]]) -> None:
 
 
 def tied_layers(model: torch.nn.Module) -> dict[str, str]:
-    """Return the MoE layers that share a tensor of router or experts, with its owners in words.
-
-    A tensor that moves for one owner moves for all.
-    """
+    """Return the MoE layers that share a tensor of router or experts, with its owners in words."""
     owners: dict[int, dict[str, str]] = {}  # of a tensor: place -> name of its MoE layer
     inside: set[int] = set()
     for name, module in moe_modules(model):

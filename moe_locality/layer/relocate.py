@@ -140,14 +140,11 @@ def reverse_step(step: Step) -> Step:
 
 
 def _matchings(counts: np.ndarray):
-    """Yield, per round, the rank that each rank sends to (itself: it sends nothing).
-
-    ``counts [G, G]`` has a zero diagonal, and row r sums up to what column r does: a rank receives
-    as many experts as it sends. The diagonal fills every row up to the largest sum, so each round
-    has a perfect matching.
-    """
+    """Yield, per round, the rank that each rank sends to (itself: it sends nothing). Row r of
+    ``counts [G, G]``, with a zero diagonal, sums up to what column r does."""
     from scipy.optimize import linear_sum_assignment
 
+    # every row has the largest sum now, so each round has a perfect matching
     left = counts + np.diag(counts.sum(1).max(initial=0) - counts.sum(1))
     while left.any():
         rows, partner = linear_sum_assignment(left == 0)
@@ -182,10 +179,7 @@ class MoveReport:
 
 @dataclass(slots=True, kw_only=True)
 class _Layer:
-    """State of one move: what the slots of this rank hold, and the buffers.
-
-    ``errors``: of this rank, since the ranks last agreed.
-    """
+    """One move: what the slots of this rank hold, buffers, ``errors`` since the ranks agreed."""
 
     name: str
     group: dist.ProcessGroup | None
@@ -200,10 +194,8 @@ class _Layer:
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Keep an error of this rank for :meth:`agree`, which raises it on all ranks.
-
-        A KeyboardInterrupt or SystemExit is raised again after the roll-back.
-        """
+        """Keep an error of this rank for :meth:`agree`, which raises it on all ranks; an interrupt
+        is raised again after the roll-back."""
         try:
             yield
         except BaseException as error:  # noqa: BLE001
@@ -411,10 +403,8 @@ def _exchange(
 def _verify_or_restore(
     layer: _Layer, written: dict[int, tuple[list[TensorShard], str, Tensor]]
 ) -> None:
-    """Read back what was written; on a wrong checksum of any rank, restore the old content.
-
-    ``written``: shards, their expected checksum, and their old content.
-    """
+    """Read back what was written (shards, expected checksum, old content); on a wrong checksum of
+    any rank, restore the old content."""
     for thing, (shards, digest, _) in written.items():
         again = _gather(layer, shards, layer.buffers[-1])
         with layer.guard():
@@ -433,10 +423,7 @@ def _verify_or_restore(
 
 def _gather(layer: _Layer, shards: list[TensorShard], buffer: Tensor) -> Tensor:
     """Join the shards, whole, at the front of ``buffer``, and return that. Collective among the
-    ranks that hold parts.
-
-    Each byte is on one rank and zero on the others, so the integer sum is exact for any dtype.
-    """
+    ranks that hold parts: a byte is on one and zero on the others, so an integer sum is exact."""
     joined = buffer[: flat_bytes(shards)]
     with layer.guard():
         pack(shards, joined)

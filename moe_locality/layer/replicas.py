@@ -108,9 +108,7 @@ def with_new_parameters(model: nn.Module, given: Any) -> Any:
     ``given``: what ``deepspeed.initialize`` takes as ``model_parameters``, collected before there
     were replicas: parameters or groups of them (dicts); or a torch optimizer, which is changed in
     place. A new parameter follows that of its name in the rank's last earlier expert, in its group.
-
-    Raises:
-        ConfigError: an optimizer that has state already.
+    ConfigError: an optimizer that has state already.
     """
     followers = _followers(model)
     if isinstance(given, torch.optim.Optimizer):
@@ -119,7 +117,10 @@ def with_new_parameters(model: nn.Module, given: Any) -> Any:
         items = list(given)
         if not any(isinstance(item, dict) for item in items):
             return _extended(items, followers, {id(p) for p in items})
-        given = groups = [{**group, "params": _listed(group["params"])} for group in items]
+        given = groups = [dict(group) for group in items]
+        for group in groups:
+            one = isinstance(group["params"], Tensor)
+            group["params"] = [group["params"]] if one else list(group["params"])
     known = {id(p) for group in groups for p in group["params"]}
     if all(id(p) in known for new in followers.values() for p in new):
         return given
@@ -131,10 +132,6 @@ def with_new_parameters(model: nn.Module, given: Any) -> Any:
     for group in groups:
         group["params"] = _extended(group["params"], followers, known)
     return given
-
-
-def _listed(parameters: Any) -> list[Tensor]:
-    return [parameters] if isinstance(parameters, Tensor) else list(parameters)
 
 
 def _followers(model: nn.Module) -> dict[int, list[Tensor]]:

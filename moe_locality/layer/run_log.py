@@ -40,10 +40,7 @@ METRICS, TRAFFIC, SUMMARY, PLAN = "metrics.jsonl", "traffic.json", "summary.json
 
 class RunLog:
     """Lines about the training of an engine. Rank 0 holds the wandb run and the run directory, and
-    raises BackendUnavailable or ConfigError where a run cannot be started.
-
-    ``facts``: what the run is, for wandb's config and the summary.
-    """
+    raises BackendUnavailable or ConfigError where a run cannot be started."""
 
     def __init__(
         self, engine: Any, runtime: "LocalityRuntime", ds_config: dict[str, Any] | None

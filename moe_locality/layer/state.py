@@ -74,10 +74,8 @@ def set_slot_to_logical(moe_module: Any, slot_to_logical: Any) -> None:
     """Say which logical expert each slot of a layer holds; moves no weights.
 
     Works on our layer, whose gate then routes in the logical frame, and on a stock one, whose gate
-    only carries the fact (its outputs stay in the frame of the slots).
-
-    Raises:
-        PlacementError: not a permutation of 0..E-1.
+    only carries the fact (its outputs stay in the frame of the slots). PlacementError: not a
+    permutation of 0..E-1.
     """
     placed = np.array(slot_to_logical, dtype=np.int64)
     num_experts = moe_module.num_experts
@@ -95,10 +93,7 @@ def set_slot_to_logical(moe_module: Any, slot_to_logical: Any) -> None:
 
 @dataclass(frozen=True, eq=False)
 class LayerReplicas:
-    """The slots of one layer, seen from one rank of its EP group.
-
-    ``slot_to_logical [P]``; ``ep_rank``, ``num_ranks``: this rank and the size of the group.
-    """
+    """The slots [P] of one layer, seen from rank ``ep_rank`` of its EP group of ``num_ranks``."""
 
     slot_to_logical: np.ndarray
     ep_rank: int
@@ -128,11 +123,8 @@ class LayerReplicas:
 
     @cached_property
     def shared(self) -> list[tuple[int, list[int]]]:
-        """By rising logical expert, the slots of this rank (from 0) whose experts are on other
-        ranks too, with the ranks of all holders in slot order.
-
-        The order is the same on all ranks, so exchanges between holders cannot cross.
-        """
+        """By rising logical expert (so exchanges cannot cross), the slots of this rank (from 0)
+        whose experts are on other ranks too, with the ranks of all holders in slot order."""
         found = []
         for local in np.argsort(self.local_experts, kind="stable").tolist():
             slots = np.flatnonzero(self.slot_to_logical == self.local_experts[local])
@@ -160,9 +152,8 @@ _WHAT_TO_DO = (
 class TensorShard:
     """One tensor that belongs to a parameter; ``name``: parameter, or parameter:state.
 
-    ``shape``: of the whole tensor. ``local``: the tensor; or, where ``group`` is set, the flat part
-    that this rank holds (None: no part), which begins at element ``start``. ``group``: whose ranks
-    hold the parts; None where this rank has the whole tensor.
+    ``shape``: of the whole tensor. ``local``: the tensor; or, where ``group``, whose ranks hold the
+    parts, is set, the flat part of this rank (None: no part), which begins at element ``start``.
     """
 
     name: str
@@ -432,9 +423,8 @@ def state_source(engine: Any) -> StateSource:
                 f"relabel is not supported with {option}: DeepSpeed does not say where the parts "
                 f"of an expert are: {_WHAT_TO_DO}"
             )
-    return (
-        copied_state(optimizer) if kind == "FP16_UnfusedOptimizer" else partitioned_state(optimizer)
-    )
+    find = copied_state if kind == "FP16_UnfusedOptimizer" else partitioned_state
+    return find(optimizer)
 
 
 _KNOWN = ("BF16_Optimizer", "DeepSpeedZeroOptimizer", "FP16_UnfusedOptimizer")

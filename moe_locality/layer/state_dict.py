@@ -220,12 +220,11 @@ class TensorRole:
 
 
 class Relabelling:
-    """What each tensor of a model becomes under a plan; the constructor checks all names.
+    """What each tensor of a model becomes under a plan; the constructor checks all names, with the
+    errors of ``relabel_state_dict``.
 
-    Args:
-        state: name to anything with ``shape`` and ``dtype``, torch or numpy; values of a lazy
-            mapping are asked for their shapes here and for their contents by ``value`` alone.
-        plan, names, current, num_groups: see ``relabel_state_dict``, whose errors this raises.
+    ``state``: name to anything with ``shape`` and ``dtype``, torch or numpy; values of a lazy
+    mapping are asked for their shapes here and for their contents by ``value`` alone.
     """
 
     def __init__(
