@@ -57,10 +57,8 @@ class TraceConfig(_Section):
 
 
 class ClusterConfig(_Section):
-    """Which rank is on which node. Without it, host names are gathered at start.
-
-    Give one of: ``hostfile``, ``file`` (YAML), or ``num_nodes`` with ``ranks_per_node``.
-    """
+    """Which rank is on which node: one of ``hostfile``, ``file`` (YAML), or ``num_nodes`` with
+    ``ranks_per_node``. Without the section, host names are gathered at start."""
 
     hostfile: str | None = None
     file: str | None = Field(default=None, description="YAML description of the cluster")

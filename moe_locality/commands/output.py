@@ -93,15 +93,12 @@ def guard(
 
 
 def in_flags(message: str, flags: Mapping[str, str], given: Sequence[str]) -> str:
-    """Return the message with the flags of a command where it names arguments of a function.
+    """Return the message with the flags of a command where it names arguments of a function, as the
+    package's errors do: ``name: found``, ``name=value``, ``name = value`` or ``name=``. Plain words
+    stay, and what stands in ``given``, the words of the command line, which are the user's.
 
-    The package's errors write an argument as ``name: found``, ``name=value``, ``name = value`` or
-    ``name=``; those are replaced, plain words are not.
-
-    Args:
-        flags: parameter of the command → its flag. A function may put ``num_`` before the name, or
-            ``_size`` behind it.
-        given: the words of the command line; what they hold is the user's, and stays as it is.
+    ``flags``: parameter of the command → its flag. A function may put ``num_`` before the name, or
+    ``_size`` behind it.
     """
     known = dict(flags)
     for name, flag in flags.items():

@@ -141,11 +141,8 @@ def store_experts(model: nn.Module, format: str = "mxfp4-mbs-h") -> StoreReport:
     ranks by ``ep_implementation="moe_locality"``. Matrices are quantized along the dimension that
     is summed over (of DeepSpeed's experts the last, as in ``nn.Linear``). Every rank stores its own
     experts; nothing is communicated. MBS-H, the default, searches the factors of weights (MBS-D):
-    about a second per million weights and core.
-
-    Raises:
-        ConfigError: unknown format, no experts, experts stored already, partitioned by ZeRO-3, in
-            training, or spread in another way.
+    about a second per million weights and core. ConfigError: unknown format, no experts, experts
+    stored already, partitioned by ZeRO-3, in training, or spread in another way.
     """
     get_format(format)
     known_formats = {m.format for m in model.modules() if isinstance(m, StoredTensor)} - {None}

@@ -72,22 +72,18 @@ def run_experts(
 
 
 def grouping_pays(rows: Tensor) -> bool:
-    """Return whether ``auto`` groups rows of this device and type.
-
-    On a GPU where torch has a grouped kernel: bfloat16 from compute capability 9.0. On a CPU torch
-    runs a loop inside, and stacking the weights is on top: measured, it is not reliably faster.
-    """
+    """Return whether ``auto`` groups rows of this device and type: on a GPU where torch has a
+    grouped kernel, bfloat16 from compute capability 9.0. On a CPU torch runs a loop inside, and
+    stacking the weights is on top: measured, it is not reliably faster."""
     if rows.device.type != "cuda" or rows.dtype != torch.bfloat16:
         return False
     return torch.cuda.get_device_capability(rows.device) >= (9, 0)
 
 
 def run_loop(experts: Any, rows: Tensor, tokens_per_expert: tuple[int, ...]) -> Tensor:
-    """Run each local expert on its rows, one after the other.
-
-    An expert without rows gets one row of zeros while gradients are on, and the result is dropped:
-    its parameters then have gradients of zero, as DeepSpeed's padding gives them, and not none.
-    """
+    """Run each local expert on its rows, one after the other. One without rows gets a row of zeros
+    while gradients are on, and the result is dropped: its parameters then have gradients of zero,
+    as DeepSpeed's padding gives them, and not none."""
     outputs = []
     # one split: the backward of a slice per expert would fill [R, D] zeros for each
     chunks = rows.split(list(tokens_per_expert))
@@ -124,11 +120,9 @@ _recognized: "WeakKeyDictionary[nn.ModuleList, dict[Any, GroupedMLP | str]]" = W
 
 
 def recognize(experts: nn.ModuleList) -> GroupedMLP | str:
-    """Return the MLP that these experts are, or the reason why they keep the loop.
-
-    Every forward pass calls it. Hooks, casts, partitioned weights and replaced modules are checked
-    each time, the settings of the modules once per list and mode (training or not).
-    """
+    """Return the MLP that these experts are, or the reason why they keep the loop. Hooks, casts,
+    partitioned weights and replaced modules are checked each time (in every forward pass), the
+    settings of the modules once per list and mode (training or not)."""
     why = _why_not_now(experts)
     if why is not None:
         return why
@@ -142,10 +136,8 @@ def recognize(experts: nn.ModuleList) -> GroupedMLP | str:
 def run_grouped(
     mlp: GroupedMLP, experts: nn.ModuleList, rows: Tensor, tokens_per_expert: Sequence[int]
 ) -> Tensor:
-    """Run the experts on ``rows [R, D]``, R > 0 and ordered by expert, to ``[R, D]``.
-
-    Equal numbers of rows, as a fixed capacity gives them, never wait for the device.
-    """
+    """Run the experts on ``rows [R, D]``, R > 0 and ordered by expert, to ``[R, D]``. Equal numbers
+    of rows, as a fixed capacity gives them, never wait for the device."""
     each = tokens_per_expert[0] if len(set(tokens_per_expert)) == 1 else None
     if each is None:
         counts = torch.tensor(tokens_per_expert, device=rows.device)

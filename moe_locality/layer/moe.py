@@ -90,10 +90,8 @@ class LocalityTopKGate(TopKGate):
 
     routes_in_logical_frame = True
     slot_to_logical: np.ndarray
-    _placed: SlotMap
-    """slot of each expert; None inside where both orders are one"""
-    serving: SlotMap | None = None
-    """the slot that serves each expert for this rank's tokens, where experts have replicas"""
+    _placed: SlotMap  # slot of each expert; None inside where both orders are one
+    serving: SlotMap | None = None  # the same for this rank's tokens, where experts have replicas
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -290,10 +288,8 @@ class MoE(StockMoE):
         stock(self, use_data_before_expert_parallel_=use_data_before_expert_parallel_)
 
     def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> Any:
-        """As DeepSpeed's; the residual MLP runs while the experts' results travel back.
-
-        It still runs after the experts, so random numbers are drawn in DeepSpeed's order.
-        """
+        """As DeepSpeed's; the residual MLP runs while the experts' results travel back: still after
+        the experts, so random numbers are drawn in DeepSpeed's order."""
         stock: Any = StockMoE.forward
         if not self.use_residual:
             return stock(self, hidden_states, used_token)

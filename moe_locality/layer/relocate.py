@@ -61,10 +61,8 @@ rank that does not respond within 3 x timeout is considered dead."""
 class RolledBackError(PlacementError):
     """A rank failed; the layer is in its old order on every rank."""
 
-    interrupted = False
-    """a rank was interrupted"""
-    stop: BaseException | None = None
-    """the KeyboardInterrupt or SystemExit of this rank"""
+    interrupted = False  # a rank was
+    stop: BaseException | None = None  # the KeyboardInterrupt or SystemExit of this rank
 
 
 _pending_signals: list[int] = []
@@ -292,15 +290,12 @@ def move_experts(
 def place_stacked(
     layers: Sequence[tuple[str, Any]], orders: Sequence[np.ndarray], engine: Any = None
 ) -> None:
-    """Move the experts of named layers to the slots of ``orders``. Collective over all ranks.
+    """Move the experts of named layers to the slots of ``orders``. Collective over all ranks. A
+    layer that fails is in its old order on all ranks and says so.
 
-    A layer that fails is in its old order on all ranks and says so.
-
-    Args:
-        layers: with ``experts`` (parameters ``[e, ...]``), ``ep_size``, ``ep_group``, the order
-            ``slot_to_logical [E]`` and ``set_order``, which states a new one; their router is in
-            logical order, and stays.
-        engine: its optimizer state moves along; ConfigError where it cannot.
+    A layer has ``experts`` (parameters ``[e, ...]``), ``ep_size``, ``ep_group``, the order
+    ``slot_to_logical [E]`` and ``set_order``, which states a new one; its router is in logical
+    order, and stays. Optimizer state of an ``engine`` moves along; ConfigError where it cannot.
     """
     state = no_state if engine is None else all_succeed(lambda: state_source(engine))
     text = repr([(name, order.tolist()) for (name, _), order in zip(layers, orders, strict=True)])

@@ -63,8 +63,7 @@ def add_replicas(
 
     Args:
         model: with layers of ours (``apply`` swaps them), before ``deepspeed.initialize``.
-        plan: its ``layer_ids`` are the transformer layers of the model that have experts.
-        group: see :func:`moe_locality.relabel`.
+        plan, group: see :func:`moe_locality.relabel`.
 
     Raises:
         PlacementError: the plan does not fit, or the model has other replicas already.
