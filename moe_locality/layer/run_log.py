@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from moe_locality.config import TrackingConfig
 from moe_locality.dispatch.dispatcher import group_ranks
 from moe_locality.dispatch.flat import lost_routes
 from moe_locality.dispatch.traffic import counters, joined_traffic, local_traffic
@@ -46,7 +47,8 @@ class RunLog:
         self, engine: Any, runtime: "LocalityRuntime", ds_config: dict[str, Any] | None
     ) -> None:
         assert runtime.config.tracking is not None
-        config, plan, topology = runtime.config.tracking, runtime.plan, runtime.topology
+        config: TrackingConfig = runtime.config.tracking
+        plan, topology = runtime.plan, runtime.topology
         self.engine, self.config, self.topology = engine, config, topology
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         script = Path(getattr(sys.modules.get("__main__"), "__file__", None) or ".")
