@@ -308,9 +308,14 @@ def _reordered(rows: ExpertRows, tensor: DTensor, leaving: bool) -> DTensor:
     logical = np.arange(len(rows.order))
     current, target = (rows.order, logical) if leaving else (logical, rows.order)
     exchange = RowExchange.reordering(current, target, rows.group)
-    mine = exchange.reorder(tensor.to_local()), tensor.device_mesh, tensor.placements
-    form = {"shape": tensor.shape, "stride": tensor.stride()}
-    return DTensor.from_local(*mine, run_check=False, **form)
+    return DTensor.from_local(
+        exchange.reorder(tensor.to_local()),
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
 
 
 def keep_checkpoints_logical(rows: ExpertRows, first: bool) -> None:

@@ -213,10 +213,16 @@ class Engine:
             state = self._state_of(request, number)
         except (TypeError, ValueError, RecursionError) as error:  # RequestError is a ValueError
             self.refused += 1
-            told: dict[str, Any] = {"prompt_token_ids": [], "outputs": [], "error": str(error)}
-            told |= {"arrival": self.lockstep.rank, "home": self.lockstep.rank}
-            told["request_id"] = request_id if is_request_id(request_id) else shown(request_id)
-            return [RequestOutput(**told)]
+            return [
+                RequestOutput(
+                    request_id=request_id if is_request_id(request_id) else shown(request_id),
+                    prompt_token_ids=[],
+                    outputs=[],
+                    error=str(error),
+                    arrival=self.lockstep.rank,
+                    home=self.lockstep.rank,
+                )
+            ]
         if state.due_at == 0:
             self.scheduler.park(state)
             self.handover.offer(state)
@@ -522,12 +528,27 @@ class Engine:
             if text is None and self.tokenizer is not None:
                 text = self.tokenizer.decode(s.token_ids, skip_special_tokens=True)
             total = sum(logs[i][token] for i, token in enumerate(s.token_ids)) if logs else None
-            same = ("index", "token_ids", "finish_reason", "stop_reason")
-            own = {name: getattr(s, name) for name in same} | {"text": text, "logprobs": logs}
-            outputs.append(CompletionOutput(**own, cumulative_logprob=total))
-        told: dict[str, Any] = {"request_id": state.request_id, "prompt_token_ids": state.prompt}
-        told |= {"arrival": state.arrival, "home": self.lockstep.rank, "seconds": state.seconds}
-        return [RequestOutput(**told, outputs=outputs)]
+            outputs.append(
+                CompletionOutput(
+                    index=s.index,
+                    text=text,
+                    token_ids=s.token_ids,
+                    finish_reason=s.finish_reason,
+                    stop_reason=s.stop_reason,
+                    logprobs=logs,
+                    cumulative_logprob=total,
+                )
+            )
+        return [
+            RequestOutput(
+                request_id=state.request_id,
+                prompt_token_ids=state.prompt,
+                outputs=outputs,
+                arrival=state.arrival,
+                home=self.lockstep.rank,
+                seconds=state.seconds,
+            )
+        ]
 
     # -- counts
 
