@@ -181,7 +181,6 @@ def judged_caps(
     # a step has as many tokens as give at least four steps where there are
     tokens = min(STEP_TOKENS, max(test.num_tokens // (4 * topology.num_ranks), 1))
     model = StepModel(exchange="hierarchical")
-    step: dict[str, Any] = {"model": model, "batch_tokens": tokens, "max_steps": STEPS}
     usual = usual_order(train, topology, options.get("num_redundant_experts", 0))
     base = evaluate(test, usual, topology).copies
     points = []
@@ -189,7 +188,16 @@ def judged_caps(
         plan = solve(train, topology, max_imbalance=cap, seed=seed, **options)
         homes = None if plan.home_profiles is None else _homes(test, plan, topology)
         costs = evaluate(test, plan, topology, homes)
-        times = simulate(test, plan, topology, homes, **step, seed=seed)
+        times = simulate(
+            test,
+            plan,
+            topology,
+            homes,
+            model=model,
+            batch_tokens=tokens,
+            max_steps=STEPS,
+            seed=seed,
+        )
         points.append(
             {
                 "max_imbalance": plan.provenance["max_imbalance"],

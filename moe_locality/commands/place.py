@@ -332,8 +332,9 @@ def _costs(plan: PlacementPlan, job: _Job) -> dict[str, Any]:
         return moe_locality.assign_homes(trace, some, predict=predict) if predict else None
 
     def cost(some: PlacementPlan, homes: Any = None, before: Any = None) -> Costs:
-        given: dict[str, Any] = {"baseline": before, "transport": job.transport}
-        return moe_locality.evaluate(trace, some, job.topology, homes, **given)
+        return moe_locality.evaluate(
+            trace, some, job.topology, homes, baseline=before, transport=job.transport
+        )
 
     found: dict[str, Any] = {"held_out": None, "held_out_homes": predict, "start": None}
     found["linear"] = base and brief(cost(base))

@@ -216,6 +216,12 @@ def demo(
     inputs.check_writable(out / "report.html", "demo results")
     from moe_locality.demo import run_demo
 
-    sizes: dict[str, Any] = {"num_nodes": nodes, "ranks_per_node": ranks_per_node, "seed": seed}
-    payload = run_demo(out=out, trace=trace, wandb_mode=mode, **sizes)
+    payload = run_demo(
+        out=out,
+        trace=trace,
+        num_nodes=nodes,
+        ranks_per_node=ranks_per_node,
+        wandb_mode=mode,
+        seed=seed,
+    )
     return Result(payload={"command": "demo", **payload}, text=(str(payload["report"]),))

@@ -65,11 +65,18 @@ def import_(
     given = files[0] if len(files) == 1 else files
     with progress(f"importing {files[0]}") as update:
         found = find_format(given) if format is None else format
-        options: dict[str, Any] = {"format": format, "model": model, "num_experts": num_experts}
-        options |= {"top_k": top_k, "num_layers": num_layers, "table": table}
-        options |= {"layers": inputs.layer_numbers(layers), "overwrite": overwrite}
         summary = import_to(
-            given, out, **options, report=lambda done, total: update(done, total, "")
+            given,
+            out,
+            format=format,
+            model=model,
+            num_experts=num_experts,
+            top_k=top_k,
+            num_layers=num_layers,
+            layers=inputs.layer_numbers(layers),
+            table=table,
+            overwrite=overwrite,
+            report=lambda done, total: update(done, total, ""),
         )
     payload = {"command": "import", "trace": out, "format": found, **summary}
     words = (

@@ -167,9 +167,13 @@ def _launch(
     common = ["--preset", options.preset, "--seed", str(options.seed)]
     common += ["--num-nodes", str(options.num_nodes), "--out", str(folder)]
     common += ["--metrics", str(folder / "metrics.jsonl")]
-    given: dict[str, Any] = {"num_ranks": options.num_ranks, "log": folder / "log.txt"}
     with progress.stage(title) as update:
-        run_training([*common, *arguments], **given, on_progress=update)
+        run_training(
+            [*common, *arguments],
+            num_ranks=options.num_ranks,
+            log=folder / "log.txt",
+            on_progress=update,
+        )
 
 
 def _homes(
@@ -445,8 +449,13 @@ def run_trace(options: DemoOptions, progress: Progress) -> dict[str, Any]:
     plan_path, report_path = options.out / "plan.json", options.out / "report.html"
     candidates[-1].plan.write(plan_path)
     with progress.stage("write report and wandb run"):
-        told: dict[str, Any] = {"comparison": found, "summary": analysis}
-        page = trace_report(held_out, seed=options.seed, command=options.command, **told)
+        page = trace_report(
+            held_out,
+            comparison=found,
+            summary=analysis,
+            seed=options.seed,
+            command=options.command,
+        )
         write_report(page, report_path)
         settings = options.tracking(group=trace.model or None, job_type="place")
         with start_tracking(settings, run_config={"options": options.command}) as tracker:

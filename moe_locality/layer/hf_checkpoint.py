@@ -173,11 +173,14 @@ def bake_hugging_face(
         plan.write(target / PLAN)
 
     replace_folder(out, write)
-    told: dict[str, Any] = {"checkpoint": str(folder), "out": str(out), "family": family}
-    told |= {"num_layers": len(job.layers), "layer_ids": job.layers}
-    told |= {"num_experts": plan.num_experts, "plan_digest": plan.digest()}
     return {
-        **told,
+        "checkpoint": str(folder),
+        "out": str(out),
+        "family": family,
+        "num_layers": len(job.layers),
+        "layer_ids": job.layers,
+        "num_experts": plan.num_experts,
+        "plan_digest": plan.digest(),
         **count_moves([job.sources[layer] for layer in job.layers], plan.slots_per_rank),
         "sha256": hashes,
         "copied": [str(path.relative_to(folder)) for path in copied],

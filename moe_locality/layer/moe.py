@@ -276,8 +276,13 @@ class MoE(StockMoE):
         **kwargs: Any,
     ) -> None:
         compat.init_stock_moe(StockMoE, self, *args, **kwargs)
-        given: dict[str, Any] = {"kernels": kernels, "experts": experts, "topology": topology}
-        adopt(self, dispatch_config=dispatch_config, **given)
+        adopt(
+            self,
+            dispatch_config=dispatch_config,
+            kernels=kernels,
+            experts=experts,
+            topology=topology,
+        )
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """As DeepSpeed's, for which its engine asks on all ranks. Where it would make expert groups
