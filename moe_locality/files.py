@@ -34,7 +34,7 @@ def dump_rows(value: Any, indent: int = 0) -> str:
 
 
 def write_text(path: str | os.PathLike[str], text: str, *, what: str) -> Path:
-    """Write a text file like ``replace_text``; ConfigError says ``what`` it could not."""
+    """Write a text file like ``replace_text``; ConfigError, which says ``what``: it cannot be."""
     try:
         return replace_text(path, text)
     except OSError as error:

@@ -65,8 +65,8 @@ def read_cluster(
 def split(
     trace: RoutingTrace, held_out: float, seed: int
 ) -> tuple[RoutingTrace, RoutingTrace | None]:
-    """Split off the share ``held_out`` of the requests, None where it is 0, in every command alike;
-    ConfigError: it is outside [0, 1)."""
+    """Split off the share ``held_out`` of the requests (None where it is 0), the same for a trace,
+    share and seed in every command; ConfigError: the share is outside [0, 1)."""
     if not 0 <= held_out < 1:
         raise ConfigError(
             f"--held-out: found {held_out}, expected a share of at least 0 and below 1, such as 0.3"

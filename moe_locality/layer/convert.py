@@ -508,7 +508,7 @@ def _attach_log(engine: Any, runtime: LocalityRuntime, ds_config: dict[str, Any]
 
 def after_each_step(engine: Any, callback: Callable[[], object]) -> None:
     """Call ``callback()``, after those given before, at the end of every optimizer step (the last
-    micro-batch of an accumulation)."""
+    micro-batch of an accumulation): ``engine.step`` (a pipeline's ``train_batch``) is wrapped."""
     callbacks = vars(engine).get("moe_locality_after_step")
     if callbacks is not None:
         callbacks.append(callback)

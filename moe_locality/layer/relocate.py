@@ -139,7 +139,8 @@ def reverse_step(step: Step) -> Step:
 
 def _matchings(counts: np.ndarray):
     """Yield, per round, the rank that each rank sends to (itself: it sends nothing). Row r of
-    ``counts [G, G]``, with a zero diagonal, sums up to what column r does."""
+    ``counts [G, G]``, with a zero diagonal, sums up to what column r does: a rank receives as many
+    experts as it sends."""
     from scipy.optimize import linear_sum_assignment
 
     # every row has the largest sum now, so each round has a perfect matching
