@@ -79,11 +79,24 @@ def _root(
         typer.echo(context.get_help())
 
 
-# in the order of the help
-_bodies = [traces.import_, plans.export, traces.analyze, place.place, plans.group, plans.evaluate]
-_bodies += [plans.simulate, plans.bake, reports.compare, reports.report, traces.record]
-_bodies += [plans.bench, plans.bench_paper, serve.serve, doctor.doctor, reports.demo]
-for _body in _bodies:
+for _body in (
+    traces.import_,
+    plans.export,
+    traces.analyze,
+    place.place,
+    plans.group,
+    plans.evaluate,
+    plans.simulate,
+    plans.bake,
+    reports.compare,
+    reports.report,
+    traces.record,
+    plans.bench,
+    plans.bench_paper,
+    serve.serve,
+    doctor.doctor,
+    reports.demo,
+):
     app.command(_body.__name__.rstrip("_").replace("_", " "))(as_command(_body))
 
 

@@ -66,10 +66,17 @@ class Row:
 
     def to_dict(self, names: tuple[str, ...]) -> dict[str, Any]:
         """Return plain data; ``ours`` and ``ratio`` are those of the last candidate."""
-        found = {name: getattr(self, name) for name in ("metric", "unit", "how", "better")}
-        found |= {"baseline": self.values[0], "ours": self.values[-1], "ratio": self.ratios[-1]}
-        found["interval"] = None if self.interval is None else list(self.interval)
-        return {**found, "values": dict(zip(names, self.values, strict=True))}
+        return {
+            "metric": self.metric,
+            "unit": self.unit,
+            "how": self.how,
+            "better": self.better,
+            "baseline": self.values[0],
+            "ours": self.values[-1],
+            "ratio": self.ratios[-1],
+            "interval": None if self.interval is None else list(self.interval),
+            "values": dict(zip(names, self.values, strict=True)),
+        }
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +85,7 @@ class Comparison:
 
     ``tables``: further ones (per layer and plan, per domain). ``notes``: sentences that a reader
     must know, for example that a plan was made from the very trace it is judged on. ``sources``: by
-    name, what each candidate is (model, plan digest, ds_config, commit ...).
-    """
+    name, what each candidate is (model, plan digest, ds_config, commit ...)."""
 
     names: tuple[str, ...]
     rows: tuple[Row, ...]
@@ -162,8 +168,7 @@ def compare_plans(
 
     The interval of the copies' ratio is a jackknife over blocks of whole requests, so it says how
     far the ratio depends on which requests were recorded. ``split_from``: see :func:`made_from`.
-    PlacementError: no candidate, two of one name, or a plan does not fit the trace.
-    """
+    PlacementError: no candidate, two of one name, or a plan does not fit the trace."""
     labels = tuple(candidate.label for candidate in candidates)
     if not labels or len(set(labels)) != len(labels):
         raise PlacementError(
@@ -585,8 +590,7 @@ def track_comparison(
     tracker: Tracker, comparison: Comparison, *, files: Iterable[str | Path] = ()
 ) -> None:
     """Log a comparison: its rows and tables, each value as a scalar, its figures as images, and
-    ``files`` as artifacts: plans (``*.json``) of kind "plan", pages "report", the rest "data".
-    """
+    ``files`` as artifacts: plans (``*.json``) of kind "plan", pages "report", the rest "data"."""
     if not tracker.active:
         return
     table = comparison.table()

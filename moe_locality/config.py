@@ -80,8 +80,7 @@ class ClusterConfig(_Section):
 
 class CapacityConfig(_Section):
     """Buffers of a fixed size: ``rows`` that every rank has for every slot, or ``factor`` times
-    what a slot gets where routes are even, T K / P (T: most tokens of a rank in the first step).
-    """
+    what a slot gets where routes are even, T K / P (T: most tokens of a rank in the first step)."""
 
     rows: int | None = Field(default=None, ge=1)
     factor: float | None = Field(default=None, gt=0)
@@ -147,8 +146,7 @@ class OnlineConfig(_Section):
 
 class TrackingConfig(_Section):
     """Lines about a training: to wandb (``mode="offline"`` needs no network), and to a directory
-    that ``moe-locality compare`` reads.
-    """
+    that ``moe-locality compare`` reads."""
 
     enabled: bool = True
     project: str = "moe_locality"
@@ -196,8 +194,7 @@ def read_config(
 
     A dict is taken as a ds_config when it has the key ``"moe_locality"`` or one of DeepSpeed's own,
     else as the section. None, and a ds_config without the section or with ``"auto"`` there, give
-    the defaults. ConfigError: the file cannot be read, or a key or value is wrong.
-    """
+    the defaults. ConfigError: the file cannot be read, or a key or value is wrong."""
     if isinstance(source, MoeLocalityConfig):
         return source
     if source is None:
@@ -222,8 +219,7 @@ def read_config(
 def refuse_settings(section: MoeLocalityConfig, where: str, advice: dict[str, str]) -> None:
     """Raise ConfigError where a section sets a key that a front end does not take.
 
-    ``advice``: by key, what to do instead.
-    """
+    ``advice``: by key, what to do instead."""
     for name, instead in advice.items():
         if getattr(section, name) != getattr(MoeLocalityConfig(), name):
             raise ConfigError(

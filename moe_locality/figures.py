@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Basis:
     """What stands behind the numbers of a figure: "measured" (counted in a run or a recorded trace)
-    or "simulated" (predicted by replaying a trace); ``count`` is n, in ``unit``.
-    """
+    or "simulated" (predicted by replaying a trace); ``count`` is n, in ``unit``."""
 
     how: Literal["measured", "simulated"]
     count: int
@@ -55,8 +54,7 @@ class TrafficData:
 
     ``before``, ``after`` [n, n]: row = home, column = destination. ``node_of`` [n] names the node
     of each row, so that what stays on a node is grayed out; ``per`` divides both totals (for
-    example the number of tokens) and ``per_name`` names it.
-    """
+    example the number of tokens) and ``per_name`` names it."""
 
     before: np.ndarray
     after: np.ndarray

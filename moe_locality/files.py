@@ -49,8 +49,7 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
 
     What stood there before stays where anything fails. A link stays; what it names is replaced.
     OSError: the folder is absent or cannot be written, or a device or pipe stands there. Whatever
-    ``write`` raises goes through.
-    """
+    ``write`` raises goes through."""
     target = Path(os.path.realpath(path))
     if is_special(target):  # a rename would put a file in its place: /dev/null is gone then
         raise OSError(errno.EINVAL, "it is a device or a pipe")
@@ -87,8 +86,7 @@ def check_is_new(folder: Path) -> None:
 def replace_folder(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
     """Make a folder whole or not at all: ``write`` fills a new one beside it, which is renamed.
     ConfigError: the path is in use, or cannot be written; whatever else ``write`` raises goes
-    through. Nothing is left behind.
-    """
+    through. Nothing is left behind."""
     out = Path(path)
     check_is_new(out)
     temporary = out.parent / f".{out.name}.{secrets.token_hex(4)}"

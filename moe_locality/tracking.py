@@ -177,8 +177,7 @@ def start_tracking(
 
     ``run_config`` is the resolved configuration; versions, and the commit of the current folder
     where it names none, are added to it. BackendUnavailable: wandb is not installed; ConfigError:
-    it refuses the settings, or its directory cannot be written.
-    """
+    it refuses the settings, or its directory cannot be written."""
     if config is None or not config.enabled or config.mode == "disabled" or rank != 0:
         return Tracker()
     wandb = require_wandb()

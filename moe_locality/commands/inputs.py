@@ -79,8 +79,7 @@ def read_judged(
 ) -> tuple[RoutingTrace, RoutingTrace, SplitFrom | None]:
     """Read a trace: the part to judge plans on, which ``place --held-out`` with this seed does not
     see, the other part, and what ``compare.made_from`` asks of both (all of it, twice, and None
-    where nothing is held out).
-    """
+    where nothing is held out)."""
     whole = moe_locality.read_trace(path)
     train, test = split(whole, held_out, seed)
     if test is None:

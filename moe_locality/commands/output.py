@@ -98,8 +98,7 @@ def in_flags(message: str, flags: Mapping[str, str], given: Sequence[str]) -> st
     stay, and what stands in ``given``, the words of the command line, which are the user's.
 
     ``flags``: parameter of the command → its flag. A function may put ``num_`` before the name, or
-    ``_size`` behind it.
-    """
+    ``_size`` behind it."""
     known = dict(flags)
     for name, flag in flags.items():
         known.setdefault(f"num_{name}", flag)

@@ -82,8 +82,7 @@ Prove = Annotated[
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Job:
     """A plan from ``train`` with the ``options`` of ``solve``, judged on ``unseen`` requests: those
-    held out, else others than those of ``fit``, which a second plan is made from. None: too few.
-    """
+    held out, else others than those of ``fit``, which a second plan is made from. None: too few."""
 
     train: RoutingTrace
     fit: RoutingTrace

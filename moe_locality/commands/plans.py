@@ -53,11 +53,19 @@ def group(
         after = brief(moe_locality.evaluate(content, placed, homes=homes))
     write_homes(homes, out)
     counts = list(found.requests_per_rank)
-    payload = {"command": "group", "homes": out, "predict": predict, "requests": len(homes)}
-    payload |= {"requests_per_rank": counts, "tokens_per_rank": list(found.tokens_per_rank)}
-    payload |= {"token_imbalance": found.token_imbalance, "unpredicted_requests": found.unpredicted}
-    payload |= {"unseen_domains": list(found.unseen_domains), "costs": after}
-    payload["homes_at_random"] = before
+    payload = {
+        "command": "group",
+        "homes": out,
+        "predict": predict,
+        "requests": len(homes),
+        "requests_per_rank": counts,
+        "tokens_per_rank": list(found.tokens_per_rank),
+        "token_imbalance": found.token_imbalance,
+        "unpredicted_requests": found.unpredicted,
+        "unseen_domains": list(found.unseen_domains),
+        "costs": after,
+        "homes_at_random": before,
+    }
 
     def show(console: Any) -> None:
         console.print(f"{out}: {len(homes):,} requests, per rank {counts}", soft_wrap=True)

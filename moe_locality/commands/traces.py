@@ -103,8 +103,7 @@ def analyze(
     seed: inputs.Seed = 0,
 ) -> Result:
     """Show what a trace holds: balance, domains, co-activation; with a cluster, what it could
-    save, all kinds of plan under the same cap of 1.05 so that they can be compared.
-    """
+    save, all kinds of plan under the same cap of 1.05 so that they can be compared."""
     from moe_locality import report as reports
     from moe_locality.analysis import analyze as describe
     from moe_locality.analysis.potential import potential, tradeoff

@@ -43,8 +43,7 @@ def gather_answers(
     The lowest rank waits for the others and publishes what it has, so all ranks get the same. It
     goes on when they have read it (:func:`~moe_locality.compat.forget_when_read`). LostRanks names
     those that did not answer within ``timeout_s`` (None: that of collectives), with ``what`` and
-    ``advice`` as begin and end of the message.
-    """
+    ``advice`` as begin and end of the message."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return [value]
     limit_s = timeout_s or compat.default_timeout().total_seconds()
@@ -81,8 +80,7 @@ def all_succeed(check: Callable[[], T]) -> T:
     """Return ``check()``; where it raises on a rank, raise on all ranks. Collective.
 
     For checks before anything changes. ``check`` calls no collective. The rank that failed raises
-    its own error, the others the first one; LostRanks where some did not come here in time.
-    """
+    its own error, the others the first one; LostRanks where some did not come here in time."""
     result, failure = None, None
     try:
         result = check()

@@ -64,8 +64,7 @@ class CheckpointFiles:
     AutoEP made the layers.
 
     ``experts[layer, slot, mp]``, ``dense[mp]``, ``optimizer[ep rank, mp]``; ``other_optimizer``
-    are ZeRO's partitions, on disk or offloaded; ``copied`` is everything else.
-    """
+    are ZeRO's partitions, on disk or offloaded; ``copied`` is everything else."""
 
     folder: Path
     num_experts: int = 0
@@ -90,8 +89,7 @@ class CheckpointFiles:
 
 def find_files(folder: Path) -> CheckpointFiles:
     """Classify the files of a tag's folder; raise ConfigError where it is no MoE checkpoint of this
-    kind, or files are missing.
-    """
+    kind, or files are missing."""
     files = CheckpointFiles(folder=folder)
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.name if path.parent == folder else ""
@@ -159,8 +157,7 @@ def _refuse_tied(
     """Refuse a tensor of a layer that another layer, which moves otherwise, has too (files do not
     say what is tied). Tensors of one value (fresh biases, norms) do not count.
 
-    ``first``: layer and name of the tensors so far, by a hash of their bytes.
-    """
+    ``first``: layer and name of the tensors so far, by a hash of their bytes."""
     for name, value in tensors.items():
         if not torch.is_tensor(value) or value.numel() < 2 or (value == value.flatten()[0]).all():
             continue
@@ -265,8 +262,7 @@ def read_optimizer_states(
     NotBaked says why they cannot be baked.
 
     ``dense``: state of an ``mp_rank`` file. ``names``: per parameter group, if the checkpoint has
-    them; else ``trust_order`` takes the order of the model.
-    """
+    them; else ``trust_order`` takes the order of the model."""
     if files.other_optimizer:
         raise NotBaked(
             f"found {files.other_optimizer[0].name}, expected expp_rank files: ZeRO partitions "
@@ -424,8 +420,7 @@ def bake_checkpoint(
 class _Bake:
     """One bake. The constructor reads the small files and checks everything; it writes nothing.
 
-    ``sources``: per layer, the old slot that each new slot takes.
-    """
+    ``sources``: per layer, the old slot that each new slot takes."""
 
     def __init__(
         self,

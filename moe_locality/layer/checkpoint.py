@@ -100,8 +100,7 @@ def read_file(path: Path, *, trusted: bool = False) -> dict[str, Any]:
 
     Only tensors and plain types are unpickled, with numpy arrays and ``argparse.Namespace``, which
     training scripts put into ``client_state``, else ConfigError. ``trusted=True`` unpickles
-    anything, which can run code.
-    """
+    anything, which can run code."""
     try:
         with torch.serialization.safe_globals(_ALLOWED):
             found = _torch_load(path, weights_only=True)
@@ -144,8 +143,7 @@ def make_entry(
 
     ``optimizer_names`` have experts by their number on the rank. ``replicas``: per MoE layer [P],
     the expert of each slot of the ranks that wrote the optimizer state, where there were more slots
-    than experts.
-    """
+    than experts."""
     entry = {
         "format_version": FORMAT_VERSION,
         "slot_to_logical": [[int(expert) for expert in order] for order in orders],
@@ -194,8 +192,7 @@ def wrap_checkpoints(engine: Any, plan: PlacementPlan | None = None) -> None:
     weights and moments to the placement of this engine: ``plan``, else the one it was started with
     or last relabelled to; an engine without a plan takes the order of the file. Where moments
     cannot move (offloaded or reordered ZeRO partitions) and the orders differ, the load is refused
-    on all ranks before anything is read into the engine. A second call changes nothing.
-    """
+    on all ranks before anything is read into the engine. A second call changes nothing."""
     if getattr(engine, "moe_locality_wraps_checkpoints", False):
         return
     engine.moe_locality_wraps_checkpoints = True

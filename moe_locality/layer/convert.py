@@ -160,8 +160,7 @@ def initialize(*args: Any, **kwargs: Any) -> Any:
     DeepSpeed makes the groups.
 
     With ``"enabled": false`` DeepSpeed's layers stay; the recorder and the log are attached.
-    ConfigError, PlacementError, TopologyError: on all ranks, also where one rank only found it.
-    """
+    ConfigError, PlacementError, TopologyError: on all ranks, also where one rank only found it."""
     bound = inspect.signature(deepspeed.initialize).bind(*args, **kwargs).arguments
     model = bound.get("model")
     if not isinstance(model, nn.Module):
@@ -410,8 +409,7 @@ class LocalityRuntime:
     """Configuration, placement, cluster and recorder of an engine.
 
     ``topology`` is None where the layers stay DeepSpeed's, ``recorder`` where the section has no
-    ``trace``, ``online`` where it has no ``online``, ``log`` where no ``tracking``.
-    """
+    ``trace``, ``online`` where it has no ``online``, ``log`` where no ``tracking``."""
 
     model: nn.Module
     config: MoeLocalityConfig
@@ -439,8 +437,7 @@ class LocalityRuntime:
 
     def check_overflow(self) -> None:
         """Raise on all ranks where routes found no row in the buffers of ``dispatch.capacity``, for
-        what no step checks: the replays of a CUDA graph. Collective; waits for the device.
-        """
+        what no step checks: the replays of a CUDA graph. Collective; waits for the device."""
         check_overflow(self.model)
 
     def close(self) -> None:

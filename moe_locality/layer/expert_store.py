@@ -44,8 +44,7 @@ class StoredTensor(nn.Module):
     """One parameter or buffer of a stored expert; ``decode()`` gives the tensor.
 
     ``format``: None where it is kept as it is, under ``value``. ``stacked``: it has a row for each
-    expert; every row is stored by itself, so that it can travel.
-    """
+    expert; every row is stored by itself, so that it can travel."""
 
     def __init__(self, tensor: Tensor, format: str | None, *, stacked: bool = False) -> None:
         super().__init__()
@@ -90,8 +89,7 @@ class StoredExpert(nn.Module):
     """One expert in a low-bit format: the same ``forward``, no parameters, no gradients.
 
     The tree of submodules is that of the expert, with ``StoredTensor`` leaves, so names in a state
-    dict begin as they did. ``skeleton``: the expert on the meta device, shared in a layer.
-    """
+    dict begin as they did. ``skeleton``: the expert on the meta device, shared in a layer."""
 
     def __init__(self, expert: nn.Module, format: str, skeleton: nn.Module) -> None:
         super().__init__()
@@ -142,8 +140,7 @@ def store_experts(model: nn.Module, format: str = "mxfp4-mbs-h") -> StoreReport:
     is summed over (of DeepSpeed's experts the last, as in ``nn.Linear``). Every rank stores its own
     experts; nothing is communicated. MBS-H, the default, searches the factors of weights (MBS-D):
     about a second per million weights and core. ConfigError: unknown format, no experts, experts
-    stored already, partitioned by ZeRO-3, in training, or spread in another way.
-    """
+    stored already, partitioned by ZeRO-3, in training, or spread in another way."""
     get_format(format)
     known_formats = {m.format for m in model.modules() if isinstance(m, StoredTensor)} - {None}
     if known_formats:

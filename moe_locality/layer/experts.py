@@ -56,8 +56,7 @@ def run_experts(
 
     ``loop`` calls one expert after the other, ``grouped`` runs them as grouped matrix products
     (ConfigError where they are not recognizably one MLP), ``auto`` groups where that is faster (see
-    :func:`grouping_pays`) and the experts allow it.
-    """
+    :func:`grouping_pays`) and the experts allow it."""
     wanted = mode == "grouped" or (mode == "auto" and grouping_pays(rows))
     if wanted and rows.shape[0] and len(experts.deepspeed_experts):
         mlp = recognize(experts.deepspeed_experts)
@@ -305,8 +304,7 @@ def run_with_summed_gradients(
     group: Any,
 ) -> Tensor:
     """:func:`run_experts`, with gradients summed over the replicas; ``group``: the EP group, None
-    for the world. Backward is collective among the holders of an expert.
-    """
+    for the world. Backward is collective among the holders of an expert."""
     ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
     parameters: dict[str, Tensor] = {}  # to train, of experts that others hold too, by name
     shared: list[tuple[int, list[int]]] = []  # how many are of each expert, and who holds it

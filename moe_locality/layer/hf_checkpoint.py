@@ -80,8 +80,7 @@ def family_of(config: dict[str, Any]) -> str:
 
 class _File:
     """One safetensors file: its header as bytes (``head``), the entry of each tensor in file order,
-    and ``data``, uint8, the tensors' bytes, mapped. ConfigError: it is cut off, or none.
-    """
+    and ``data``, uint8, the tensors' bytes, mapped. ConfigError: it is cut off, or none."""
 
     def __init__(self, path: Path) -> None:
         try:

@@ -67,8 +67,7 @@ class AttributeOverride:
     """An object with some attributes replaced when they are read; writes go to the object itself.
 
     DeepSpeed's own ``forward`` can run on it with, say, another order of the router rows, so its
-    code need not be copied here.
-    """
+    code need not be copied here."""
 
     def __init__(self, target: Any, **replaced: Any) -> None:
         object.__setattr__(self, "_target", target)
@@ -85,8 +84,7 @@ class LocalityTopKGate(TopKGate):
     """DeepSpeed's gate, read in the logical frame.
 
     The sparse output is DeepSpeed's: ``(l_aux, C, E, indices int32 [K, T] (-1 = dropped),
-    locations, gates fp32 [K, T], exp_counts)``, with logical ids.
-    """
+    locations, gates fp32 [K, T], exp_counts)``, with logical ids."""
 
     routes_in_logical_frame = True
     slot_to_logical: np.ndarray
@@ -105,8 +103,7 @@ class LocalityTopKGate(TopKGate):
         """Gate ``input [T, D]``; ``padded=False``: ranks need not agree on a capacity.
 
         Without dropping, DeepSpeed makes all ranks agree on the capacity of the padded buffers. It
-        changes no route and no weight, so the ragged dispatch saves that collective.
-        """
+        changes no route and no weight, so the ragged dispatch saves that collective."""
         if input.shape[0] == 0 and sparse_routes:
             return self._no_routes(input)
         replaced: dict[str, Any] = {}
@@ -286,8 +283,7 @@ class MoE(StockMoE):
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """As DeepSpeed's, for which its engine asks on all ranks. Where it would make expert groups
-        and ``initialize`` made none, the nodes are found and groups made that follow them.
-        """
+        and ``initialize`` made none, the nodes are found and groups made that follow them."""
         _follow_the_nodes(self, use_data_before_expert_parallel_)
         stock: Any = StockMoE.set_deepspeed_parallelism
         stock(self, use_data_before_expert_parallel_=use_data_before_expert_parallel_)
@@ -353,8 +349,7 @@ def adopt(
     A subclass of the stock class keeps its class and its methods: only its ``deepspeed_moe`` and
     gate change, and groups that follow the nodes are made first. What a stock gate knew of its
     placement (``gate.slot_to_logical``) is kept. ConfigError: the module is not built from
-    DeepSpeed's own gate, experts and layer.
-    """
+    DeepSpeed's own gate, experts and layer."""
     if isinstance(dispatch_config, dict):
         dispatch_config = DispatchConfig.model_validate(dispatch_config)
     dispatch_config = dispatch_config or DispatchConfig()

@@ -103,8 +103,7 @@ def plan_steps(current: np.ndarray, target: np.ndarray, num_ranks: int) -> list[
     rounds: a rank sends at most one expert and receives at most one, into the slot that it has just
     freed. The rounds are the perfect matchings of a regular bipartite multigraph (König 1916): as
     many as the busiest rank has experts to send, which no schedule of this kind can beat. Then the
-    ranks put their own slots in order, one swap per rank and step.
-    """
+    ranks put their own slots in order, one swap per rank and step."""
     per_rank = len(current) // num_ranks
     holds = np.array(current, dtype=np.int64)  # what every slot holds, step after step
     new_rank = np.argsort(np.asarray(target)) // per_rank  # of each expert
@@ -296,8 +295,7 @@ def place_stacked(
 
     A layer has ``experts`` (parameters ``[e, ...]``), ``ep_size``, ``ep_group``, the order
     ``slot_to_logical [E]`` and ``set_order``, which states a new one; its router is in logical
-    order, and stays. Optimizer state of an ``engine`` moves along; ConfigError where it cannot.
-    """
+    order, and stays. Optimizer state of an ``engine`` moves along; ConfigError where it cannot."""
     state = no_state if engine is None else all_succeed(lambda: state_source(engine))
     text = repr([(name, order.tolist()) for (name, _), order in zip(layers, orders, strict=True)])
     all_agree("plans", hashlib.sha256(text.encode()).hexdigest())
@@ -456,8 +454,7 @@ def _digest(buffer: Tensor) -> str:
 def wire_device(group: dist.ProcessGroup | None, tensor: Tensor | None) -> torch.device:
     """Return the device for buffers that ``group`` exchanges: that of ``tensor``, or the backend's.
 
-    Before ``initialize`` a model is often on the CPU while NCCL is up.
-    """
+    Before ``initialize`` a model is often on the CPU while NCCL is up."""
     backend = "" if group is None else dist.get_backend(group)
     if backend == "nccl":
         return torch.device("cuda", torch.cuda.current_device())

@@ -107,8 +107,7 @@ def with_new_parameters(model: nn.Module, given: Any) -> Any:
     ``given``: what ``deepspeed.initialize`` takes as ``model_parameters``, collected before there
     were replicas: parameters or groups of them (dicts); or a torch optimizer, which is changed in
     place. A new parameter follows that of its name in the rank's last earlier expert, in its group.
-    ConfigError: an optimizer that has state already.
-    """
+    ConfigError: an optimizer that has state already."""
     followers = _followers(model)
     if isinstance(given, torch.optim.Optimizer):
         groups = given.param_groups

@@ -43,8 +43,7 @@ def plan_rows(
     model: nn.Module, plan: PlacementPlan, names: Sequence[str] | None = None
 ) -> list[int]:
     """Return the row of ``plan`` for each MoE layer (``names``: default ``moe_modules(model)``);
-    PlacementError: it is for another model or other layers, or is in the weights already.
-    """
+    PlacementError: it is for another model or other layers, or is in the weights already."""
     plan.check_fits(model_type=model_type_of(model))
     folder = getattr(config_of(model), "name_or_path", None)
     baked = Path(folder) / PLAN if isinstance(folder, str) and folder else None
@@ -75,8 +74,7 @@ def set_slot_to_logical(moe_module: Any, slot_to_logical: Any) -> None:
 
     Works on our layer, whose gate then routes in the logical frame, and on a stock one, whose gate
     only carries the fact (its outputs stay in the frame of the slots). PlacementError: not a
-    permutation of 0..E-1.
-    """
+    permutation of 0..E-1."""
     placed = np.array(slot_to_logical, dtype=np.int64)
     num_experts = moe_module.num_experts
     if placed.shape != (num_experts,) or (np.sort(placed) != np.arange(num_experts)).any():
@@ -153,8 +151,7 @@ class TensorShard:
     """One tensor that belongs to a parameter; ``name``: parameter, or parameter:state.
 
     ``shape``: of the whole tensor. ``local``: the tensor; or, where ``group``, whose ranks hold the
-    parts, is set, the flat part of this rank (None: no part), which begins at element ``start``.
-    """
+    parts, is set, the flat part of this rank (None: no part), which begins at element ``start``."""
 
     name: str
     shape: tuple[int, ...]
@@ -274,8 +271,7 @@ def expert_shards(expert: nn.Module, state: StateSource) -> list[TensorShard]:
 
 def stacked_shards(experts: nn.Module, state: StateSource) -> list[list[TensorShard]]:
     """Return what moves with each expert of a module whose parameters are ``[e, ...]``; ConfigError
-    where an optimizer state has another shape than its parameter.
-    """
+    where an optimizer state has another shape than its parameter."""
     found: list[list[TensorShard]] = []
     for name, parameter in experts.named_parameters():
         found = found or [[] for _ in parameter]
@@ -397,8 +393,7 @@ def is_engine(model: Any) -> bool:
 
 def state_source(engine: Any) -> StateSource:
     """Return what finds the optimizer state of a parameter; ConfigError: ZeRO stage 3, offloaded or
-    reordered partitions, or copies of the weights that are kept in a way not known here.
-    """
+    reordered partitions, or copies of the weights that are kept in a way not known here."""
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     kind = type(optimizer).__name__
     if optimizer is None or kind == "DummyOptim":
@@ -448,8 +443,7 @@ def has_state(optimizer: Any) -> bool:
 def check_state_moves(module: Any, state: StateSource, name: str) -> None:
     """Raise ConfigError where the optimizer state of a layer cannot move with its experts: a tensor
     has another shape than its parameter (a factored or communication state), or experts of this
-    rank have states of different kinds.
-    """
+    rank have states of different kinds."""
     layer = module.deepspeed_moe
     named = [(f"gate: {key}", tensor) for key, tensor in gate_rows(layer.gate).items()]
     experts = layer.experts.deepspeed_experts

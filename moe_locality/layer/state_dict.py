@@ -38,8 +38,7 @@ class Names:
     ``ids``: tables whose values are numbers of experts. ``keep``: what belongs to no expert, though
     it looks like it. ``grouped``: the router may pick groups of experts first, which no tensor
     says. ``extra``: a router has rows past the experts (shared, zero computation), which stay.
-    ``folded``: the experts of a tensor are one below the other, ``[E * F, D]``.
-    """
+    ``folded``: the experts of a tensor are one below the other, ``[E * F, D]``."""
 
     router: str
     experts: tuple[str, ...]
@@ -224,8 +223,7 @@ class Relabelling:
     errors of ``relabel_state_dict``.
 
     ``state``: name to anything with ``shape`` and ``dtype``, torch or numpy; values of a lazy
-    mapping are asked for their shapes here and for their contents by ``value`` alone.
-    """
+    mapping are asked for their shapes here and for their contents by ``value`` alone."""
 
     def __init__(
         self,
