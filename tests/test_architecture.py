@@ -77,14 +77,15 @@ MAX_LINES = 700
 MAX_FUNCTION_LINES = 60
 MIN_LINES = 80
 
-# A budget of the whole package. Who needs more raises it here, and says what for.
+# A budget of the whole package: 31,000 lines, and 10,000 for what came after. Who needs more raises
+# it here, and says what for.
 # Front ends for transformers and AutoEP: 6 files and 2,100 lines. Maps and transports of other
 # engines: 700 lines. Serving: 14 files and 4,500 lines. Serving rule: 2 files, 1,100 lines.
 # Caps that are found, what requests come in: 450 lines. Bounds with replicas: 1 file, 320 lines.
 # Metrics, report and watch of serving: 2 files, 900 lines. Low-bit store of stacked experts: 155.
 # Experts held once in passes without gradients: 40.
-MAX_FILES = 139
-MAX_TOTAL_LINES = 44_885
+MAX_FILES = 138
+MAX_TOTAL_LINES = 40_700
 
 
 def module_name(path: Path) -> str:

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from moe_locality.config import DispatchConfig
 from moe_locality.dispatch.transport import Combined, Dispatched, Transport
 from moe_locality.errors import BackendUnavailable, ConfigError
 
@@ -62,7 +63,7 @@ class DeepEPTransport(Transport[DeepEPMetadata]):
     group: Any
 
     def __post_init__(self) -> None:
-        config = self.config
+        config: DispatchConfig = self.config
         if (config.payload, config.combine_payload) != ("none", "none"):
             raise ConfigError(
                 f"found payload {config.payload!r} and combine_payload {config.combine_payload!r} "

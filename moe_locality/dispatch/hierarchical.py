@@ -22,6 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from moe_locality.config import DispatchConfig
 from moe_locality.dispatch.desync import DesyncError
 from moe_locality.dispatch.flat import (
     block_order,
@@ -346,7 +347,8 @@ class HierarchicalTransport(Transport[HierarchicalMetadata]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.sends_weights = self.config.reduce_at_node  # results are then added up there
+        config: DispatchConfig = self.config
+        self.sends_weights = config.reduce_at_node  # results are then added up there
         self.slots_of_node = self.num_slots // self.inter_node.size
         self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
