@@ -361,6 +361,10 @@ def test_the_map_names_every_file_and_no_other():
     assert not files - named, "docs/design.md 3 does not name these"
     others = {"setup.py", "test_architecture.py", "test_roads.py", "tolerances.py", "__init__.py"}
     assert not named - files - others, "docs/design.md names these, which are not there"
+    roads = "".join(page.split("```")[1::2])
+    used = set(re.findall(r"\w+", "".join(path.read_text(encoding="utf-8") for path in sources())))
+    gone = set(re.findall(r"\b[a-z]+(?:_[a-z]+)+\b", roads)) - used
+    assert not gone, "the roads of docs/design.md name these functions, which are not there"
 
 
 LOW_FLOORS = sorted(
