@@ -77,6 +77,7 @@ def end_distributed() -> None:
                 None if type(default) is dist.ProcessGroup else default
                 for default in held.__defaults__
             )
+    held = None
     comm = sys.modules.get("deepspeed.comm")
     if comm is not None and comm.is_initialized():
         comm.destroy_process_group()  # torch's alone leaves the groups to DeepSpeed's globals

@@ -84,6 +84,7 @@ def serve(
     options |= {"grouping": grouping, "watch": watch, "online": online, "seed": seed}
     options["expert_store"] = expert_store
     total = _serve(_load(model, dtype, placed), trace, (requests, out, params), counted, options)
+    _leave_ranks()  # once nothing holds the engine any more
     if rank:
         raise SystemExit(0)  # the first rank speaks for all
     return _told(total, out)
@@ -96,12 +97,8 @@ def _serve(
     metrics: Metrics | None,
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    """Serve a job (requests, results, sampling) with a model and its tokenizer, then leave the
-    other ranks; return the sums."""
-    import torch.distributed as dist
-
+    """Serve a job (requests, results, sampling) with a model and its tokenizer; return the sums."""
     import moe_locality
-    from moe_locality.compat import end_distributed
     from moe_locality.serving import Engine
     from moe_locality.serving.jobs import serve_file
 
@@ -116,9 +113,16 @@ def _serve(
     total = serve_file(engine, *job, metrics=metrics)
     if recorder is not None:
         recorder.close()
+    return total
+
+
+def _leave_ranks() -> None:
+    import torch.distributed as dist
+
+    from moe_locality.compat import end_distributed
+
     if dist.is_initialized():
         end_distributed()
-    return total
 
 
 def _check_choices(

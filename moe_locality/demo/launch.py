@@ -84,6 +84,7 @@ def run_training(
 ) -> float:
     """Run a script of the examples on ``num_ranks`` local ranks, which print to ``log``; return the
     seconds it took. MoeLocalityError: it failed (with the end of the log) or passed ``timeout_s``.
+    ``on_progress``: called with (done, total, text) of each of its lines of progress.
     """
     command = launch_command(num_ranks, examples_folder() / script, arguments)
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -241,11 +241,12 @@ def _ask(ranks: Collection[int], group_ranks: Sequence[int], text: str) -> str:
     key = f"moe_locality/broken/{scope}/{_asked[scope]}"
     _asked[scope] += 1
     store.set(f"{key}/{me}", json.dumps([text, None]))
-    missing = [rank for rank in ranks if rank != me]
+    missing, gone = [rank for rank in ranks if rank != me], set()
     deadline = time.monotonic() + WAIT_S
     while missing and time.monotonic() < deadline:
         missing = [rank for rank in missing if not store.check([f"{key}/{rank}"])]
-        if all(_has_ended(store, rank) for rank in missing):
+        gone |= {rank for rank in missing if _has_ended(store, rank)}
+        if gone.issuperset(missing):
             break
         time.sleep(_POLL_S)
     store.set(f"{key}/{me}", json.dumps([text, missing]))
@@ -258,7 +259,7 @@ def _ask(ranks: Collection[int], group_ranks: Sequence[int], text: str) -> str:
         time.sleep(_POLL_S)
         notes = _notes(store, key, group_ranks)
     absent = {rank for _, lost in notes.values() for rank in lost or ()} - notes.keys()
-    ended = [rank for rank in sorted(absent) if _has_ended(store, rank)]
+    ended = [rank for rank in sorted(absent) if rank in gone or _has_ended(store, rank)]
     keys = {rank: f"moe_locality/left/{rank}" for rank in sorted(absent)}
     left = {rank: store.get(key).decode() for rank, key in keys.items() if store.check([key])}
     return _told(missing, sorted(absent), ended, left, notes)

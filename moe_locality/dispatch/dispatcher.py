@@ -370,7 +370,8 @@ class TokenDispatcher:
         rails: Rails | None,
         comm: Collectives,
     ) -> AnyTransport:
-        """Return the transport that ``config`` asks for, or raise where it cannot be had here."""
+        """Return the transport that ``config`` asks for. ConfigError: that is not possible here,
+        BackendUnavailable: DeepEP is asked for and is not installed."""
         traffic, ranks = self.traffic, self.traffic.ranks
         common = (config, self.num_slots, self.kernels, traffic.clock)
         part = functools.partial(AllToAllGroup, comm=comm, counter=traffic, position=self.position)
@@ -442,7 +443,8 @@ def run_moe(
 
 
 class _Dispatch(torch.autograd.Function):
-    """``(x [T, D], weights [T, K] or None)`` to the experts' rows ``[R, D]``, and their weights."""
+    """``(x [T, D], weights [T, K] or None)`` to the experts' rows ``[R, D]``, and their weights
+    where they are used (None where that is this rank)."""
 
     @staticmethod
     def forward(

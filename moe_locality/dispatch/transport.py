@@ -225,6 +225,7 @@ _OFF = contextlib.nullcontext()
 
 
 KINDS = ("dispatch", "combine", "dispatch_grad", "combine_grad")
+HOMEWARD = ("combine", "dispatch_grad")  # back to the tokens
 ALL_KINDS = (*KINDS, "routing")
 """``routing``: slots and weights (and their gradients) that travel in the packed rows of the
 hierarchical exchange, and the bytes that align them: the same rows and messages as those of
@@ -436,7 +437,8 @@ class AllToAllGroup:
         to the tokens, the other way round. ``extra_bytes`` of each row count as ``routing``.
         """
         sent, got = splits.input_splits, splits.output_splits
-        if kind in ("combine", "dispatch_grad"):
+        assert kind in KINDS
+        if kind in HOMEWARD:
             sent, got = got, sent
         rows = rows[: sum(sent)].contiguous()
         self.counter.count(kind, sent, rows, extra_bytes, among=self.ranks)

@@ -378,7 +378,7 @@ def _is_followed(optimizer: torch.optim.Optimizer) -> bool:
 
 def followed_optimizers() -> list[torch.optim.Optimizer]:
     """Return the optimizers that are followed and that live on all ranks. Collective."""
-    alive = dict(_followed)
+    alive = dict(_followed.items())  # items() holds them: between a key and its value one may end
     everywhere = set(alive).intersection(*exchange_objects(list(alive)))
     return [alive[number] for number in sorted(everywhere)]
 

@@ -147,7 +147,8 @@ def permute(x: Tensor, index: Tensor | RowMap, *, backend: Backend = "auto") -> 
 
 
 def permute_backward(grad_rows: Tensor, positions: Tensor, *, backend: Backend = "auto") -> Tensor:
-    """Return the gradient of :func:`permute`: the plain sum of :func:`combine`."""
+    """Return the gradient of :func:`permute`: each token's rows summed, ``[N, D]`` to ``[T, D]``,
+    over k in order, in fp32 or wider, in the dtype of ``grad_rows``."""
     return _call("combine", backend, grad_rows, positions, None)
 
 
@@ -308,8 +309,16 @@ def _fake_rows(x: Tensor, index: Tensor, *_: Any) -> Tensor:
     return x.new_empty(index.shape[0], x.shape[1])
 
 
-def _fake_combine_backward(grad: Tensor, rows: Tensor | None, row_token: Tensor, *others: Any):
-    _, _, weights, need_rows, *_ = others
+def _fake_combine_backward(
+    grad: Tensor,
+    rows: Tensor | None,
+    row_token: Tensor,
+    row_route: Tensor,
+    positions: Tensor,
+    weights: Tensor,
+    need_rows: bool,
+    *_: Any,
+):
     shape = (row_token.shape[0], grad.shape[1]) if need_rows else (0,)
     grad_weights = grad.new_empty(0) if rows is None else weights.new_empty(weights.shape)
     return grad.new_empty(shape), grad_weights

@@ -33,9 +33,19 @@ _LAZY_IMPORTS = {
     "relabel_state_dict": "moe_locality.layer.state_dict",
 }
 
-__all__ = ["LocalityMOELayer", "LocalityTopKGate", "MoE", "apply", "initialize", "relabel"]
-__all__ += ["bake_checkpoint", "relabel_state_dict", "store_experts"]
-__all__ += ["set_slot_to_logical", "wrap_checkpoints"]
+__all__ = [
+    "LocalityMOELayer",
+    "LocalityTopKGate",
+    "MoE",
+    "apply",
+    "bake_checkpoint",
+    "initialize",
+    "relabel",
+    "relabel_state_dict",
+    "set_slot_to_logical",
+    "store_experts",
+    "wrap_checkpoints",
+]
 
 
 def __getattr__(name: str) -> Any:

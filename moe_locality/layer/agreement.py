@@ -46,7 +46,7 @@ def gather_answers(
     ``advice`` as begin and end of the message."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return [value]
-    limit_s = timeout_s or compat.default_timeout().total_seconds()
+    limit_s = compat.default_timeout().total_seconds() if timeout_s is None else timeout_s
 
     def no_answer(ranks: list[int]) -> LostRanks:
         return LostRanks(

@@ -141,9 +141,10 @@ def make_entry(
 ) -> dict[str, Any]:
     """The value under ``"moe_locality"``, of plain types only; docs/relabel.md has its keys.
 
-    ``optimizer_names`` have experts by their number on the rank. ``replicas``: per MoE layer [P],
-    the expert of each slot of the ranks that wrote the optimizer state, where there were more slots
-    than experts."""
+    ``orders``: per MoE layer [E], the expert of each slot. ``optimizer_names``: per group, experts
+    by their number on the rank; None where the engine does not step them itself.
+    ``replicas``: per MoE layer [P], the expert of each slot of the ranks that wrote the optimizer
+    state, where there were more slots than experts."""
     entry = {
         "format_version": FORMAT_VERSION,
         "slot_to_logical": [[int(expert) for expert in order] for order in orders],
@@ -256,9 +257,9 @@ def _load(
     if decision is not None:
         orders = [*decision.file_orders, *decision.new_orders]
         digest = _sha256([*(order.tolist() for order in orders), decision.with_optimizer])
-        if files is not None:
-            files.orders = decision.file_orders
     all_agree("checkpoints or placements", digest)
+    if decision is not None and files is not None:
+        files.orders = decision.file_orders
     load_path, client_state = load()
     if decision is None or load_path is None:
         return load_path, client_state

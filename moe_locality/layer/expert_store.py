@@ -108,7 +108,8 @@ class StoredExpert(nn.Module):
         self.train(expert.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the expert computes with the decoded weights; inputs must not ask for gradients."""
+        """What the expert computes with the decoded weights; ConfigError: an input asks for
+        gradients."""
         _refuse_training(self.format, (*args, *kwargs.values()))
         decoded = {name: self.get_submodule(name).decode() for name in self.names}  # pyright: ignore
         skeleton = self.__dict__["skeleton"][0].train(self.training)
@@ -214,7 +215,8 @@ def other_parameters(experts: Any, given: dict[str, Any], number: int) -> Iterat
 def _run_stored(
     experts: nn.Module, forward: Callable[..., Tensor], hidden: Tensor, ids: Tensor, weights: Tensor
 ) -> Tensor:
-    """Run ``forward(hidden [T, D], ids [T, K], weights [T, K])`` with the experts of ``ids``."""
+    """Run ``forward(hidden [T, D], ids [T, K], weights [T, K])`` with the experts of ``ids``.
+    ConfigError: an input asks for gradients."""
     stored = stored_parameters(experts)
     _refuse_training(next(p.format for p in stored.values() if p.format), (hidden, weights))
     used, local = torch.unique(ids, return_inverse=True)

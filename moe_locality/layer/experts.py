@@ -107,7 +107,8 @@ def run_loop(experts: Any, rows: Tensor, tokens_per_expert: tuple[int, ...]) -> 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupedMLP:
-    """The MLP that all experts of a list are: names of the linear layers, and the activation."""
+    """The MLP that all experts of a list are: names of the linear layers (``gate``: None without
+    one), and the activation."""
 
     up: str
     down: str
@@ -339,11 +340,16 @@ class _Runner(nn.Module):
 
 
 class _SumOverReplicas(torch.autograd.Function):
-    """Parameters as they are; gradients summed over the replicas."""
+    """Parameters as they are; gradients summed over the replicas. ``shared``: of each expert the
+    number of its parameters, and the ranks that hold it."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, shared: list[Any], group: Any, edp_group: Any, *parameters: Tensor
+        ctx: Any,
+        shared: list[tuple[int, list[int]]],
+        group: Any,
+        edp_group: Any,
+        *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.shared, ctx.group, ctx.edp_group = shared, group, edp_group
         return tuple(parameter.detach() for parameter in parameters)

@@ -145,6 +145,7 @@ def bake_hugging_face(
     expert axis that no pattern covers. PlacementError also: the plan tears a group apart.
     """
     check_is_new(out)
+    _check_is_original(folder)
     config = _read_json(folder / "config.json")
     family, files = family_of(config), _files_of(folder)
     _check_family(plan, family)
@@ -188,6 +189,15 @@ def bake_hugging_face(
     }
 
 
+def _check_is_original(folder: Path) -> None:
+    if (folder / PLAN).exists():
+        raise ConfigError(
+            f"found {PLAN} in {folder}, expected the original model: this one was baked already, "
+            "and its experts count as slots; bake the original, or remove the file if the plan "
+            "comes from a trace of this model"
+        )
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
@@ -201,12 +211,6 @@ def _unreadable(path: Path, error: Exception) -> ConfigError:
 
 def _files_of(folder: Path) -> list[_File]:
     """The files of weights that transformers reads, headers only."""
-    if (folder / PLAN).exists():
-        raise ConfigError(
-            f"found {PLAN} in {folder}, expected the original model: this one was baked already, "
-            "and its experts count as slots; bake the original, or remove the file if the plan "
-            "comes from a trace of this model"
-        )
     if (folder / INDEX).exists():
         index = _read_json(folder / INDEX).get("weight_map", {})
         files = [_File(folder / name) for name in sorted(set(index.values()))]

@@ -214,7 +214,9 @@ def attach_online(
 ) -> OnlinePlacement:
     """Start to sample the routing of ``engine``; call ``.step()`` after every optimizer step.
 
-    ConfigError: layers that are not ours (their ids are of slots), or groups below the world."""
+    ConfigError: layers that are not ours (their ids are of slots), or expert groups smaller
+    than the world.
+    """
     layers = [module for _, module in moe_modules(engine.module)]
     ours = all(isinstance(layer, MoE) for layer in layers) and not has_replicas(engine.module)
     if topology is None or not layers or not ours:

@@ -187,7 +187,8 @@ def _move_layers(targets: list[Target], state: StateSource, timeout_s: float) ->
 def plan_targets(
     model: torch.nn.Module, plan: PlacementPlan, group: dist.ProcessGroup | None = None
 ) -> list[Target]:
-    """Match the rows of ``plan`` with the MoE layers of ``model``, which it has to fit."""
+    """Match the rows of ``plan`` with the MoE layers of ``model``.
+    PlacementError: it does not fit."""
     check_is_permutation(plan)
     layers = moe_modules(model)
     check_one_ep_size(layers)
@@ -296,7 +297,8 @@ def refuse_tied(
 
 
 def find_group(module: Any, group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """Return the EP group of a layer: its own, the one given, DeepSpeed's, or all ranks."""
+    """Return the EP group of a layer: its own, the one given, DeepSpeed's, or all ranks.
+    ConfigError: there is none, or one of another size."""
     if module.ep_size == 1:
         return None
     name = module.expert_group_name

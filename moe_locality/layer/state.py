@@ -245,11 +245,17 @@ def partitioned_state(optimizer: Any) -> StateSource:
     return shards
 
 
-def _cannot_follow(where: str, state: str, found: Any, expected: Any) -> ConfigError:
+def _cannot_follow(
+    where: str,
+    state: str,
+    found: Any,
+    expected: Any,
+    instead: str = f"or no plan, or {_WHAT_TO_DO}",
+) -> ConfigError:
     return ConfigError(
         f"{where}found the optimizer state {state!r} of shape {tuple(found.shape)}, expected "
         f"{tuple(expected.shape)} like the parameter or its partition: this optimizer's state "
-        f"cannot follow the experts: use one such as Adam, or no plan, or {_WHAT_TO_DO}"
+        f"cannot follow the experts: use one such as Adam, {instead}"
     )
 
 
@@ -280,7 +286,7 @@ def stacked_shards(experts: nn.Module, state: StateSource) -> list[list[TensorSh
                 for number, shards in enumerate(found):
                     shards.append(shard.row(number))
             elif torch.Size(shard.shape).numel() != 1:  # a step counter is that of all experts
-                raise _cannot_follow("", shard.name, shard, parameter)
+                raise _cannot_follow("", shard.name, shard, parameter, "or no plan")
     return [sorted(shards, key=lambda shard: shard.group is not None) for shards in found]
 
 

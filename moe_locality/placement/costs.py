@@ -205,9 +205,12 @@ def _rank_traffic(aligned: AlignedTrace) -> np.ndarray:
         matrix = slots.reshape(layers, ranks, ranks, -1).sum(axis=3).astype(np.float64)
     else:
         matrix = np.zeros((layers, ranks, ranks))
-        layer, home, _ = np.indices(aligned.served_rank.shape)
         # [L, G, E] picks; without homes [L, 1, E], the same for every home
-        np.add.at(matrix, (layer, home, aligned.served_rank), aligned.picks_by_home())
+        shares, served = aligned.picks_by_home(), aligned.served_rank
+        for layer in range(layers):
+            for home in range(ranks):
+                counts = shares[layer, home if aligned.home_rank is not None else 0]
+                matrix[layer, home] = np.bincount(served[layer, home], counts, minlength=ranks)
     return matrix if aligned.home_rank is not None else matrix / ranks
 
 

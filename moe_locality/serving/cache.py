@@ -112,7 +112,8 @@ def _assemble_layer(runs: Sequence[tuple[Any, list[int]]], width: int) -> Any:
     made = copy.copy(runs[0][0])
     by_number = {name: dict(value) for name, value in vars(made).items() if isinstance(value, dict)}
     vars(made).update(by_number)  # recurrent states, and what is known of them
-    places = zip(_places(made), *(_places(layer) for layer, _ in runs), strict=True)
+    # the same tensor in the new layer and in each of the runs; made's are written in the loop
+    places = zip(list(_places(made)), *(_places(layer) for layer, _ in runs), strict=True)
     for (holder, key), *sources in places:
         parts = [_row(of[key], rows) for (of, key), (_, rows) in zip(sources, runs, strict=True)]
         if key in WITH_COLUMNS:

@@ -102,7 +102,8 @@ def _fingerprint(trace: RoutingTrace) -> np.ndarray:
 
 
 class Findings(list[str]):
-    """What is wrong with traces that are joined, and what was done; an error where ``strict``."""
+    """What is wrong with traces that are joined, and what was done; an error where ``strict``.
+    What is appended otherwise than by ``add`` is a note, no error."""
 
     def __init__(self, strict: bool) -> None:
         super().__init__()

@@ -206,7 +206,9 @@ class ShardWriter:
     model_type: str = ""
 
     def __post_init__(self) -> None:
-        self.sequence = next_sequence(make_directory(self.directory), self.rank or 0)
+        self.directory = make_directory(self.directory)
+        self.domain, self.domain_group = tuple(self.domain), tuple(self.domain_group)
+        self.sequence = next_sequence(self.directory, self.rank or 0)
 
     def write(
         self,
@@ -228,13 +230,13 @@ class ShardWriter:
             TraceError: the columns break an invariant of RoutingTrace, or the disk refuses.
         """
         if domain is not None:
-            known, begin = tuple(self.domain), tuple(domain[: len(self.domain)])
+            begin, known = tuple(domain[: len(self.domain)]), self.domain
             if begin != known:
                 raise TraceError(
                     f"found a domain table that begins {begin}, expected it to begin with {known}: "
                     "append new names, ids that are written must keep their meaning"
                 )
-            self.domain, self.domain_group = domain, domain_group or ()
+            self.domain, self.domain_group = tuple(domain), tuple(domain_group or ())
         if (columns.get(_WEIGHTS) is not None) != self.weights:
             raise TraceError(
                 f"found {'no ' if self.weights else ''}expert_weights, expected the opposite: this "

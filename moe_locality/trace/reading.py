@@ -41,9 +41,14 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportOptions:
-    """The arguments of ``import_trace``; ``table``: name of a request or file → its request id and
-    domain (None: not said); ``left_out``: filled with a sentence for every request or file that was
-    left out."""
+    """What a file does not say, and whom to tell how far the reading is.
+
+    model, num_experts, top_k, num_layers: None: from the file, or guessed with a warning.
+    layers: the transformer layers to take; None: all that hold picks.
+    table: name of a request or file → its request id and domain (None: not said).
+    report: called with (bytes done, bytes in all).
+    left_out: filled with a sentence for every request or file that was left out.
+    """
 
     model: str | None = None
     num_experts: int | None = None
@@ -185,7 +190,8 @@ def one_size(where: str, sizes: Mapping[int, int]) -> int:
 
 
 def id_block(value: Any) -> np.ndarray:
-    """Return picks [tokens, layers, K] as int64; TraceError for no numbers, or above 2**31."""
+    """Return picks [tokens, layers, K] as int64; TraceError: another shape, no numbers, or
+    above 2**31."""
     try:
         array = np.asarray(value)
     except (ValueError, OverflowError, MemoryError) as error:

@@ -206,7 +206,8 @@ class RoutingTrace:
         if stages is not None:
             keep &= np.isin(self.stage, _stage_codes(stages))  # type: ignore[arg-type]
         if requests is not None:
-            wanted_ids = np.asarray([*requests], np.int64)
+            some = requests if isinstance(requests, np.ndarray) else [*requests]
+            wanted_ids = np.asarray(some, np.int64)
             keep &= np.isin(self.tokens_only("filter(requests=)").request_id, wanted_ids)
         result = self if keep.all() else self.take(keep)
         return result if layers is None else result.select_layers(layers)

@@ -361,7 +361,8 @@ def _checked_batch(path: Path, batch: Any) -> dict[str, np.ndarray]:
             raise _unreadable(path, f"column {name} outside 0..{2**31 - 1}", LONG)
     if "stage" in block:
         known, place = np.unique(block["stage"].astype(str), return_inverse=True)
-        block["stage"] = np.array([_stage_of(path, name) for name in known.tolist()])[place]
+        codes = [_stage_of(path, name) for name in known.tolist()]
+        block["stage"] = np.array(codes, np.int64)[place]  # a block may have no row
     return block
 
 

@@ -209,7 +209,8 @@ def add_pairs(counts: np.ndarray, members: np.ndarray, tokens: np.ndarray) -> No
     """Add the tokens [P] to counts [n, n] of the pairs of their vertices, the lower one first."""
     for i in range(members.shape[1]):
         for j in range(i):
-            np.add.at(counts, (members[:, j], members[:, i]), tokens)
+            pair = members[:, j].astype(np.int64) * len(counts) + members[:, i]
+            counts += np.bincount(pair, tokens, counts.size).reshape(counts.shape)
 
 
 @lru_cache(maxsize=8)

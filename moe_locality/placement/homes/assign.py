@@ -23,6 +23,7 @@ from moe_locality.placement.homes.predictor import (
     PRIOR_TOKENS,
     Predictor,
     Requests,
+    check_prediction,
     known_tokens,
     requests_of,
     scores_of_known,
@@ -145,6 +146,7 @@ def rank_scores(
     A score is minus the expected cost per token and layer of a home on the rank, plus a little for
     picks on the rank itself, so that among the ranks of a node the one with the experts wins.
     """
+    check_prediction(predict)
     profiles = plan.home_profiles or {}
     known_domains = profiles.get("domain_rank_share") or {}
     unseen = tuple(sorted({d for d in requests.domains if d is not None} - set(known_domains)))

@@ -417,16 +417,16 @@ def allocate(
             Where no candidate keeps to that, the most level is taken.
         least: copies that an imbalance higher by one has to save; less is not worth it.
     """
-    budget, spent = sum(cap.allowed for cap in caps), 0.0
+    budget = sum(cap.allowed for cap in caps)
     chosen, steps = [], []
     for layer, (some, cap) in enumerate(zip(tried, caps, strict=True)):
         hull = falling_hull([(one.imbalance, one.copies) for one in some], cap.most)
         chosen.append(hull[0])
-        spent += some[hull[0]].imbalance
         for rank, (here, there) in enumerate(itertools.pairwise(hull)):
             cost = some[there].imbalance - some[here].imbalance
             gain = some[here].copies - some[there].copies
             steps.append((-gain / max(cost, 1e-12), layer, rank, cost, there))
+    spent = sum(some[place].imbalance for some, place in zip(tried, chosen, strict=True))
     blocked = set()
     for slope, layer, _, cost, there in sorted(steps):
         if layer in blocked or spent + cost > budget or -slope < least:

@@ -71,8 +71,9 @@ _EMPTY = Annotation()
 _CURRENT: ContextVar[Annotation] = ContextVar("moe_locality_annotation", default=_EMPTY)
 
 
-current_annotation = _CURRENT.get
-"""Returns the annotation in force here, an empty one outside ``annotate``."""
+def current_annotation() -> Annotation:
+    """Return the annotation in force here, an empty one outside ``annotate``."""
+    return _CURRENT.get()
 
 
 @contextlib.contextmanager

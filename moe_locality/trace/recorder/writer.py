@@ -51,7 +51,9 @@ class Ring:
         kinds = [torch.int16, torch.float16] if weights else [torch.int16]
         # a tensor made under inference_mode could not be written by a later training step
         with torch.inference_mode(False):
-            self._host = [torch.empty(capacity, dtype=k, pin_memory=on_cuda) for k in kinds]
+            self._host = [
+                torch.empty(capacity, dtype=k, device="cpu", pin_memory=on_cuda) for k in kinds
+            ]
             self._device, self._stream = self._host, None
             if on_cuda:
                 self._device = [torch.empty(capacity, dtype=k, device=device) for k in kinds]

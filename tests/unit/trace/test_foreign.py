@@ -302,6 +302,13 @@ def test_csv_of_picks_read_in_blocks(tmp_path, monkeypatch):
         import_trace(path, num_experts=8)
 
 
+def test_csv_of_picks_with_blocks_without_rows(tmp_path, monkeypatch):
+    path = tmp_path / "t.csv"
+    path.write_text(LONG + 2000 * "\n")
+    monkeypatch.setattr(tables, "BLOCK_BYTES", 256)
+    check_long(import_trace(path, num_experts=8))
+
+
 def test_csv_of_a_single_request_with_other_names(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text(

@@ -279,3 +279,9 @@ def test_the_ring_gives_regions_in_order_and_waits_for_room():
     assert not ring.wait_empty(0.0)
     ring.release(14)
     assert ring.wait_empty(0.0)
+
+
+def test_the_ring_is_on_the_host_whatever_the_default_device_is():
+    with torch.device("meta"):
+        ring = Ring(10, torch.device("cpu"), weights=True)
+    assert ring.reserve(4, 1.0) == 0

@@ -304,3 +304,12 @@ def test_types_of_the_columns_are_kept(tmp_path):
     read = RoutingTrace.concat([read_shard(path)[0]])
     assert read.expert_weights.dtype == np.float16
     assert read.rank.dtype == np.int32
+
+
+def test_a_table_of_domains_that_its_owner_changes_is_compared_with_what_was_written(tmp_path):
+    trace = make_trace()
+    table = list(trace.domain)
+    shards = writer(tmp_path, trace, domain=table)
+    table[0] = "other"
+    with pytest.raises(TraceError, match="found a domain table that begins"):
+        shards.write(columns(trace), domain=table)
