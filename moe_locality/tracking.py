@@ -104,9 +104,11 @@ class Tracker:
         """Record a picture, given as the bytes of a PNG file."""
         if not self.active:
             return
+        _required("PIL.Image", "pillow")
+        import PIL.Image
         import wandb
 
-        image = _required("PIL.Image", "pillow").open(io.BytesIO(png))
+        image = PIL.Image.open(io.BytesIO(png))
         self._run.log({key: wandb.Image(image, caption=caption or None)})
 
     def log_artifact(

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from moe_locality import compat
 from moe_locality.errors import TopologyError
 from moe_locality.topology import cluster
-from moe_locality.topology.cluster import ClusterTopology, GroupLayout, Order
+from moe_locality.topology.cluster import ClusterTopology, GroupLayout, Order, layout_groups
 from moe_locality.topology.sources import NODE_VARIABLE, RANKS_PER_NODE_VARIABLE
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def prepare_groups(
     layouts: list[GroupLayout] = []
     error = None
     try:
-        layouts = [cluster.layout_groups(topology, size, order, mpu) for size in sizes]
+        layouts = [layout_groups(topology, size, order, mpu) for size in sizes]
     except TopologyError as caught:
         error = str(caught)
     _raise_on_all(error, f"laying out the expert groups of ep_size {sizes}")
