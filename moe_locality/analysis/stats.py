@@ -362,7 +362,10 @@ def token_overlap(trace: RoutingTrace, *, max_pairs: int = 200_000, seed: int = 
     left = np.flatnonzero(joined)
     if len(left) > max_pairs:
         left = rng.choice(left, max_pairs, replace=False)
-    _, begin, number, length = np.unique(request, True, True, True)  # of each request, a run
+    # of each request, a run
+    _, begin, number, length = np.unique(
+        request, return_index=True, return_inverse=True, return_counts=True
+    )
     size = min(max_pairs, len(order))
     first = rng.integers(0, max(len(order), 1), size)
     part = number[first]
