@@ -69,9 +69,9 @@ def main(arguments: list[str] | None = None) -> None:
         plan.write(out / "plan.json")
     # 3. generate, without and with the plan
     dealt = assign_ranks(served.request_id, num_ranks)
-    usual = generate(model, served, dealt, args.new_tokens, args.model)
+    usual = generate(model, served, dealt, args.new_tokens, out / "usual", args.model)
     moe_locality.apply(model, plan=plan)
-    placed = generate(model, served, homes, args.new_tokens, args.model)
+    placed = generate(model, served, homes, args.new_tokens, out / "placed", args.model)
     end = model.generation_config.eos_token_id
     del model  # it holds process groups, whose threads have to end before the interpreter does
     end_distributed()
@@ -87,16 +87,20 @@ def read_requests(count: int, seed: int) -> tuple[Requests, Requests]:
     )
 
 
+def attach(model: Any, path: Path) -> Any:
+    """Return a recorder that writes to ``path``, where the trace of an earlier run is removed."""
+    if rank_and_size()[0] == 0:
+        shutil.rmtree(path, ignore_errors=True)
+    dist.barrier()
+    return moe_locality.attach(model, path)
+
+
 def record(model: Any, parts: list[Requests], path: Path, name: str | None) -> None:
     """Run the prompts once, every rank its share, and record their routing in ``path``."""
-    rank, num_ranks = rank_and_size()
-    if rank == 0:
-        shutil.rmtree(path, ignore_errors=True)  # of an earlier run
-    dist.barrier()
-    recorder = moe_locality.attach(model, path)
+    recorder = attach(model, path)
     for requests in parts:
         prompts, domains = prompt_tokens(requests, name), np.array(requests.domain_names())
-        for rows in share(assign_ranks(requests.request_id, num_ranks)):
+        for rows in share(assign_ranks(requests.request_id, rank_and_size()[1])):
             labels = {"request_ids": requests.request_id[rows], "domains": domains[rows].tolist()}
             with torch.no_grad(), moe_locality.annotate(stage="prefill", **labels):
                 model(prompts[rows].to(model.device))
@@ -126,12 +130,19 @@ def share(rank_of: np.ndarray) -> list[np.ndarray]:
 
 
 def generate(
-    model: Any, requests: Requests, rank_of: np.ndarray, new_tokens: int, name: str | None
+    model: Any,
+    requests: Requests,
+    rank_of: np.ndarray,
+    new_tokens: int,
+    path: Path,
+    name: str | None,
 ) -> dict[str, Any]:
     """Decode greedily, each request on its rank; return what was counted and written, of all ranks.
 
     ``answers``: request id to its new tokens, and by how much the best logit of each was ahead.
+    ``path``: of a trace of these tokens, from which ``evaluate`` predicts the rows across nodes.
     """
+    recorder = attach(model, path)
     reset_traffic(model)
     everything, mine = prompt_tokens(requests, name), {}
     for rows in share(rank_of):
@@ -149,11 +160,16 @@ def generate(
         ahead = (best[..., 0] - best[..., 1]).tolist()
         ids = requests.request_id[rows].tolist()
         mine |= dict(zip(ids, zip(tokens, ahead, strict=True), strict=True))
+    recorder.close()
     answers: dict[int, Any] = {}
     for part in exchange_objects(mine):
         answers |= part
-    links = traffic_report(model, discover_topology())["by_link"]
-    return {"bytes": sum(kind["cross_node"] for kind in links.values()), "answers": answers}
+    counted = traffic_report(model, discover_topology())
+    return {
+        "bytes": sum(kind["cross_node"] for kind in counted["by_link"].values()),
+        "rows": counted["rows_by_link"]["dispatch"]["cross_node"],
+        "answers": answers,
+    }
 
 
 def report(usual: dict[str, Any], placed: dict[str, Any], end: list[int], path: Path) -> None:
@@ -177,7 +193,13 @@ def report(usual: dict[str, Any], placed: dict[str, Any], end: list[int], path: 
     say(f"bytes across nodes: {before:,} in the usual order, {after:,} with the plan{change}")
     say(f"texts: {count - len(parted)} of {count} are the same {parted or ''}")
     say(f"tokens: {len(parted)} of {compared} differ, at equal logits")
-    summary = {"bytes": [before, after], "requests": count, "tokens": compared, "parted": parted}
+    summary = {
+        "bytes": [before, after],
+        "rows": [usual["rows"], placed["rows"]],
+        "requests": count,
+        "tokens": compared,
+        "parted": parted,
+    }
     path.write_text(json.dumps(summary) + "\n", encoding="utf-8")
     if max(parted.values(), default=0.0) > ROUNDING:
         sys.exit(f"texts differ beyond rounding: {parted}")

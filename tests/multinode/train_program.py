@@ -1,11 +1,12 @@
 """Run on every rank by the launcher: an MoE layer of ours, forward and backward, and what it cost.
 
 ``wire OUT``: each exchange for a few steps, with a trace; rank 0 writes OUT/result.json.
-``until-broken OUT``: steps without end; each writes its number to OUT/step, a rank's error goes to
-OUT/error-RANK.
+``until-broken OUT``: steps without end; each writes its number to OUT/step. A rank writes its
+process id to OUT/pid-RANK, what the package logs to OUT/log-RANK and its error to OUT/error-RANK.
 """
 
 import json
+import logging
 import os
 import socket
 import sys
@@ -118,15 +119,19 @@ def wire(out: Path) -> None:
 
 
 def until_broken(out: Path) -> None:
-    engine = start("hierarchical", out / "trace")
+    steps, rank = 100_000, dist.get_rank()
+    (out / f"pid-{rank}").write_text(str(os.getpid()))
+    logging.getLogger("moe_locality").addHandler(logging.FileHandler(out / f"log-{rank}"))
+    # no gradient of a replica crosses the links: what breaks off is an exchange of the layer
+    engine = start("hierarchical", out / "trace", accumulation=steps + 1)
     try:
-        for step in range(100_000):
+        for step in range(steps):
             engine.backward(engine(tokens(step)))
             engine.step()
-            if dist.get_rank() == 0:
+            if rank == 0:
                 (out / "step").write_text(str(step))
     except Exception:
-        whole = out / f"error-{dist.get_rank()}"
+        whole = out / f"error-{rank}"
         whole.with_suffix(".part").write_text(traceback.format_exc())
         whole.with_suffix(".part").rename(whole)
         engine.moe_locality.close()
