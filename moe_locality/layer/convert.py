@@ -90,7 +90,10 @@ def apply(
 
     section, found, _ = agree_on_inputs(read)
     runtime = LocalityRuntime(model=model, config=section, plan=found, topology=topology)
-    (_adopt_auto_ep if auto_ep else _place)(runtime)
+    if auto_ep:
+        _adopt_auto_ep(model, runtime)
+    else:
+        _place(runtime)
     return model
 
 
@@ -189,8 +192,7 @@ def initialize(*args: Any, **kwargs: Any) -> Any:
     result = deepspeed.initialize(*args, **kwargs)
     engine: Any = result[0]
     if auto_ep and section.enabled:
-        runtime.model = engine
-        _adopt_auto_ep(runtime)
+        _adopt_auto_ep(engine, runtime)
     runtime.model = engine.module
     attach_runtime(engine, runtime, ds_config)
     if runtime.topology is not None and not auto_ep and moe_modules(engine.module):
@@ -339,8 +341,8 @@ def _auto_ep(ds_config: dict[str, Any]) -> bool:
     return bool((ds_config.get("expert_parallel") or {}).get("enabled"))
 
 
-def _adopt_auto_ep(runtime: "LocalityRuntime") -> None:
-    """Give AutoEP's layers of an engine (``runtime.model``) our exchange, and place its experts."""
+def _adopt_auto_ep(model: Any, runtime: "LocalityRuntime") -> None:
+    """Give AutoEP's layers of an engine or a model our exchange, and place its experts."""
     try:
         from moe_locality.integrations.autoep import adopt as adopt_auto_ep
     except ImportError as error:
@@ -354,7 +356,7 @@ def _adopt_auto_ep(runtime: "LocalityRuntime") -> None:
             ) from error
         logger.warning("moe_locality: AutoEP's layers keep their own exchange: %s", why)
         return
-    adopted = adopt_auto_ep(runtime.model, runtime.config, runtime.topology, runtime.plan)
+    adopted = adopt_auto_ep(model, runtime.config, runtime.topology, runtime.plan)
     if adopted:
         announce(f"{len(adopted)} layers of AutoEP", runtime.config, runtime.plan is not None)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -61,8 +62,12 @@ class _Setup:
         self.limit = [cap.most for cap in caps]  # [L] imbalance that no layer should exceed
 
 
-_Pair = tuple[float, np.ndarray, np.ndarray]
-"""Exact cost in sum, nodes of the experts [L, E], nodes of the requests [R]."""
+class _Pair(NamedTuple):
+    """Places and homes that were found together."""
+
+    cost: float  # exact, in sum
+    node_of: np.ndarray  # [L, E] node of each expert
+    home_node: np.ndarray  # [R] node of each request
 
 
 def solve_joint(problem: Problem) -> Solution:
@@ -74,8 +79,8 @@ def solve_joint(problem: Problem) -> Solution:
         _rounds(data, start, None, FIRST_ROUNDS, number, history)
         for number, start in enumerate(starts)
     ]
-    best = min(tried, key=operator.itemgetter(0))
-    _, _, home_node = _rounds(data, best[2], best, MORE_ROUNDS, len(starts), history)
+    best = min(tried, key=operator.attrgetter("cost"))
+    home_node = _rounds(data, best.home_node, best, MORE_ROUNDS, len(starts), history).home_node
     if problem.num_slots > problem.trace.num_experts:
         # a quick plan: where replicas serve their own node, other homes are the best
         alike = replace(_at_home(data, home_node), per_layer=False)
@@ -109,7 +114,7 @@ def _rounds(
     history: list[float],
 ) -> _Pair:
     """Alternate places and homes until ``PATIENCE`` rounds bring nothing."""
-    since, node_of = 0, None if best is None else best[1]
+    since, node_of = 0, None if best is None else best.node_of
     for turn in range(rounds):
         node_of = _place_on_nodes(data, home_node, node_of, 100 * number + turn)
         full, expected, _ = _costs(data, _serving(data, node_of))
@@ -117,8 +122,8 @@ def _rounds(
         cost = float((full[np.arange(len(full)), home_node] * data.requests.tokens).sum())
         cost *= data.ids.shape[1]
         history.append(cost)
-        if best is None or cost < best[0]:
-            best, since = (cost, node_of, home_node), 0
+        if best is None or cost < best.cost:
+            best, since = _Pair(cost, node_of, home_node), 0
         else:
             since += 1
         if since == PATIENCE:

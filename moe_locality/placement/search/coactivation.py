@@ -176,9 +176,10 @@ def place_on_nodes(
     least = problem.worth * float(np.mean([found[0].copies for found in tried]))
 
     def search(place: int, price: float, turn: int, most: float | None = None) -> float:
-        layer, found, most = layers[place], tried[place], most or caps[place].most
+        layer, found = layers[place], tried[place]
         if searchable(layer):
-            found.append(searched(layer, found, price, most, seeds[place] + turn))
+            limit = caps[place].most if most is None else most
+            found.append(searched(layer, found, price, limit, seeds[place] + turn))
         return found[-1].imbalance
 
     def search_lower(place: int) -> None:

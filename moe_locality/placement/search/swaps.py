@@ -20,6 +20,8 @@ one node), S samples.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from moe_locality.placement.count_kernels import compiled
@@ -30,6 +32,20 @@ STEEP = 8.0
 
 CHUNK = 64
 """Steps of one temperature."""
+
+
+class PatternCounts(NamedTuple):
+    """What the exact search keeps: the patterns, and which of their tokens touch which block."""
+
+    ids: np.ndarray  # [N, K] picks of each pattern
+    count: np.ndarray  # [N] its tokens
+    offset: np.ndarray  # [E + 1] where the patterns of each expert begin in
+    holds: np.ndarray  # [picks] the patterns with each expert
+    inside: np.ndarray  # [N, B] picks (and home) of each pattern in each block
+    alone: np.ndarray  # [E] tokens whose only tie to the block of the expert is the expert
+    absent: np.ndarray  # [E, B] tokens of the expert without a tie to the block
+    pair_alone: np.ndarray  # [E, E] those of ``alone`` of the first that also pick the second
+
 
 _LOSSES = -np.log((np.arange(1024) + 0.5) / 1024)
 
@@ -247,7 +263,7 @@ def _search(
     """([E] best blocks, the weight or visits that they gain).
 
     The pair form has ``near`` [E, B], its sums by block, and None as ``exact``; the exact one has
-    (ids, count, offset, holds, and what ``_count`` finds), and two tables that are empty.
+    ``PatternCounts``, and two tables that are empty.
     """
     block_of, best = start.copy(), start.copy()
     sums, level = start_levels(load, cov, unit, draws, limit, block_of)
@@ -377,24 +393,18 @@ def refine_exact(
     ids, home, count = found
     scale = count.sum() * ids.shape[1] / max(len(load), 1)
     start = np.ascontiguousarray(start, dtype=np.int64)
-    *counts, visits = _count(ids, home, count, start, num_blocks)
+    counts, visits = _count(ids, home, count, *rows_by_value(ids, len(load)), start, num_blocks)
     empty = np.zeros((0, 0))
     best, saved = _search(
-        empty, empty, (ids, count, *rows_by_value(ids, len(load)), *counts), load,
-        *samples_of(noise, num_blocks), float(price), float(limit), start, steps,
-        max(REFINE_HOT * scale, 1e-9), max(REFINE_COLD * scale, 1e-9), seed,
+        empty, empty, counts, load, *samples_of(noise, num_blocks), float(price), float(limit),
+        start, steps, max(REFINE_HOT * scale, 1e-9), max(REFINE_COLD * scale, 1e-9), seed,
     )  # fmt: skip
     return best, visits - saved
 
 
 @compiled
-def _count(ids, home, count, block_of, num_blocks):
-    """State of the search: inside [N, B] picks (and home) of each pattern in each block, alone [E],
-    absent [E, B], pair_alone [E, E], and the visits.
-
-    alone[e]: tokens whose only tie to the block of e is e. absent[e, b]: tokens of e without a tie
-    to b. pair_alone[e, f]: those of alone[e] that also pick f.
-    """
+def _count(ids, home, count, offset, holds, block_of, num_blocks):
+    """(the ``PatternCounts`` of blocks [E], the visits that they make)."""
     n = len(block_of)
     inside = np.zeros((len(ids), num_blocks), np.int16)
     alone, absent = np.zeros(n), np.zeros((n, num_blocks))
@@ -419,7 +429,7 @@ def _count(ids, home, count, block_of, num_blocks):
                     absent[e, b] += w
             if inside[t, block_of[e]] == 1:
                 _mark_alone(ids[t], e, w, alone, pair_alone)
-    return inside, alone, absent, pair_alone, visits
+    return PatternCounts(ids, count, offset, holds, inside, alone, absent, pair_alone), visits
 
 
 @compiled
@@ -434,7 +444,8 @@ def _mark_alone(picks, e, w, alone, pair_alone):
 @compiled
 def _leave(exact, holds, e, partner, a, b, block_of):
     """Move e from block a to b in the patterns ``holds``, but where ``partner`` is picked too."""
-    ids, count, _, _, inside, alone, absent, pair_alone = exact
+    ids, count, inside = exact.ids, exact.count, exact.inside
+    alone, absent, pair_alone = exact.alone, exact.absent, exact.pair_alone
     for t in holds:
         picks = ids[t]
         both = False
@@ -468,15 +479,15 @@ def _leave(exact, holds, e, partner, a, b, block_of):
 @compiled
 def _visits_saved(exact, e, f, a, b):
     """By a swap of e in block a with f in block b."""
-    _, _, _, _, _, alone, absent, pair_alone = exact
-    saved = alone[e] - absent[e, b] + alone[f] - absent[f, a]
-    return saved - pair_alone[e, f] - pair_alone[f, e]
+    saved = exact.alone[e] - exact.absent[e, b] + exact.alone[f] - exact.absent[f, a]
+    return saved - exact.pair_alone[e, f] - exact.pair_alone[f, e]
 
 
 @compiled
 def _exchange(exact, e, f, block_of):
     """Swap e and f in all counts."""
-    ids, count, offset, holds, inside, alone, _, pair_alone = exact
+    ids, count, inside = exact.ids, exact.count, exact.inside
+    offset, holds = exact.offset, exact.holds
     a, b = block_of[e], block_of[f]
     of_e = holds[offset[e] : offset[e + 1]]
     _leave(exact, of_e, e, f, a, b, block_of)
@@ -486,5 +497,5 @@ def _exchange(exact, e, f, block_of):
         for g in ids[t]:
             if g == f and (inside[t, a] == 1) != (inside[t, b] == 1):
                 w = count[t] if inside[t, a] == 1 else -count[t]
-                _mark_alone(ids[t], e, -w, alone, pair_alone)
-                _mark_alone(ids[t], f, w, alone, pair_alone)
+                _mark_alone(ids[t], e, -w, exact.alone, exact.pair_alone)
+                _mark_alone(ids[t], f, w, exact.alone, exact.pair_alone)
