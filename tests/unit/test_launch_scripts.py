@@ -12,6 +12,7 @@ import pytest
 
 from moe_locality.demo.launch import free_port
 from moe_locality.placement import PlacementPlan, evaluate, solve
+from moe_locality.topology import ClusterTopology
 from moe_locality.trace import read_trace
 from tests.fork_launcher import CLIENT, server_address
 from tests.launch import skip_without_expert_parallelism
@@ -346,7 +347,7 @@ def test_generate_saves_bytes_and_writes_the_same_texts(tmp_path):
     assert (plan.num_nodes, plan.ranks_per_node, plan.num_experts) == (2, 2, 16)
     # how much is saved depends on what the training came to: what was counted is what is predicted
     before, after = (read_trace(tmp_path / "o" / name) for name in ("usual", "placed"))
-    linear = solve(before, num_nodes=2, ranks_per_node=2, method="linear")
+    linear = solve(before, ClusterTopology.uniform(2, 2), method="linear")
     costs = [evaluate(before, linear, homes="trace"), evaluate(after, plan, homes="trace")]
     assert found["rows"] == [cost.total_copies for cost in costs]
     assert f"bytes across nodes: {usual:,} in the usual order" in done.stdout
