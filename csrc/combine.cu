@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads) combine_backward_kernel(CombineBackw
           if (grad_rows != nullptr) store_pack<T, V>(grad_rows + static_cast<int64_t>(row[j]) * a.width + col, made);
         }
       }
-      if (rows == nullptr) continue;
+      if (a.grad_weights == nullptr) continue;  // rows are null too where there are none at all
 #pragma unroll
       for (int j = 0; j < C; ++j) {
         const float total = block_sum(product[j], shared);

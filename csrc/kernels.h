@@ -73,13 +73,13 @@ int combine(const CombineArgs& args, void* stream);
 
 struct CombineBackwardArgs {
   const void* grad;             // [T, D] of dtype
-  const void* rows;             // [N, D], null = no gradient of the weights
+  const void* rows;             // [N, D], read where there is a gradient of the weights
   const int32_t* positions;     // [T, K]
   const int32_t* row_token;     // [N], used where slot_offsets is
   const int32_t* slot_offsets;  // [P + 1], null = no padding rows to zero
   const float* weights;         // [T, K]
   void* grad_rows;              // [N, D], null = no gradient of the rows
-  float* grad_weights;          // [T, K]
+  float* grad_weights;          // [T, K], null = no gradient of the weights
   int64_t num_tokens, width;
   int32_t top_k, num_slots, dtype;
 };

@@ -33,8 +33,9 @@ def options_of(ids, slots):
     return {"capacity": max(1, ids.numel() // slots), "num_rows": ids.numel() * 3 // 4}
 
 
-# the most routes that one block maps, one token more, and more slots than routes
-MAP_SHAPES = [*SHAPES, (256, 8, 256, 0), (257, 8, 256, 0), (3, 2, 997, 0)]
+# the most routes that one block maps, one token more, more slots than routes, and as many as just
+# fit into the shared memory that every block may have
+MAP_SHAPES = [*SHAPES, (256, 8, 256, 0), (257, 8, 256, 0), (3, 2, 997, 0), (3, 2, 1117, 0)]
 
 
 @pytest.mark.parametrize("shape", MAP_SHAPES)
@@ -123,6 +124,21 @@ def check_moves(backend, shape, dtype):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_moves_are_equal_and_sums_are_near(shape, dtype, backend):
     check_moves(backend, shape, dtype)
+
+
+def test_weights_of_dropped_routes_have_no_gradient(backend):
+    """Also where no row is left: the memory is poisoned before."""
+    ids = torch.full((64, 4), -1, device="cuda")
+    x, weights = torch.randn(64, 128, device="cuda"), torch.rand(64, 4, device="cuda")
+    where = ops.row_map(ids, 8, backend=backend)
+    rows = ops.permute(x, where, backend=backend)
+    assert rows.shape == (0, 128)
+    assert not ops.combine(rows, where.positions, weights, backend=backend).any()
+    poison = torch.full_like(weights, torch.nan)
+    del poison
+    grad_rows, grad_weights = ops.combine_backward(x, rows, where, weights, backend=backend)
+    assert grad_rows.shape == rows.shape
+    assert not grad_weights.any()
 
 
 def test_the_smallest_shapes_for_the_memory_checker(backend):
