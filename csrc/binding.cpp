@@ -193,7 +193,7 @@ void encode(Tensor x, Maybe positions, Maybe row_token, Tensor rows, int64_t man
   a.row_token = pointer<int32_t>(row_token);
   a.rows = pointer<uint8_t>(rows);
   a.x_stride = x.stride(0);
-  a.num_tokens = x.size(0);
+  a.num_tokens = positions.has_value() && positions->numel() == 0 ? 0 : x.size(0);  // no token has a row
   a.num_rows = rows.size(0);
   a.width = x.size(1);
   a.top_k = positions.has_value() ? narrow(positions->size(1)) : 1;
