@@ -45,8 +45,10 @@ __device__ __forceinline__ int32_t scale_exponent(float a, float factor, bool oa
   return max(-127, min(127, exponent));
 }
 
-// The eight leading mantissa bits of 6 / a: the static MBS factor is 1 + m8 / 256.
-__device__ __forceinline__ int32_t static_factor(float a) { return __float_as_int(__fdiv_rn(6.f, a)) >> 15 & 0xff; }
+// The eight leading mantissa bits of 6 / a, by its reciprocal as torch divides: the static MBS factor is 1 + m8 / 256.
+__device__ __forceinline__ int32_t static_factor(float a) {
+  return __float_as_int(__fmul_rn(__fdiv_rn(1.f, a), 6.f)) >> 15 & 0xff;
+}
 
 __device__ __forceinline__ float factor_value(int32_t m8) {
   return __fadd_rn(1.f, __fmul_rn(static_cast<float>(m8), 0.00390625f));

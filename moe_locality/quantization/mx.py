@@ -235,7 +235,7 @@ def _scaled(blocks: Tensor, exponent: Tensor, factor: Tensor | None) -> Tensor:
 def _quantize_fp32_scale(blocks: Tensor, bad: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     """E4M3 with ``scale = a / 448`` in float32, never below its smallest normal number."""
     a = blocks.abs().amax(dim=2)
-    scales = (a / ELEMENT_MAX[fmt.element]).clamp(min=SMALLEST_NORMAL)
+    scales = _divided(a, ELEMENT_MAX[fmt.element]).clamp(min=SMALLEST_NORMAL)
     codes = encode_elements(blocks / scales[:, :, None], fmt.element)
     return codes, torch.where(bad, math.nan, scales)
 
@@ -246,13 +246,17 @@ def _quantize_e4m3_scale(blocks: Tensor, bad: Tensor) -> tuple[Tensor, Tensor, T
     """
     a = blocks.abs().amax(dim=2)
     largest = a.amax() if a.numel() else a.new_zeros(())
-    tensor_scale = (largest / (448.0 * 6.0)).clamp(min=SMALLEST_NORMAL)
-    wanted = (a / 6.0 / tensor_scale).clamp(max=448.0)
+    tensor_scale = _divided(largest, 448.0 * 6.0).clamp(min=SMALLEST_NORMAL)
+    wanted = (_divided(a, 6.0) / tensor_scale).clamp(max=448.0)
     scales = wanted.to(torch.float8_e4m3fn)
     total = scales.to(torch.float32) * tensor_scale
     y = blocks / torch.where(total > 0, total, math.inf)[:, :, None]
     bits = torch.where(bad, E4M3_NAN, scales.view(torch.uint8))
     return encode_elements(y, "e2m1"), bits, tensor_scale
+
+
+def _divided(a: Tensor, by: float) -> Tensor:
+    return a / a.new_full((), by)  # by a plain number, a GPU multiplies by its rounded reciprocal
 
 
 def _factor_values(m8: Tensor) -> Tensor:

@@ -173,7 +173,7 @@ def _encode_chunk(
         factor = tl.zeros([MACROS], tl.float32) + 1.0
         if MBS:
             a_macro = tl.max(a, axis=1)
-            ideal = tl.div_rn(tl.zeros_like(a_macro) + 6.0, a_macro)
+            ideal = tl.div_rn(tl.zeros_like(a_macro) + 1.0, a_macro) * 6.0  # as torch divides
             m8 = (ideal.to(tl.int32, bitcast=True) >> 15) & 0xFF
             factor = 1.0 + m8.to(tl.float32) * 0.00390625
         exponent = _scale_exponents(a, factor[:, None], EMAX, OAS, MBS)

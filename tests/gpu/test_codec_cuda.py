@@ -6,13 +6,14 @@ import torch
 from moe_locality.dispatch.flat import fixed_rows
 from moe_locality.errors import BackendUnavailable
 from moe_locality.kernels import ops
-from moe_locality.quantization import rows
+from moe_locality.quantization import quantize, rows
 from tests.unit.kernels import oracle
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
+FORMATS_OF_TENSORS = ["fp8", "nvfp4", "mxfp4-mbs-s"]
 FORMATS = [name for name in rows.ROW_FORMATS if name != "mxfp4-mbs-d"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -64,6 +65,24 @@ def check(name, dtype, width, backend, tokens=61):
 @pytest.mark.parametrize("width", [1, 33, 128, 2100, 7168])
 def test_bytes_are_those_of_the_reference(name, dtype, width, backend):
     check(name, dtype, width, backend)
+
+
+def test_a_static_factor_is_that_of_the_reciprocal(backend):
+    x = torch.tensor([[0.3368421196937561], [7.979221343994141], [1.2190476655960083]])
+    found = rows.encode_rows(x.cuda(), "mxfp4-mbs-s", backend=backend)
+    assert torch.equal(found.cpu(), rows.encode_rows(x, "mxfp4-mbs-s"))
+
+
+@pytest.mark.parametrize("name", FORMATS_OF_TENSORS)
+def test_the_reference_is_the_same_on_a_gpu(name):
+    x = activations(61, 2100, torch.float32)
+    here, there = (quantize(given, name, role="activation") for given in (x, x.cuda()))
+    for part in ("codes", "scales", "factors", "tensor_scale"):
+        found, wanted = getattr(there, part), getattr(here, part)
+        assert (found is None) == (wanted is None)
+        if wanted is not None:
+            equal = torch.testing.assert_close
+            equal(found.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", ["fp8", "mxfp4-mbs-s"])
