@@ -42,7 +42,9 @@ def buffers(
 ) -> tuple[Tensor, Tensor]:
     """Random words to read, poison to write over: ``total_bytes`` together."""
     count = total_bytes // 4 // (reads + writes) // 4096 * 4096
-    source = torch.randint(-(2**31), 2**31 - 1, (reads, count), dtype=torch.int32, device=device)
+    generator = torch.Generator(device)  # see kernel_timing.copy_gbps
+    source = torch.empty((reads, count), dtype=torch.int32, device=device)
+    source.random_(generator=generator)
     return source, torch.full((writes, count), -1, dtype=torch.int32, device=device)
 
 

@@ -80,7 +80,9 @@ def time_cpu(candidates: Mapping[str, Callable[[], Any]]) -> dict[str, dict[str,
 
 def copy_gbps() -> float:
     """Bytes read and written per nanosecond by torch's copy of 1 GiB."""
-    source = torch.randint(0, 255, (2**30,), dtype=torch.uint8, device="cuda")
+    # of its own: a capture that failed leaves torch's generator as if it were still captured
+    generator = torch.Generator("cuda")
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_(generator=generator)
     target = torch.empty_like(source)
     found = time_gpu({"copy": [lambda: target.copy_(source)]})["copy"]
     return 2 * 2**30 / found["median_us"] / 1e3
@@ -113,7 +115,8 @@ def _run(calls: Calls) -> None:
 def _capture(calls: Calls, pool: Any) -> Callable[[], None] | None:
     try:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # a capture that fails does not give the stream back
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=pool):
             _run(calls)
     except RuntimeError:  # it waits for the device, or allocates outside of torch
         torch.cuda.synchronize()
