@@ -129,6 +129,9 @@ def _told(error: Any) -> tuple[str, str, int, bool]:
     code = NOT_POSSIBLE if isinstance(error, BackendUnavailable) else WRONG_INPUT
     if isinstance(error, MoeLocalityError):
         return kind, text or kind, code, True
+    if isinstance(error, MemoryError):  # what is read and asked for decides how much is needed
+        words = f"found too little memory for this input{f' ({text})' if text else ''}, expected "
+        return kind, f"{words}enough: correct a number that is too large, or use a part", code, True
     return kind, f"unexpected {kind}: {text or kind}", code, False
 
 

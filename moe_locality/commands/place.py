@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 AUTO = "auto"
 MOVE_BUDGET = 0.02
 BOUND_SECONDS = 10.0
+MOST_SECONDS = 1e9  # 30 years: an effort is counted in rounds
 CURVE = (AUTO, "auto+0.01", "auto+0.05", "auto+0.15")
 """Caps that are shown beside each other where the cap is to be found; the first is the default."""
 LEVELLERS = ("balance", "eplb", "eplb_global")
@@ -188,7 +188,7 @@ def _check_options(
         raise PlacementError(
             "found --move-budget without --start, expected both or none: name the plan to improve"
         )
-    if bound_seconds is not None and not math.isfinite(bound_seconds):
+    if bound_seconds is not None and not bound_seconds <= MOST_SECONDS:
         raise PlacementError(
             f"--bound-seconds: found {bound_seconds}, expected a number of seconds, such as 10"
         )

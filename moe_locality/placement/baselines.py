@@ -246,7 +246,7 @@ def cluster_homes(
     good, and of the ranks of their nodes the one with the fewest tokens is taken.
     """
     table = (plan.home_profiles or {}).get("cluster_centers")
-    if table is None:
+    if not table:
         raise PlacementError(
             "found a plan without cluster centers, expected one of method 'request_kmeans': make "
             "it with that method"

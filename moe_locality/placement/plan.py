@@ -39,6 +39,7 @@ from moe_locality.placement.serving import (
     unpack_choices,
 )
 from moe_locality.topology.cluster import ClusterTopology
+from moe_locality.trace.schema import MAX_EXPERTS
 
 FORMAT_VERSION = 1
 EMPTY = -1  # instead of an expert: a slot that a layer with fewer slots than others has not
@@ -90,6 +91,7 @@ def check_header(plan: PlacementPlan) -> None:
         value = getattr(plan, name)
         if not isinstance(value, dict) and (value is not None or name != "home_profiles"):
             raise PlacementError(f"{name}: found {value!r}, expected an object: correct it")
+    _check_profiles(plan, plan.home_profiles or {})
     if not plan.layer_ids or len(set(plan.layer_ids)) != len(plan.layer_ids):
         raise PlacementError(
             f"layer_ids: found {list(plan.layer_ids)}, expected one or more different layers"
@@ -124,6 +126,25 @@ def check_header(plan: PlacementPlan) -> None:
             f"expert_load: found shape {load.shape}, expected ({rows}, {plan.num_experts}) "
             "without negative counts"
         )
+
+
+def _check_profiles(plan: PlacementPlan, known: dict[str, Any]) -> None:
+    ranks, name = (plan.num_ranks,), "predictors"
+    shapes: dict[str, tuple[int, ...]] = {"any_rank_share": ranks}
+    shapes["token_price"] = (plan.num_nodes,)
+    shapes["cluster_centers"] = (plan.num_nodes, plan.num_layers, plan.num_experts)
+    try:
+        (known.get(name) or {}).keys()
+        for name in ("domain_rank_share", "group_rank_share", *shapes):
+            table = known.get(name) or {}
+            for row in table.values() if name not in shapes else [table] if table else ():
+                if np.asarray(row, float).shape != shapes.get(name, ranks):
+                    raise ValueError("another shape")
+    except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
+        raise PlacementError(
+            f"home_profiles: found a damaged {name} ({error}), expected numbers for the ranks, "
+            "nodes or experts: make the plan again"
+        ) from error
 
 
 def check_rows(plan: PlacementPlan) -> None:
@@ -238,6 +259,11 @@ class PlacementPlan:
                 f"found {slots} slots per layer, expected a multiple of the {ranks} ranks "
                 f"({self.num_nodes} nodes x {self.ranks_per_node}): every rank holds as many "
                 f"slots; add {-slots % ranks} redundant experts or change the number of ranks"
+            )
+        if self.num_experts > MAX_EXPERTS:  # before they are counted
+            most = f"at most {MAX_EXPERTS}, as in traces"
+            raise PlacementError(
+                f"num_experts: found {self.num_experts}, expected {most}: correct it"
             )
         if self.expert_load is not None:
             put(self, "expert_load", frozen_ints("expert_load", self.expert_load, np.int64))

@@ -31,6 +31,7 @@ from moe_locality.trace.schema import RoutingTrace
 
 PARTS = ("dispatch", "compute", "combine")
 TIERS = ("inside", "across")
+MOST_BATCH = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,6 +222,9 @@ def draw_steps(
         raise PlacementError(
             f"found batch_tokens {batch_tokens} and max_steps {max_steps}, expected at least 1"
         )
+    if batch_tokens > MOST_BATCH:
+        most = f"at most {MOST_BATCH:,}, more than a rank takes in a step"
+        raise PlacementError(f"batch_tokens: found {batch_tokens}, expected {most}: lower it")
     order = np.argsort(home_rank, kind="stable")
     counts = np.bincount(home_rank, minlength=num_ranks)
     first = np.cumsum(counts) - counts

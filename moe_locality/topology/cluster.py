@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, astuple, dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ class ClusterTopology:
     @property
     def is_even(self) -> bool:
         """Whether every node holds the same number of ranks."""
-        return len({self.rank_to_node.count(node) for node in range(self.num_nodes)}) == 1
+        return len(set(Counter(self.rank_to_node).values())) == 1
 
     @property
     def ranks_per_node(self) -> int:
@@ -135,6 +136,7 @@ class ClusterTopology:
             raise TopologyError(
                 f"found {num_nodes} nodes x {ranks_per_node} ranks, expected at least 1 of each"
             )
+        sources.few_enough(num_nodes * ranks_per_node)
         return cls(*sources.shape_of_counts([ranks_per_node] * num_nodes), **tiers)
 
     @classmethod

@@ -13,6 +13,7 @@ from typing import Any
 
 from moe_locality.errors import TopologyError
 
+MOST_RANKS = 1 << 20  # more than a cluster has, and few enough to list
 _LINE = re.compile(r"^(\S+)\s+slots=(\d+)")  # the start of the line only, as in DeepSpeed
 
 
@@ -40,7 +41,16 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
         raise TopologyError(
             f"{path}: found no host, expected at least one line such as 'worker-0 slots=8'"
         )
+    few_enough(sum(slots for _, slots in found.values()), f"{path}: ")
     return {host: slots for host, (_, slots) in found.items()}
+
+
+def few_enough(ranks: int, where: str = "") -> int:
+    """Return them; TopologyError, before a list is made, for more than a cluster has."""
+    if ranks > MOST_RANKS:
+        expected = f"at most {MOST_RANKS:,}, more than a cluster has"
+        raise TopologyError(f"{where}found {ranks:,} ranks, expected {expected}: correct them")
+    return ranks
 
 
 def _text_of(path: str | Path, what: str) -> str:
@@ -167,6 +177,7 @@ def _yaml_shape(content: dict[str, Any], path: Path) -> Shape:
     if "num_nodes" in content:
         num_nodes = _whole(content["num_nodes"], f"{path}, num_nodes")
         per_node = _whole(content["ranks_per_node"], f"{path}, ranks_per_node")
+        few_enough(num_nodes * per_node, f"{path}: ")
         return shape_of_counts([per_node] * num_nodes)
     if "hostfile" in content:
         return shape_of_hostfile(path.parent / str(content["hostfile"]), None, None)
@@ -195,7 +206,8 @@ def _yaml_nodes(nodes: Any, where: str) -> Shape:
             ranks_of.append([_whole(rank, place, 0, "a rank (0, 1, …)") for rank in ranks])
         else:
             first = sum(map(len, ranks_of))
-            ranks_of.append(list(range(first, first + _whole(ranks, place))))
+            last = few_enough(first + _whole(ranks, place), f"{place}: ")
+            ranks_of.append(list(range(first, last)))
     if len({isinstance(node["ranks"], list) for node in nodes}) > 1:
         raise TopologyError(
             f"{where}: found counts and lists of ranks mixed, expected one kind for all nodes"
@@ -260,7 +272,7 @@ def _number(environ: Mapping[str, str], name: str) -> int:
     given = environ[name]
     if not given.strip().isdecimal() or int(given) < 1:
         raise TopologyError(f"found {name}={given!r}, expected a whole number of at least 1")
-    return int(given)
+    return few_enough(int(given), f"{name}: ")
 
 
 def _world_size(environ: Mapping[str, str]) -> tuple[str, int]:
@@ -321,7 +333,9 @@ def _slurm(environ: Mapping[str, str], variable: str) -> Shape:
             raise TopologyError(
                 f"found {variable}={environ[variable]!r}, expected counts such as 8 or 8(x2),4"
             )
-        counts += [int(match.group(1))] * int(match.group(2) or 1)
+        count, times = int(match.group(1)), int(match.group(2) or 1)
+        few_enough(max(count, 1) * times, f"{variable}: ")
+        counts += [count] * times
     world_name, world = _world_size(environ)
     if sum(counts) != world:
         raise TopologyError(

@@ -33,7 +33,7 @@ import numpy as np
 from moe_locality.errors import TraceError
 from moe_locality.trace import reading
 from moe_locality.trace.reading import ImportOptions
-from moe_locality.trace.schema import DECODE, PREFILL, UNKNOWN, RoutingTrace
+from moe_locality.trace.schema import DECODE, MAX_EXPERTS, PREFILL, UNKNOWN, RoutingTrace
 
 _log = logging.getLogger(__name__)
 _VERIFY = 5
@@ -79,6 +79,8 @@ def _records(path: Path, content: dict[str, Any]) -> Records:
     table = _whole(path, "last_physical_to_logical_map", table, 2)
     if table.size == 0 or table.min() < 0:
         raise _strange(path, "an empty or negative last_physical_to_logical_map")
+    if table.max() >= MAX_EXPERTS:
+        raise _strange(path, f"the expert {table.max()} (of {MAX_EXPERTS} at most)")
     return [(path, record, table) for record in records]
 
 
@@ -322,7 +324,8 @@ class _Requests:
             requests.append(np.full(length, request, np.int64))
             if verify:
                 self.drafts[request] = (first_row + first, piece)
-                left.append((request, list(range(int(piece[0]) + 1, int(piece.max()) + 2))))
+                last = min(piece.max(), piece[0] + length - 1)  # drafts have no gap
+                left.append((request, list(range(int(piece[0]) + 1, int(last) + 2))))
             else:
                 left.append((request, [int(piece[-1]) + 1]))
             first += length

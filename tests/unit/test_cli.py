@@ -191,6 +191,13 @@ def test_what_a_command_prints_goes_to_stderr(capfd):
         (typer.Abort(), 130, "KeyboardInterrupt", "interrupted"),
         (KeyboardInterrupt(), 130, "KeyboardInterrupt", "interrupted"),
         (ZeroDivisionError("oops"), 1, "ZeroDivisionError", "unexpected ZeroDivisionError: oops"),
+        (
+            MemoryError("9 TiB"),
+            1,
+            "MemoryError",
+            "found too little memory for this input (9 TiB), expected enough: correct a number "
+            "that is too large, or use a part",
+        ),
     ],
 )
 def test_exit_codes_and_messages(error, code, kind, message, capsys):
@@ -392,6 +399,7 @@ def test_record_prints_the_launch_line_and_the_section(tmp_path):
         ("a slots=2\nb\n", "line 2"),
         ("a slots=2\na slots=2\n", "each host once"),
         ("a slots=0\n", "found no slot left"),
+        ("a slots=1000000000000\n", "found 1,000,000,000,000 ranks, expected at most 1,048,576"),
     ],
 )
 def test_record_reads_the_hostfile_that_it_is_given(tmp_path, text, part):

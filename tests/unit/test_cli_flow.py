@@ -347,6 +347,10 @@ def test_ranks_that_do_not_divide_the_experts_are_refused(made, tmp_path):
         (("--nodes", "2"), "found only --nodes"),
         (("--ranks-per-node", "2"), "found only --ranks-per-node"),
         ((*CLUSTER, "--hostfile", "h"), "found --nodes and --hostfile"),
+        (
+            ("--nodes", "1000000000000", "--ranks-per-node", "1"),
+            "found 1,000,000,000,000 ranks, expected at most 1,048,576",
+        ),
     ],
 )
 def test_the_cluster_must_be_named_once(made, tmp_path, options, message):
@@ -362,6 +366,7 @@ def test_the_cluster_must_be_named_once(made, tmp_path, options, message):
         (("--homes", "nowhere"), "found 'nowhere', expected 'joint'"),
         (("--held-out", "1.5"), "--held-out: found 1.5"),
         (("--max-imbalance", "0.5"), "found 0.5, expected at least 1"),
+        (("--bound-seconds", "1e300"), "--bound-seconds: found 1e+300"),
     ],
 )
 def test_wrong_values_of_place_are_named(made, tmp_path, words, message):
@@ -412,6 +417,23 @@ def test_wrong_homes_are_refused(made, tmp_path, content, message):
     )
     assert error["type"] == "PlacementError"
     assert message in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("simulate", "TRACE", "--plan", "PLAN", "--batch-tokens", 10**9), "--batch-tokens: found"),
+        (("export", "PLAN", "--to", "trtllm", "-o", "m", "--layers", "0-99999999999"), "65,536"),
+        (
+            ("export", "PLAN", "--to", "sglang", "-o", "m.json", "--num-hidden-layers", 10**12),
+            "--num-hidden-layers: found 1000000000000, expected at most 65,536",
+        ),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_before_lists_of_them(made, words, message):
+    """They ended in a MemoryError, or in nothing for as long as there was memory."""
+    files = {"TRACE": made[0] / "trace.npz", "PLAN": made[0] / "plan.json"}
+    assert message in refusal(*(str(files.get(word, word)) for word in words))["message"]
 
 
 def test_compare_needs_a_second_thing(made, tmp_path):

@@ -112,6 +112,21 @@ def test_remote_homes_use_the_least_loaded_replica():
         ([[0, 1]], {"experts": 2, "nodes": 0}, "num_nodes: found 0"),
         ([[0, 1]], {"experts": 2, "provenance": {"x": object()}}, "provenance.x: found a object"),
         ([[0, 1]], {"experts": 2, "costs": None}, "costs: found None"),
+        ([[0, 1]], {"experts": 10**12}, "num_experts: found 1000000000000, expected at most 32767"),
+        *(
+            ([[0, 1]], {"experts": 2, "home_profiles": {name: value}}, f"found a damaged {name}")
+            for name in ("domain_rank_share", "group_rank_share", "predictors", "token_price")
+            for value in (5, "x")
+        ),
+        *(
+            ([[0, 1]], {"experts": 2, "home_profiles": {name: value}}, f"found a damaged {name}")
+            for name, value in {
+                "domain_rank_share": {"a": ["x", 1]},
+                "group_rank_share": {"a": [1]},
+                "any_rank_share": [[1], [2]],
+                "cluster_centers": [1, 2],
+            }.items()
+        ),
     ],
 )
 def test_an_invalid_plan_is_refused_with_its_place(rows, more, message):

@@ -63,6 +63,9 @@ def test_nodes_by_count_by_list_and_from_a_hostfile(tmp_path):
         ("num_nodes: 2\nranks_per_node: 2\nhostfile: h", "found num_nodes and hostfile and ranks"),
         ("num_nodes: 0\nranks_per_node: 2", "num_nodes: found 0, expected a whole number"),
         ("num_nodes: 2\nranks_per_node: 1.5", "ranks_per_node: found 1.5"),
+        ("num_nodes: 1000000000000\nranks_per_node: 1", "found 1,000,000,000,000 ranks, expected"),
+        ("num_nodes: 1\nranks_per_node: 1000000000000", "found 1,000,000,000,000 ranks, expected"),
+        ("nodes: [{ranks: 1}, {ranks: 1000000000000}]", "found 1,000,000,000,001 ranks, expected"),
         ("num_nodes: true\nranks_per_node: 1", "num_nodes: found True"),
         ("nodes: []", r"nodes: found \[\], expected a list such as"),
         ("nodes: [3]", r"nodes\[0\]: found int, expected a mapping"),
@@ -175,6 +178,11 @@ def test_what_launchers_set(environ, rank_to_node):
             r"found MOE_LOCALITY_NODE='a'.*discover_topology",
         ),
         ({"MOE_LOCALITY_RANKS_PER_NODE": "2"}, "found no number of ranks, expected one of"),
+        (
+            {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "0(x1000000000000)"},
+            "SLURM_STEP_TASKS_PER_NODE: found 1,000,000,000,000 ranks",
+        ),
+        ({**TORCHRUN, "WORLD_SIZE": "1000000000000"}, "WORLD_SIZE: found 1,000,000,000,000 ranks"),
         (
             {"MOE_LOCALITY_NODE": "a", "MOE_LOCALITY_RANKS_PER_NODE": "2"},
             "expected one: unset the other",

@@ -224,6 +224,10 @@ def test_ranks_that_recorded_the_same_tokens(tmp_path, caplog):
             {"records": [{}], "last_physical_to_logical_map": None},
             "last_physical_to_logical_map as",
         ),
+        (
+            {"records": [{}], "last_physical_to_logical_map": [[0, 10**12]]},
+            r"the expert 1000000000000 \(of 32767 at most\)",
+        ),
         ({"logical_count": torch.zeros(2, 2, 2)}, "logical_count as float32"),
         ({"logical_count": torch.zeros(2, 2, 2, dtype=torch.int32)}, "no count above 0"),
         ({"logical_count": torch.zeros(2, 2, dtype=torch.int32)}, r"logical_count as int32 of"),
@@ -383,6 +387,13 @@ def test_speculative_decoding_keeps_requests_whole(tmp_path):
         assert trace.stage[rows].tolist() == [PREFILL] * (3 - request) + [DECODE] * (
             last - 2 + request
         )
+
+
+def test_a_wrong_position_among_drafts_makes_no_list_up_to_it(tmp_path):
+    record = {**verify_record(1, [3], 4), "extend_seq_lens": [4]}
+    record["positions"] = torch.tensor([3, 4, 5, 10**12])
+    path = save(tmp_path / "t.pt", {"records": [record], "last_physical_to_logical_map": MAP})
+    assert import_trace(path).position.tolist() == [3]  # drafts of a last pass are not sure
 
 
 def test_trees_of_drafts_keep_what_is_sure(tmp_path):
