@@ -12,8 +12,6 @@ from typing import Any, BinaryIO
 
 from moe_locality.errors import ConfigError
 
-MOST_LAYERS = 1 << 16  # transformer layers: far more than a model has, and few enough to list
-
 
 def replace_text(path: str | os.PathLike[str], text: str) -> Path:
     """Write a text file like ``replace_file``; the folder is made if absent."""

@@ -13,7 +13,7 @@ from typer import Argument, Option
 
 import moe_locality
 from moe_locality.errors import ConfigError, PlacementError, TopologyError, TraceError
-from moe_locality.files import MOST_LAYERS, is_special
+from moe_locality.files import is_special
 
 if TYPE_CHECKING:
     from moe_locality import ClusterTopology, PlacementPlan, RoutingTrace
@@ -151,6 +151,8 @@ def check_writable(path: Path | None, what: str, *inputs: Path | None) -> None:
 
 def layer_numbers(text: str | None) -> list[int] | None:
     """The numbers that "1,3,5-9" names, None for None; TraceError: it is no such text."""
+    from moe_locality.trace.schema import MAX_LAYERS
+
     if text is None:
         return None
     numbers: list[int] = []
@@ -161,8 +163,8 @@ def layer_numbers(text: str | None) -> list[int] | None:
                 f"found --layers {text!r}, expected numbers and ranges such as 1,3,5-9: number the "
                 "transformer layers from 0"
             )
-        if int(last or first) >= MOST_LAYERS:  # before a list of them is made
-            most = f"below {MOST_LAYERS:,}, more than a model has"
+        if int(last or first) >= MAX_LAYERS:  # before a list of them is made
+            most = f"below {MAX_LAYERS:,}, more than a model has"
             raise TraceError(f"found --layers {text!r}, expected layers {most}: correct it")
         numbers += range(int(first), int(last or first) + 1)
     return numbers

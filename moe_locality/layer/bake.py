@@ -404,10 +404,6 @@ def bake_checkpoint(
         PlacementError: the plan does not fit, or has replicas.
     """
     source, out = Path(checkpoint_dir), Path(out_dir)
-    if source.resolve() in out.resolve().parents:
-        raise ConfigError(
-            f"found {out} in {source}, which is read, expected a folder elsewhere: choose another"
-        )
     if is_hugging_face(source):
         return bake_hugging_face(source, plan, out, num_expert_groups=num_expert_groups)
     tag = resolve_tag(source, tag)

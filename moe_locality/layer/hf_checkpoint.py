@@ -145,6 +145,10 @@ def bake_hugging_face(
     expert axis that no pattern covers. PlacementError also: the plan tears a group apart.
     """
     check_is_new(out)
+    if folder.resolve() in out.resolve().parents:  # a second one would copy it
+        raise ConfigError(
+            f"found {out} in {folder}, which is read, expected a folder elsewhere: choose another"
+        )
     _check_is_original(folder)
     config = _read_json(folder / "config.json")
     family, files = family_of(config), _files_of(folder)

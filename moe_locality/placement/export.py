@@ -31,8 +31,9 @@ from typing import Any
 import numpy as np
 
 from moe_locality.errors import PlacementError
-from moe_locality.files import MOST_LAYERS, write_text
+from moe_locality.files import write_text
 from moe_locality.placement.plan import PlacementPlan, check_equal_slots
+from moe_locality.trace.schema import MAX_LAYERS
 
 AUTOEP_DESCRIPTOR_VERSION = 1
 
@@ -79,8 +80,8 @@ def to_sglang_map(plan: PlacementPlan, num_hidden_layers: int | None) -> dict[st
             f"found layer ids up to {max(plan.layer_ids)} in the plan, expected them below "
             f"num_hidden_layers = {num_hidden_layers}: give the number of layers of the model"
         )
-    if num_hidden_layers > MOST_LAYERS:  # a row for each
-        most = f"at most {MOST_LAYERS:,}, more than a model has"
+    if num_hidden_layers > MAX_LAYERS:  # a row for each
+        most = f"at most {MAX_LAYERS:,}, more than a model has"
         raise PlacementError(
             f"num_hidden_layers: found {num_hidden_layers}, expected {most}: lower it"
         )

@@ -129,17 +129,17 @@ def check_header(plan: PlacementPlan) -> None:
 
 
 def _check_profiles(plan: PlacementPlan, known: dict[str, Any]) -> None:
-    ranks, name = (plan.num_ranks,), "predictors"
-    shapes: dict[str, tuple[int, ...]] = {"any_rank_share": ranks}
-    shapes["token_price"] = (plan.num_nodes,)
-    shapes["cluster_centers"] = (plan.num_nodes, plan.num_layers, plan.num_experts)
+    ranks, nodes = (plan.num_ranks,), plan.num_nodes
+    centers = (nodes, plan.num_layers, plan.num_experts)
+    whole = {"any_rank_share": ranks, "token_price": (nodes,), "cluster_centers": centers}
+    name = "predictors"
     try:
         (known.get(name) or {}).keys()
-        for name in ("domain_rank_share", "group_rank_share", *shapes):
-            table = known.get(name) or {}
-            for row in table.values() if name not in shapes else [table] if table else ():
-                if np.asarray(row, float).shape != shapes.get(name, ranks):
-                    raise ValueError("another shape")
+        for name in ("domain_rank_share", "group_rank_share", *whole):
+            if table := known.get(name):
+                for row in [table] if name in whole else table.values():
+                    if np.asarray(row, float).shape != whole.get(name, ranks):
+                        raise ValueError("another shape")
     except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
         raise PlacementError(
             f"home_profiles: found a damaged {name} ({error}), expected numbers for the ranks, "

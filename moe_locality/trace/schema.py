@@ -42,6 +42,9 @@ __all__ = [
 MAX_EXPERTS = 32_767
 """Expert ids are int16."""
 
+MAX_LAYERS = 65_536
+"""Far more transformer layers than a model has, and few enough to list."""
+
 _CHUNK_ELEMENTS = 1 << 22
 
 

@@ -324,6 +324,9 @@ def test_bake_checkpoint_what_it_refuses(tmp_path):
         physical_to_logical_map=np.tile([*range(6), 0, 1, 2, 3, 6, 7], (len(layers), 1)),
     )
     refuses(PlacementError, "replicas|redundant", replicas)
+    with pytest.raises(ConfigError, match="which is read, expected a folder elsewhere"):
+        bake_checkpoint(folder, plan, folder / "deeper" / "baked")
+    assert not (folder / "deeper").exists()
     refuses(PlacementError, "this router picks groups first", num_expert_groups=2)
     (folder / "config.json").write_text(json.dumps(config | {"n_group": 4}))
     refuses(PlacementError, "this router picks groups first")
