@@ -228,7 +228,8 @@ def _call(op: str, backend: str, *args: Any) -> Any:
 def _run(op: str, backend: str, *args: Any) -> Any:
     name = _resolve(backend, args[0].device)
     _counts[name, op] += 1
-    return getattr(_module_of(name), op)(*args)
+    with torch.cuda.device_of(args[0]):  # Triton launches on the current device
+        return getattr(_module_of(name), op)(*args)
 
 
 def _module_of(backend: str) -> ModuleType:

@@ -74,7 +74,8 @@ def decode(buffer: Tensor, index: Tensor | None, out: Tensor, fmt: Format) -> No
 
 
 def _launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
-    kernel[(programs,)](*args, **constants)  # beyond type checkers
+    with torch.cuda.device_of(args[0]):  # Triton launches on the current device
+        kernel[(programs,)](*args, **constants)  # beyond type checkers
 
 
 def _constants(fmt: Format, width: int, encodes: bool) -> dict[str, Any]:

@@ -13,7 +13,10 @@ from moe_locality.trace.recorder import attach
 from moe_locality.trace.recorder.writer import Ring
 from tests.recorder_models import GateWitness, MoeModel, inputs
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
 
 
 class CudaModel(MoeModel):
