@@ -83,9 +83,9 @@ MIN_LINES = 80
 # engines: 700 lines. Serving: 14 files and 4,500 lines. Serving rule: 2 files, 1,100 lines.
 # Caps that are found, what requests come in: 450 lines. Bounds with replicas: 1 file, 320 lines.
 # Metrics, report and watch of serving: 2 files, 900 lines. Low-bit store of stacked experts: 155.
-# Experts held once in passes without gradients: 40. Numbers that cannot be, before lists: 60.
+# Experts held once in passes without gradients: 40. Numbers that cannot be, before lists: 80.
 MAX_FILES = 138
-MAX_TOTAL_LINES = 40_800
+MAX_TOTAL_LINES = 40_830
 
 
 def module_name(path: Path) -> str:
