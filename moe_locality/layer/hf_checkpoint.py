@@ -145,11 +145,7 @@ def bake_hugging_face(
     expert axis that no pattern covers. PlacementError also: the plan tears a group apart.
     """
     check_is_new(out)
-    if folder.resolve() in out.resolve().parents:  # a second one would copy it
-        raise ConfigError(
-            f"found {out} in {folder}, which is read, expected a folder elsewhere: choose another"
-        )
-    _check_is_original(folder)
+    _check_folders(folder, out)
     config = _read_json(folder / "config.json")
     family, files = family_of(config), _files_of(folder)
     _check_family(plan, family)
@@ -193,7 +189,11 @@ def bake_hugging_face(
     }
 
 
-def _check_is_original(folder: Path) -> None:
+def _check_folders(folder: Path, out: Path) -> None:
+    if folder.resolve() in out.resolve().parents:  # a second bake would copy it
+        raise ConfigError(
+            f"found {out} in {folder}, which is read, expected a folder elsewhere: choose another"
+        )
     if (folder / PLAN).exists():
         raise ConfigError(
             f"found {PLAN} in {folder}, expected the original model: this one was baked already, "
