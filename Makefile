@@ -40,7 +40,7 @@ test-slow: $(READY) ## the long ones: real launchers, soaks, the widest cases
 test-random: $(READY) ## the property tests with other examples each time; SEED=N repeats a run
 	MOE_LOCALITY_HYPOTHESIS=random $(PYTEST) -m "hypothesis and not gpu and not multinode" $(if $(SEED),--hypothesis-seed=$(SEED))
 
-test-families: $(READY) ## all families of transformers (make test runs eight of them), JOBS at a time
+test-families: $(READY) ## all families of transformers (make test runs some of them), JOBS at a time
 	$(PY) -m pytest -n $(JOBS) -m families
 
 test-multinode: $(READY) ## tests on nodes made of network namespaces: root, iproute2, openssh-server, pdsh

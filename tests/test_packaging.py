@@ -199,10 +199,13 @@ def test_everyone_tests_the_same_examples_unless_others_are_asked_for(tmp_path):
         "    assert number < 10**8\n"
     )
 
+    plugins = ["-p", "no:cacheprovider", "-p", "_hypothesis_pytestplugin"]  # and no others
+
     def drawn(**environment):
+        environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
         (tmp_path / "drawn").unlink(missing_ok=True)
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_drawn.py"],
+            [sys.executable, "-m", "pytest", "-q", *plugins, "test_drawn.py"],
             cwd=tmp_path, capture_output=True, text=True, timeout=120,
             env={**os.environ, "MOE_LOCALITY_HYPOTHESIS": "same", **environment},
         )  # fmt: skip

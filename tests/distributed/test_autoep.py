@@ -112,7 +112,7 @@ def reversed_plan(folder, world, nodes=2):
     plan_of([[3, 2, 1, 0], [3, 2, 1, 0]], nodes, world // nodes).write(folder / "plan.json")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("world", [2, 4])
 def test_initialize_auto_ep_trains_as_stock(tmp_path, world, dtype):
     reversed_plan(tmp_path, world)
@@ -161,7 +161,7 @@ def gradients_equal_stock(rank, world, folder):
     assert differ > 1e-4  # the order of the scores matters for this model
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_initialize_auto_ep_has_the_gradients_of_stock(tmp_path, world):
     reversed_plan(tmp_path, world)
     run_ranks(gradients_equal_stock, world, str(tmp_path), deepspeed=True, timeout_s=240)
@@ -316,7 +316,11 @@ def checkpoints_are_stock(rank, world, folder, stage):
 
 @pytest.mark.parametrize(
     ("world", "stage"),
-    [(2, 0), (2, 2), (4, 2), *(pytest.param(n, 1, marks=pytest.mark.slow) for n in (2, 4))],
+    [
+        (2, 0),
+        (2, 2),
+        *(pytest.param(*more, marks=pytest.mark.slow) for more in [(4, 2), (2, 1), (4, 1)]),
+    ],
 )
 def test_auto_ep_checkpoints_hold_logical_experts(tmp_path, world, stage):
     """On four ranks ZeRO splits the masters of an expert between two."""

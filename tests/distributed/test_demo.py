@@ -132,6 +132,7 @@ def test_a_wrong_counter_and_a_different_model_are_seen(demo):
         check_agreement(linear, placed)
 
 
+@pytest.mark.slow
 def test_a_recorded_trace_through_the_command_line(routing_data, tmp_path):
     whole = read_trace(routing_data / "gpt_oss_20b_benchmarks.npz")
     trace = tmp_path / "trace.npz"

@@ -101,7 +101,9 @@ def _all_logits(rank, world, ep_size):
             _logits(rank, world, kind, ep_size, when)
 
 
-@pytest.mark.parametrize(("world", "ep_size"), [(1, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize(
+    ("world", "ep_size"), [(1, 1), (2, 2), pytest.param(4, 2, marks=pytest.mark.slow)]
+)
 def test_logits_and_training_are_those_of_the_unplaced_model(world, ep_size):
     run_ranks(_all_logits, world, ep_size, deepspeed=True)
 

@@ -144,6 +144,7 @@ def _left_out(rank, world, cases):
             assert_same(everything(moved), kept, mode)
 
 
+@pytest.mark.slow
 def test_a_weight_a_master_or_a_moment_left_behind_is_seen():
     """The comparison of the test above can fail."""
     modes = ("fp32", "fp32-zero1", "bf16", "bf16-zero2")

@@ -115,7 +115,10 @@ FAULTS = [  # the layers have about ten steps each; a step packs, packs again, w
 
 @pytest.mark.parametrize(
     ("world", "ep_size", "zero", "precision", "faults"),
-    [(2, 2, 0, "fp32", FAULTS), (4, 2, 2, "bf16", FAULTS[1:7:2])],
+    [
+        (2, 2, 0, "fp32", FAULTS),
+        pytest.param(4, 2, 2, "bf16", FAULTS[1:7:2], marks=pytest.mark.slow),
+    ],
 )
 def test_a_failure_leaves_whole_layers_and_a_second_call_finishes(
     world, ep_size, zero, precision, faults
@@ -238,7 +241,10 @@ def _lost(rank, world, ep_size, zero, what, at):
 @pytest.mark.parametrize(
     ("world", "zero", "faults"),
     # before anything was sent, and between two ranks that share an expert's parts
-    [(2, 0, [("die", 1), ("hang", 1)]), (4, 2, [("die", 3), ("hang", 2)])],
+    [
+        (2, 0, [("die", 1), ("hang", 1)]),
+        pytest.param(4, 2, [("die", 3), ("hang", 2)], marks=pytest.mark.slow),
+    ],
 )
 def test_a_rank_that_is_lost_is_named_by_the_others(world, zero, faults, tmp_path):
     context, ranks, answers = mp.get_context("fork"), [], []

@@ -475,6 +475,7 @@ def serve_stored(rank, world, path, name):
     return tokens, sum(decision.applied for decision in decisions)
 
 
+@pytest.mark.slow
 def test_engine_moves_experts_that_are_kept_in_low_bits(tmp_path):
     """[F17.5] The weights are gone from memory; a watch's move and plans with and without replicas
     give the tokens of rounded weights; gradients, state dicts and training are refused.

@@ -145,7 +145,10 @@ def dies_while_serving(rank, folder, path, homes, kind):
     serve_file(engine, folder / "in.jsonl", folder / "out")
 
 
-@pytest.mark.parametrize("kind", ["prefill", "decode", "handover", "move"])
+@pytest.mark.parametrize(
+    "kind",
+    ["decode", *(pytest.param(k, marks=pytest.mark.slow) for k in ("prefill", "handover", "move"))],
+)
 def test_serve_file_ends_on_all_ranks_when_one_dies(tmp_path, kind):
     """[F17 faults] Soon, with a message that names the rank; what was finished is on disk."""
     path = save_tiny(tmp_path, "Mixtral")

@@ -256,7 +256,7 @@ def compare_roundings(rank, world, paths):
     return {family: compare_rounding(rank, world, path) for family, path in paths.items()}
 
 
-@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize("half", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_apply_equals_the_whole_model(tmp_path, half):
     """In float32. In bfloat16 ours is no farther from that than transformers' own exchange."""
     paths = {family: save_tiny(tmp_path, family) for family in list(FAMILIES)[half::2]}
@@ -611,6 +611,7 @@ def run_layouts(rank, world, path, folder):
         torch.testing.assert_close(whole(found), wanted, rtol=rtol, atol=atol)
 
 
+@pytest.mark.slow
 def test_apply_with_tensor_parallelism_and_with_several_expert_groups(tmp_path):
     path = save_tiny(tmp_path, "Qwen3Moe")
     run_ranks(run_layouts, 4, path, str(tmp_path), timeout_s=180.0)

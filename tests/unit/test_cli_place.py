@@ -215,9 +215,9 @@ def test_the_usual_order_is_kept_where_nothing_is_gained(tmp_path, words, replic
     trace = level_trace()
     write_trace(trace, tmp_path / "t.npz")
     out = tmp_path / "p.json"
-    words = ("place", tmp_path / "t.npz", *CLUSTER, "-o", out, *words)
-    words += ("--redundant-experts", replicas) if replicas else ()
-    found = answer(*words)
+    line = ("place", tmp_path / "t.npz", *CLUSTER, "-o", out, *words)
+    line += ("--redundant-experts", replicas) if replicas else ()
+    found = answer(*line)
     judged = found["judged"]
     plan = PlacementPlan.read(out)
     if judged["gained"]:  # replicas of what another node has too can save copies
@@ -232,7 +232,8 @@ def test_the_usual_order_is_kept_where_nothing_is_gained(tmp_path, words, replic
     if not found["held_out"]:
         assert found["costs"]["copies"] == pytest.approx(own)
     assert found["digest"] == plan.digest()
-    assert "wrote the usual order" in run(*words).stdout
+    if not words:  # what is printed is the same with every option
+        assert "wrote the usual order" in run(*line).stdout
 
 
 def test_a_gain_is_judged_on_a_split_and_the_plan_is_from_all_requests(folder, tmp_path):

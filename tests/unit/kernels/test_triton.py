@@ -31,14 +31,21 @@ def run(*command: str, interpret: bool) -> subprocess.CompletedProcess:
     )
 
 
-def test_the_kernels_under_the_interpreter():
-    cases = "kernels/interpreted_backend.py", "quantization/triton_cases.py"
-    done = run("pytest", "-q", *(f"tests/unit/{path}" for path in cases), interpret=True)
+@pytest.mark.parametrize(
+    "cases",
+    [
+        "kernels/interpreted_backend.py",
+        pytest.param("quantization/triton_cases.py", marks=pytest.mark.slow),
+    ],
+)
+def test_the_kernels_under_the_interpreter(cases):
+    done = run("pytest", "-q", f"tests/unit/{cases}", interpret=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout
 
 
+@pytest.mark.slow
 def test_the_kernels_compile_for_hopper(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     done = run("tests.unit.kernels.compile_ahead", "90", interpret=False)

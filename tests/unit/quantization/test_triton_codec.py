@@ -46,6 +46,7 @@ compile(m.zero_padding_kernel, pointers, {"ROW_BYTES": 1168, "ROWS": 32})
 """
 
 
+@pytest.mark.slow
 def test_triton_codec_kernels_compile_for_sm_90(tmp_path):
     pytest.importorskip("triton", reason="Triton is not installed")
     done = subprocess.run(
