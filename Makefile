@@ -29,12 +29,13 @@ $(READY): pyproject.toml setup.py constraints-dev.txt
 demo: $(READY) ## the main job: train, record, place, run again, compare; report in runs/demo/report.html
 	$(VENV)/bin/moe-locality demo --out $(OUT)
 
-# in the order of the folders: tests/distributed has the long files, and xdist would begin with the short ones
-PYTEST = $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# First what numba compiles in one process, and not in each rank of a test; then in the order of the folders:
+# tests/distributed has the long files, and xdist would begin with the short ones.
+PYTEST = $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder tests/unit/placement tests
 test: $(READY) ## the tests that need no GPU, JOBS files at a time
 	$(PYTEST)
 
-test-slow: $(READY) ## the long ones: real launchers, soaks, the widest cases
+test-slow: $(READY) ## the long ones: real launchers, soaks, compilations, the wider cases
 	$(PYTEST) -m "slow and not gpu and not multinode and not families"
 
 test-random: $(READY) ## the property tests with other examples each time; SEED=N repeats a run

@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="directory of a model (default: train a small one)")
-    parser.add_argument("--out", default="runs/hf_generate", help="directory of trace and plan")
+    parser.add_argument("--out", default="runs/hf_generate", help="directory of traces and plan")
     parser.add_argument("--num-nodes", type=int, help="emulate that many nodes on this machine")
     parser.add_argument("--requests", type=int, default=64, help="a multiple of 4 and of the ranks")
     parser.add_argument("--new-tokens", type=int, default=32)
@@ -87,7 +87,7 @@ def read_requests(count: int, seed: int) -> tuple[Requests, Requests]:
     )
 
 
-def attach(model: Any, path: Path) -> Any:
+def new_recorder(model: Any, path: Path) -> Any:
     """Return a recorder that writes to ``path``, where the trace of an earlier run is removed."""
     if rank_and_size()[0] == 0:
         shutil.rmtree(path, ignore_errors=True)
@@ -97,7 +97,7 @@ def attach(model: Any, path: Path) -> Any:
 
 def record(model: Any, parts: list[Requests], path: Path, name: str | None) -> None:
     """Run the prompts once, every rank its share, and record their routing in ``path``."""
-    recorder = attach(model, path)
+    recorder = new_recorder(model, path)
     for requests in parts:
         prompts, domains = prompt_tokens(requests, name), np.array(requests.domain_names())
         for rows in share(assign_ranks(requests.request_id, rank_and_size()[1])):
@@ -142,7 +142,7 @@ def generate(
     ``answers``: request id to its new tokens, and by how much the best logit of each was ahead.
     ``path``: of a trace of these tokens, from which ``evaluate`` predicts the rows across nodes.
     """
-    recorder = attach(model, path)
+    recorder = new_recorder(model, path)
     reset_traffic(model)
     everything, mine = prompt_tokens(requests, name), {}
     for rows in share(rank_of):

@@ -2,7 +2,7 @@
 # Generate with a Hugging Face model whose experts are spread over the ranks, without and with a
 # placement: the example, or a script of yours that calls moe_locality.register.
 #   launch/generate.sh [--hostfile FILE | --ranks N] [--out DIR] [--dry-run] [--] [arguments]
-#   See common.sh; the directory of trace, plan and figures is runs/hf_generate by default.
+#   See common.sh; the directory of traces, plan and figures is runs/hf_generate by default.
 set -euo pipefail
 takes="--out"
 # shellcheck source=launch/common.sh

@@ -85,7 +85,7 @@ MIN_LINES = 80
 # Metrics, report and watch of serving: 2 files, 900 lines. Low-bit store of stacked experts: 155.
 # Experts held once in passes without gradients: 40. Numbers that cannot be, before lists: 80.
 MAX_FILES = 138
-MAX_TOTAL_LINES = 40_830
+MAX_TOTAL_LINES = 40_840
 
 
 def module_name(path: Path) -> str:

@@ -190,7 +190,7 @@ def _check_options(
         )
     if bound_seconds is not None and not bound_seconds <= MOST_SECONDS:
         raise PlacementError(
-            f"--bound-seconds: found {bound_seconds}, expected a number of seconds, such as 10"
+            f"--bound-seconds: found {bound_seconds}, expected at most 1e9 seconds, such as 10"
         )
 
 

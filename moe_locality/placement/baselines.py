@@ -253,7 +253,13 @@ def cluster_homes(
         )
     requests = requests_of(trace)
     points = _signatures(trace, requests.index, known_tokens(trace, requests, predict))
-    centers = np.asarray(table, dtype=np.float64).reshape(len(table), -1)
+    try:
+        centers = np.asarray(table, dtype=np.float64).reshape(plan.num_nodes, points.shape[1])
+    except (TypeError, ValueError) as error:
+        raise PlacementError(
+            f"found cluster centers of another kind ({error}), expected {points.shape[1]} numbers "
+            "for each node: make the plan from a trace of these layers, without one_layout"
+        ) from error
     if band is None:
         near = nearest_center(points, centers)[:, None] == np.arange(len(centers))
     else:

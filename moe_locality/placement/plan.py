@@ -129,17 +129,16 @@ def check_header(plan: PlacementPlan) -> None:
 
 
 def _check_profiles(plan: PlacementPlan, known: dict[str, Any]) -> None:
-    ranks, nodes = (plan.num_ranks,), plan.num_nodes
-    centers = (nodes, plan.num_layers, plan.num_experts)
-    whole = {"any_rank_share": ranks, "token_price": (nodes,), "cluster_centers": centers}
+    ranks = (plan.num_ranks,)
+    whole = {"any_rank_share": ranks, "token_price": (plan.num_nodes,)}
     name = "predictors"
     try:
         (known.get(name) or {}).keys()
         for name in ("domain_rank_share", "group_rank_share", *whole):
             if table := known.get(name):
                 for row in [table] if name in whole else table.values():
-                    if np.asarray(row, float).shape != whole.get(name, ranks):
-                        raise ValueError("another shape")
+                    if (found := np.asarray(row, float).shape) != whole.get(name, ranks):
+                        raise ValueError(f"shape {found}, not {whole.get(name, ranks)}")
     except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
         raise PlacementError(
             f"home_profiles: found a damaged {name} ({error}), expected numbers for the ranks, "

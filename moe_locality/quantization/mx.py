@@ -151,8 +151,8 @@ def choose_factors(blocks: Tensor, fmt: Format, rule: str) -> Tensor:
     """Return m8 ``[N, ceil(n / 8)]`` uint8 of the MBS factors ``1 + m8/256`` of blocks [N, n, 16].
 
     arXiv 2603.08713, section 4.3. Static (MBS-S, Eq. 1 and 3): the eight leading mantissa bits of
-    the ideal scale, ``m8 = (bits(6 / a) & 0x007F8000) >> 15`` with a the largest magnitude of the
-    macro block, so that it lands on about 6 * 2^j. Dynamic (MBS-D, Eq. 4-6): of the 16 slots
+    the ideal scale, ``m8 = (bits(6 * (1 / a)) & 0x007F8000) >> 15`` with a the largest magnitude of
+    the macro block, so that it lands on about 6 * 2^j. Dynamic (MBS-D, Eq. 4-6): of the 16 slots
     ``1 + j/16`` the one with the least sum of squared errors, the first of equals; j = 0 is no
     factor, so MBS-D is never worse than OAS alone.
     """
@@ -161,7 +161,7 @@ def choose_factors(blocks: Tensor, fmt: Format, rule: str) -> Tensor:
     macro = padded.unflatten(1, (-1, per_macro))
     if rule == "static":
         a = macro.abs().amax(dim=(2, 3))
-        return ((6.0 / a).view(torch.int32) >> 15 & 0xFF).to(torch.uint8)
+        return ((a.reciprocal() * 6.0).view(torch.int32) >> 15 & 0xFF).to(torch.uint8)
     parts = [_best_slots(part, fmt) for part in macro.flatten(0, 1).split(_SEARCHED_AT_ONCE)]
     return torch.cat(parts).view(macro.shape[:2])
 

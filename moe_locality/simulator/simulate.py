@@ -224,7 +224,7 @@ def draw_steps(
         )
     if batch_tokens > MOST_BATCH:
         most = f"at most {MOST_BATCH:,}, more than a rank takes in a step"
-        raise PlacementError(f"batch_tokens: found {batch_tokens}, expected {most}: lower it")
+        raise PlacementError(f"batch_tokens: found {batch_tokens:,}, expected {most}: lower it")
     order = np.argsort(home_rank, kind="stable")
     counts = np.bincount(home_rank, minlength=num_ranks)
     first = np.cumsum(counts) - counts

@@ -14,7 +14,9 @@ from typing import Any
 from moe_locality.errors import TopologyError
 
 MOST_RANKS = 1 << 20  # more than a cluster has, and few enough to list
-_LINE = re.compile(r"^(\S+)\s+slots=(\d+)")  # the start of the line only, as in DeepSpeed
+_LINE = re.compile(
+    r"^(\S+)\s+slots=(\d{1,18})(?!\d)"
+)  # the start of the line only, as in DeepSpeed
 
 
 def read_hostfile(path: str | Path) -> dict[str, int]:
@@ -45,11 +47,11 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
     return {host: slots for host, (_, slots) in found.items()}
 
 
-def few_enough(ranks: int, where: str = "") -> int:
-    """Return them; TopologyError, before a list is made, for more than a cluster has."""
+def few_enough(ranks: int, where: str = "", what: str = "ranks") -> int:
+    """Return ``ranks``; TopologyError, before a list is made, for more than a cluster has."""
     if ranks > MOST_RANKS:
         expected = f"at most {MOST_RANKS:,}, more than a cluster has"
-        raise TopologyError(f"{where}found {ranks:,} ranks, expected {expected}: correct them")
+        raise TopologyError(f"{where}found {ranks:,} {what}, expected {expected}: correct them")
     return ranks
 
 
@@ -206,7 +208,7 @@ def _yaml_nodes(nodes: Any, where: str) -> Shape:
             ranks_of.append([_whole(rank, place, 0, "a rank (0, 1, …)") for rank in ranks])
         else:
             first = sum(map(len, ranks_of))
-            last = few_enough(first + _whole(ranks, place), f"{place}: ")
+            last = few_enough(first + _whole(ranks, place), f"{where}: ")
             ranks_of.append(list(range(first, last)))
     if len({isinstance(node["ranks"], list) for node in nodes}) > 1:
         raise TopologyError(
@@ -270,9 +272,9 @@ def read_env(environ: Mapping[str, str]) -> Shape:
 
 def _number(environ: Mapping[str, str], name: str) -> int:
     given = environ[name]
-    if not given.strip().isdecimal() or int(given) < 1:
+    if not re.fullmatch(r"\d{1,18}", given.strip()) or int(given) < 1:
         raise TopologyError(f"found {name}={given!r}, expected a whole number of at least 1")
-    return few_enough(int(given), f"{name}: ")
+    return few_enough(int(given), f"{name}: ", "ranks or nodes")
 
 
 def _world_size(environ: Mapping[str, str]) -> tuple[str, int]:
@@ -328,13 +330,13 @@ def _slurm(environ: Mapping[str, str], variable: str) -> Shape:
     """Slurm writes ``2(x3),1`` for three nodes of two tasks and one of one."""
     counts: list[int] = []
     for part in environ[variable].split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:\(x(\d+)\))?\s*", part)
+        match = re.fullmatch(r"\s*(\d{1,18})(?:\(x(\d{1,18})\))?\s*", part)
         if match is None:
             raise TopologyError(
                 f"found {variable}={environ[variable]!r}, expected counts such as 8 or 8(x2),4"
             )
         count, times = int(match.group(1)), int(match.group(2) or 1)
-        few_enough(max(count, 1) * times, f"{variable}: ")
+        few_enough(max(count, 1) * times, f"{variable}: ", "ranks or nodes")
         counts += [count] * times
     world_name, world = _world_size(environ)
     if sum(counts) != world:

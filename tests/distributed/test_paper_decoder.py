@@ -65,6 +65,7 @@ def test_paper_in_decoder_trains_records_and_decodes(tmp_path):
         assert len(last[2]) == len(paper.PAPER)
 
 
+@pytest.mark.slow
 def test_the_experiment_replays_a_recording_on_two_nodes(tmp_path):
     """[F17.7] The rows that the exchange counts are those that the recording and its plans say."""
     skip_without_expert_parallelism()

@@ -105,7 +105,8 @@ def assert_same(found, expected, mode):
 
 
 @pytest.mark.parametrize(
-    ("world", "ep_size"), [(2, 2), pytest.param(4, 2, marks=pytest.mark.slow), (2, 1)]
+    ("world", "ep_size"),
+    [(2, 2), *(pytest.param(*more, marks=pytest.mark.slow) for more in [(4, 2), (2, 1)])],
 )
 def test_a_run_that_relocates_has_the_losses_of_one_that_does_not(world, ep_size):
     modes = list(MODES) if ep_size > 1 else ["fp32-zero1", "bf16-zero2"]

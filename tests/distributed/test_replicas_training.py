@@ -42,7 +42,10 @@ def trains(rank, world, ep_size, cases, path):
         engine.destroy()
 
 
-@pytest.mark.parametrize(("world", "ep_size"), CASES)
+@pytest.mark.parametrize(
+    ("world", "ep_size"),
+    [(2, 2), (4, 2), *(pytest.param(*more, marks=pytest.mark.slow) for more in [(4, 4), (6, 2)])],
+)
 def test_replicas_stay_equal_and_the_run_is_that_without_them(world, ep_size, tmp_path):
     path = str(tmp_path / "plan.json")
     plan = nets.plan_of(ep_size, extra_per_rank=[2, 1] if ep_size == 4 else 1)

@@ -380,6 +380,7 @@ def serve_watched(rank, world, path):
     return found
 
 
+@pytest.mark.slow
 def test_watch_moves_experts_under_requests_in_flight(tmp_path):
     """[F17.4] The traffic shifts: with a watch that applies, fewer bytes cross nodes afterwards,
     every request has the tokens that it has without, and the counters go on. No expert is held

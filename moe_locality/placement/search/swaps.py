@@ -39,7 +39,7 @@ class PatternCounts(NamedTuple):
 
     ids: np.ndarray  # [N, K] picks of each pattern
     count: np.ndarray  # [N] its tokens
-    offset: np.ndarray  # [E + 1] where the patterns of each expert begin in
+    offset: np.ndarray  # [E + 1] where the patterns of each expert begin in ``holds``
     holds: np.ndarray  # [picks] the patterns with each expert
     inside: np.ndarray  # [N, B] picks (and home) of each pattern in each block
     alone: np.ndarray  # [E] tokens whose only tie to the block of the expert is the expert

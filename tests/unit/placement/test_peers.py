@@ -46,6 +46,11 @@ def test_request_kmeans_makes_clusters_of_requests_nodes():
     assert len(set(homes.values())) == 4  # the ranks of a node share its requests
     with pytest.raises(PlacementError, match="method 'request_kmeans'"):
         cluster_homes(trace, solve(trace, topology), topology, predict="oracle")
+    layers = {"layer_ids": np.arange(2), "expert_ids": np.repeat(trace.expert_ids, 2, axis=1)}
+    two = trace.evolve(**layers)
+    alike = solve(two, topology, method="request_kmeans", one_layout=True)
+    with pytest.raises(PlacementError, match="cluster centers of another kind"):
+        cluster_homes(two, alike, topology, predict="oracle")
 
 
 def test_solve_takes_the_old_name_of_request_kmeans_with_a_warning():

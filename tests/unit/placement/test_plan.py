@@ -124,7 +124,6 @@ def test_remote_homes_use_the_least_loaded_replica():
                 "domain_rank_share": {"a": ["x", 1]},
                 "group_rank_share": {"a": [1]},
                 "any_rank_share": [[1], [2]],
-                "cluster_centers": [1, 2],
             }.items()
         ),
     ],

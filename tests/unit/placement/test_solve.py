@@ -138,7 +138,7 @@ def test_solve_for_rank_copies_keeps_experts_picked_together_on_one_rank():
             solve(trace, topology, objective="rank_copies", **change)
 
 
-@pytest.mark.parametrize("method", ["coactivation", "eplb", "balance", "linear"])
+@pytest.mark.parametrize("method", ["coactivation", "eplb", "balance", "linear", "request_kmeans"])
 @pytest.mark.parametrize("redundant", [0, 8])
 def test_solve_with_one_layout_places_all_layers_alike(method, redundant, tmp_path):
     rng = np.random.default_rng(5)
