@@ -143,7 +143,9 @@ def ends_a_forward_early(rank, folder, groups, how):
 LATE = [("hierarchical", "destroys the engine"), ("of DeepSpeed", "closes the recorder")]
 
 
-@pytest.mark.parametrize("cases", [[("flat", "leaves")], LATE])  # the second ones wait together
+@pytest.mark.parametrize(
+    "cases", [[("flat", "leaves")], pytest.param(LATE, marks=pytest.mark.slow)]
+)
 def test_a_rank_with_one_forward_fewer_is_named_on_all_others_in_time(tmp_path, cases):
     """Over groups that DeepSpeed makes the others waited half an hour, whatever timeout was [F11]
     asked for; in two stages some were not told which rank was missing; what the failed pass had

@@ -578,6 +578,7 @@ def serve_deepspeed(rank, world):
     return sorted(found)
 
 
+@pytest.mark.slow
 def test_generate_continues_a_model_whose_moe_layers_are_deepspeeds():
     """[F17.8] Mixed lengths, an idle rank and homes, also with experts in low bits; refused by name
     where it cannot be served, or was placed with another plan.

@@ -292,6 +292,7 @@ def stand_in(folder):
     (folder / "deepspeed").chmod(0o755)
 
 
+@pytest.mark.slow
 def test_a_users_script_records_is_placed_and_trained(tmp_path):
     """The four steps of the README with a script and a directory that are not ours [F4]. The first
     run is started by DeepSpeed's launcher, the others are forked.

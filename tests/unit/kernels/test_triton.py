@@ -31,12 +31,9 @@ def run(*command: str, interpret: bool) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "cases",
-    [
-        "kernels/interpreted_backend.py",
-        pytest.param("quantization/triton_cases.py", marks=pytest.mark.slow),
-    ],
+    "cases", ["kernels/interpreted_backend.py", "quantization/triton_cases.py"]
 )
 def test_the_kernels_under_the_interpreter(cases):
     done = run("pytest", "-q", f"tests/unit/{cases}", interpret=True)

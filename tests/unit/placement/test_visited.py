@@ -82,7 +82,9 @@ def test_anneal_visited_costs_no_more_than_its_start(seed, at_home):
     check_choices(choices[None], found.T[None])
 
 
-@pytest.mark.parametrize("homes", [None, "joint", pytest.param("trace", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "homes", [None, *(pytest.param(homes, marks=pytest.mark.slow) for homes in ("trace", "joint"))]
+)
 def test_solve_with_replicas_serves_by_visits_as_level_as_promised(homes):
     rng, layers = np.random.default_rng(4), 2 if homes == "joint" else 1
     trace = random_trace(
