@@ -29,7 +29,7 @@ $(READY): pyproject.toml setup.py constraints-dev.txt
 demo: $(READY) ## the main job: train, record, place, run again, compare; report in runs/demo/report.html
 	$(VENV)/bin/moe-locality demo --out $(OUT)
 
-# in the order of tests/conftest.py: xdist would begin with the short files
+# in the order of the folders: tests/distributed has the long files, and xdist would begin with the short ones
 PYTEST = $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 test: $(READY) ## the tests that need no GPU, JOBS files at a time
 	$(PYTEST)

@@ -281,10 +281,13 @@ class Nodes:
         """Kill a launch: the launcher here, and its ranks on the nodes."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        for name in self.namespaces:
-            for pid in _processes(name):
-                if b"sshd" not in _command_line(pid):
-                    _kill(pid)
+        for pid in self.programs():
+            _kill(pid)
+
+    def programs(self) -> list[int]:
+        """Return the process ids of what runs on the nodes, but for sshd."""
+        pids = [pid for name in self.namespaces for pid in _processes(name)]
+        return [pid for pid in pids if b"sshd" not in _command_line(pid)]
 
 
 def _limit(namespace: str, interface: str, mbit_per_s: float) -> None:

@@ -41,10 +41,3 @@ def routing_data() -> Path:
     if not Path(folder).is_dir():
         pytest.fail(f"MOE_LOCALITY_DATA names {folder}, which is not a directory")
     return Path(folder)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """First what numba compiles in one process, and not in each rank of a test; then by folders:
-    tests/distributed has the long files.
-    """
-    items.sort(key=lambda item: "placement" not in item.path.parts)

@@ -151,10 +151,10 @@ def check_writable(path: Path | None, what: str, *inputs: Path | None) -> None:
 
 def layer_numbers(text: str | None) -> list[int] | None:
     """The numbers that "1,3,5-9" names, None for None; TraceError: it is no such text."""
-    from moe_locality.trace.schema import MAX_LAYERS
-
     if text is None:
         return None
+    from moe_locality.trace.schema import MAX_LAYERS
+
     numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")

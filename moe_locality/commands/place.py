@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 AUTO = "auto"
 MOVE_BUDGET = 0.02
 BOUND_SECONDS = 10.0
-MOST_SECONDS = 1e9  # 30 years: an effort is counted in rounds
 CURVE = (AUTO, "auto+0.01", "auto+0.05", "auto+0.15")
 """Caps that are shown beside each other where the cap is to be found; the first is the default."""
 LEVELLERS = ("balance", "eplb", "eplb_global")
@@ -188,7 +187,7 @@ def _check_options(
         raise PlacementError(
             "found --move-budget without --start, expected both or none: name the plan to improve"
         )
-    if bound_seconds is not None and not bound_seconds <= MOST_SECONDS:
+    if bound_seconds is not None and not bound_seconds <= 1e9:
         raise PlacementError(
             f"--bound-seconds: found {bound_seconds}, expected at most 1e9 seconds, such as 10"
         )

@@ -16,6 +16,7 @@ Shapes: T tokens on this rank, K top-k, P slots, N rows, D model width.
 import importlib
 import os
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import cache, partial
 from types import ModuleType
@@ -228,7 +229,8 @@ def _call(op: str, backend: str, *args: Any) -> Any:
 def _run(op: str, backend: str, *args: Any) -> Any:
     name = _resolve(backend, args[0].device)
     _counts[name, op] += 1
-    with torch.cuda.device_of(args[0]):  # Triton launches on the current device
+    # Triton launches on the current device
+    with torch.cuda.device_of(args[0]) if name == "triton" else nullcontext():
         return getattr(_module_of(name), op)(*args)
 
 

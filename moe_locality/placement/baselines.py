@@ -257,8 +257,8 @@ def cluster_homes(
         centers = np.asarray(table, dtype=np.float64).reshape(plan.num_nodes, points.shape[1])
     except (TypeError, ValueError) as error:
         raise PlacementError(
-            f"found cluster centers of another kind ({error}), expected {points.shape[1]} numbers "
-            "for each node: make the plan from a trace of these layers, without one_layout"
+            f"found cluster centers of another kind ({error}), expected those of the trace's "
+            "layers: make the plan from such a trace, without one_layout"
         ) from error
     if band is None:
         near = nearest_center(points, centers)[:, None] == np.arange(len(centers))

@@ -81,10 +81,8 @@ def to_sglang_map(plan: PlacementPlan, num_hidden_layers: int | None) -> dict[st
             f"num_hidden_layers = {num_hidden_layers}: give the number of layers of the model"
         )
     if num_hidden_layers > MAX_LAYERS:  # a row for each
-        most = f"at most {MAX_LAYERS:,}, more than a model has"
-        raise PlacementError(
-            f"num_hidden_layers: found {num_hidden_layers}, expected {most}: lower it"
-        )
+        most = f"at most {MAX_LAYERS:,}, more than a model has: lower it"
+        raise PlacementError(f"num_hidden_layers: found {num_hidden_layers}, expected {most}")
     filler = [slot % plan.num_experts for slot in range(plan.num_slots)]
     of_layer = dict(zip(plan.layer_ids, plan.physical_to_logical_map.tolist(), strict=True))
     return {"physical_to_logical_map": [of_layer.get(i, filler) for i in range(num_hidden_layers)]}

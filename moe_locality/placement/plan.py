@@ -128,22 +128,27 @@ def check_header(plan: PlacementPlan) -> None:
         )
 
 
-def _check_profiles(plan: PlacementPlan, known: dict[str, Any]) -> None:
-    ranks = (plan.num_ranks,)
-    whole = {"any_rank_share": ranks, "token_price": (plan.num_nodes,)}
+def _check_profiles(plan: PlacementPlan, profiles: dict[str, Any]) -> None:
+    """Tables have a number for each rank or node; predictors are read by their own class."""
     name = "predictors"
     try:
-        (known.get(name) or {}).keys()
-        for name in ("domain_rank_share", "group_rank_share", *whole):
-            if table := known.get(name):
-                for row in [table] if name in whole else table.values():
-                    if (found := np.asarray(row, float).shape) != whole.get(name, ranks):
-                        raise ValueError(f"shape {found}, not {whole.get(name, ranks)}")
+        dict(profiles.get(name) or {})
+        for name in ("domain_rank_share", "group_rank_share"):
+            for row in dict(profiles.get(name) or {}).values():
+                _check_numbers(row, plan.num_ranks)
+        for name, count in (("any_rank_share", plan.num_ranks), ("token_price", plan.num_nodes)):
+            if profiles.get(name):
+                _check_numbers(profiles[name], count)
     except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
         raise PlacementError(
             f"home_profiles: found a damaged {name} ({error}), expected numbers for the ranks, "
             "nodes or experts: make the plan again"
         ) from error
+
+
+def _check_numbers(row: Any, count: int) -> None:
+    if (found := np.asarray(row, float).shape) != (count,):
+        raise ValueError(f"shape {found}, not ({count},)")
 
 
 def check_rows(plan: PlacementPlan) -> None:
@@ -260,10 +265,8 @@ class PlacementPlan:
                 f"slots; add {-slots % ranks} redundant experts or change the number of ranks"
             )
         if self.num_experts > MAX_EXPERTS:  # before they are counted
-            most = f"at most {MAX_EXPERTS}, as in traces"
-            raise PlacementError(
-                f"num_experts: found {self.num_experts}, expected {most}: correct it"
-            )
+            most = f"at most {MAX_EXPERTS}, as in traces: correct it"
+            raise PlacementError(f"num_experts: found {self.num_experts}, expected {most}")
         if self.expert_load is not None:
             put(self, "expert_load", frozen_ints("expert_load", self.expert_load, np.int64))
         nodes: Any = self.rank_to_node

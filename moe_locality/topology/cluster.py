@@ -136,8 +136,7 @@ class ClusterTopology:
             raise TopologyError(
                 f"found {num_nodes} nodes x {ranks_per_node} ranks, expected at least 1 of each"
             )
-        sources.few_enough(num_nodes * ranks_per_node)
-        return cls(*sources.shape_of_counts([ranks_per_node] * num_nodes), **tiers)
+        return cls(*sources.even_shape(num_nodes, ranks_per_node), **tiers)
 
     @classmethod
     def from_node_names(cls, names: Iterable[str], **tiers: float) -> Self:

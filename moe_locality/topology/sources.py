@@ -14,9 +14,7 @@ from typing import Any
 from moe_locality.errors import TopologyError
 
 MOST_RANKS = 1 << 20  # more than a cluster has, and few enough to list
-_LINE = re.compile(
-    r"^(\S+)\s+slots=(\d{1,18})(?!\d)"
-)  # the start of the line only, as in DeepSpeed
+_LINE = re.compile(r"^(\S+)\s+slots=(\d{1,18})(?!\d)")  # what follows is not read, as in DeepSpeed
 
 
 def read_hostfile(path: str | Path) -> dict[str, int]:
@@ -126,6 +124,12 @@ def shape_of_counts(counts: Sequence[int], names: Sequence[str] = ()) -> Shape:
     return tuple(node for node, count in enumerate(counts) for _ in range(count)), tuple(names)
 
 
+def even_shape(num_nodes: int, ranks_per_node: int, where: str = "") -> Shape:
+    """Give as many consecutive ranks to every node."""
+    few_enough(num_nodes * ranks_per_node, where)
+    return shape_of_counts([ranks_per_node] * num_nodes)
+
+
 def shape_of_names(names: Sequence[str]) -> Shape:
     """Turn one node name per rank into a shape; nodes are numbered by their first rank."""
     number = {name: index for index, name in enumerate(dict.fromkeys(names))}
@@ -179,8 +183,7 @@ def _yaml_shape(content: dict[str, Any], path: Path) -> Shape:
     if "num_nodes" in content:
         num_nodes = _whole(content["num_nodes"], f"{path}, num_nodes")
         per_node = _whole(content["ranks_per_node"], f"{path}, ranks_per_node")
-        few_enough(num_nodes * per_node, f"{path}: ")
-        return shape_of_counts([per_node] * num_nodes)
+        return even_shape(num_nodes, per_node, f"{path}: ")
     if "hostfile" in content:
         return shape_of_hostfile(path.parent / str(content["hostfile"]), None, None)
     return _yaml_nodes(content["nodes"], f"{path}, nodes")
@@ -323,7 +326,7 @@ def _even(
             f"found {found}, expected the same number of ranks on every node: for uneven nodes "
             "give a hostfile or a cluster file"
         )
-    return shape_of_counts([size] * num_nodes)
+    return even_shape(num_nodes, size)
 
 
 def _slurm(environ: Mapping[str, str], variable: str) -> Shape:

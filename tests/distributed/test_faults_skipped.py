@@ -144,7 +144,8 @@ LATE = [("hierarchical", "destroys the engine"), ("of DeepSpeed", "closes the re
 
 
 @pytest.mark.parametrize(
-    "cases", [[("flat", "leaves")], pytest.param(LATE, marks=pytest.mark.slow)]
+    "cases",
+    [[("flat", "leaves")], pytest.param(LATE, marks=pytest.mark.slow)],  # these wait together
 )
 def test_a_rank_with_one_forward_fewer_is_named_on_all_others_in_time(tmp_path, cases):
     """Over groups that DeepSpeed makes the others waited half an hour, whatever timeout was [F11]

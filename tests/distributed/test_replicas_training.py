@@ -18,6 +18,7 @@ CASES = {
     # layer has fewer slots
     (6, 2): [(1, "bfloat16", 1, 0.1)],  # three expert-data-parallel ranks: that of theirs too
 }
+WIDE = [(4, 4), (6, 2)]
 
 
 def trains(rank, world, ep_size, cases, path):
@@ -44,7 +45,7 @@ def trains(rank, world, ep_size, cases, path):
 
 @pytest.mark.parametrize(
     ("world", "ep_size"),
-    [(2, 2), (4, 2), *(pytest.param(*more, marks=pytest.mark.slow) for more in [(4, 4), (6, 2)])],
+    [pytest.param(*case, marks=pytest.mark.slow if case in WIDE else ()) for case in CASES],
 )
 def test_replicas_stay_equal_and_the_run_is_that_without_them(world, ep_size, tmp_path):
     path = str(tmp_path / "plan.json")

@@ -1,8 +1,8 @@
 """Run on every rank by the launcher: an MoE layer of ours, forward and backward, and what it cost.
 
 ``wire OUT``: each exchange for a few steps, with a trace; rank 0 writes OUT/result.json.
-``until-broken OUT``: steps without end; each writes its number to OUT/step. A rank writes its
-process id to OUT/pid-RANK, what the package logs to OUT/log-RANK and its error to OUT/error-RANK.
+``until-broken OUT``: steps without end; each writes its number to OUT/step. A rank writes what the
+package logs to OUT/log-RANK, and its error to OUT/error-RANK.
 """
 
 import json
@@ -120,7 +120,6 @@ def wire(out: Path) -> None:
 
 def until_broken(out: Path) -> None:
     steps, rank = 100_000, dist.get_rank()
-    (out / f"pid-{rank}").write_text(str(os.getpid()))
     logging.getLogger("moe_locality").addHandler(logging.FileHandler(out / f"log-{rank}"))
     # no gradient of a replica crosses the links: what breaks off is an exchange of the layer
     engine = start("hierarchical", out / "trace", accumulation=steps + 1)

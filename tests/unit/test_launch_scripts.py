@@ -335,18 +335,18 @@ def test_a_users_script_records_is_placed_and_trained(tmp_path):
 def test_generate_saves_bytes_and_writes_the_same_texts(tmp_path):
     """The whole example: train a little, record, place, generate without and with the plan."""
     skip_without_expert_parallelism()
-    sizes = ["--train-steps", "45", "--requests", "32", "--new-tokens", "4", "--num-nodes", "2"]
+    sizes = ["--train-steps", "90", "--requests", "32", "--new-tokens", "4", "--num-nodes", "2"]
     port = {"DEEPSPEED_ARGS": f"--master_port {free_port()}"}
     # a minute of two cores; where other jobs run, several
     done = run("generate", "--ranks", "4", "--out", "o", *sizes, cwd=tmp_path, limit_s=540, **port)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads((tmp_path / "o/summary.json").read_text())
     usual, placed = found["bytes"]
-    assert 0 < placed < usual
+    assert 0 < placed < 0.95 * usual
     assert (found["requests"], found["parted"]) == (32, {})
     plan = PlacementPlan.read(tmp_path / "o/plan.json")
     assert (plan.num_nodes, plan.ranks_per_node, plan.num_experts) == (2, 2, 16)
-    # how much is saved depends on what the training came to: what was counted is what is predicted
+    # what was counted is what is predicted
     before, after = (read_trace(tmp_path / "o" / name) for name in ("usual", "placed"))
     linear = solve(before, ClusterTopology.uniform(2, 2), method="linear")
     costs = [evaluate(before, linear, homes="trace"), evaluate(after, plan, homes="trace")]

@@ -521,10 +521,8 @@ def _pair_to_branch(problem: Relaxation, prices: Any, fixed: np.ndarray) -> tupl
 def _fix(
     fixed: np.ndarray, pair: tuple[int, int], value: float, problem: Relaxation
 ) -> np.ndarray | None:
-    """``fixed`` with one more pair and all that follows from it; None: no placement agrees.
-
-    Together is transitive, apart holds for whole sets, and sets too full or too heavy to join are
-    apart. A set that fits with one other only is left to the relaxation.
+    """``fixed`` with one more pair and all that follows from it; None: no placement agrees. Sets
+    stay apart as a whole, and those too full or too heavy to join are apart.
     """
     fixed = fixed.copy()
     n, size = problem.num_vertices, problem.node_size
